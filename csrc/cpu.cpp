@@ -1,0 +1,1334 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The CPU operators. Tensors are cut into chunks of a fixed size, threads take chunks, and a chunk
+// is walked in blocks that stay in the first-level cache. What already has the arithmetic's dtype
+// is used in place; everything else (16-bit storage, replay gradients, element masks) is staged
+// through a block-sized buffer, so one loop per rule serves all combinations.
+//
+// Chunks and blocks do not depend on the number of threads, and sums are formed in their order:
+// float32 (float64) in a fixed number of lanes within a block, float64 beyond. Results are the
+// same bits for every thread count and instruction set.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "update.h"
+
+#if defined(_MSC_VER)
+#define DGG_PRAGMA_SIMD
+#else
+#define DGG_PRAGMA_SIMD _Pragma("omp simd")
+#endif
+
+namespace dgg {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kChunk = 16384;
+constexpr int kLanes = 32;
+// Below this many elements waking other threads costs more than they save.
+constexpr int64_t kSerial = 32768;
+
+enum Column : int {
+  kColumnParam,
+  kColumnState,  // exp_avg, exp_avg_sq, max_exp_avg_sq; SGD uses the first for its buffer
+  kColumnAnchor = 4,
+  kColumnStep,
+  kColumnNumel,
+  kColumnGroup,
+  kColumnDtypes,
+  kColumnIndex,
+  kColumnBase,
+  kColumnBlock,
+  kColumnStride,
+  kColumns
+};
+
+// Position of a tensor's code within the dtype column.
+enum DtypeSlot : int { kSlotParam, kSlotGrad, kSlotReplay, kSlotState, kSlotAnchor = 6, kSlots };
+
+enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
+
+enum Flag : int { kInject = 1, kInjectElements = 2, kFirstStep = 4 };
+
+enum Which : int { kTotalNorm = 1, kGradNorm = 2, kDistance = 4 };
+
+enum Coefficient : int { kClip, kScales = 4 };
+
+// Instruction sets. A loop is written as an object whose operator() is always inlined; running it
+// inlines it into a function compiled for the chosen instruction set.
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DGG_X86_VARIANTS 1
+#define DGG_AVX2 "avx2,bmi2"
+#if defined(__clang__)
+#define DGG_AVX512 DGG_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
+#else
+#define DGG_AVX512 DGG_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"
+#endif
+#endif
+
+Isa detect_isa() {
+  Isa best = Isa::kBaseline;
+#ifdef DGG_X86_VARIANTS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {
+    best = Isa::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = Isa::kAvx512;
+    }
+  }
+  // For tests: an older path on a newer machine, never the reverse.
+  if (const char* wanted = std::getenv("DGG_ISA")) {
+    if (std::strcmp(wanted, "baseline") == 0) best = Isa::kBaseline;
+    if (std::strcmp(wanted, "avx2") == 0) best = std::min(best, Isa::kAvx2);
+  }
+#endif
+  return best;
+}
+
+const Isa kIsa = detect_isa();
+
+template <typename Loop>
+void run_baseline(const Loop& loop) {
+  loop();
+}
+
+#ifdef DGG_X86_VARIANTS
+template <typename Loop>
+__attribute__((target(DGG_AVX2))) void run_avx2(const Loop& loop) {
+  loop();
+}
+
+template <typename Loop>
+__attribute__((target(DGG_AVX512))) void run_avx512(const Loop& loop) {
+  loop();
+}
+#endif
+
+template <typename Loop>
+void run(const Loop& loop) {
+#ifdef DGG_X86_VARIANTS
+  if (kIsa == Isa::kAvx512) return run_avx512(loop);
+  if (kIsa == Isa::kAvx2) return run_avx2(loop);
+#endif
+  run_baseline(loop);
+}
+
+// The loops. Members are copied to locals first: a store through one of the pointers could
+// otherwise be taken to change them.
+
+template <typename T, typename S>
+struct Widen {
+  const S* in;
+  T* out;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const S* const src = in;
+    T* const dst = out;
+    const int64_t count = n;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) dst[i] = widen<T>(src[i]);
+  }
+};
+
+template <typename S, typename T>
+struct NarrowInto {
+  const T* in;
+  S* out;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const T* const src = in;
+    S* const dst = out;
+    const int64_t count = n;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) dst[i] = narrow<S, T>(src[i]);
+  }
+};
+
+template <typename T>
+struct RealGradient {
+  const T* grad;
+  const T* replay;
+  T* out;
+  T replay_weight;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const T* const g = grad;
+    const T* const r = replay;
+    T* const h = out;
+    const T w = replay_weight;
+    const int64_t count = n;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) h[i] = real_gradient(g[i], r[i], w);
+  }
+};
+
+// words[4 k .. 4 k + 3] are the words of counter first + k.
+struct Philox {
+  uint32_t* words;
+  int64_t first;
+  int64_t counters;
+  uint32_t draw;
+  uint32_t stream;
+  uint64_t seed;
+
+  DGG_HOST_DEVICE void operator()() const {
+    uint32_t* const out = words;
+    const int64_t start = first, count = counters;
+    const uint32_t c2 = draw, c3 = stream;
+    const uint64_t key = seed;
+    DGG_PRAGMA_SIMD
+    for (int64_t k = 0; k < count; ++k) {
+      uint32_t w0 = static_cast<uint32_t>(start + k);
+      uint32_t w1 = static_cast<uint32_t>(static_cast<uint64_t>(start + k) >> 32);
+      uint32_t w2 = c2, w3 = c3;
+      philox(w0, w1, w2, w3, key);
+      out[4 * k] = w0;
+      out[4 * k + 1] = w1;
+      out[4 * k + 2] = w2;
+      out[4 * k + 3] = w3;
+    }
+  }
+};
+
+// The anchor where the draw injects, the parameter itself elsewhere: its difference is then zero.
+template <typename T>
+struct Mask {
+  const uint32_t* words;
+  uint32_t threshold;
+  const T* anchor;
+  const T* param;
+  T* out;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const uint32_t* const w = words;
+    const uint32_t bound = threshold;
+    const T* const a = anchor;
+    const T* const p = param;
+    T* const dst = out;
+    const int64_t count = n;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) dst[i] = w[i] < bound ? a[i] : p[i];
+  }
+};
+
+// sum (x - y)^2, or sum x^2. The lanes are explicit so that their number is not the compiler's
+// choice.
+template <typename T, bool kDifference>
+struct SquareSum {
+  const T* x;
+  const T* y;
+  int64_t n;
+  double* sum;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const T* const xs = x;
+    const T* const ys = y;
+    const int64_t count = n;
+    T lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      DGG_PRAGMA_SIMD
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T value = kDifference ? xs[i + lane] - ys[i + lane] : xs[i + lane];
+        lanes[lane] += value * value;
+      }
+    }
+    for (int lane = 0; i + lane < count; ++lane) {
+      const T value = kDifference ? xs[i + lane] - ys[i + lane] : xs[i + lane];
+      lanes[lane] += value * value;
+    }
+    double sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    *sum = sums[0];
+  }
+};
+
+template <typename T>
+double sum_squares(const T* x, int64_t n) {
+  double sum;
+  run(SquareSum<T, false>{x, nullptr, n, &sum});
+  return sum;
+}
+
+// The one function behind both the norm pass and the look-ahead, so that they agree bit for bit.
+template <typename T>
+double sum_squared_differences(const T* x, const T* y, int64_t n) {
+  double sum;
+  run(SquareSum<T, true>{x, y, n, &sum});
+  return sum;
+}
+
+template <typename T, bool kGuided, bool kAmsgrad>
+struct AdamLoop {
+  T* param;
+  const T* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+  const T* anchor;
+  int64_t n;
+  AdamScalars<T> scalars;
+
+  DGG_HOST_DEVICE void operator()() const {
+    T* const p = param;
+    const T* const g = grad;
+    T* const m = exp_avg;
+    T* const v = exp_avg_sq;
+    T* const x = max_exp_avg_sq;
+    const T* const a = anchor;
+    const int64_t count = n;
+    const AdamScalars<T> s = scalars;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      T pi = p[i], mi = m[i], vi = v[i];
+      T xi = T(0), ai = T(0);
+      if constexpr (kAmsgrad) xi = x[i];
+      if constexpr (kGuided) ai = a[i];
+      adam<kGuided, kAmsgrad>(s, pi, g[i], mi, vi, xi, ai);
+      p[i] = pi;
+      m[i] = mi;
+      v[i] = vi;
+      if constexpr (kAmsgrad) x[i] = xi;
+    }
+  }
+};
+
+template <typename T, bool kGuided, bool kMomentum>
+struct SgdLoop {
+  T* param;
+  const T* grad;
+  T* buffer;
+  const T* anchor;
+  int64_t n;
+  SgdScalars<T> scalars;
+
+  DGG_HOST_DEVICE void operator()() const {
+    T* const p = param;
+    const T* const g = grad;
+    T* const b = buffer;
+    const T* const a = anchor;
+    const int64_t count = n;
+    const SgdScalars<T> s = scalars;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      T pi = p[i];
+      T bi = T(0), ai = T(0);
+      if constexpr (kMomentum) bi = b[i];
+      if constexpr (kGuided) ai = a[i];
+      sgd<kGuided, kMomentum>(s, pi, g[i], bi, ai);
+      p[i] = pi;
+      if constexpr (kMomentum) b[i] = bi;
+    }
+  }
+};
+
+template <typename T, bool kGuided>
+struct GuideLoop {
+  const T* param;
+  const T* grad;
+  const T* anchor;
+  T* out;
+  int64_t n;
+  GuideScalars<T> scalars;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const T* const p = param;
+    const T* const g = grad;
+    const T* const a = anchor;
+    T* const dst = out;
+    const int64_t count = n;
+    const GuideScalars<T> s = scalars;
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      T pi = T(0), ai = T(0);
+      if constexpr (kGuided) {
+        pi = p[i];
+        ai = a[i];
+      }
+      dst[i] = guide<kGuided>(s, pi, g[i], ai);
+    }
+  }
+};
+
+// A tensor of a row: an address and how to read it.
+struct Stream {
+  char* data = nullptr;
+  int dtype = kFloat32;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <typename T>
+  bool stored_as() const {
+    return dtype == (std::is_same<T, double>::value ? kFloat64 : kFloat32);
+  }
+
+  template <typename S>
+  S* at(int64_t begin) const {
+    return reinterpret_cast<S*>(data) + begin;
+  }
+
+  // Elements begin .. begin + n as T: in place where they are stored so, else copied to `buffer`.
+  template <typename T>
+  T* stage(int64_t begin, int64_t n, T* buffer) const {
+    if (stored_as<T>()) return at<T>(begin);
+    switch (dtype) {
+      case kFloat32:
+        run(Widen<T, float>{at<float>(begin), buffer, n});
+        break;
+      case kBFloat16:
+        run(Widen<T, bfloat16>{at<bfloat16>(begin), buffer, n});
+        break;
+      case kFloat16:
+        run(Widen<T, float16>{at<float16>(begin), buffer, n});
+        break;
+      default:
+        run(Widen<T, double>{at<double>(begin), buffer, n});
+    }
+    return buffer;
+  }
+
+  // Writes back what `stage` copied; nothing to do where it did not.
+  template <typename T>
+  void unstage(int64_t begin, int64_t n, const T* buffer) const {
+    if (stored_as<T>()) return;
+    switch (dtype) {
+      case kFloat32:
+        return run(NarrowInto<float, T>{buffer, at<float>(begin), n});
+      case kBFloat16:
+        return run(NarrowInto<bfloat16, T>{buffer, at<bfloat16>(begin), n});
+      case kFloat16:
+        return run(NarrowInto<float16, T>{buffer, at<float16>(begin), n});
+      default:
+        return run(NarrowInto<double, T>{buffer, at<double>(begin), n});
+    }
+  }
+};
+
+// The arguments all table operators share, checked once.
+struct Rows {
+  const int64_t* table;
+  const int64_t* grads;
+  const int64_t* replays;  // null: no replay gradients at all
+  int64_t n;
+  double replay_weight;
+  double grad_scale;
+
+  const int64_t* row(int64_t i) const { return table + i * kColumns; }
+  int64_t replay(int64_t i) const { return replays ? replays[i] : 0; }
+  bool active(int64_t i) const { return grads[i] != 0 || replay(i) != 0; }
+  bool anchored(int64_t i) const { return row(i)[kColumnAnchor] != 0; }
+
+  Stream stream(int64_t i, int64_t address, int slot) const {
+    const auto codes = static_cast<uint64_t>(row(i)[kColumnDtypes]);
+    return {reinterpret_cast<char*>(static_cast<intptr_t>(address)),
+            static_cast<int>(codes >> (8 * slot) & 0xFF)};
+  }
+};
+
+// What every pass needs of an active row.
+struct Row {
+  Stream param, grad, replay, anchor;
+  int64_t numel;
+  int64_t index, base, block, stride;
+  double replay_weight;
+  bool guided = false;
+  bool masked = false;
+  uint32_t threshold = 0;
+};
+
+Row make_row(const Rows& rows, int64_t i) {
+  const int64_t* r = rows.row(i);
+  Row row;
+  row.param = rows.stream(i, r[kColumnParam], kSlotParam);
+  row.grad = rows.stream(i, rows.grads[i], kSlotGrad);
+  row.replay = rows.stream(i, rows.replay(i), kSlotReplay);
+  row.anchor = rows.stream(i, r[kColumnAnchor], kSlotAnchor);
+  row.numel = r[kColumnNumel];
+  row.index = r[kColumnIndex];
+  row.base = r[kColumnBase];
+  row.block = r[kColumnBlock];
+  row.stride = r[kColumnStride];
+  row.replay_weight = rows.replay_weight;
+  return row;
+}
+
+// h of equation (1) without the gradient scale. Uses `other` only for mixing.
+template <typename T>
+const T* stage_gradient(const Row& row, int64_t begin, int64_t n, T* buffer, T* other) {
+  if (!row.replay) return row.grad.stage<T>(begin, n, buffer);
+  const T* grad = buffer;
+  if (row.grad) {
+    grad = row.grad.stage<T>(begin, n, buffer);
+  } else {
+    std::fill_n(buffer, n, T(0));
+  }
+  const T* replay = row.replay.stage<T>(begin, n, other);
+  run(RealGradient<T>{grad, replay, buffer, static_cast<T>(row.replay_weight), n});
+  return buffer;
+}
+
+struct Draws {
+  uint64_t seed;
+  uint32_t draw;
+};
+
+// The words of elements begin .. begin + n. Where a shard's elements are not consecutive in the
+// unsharded parameter, a run ends with the stretch that is.
+void draw_words(const Row& row, const Draws& draws, int64_t begin, int64_t n, uint32_t* words) {
+  uint32_t quads[kBlock + 8];
+  for (int64_t done = 0; done < n;) {
+    const int64_t l = begin + done;
+    const int64_t i = unsharded_index(l, row.base, row.block, row.stride);
+    const int64_t stretch = std::min(n - done, row.block - l % row.block);
+    const int64_t first = i / 4;
+    const int64_t counters = (i + stretch - 1) / 4 - first + 1;
+    run(Philox{quads, first, counters, draws.draw,
+               static_cast<uint32_t>(0x80000000u + static_cast<uint32_t>(row.index)), draws.seed});
+    std::memcpy(words + done, quads + i % 4, static_cast<size_t>(stretch) * sizeof(uint32_t));
+    done += stretch;
+  }
+}
+
+// The anchor as the guided loops are to see it.
+template <typename T>
+const T* mask_anchor(const Row& row, const Draws& draws, int64_t begin, int64_t n, const T* anchor,
+                     const T* param, T* buffer) {
+  if (!row.masked) return anchor;
+  uint32_t words[kBlock];
+  draw_words(row, draws, begin, n, words);
+  run(Mask<T>{words, row.threshold, anchor, param, buffer, n});
+  return buffer;
+}
+
+// Work, in chunks.
+
+struct Chunk {
+  int64_t begin;
+  int32_t count;
+  int32_t row;
+};
+
+class Plan {
+ public:
+  void add(size_t row, int64_t numel) {
+    for (int64_t begin = 0; begin < numel; begin += kChunk) {
+      const int64_t count = std::min(kChunk, numel - begin);
+      chunks_.push_back({begin, static_cast<int32_t>(count), static_cast<int32_t>(row)});
+    }
+    elements_ += numel;
+  }
+
+  size_t size() const { return chunks_.size(); }
+  const Chunk& operator[](size_t i) const { return chunks_[i]; }
+
+  // Calls f(chunk number, chunk). Every thread gets an equal stretch of elements, and when it has
+  // finished takes chunks of those that have not. Backwards, a pass begins where the one before
+  // it ended, in what the cache still holds.
+  template <typename F>
+  void for_each(bool backwards, const F& f) const {
+    const auto total = static_cast<int64_t>(chunks_.size());
+    int64_t threads = 1;
+    if (elements_ > kSerial && total > 1) {
+      threads = std::min<int64_t>(torch::stable::get_num_threads(), total);
+    }
+    if (threads == 1) {
+      for (int64_t i = 0; i < total; ++i) {
+        const int64_t k = backwards ? total - 1 - i : i;
+        f(k, chunks_[k]);
+      }
+      return;
+    }
+    struct alignas(64) Share {
+      std::atomic<int64_t> next;
+      int64_t begin, end;
+    };
+    std::unique_ptr<Share[]> shares(new Share[threads]);
+    int64_t chunk = 0;
+    int64_t passed = 0;
+    for (int64_t t = 0; t < threads; ++t) {
+      shares[t].next = 0;
+      shares[t].begin = chunk;
+      // In floating point: elements times threads could overflow, and only balance depends on it.
+      const double target = static_cast<double>(elements_) * (t + 1) / threads;
+      while (chunk < total && (t + 1 == threads || passed < target)) passed += chunks_[chunk++].count;
+      shares[t].end = chunk;
+    }
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t own = first; own < last; ++own) {
+        for (int64_t t = 0; t < threads; ++t) {
+          Share& share = shares[(own + t) % threads];
+          const int64_t count = share.end - share.begin;
+          for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+            const int64_t k = backwards ? share.end - 1 - i : share.begin + i;
+            f(k, chunks_[k]);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  std::vector<Chunk> chunks_;
+  int64_t elements_ = 0;
+};
+
+// Norms.
+
+struct NormRow {
+  Row row;
+  bool total, grad, distance;
+  int64_t number;
+};
+
+struct Squares {
+  double total = 0, grad = 0, distance = 0;
+};
+
+template <typename T>
+Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
+  T first[kBlock], second[kBlock];
+  const Row& row = work.row;
+  Squares sums;
+  for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
+    const int64_t begin = chunk.begin + offset;
+    const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
+    if (work.grad && row.grad) sums.grad += sum_squares(row.grad.stage<T>(begin, n, first), n);
+    if (work.total && (row.replay || !work.grad)) {
+      sums.total += sum_squares(stage_gradient<T>(row, begin, n, first, second), n);
+    }
+    if (work.distance) {
+      sums.distance += sum_squared_differences<T>(row.param.stage<T>(begin, n, first),
+                                                  row.anchor.stage<T>(begin, n, second), n);
+    }
+  }
+  if (work.total && work.grad && !row.replay) sums.total = sums.grad;
+  return sums;
+}
+
+void compute_norms(const Rows& rows, double* distances, int64_t which, double* squares) {
+  const int64_t n = rows.n;
+  std::fill_n(squares, 3 * n, 0.0);
+  std::vector<NormRow> work;
+  work.reserve(n);
+  Plan plan;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!rows.active(i)) continue;
+    const bool anchored = rows.anchored(i);
+    NormRow row{make_row(rows, i), (which & kTotalNorm) != 0, (which & kGradNorm) && anchored,
+                // Not `>= 0`: a distance of NaN is known, too.
+                (which & kDistance) && anchored && distances[i] < 0, i};
+    if (row.distance) distances[i] = 0;
+    if (!(row.total || row.grad || row.distance)) continue;
+    plan.add(work.size(), row.row.numel);
+    work.push_back(row);
+  }
+  std::vector<Squares> partials(plan.size());
+  plan.for_each(false, [&](int64_t k, const Chunk& chunk) {
+    const NormRow& row = work[chunk.row];
+    partials[k] = row.row.param.dtype == kFloat64 ? norm_chunk<double>(row, chunk)
+                                                  : norm_chunk<float>(row, chunk);
+  });
+  for (size_t k = 0; k < plan.size(); ++k) {
+    const NormRow& row = work[plan[k].row];
+    squares[row.number] += partials[k].total;
+    squares[n + row.number] += partials[k].grad;
+    if (row.distance) distances[row.number] += partials[k].distance;
+  }
+  const double scale = rows.grad_scale * rows.grad_scale;
+  for (int64_t i = 0; i < n; ++i) {
+    if (rows.grad_scale != 1) {
+      squares[i] /= scale;
+      squares[n + i] /= scale;
+    }
+    if ((which & kDistance) && rows.active(i) && rows.anchored(i)) squares[2 * n + i] = distances[i];
+  }
+}
+
+// Updates.
+
+template <typename Scalars>
+struct UpdateRow : Row {
+  Stream state[3];
+  Scalars scalars;
+  bool look_ahead;
+  int64_t number;
+};
+
+struct AdamRule {
+  using Row = UpdateRow<AdamScalars<double>>;
+  static constexpr int kStates = 3;
+
+  template <typename T, bool kGuided>
+  static void block(const Row& row, T* param, const T* grad, T* const* state, const T* anchor,
+                    int64_t n) {
+    const auto scalars = row.scalars.as<T>();
+    if (state[2]) {
+      run(AdamLoop<T, kGuided, true>{param, grad, state[0], state[1], state[2], anchor, n, scalars});
+    } else {
+      run(AdamLoop<T, kGuided, false>{param, grad, state[0], state[1], nullptr, anchor, n, scalars});
+    }
+  }
+};
+
+struct SgdRule {
+  using Row = UpdateRow<SgdScalars<double>>;
+  static constexpr int kStates = 1;
+
+  template <typename T, bool kGuided>
+  static void block(const Row& row, T* param, const T* grad, T* const* state, const T* anchor,
+                    int64_t n) {
+    const auto scalars = row.scalars.as<T>();
+    if (state[0]) {
+      run(SgdLoop<T, kGuided, true>{param, grad, state[0], anchor, n, scalars});
+    } else {
+      run(SgdLoop<T, kGuided, false>{param, grad, nullptr, anchor, n, scalars});
+    }
+  }
+};
+
+// Returns the look-ahead's share of the chunk.
+template <typename Rule, typename T>
+double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chunk& chunk) {
+  T buffers[Rule::kStates + 5][kBlock];
+  T* const spare = buffers[Rule::kStates];
+  double distance = 0;
+  for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
+    const int64_t begin = chunk.begin + offset;
+    const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
+    T* const param = row.param.template stage<T>(begin, n, spare);
+    const T* const grad = stage_gradient<T>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
+    T* state[Rule::kStates];
+    for (int s = 0; s < Rule::kStates; ++s) {
+      state[s] = row.state[s] ? row.state[s].template stage<T>(begin, n, buffers[s]) : nullptr;
+    }
+    const T* anchor = nullptr;
+    if (row.guided || row.look_ahead) {
+      anchor = row.anchor.template stage<T>(begin, n, spare + 3 * kBlock);
+    }
+    if (row.guided) {
+      const T* const seen =
+          mask_anchor<T>(row, draws, begin, n, anchor, param, spare + 4 * kBlock);
+      Rule::template block<T, true>(row, param, grad, state, seen, n);
+    } else {
+      Rule::template block<T, false>(row, param, grad, state, nullptr, n);
+    }
+    row.param.template unstage<T>(begin, n, param);
+    for (int s = 0; s < Rule::kStates; ++s) {
+      if (row.state[s]) row.state[s].template unstage<T>(begin, n, state[s]);
+    }
+    if (row.look_ahead) {
+      // Read again, as stored: what the next step's norm pass would see.
+      distance += sum_squared_differences<T>(row.param.template stage<T>(begin, n, spare), anchor, n);
+    }
+  }
+  return distance;
+}
+
+template <typename Rule>
+void run_updates(const std::vector<typename Rule::Row>& work, const Rows& rows, const Draws& draws,
+                 double* distances) {
+  Plan plan;
+  for (size_t i = 0; i < work.size(); ++i) {
+    plan.add(i, work[i].numel);
+    distances[work[i].number] = work[i].look_ahead ? 0.0 : -1.0;
+  }
+  std::vector<double> partials(plan.size());
+  plan.for_each(true, [&](int64_t k, const Chunk& chunk) {
+    const auto& row = work[chunk.row];
+    partials[k] = row.param.dtype == kFloat64 ? update_chunk<Rule, double>(row, draws, chunk)
+                                              : update_chunk<Rule, float>(row, draws, chunk);
+  });
+  for (size_t k = 0; k < plan.size(); ++k) {
+    const auto& row = work[plan[k].row];
+    if (row.look_ahead) distances[row.number] += partials[k];
+  }
+}
+
+// Arguments of an update beside the rows.
+struct Control {
+  const double* coefficients;
+  const uint8_t* flags;
+  const double* hyper;
+  int64_t groups;
+  Draws draws;
+};
+
+// b s of equation (5); also decides whether the row reads its anchor at all, and how.
+double set_guidance(const Rows& rows, const Control& control, int64_t i, double strength,
+                    double threshold, Row& row) {
+  const int flags = control.flags[i];
+  const double pull = strength * control.coefficients[kScales + i];
+  if (!(flags & (kInject | kInjectElements)) || !rows.anchored(i) || pull == 0) return 0;
+  if (flags & kInjectElements) {
+    if (threshold <= 0) return 0;
+    row.masked = threshold < 4294967296.0;
+    row.threshold = row.masked ? static_cast<uint32_t>(threshold) : 0;
+  }
+  row.guided = true;
+  return pull;
+}
+
+// c, with everything else that multiplies the real gradient.
+double gradient_factor(const Rows& rows, const Control& control, bool negate) {
+  const double factor = control.coefficients[kClip] / rows.grad_scale;
+  return negate ? -factor : factor;
+}
+
+enum AdamHyper : int {
+  kAdamLr,
+  kAdamBeta1,
+  kAdamBeta2,
+  kAdamEps,
+  kAdamWeightDecay,
+  kAdamDecoupled,
+  kAdamAmsgrad,
+  kAdamMaximize,
+  kAdamStrength,
+  kAdamThreshold,
+  kAdamHypers
+};
+
+enum SgdHyper : int {
+  kSgdLr,
+  kSgdMomentum,
+  kSgdDampening,
+  kSgdWeightDecay,
+  kSgdNesterov,
+  kSgdMaximize,
+  kSgdStrength,
+  kSgdThreshold,
+  kSgdHypers
+};
+
+enum GuideHyper : int { kGuideMaximize, kGuideStrength, kGuideThreshold, kGuideHypers };
+
+// base^exponent of the row before is very likely that of this one.
+class PowerCache {
+ public:
+  double operator()(double base, double exponent) {
+    if (base != base_ || exponent != exponent_) {
+      base_ = base;
+      exponent_ = exponent;
+      power_ = std::pow(base, exponent);
+    }
+    return power_;
+  }
+
+ private:
+  double base_ = 1, exponent_ = 0, power_ = 1;
+};
+
+void compute_adam(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
+  std::vector<AdamRule::Row> work;
+  work.reserve(rows.n);
+  PowerCache power1, power2;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.active(i)) continue;
+    const int64_t* r = rows.row(i);
+    const double* hyper = control.hyper + r[kColumnGroup] * kAdamHypers;
+    AdamRule::Row row;
+    static_cast<Row&>(row) = make_row(rows, i);
+    row.number = i;
+    row.look_ahead = look_ahead && rows.anchored(i);
+    const bool amsgrad = hyper[kAdamAmsgrad] != 0;
+    for (int s = 0; s < (amsgrad ? 3 : 2); ++s) {
+      row.state[s] = rows.stream(i, r[kColumnState + s], kSlotState + s);
+      STD_TORCH_CHECK(row.state[s] || row.numel == 0, "dgg::adam_table_: row ", i,
+                      " of table has no address for moment ", s);
+    }
+    STD_TORCH_CHECK(r[kColumnStep] != 0, "dgg::adam_table_: row ", i, " of table has no step");
+    const double step = *reinterpret_cast<const float*>(r[kColumnStep]) + 1.0f;
+    const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
+    const bool decoupled = hyper[kAdamDecoupled] != 0;
+    AdamScalars<double>& s = row.scalars;
+    s.guide.grad = gradient_factor(rows, control, hyper[kAdamMaximize] != 0);
+    s.guide.pull =
+        set_guidance(rows, control, i, hyper[kAdamStrength], hyper[kAdamThreshold], row);
+    s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
+    s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
+    s.weight1 = 1 - beta1;
+    s.rest1 = beta1;
+    s.beta2 = beta2;
+    s.weight2 = 1 - beta2;
+    s.inv_sqrt_bias2 = 1 / std::sqrt(1 - power2(beta2, step));
+    s.eps = hyper[kAdamEps];
+    s.step_size = lr / (1 - power1(beta1, step));
+    work.push_back(row);
+  }
+  // Only now, with everything checked, is anything written.
+  for (const auto& row : work) {
+    *reinterpret_cast<float*>(rows.row(row.number)[kColumnStep]) += 1.0f;
+  }
+  run_updates<AdamRule>(work, rows, control.draws, distances);
+}
+
+void compute_sgd(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
+  std::vector<SgdRule::Row> work;
+  work.reserve(rows.n);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.active(i)) continue;
+    const int64_t* r = rows.row(i);
+    const double* hyper = control.hyper + r[kColumnGroup] * kSgdHypers;
+    SgdRule::Row row;
+    static_cast<Row&>(row) = make_row(rows, i);
+    row.number = i;
+    row.look_ahead = look_ahead && rows.anchored(i);
+    if (hyper[kSgdMomentum] != 0) {
+      row.state[0] = rows.stream(i, r[kColumnState], kSlotState);
+      STD_TORCH_CHECK(row.state[0] || row.numel == 0, "dgg::sgd_table_: row ", i,
+                      " of table has no address for the momentum buffer");
+    }
+    SgdScalars<double>& s = row.scalars;
+    s.guide.grad = gradient_factor(rows, control, hyper[kSgdMaximize] != 0);
+    s.guide.pull = set_guidance(rows, control, i, hyper[kSgdStrength], hyper[kSgdThreshold], row);
+    s.l2 = hyper[kSgdWeightDecay];
+    s.lr = hyper[kSgdLr];
+    s.momentum = hyper[kSgdMomentum];
+    s.undamped = 1 - hyper[kSgdDampening];
+    s.nesterov = hyper[kSgdNesterov] != 0;
+    s.first = (control.flags[i] & kFirstStep) != 0;
+    work.push_back(row);
+  }
+  run_updates<SgdRule>(work, rows, control.draws, distances);
+}
+
+template <typename T>
+void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& draws,
+                 const Chunk& chunk) {
+  T buffers[5][kBlock];
+  const auto scalars = wide.as<T>();
+  for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
+    const int64_t begin = chunk.begin + offset;
+    const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
+    const T* const grad = stage_gradient<T>(row, begin, n, buffers[0], buffers[1]);
+    T* const out = row.grad.stored_as<T>() ? row.grad.at<T>(begin) : buffers[0];
+    if (row.guided) {
+      const T* const param = row.param.stage<T>(begin, n, buffers[2]);
+      const T* const anchor = mask_anchor<T>(row, draws, begin, n,
+                                             row.anchor.stage<T>(begin, n, buffers[3]), param,
+                                             buffers[4]);
+      run(GuideLoop<T, true>{param, grad, anchor, out, n, scalars});
+    } else {
+      run(GuideLoop<T, false>{nullptr, grad, nullptr, out, n, scalars});
+    }
+    row.grad.unstage<T>(begin, n, out);
+  }
+}
+
+void compute_guide(const Rows& rows, const Control& control) {
+  struct GuideRow : Row {
+    GuideScalars<double> scalars;
+  };
+  std::vector<GuideRow> work;
+  work.reserve(rows.n);
+  Plan plan;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.active(i)) continue;
+    STD_TORCH_CHECK(rows.grads[i] != 0, "dgg::guide_table_: row ", i,
+                    " has a replay gradient but no gradient to write into");
+    const double* hyper = control.hyper + rows.row(i)[kColumnGroup] * kGuideHypers;
+    GuideRow row;
+    static_cast<Row&>(row) = make_row(rows, i);
+    const double pull =
+        set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
+    // The other optimizer negates what it is given; the pull must survive that.
+    row.scalars = {gradient_factor(rows, control, false), hyper[kGuideMaximize] != 0 ? -pull : pull};
+    if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
+    plan.add(work.size(), row.numel);
+    work.push_back(row);
+  }
+  plan.for_each(true, [&](int64_t, const Chunk& chunk) {
+    const GuideRow& row = work[chunk.row];
+    if (row.param.dtype == kFloat64) {
+      guide_chunk<double>(row, row.scalars, control.draws, chunk);
+    } else {
+      guide_chunk<float>(row, row.scalars, control.draws, chunk);
+    }
+  });
+}
+
+// Operators on tables.
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                  int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                      tensor.numel() == numel,
+                  "dgg::", op, ": ", name, " must be a contiguous CPU tensor of dtype ",
+                  dtype == ScalarType::Double ? "float64" : dtype == ScalarType::Long ? "int64" : "uint8",
+                  " with ", numel, " elements; it has ", tensor.numel());
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const Tensor& replays,
+               int64_t groups, double replay_weight, double grad_scale) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns, "dgg::", op,
+                  ": table must have shape [n, ", static_cast<int>(kColumns), "]");
+  const int64_t n = table.size(0);
+  check_tensor(op, "table", table, ScalarType::Long, n * kColumns);
+  check_tensor(op, "grads", grads, ScalarType::Long, n);
+  const bool any_replay = replays.numel() != 0;
+  if (any_replay) check_tensor(op, "replays", replays, ScalarType::Long, n);
+  Rows rows{data<const int64_t>(table), data<const int64_t>(grads),
+            any_replay ? data<const int64_t>(replays) : nullptr, n, replay_weight, grad_scale};
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t* r = rows.row(i);
+    STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnBlock] > 0) &&
+                        r[kColumnGroup] >= 0 && r[kColumnGroup] < groups,
+                    "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", block ",
+                    r[kColumnBlock], ", group ", r[kColumnGroup], " of ", groups);
+    // Every code is below 4: no bit beyond the lowest two of any byte.
+    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFFFCFCFCFCFCFCFCu) == 0, "dgg::",
+                    op, ": row ", i, " of table has an unknown dtype code");
+  }
+  return rows;
+}
+
+Control make_control(const char* op, int64_t n, const Tensor& coefficients, const Tensor& flags,
+                     const Tensor& hyper, int64_t hypers, int64_t seed, int64_t draw) {
+  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hypers, "dgg::", op,
+                  ": hyper must have shape [groups, ", hypers, "]");
+  check_tensor(op, "hyper", hyper, ScalarType::Double, hyper.numel());
+  check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
+  check_tensor(op, "flags", flags, ScalarType::Byte, n);
+  return {data<const double>(coefficients), data<const uint8_t>(flags), data<const double>(hyper),
+          hyper.size(0), {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
+}
+
+Tensor empty_doubles(std::vector<int64_t> sizes) {
+  return torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
+}
+
+Tensor norms_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+                   const Tensor& distances, double replay_weight, double grad_scale,
+                   int64_t which) {
+  const Rows rows = make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight,
+                              grad_scale);
+  check_tensor("norms_table", "distances", distances, ScalarType::Double, rows.n);
+  Tensor squares = empty_doubles({3, rows.n});
+  compute_norms(rows, data<double>(distances), which, data<double>(squares));
+  return squares;
+}
+
+double scale_of(double clip, double grad, double distance) {
+  // Stated first: 0 / 0 is where backends would differ.
+  if (grad == 0 || distance == 0) return 0;
+  const double ratio = clip * grad / distance;
+  return ratio > 1 ? 1 : ratio;  // NaN stays NaN
+}
+
+Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_norm, bool scaling,
+                    bool per_tensor) {
+  STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3,
+                  "dgg::coefficients: squares must have shape [3, n]");
+  const int64_t n = squares.size(1);
+  check_tensor("coefficients", "squares", squares, ScalarType::Double, 3 * n);
+  const double* in = data<const double>(squares);
+  double norms[3];
+  for (int k = 0; k < 3; ++k) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += in[k * n + i];
+    norms[k] = std::sqrt(sum);
+  }
+  Tensor result = empty_doubles({kScales + n});
+  double* out = data<double>(result);
+  double clip = 1;
+  if (max_grad_norm) {
+    clip = *max_grad_norm / (norms[0] + 1e-6);
+    if (clip > 1) clip = 1;
+  }
+  out[kClip] = clip;
+  out[1] = norms[1];
+  out[2] = norms[2];
+  out[3] = norms[0];
+  const double global = scaling ? scale_of(clip, norms[1], norms[2]) : 1;
+  for (int64_t i = 0; i < n; ++i) {
+    out[kScales + i] = scaling && per_tensor
+                           ? scale_of(clip, std::sqrt(in[n + i]), std::sqrt(in[2 * n + i]))
+                           : global;
+  }
+  return result;
+}
+
+void adam_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+                const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+                const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
+                int64_t seed, int64_t draw) {
+  const char* const op = "adam_table_";
+  const Control control =
+      make_control(op, table.size(0), coefficients, flags, hyper, kAdamHypers, seed, draw);
+  const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
+  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
+  compute_adam(rows, control, data<double>(distances), look_ahead);
+}
+
+void sgd_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+               const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+               const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
+               int64_t seed, int64_t draw) {
+  const char* const op = "sgd_table_";
+  const Control control =
+      make_control(op, table.size(0), coefficients, flags, hyper, kSgdHypers, seed, draw);
+  const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
+  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
+  compute_sgd(rows, control, data<double>(distances), look_ahead);
+}
+
+void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+                 const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+                 double replay_weight, double grad_scale, int64_t seed, int64_t draw) {
+  const char* const op = "guide_table_";
+  const Control control =
+      make_control(op, table.size(0), coefficients, flags, hyper, kGuideHypers, seed, draw);
+  compute_guide(make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale),
+                control);
+}
+
+// Operators on lists: a table of one group, then the same functions.
+
+class ListTable {
+ public:
+  ListTable(const char* op, const TensorList& params, const TensorList& grads,
+            const TensorList& replays, const TensorList& anchors,
+            const std::vector<int64_t>& indices)
+      : op_(op), params_(params), table_(params.size() * kColumns, 0) {
+    STD_TORCH_CHECK(indices.empty() || indices.size() == params.size(), "dgg::", op_,
+                    ": indices has ", indices.size(), " entries, params ", params.size());
+    add("params", params, kColumnParam, kSlotParam);
+    add("anchors", anchors, kColumnAnchor, kSlotAnchor);
+    grads_ = add("grads", grads, -1, kSlotGrad);
+    replays_ = add("replays", replays, -1, kSlotReplay);
+    if (grads_.empty()) grads_.assign(params.size(), 0);
+    for (size_t i = 0; i < params.size(); ++i) {
+      int64_t* row = &table_[i * kColumns];
+      row[kColumnNumel] = row[kColumnBlock] = row[kColumnStride] = params[i].numel();
+      row[kColumnIndex] = indices.empty() ? static_cast<int64_t>(i) : indices[i];
+    }
+  }
+
+  // Checks a list and enters its addresses: in a column of the table, or else in the result.
+  std::vector<int64_t> add(const char* name, const TensorList& list, int column, int slot) {
+    std::vector<int64_t> addresses;
+    if (list.empty()) return addresses;
+    STD_TORCH_CHECK(list.size() == params_.size(), "dgg::", op_, ": ", name, " has ", list.size(),
+                    " tensors, params ", params_.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      const Tensor& tensor = list[i];
+      STD_TORCH_CHECK(tensor.is_cpu(), "dgg::", op_, ": ", name, "[", i, "] is not on the CPU");
+      STD_TORCH_CHECK(tensor.is_contiguous(), "dgg::", op_, ": ", name, "[", i,
+                      "] is not contiguous");
+      const auto sizes = tensor.sizes(), expected = params_[i].sizes();
+      STD_TORCH_CHECK(sizes.size() == expected.size() &&
+                          std::equal(sizes.begin(), sizes.end(), expected.begin()),
+                      "dgg::", op_, ": ", name, "[", i, "] has another shape than params[", i, "]");
+      int64_t* row = &table_[i * kColumns];
+      row[kColumnDtypes] |= code_of(name, i, tensor) << (8 * slot);
+      const int64_t address = address_of(tensor);
+      if (column < 0) {
+        // An empty tensor may have no address, and is nonetheless there.
+        addresses.push_back(address ? address : 1);
+      } else {
+        row[column] = address;
+      }
+    }
+    return addresses;
+  }
+
+  void add_steps(const TensorList& steps) {
+    STD_TORCH_CHECK(steps.size() == params_.size(), "dgg::", op_, ": steps has ", steps.size(),
+                    " tensors, params ", params_.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      STD_TORCH_CHECK(steps[i].is_cpu() && steps[i].numel() == 1 &&
+                          steps[i].scalar_type() == ScalarType::Float,
+                      "dgg::", op_, ": steps[", i, "] must be one float32 number on the CPU");
+      table_[i * kColumns + kColumnStep] = address_of(steps[i]);
+    }
+  }
+
+  void require(const char* name, const TensorList& list) const {
+    STD_TORCH_CHECK(list.size() == params_.size(), "dgg::", op_, ": ", name, " has ", list.size(),
+                    " tensors, params ", params_.size());
+  }
+
+  Rows rows(double replay_weight, double grad_scale) const {
+    return {table_.data(), grads_.data(), replays_.empty() ? nullptr : replays_.data(),
+            static_cast<int64_t>(params_.size()), replay_weight, grad_scale};
+  }
+
+ private:
+  static int64_t address_of(const Tensor& tensor) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(tensor.data_ptr()));
+  }
+
+  int64_t code_of(const char* name, size_t i, const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+        return kFloat32;
+      case ScalarType::BFloat16:
+        return kBFloat16;
+      case ScalarType::Half:
+        return kFloat16;
+      case ScalarType::Double:
+        return kFloat64;
+      default:
+        STD_TORCH_CHECK(false, "dgg::", op_, ": ", name, "[", i,
+                        "] must be float32, bfloat16, float16 or float64");
+        return -1;
+    }
+  }
+
+  const char* op_;
+  const TensorList& params_;
+  std::vector<int64_t> table_, grads_, replays_;
+};
+
+Control list_control(const char* op, int64_t n, const Tensor& coefficients, const Tensor& flags,
+                     const double* hyper, int64_t seed, int64_t draw) {
+  check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
+  check_tensor(op, "flags", flags, ScalarType::Byte, n);
+  return {data<const double>(coefficients), data<const uint8_t>(flags), hyper, 1,
+          {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
+}
+
+Tensor norms_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
+             const TensorList& anchors, const Tensor& distances, double replay_weight,
+             double grad_scale, int64_t which) {
+  const ListTable table("norms", params, grads, replays, anchors, {});
+  const Rows rows = table.rows(replay_weight, grad_scale);
+  check_tensor("norms", "distances", distances, ScalarType::Double, rows.n);
+  Tensor squares = empty_doubles({3, rows.n});
+  compute_norms(rows, data<double>(distances), which, data<double>(squares));
+  return squares;
+}
+
+void adam_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
+          const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+          const TensorList& max_exp_avg_sqs, const TensorList& anchors, const TensorList& steps,
+          const Tensor& distances, const Tensor& coefficients, const Tensor& flags,
+          const std::vector<int64_t>& indices, double lr, double beta1, double beta2, double eps,
+          double weight_decay, bool decoupled, bool amsgrad, bool maximize, double strength,
+          int64_t threshold, double replay_weight, double grad_scale, bool look_ahead,
+          int64_t seed, int64_t draw) {
+  const char* const op = "adam_";
+  ListTable table(op, params, grads, replays, anchors, indices);
+  table.require("exp_avgs", exp_avgs);
+  table.require("exp_avg_sqs", exp_avg_sqs);
+  if (amsgrad) table.require("max_exp_avg_sqs", max_exp_avg_sqs);
+  table.add("exp_avgs", exp_avgs, kColumnState, kSlotState);
+  table.add("exp_avg_sqs", exp_avg_sqs, kColumnState + 1, kSlotState + 1);
+  table.add("max_exp_avg_sqs", max_exp_avg_sqs, kColumnState + 2, kSlotState + 2);
+  table.add_steps(steps);
+  const double hyper[kAdamHypers] = {
+      lr, beta1, beta2, eps, weight_decay, double(decoupled), double(amsgrad), double(maximize),
+      strength, static_cast<double>(threshold)};
+  const Rows rows = table.rows(replay_weight, grad_scale);
+  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
+  compute_adam(rows, list_control(op, rows.n, coefficients, flags, hyper, seed, draw),
+               data<double>(distances), look_ahead);
+}
+
+void sgd_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
+         const TensorList& momentum_buffers, const TensorList& anchors, const Tensor& distances,
+         const Tensor& coefficients, const Tensor& flags, const std::vector<int64_t>& indices,
+         double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+         bool maximize, double strength, int64_t threshold, double replay_weight,
+         double grad_scale, bool look_ahead, int64_t seed, int64_t draw) {
+  const char* const op = "sgd_";
+  ListTable table(op, params, grads, replays, anchors, indices);
+  if (momentum != 0) table.require("momentum_buffers", momentum_buffers);
+  table.add("momentum_buffers", momentum_buffers, kColumnState, kSlotState);
+  const double hyper[kSgdHypers] = {lr, momentum, dampening, weight_decay, double(nesterov),
+                                    double(maximize), strength, static_cast<double>(threshold)};
+  const Rows rows = table.rows(replay_weight, grad_scale);
+  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
+  compute_sgd(rows, list_control(op, rows.n, coefficients, flags, hyper, seed, draw),
+              data<double>(distances), look_ahead);
+}
+
+void guide_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
+           const TensorList& anchors, const Tensor& coefficients, const Tensor& flags,
+           const std::vector<int64_t>& indices, bool maximize, double strength, int64_t threshold,
+           double replay_weight, double grad_scale, int64_t seed, int64_t draw) {
+  const char* const op = "guide_";
+  const ListTable table(op, params, grads, replays, anchors, indices);
+  const double hyper[kGuideHypers] = {double(maximize), strength, static_cast<double>(threshold)};
+  const Rows rows = table.rows(replay_weight, grad_scale);
+  compute_guide(rows, list_control(op, rows.n, coefficients, flags, hyper, seed, draw));
+}
+
+Tensor philox_words(int64_t seed, int64_t draw, int64_t stream, int64_t n) {
+  STD_TORCH_CHECK(n >= 0, "dgg::philox_words: n is ", n);
+  Tensor result = torch::stable::empty({&n, 1}, ScalarType::Long);
+  int64_t* out = data<int64_t>(result);
+  uint32_t words[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = std::min(kBlock, n - begin);
+    run(Philox{words, begin / 4, (count + 3) / 4, static_cast<uint32_t>(draw),
+               static_cast<uint32_t>(stream), static_cast<uint64_t>(seed)});
+    std::copy_n(words, count, out + begin);
+  }
+  return result;
+}
+
+std::string isa() {
+  switch (kIsa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace
+}  // namespace dgg
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
+  m.impl("norms_table", TORCH_BOX(&dgg::norms_table));
+  m.impl("coefficients", TORCH_BOX(&dgg::make_coefficients));
+  m.impl("adam_table_", TORCH_BOX(&dgg::adam_table));
+  m.impl("sgd_table_", TORCH_BOX(&dgg::sgd_table));
+  m.impl("guide_table_", TORCH_BOX(&dgg::guide_table));
+  m.impl("norms", TORCH_BOX(&dgg::norms_list));
+  m.impl("adam_", TORCH_BOX(&dgg::adam_list));
+  m.impl("sgd_", TORCH_BOX(&dgg::sgd_list));
+  m.impl("guide_", TORCH_BOX(&dgg::guide_list));
+}
+
+// Without a tensor among the arguments the dispatcher finds no device.
+STABLE_TORCH_LIBRARY_IMPL(dgg, CompositeExplicitAutograd, m) {
+  m.impl("philox_words", TORCH_BOX(&dgg::philox_words));
+  m.impl("isa", TORCH_BOX(&dgg::isa));
+}

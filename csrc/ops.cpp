@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Schemas of the native operators, shared by every device library. Those named *_table take a
+// table of addresses and are what a step calls: reading 448 tensors out of lists costs more than
+// updating them. A tensor passed as an address cannot be declared as mutated, so the twins without
+// the suffix take lists and declare every mutation; torch.compile sees those.
+//
+// Table, int64 [n, 13] on the CPU, a row per tensor (kColumn* in cpu.cpp):
+//   0 parameter           1 exp_avg or momentum buffer   2 exp_avg_sq   3 max_exp_avg_sq   4 anchor
+//   5 step (float32)      6 number of elements           7 row of `hyper`
+//   8 dtypes, 8 bits each from the lowest: parameter, gradient, replay, exp_avg, exp_avg_sq,
+//     max_exp_avg_sq, anchor; 0 float32, 1 bfloat16, 2 float16, 3 float64
+//   9 tensor index j     10, 11, 12 base, block, stride: element l of the tensor is element
+//     base + (l / block) * stride + l % block of the unsharded parameter
+// An address of 0 means absent. `grads` and `replays` are int64 [n] addresses; `replays` may be
+// empty. A row with neither is left alone. The elements of all tensors of a row are dense and in
+// the same order.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dgg, m) {
+  m.def(
+      "norms_table(Tensor table, Tensor grads, Tensor replays, Tensor(a!) distances, *, "
+      "float replay_weight, float grad_scale, int which) -> Tensor");
+  m.def(
+      "coefficients(Tensor squares, *, float? max_grad_norm, bool scaling, bool per_tensor) "
+      "-> Tensor");
+  m.def(
+      "adam_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
+      "bool look_ahead, int seed, int draw) -> ()");
+  m.def(
+      "sgd_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
+      "bool look_ahead, int seed, int draw) -> ()");
+  m.def(
+      "guide_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, *, float replay_weight, float grad_scale, int seed, int draw) -> ()");
+
+  m.def(
+      "norms(Tensor[] params, Tensor[] grads, Tensor[] replays, Tensor[] anchors, "
+      "Tensor(a!) distances, *, float replay_weight, float grad_scale, int which) -> Tensor");
+  m.def(
+      "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] anchors, "
+      "Tensor(e!)[] steps, Tensor(f!) distances, Tensor coefficients, Tensor flags, "
+      "int[] indices, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, bool amsgrad, bool maximize, float strength, int threshold, "
+      "float replay_weight, float grad_scale, bool look_ahead, int seed, int draw) -> ()");
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, "
+      "Tensor(b!)[] momentum_buffers, Tensor[] anchors, Tensor(c!) distances, "
+      "Tensor coefficients, Tensor flags, int[] indices, *, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, float strength, "
+      "int threshold, float replay_weight, float grad_scale, bool look_ahead, int seed, int draw) "
+      "-> ()");
+  m.def(
+      "guide_(Tensor[] params, Tensor(a!)[] grads, Tensor[] replays, Tensor[] anchors, "
+      "Tensor coefficients, Tensor flags, int[] indices, *, bool maximize, float strength, "
+      "int threshold, float replay_weight, float grad_scale, int seed, int draw) -> ()");
+
+  m.def("philox_words(int seed, int draw, int stream, int n) -> Tensor");
+  m.def("isa() -> str");
+}
