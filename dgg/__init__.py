@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""dgg: Dynamic Gradient Guidance for continual fine-tuning, fused into the optimizer step."""
+
+from dgg import metrics
+from dgg._dispatch import show_config
+from dgg.guidance import Guidance
+from dgg.optim import SGD, Adam, AdamW, unwrap
+from dgg.replay import ReplayBuffer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Guidance",
+    "ReplayBuffer",
+    "hf",
+    "metrics",
+    "show_config",
+    "unwrap",
+]
+
+
+def __getattr__(name: str):
+    # transformers is large and optional: dgg.hf is imported when it is asked for.
+    if name == "hf":
+        import importlib
+
+        return importlib.import_module("dgg.hf")
+    raise AttributeError(f"module 'dgg' has no attribute {name!r}")

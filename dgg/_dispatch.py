@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Choice of the backend, and the parallel lists that every backend works on.
+
+A kernel sees plain local tensors and numbers. `Rows` holds them as parallel lists, a row per
+parameter; for the C++ backend also as a table of addresses that is made once and of which only
+the gradients' column is refreshed (an operator that takes 448-tensor lists costs more than the
+step it does; one that takes a table costs about a microsecond).
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dgg import reference
+from dgg.anchor import FLOAT_DTYPES
+
+BACKENDS = ("reference", "cpp", "triton")
+
+# Columns of the address table; csrc/ops.cpp names them likewise.
+(PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP, NUMEL, GROUP, DTYPES, INDEX,
+ INDEX_BASE, INDEX_BLOCK, INDEX_STRIDE) = range(13)  # fmt: skip
+
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
+
+
+def _load_library() -> str | None:
+    """Loads the compiled operators; returns None, or why they are missing."""
+    folder = pathlib.Path(__file__).parent
+    libraries = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    if not libraries:
+        note = folder / "_build_error.txt"
+        reason = note.read_text().strip() if note.exists() else "it was not built"
+        return (
+            f"{reason}; install a C++ compiler and reinstall dgg "
+            "(pip install --no-build-isolation --force-reinstall --no-deps dgg)"
+        )
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0].name} cannot be loaded ({error}); reinstall dgg for this torch"
+    return None
+
+
+_cpp_error = _load_library()
+
+
+def _register_fakes() -> None:
+    # The list operators return nothing but `norms`, whose shape is known; the mutations stand in
+    # the schemas.
+    @torch.library.register_fake("dgg::norms")
+    def _(params, grads, replays, anchors, distances, **_kwargs):
+        return distances.new_empty((3, len(params)), dtype=torch.float64)
+
+    @torch.library.register_fake("dgg::coefficients")
+    def _(squares, **_kwargs):
+        return squares.new_empty((reference.SCALES + squares.shape[1],))
+
+    for name in ("adam_", "sgd_", "guide_"):
+        torch.library.register_fake(f"dgg::{name}", lambda *_args, **_kwargs: None)
+
+
+if _cpp_error is None:
+    _register_fakes()
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Returns None if ``backend`` can run on ``device``, else why not and how to get it."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device.type != "cpu":
+            return (
+                f"this build has no C++ kernels for {device.type!r} devices; "
+                "use backend='reference' or backend=None there"
+            )
+        return None if _cpp_error is None else f"its library is missing: {_cpp_error}"
+    if backend == "triton":
+        return "its kernels are not part of this build; use backend=None"
+    raise ValueError(f"unknown backend {backend!r}; choose one of {BACKENDS} or None")
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """Returns the backend for ``device``: the named one, or the fastest that can run.
+
+    Raises:
+        RuntimeError: The named backend cannot run; the message says how to get it.
+        ValueError: No such backend.
+    """
+    if backend is not None:
+        reason = unavailable(backend, device)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+        return backend
+    return "cpp" if unavailable("cpp", device) is None else "reference"
+
+
+def show_config() -> str:
+    """Returns, as text to print, which backends are usable here and why the others are not."""
+    lines = [
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+    ]
+    cpu = torch.device("cpu")
+    for backend in BACKENDS:
+        reason = unavailable(backend, cpu)
+        state = "usable" if reason is None else f"not usable: {reason}"
+        if backend == "cpp" and reason is None:
+            state += f" on the CPU ({torch.ops.dgg.isa()})"
+        lines.append(f"  {backend:<10} {state}")
+    lines.append(f"default on the CPU: {choose(None, cpu)}; on other devices: reference")
+    if os.environ.get("DGG_CPP"):
+        lines.append(f"DGG_CPP={os.environ['DGG_CPP']} was set in this environment")
+    return "\n".join(lines)
+
+
+def real_view(x: Tensor) -> Tensor:
+    """Returns a complex tensor as its real view, any other as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def is_dense(x: Tensor) -> bool:
+    """Returns whether the tensor's memory has neither gaps nor overlaps."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_order(x: Tensor, y: Tensor) -> bool:
+    """Returns whether two dense tensors of one shape store their elements in the same order."""
+    return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
+
+
+class Rows:
+    """The parallel lists of one device's parameters, a row per parameter, and their table.
+
+    Attributes:
+        params: Parameters θ as the optimizer holds them.
+        groups: Number of each row's parameter group.
+        indices: Tensor index j of each row, counted over all groups.
+        anchored: Whether any row has an anchor.
+        distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
+        grads: Gradient of each row in the present step or None; see `refresh`.
+        replays: Replay gradient of each row or None; empty when there are none at all.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        params: Sequence[Tensor],
+        groups: Sequence[int],
+        indices: Sequence[int],
+        *,
+        anchors: Sequence[Tensor | None],
+        exp_avgs: Sequence[Tensor | None] | None = None,
+        exp_avg_sqs: Sequence[Tensor | None] | None = None,
+        max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
+        steps: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        absent = [None] * len(params)
+        self.backend = backend
+        self.params = list(params)
+        self.groups = list(groups)
+        self.indices = list(indices)
+        self.device = self.params[0].device
+        self.anchored = any(anchor is not None for anchor in anchors)
+        self.grads: list[Tensor | None] = []
+        self.replays: list[Tensor | None] = []
+        self.distances = torch.full(
+            (len(self.params),), -1.0, dtype=torch.float64, device=self.device
+        )
+        self._versions: list[int] | None = None
+        self._constants: dict[object, Tensor] = {}
+        self._addresses = list(map(Tensor.data_ptr, self.params))
+        self._dtypes = [p.dtype for p in self.params]
+        # Kernels see complex tensors as pairs of reals.
+        self._state = {
+            PARAM: [real_view(p.detach()) for p in self.params],
+            EXP_AVG: _real_views(exp_avgs or absent),
+            EXP_AVG_SQ: _real_views(exp_avg_sqs or absent),
+            MAX_EXP_AVG_SQ: _real_views(max_exp_avg_sqs or absent),
+            ANCHOR: _real_views(anchors),
+            STEP: list(steps or absent),
+        }
+        self._staged = [not self._flat(row) for row in range(len(self.params))]
+        # Gradients of parameters like these are taken up without a look at each row's strides.
+        self._plain = not any(self._staged) and all(
+            p.is_contiguous() and not p.is_complex() for p in self.params
+        )
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._grad_copies: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[Tensor] = []
+        if backend == "cpp":
+            self._base_table = self._make_table()
+
+    def _flat(self, row: int) -> bool:
+        # An element-wise kernel may walk memory in any order that all its tensors share.
+        param = self._state[PARAM][row]
+        state = [self._state[column][row] for column in (*_MOMENTS, ANCHOR)]
+        return is_dense(param) and all(x is None or same_order(x, param) for x in state)
+
+    def _make_table(self) -> Tensor:
+        rows = []
+        for row, param in enumerate(self._state[PARAM]):
+            state = (self._state[column][row] for column in (PARAM, *_MOMENTS, ANCHOR, STEP))
+            addresses = [0 if x is None else x.data_ptr() for x in state]
+            numel = param.numel()
+            rows.append(
+                [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
+                 self.indices[row], 0, numel, numel]
+            )  # fmt: skip
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
+        param = self._state[PARAM][row]
+        state = (self._state[column][row] for column in (*_MOMENTS, ANCHOR))
+        packed = 0
+        for place, tensor in enumerate((param, grad, replay, *state)):
+            dtype = param.dtype if tensor is None else tensor.dtype
+            packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
+        return packed
+
+    def in_place(self) -> bool:
+        """Returns whether every parameter still lies where it lay when the rows were made."""
+        return list(map(Tensor.data_ptr, self.params)) == self._addresses
+
+    def refresh(
+        self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
+    ) -> None:
+        """Takes up the gradients of this step.
+
+        Args:
+            grads: Gradient of each row or None; strided, of the parameter's shape.
+            replays: Replay gradient of each row or None; empty if there are none at all.
+            elementwise: Draws are made per element, which must then lie in row-major order.
+        """
+        self._copies, self._grad_copies, self._kept = [], [], []
+        if self.backend != "cpp":
+            self.grads, self.replays = _real_views(grads), _real_views(replays)
+            return
+        self.grads, self.replays = grads, replays
+        if not self._plain or replays or not self._refresh_plain(grads):
+            self._refresh_each(grads, replays, elementwise)
+
+    def _refresh_plain(self, grads: list[Tensor | None]) -> bool:
+        # 448 gradients pass here every step: comprehensions over one attribute are the fastest
+        # thing Python has.
+        try:
+            addresses, present, dtypes = list(map(Tensor.data_ptr, grads)), grads, self._dtypes
+        except TypeError:  # some are None
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+            present = [g for g in grads if g is not None]
+            dtypes = [d for d, g in zip(self._dtypes, grads, strict=True) if g is not None]
+        if [g.dtype for g in present] != dtypes:
+            return False
+        if not all([g.is_contiguous() for g in present]) or any([g.is_neg() for g in present]):
+            return False
+        self._table = self._base_table
+        self._grad_addresses = _int64(addresses)
+        self._replay_addresses = _NO_ADDRESSES
+        return True
+
+    def _refresh_each(self, grads, replays, elementwise: bool) -> None:
+        self._table = self._base_table.clone()
+        addresses: tuple[list[int], list[int]] = ([], [])
+        for row, param in enumerate(self._state[PARAM]):
+            pair = [
+                None if x is None else real_view(x.detach().resolve_conj()).resolve_neg()
+                for x in (grads[row], replays[row] if replays else None)
+            ]
+            given = [x for x in pair if x is not None]
+            staged = bool(given) and (
+                self._staged[row]
+                or not all(is_dense(x) and same_order(x, param) for x in given)
+                or (elementwise and not param.is_contiguous())
+            )
+            if staged:
+                self._stage(row)
+            for place, x in enumerate(pair):
+                if x is None:
+                    addresses[place].append(0)
+                    continue
+                plain = x.contiguous() if staged else x
+                self._kept.append(plain)
+                if place == 0 and plain.data_ptr() != real_view(grads[row]).data_ptr():
+                    self._grad_copies.append((real_view(grads[row].detach()), plain))
+                addresses[place].append(plain.data_ptr())
+            self._table[row, DTYPES] = self._dtype_codes(row, *pair)
+        self._grad_addresses = _int64(addresses[0])
+        self._replay_addresses = _int64(addresses[1]) if replays else _NO_ADDRESSES
+
+    def _stage(self, row: int) -> None:
+        # Tensors whose strides disagree are worked on as contiguous copies for this step.
+        for column in (PARAM, *_MOMENTS, ANCHOR):
+            tensor = self._state[column][row]
+            if tensor is None:
+                continue
+            copy = tensor.contiguous()
+            self._kept.append(copy)
+            self._table[row, column] = copy.data_ptr()
+            if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
+                self._copies.append((tensor, copy))
+
+    def constant_flags(self, value: int) -> Tensor:
+        """Returns (cached) uint8 flags that are the same for every row; not to be modified."""
+        if value not in self._constants:
+            self._constants[value] = torch.full(
+                (len(self.params),), value, dtype=torch.uint8, device=self.device
+            )
+        return self._constants[value]
+
+    def constant_coefficients(self) -> Tensor:
+        """Returns (cached) coefficients of a step that neither clips nor scales: c = s = 1."""
+        if "coefficients" not in self._constants:
+            ones = torch.ones(
+                reference.SCALES + len(self.params), dtype=torch.float64, device=self.device
+            )
+            self._constants["coefficients"] = ones
+        return self._constants["coefficients"]
+
+    def forget_changed(self) -> None:
+        """Drops the known distance of every parameter that was changed since it was measured."""
+        if self._versions is None:
+            return
+        now = [p._version for p in self.params]
+        if now != self._versions:
+            for row, (old, new) in enumerate(zip(self._versions, now, strict=True)):
+                if old != new:
+                    self.distances[row] = -1.0
+            self._versions = now
+
+    def updated(self, look_ahead: bool) -> None:
+        """Ends a step that wrote the parameters: copies staged ones back, bumps versions."""
+        for target, copy in self._copies:
+            target.copy_(copy)
+        active = [
+            grad is not None or bool(self.replays and self.replays[row] is not None)
+            for row, grad in enumerate(self.grads)
+        ]
+        if self.backend == "cpp":
+            # The table hides the writes from autograd, which must know of them.
+            torch.autograd.graph.increment_version(
+                [p for p, changed in zip(self.params, active, strict=True) if changed]
+            )
+        if look_ahead:
+            now = [p._version for p in self.params]
+            if self._versions is not None and not all(active):
+                triples = zip(active, now, self._versions, strict=True)
+                now = [new if changed else old for changed, new, old in triples]
+            self._versions = now
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the gradients and of the copies made of them."""
+        self.grads, self.replays, self._kept, self._copies, self._grad_copies = [], [], [], [], []
+
+
+_MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
+_NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
+
+ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
+              "strength", "threshold")  # fmt: skip
+SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "strength",
+             "threshold")  # fmt: skip
+GUIDE_HYPER = ("maximize", "strength", "threshold")
+
+
+def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else real_view(x.detach().resolve_conj()) for x in tensors]
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.frombuffer(array.array("q", values), dtype=torch.int64)
+
+
+def _hyper_table(groups: Sequence[dict], names: Sequence[str]) -> Tensor:
+    return torch.tensor(
+        [[float(group[name]) for name in names] for group in groups], dtype=torch.float64
+    )
+
+
+def _signed(seed: int) -> int:
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def norms(rows: Rows, *, replay_weight: float, grad_scale: float, which: int) -> Tensor:
+    """Returns the squares of `reference.norms` for these rows."""
+    if rows.backend == "cpp":
+        return torch.ops.dgg.norms_table(
+            rows._table,
+            rows._grad_addresses,
+            rows._replay_addresses,
+            rows.distances,
+            replay_weight=replay_weight,
+            grad_scale=grad_scale,
+            which=which,
+        )
+    return reference.norms(
+        rows._state[PARAM],
+        rows.grads,
+        rows.replays,
+        rows._state[ANCHOR],
+        rows.distances,
+        replay_weight=replay_weight,
+        grad_scale=grad_scale,
+        which=which,
+    )
+
+
+def coefficients(
+    backend: str, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
+) -> Tensor:
+    """Returns c, the norms and s as `reference.coefficients` does."""
+    function = torch.ops.dgg.coefficients if backend == "cpp" else reference.coefficients
+    return function(squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
+
+
+def adam_(
+    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], *, look_ahead: bool,
+    **options,
+) -> None:  # fmt: skip
+    """Runs `reference.adam_` on these rows: all groups in one call, parameters in place.
+
+    Args:
+        rows: The rows, refreshed with this step's gradients.
+        coefficients: float64 [4 + n].
+        flags: uint8 [n].
+        groups: Hyper-parameters of every group, the names in ADAM_HYPER.
+        look_ahead: Also measure the distances after the update.
+        **options: replay_weight, grad_scale, seed and draw.
+    """
+    state = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP)
+    _update("adam_", state, ADAM_HYPER, rows, coefficients, flags, groups, look_ahead, options)
+
+
+def sgd_(
+    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], *, look_ahead: bool,
+    **options,
+) -> None:  # fmt: skip
+    """Runs `reference.sgd_` on these rows; arguments as in `adam_`, names in SGD_HYPER."""
+    state = (EXP_AVG, ANCHOR)
+    _update("sgd_", state, SGD_HYPER, rows, coefficients, flags, groups, look_ahead, options)
+
+
+def _update(
+    name, state, hyper, rows, coefficients, flags, groups, look_ahead, options
+) -> None:  # fmt: skip
+    if rows.backend == "cpp":
+        options = {**options, "seed": _signed(options["seed"]), "look_ahead": look_ahead}
+        getattr(torch.ops.dgg, name[:-1] + "_table_")(
+            rows._table,
+            rows._grad_addresses,
+            rows._replay_addresses,
+            coefficients,
+            flags,
+            _hyper_table(groups, hyper),
+            rows.distances,
+            **options,
+        )
+    else:
+        for number, group in enumerate(groups):
+            getattr(reference, name)(
+                rows._state[PARAM],
+                *_of_group(rows, number),
+                *(rows._state[column] for column in state),
+                rows.distances,
+                coefficients,
+                flags,
+                rows.indices,
+                **{key: group[key] for key in hyper},
+                look_ahead=look_ahead,
+                **options,
+            )
+    rows.updated(look_ahead)
+
+
+def guide_(
+    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], **options
+) -> None:
+    """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
+
+    Args:
+        rows: The rows, refreshed with this step's gradients.
+        coefficients: float64 [4 + n].
+        flags: uint8 [n].
+        groups: Hyper-parameters of every group, the names in GUIDE_HYPER.
+        **options: replay_weight, grad_scale, seed and draw.
+    """
+    if rows.backend == "cpp":
+        options = {**options, "seed": _signed(options["seed"])}
+        torch.ops.dgg.guide_table_(
+            rows._table,
+            rows._grad_addresses,
+            rows._replay_addresses,
+            coefficients,
+            flags,
+            _hyper_table(groups, GUIDE_HYPER),
+            **options,
+        )
+        for target, copy in rows._grad_copies:
+            target.copy_(copy)
+        torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
+    else:
+        for number, group in enumerate(groups):
+            reference.guide_(
+                rows._state[PARAM],
+                *_of_group(rows, number),
+                rows._state[ANCHOR],
+                coefficients,
+                flags,
+                rows.indices,
+                **{key: group[key] for key in GUIDE_HYPER},
+                **options,
+            )
+    rows.release()
+
+
+def _of_group(rows: Rows, number: int) -> tuple[list, list]:
+    # Rows of other groups pass as rows without gradient, which the reference leaves alone.
+    mine = [group == number for group in rows.groups]
+    return tuple(
+        [x if own else None for own, x in zip(mine, tensors, strict=True)] if tensors else []
+        for tensors in (rows.grads, rows.replays)
+    )

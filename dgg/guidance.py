@@ -1,0 +1,772 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Guidance itself: options, Bernoulli draws, scale, look-ahead, the replay slot.
+
+`Engine` is what `dgg.optim` and `Guidance` share: it knows at which steps to inject, measures
+the norms these steps need and nothing else, and remembers what it did for the statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _dispatch, _philox, anchor, reference
+
+# Options of the whole optimizer; they stand in every group, because what stands there survives
+# every kind of checkpoint, and must agree.
+WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
+        "draw_index", "task_index")  # fmt: skip
+# Options of a group, schedulable.
+PER_GROUP = ("alpha", "strength")
+
+_CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Checks the values of guidance options.
+
+    Args:
+        options: Values of any of WIDE and PER_GROUP.
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: A value out of range; the message names option, value and remedy.
+    """
+    for name, choices in _CHOICES.items():
+        if name in options and options[name] not in choices:
+            raise ValueError(f"{name}={options[name]!r} is not one of {choices}")
+    if "scaling" in options and not isinstance(options["scaling"], bool):
+        raise TypeError(f"scaling={options['scaling']!r} must be True or False")
+    _check_number(options, "alpha", low=0.0, high=1.0, why="it is a probability")
+    _check_number(options, "strength", low=0.0, why="a negative one would push off the anchor")
+    _check_number(options, "replay_weight", low=0.0, why="it weighs the replay gradient")
+    if options.get("max_grad_norm") is not None:
+        _check_number(
+            options, "max_grad_norm", low=0.0, above=True, why="pass None for no clipping"
+        )
+    for name, limit in (("seed", 1 << 64), ("draw_index", None), ("task_index", None)):
+        if name not in options:
+            continue
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an int")
+        if value < 0 or (limit is not None and value >= limit):
+            raise ValueError(f"{name}={value} must lie in [0, {'2**64' if limit else 'inf'})")
+
+
+def _check_number(options, name, *, low, high=math.inf, above=False, why) -> None:
+    if name not in options:
+        return
+    value = options[name]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+    inside = low < value if above else low <= value
+    if not (inside and value <= high and math.isfinite(value)):
+        bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+        raise ValueError(f"{name}={value} must lie in {bounds}: {why}")
+
+
+class Options:
+    """The options in force at one step, read from the groups and checked when they change."""
+
+    def __init__(self) -> None:
+        self._checked: Any = None
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Returns the first group as the source of the optimizer-wide options.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
+        """
+        first = groups[0]
+        # draw_index moves every step and is written by us alone.
+        present = [
+            tuple([g[name] for name in WIDE if name != "draw_index"] + [g[n] for n in PER_GROUP])
+            for g in groups
+        ]
+        if present != self._checked:
+            for number, group in enumerate(groups):
+                for name in WIDE:
+                    if group[name] != first[name]:
+                        raise ValueError(
+                            f"{name} is one setting for the whole optimizer, but group 0 has "
+                            f"{first[name]!r} and group {number} has {group[name]!r}; set it in "
+                            "all groups"
+                        )
+                check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
+            self._checked = present
+        return first
+
+
+class ReplaySlot:
+    """Holds the replay gradients r between ``with opt.replay():`` and the step that uses them."""
+
+    def __init__(self) -> None:
+        self._grads: dict[int, tuple[Tensor, Tensor]] = {}
+        self._open = False
+
+    def __bool__(self) -> bool:
+        return bool(self._grads)
+
+    def get(self, param: Tensor) -> Tensor | None:
+        """Returns the replay gradient of ``param`` or None."""
+        entry = self._grads.get(id(param))
+        return None if entry is None else entry[1]
+
+    def clear(self) -> None:
+        """Drops all replay gradients."""
+        self._grads.clear()
+
+    @contextlib.contextmanager
+    def record(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Lets gradients flow into the slot instead of ``.grad``, without copying any.
+
+        The gradients already in ``.grad`` are put aside and come back at the end; several
+        recordings before a step add up.
+        """
+        if self._open:
+            raise RuntimeError("replay() blocks do not nest; leave the outer one first")
+        present = [p.grad for p in params]
+        before = dict(self._grads)
+        self._open = True
+        try:
+            for p in params:
+                p.grad = self.get(p)
+            yield
+            self._grads = {id(p): (p, p.grad) for p in params if p.grad is not None}
+        except BaseException:
+            self._grads = before
+            raise
+        finally:
+            self._open = False
+            for p, grad in zip(params, present, strict=True):
+                p.grad = grad
+
+
+def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:
+    """Checks that a gradient is one the kernels can take.
+
+    Raises:
+        TypeError: Sparse, or of a dtype that is not floating; names the parameter.
+    """
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the {kind} of {label} is {grad.layout}; dgg needs dense gradients: build the module "
+            "with sparse=False, or give that parameter to torch.optim.SparseAdam"
+        )
+    if grad.is_complex() != param.is_complex() or grad.dtype.to_real() not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"the {kind} of {label} is {grad.dtype} for a parameter of {param.dtype}; use float32, "
+            "bfloat16, float16 or float64 gradients"
+        )
+
+
+def check_param(param: Tensor, label: str, *, stepped: bool = False) -> None:
+    """Checks that a parameter (trainable, or about to be stepped) is one the kernels can take."""
+    if not stepped and not param.requires_grad:
+        return
+    if hasattr(param, "device_mesh"):
+        raise TypeError(
+            f"{label} is a DTensor; this build of dgg has no sharded step yet: build the optimizer "
+            "over an unsharded model"
+        )
+    if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
+            "float16, float64 (and complex) parameters: freeze it or convert it"
+        )
+    if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(
+            f"{label} overlaps itself in memory (an expanded tensor) and cannot be updated in "
+            "place; clone it first"
+        )
+
+
+def plan_anchors(
+    groups: Sequence[Mapping[str, Any]],
+    known: Mapping[Tensor, Tensor | None],
+    tensors: Mapping[str, Tensor] | None,
+    model: torch.nn.Module | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Decides which parameters get an anchor, from what and into which memory; writes nothing.
+
+    Args:
+        groups: Parameter groups.
+        known: Present anchor (or None) of every parameter that has state.
+        tensors: Named sources, or None for the present weights.
+        model: Maps names to parameters, or None if the groups know the names.
+        dtype: Storage dtype or None for the parameter's.
+        device: Storage device or None for the parameter's.
+
+    Returns:
+        (parameter, source, target) of every parameter to anchor; a present anchor that fits is
+        its target again.
+
+    Raises:
+        KeyError: A trainable parameter has no tensor.
+        TypeError: A wrong type.
+        ValueError: A shape, value or name does not fit.
+    """
+    if tensors is None and model is not None:
+        raise ValueError("model= maps the names of tensors to parameters; give both or neither")
+    if tensors is not None and not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"set_anchor() takes a mapping from names to tensors, not {type(tensors).__name__}; "
+            "load the file first, e.g. safetensors.torch.load_file(path)"
+        )
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
+    every = [p for group in groups for p in group["params"]]
+    chosen = [
+        (p, label)
+        for p, label in zip(every, group_labels(groups), strict=True)
+        if p.requires_grad or p in known
+    ]
+    if not chosen:
+        raise ValueError(
+            "set_anchor() found no trainable parameter in this optimizer; unfreeze "
+            "(requires_grad_(True)) what the next task trains first"
+        )
+    params, labels = [p for p, _ in chosen], [label for _, label in chosen]
+    for p, label in chosen:
+        check_param(p, label, stepped=True)
+    if tensors is None:
+        sources = [p.detach() for p in params]
+        for p, label in chosen:
+            anchor.check_source(p.detach(), p, label)
+    else:
+        names = _names_of(groups, model, params)
+        sources = anchor.match_named(tensors, params, names, labels)
+    targets = []
+    for p, label in chosen:
+        wanted = anchor.storage_dtype(p, dtype, label)
+        old = known.get(p)
+        fits = old is not None and old.dtype == wanted and old.shape == p.shape
+        targets.append(old if fits else anchor.allocate(p, wanted, device))
+    return list(zip(params, sources, targets, strict=True))
+
+
+def _names_of(groups, model, params) -> list[list[str]]:
+    if model is not None:
+        known = anchor.names_of_parameters(model)
+        return [known.get(p, []) for p in params]
+    names: dict[Tensor, str] = {}
+    for group in groups:
+        if "param_names" not in group:
+            raise ValueError(
+                "set_anchor(tensors) cannot tell which name belongs to which parameter: pass "
+                "model=, or build the optimizer from model.named_parameters()"
+            )
+        names.update(zip(group["params"], group["param_names"], strict=True))
+    return [[names[p]] for p in params]
+
+
+class Engine:
+    """Decides when to inject, measures what that needs, and remembers it.
+
+    One engine belongs to one optimizer and keeps nothing that a checkpoint would need: seed and
+    draw index stand in the groups.
+    """
+
+    def __init__(self) -> None:
+        self.options = Options()
+        self.replay = ReplaySlot()
+        self._words: tuple[int, int, int] | None = None
+        self._last: dict[str, Any] | None = None
+
+    def flags(
+        self, wide: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rows, draw: int
+    ) -> Tensor | None:
+        """Returns the uint8 flags of every row at draw ``draw``; None if none injects."""
+        if not rows.anchored:
+            return None
+        limits = [threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups]
+        if not any(limits):
+            return None
+        granularity, seed = wide["granularity"], wide["seed"]
+        if granularity == "step":
+            word = self._step_word(seed, draw)
+            by_group = [reference.INJECT if word < limit else 0 for limit in limits]
+        elif granularity == "element":
+            # Above or below all words the elements' draws are known without drawing.
+            by_group = [
+                reference.INJECT if limit == 1 << 32 else reference.INJECT_ELEMENTS if limit else 0
+                for limit in limits
+            ]
+        else:
+            words = _philox.tensor_words(seed, draw, torch.tensor(rows.indices))
+            limit = torch.tensor([limits[group] for group in rows.groups])
+            hit = words < limit
+            return hit.to(torch.uint8).to(rows.device) if bool(hit.any()) else None
+        if not any(by_group):
+            return None
+        if len(set(by_group)) == 1:
+            return rows.constant_flags(by_group[0])
+        return torch.tensor([by_group[group] for group in rows.groups], dtype=torch.uint8).to(
+            rows.device
+        )
+
+    def _step_word(self, seed: int, draw: int) -> int:
+        # The look-ahead asks at step k for k + 1, which the next step asks for again.
+        if self._words is None or self._words[:2] != (seed, draw):
+            self._words = (seed, draw, _philox.step_word(seed, draw))
+        return self._words[2]
+
+    def measure(
+        self,
+        wide: Mapping[str, Any],
+        all_rows: Sequence[_dispatch.Rows],
+        injecting: bool,
+        *,
+        grad_scale: float,
+    ) -> list[Tensor]:
+        """Returns the coefficients [4 + n] of each device's rows, computing only needed norms."""
+        which = reference.NORM_TOTAL if wide["max_grad_norm"] is not None else 0
+        if injecting and wide["scaling"]:
+            which |= reference.NORM_GRAD | reference.NORM_DISTANCE
+            for rows in all_rows:
+                rows.forget_changed()
+        if not which:
+            return [rows.constant_coefficients() for rows in all_rows]
+        squares = [
+            _dispatch.norms(
+                rows, replay_weight=float(wide["replay_weight"]), grad_scale=grad_scale, which=which
+            )
+            for rows in all_rows
+        ]
+        settings = {
+            "max_grad_norm": wide["max_grad_norm"],
+            "scaling": wide["scaling"],
+            "per_tensor": wide["norm_scope"] == "tensor",
+        }
+        if len(all_rows) == 1:
+            return [_dispatch.coefficients(all_rows[0].backend, squares[0], **settings)]
+        # One norm over several devices: the few squares travel, the gradients stay.
+        home = squares[0].device
+        joined = torch.cat([part.to(home) for part in squares], dim=1)
+        found = reference.coefficients(joined, **settings)
+        sizes = [reference.SCALES, *(part.shape[1] for part in squares)]
+        head, *scales = found.split(sizes)
+        return [
+            torch.cat([head, part]).to(rows.device)
+            for part, rows in zip(scales, all_rows, strict=True)
+        ]
+
+    def remember(self, wide, rows, flags, coefficients, strength) -> None:
+        """Keeps what the statistics of this step are made of; nothing is computed here."""
+        self._last = {
+            "flags": flags,
+            "coefficients": coefficients,
+            "strength": strength,
+            "per_tensor": wide["norm_scope"] == "tensor",
+            "measured": flags is not None and wide["scaling"],
+            "clipped": wide["max_grad_norm"] is not None,
+            "device": rows.device,
+        }
+
+    def remember_skipped(self, device: torch.device) -> None:
+        """Keeps that the last step was skipped for inf or NaN gradients."""
+        self._last = {"flags": None, "coefficients": None, "device": device}
+
+    def statistics(self) -> dict[str, Tensor | None]:
+        """Returns the statistics of the last step as tensors on its device; see `AdamW`."""
+        names = ("injected", "scale", "grad_norm", "distance", "clip")
+        last = self._last
+        if last is None:
+            return dict.fromkeys(names)
+        stats: dict[str, Tensor | None] = dict.fromkeys(names)
+        flags, found = last["flags"], last["coefficients"]
+        zero = torch.zeros((), device=last["device"])
+        stats["injected"] = zero.bool() if flags is None else (flags & 3).ne(0).any()
+        stats["scale"] = zero
+        if found is None:
+            return stats
+        if flags is not None:
+            scales = found[reference.SCALES :] * last["strength"]
+            stats["scale"] = scales.float() if last["per_tensor"] else scales[0].float()
+        if last["measured"]:
+            stats["grad_norm"] = found[reference.GRAD_NORM].float()
+            stats["distance"] = found[reference.DISTANCE].float()
+        if last["clipped"]:
+            stats["clip"] = found[reference.CLIP].float()
+        return stats
+
+
+def threshold(alpha: float | Tensor) -> int:
+    """Returns the threshold of the draws for a group's alpha: floor(α · 2**32)."""
+    return _philox.threshold(float(alpha))
+
+
+def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns how errors call each parameter: its name, or its place and shape."""
+    labels = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        for place, param in enumerate(group["params"]):
+            if names:
+                labels.append(f"parameter {names[place]!r}")
+            else:
+                shape = tuple(param.shape)
+                labels.append(f"parameter {place} of group {number} (shape {shape})")
+    return labels
+
+
+class Guidance:
+    """Guides an optimizer of someone else's: a step pre-hook that edits ``.grad`` in one pass.
+
+    Works with any `torch.optim.Optimizer` (Muon, bitsandbytes, torchao, Adafactor, ...). Before
+    each of its steps every gradient becomes G = c (g + w r) + b s (θ - θ*), equation (5); what the
+    optimizer then does with G is its own affair. The hook works on ``.grad`` in place.
+
+    Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass and reads the
+    parameters once more on the steps that inject; its anchors live here, not in the other's state
+    (many optimizers take a state that is not empty for an initialised one), so save
+    ``guidance.state_dict()`` beside ``optimizer.state_dict()``. `replay` does not go together with
+    a GradScaler, which cannot unscale what it does not see.
+
+    Args:
+        optimizer: The optimizer to guide.
+        alpha: Probability of injecting the guidance at a step (α).
+        strength: Factor of the guidance's scale s.
+        scaling: Scale by min(1, c ‖g‖ / ‖θ - θ*‖); False gives s = strength.
+        norm_scope: ``"global"`` or ``"tensor"``.
+        granularity: ``"step"``, ``"tensor"`` or ``"element"``.
+        max_grad_norm: Clip the real gradient's total norm in the same pass, or None.
+        replay_weight: Weight w of the replay gradients.
+        seed: Seed of the draws, in [0, 2**64).
+        anchor_dtype: Storage dtype of the anchor; None is the parameter's.
+        anchor_device: Storage device of the anchor; None is the parameter's.
+        process_group: Not supported yet; leave None.
+        backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
+
+    Attributes:
+        param_groups: A dict per group of the optimizer with the guidance options; ``alpha`` and
+            ``strength`` are schedulable, per group.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, or an argument has the wrong type.
+        ValueError: An argument is out of range, or the optimizer is guided already.
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> opt = torch.optim.Muon(model.parameters())
+        >>> guidance = dgg.Guidance(opt, alpha=0.2)
+        >>> train(model, opt, first_task)
+        >>> guidance.set_anchor()
+        >>> train(model, opt, second_task)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        alpha: float = 0.2,
+        strength: float = 1.0,
+        scaling: bool = True,
+        norm_scope: str = "global",
+        granularity: str = "step",
+        max_grad_norm: float | None = None,
+        replay_weight: float = 1.0,
+        seed: int = 0,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        process_group=None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"Guidance takes a torch.optim.Optimizer, not {type(optimizer).__name__}; of a "
+                "wrapper pass the optimizer inside"
+            )
+        if hasattr(optimizer, "guidance_stats") or getattr(optimizer, "_dgg_guided", False):
+            raise ValueError(
+                f"{type(optimizer).__name__} is guided already; set its own options instead of "
+                "wrapping it again"
+            )
+        refuse_process_group(process_group, "Guidance")
+        self._backend = check_backend(backend)
+        self._anchor_dtype = check_anchor_dtype(anchor_dtype)
+        self._anchor_device = None if anchor_device is None else torch.device(anchor_device)
+        self._options = {
+            "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
+            "granularity": granularity, "max_grad_norm": max_grad_norm,
+            "replay_weight": replay_weight, "seed": seed, "draw_index": 0, "task_index": 0,
+        }  # fmt: skip
+        check_options(self._options)
+        self.optimizer = optimizer
+        self.param_groups: list[dict[str, Any]] = []
+        self._sync_groups()
+        self._anchors: dict[Tensor, Tensor] = {}
+        self._engine = Engine()
+        self._rows: list[tuple[list[int], _dispatch.Rows]] = []
+        self._rows_params: list[Tensor] = []
+        optimizer._dgg_guided = True
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def _sync_groups(self) -> None:
+        # Groups may be added to the optimizer at any time; they start with group 0's options.
+        while len(self.param_groups) < len(self.optimizer.param_groups):
+            first = self.param_groups[0] if self.param_groups else self._options
+            self.param_groups.append({**first, **{n: self._options[n] for n in PER_GROUP}})
+
+    @torch.no_grad()
+    def set_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Sets θ* to the present weights or to named tensors; see `dgg.AdamW.set_anchor`.
+
+        Args:
+            tensors: The previous task's weights by name; None takes the present weights.
+            model: Maps names to parameters.
+
+        Raises:
+            KeyError: A trainable parameter has no tensor.
+            TypeError: ``tensors`` or one of them is of the wrong type.
+            ValueError: A shape, value or name does not fit. After any error all is as it was.
+        """
+        groups = self.optimizer.param_groups
+        plan = plan_anchors(
+            groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
+        )
+        self._sync_groups()
+        for param, source, target in plan:
+            target.copy_(source)
+            self._anchors[param] = target
+        for group in self.param_groups:
+            group["task_index"] += 1
+        self._rows = []
+
+    def clear_anchor(self) -> None:
+        """Drops the anchor: the gradients are left as they are from here on."""
+        self._anchors.clear()
+        self._rows = []
+
+    def replay(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self._engine.replay.record(params)
+
+    def guidance_stats(self) -> dict[str, Tensor | None]:
+        """Returns what the last step did, as device tensors; see `dgg.AdamW.guidance_stats`."""
+        return self._engine.statistics()
+
+    def remove(self) -> None:
+        """Takes the hook off the optimizer; the anchor is dropped."""
+        self._handle.remove()
+        self.clear_anchor()
+        self.optimizer._dgg_guided = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the options, the draw index and the anchors by parameter number."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        anchors = {i: self._anchors[p] for i, p in enumerate(params) if p in self._anchors}
+        return {
+            "param_groups": [dict(group) for group in self.param_groups],
+            "anchors": anchors,
+            "params": len(params),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` returned; anchors keep the dtype they were saved in.
+
+        Args:
+            state_dict: From ``state_dict()`` of a guidance over the same parameters.
+
+        Raises:
+            KeyError: The state dict is not one of a guidance.
+            ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
+        """
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._sync_groups()
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
+            raise ValueError(
+                f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
+                f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
+                "optimizer it was saved with"
+            )
+        for group in groups:
+            check_options(group)
+        for i, value in state_dict["anchors"].items():
+            anchor.check_source(value, params[i], f"parameter {i}")
+        self._anchors = {
+            params[i]: value.to(self._anchor_device or params[i].device, copy=True)
+            for i, value in state_dict["anchors"].items()
+        }
+        self.param_groups = [dict(group) for group in groups]
+        self._rows = []
+
+    def _before_step(self, optimizer, args, kwargs):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._edit()
+            return None
+        # The gradients exist only after the closure: edit them inside, with one draw a step.
+        draw = self.param_groups[0]["draw_index"]
+
+        def guided_closure():
+            loss = closure()
+            self._set_draw(draw)
+            self._edit()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": guided_closure}
+        return (args[0], guided_closure, *args[2:]), kwargs
+
+    def _set_draw(self, draw: int) -> None:
+        for group in self.param_groups:
+            group["draw_index"] = draw
+
+    @torch.no_grad()
+    def _edit(self) -> None:
+        self._sync_groups()
+        engine, slot = self._engine, self._engine.replay
+        wide = engine.options.read(self.param_groups)
+        draw = wide["draw_index"]
+        groups = self.optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        labels = None
+        for i, p in enumerate(params):
+            r = slot.get(p) if slot else None
+            for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
+                if given is not None:
+                    labels = labels or group_labels(groups)
+                    check_gradient(given, p, labels[i], kind)
+                    check_param(p, labels[i], stepped=True)
+        # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
+        scale, found = (getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf"))
+        if found is not None and slot:
+            raise RuntimeError(
+                "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
+                "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
+            )
+        if found is not None and bool(found):
+            engine.remember_skipped(params[0].device)
+            self._set_draw(draw + 1)
+            return
+        for p in params:
+            if p.grad is None and slot and slot.get(p) is not None:
+                p.grad = torch.zeros_like(p)
+            elif p.grad is not None and not _dispatch.is_dense(p.grad):
+                # An expanded gradient cannot be written in place.
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+        divisor = 1.0 if scale is None else float(scale)
+        all_rows = self._current_rows(params)
+        for places, rows in all_rows:
+            replays = [slot.get(params[i]) for i in places] if slot else []
+            rows.refresh(
+                [params[i].grad for i in places],
+                replays,
+                elementwise=wide["granularity"] == "element",
+            )
+            # The other optimizer has moved the parameters since any distance was measured.
+            rows.distances.fill_(-1.0)
+        only = [rows for _, rows in all_rows]
+        flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
+        injecting = any(x is not None for x in flags)
+        found = engine.measure(wide, only, injecting, grad_scale=divisor)
+        neutral = not injecting and wide["max_grad_norm"] is None and not slot and divisor == 1.0
+        if neutral:
+            for rows in only:
+                rows.release()
+        else:
+            hyper = [
+                {
+                    "maximize": bool(group.get("maximize", False)),
+                    "strength": float(mine["strength"]),
+                    "threshold": threshold(mine["alpha"]),
+                }
+                for group, mine in zip(groups, self.param_groups, strict=True)
+            ]
+            for rows, row_flags, row_found in zip(only, flags, found, strict=True):
+                _dispatch.guide_(
+                    rows,
+                    row_found,
+                    rows.constant_flags(0) if row_flags is None else row_flags,
+                    hyper,
+                    replay_weight=float(wide["replay_weight"]),
+                    grad_scale=divisor,
+                    seed=wide["seed"],
+                    draw=draw,
+                )
+            if scale is not None:
+                # The gradients are unscaled now; the optimizer must not divide them again.
+                self.optimizer.grad_scale = None
+        if only:
+            strength = self.param_groups[0]["strength"]
+            engine.remember(wide, only[0], flags[0], found[0], float(strength))
+        self._set_draw(draw + 1)
+        slot.clear()
+
+    def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
+        same = len(params) == len(self._rows_params) and all(
+            old is new for old, new in zip(self._rows_params, params, strict=True)
+        )
+        if self._rows and same and all(rows.in_place() for _, rows in self._rows):
+            return self._rows
+        numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
+        devices: dict[torch.device, list[int]] = {}
+        for i, p in enumerate(params):
+            if p.dtype.to_real() in anchor.FLOAT_DTYPES:
+                devices.setdefault(p.device, []).append(i)
+        self._rows = [
+            (
+                places,
+                _dispatch.Rows(
+                    _dispatch.choose(self._backend, device),
+                    [params[i] for i in places],
+                    [numbers[i] for i in places],
+                    places,
+                    anchors=[self._anchors.get(params[i]) for i in places],
+                ),
+            )
+            for device, places in devices.items()
+        ]
+        self._rows_params = params
+        return self._rows
+
+
+def check_backend(backend: str | None) -> str | None:
+    """Returns ``backend`` if it can run on the CPU or is left open; raises otherwise."""
+    if backend is not None:
+        # An explicit request must raise at once where it cannot be met.
+        _dispatch.choose(backend, torch.device("cpu"))
+    return backend
+
+
+def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``dtype`` if an anchor can be stored in it.
+
+    Raises:
+        TypeError: It is not one of the floating dtypes of the kernels.
+    """
+    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"anchor_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
+            "None (the parameter's dtype)"
+        )
+    return dtype
+
+
+def refuse_process_group(process_group, name: str) -> None:
+    """Raises a ValueError if a process group is given: sharded norms do not exist yet."""
+    if process_group is not None:
+        raise ValueError(
+            f"dgg.{name} does not support process_group= in this build: sharded norms are not "
+            "implemented; leave it None"
+        )

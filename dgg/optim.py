@@ -1,0 +1,871 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""AdamW, Adam and SGD with Dynamic Gradient Guidance: drop-in for ``torch.optim``.
+
+Until an anchor is set each class *is* the torch.optim class it derives from, with one fused pass
+as its step. The flow of a step goes one way: here → `_dispatch` → a backend.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _dispatch, anchor, guidance, reference
+
+__all__ = ["SGD", "Adam", "AdamW"]
+
+_FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
+
+
+class _Guided:
+    """What the guided optimizers share; stands before the torch.optim class in their bases."""
+
+    # State key → list of the kernels.
+    _columns: dict[str, str]
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
+        """Checks the guidance arguments, then lets torch.optim check and take the others."""
+        name = type(self).__name__
+        if options.pop("differentiable"):
+            raise ValueError(
+                f"dgg.{name} does not support differentiable=True: the fused step writes in place "
+                f"and records no graph; use torch.optim.{name} to differentiate through a step"
+            )
+        if options.pop("capturable"):
+            raise ValueError(
+                f"dgg.{name} does not support capturable=True: CUDA graphs need the GPU kernels, "
+                "which this build does not have; leave it False"
+            )
+        guidance.refuse_process_group(options.pop("process_group"), name)
+        fused, foreach = options.pop("fused"), options.pop("foreach")
+        self._transient()
+        self._backend = guidance.check_backend(options.pop("backend"))
+        self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
+        device = options.pop("anchor_device")
+        self._anchor_device = None if device is None else torch.device(device)
+        if fused is False or foreach is False:
+            # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is.
+            if self._backend not in (None, "reference"):
+                raise ValueError(
+                    f"fused={fused}, foreach={foreach} ask for an unfused step and "
+                    f"backend={self._backend!r} for a fused one; drop either"
+                )
+            self._backend = "reference"
+        if (fused or foreach) and self._backend == "reference":
+            raise ValueError(
+                f"fused={fused}, foreach={foreach} ask for a fused step and backend='reference' "
+                "(or fused=False, foreach=False) for an unfused one; drop either"
+            )
+        if fused or foreach:
+            reason = _dispatch.unavailable("cpp", torch.device("cpu"))
+            if reason is not None:
+                raise RuntimeError(
+                    f"fused={fused}, foreach={foreach} cannot be met, the fused kernels miss: "
+                    f"{reason}"
+                )
+        self._guidance = {**options, "draw_index": 0, "task_index": 0}
+        guidance.check_options(self._guidance)
+        parent()
+        self.defaults.update(self._guidance)
+        # torch.optim sets this with fused=True only; our step always honours both attributes.
+        self._step_supports_amp_scaling = True
+
+    def _transient(self) -> None:
+        # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
+        self._engine = guidance.Engine()
+        self._rows: _RowCache | None = None
+        self._skipped: Tensor | bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy or a pickle needs: torch's three entries and the settings."""
+        names = ("_backend", "_anchor_dtype", "_anchor_device", "_guidance")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes up a copied, pickled or loaded state and starts without caches."""
+        self._transient()
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        for group in self.param_groups:
+            for name, value in self._guidance.items():
+                group.setdefault(name, value)
+            group.setdefault("anchored", 0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
+
+        Args:
+            param_group: ``{"params": ..., "lr": ..., "alpha": ..., "strength": ...}``; the other
+                guidance options belong to the whole optimizer.
+
+        Raises:
+            TypeError: A trainable parameter has a dtype that cannot be optimized.
+            ValueError: A guidance option is out of range or not one of a group.
+        """
+        wide = self.param_groups[0] if self.param_groups else self._guidance
+        if isinstance(param_group, dict):
+            for name in guidance.WIDE:
+                if name in param_group and param_group[name] != wide[name]:
+                    raise ValueError(
+                        f"{name} is one setting for the whole optimizer ({wide[name]!r}); a group "
+                        f"cannot have its own ({param_group[name]!r}). Per group: alpha, strength"
+                    )
+            options = {n: param_group[n] for n in guidance.PER_GROUP if n in param_group}
+            guidance.check_options(options)
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for place, param in enumerate(group["params"]):
+                names = group.get("param_names")
+                label = f"parameter {names[place]!r}" if names else f"parameter {place}"
+                guidance.check_param(param, f"{label} of group {before}")
+        except (TypeError, ValueError):
+            del self.param_groups[before:]
+            raise
+        for name in guidance.WIDE:
+            group[name] = wide[name]
+        for name in guidance.PER_GROUP:
+            group.setdefault(name, self._guidance[name])
+        group["anchored"] = 0
+        self._rows = None
+
+    # -- the step -------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step: G of the guided gradients, then the base optimizer.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError: A gradient is sparse or of an unsupported dtype.
+            ValueError: An option in the groups is out of range.
+            RuntimeError: The anchor that the groups promise is missing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        engine, groups = self._engine, self.param_groups
+        wide = engine.options.read(groups)
+        draw = wide["draw_index"]
+        params = [p for group in groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        slot = engine.replay
+        replays = [slot.get(p) for p in params] if slot else []
+        grad_scale, self._skipped = self._scaler_state(params, replays)
+        cache = self._rows
+        valid = cache is not None and cache.valid(self, params, grads, replays)
+        if not valid or cache.unchecked:
+            self._check_step(params, grads, replays)
+        if not valid and not self._skipped:
+            cache = self._make_rows(params, grads, replays)
+        if self._skipped:
+            self._advance(draw)
+            engine.remember_skipped(params[0].device)
+            slot.clear()
+            return
+        try:
+            cache.refresh(grads, replays, elementwise=wide["granularity"] == "element")
+        except (RuntimeError, KeyError):
+            # A gradient of another kind than at the steps before: say which, and what to do.
+            self._check_step(params, grads, replays)
+            raise
+        if not cache.all_rows:
+            self._advance(draw)
+            return
+        flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
+        injecting = any(x is not None for x in flags)
+        found = engine.measure(wide, cache.all_rows, injecting, grad_scale=grad_scale)
+        hyper = [self._hyper(group) for group in groups]
+        for rows, row_flags, row_found in zip(cache.all_rows, flags, found, strict=True):
+            ahead = wide["scaling"] and engine.flags(wide, groups, rows, draw + 1) is not None
+            self._update_(
+                rows,
+                row_found,
+                self._final_flags(rows, row_flags),
+                hyper,
+                look_ahead=ahead,
+                replay_weight=float(wide["replay_weight"]),
+                grad_scale=grad_scale,
+                seed=wide["seed"],
+                draw=draw,
+            )
+        self._advance(draw)
+        engine.remember(wide, cache.all_rows[0], flags[0], found[0], hyper[0]["strength"])
+        slot.clear()
+
+    def _advance(self, draw: int) -> None:
+        for group in self.param_groups:
+            group["draw_index"] = draw + 1
+
+    def _scaler_state(self, params, replays) -> tuple[float, bool]:
+        """Returns (divisor of the gradients, whether to skip) by the contract of GradScaler."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is None:
+            return 1.0 if scale is None else float(scale), False
+        if replays and scale is None:
+            raise RuntimeError(
+                "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
+                "gradients; do not call it beside replay(): dgg clips in the step itself, set "
+                "max_grad_norm on the optimizer"
+            )
+        skip = bool(found) or not all(r is None or anchor.finite(r) for r in replays)
+        return 1.0 if scale is None else float(scale), skip
+
+    def _check_step(self, params, grads, replays) -> None:
+        """Checks everything a step relies on, before anything is changed."""
+        labels = None
+        group_of = [group for group in self.param_groups for _ in group["params"]]
+        for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            replay = replays[place] if replays else None
+            if grad is None and replay is None:
+                continue
+            labels = labels or guidance.group_labels(self.param_groups)
+            label = labels[place]
+            guidance.check_param(param, label, stepped=True)
+            for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
+                if given is not None:
+                    guidance.check_gradient(given, param, label, kind)
+            for name in (*self._needed(group_of[place]), "anchor"):
+                value = self.state.get(param, {}).get(name)
+                if value is not None and value.shape != param.shape:
+                    raise ValueError(
+                        f"{label} has shape {tuple(param.shape)}, its {name} "
+                        f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
+                        "drop its state (del optimizer.state[p]) or build a new optimizer"
+                    )
+        for number, group in enumerate(self.param_groups):
+            present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            if present < group["anchored"]:
+                raise RuntimeError(
+                    f"group {number} was anchored ({group['anchored']} parameters) but only "
+                    f"{present} anchors are in the state: the resume lost them. Load a checkpoint "
+                    "that has them, set them again with set_anchor(tensors) of the previous "
+                    "task's weights, or give up guidance with clear_anchor()"
+                )
+
+    def _make_rows(self, params, grads, replays) -> _RowCache:
+        place = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if grads[place] is not None or (replays and replays[place] is not None):
+                    self._init_state(p, group)
+                place += 1
+        self._rows = _RowCache(self, params)
+        return self._rows
+
+    def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
+        return rows.constant_flags(0) if flags is None else flags
+
+    # -- the anchor -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Sets θ* at a task boundary: to the present weights, or to named tensors.
+
+        Every parameter that requires a gradient (or has state from an earlier task) gets an
+        anchor, of its own shape, in ``anchor_dtype``. A second call overwrites the first anchor
+        in place, so there is never more than one. Parameters that join later are guided from the
+        next boundary on.
+
+        Args:
+            tensors: The previous task's weights by name, such as a model's or a peft adapter's
+                state dict; None takes the present weights.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+
+        Raises:
+            KeyError: A trainable parameter has no tensor.
+            TypeError: ``tensors`` or one of them is of the wrong type.
+            ValueError: A shape differs, values are not finite, or names are not known. After any
+                error the former anchor is as it was.
+        """
+        plan = guidance.plan_anchors(
+            self.param_groups,
+            {p: entry.get("anchor") for p, entry in self.state.items() if entry},
+            tensors,
+            model,
+            self._anchor_dtype,
+            self._anchor_device,
+        )
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p, source, target in plan:
+            target.copy_(source)
+            # Together with the moments: Adam would take a state that holds an anchor alone for
+            # initialised, and checkpoints made before the first step would miss the moments.
+            self._init_state(p, groups[p], before_first_step=True)
+            self.state[p]["anchor"] = target
+        for group in self.param_groups:
+            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            group["task_index"] += 1
+        self._rows = None
+
+    def clear_anchor(self) -> None:
+        """Drops the anchor: from here on the optimizer is torch.optim's again."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    self.state[p].pop("anchor", None)
+            group["anchored"] = 0
+        self._rows = None
+
+    # -- replay, statistics, gradients ----------------------------------------------------------
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Lets the gradients of the block become r, beside ``.grad`` and without a copy.
+
+        ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up; the
+        step (or `zero_grad`) consumes them.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        return self._engine.replay.record(params)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, those of `replay` too.
+
+        Args:
+            set_to_none: As in torch.optim; the replay gradients are dropped in either case.
+        """
+        self._engine.replay.clear()
+        super().zero_grad(set_to_none)
+
+    def guidance_stats(self) -> dict[str, Tensor | None]:
+        """Returns what the last step did, as tensors on the device: no synchronisation.
+
+        Returns:
+            ``injected`` (bool), ``scale`` (s with the first group's strength; one value per
+            tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖), ``distance`` (‖θ - θ*‖) and
+            ``clip`` (c); None for what that step had no need to measure.
+        """
+        return self._engine.statistics()
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
+        return bool(self._skipped)
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of the torch.optim class it replaces.
+
+        Moments follow torch's policy; an anchor keeps the dtype it was saved in. How the step is
+        carried out (foreach, fused, backend) stays as constructed, whatever the checkpoint says.
+
+        Args:
+            state_dict: From ``state_dict()``.
+
+        Raises:
+            RuntimeError: The checkpoint says it is anchored but anchors are missing.
+            ValueError: Groups or shapes differ, or it carries no anchor while this optimizer has
+                one. After any error the optimizer is as it was.
+        """
+        anchors = self._checked_anchors(state_dict)
+        kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
+        ours = [
+            {name: group[name] for name in (*self._guidance, "anchored")}
+            for group in self.param_groups
+        ]
+        # torch casts all floating state to the parameter's dtype, which would round an anchor.
+        stripped = dict(state_dict)
+        stripped["state"] = {
+            key: {k: v for k, v in entry.items() if k != "anchor"}
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        super().load_state_dict(stripped)
+        for group, flags, mine, saved in zip(
+            self.param_groups, kept, ours, state_dict["param_groups"], strict=True
+        ):
+            group.update({k: v for k, v in flags.items() if v is not None or k in group})
+            group.update({k: v for k, v in mine.items() if k not in saved})
+        for param, value in anchors.items():
+            device = param.device if self._anchor_device is None else self._anchor_device
+            self.state[param]["anchor"] = value.detach().to(device)
+        for group in self.param_groups:
+            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+        self._normalise_steps()
+        self._rows = None
+
+    def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        saved_groups = state_dict["param_groups"]
+        found: dict[Tensor, Tensor] = {}
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+            present = 0
+            for place, (param, key) in enumerate(
+                zip(group["params"], saved["params"], strict=False)
+            ):
+                value = state_dict["state"].get(key, {}).get("anchor")
+                if value is None:
+                    continue
+                label = f"parameter {place} of group {number}"
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"the checkpoint's anchor of {label} has shape {tuple(value.shape)}, the "
+                        f"parameter has {tuple(param.shape)}; load it into the same architecture"
+                    )
+                found[param] = value
+                present += 1
+            check = {name: saved[name] for name in self._guidance if name in saved}
+            guidance.check_options(check)
+            if present < saved.get("anchored", 0):
+                raise RuntimeError(
+                    f"the checkpoint's group {number} was anchored ({saved['anchored']} "
+                    f"parameters) but carries {present} anchors: they were lost on the way. Save "
+                    "and load the whole state_dict(), or call set_anchor(tensors) with the "
+                    "previous task's weights after loading one without guidance"
+                )
+        mine = any("anchor" in entry for entry in self.state.values() if isinstance(entry, dict))
+        if mine and not found:
+            raise ValueError(
+                "this optimizer has an anchor and the checkpoint carries none: loading would drop "
+                "it silently. Load first and call set_anchor() afterwards, or call clear_anchor() "
+                "before loading"
+            )
+        return found
+
+    def _normalise_steps(self) -> None:
+        """Gives ``step`` the one form the kernels write: a float32 scalar on the CPU."""
+        for entry in self.state.values():
+            step = entry.get("step") if isinstance(entry, dict) else None
+            if step is not None and not _is_host_scalar(step):
+                entry["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+
+def _is_host_scalar(step: Any) -> bool:
+    return (
+        isinstance(step, Tensor)
+        and step.dtype == torch.float32
+        and step.dim() == 0
+        and step.device.type == "cpu"
+    )
+
+
+class _RowCache:
+    """The rows of all parameters, one `Rows` per device, and what they were made from."""
+
+    def __init__(self, optimizer: _Guided, params: list[Tensor]) -> None:
+        self.params = params
+        states = [optimizer.state.get(p) for p in params]
+        self._states = states
+        self._values = [v for s in states if s for v in s.values()]
+        self._groups = [
+            number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
+        ]
+        # Turning amsgrad or momentum on between two steps asks for state that is not there yet.
+        self._needed = [optimizer._needed(group) for group in optimizer.param_groups]
+        self.all_rows: list[_dispatch.Rows] = []
+        self._places: list[list[int] | None] = []
+        # Frozen parameters of a whole model are not carried through every step.
+        usable = [
+            i
+            for i, p in enumerate(params)
+            if (states[i] or p.requires_grad) and p.dtype.to_real() in anchor.FLOAT_DTYPES
+        ]
+        used = set(usable)
+        needed = [self._needed[number] for number in self._groups]
+        self._unready = [
+            i
+            for i, state in enumerate(states)
+            if i not in used or any((state or {}).get(name) is None for name in needed[i])
+        ]
+        devices: dict[torch.device, list[int]] = {}
+        for i in usable:
+            devices.setdefault(params[i].device, []).append(i)
+        for device, places in devices.items():
+            state = [states[i] or {} for i in places]
+            columns = {
+                column: [s.get(name) for s in state] for name, column in optimizer._columns.items()
+            }
+            self.all_rows.append(
+                _dispatch.Rows(
+                    _dispatch.choose(optimizer._backend, device),
+                    [params[i] for i in places],
+                    [self._groups[i] for i in places],
+                    places,
+                    **columns,
+                )
+            )
+            self._places.append(None if len(places) == len(params) else places)
+
+    def valid(self, optimizer: _Guided, params: list[Tensor], grads, replays) -> bool:
+        """Returns whether nothing was exchanged since: parameters, memory, state, groups."""
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        if self._needed != [optimizer._needed(group) for group in optimizer.param_groups]:
+            return False
+        states = list(map(optimizer.state.get, params))
+        if not all(map(operator.is_, states, self._states)):
+            return False
+        values = [v for s in states if s for v in s.values()]
+        if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):
+            return False
+        if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
+            return False
+        return all([rows.in_place() for rows in self.all_rows])
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether a backend takes gradients without looking at their kind."""
+        return any([rows.backend == "reference" for rows in self.all_rows])
+
+    def refresh(self, grads, replays, *, elementwise: bool) -> None:
+        """Hands every device's rows their gradients."""
+        for rows, places in zip(self.all_rows, self._places, strict=True):
+            if places is None:
+                rows.refresh(grads, replays, elementwise=elementwise)
+            else:
+                mine = [replays[i] for i in places] if replays else []
+                rows.refresh([grads[i] for i in places], mine, elementwise=elementwise)
+
+
+class Adam(_Guided, torch.optim.Adam):
+    """`torch.optim.Adam` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    Args:
+        params: Parameters, groups or named parameters, as in torch.optim.
+        lr: Learning rate, a number or a one-element tensor.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty, added to the gradient G.
+        amsgrad: Divide by the largest second moment so far.
+        foreach: True demands a fused backend, False the tensor-by-tensor reference.
+        maximize: Ascend the objective; the guidance still pulls towards the anchor.
+        capturable: Refused: needs GPU kernels.
+        differentiable: Refused: the step records no graph.
+        fused: True demands a fused backend, False the reference.
+        decoupled_weight_decay: True makes this AdamW.
+        guidance: The keyword arguments from ``alpha`` to ``backend`` are those of `AdamW`.
+
+    Raises:
+        TypeError: An argument or a trainable parameter has an unsupported type.
+        ValueError: An argument is out of range, contradicts another, or is refused.
+        RuntimeError: The named backend cannot run here.
+    """
+
+    _columns = {
+        "exp_avg": "exp_avgs",
+        "exp_avg_sq": "exp_avg_sqs",
+        "max_exp_avg_sq": "max_exp_avg_sqs",
+        "step": "steps",
+        "anchor": "anchors",
+    }
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        alpha: float = 0.2,
+        strength: float = 1.0,
+        scaling: bool = True,
+        norm_scope: str = "global",
+        granularity: str = "step",
+        max_grad_norm: float | None = None,
+        replay_weight: float = 1.0,
+        seed: int = 0,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        process_group=None,
+        backend: str | None = None,
+    ) -> None:
+        arguments = {"foreach": foreach, "fused": fused, "maximize": maximize}
+
+        def parent() -> None:
+            torch.optim.Adam.__init__(
+                self, params, lr, betas, eps, weight_decay, amsgrad,
+                decoupled_weight_decay=decoupled_weight_decay, **arguments,
+            )  # fmt: skip
+
+        self._init_guidance(
+            parent, foreach=foreach, fused=fused, capturable=capturable,
+            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
+            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
+            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
+            anchor_device=anchor_device, process_group=process_group, backend=backend,
+        )  # fmt: skip
+
+    def _needed(self, group: dict) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+    def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
+        state = self.state[param]
+        if not _is_host_scalar(state.get("step")):
+            state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32)
+        for name in self._needed(group):
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _hyper(self, group: dict) -> dict[str, Any]:
+        return {
+            "lr": _host(group["lr"]),
+            "beta1": float(group["betas"][0]),
+            "beta2": float(group["betas"][1]),
+            "eps": group["eps"],
+            "weight_decay": _host(group["weight_decay"]),
+            "decoupled": group["decoupled_weight_decay"],
+            "amsgrad": group["amsgrad"],
+            "maximize": group["maximize"],
+            "strength": float(group["strength"]),
+            "threshold": guidance.threshold(group["alpha"]),
+        }
+
+    def _update_(self, *args, **kwargs) -> None:
+        _dispatch.adam_(*args, **kwargs)
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    Args:
+        params: Parameters, groups or named parameters, as in torch.optim.
+        lr: Learning rate, a number or a one-element tensor.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay: θ is multiplied by 1 - lr · weight_decay.
+        amsgrad: Divide by the largest second moment so far.
+        maximize: Ascend the objective; the guidance still pulls towards the anchor.
+        foreach: True demands a fused backend, False the tensor-by-tensor reference.
+        capturable: Refused: needs GPU kernels.
+        differentiable: Refused: the step records no graph.
+        fused: True demands a fused backend, False the reference.
+        alpha: Probability of injecting the guidance at a step (α); per group, schedulable.
+        strength: Factor of the guidance's scale s; per group, schedulable.
+        scaling: Scale by min(1, c ‖g‖ / ‖θ - θ*‖); False is the paper's ablation (s = strength).
+        norm_scope: ``"global"``: one norm over all guided parameters; ``"tensor"``: one each.
+        granularity: What one Bernoulli draw decides: ``"step"``, ``"tensor"`` or ``"element"``.
+        max_grad_norm: Clip the real gradient's total norm within the step, or None.
+        replay_weight: Weight w of the replay gradients recorded by `replay`.
+        seed: Seed of the draws, in [0, 2**64).
+        anchor_dtype: Storage dtype of the anchor; None is the parameter's.
+        anchor_device: Storage device of the anchor; None is the parameter's.
+        process_group: Not supported yet; leave None.
+        backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
+
+    Raises:
+        TypeError: An argument or a trainable parameter has an unsupported type.
+        ValueError: An argument is out of range, contradicts another, or is refused.
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> opt = dgg.AdamW(model.parameters(), lr=2e-4, alpha=0.2, max_grad_norm=1.0)
+        >>> for task in tasks:
+        ...     for batch in task:
+        ...         model(batch).backward()
+        ...         opt.step()
+        ...         opt.zero_grad()
+        ...     opt.set_anchor()
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        alpha: float = 0.2,
+        strength: float = 1.0,
+        scaling: bool = True,
+        norm_scope: str = "global",
+        granularity: str = "step",
+        max_grad_norm: float | None = None,
+        replay_weight: float = 1.0,
+        seed: int = 0,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        process_group=None,
+        backend: str | None = None,
+    ) -> None:
+        Adam.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
+            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
+            decoupled_weight_decay=True, alpha=alpha, strength=strength, scaling=scaling,
+            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
+            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
+            anchor_device=anchor_device, process_group=process_group, backend=backend,
+        )  # fmt: skip
+
+
+class SGD(_Guided, torch.optim.SGD):
+    """`torch.optim.SGD` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    Args:
+        params: Parameters, groups or named parameters, as in torch.optim.
+        lr: Learning rate, a number or a one-element tensor.
+        momentum: Momentum factor μ.
+        dampening: Dampening τ of the momentum.
+        weight_decay: L2 penalty, added to the gradient G.
+        nesterov: Nesterov momentum.
+        maximize: Ascend the objective; the guidance still pulls towards the anchor.
+        foreach: True demands a fused backend, False the tensor-by-tensor reference.
+        differentiable: Refused: the step records no graph.
+        fused: True demands a fused backend, False the reference.
+        guidance: The keyword arguments from ``alpha`` to ``backend`` are those of `AdamW`.
+
+    Raises:
+        TypeError: An argument or a trainable parameter has an unsupported type.
+        ValueError: An argument is out of range, contradicts another, or is refused.
+        RuntimeError: The named backend cannot run here.
+    """
+
+    _columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        alpha: float = 0.2,
+        strength: float = 1.0,
+        scaling: bool = True,
+        norm_scope: str = "global",
+        granularity: str = "step",
+        max_grad_norm: float | None = None,
+        replay_weight: float = 1.0,
+        seed: int = 0,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        process_group=None,
+        backend: str | None = None,
+    ) -> None:
+        def parent() -> None:
+            torch.optim.SGD.__init__(
+                self, params, lr, momentum, dampening, weight_decay, nesterov,
+                maximize=maximize, foreach=foreach, fused=fused,
+            )  # fmt: skip
+
+        self._init_guidance(
+            parent, foreach=foreach, fused=fused, capturable=False,
+            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
+            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
+            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
+            anchor_device=anchor_device, process_group=process_group, backend=backend,
+        )  # fmt: skip
+
+    def _transient(self) -> None:
+        super()._transient()
+        # Parameters whose buffer was made for this step and takes G as it is (torch: no dampening).
+        self._fresh: set[int] = set()
+
+    def _needed(self, group: dict) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
+        # The buffer is made by the first step, in which it becomes G; the anchor may come earlier.
+        if group["momentum"] == 0 or before_first_step:
+            return
+        state = self.state[param]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            self._fresh.add(id(param))
+
+    def _hyper(self, group: dict) -> dict[str, Any]:
+        return {
+            "lr": _host(group["lr"]),
+            "momentum": group["momentum"],
+            "dampening": group["dampening"],
+            "weight_decay": _host(group["weight_decay"]),
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+            "strength": float(group["strength"]),
+            "threshold": guidance.threshold(group["alpha"]),
+        }
+
+    def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
+        flags = super()._final_flags(rows, flags)
+        if not self._fresh:
+            return flags
+        fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.params]
+        return flags | torch.tensor(fresh, dtype=torch.uint8, device=flags.device)
+
+    def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
+        _dispatch.sgd_(rows, *args, **kwargs)
+        self._fresh.difference_update(map(id, rows.params))
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Returns the dgg optimizer (or the optimizer a `dgg.Guidance` guides) inside wrappers.
+
+    Args:
+        optimizer: A dgg optimizer, or accelerate's, DeepSpeed's, Lightning's or Megatron's wrapper
+            around one, nested to any depth.
+
+    Raises:
+        TypeError: There is no dgg optimizer inside.
+    """
+    seen: list[str] = []
+    inner = optimizer
+    while inner is not None and len(seen) < 16:
+        if isinstance(inner, _Guided):
+            return inner
+        seen.append(type(inner).__name__)
+        inner = next(
+            (
+                found
+                for name in ("optimizer", "_optimizer", "basic_optimizer")
+                if (found := getattr(inner, name, None)) is not None
+            ),
+            None,
+        )
+    raise TypeError(
+        f"no dgg optimizer inside {' > '.join(seen)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
+        "framework (Trainer: optimizer_cls_and_kwargs=(dgg.AdamW, {...}))"
+    )
+
+
+def _host(value: float | Tensor) -> float | Tensor:
+    # A tensor on an accelerator stays there: reading it would synchronise.
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value
+    return float(value)
