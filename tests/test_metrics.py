@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""dgg.metrics against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgg import metrics
+from dgg.metrics import AccuracyMatrix
+
+# After task 1: 80. After task 2: 60, 90. After task 3: 50, 70, 95.
+ROWS = [
+    [80.0, None, None],
+    [60.0, 90.0, None],
+    [50.0, 70.0, 95.0],
+]
+SIZES = [100, 300, 600]
+
+
+def test_hand_computed():
+    assert metrics.final_average_accuracy(ROWS) == pytest.approx(215 / 3)
+    # (100*50 + 300*70 + 600*95) / 1000 = 83
+    assert metrics.final_average_accuracy(ROWS, SIZES) == pytest.approx(83.0)
+    # (80 + 75 + 215/3) / 3
+    assert metrics.average_incremental_accuracy(ROWS) == pytest.approx((80 + 75 + 215 / 3) / 3)
+    # ((50-80) + (70-90)) / 2
+    assert metrics.backward_transfer(ROWS) == pytest.approx(-25.0)
+    assert metrics.forgetting(ROWS) == pytest.approx(25.0)
+    assert metrics.learning_accuracy(ROWS) == pytest.approx((80 + 90 + 95) / 3)
+    assert metrics.task_curve(ROWS, 0) == [80.0, 60.0, 50.0]
+    assert metrics.task_curve(ROWS, 2) == [95.0]
+
+
+def test_forgetting_is_not_minus_bwt():
+    """The best of a task may come after its own turn; the two then differ."""
+    rows = [[50.0, None, None], [70.0, 60.0, None], [40.0, 60.0, 90.0]]
+    assert metrics.backward_transfer(rows) == pytest.approx((-10 + 0) / 2)
+    assert metrics.forgetting(rows) == pytest.approx((30 + 0) / 2)
+
+
+def test_two_tasks_are_not_off_by_one():
+    """A well-known slip gives forgetting 0 after two tasks."""
+    rows = [[80.0, None], [30.0, 90.0]]
+    assert metrics.forgetting(rows) == pytest.approx(50.0)
+    assert metrics.backward_transfer(rows) == pytest.approx(-50.0)
+
+
+def test_last_task_can_help():
+    rows = [[50.0, None], [60.0, 90.0]]
+    assert metrics.forgetting(rows) == pytest.approx(-10.0)
+    assert metrics.backward_transfer(rows) == pytest.approx(10.0)
+
+
+def test_upper_triangle_is_not_used():
+    full = [[80.0, 1.0, 2.0], [60.0, 90.0, 3.0], [50.0, 70.0, 95.0]]
+    assert metrics.summary(full, SIZES) == metrics.summary(ROWS, SIZES)
+
+
+def test_forward_transfer():
+    full = [[80.0, 30.0, 2.0], [60.0, 90.0, 25.0], [50.0, 70.0, 95.0]]
+    # ((30 - 10) + (25 - 20)) / 2
+    assert metrics.forward_transfer(full, [5.0, 10.0, 20.0]) == pytest.approx(12.5)
+    assert metrics.forward_transfer(full, [5.0, None, 20.0]) is None
+    assert metrics.forward_transfer(ROWS, [5.0, 10.0, 20.0]) is None
+    with pytest.raises(ValueError, match="2 untrained accuracies for 3 tasks"):
+        metrics.forward_transfer(full, [5.0, 10.0])
+
+
+def test_undefined_is_none_with_a_reason():
+    one = AccuracyMatrix.from_rows([[70.0]], sizes=[10])
+    assert one.faa() == one.aia() == one.learning() == one.faa_weighted() == 70.0
+    assert one.bwt() is None
+    assert one.forgetting() is None
+    assert set(one.undefined()) == {"bwt", "forgetting"}
+    assert "only one task" in one.undefined()["bwt"]
+
+    half = AccuracyMatrix(3)
+    half.record(0, 0, 80.0)
+    assert all(value is None for value in half.summary().values())
+    assert half.undefined()["faa"] == "R[2][0] is missing"
+    assert half.undefined()["learning"] == "R[1][1] is missing"
+    assert half.undefined()["faa_weighted"] == "the sizes of the test sets are not given"
+
+
+def test_joint_training_has_a_last_row_only():
+    matrix = AccuracyMatrix.from_rows([[None, None], [80.0, 90.0]])
+    assert matrix.faa() == 85.0
+    assert matrix.aia() is matrix.bwt() is matrix.forgetting() is None
+
+
+def test_record_and_curves():
+    matrix = AccuracyMatrix(["a", "b", "c"], SIZES)
+    for i, row in enumerate(ROWS):
+        for j in range(i + 1):
+            matrix.record(i, j, torch.tensor(row[j]))  # whatever has __float__
+    assert matrix.rows == ROWS
+    assert matrix == AccuracyMatrix.from_rows(ROWS, ["a", "b", "c"], SIZES)
+    assert matrix.curve("b") == matrix.curve(1) == [90.0, 70.0]
+    assert matrix.curves() == {"a": [80.0, 60.0, 50.0], "b": [90.0, 70.0], "c": [95.0]}
+    assert len(matrix) == 3
+    assert "3 of 3" in repr(matrix)
+    row = matrix[0]
+    row[0] = 0.0
+    assert matrix.rows[0][0] == 80.0
+
+
+def test_json_round_trip(tmp_path):
+    matrix = AccuracyMatrix.from_rows(ROWS, ["a", "b", "c"], SIZES)
+    path = tmp_path / "matrix.json"
+    text = matrix.to_json(path)
+    assert path.read_text() == text
+    assert AccuracyMatrix.from_json(text) == matrix
+    assert AccuracyMatrix.from_json(path) == matrix
+    assert AccuracyMatrix.from_json(str(path)) == matrix
+    parsed = json.loads(text)
+    assert AccuracyMatrix.from_json(parsed) == matrix
+    assert parsed["metrics"]["faa_weighted"] == pytest.approx(83.0)
+
+
+def test_csv_round_trip(tmp_path):
+    matrix = AccuracyMatrix.from_rows(ROWS, ["a", 'b, "quoted"', "c"])
+    path = tmp_path / "matrix.csv"
+    text = matrix.to_csv(path)
+    assert AccuracyMatrix.from_csv(text) == matrix
+    assert AccuracyMatrix.from_csv(path) == matrix
+    assert text.splitlines()[1] == "a,80.0,,"
+    third = AccuracyMatrix.from_rows([[100 / 3]])
+    assert AccuracyMatrix.from_csv(third.to_csv()).rows == [[100 / 3]]  # not a digit lost
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: metrics.summary([]), ValueError, "empty"),
+        (lambda: metrics.summary([[1.0, 2.0], [3.0]]), ValueError, "square"),
+        (lambda: metrics.summary([[math.nan]]), ValueError, "must be None"),
+        (lambda: metrics.summary([[math.inf]]), ValueError, "must be None"),
+        (lambda: metrics.summary(ROWS, [1, 2]), ValueError, "2 sizes for 3 tasks"),
+        (lambda: metrics.summary(ROWS, [1, 2, 0]), ValueError, "positive"),
+        (lambda: metrics.final_average_accuracy(ROWS, [1, 2, -3]), ValueError, "positive"),
+        (lambda: metrics.task_curve(ROWS, 3), IndexError, "no task 3"),
+        (lambda: AccuracyMatrix(0), ValueError, "at least one"),
+        (lambda: AccuracyMatrix(["a", "a"]), ValueError, "differ"),
+        (lambda: AccuracyMatrix("abc"), TypeError, "list of names"),
+        (lambda: AccuracyMatrix(2).record(2, 0, 1.0), IndexError, "no task 2"),
+        (lambda: AccuracyMatrix(2).record(0, -1, 1.0), IndexError, "no task -1"),
+        (lambda: AccuracyMatrix(2).record(0, 0, math.nan), ValueError, "must be None"),
+        (lambda: AccuracyMatrix(2).record(0, 0, None), ValueError, "number"),
+        (lambda: AccuracyMatrix.from_rows(ROWS, ["a"]), ValueError, "1 task names"),
+        (lambda: AccuracyMatrix.from_csv("after,a\nb,1\n"), ValueError, "not the tasks"),
+    ],
+)
+def test_misuse(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_standard_library_only():
+    """The file can be copied next to a result file and read without torch or numpy."""
+    tree = ast.parse(Path(metrics.__file__).read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names <= set(sys.stdlib_module_names)
