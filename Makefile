@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# The commands of this project. Everything happens in $(VENV), made from the lock in requirements/;
+# stamp files there say what is done, so that a second call installs nothing again.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# Another PYTHON has another stamp, so it gets a fresh environment.
+MADE := $(VENV)/.made-by-$(notdir $(PYTHON))
+RUN := $(VENV)/.requirements-run
+TEST := $(VENV)/.requirements-test
+LINT := $(VENV)/.requirements-lint
+BUILT := $(VENV)/.built
+
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+
+.PHONY: help venv build test test-slow lint format demo bench clean distclean
+
+help: ## this text
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for test, test-slow, demo, bench)"
+
+venv: $(RUN) $(TEST) $(LINT) ## create .venv and install every pinned requirement
+
+build: $(BUILT) ## compile the extension and install dgg, editable (again: make -W setup.py build)
+
+# Always the pytest command: `python -m pytest` would put the repository root on sys.path, where
+# kernels/ shadows Hugging Face's library of that name.
+test: $(BUILT) $(TEST) ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(LINT) ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+format: $(LINT) ## apply style and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+demo: $(BUILT) ## continual instruction tuning, small; writes build/demo
+	$(BIN)/python bench/continual.py --preset tiny --out build/demo $(ARGS)
+
+bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
+	$(BIN)/python bench/step.py $(ARGS)
+
+clean: ## remove what was built, demo results included; keeps .venv
+	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error.txt $(BUILT)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find dgg kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "dgg needs Python >= 3.10; say which: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(if $(wildcard $(VENV)/.made-by-*),--clear) $(VENV)
+	@touch $@
+
+$(RUN): $(MADE) requirements/run.txt
+	$(PIP) install -r requirements/run.txt
+	@touch $@
+
+$(TEST): $(RUN) requirements/test.txt
+	$(PIP) install -r requirements/test.txt
+	@touch $@
+
+$(LINT): $(MADE) requirements/lint.txt
+	$(PIP) install -r requirements/lint.txt
+	@touch $@
+
+# No build isolation: the extension is compiled against the torch that it will run with.
+$(BUILT): $(RUN) pyproject.toml setup.py $(CSRC)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
