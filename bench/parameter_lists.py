@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Parameter lists the step benchmark runs on; imported by step.py and test_step.py."""
+
+from __future__ import annotations
+
+import math
+
+# The public configuration of Llama-2-7B, the language model of LLaVA-1.5-7B.
+HIDDEN, INTERMEDIATE, LAYERS = 4096, 11008, 32
+# (inputs, outputs) of the linear layers of a block: q, k, v, o, gate, up, down.
+LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INTERMEDIATE)] * 2 + [(INTERMEDIATE, HIDDEN)]
+
+
+def one_tensor(elements: int) -> list[tuple[int, ...]]:
+    """Returns the shape list of a single vector."""
+    return [(elements,)]
+
+
+def many_tiny(tensors: int = 448, elements: int = 8) -> list[tuple[int, ...]]:
+    """Returns as many shapes as a 7B LoRA has, too small for anything but overhead to count."""
+    return [(elements,)] * tensors
+
+
+def llava_7b_lora(rank: int) -> list[tuple[int, ...]]:
+    """Returns the LoRA matrices of all linear layers of LLaVA-7B's language model.
+
+    Args:
+        rank: LoRA rank; every linear layer gets A [rank, inputs] and B [outputs, rank].
+    """
+    layer = [shape for inputs, outputs in LINEARS for shape in ((rank, inputs), (outputs, rank))]
+    return layer * LAYERS
+
+
+def count(shapes: list[tuple[int, ...]]) -> int:
+    """Returns the number of elements of a shape list."""
+    return sum(math.prod(shape) for shape in shapes)

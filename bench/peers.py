@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is compared: dgg's backends and everything a user would write or install instead.
+
+Imported by step.py and test_step.py. Every peer is written as well as its style allows: few
+passes, few temporaries, no Python work that can be hoisted out of the step. Each class says how
+many bytes its step has to move, with write-allocate where a line is written that was not read.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import dgg
+from dgg import _dispatch, _philox
+from workload import (
+    BETA1,
+    BETA2,
+    EPS,
+    FIRST_STEP,
+    LR,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Setting,
+    Workload,
+)
+
+WINDOW = 50
+
+
+class Unavailable(RuntimeError):
+    """The variant cannot run here; the message says why."""
+
+
+def choose_seed(alpha: float, window: int = WINDOW) -> int:
+    """Returns the smallest seed whose first ``window`` draws inject at the wanted share.
+
+    A run of 50 draws at α = 0.2 injects anything between 5 and 15 times; the average of a lucky
+    one would flatter dgg, of an unlucky one its peers. The draw after the window must agree with
+    the first one, so that going back to the start is a step like any other.
+    """
+    wanted = round(Fraction(str(alpha)) * window)
+    seed = 0
+    while True:
+        drawn = injections(seed, alpha, window + 1)
+        if sum(drawn[:window]) == wanted and drawn[window] == drawn[0]:
+            return seed
+        seed += 1
+
+
+def injections(seed: int, alpha: float, count: int) -> list[bool]:
+    """Returns which of the draws 0 … count - 1 inject, the real draws of the package."""
+    limit = _philox.threshold(alpha)
+    return [_philox.step_word(seed, draw) < limit for draw in range(count)]
+
+
+class Variant(abc.ABC):
+    """One implementation in one setting, on a workload.
+
+    Attributes:
+        name: As the tables call it.
+        settings: Names of the settings the implementation has; ``"alpha"`` is any alpha.
+        verified: Set by the harness; what is not verified is not timed.
+        calls: Steps taken so far.
+    """
+
+    name: ClassVar[str]
+    guided: ClassVar[bool]
+    verified = False
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if (setting.alpha is not None) and not self.guided:
+            raise Unavailable("it has no guidance")
+        self.workload, self.setting, self.calls = workload, setting, 0
+        self._draw = 0
+        self.seed = 0
+        if setting.alpha is not None:
+            self.seed = choose_seed(setting.alpha)
+            self._pattern = injections(self.seed, setting.alpha, WINDOW + 1)
+        else:
+            self._pattern = [False] * (WINDOW + 1)
+        self.params = workload.parameters()
+        self._max_norm = workload.max_grad_norm
+
+    def __call__(self) -> None:
+        """Takes one step and counts it."""
+        self.step(self._pattern[self._draw])
+        self.calls += 1
+        self._draw += 1
+        if self._draw == WINDOW:
+            self.seek(0)
+
+    def seek(self, draw: int) -> None:
+        """Goes to a draw index within the window."""
+        self._draw = draw
+
+    def injects(self) -> bool:
+        """Returns whether the next step injects."""
+        return self._pattern[self._draw]
+
+    def kind(self) -> tuple[bool, bool]:
+        """Returns what the next step's cost depends on: whether it, and the one after, inject."""
+        return self._pattern[self._draw], self._pattern[self._draw + 1]
+
+    def shares(self) -> dict[tuple[bool, bool], Fraction]:
+        """Returns how often each kind occurs in the window of draws."""
+        found: dict[tuple[bool, bool], Fraction] = {}
+        for draw in range(WINDOW):
+            kind = (self._pattern[draw], self._pattern[draw + 1])
+            found[kind] = found.get(kind, Fraction(0)) + Fraction(1, WINDOW)
+        return found
+
+    @abc.abstractmethod
+    def step(self, inject: bool) -> None:
+        """Takes one step."""
+
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Returns (relative, absolute) tolerance of the verification.
+
+        Peers sum norms in float32 and, for bfloat16, round G to storage several times; guidance
+        left out, or scaled wrongly, is off by 0.1 and more.
+        """
+        return {torch.float32: (1e-4, 1e-4), torch.bfloat16: (3e-2, 3e-2)}[dtype]
+
+    @abc.abstractmethod
+    def elements_moved(self) -> float | None:
+        """Returns arrays read and written per step, e.g. 7 for AdamW; None: not accounted."""
+
+    def bytes_moved(self) -> float | None:
+        """Returns the bytes a step has to move."""
+        arrays = self.elements_moved()
+        if arrays is None:
+            return None
+        return arrays * self.workload.elements * self.workload.dtype.itemsize
+
+    def _update_arrays(self) -> int:
+        # θ read and written, g read, each moment read and written.
+        return 3 + 2 * len(self.workload.moments)
+
+    def _share_injected(self) -> float:
+        return sum(self._pattern[:WINDOW]) / WINDOW
+
+
+def _preset(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], work: Workload) -> None:
+    """Makes an optimizer work on the workload's moments."""
+    for row, param in enumerate(params):
+        state = optimizer.state[param]
+        if work.optimizer == "adamw":
+            state["step"] = torch.tensor(float(FIRST_STEP))
+            state["exp_avg"], state["exp_avg_sq"] = (moment[row] for moment in work.moments)
+        elif work.optimizer == "momentum":
+            state["momentum_buffer"] = work.moments[0][row]
+
+
+def _arguments(work: Workload) -> dict[str, object]:
+    if work.optimizer == "adamw":
+        return {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    momentum = MOMENTUM if work.optimizer == "momentum" else 0.0
+    return {"lr": LR, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
+
+
+def _torch_optimizer(params, work: Workload, **how: bool) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if work.optimizer == "adamw" else torch.optim.SGD
+    optimizer = kind(params, **_arguments(work), **how)
+    _preset(optimizer, params, work)
+    return optimizer
+
+
+class Dgg(Variant):
+    """The package under test."""
+
+    guided = True
+    backend: ClassVar[str]
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        reason = _dispatch.unavailable(self.backend, workload.device)
+        if reason is not None:
+            raise Unavailable(reason)
+        kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
+        self.optimizer = kind(
+            self.params,
+            **_arguments(workload),
+            alpha=0.2 if setting.alpha is None else setting.alpha,
+            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
+            seed=self.seed,
+            backend=self.backend,
+        )
+        _preset(self.optimizer, self.params, workload)
+        if setting.alpha is not None:
+            # set_anchor() writes into an anchor that is there already: the shared one.
+            for param, anchor in zip(self.params, workload.anchors, strict=True):
+                self.optimizer.state[param]["anchor"] = anchor
+            self.optimizer.set_anchor()
+            workload.move_anchors()
+
+    def step(self, inject: bool) -> None:
+        """Takes one step; the optimizer draws for itself."""
+        self.optimizer.step()
+
+    def seek(self, draw: int) -> None:
+        """Goes to a draw index; it stands in the groups, as after a resume."""
+        super().seek(draw)
+        for group in self.optimizer.param_groups:
+            group["draw_index"] = draw
+
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Returns the defaults of torch.testing: dgg has no excuse."""
+        return {torch.float32: (1.3e-6, 1e-5), torch.bfloat16: (1.6e-2, 1e-5)}[dtype]
+
+    def elements_moved(self) -> float | None:
+        """One pass; the gradient once more for its norm; the anchor when it is used."""
+        reads = 1.0 if self.setting.clipped or self.setting.alpha is not None else 0.0
+        return self._update_arrays() + reads + self._share_injected()
+
+
+class DggCpp(Dgg):
+    """The C++ kernels."""
+
+    name = "dgg cpp"
+    backend = "cpp"
+
+
+class DggReference(Dgg):
+    """The specification in plain torch; slow by intent, never an opponent."""
+
+    name = "dgg reference"
+    backend = "reference"
+
+    def elements_moved(self) -> float | None:
+        """Not accounted: float32 copies of everything."""
+        return None
+
+
+class TorchFused(Variant):
+    """torch.optim with fused=True, with clip_grad_norm_ when the setting clips."""
+
+    name = "torch fused"
+    guided = False
+    foreach_clip: ClassVar[bool | None] = None
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        self.optimizer = _torch_optimizer(self.params, workload, fused=True)
+
+    def step(self, inject: bool) -> None:
+        """Clips if asked to and steps."""
+        if self.setting.clipped:
+            torch.nn.utils.clip_grad_norm_(self.params, self._max_norm, foreach=self.foreach_clip)
+        self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """Clipping reads the gradient for the norm and rewrites it."""
+        return self._update_arrays() + (3.0 if self.setting.clipped else 0.0)
+
+
+class TorchFusedForeachClip(TorchFused):
+    """The same with the clipping that is not the default on a CPU but has less overhead there."""
+
+    name = "torch fused, foreach clip"
+    foreach_clip = True
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if not setting.clipped:
+            raise Unavailable("without clipping it is torch fused")
+        super().__init__(workload, setting)
+
+
+class _EagerGuidance(Variant):
+    """Guidance and clipping in eager torch, then a torch optimizer."""
+
+    guided = True
+    how: ClassVar[dict[str, bool]] = {"fused": True}
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        self.optimizer = _torch_optimizer(self.params, workload, **self.how)
+        self._on_host = workload.device.type == "cpu"
+
+    def _scalar(self, value: Tensor) -> Tensor | float:
+        # On a CPU reading a number costs nothing and spares a pass; on a GPU it would synchronise.
+        return value.item() if self._on_host else value
+
+    def _clip(self, grad_norm: Tensor) -> Tensor:
+        if not self.setting.clipped:
+            return torch.ones_like(grad_norm)
+        return torch.clamp(self._max_norm / (grad_norm + 1e-6), max=1.0)
+
+    def elements_moved(self) -> float | None:
+        """Norm 1, clip 2; injected: d 2 + 1 and its write-allocate, ‖d‖ 1, G 3; the update."""
+        clipping = 3.0 if self.setting.clipped else 1.0
+        return self._update_arrays() + clipping + 8.0 * self._share_injected()
+
+
+class LoopGuidance(_EagerGuidance):
+    """A for-loop over the parameters and the for-loop optimizer: the formula, typed in."""
+
+    name = "for-loop"
+    how: ClassVar[dict[str, bool]] = {"foreach": False, "fused": False}
+
+    @torch.no_grad()
+    def step(self, inject: bool) -> None:
+        """Guides each gradient, then steps."""
+        params, anchors = self.params, self.workload.anchors
+        grads = [p.grad for p in params]
+        grad_norm = torch.stack([g.norm(dtype=torch.float32) for g in grads]).norm()
+        clip = self._clip(grad_norm)
+        differences = scale = None
+        if inject:
+            differences = [p - a for p, a in zip(params, anchors, strict=True)]
+            distance = torch.stack([d.norm(dtype=torch.float32) for d in differences]).norm()
+            scale = self._scalar(torch.clamp(clip * grad_norm / distance, max=1.0))
+        clip = self._scalar(clip)
+        for row, grad in enumerate(grads):
+            if self.setting.clipped:
+                grad.mul_(clip)
+            if differences is not None:
+                if self._on_host:
+                    grad.add_(differences[row], alpha=scale)
+                else:
+                    grad.add_(differences[row].mul_(scale))
+        del differences
+        self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """As the foreach one, with torch's optimizer taken apart into its passes."""
+        guidance = super().elements_moved() - self._update_arrays()
+        # AdamW: θ decayed 2, m 3, v scaled 2, g² added 3, √v 3, divided 3, eps 2, θ 4.
+        # SGD: weight decay writes a copy of g 4, momentum scaled 2, G added 3, θ 3.
+        passes = {"adamw": 22.0, "momentum": 12.0, "sgd": 7.0}[self.workload.optimizer]
+        return guidance + passes
+
+
+class ForeachGuidance(_EagerGuidance):
+    """Guidance by torch._foreach_* and the fused optimizer: what one writes to be fast."""
+
+    name = "foreach + fused"
+
+    @torch.no_grad()
+    def step(self, inject: bool) -> None:
+        """Guides all gradients, then steps."""
+        params, anchors = self.params, self.workload.anchors
+        grads = [p.grad for p in params]
+        grad_norm = _total_norm(grads)
+        clip = self._clip(grad_norm)
+        if inject:
+            differences = self._differences(params, anchors)
+            scale = torch.clamp(clip * grad_norm / _total_norm(differences), max=1.0)
+            if self._on_host:
+                if self.setting.clipped:
+                    torch._foreach_mul_(grads, clip.item())
+                torch._foreach_add_(grads, differences, alpha=scale.item())
+            else:
+                if self.setting.clipped:
+                    torch._foreach_mul_(grads, clip)
+                torch._foreach_mul_(differences, scale)
+                torch._foreach_add_(grads, differences)
+            del differences
+        elif self.setting.clipped:
+            torch._foreach_mul_(grads, self._scalar(clip))
+        self.optimizer.step()
+
+    def _differences(self, params, anchors) -> Sequence[Tensor]:
+        return torch._foreach_sub(params, anchors)
+
+
+class ForeachGuidanceKeptBuffer(ForeachGuidance):
+    """The same with d kept between the steps: a second copy of the weights for fewer page faults.
+
+    The strongest eager peer in time, at a price in memory that dgg does not have.
+    """
+
+    name = "foreach + fused, d kept"
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        self._kept = [torch.zeros_like(p) for p in workload.params]
+
+    def _differences(self, params, anchors) -> Sequence[Tensor]:
+        for param, anchor, kept in zip(params, anchors, self._kept, strict=True):
+            torch.sub(param, anchor, out=kept)
+        return self._kept
+
+
+def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    )
+
+
+class CompiledGuidance(Variant):
+    """The whole guided step under torch.compile, written so that it fuses into two loops."""
+
+    name = "torch.compile"
+    guided = True
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        if setting.alpha != 1.0:
+            raise Unavailable("the compiled step injects always")
+        if len(workload.params) > 16:
+            raise Unavailable(
+                f"inductor unrolls the step: compiling {len(workload.params)} tensors with a C++ "
+                "compiler takes longer than the whole benchmark"
+            )
+        self._step = torch.tensor(float(FIRST_STEP), device=workload.device)
+        self._grads = [p.grad for p in self.params]
+        # Every size is compiled for itself; a limit on recompilations would fall back to eager.
+        torch._dynamo.reset()
+        self._compiled = torch.compile(_guided_step, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def step(self, inject: bool) -> None:
+        """Runs the compiled function; the first call compiles."""
+        work = self.workload
+        try:
+            self._compiled(
+                self.params, self._grads, work.anchors, work.moments, self._step,
+                self._max_norm, work.optimizer,
+            )  # fmt: skip
+        except Exception as error:
+            if self.calls:
+                raise
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            raise Unavailable(f"it does not compile here: {first[0]}") from error
+
+    def elements_moved(self) -> float | None:
+        """Norms 1 + 2, then the update with the anchor."""
+        return self._update_arrays() + 4.0
+
+
+def _guided_step(params, grads, anchors, moments, step, max_norm, optimizer):
+    step.add_(1)
+    total = sum(g.float().square().sum() for g in grads).sqrt()
+    pairs = list(zip(params, anchors, strict=True))
+    distance = sum((p.float() - a.float()).square().sum() for p, a in pairs).sqrt()
+    clip = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    scale = torch.clamp(clip * total / distance, max=1.0)
+    for row, (param, anchor) in enumerate(pairs):
+        theta = param.float()
+        gradient = clip * grads[row].float() + scale * (theta - anchor.float())
+        if optimizer == "adamw":
+            m, v = moments[0][row], moments[1][row]
+            first = torch.lerp(m.float(), gradient, 1 - BETA1)
+            second = v.float() * BETA2 + (1 - BETA2) * gradient * gradient
+            denominator = second.sqrt() / (1 - BETA2**step).sqrt() + EPS
+            theta = theta * (1 - LR * WEIGHT_DECAY)
+            theta = theta - (LR / (1 - BETA1**step)) * first / denominator
+            m.copy_(first)
+            v.copy_(second)
+        else:
+            gradient = gradient + WEIGHT_DECAY * theta
+            if moments:
+                gradient = moments[0][row].float() * MOMENTUM + gradient
+                moments[0][row].copy_(gradient)
+            theta = theta - LR * gradient
+        param.copy_(theta)
+
+
+class DeepSpeedCpuAdam(Variant):
+    """DeepSpeed's AdamW for CPUs, where it is installed; it has neither guidance nor clipping."""
+
+    name = "DeepSpeedCPUAdam"
+    guided = False
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        if workload.optimizer != "adamw" or setting.clipped:
+            raise Unavailable("it is a plain AdamW")
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            self.optimizer = DeepSpeedCPUAdam(
+                self.params, **_arguments(workload), adamw_mode=True, fp32_optimizer_states=False
+            )
+        except Exception as error:  # it compiles its kernels here, with whatever result
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
+        for row, param in enumerate(self.params):
+            moments = (moment[row] for moment in workload.moments)
+            state = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+            self.optimizer.state[param].update(step=FIRST_STEP, **dict(state))
+
+    def step(self, inject: bool) -> None:
+        """Steps."""
+        self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """One pass."""
+        return self._update_arrays()
+
+
+IMPLEMENTATIONS: dict[str, type[Variant]] = {
+    kind.name: kind
+    for kind in (
+        DggCpp, DggReference, TorchFused, TorchFusedForeachClip, LoopGuidance, ForeachGuidance,
+        ForeachGuidanceKeptBuffer, CompiledGuidance, DeepSpeedCpuAdam,
+    )
+}  # fmt: skip

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tensors a benchmark case steps on, and the check of a step against the float64 reference.
+
+Imported by step.py, peers.py and test_step.py.
+
+All variants of a case work on the same memory, each through Parameters with version counters of
+their own. That is fair (no variant is lucky with its pages), and a case of 10**8 elements needs 6
+arrays instead of 5 per variant. A variant therefore finds parameters that others have moved; what
+it computes, and how long it takes, does not depend on that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from dgg import reference
+
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, 0.9, 0.999, 1e-8, 0.01, 0.9
+# Adam's step count before the first call: bias corrections that are neither 0 nor 1.
+FIRST_STEP = 10
+OPTIMIZERS = ("adamw", "sgd", "momentum")
+
+_CHUNK = 2**20
+_SAMPLE = 2**15
+_SAMPLED_TENSORS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What kind of step is taken.
+
+    Attributes:
+        name: As the tables call it.
+        alpha: Probability of injecting; None: there is no anchor at all.
+        clipped: The gradient's norm is clipped in the step.
+    """
+
+    name: str
+    alpha: float | None
+    clipped: bool
+
+
+PLAIN = Setting("plain", None, False)
+CLIPPED = Setting("clipped", None, True)
+GUIDED = Setting("guided", 1.0, True)
+
+
+def sampled(alpha: float) -> Setting:
+    """Returns the setting of a guided run that injects at a share of the steps."""
+    return Setting(f"alpha={alpha:g}", alpha, True)
+
+
+class Workload:
+    """Parameters, gradients, anchors and moments of one case.
+
+    Args:
+        shapes: Shapes of the parameters.
+        dtype: Dtype of all of them; moments and anchors have it too, as in torch.optim.
+        optimizer: One of OPTIMIZERS.
+        device: Where they live.
+    """
+
+    def __init__(self, shapes, dtype: torch.dtype, optimizer: str, device: torch.device) -> None:
+        self.dtype, self.optimizer, self.device = dtype, optimizer, device
+        self._generator = torch.Generator(device).manual_seed(0)
+        self.params = self._normal(shapes)
+        self.grads = self._normal(shapes)
+        self.pristine = [g.clone() for g in self.grads]
+        self.anchors = [torch.empty_like(p) for p in self.params]
+        self.moments: list[list[Tensor]] = []
+        if optimizer != "sgd":
+            self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])
+        if optimizer == "adamw":
+            self.moments.append([m.abs_().add_(0.5) for m in self._normal(shapes)])
+        self.elements = sum(p.numel() for p in self.params)
+        # About half the norm: clipping is always at work, and rounding in c and s is seen.
+        self.max_grad_norm = 0.5 * math.sqrt(self.elements)
+        self.move_anchors()
+
+    def _normal(self, shapes) -> list[Tensor]:
+        tensors = [torch.empty(s, dtype=self.dtype, device=self.device) for s in shapes]
+        for tensor in tensors:
+            tensor.normal_(generator=self._generator)
+        return tensors
+
+    def move_anchors(self) -> None:
+        """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
+        for param, anchor in zip(self.params, self.anchors, strict=True):
+            anchor.normal_(std=2.0, generator=self._generator).add_(param)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Returns Parameters on the shared memory, with the shared gradients.
+
+        ``.data`` gives each a version counter of its own, without which dgg would rightly take
+        the other variants' steps for changes made behind its back, and measure again.
+        """
+        params = [torch.nn.Parameter(p.data) for p in self.params]
+        for param, grad in zip(params, self.grads, strict=True):
+            param.grad = grad
+        return params
+
+    def fresh_gradients(self) -> None:
+        """Writes the gradients anew, as a backward pass would; some variants edit them."""
+        torch._foreach_copy_(self.grads, self.pristine)
+
+    def stored(self) -> list[list[Tensor]]:
+        """Returns the lists that a step writes."""
+        return [self.params, *self.moments]
+
+    def finite(self) -> bool:
+        """Returns whether everything a step writes is finite."""
+        return all(
+            bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
+            for tensors in self.stored()
+            for x in tensors
+        )
+
+    @staticmethod
+    def bytes_needed(elements: int, dtype: torch.dtype, optimizer: str) -> int:
+        """Returns the memory of a workload, with one array for the temporaries of the peers."""
+        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + 1
+        return arrays * elements * dtype.itemsize
+
+
+class VerificationError(AssertionError):
+    """A variant does not compute the guided step."""
+
+
+class Verifier:
+    """Computes steps of a workload in float64, at a sample of its elements.
+
+    Norms run over every element, whatever the size; the update is compared at all elements of
+    small workloads, at the ends and in the middle of the tensors of large ones.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        count = len(workload.params)
+        stride = max(1, count // _SAMPLED_TENSORS)
+        rows = range(count) if workload.elements <= 64 * _SAMPLE else range(0, count, stride)
+        self._places = [(row, part) for row in rows for part in _parts(workload.params[row])]
+        # ‖g‖ belongs to the pristine gradients and is the same for every variant.
+        self._grad_square = sum(
+            float(chunk.double().square().sum())
+            for grad in workload.pristine
+            for chunk in grad.view(-1).split(_CHUNK)
+        )
+
+    def _distance_square(self) -> float:
+        pairs = zip(self.workload.params, self.workload.anchors, strict=True)
+        return sum(
+            float(reference.distance(p.double(), a.double()))
+            for param, anchor in pairs
+            for p, a in zip(
+                param.view(-1).split(_CHUNK), anchor.view(-1).split(_CHUNK), strict=True
+            )
+        )
+
+    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[row].view(-1)[part].double() for row, part in self._places]
+
+    def check(self, variant, *, injects: bool) -> float:
+        """Runs one step of the variant and compares it.
+
+        Args:
+            variant: A `peers.Variant`.
+            injects: Whether this step must inject.
+
+        Returns:
+            The largest error in units of the tolerance.
+
+        Raises:
+            VerificationError: An element is further off than the variant's tolerance.
+        """
+        work, setting = self.workload, variant.setting
+        work.fresh_gradients()
+        expected = [self._sample(tensors) for tensors in work.stored()]
+        count = len(self._places)
+        squares = torch.zeros(3, count, dtype=torch.float64)
+        squares[:, 0] = torch.tensor(
+            [self._grad_square] * 2 + [self._distance_square() if injects else 0.0]
+        )
+        found = reference.coefficients(
+            squares,
+            max_grad_norm=work.max_grad_norm if setting.clipped else None,
+            scaling=True,
+            per_tensor=False,
+        )
+        grads, anchors = self._sample(work.pristine), self._sample(work.anchors)
+        flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
+        shared = {
+            "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
+            "threshold": 1 << 32,
+        }  # fmt: skip
+        distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
+        if work.optimizer == "adamw":
+            reference.adam_(
+                expected[0], grads, [], expected[1], expected[2], [None] * count, anchors,
+                [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
+                flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
+                **shared,
+            )  # fmt: skip
+        else:
+            buffers = expected[1] if work.moments else [None] * count
+            reference.sgd_(
+                expected[0], grads, [], buffers, anchors, distances, found, flags, rows,
+                momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
+                **shared,
+            )  # fmt: skip
+        variant()
+        relative, absolute = variant.tolerance(work.dtype)
+        worst = 0.0
+        for tensors, wanted in zip(work.stored(), expected, strict=True):
+            for got, want in zip(self._sample(tensors), wanted, strict=True):
+                if got.numel() == 0:
+                    continue
+                error = float(((got - want).abs() / (absolute + relative * want.abs())).max())
+                worst = max(worst, error) if error == error else math.inf
+        if not worst <= 1.0:
+            raise VerificationError(
+                f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "
+                "float64 reference and is not timed"
+            )
+        return worst
+
+
+def _parts(tensor: Tensor) -> list[slice]:
+    count = tensor.numel()
+    if count <= 4 * _SAMPLE:
+        return [slice(0, count)]
+    starts = [0, count // 3, 2 * count // 3, count - _SAMPLE]
+    return [slice(start, start + _SAMPLE) for start in starts]
