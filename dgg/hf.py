@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Hugging Face Trainer: task boundaries, per-task alpha and logging of a guided optimizer.
+
+    trainer = Trainer(
+        model, args, train_dataset=task,
+        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 2e-4, "alpha": 0.2}),
+        callbacks=[dgg.hf.GuidanceCallback()],
+    )
+
+The guidance itself happens in the optimizer's step; the callback only says where a task begins
+and reports. Importing this module imports transformers; ``import dgg`` does not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dgg import _dispatch, guidance, optim
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import CallbackHandler, ExportableState
+except ImportError as error:  # pragma: no cover - needs an environment without transformers
+    raise ImportError(
+        'dgg.hf needs transformers and cannot import it; pip install "dgg[hf]"'
+    ) from error
+
+__all__ = ["GuidanceCallback", "is_active"]
+
+logger = logging.getLogger(__name__)
+
+# Trainings that came to their end, by model: scripts that make a new Trainer and a new callback
+# for every task in one process still count their tasks, and are not silently left unguided.
+_tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+_MODEL_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+class GuidanceCallback(TrainerCallback, ExportableState):
+    """Sets the anchor at task boundaries, sets alpha per task, logs the guidance.
+
+    **The rule.** A call of ``trainer.train()`` is one task. When it begins, and only then, the
+    weights it begins with become the anchor; the first task has nothing to protect and is not
+    guided. A training resumed from a checkpoint is in the middle of its task: number, anchor,
+    alpha and draw index come from the checkpoint, and nothing is snapshotted. A training that
+    was interrupted and begins anew with the same optimizer keeps its anchor.
+
+    Tasks are counted per callback and per model, whichever is higher, so one callback may serve
+    all tasks or every task have its own, with one Trainer or many. A script that runs a process
+    per task says which one it is: ``GuidanceCallback(task=2)``.
+
+    In the log entries of the training, and so in every logger: ``guidance/injected`` (share of
+    the steps since the last entry that were guided), ``guidance/scale`` (mean s of these),
+    ``guidance/distance`` (mean ‖θ - θ*‖), ``guidance/grad_norm`` (mean ‖g‖), ``guidance/clip``
+    (mean c, if the optimizer clips) and ``guidance/task``; what no step measured is left out.
+    The last entry of a training summarises all of it. Steps are not synchronised for this: the
+    numbers stay on the device until the Trainer logs.
+
+    Args:
+        alpha: Probability of injecting: one number, one per task in order, or a mapping from
+            task number to alpha. None leaves the optimizer's own.
+        task: Number of the first task this callback sees, from 0; None counts by itself.
+        anchor: The anchor of the first task this callback sees, instead of the weights it begins
+            with: named tensors, or the path of a safetensors file or of a directory written by
+            ``save_pretrained`` (a model, an adapter, a Trainer checkpoint).
+        guide_first_task: Also guide task 0, towards the (pre-trained) weights it begins with.
+
+    Raises:
+        TypeError: An argument is of the wrong type; when the training begins: the Trainer's
+            optimizer is none of dgg's.
+        ValueError: An alpha is out of range or missing for a task; when the training begins: the
+            parameters that the model trains are not those the optimizer holds, or ``task`` is
+            not the checkpoint's.
+        RuntimeError: A training resumed in the middle of a guided task has lost its anchor, or
+            no parameter of the optimizer receives a gradient.
+        FileNotFoundError: ``anchor`` is a path without safetensors.
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | Mapping[int, float] | None = None,
+        *,
+        task: int | None = None,
+        anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        guide_first_task: bool = False,
+    ) -> None:
+        self.alpha = _checked_alpha(alpha)
+        if task is not None:
+            guidance.check_options({"task_index": task})
+        if anchor is not None and not isinstance(anchor, (Mapping, str, os.PathLike)):
+            raise TypeError(
+                f"anchor= must be named tensors or the path of a safetensors file or directory, "
+                f"not {type(anchor).__name__}"
+            )
+        if not isinstance(guide_first_task, bool):
+            raise TypeError(f"guide_first_task={guide_first_task!r} must be True or False")
+        self.first_task = task
+        self.guide_first_task = guide_first_task
+        self._given = anchor
+        # Of the present training, or of the last one.
+        self._task: int | None = None
+        self._guided = False
+        self._running = False
+        self._stepped = False
+        self._origin = ""
+        self._window = _Window()
+        # Weakly: the adapters of former tasks must not stay in memory for their names.
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    # -- task boundaries ------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Sets the anchor and alpha of a new task; checks a resumed one."""
+        model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
+        if not getattr(args, "deepspeed", None):
+            # DeepSpeed hands the optimizer flat partitions, which no model knows.
+            self._check_parameters(opt, model)
+        _warn_of_ignored_lr(args, opt)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            saved = saved[0]
+        if state.global_step > 0:
+            self._resume(opt, model, (saved or {}).get("attributes", {}))
+        else:
+            self._begin(opt, model)
+        # The Trainer updates this entry when it saves and expects it to be there, which it is not
+        # in a checkpoint that was written without this callback.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._running, self._stepped, self._window = True, False, _Window()
+        _stand_before_loggers(self)
+
+    def _begin(self, opt, model: nn.Module) -> None:
+        task = self._upcoming(model)
+        again = self._running and task == self._task
+        alpha = self._alpha_of(task)
+        guided = task > 0 or self.guide_first_task or self._given is not None
+        if guided and again and _anchored(opt):
+            self._origin = "kept from before the interruption"
+        elif guided:
+            if again:
+                logger.warning(
+                    "task %d was begun before and did not reach its end: its anchor becomes the "
+                    "weights of now, not those it began with; pass anchor= or resume from a "
+                    "checkpoint to keep them",
+                    task,
+                )
+            self._set_anchor(opt, model)
+        else:
+            # An anchor set by hand before the first task stays.
+            guided = _anchored(opt) > 0
+            self._origin = "set before the training"
+        for group in opt.param_groups:
+            group["task_index"] = task
+            if alpha is not None:
+                group["alpha"] = alpha
+        self._task, self._guided = task, guided
+
+    def _set_anchor(self, opt, model: nn.Module) -> None:
+        if self._given is None:
+            opt.set_anchor()
+            self._origin = "the weights this training began with"
+        elif isinstance(self._given, Mapping):
+            opt.set_anchor(self._given, model=model)
+            self._origin = "the tensors given"
+        else:
+            opt.set_anchor(_read_tensors(self._given), model=model)
+            self._origin = str(self._given)
+
+    def _resume(self, opt, model: nn.Module, saved: Mapping[str, Any]) -> None:
+        anchored = _anchored(opt)
+        task = saved.get("_task")
+        if task is None:
+            task = opt.param_groups[0]["task_index"] if anchored else self._upcoming(model)
+        elif task < (self.first_task or 0):
+            raise ValueError(
+                f"the checkpoint was written in task {task} and this is GuidanceCallback(task="
+                f"{self.first_task}): resuming would train the former task again. Give every task "
+                "an output_dir of its own, or set task= to the checkpoint's"
+            )
+        elif task < self._upcoming(model):
+            logger.warning(
+                "the checkpoint was written in task %d, which came to its end already: it is "
+                "trained further; give every task an output_dir of its own if that is not meant",
+                task,
+            )
+        self._origin = "the checkpoint"
+        lost = saved.get("_guided", task > 0 or self.guide_first_task or self._given is not None)
+        if lost and not anchored:
+            if self._given is None:
+                raise RuntimeError(
+                    f"resuming in the middle of task {task}, which was guided, but the checkpoint "
+                    "has no anchor, and the weights of now are not those the task began with. "
+                    "Resume from a checkpoint with optimizer.pt (save_only_model=False), or pass "
+                    "GuidanceCallback(anchor=...) with the previous task's weights"
+                )
+            self._set_anchor(opt, model)
+            for group in opt.param_groups:
+                group["task_index"] = task
+        self._task, self._guided = task, _anchored(opt) > 0
+        alpha, inside = self._alpha_of(task), opt.param_groups[0]["alpha"]
+        if alpha is not None and alpha != inside:
+            logger.warning(
+                "alpha=%s of this callback is not in force: task %d was resumed and goes on with "
+                "the checkpoint's alpha=%s",
+                alpha,
+                task,
+                inside,
+            )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Counts the task as done; the next training is another one."""
+        self._running = False
+        if state.is_hyper_param_search:
+            return  # Every trial is the same task again.
+        self._given = None
+        self.first_task = None
+        core = _core(kwargs["model"])
+        _tasks_done[core] = max(self._task + 1, _tasks_done.get(core, 0))
+
+    def _upcoming(self, model: nn.Module) -> int:
+        if self.first_task is not None:
+            return self.first_task
+        if self._running:
+            return self._task
+        mine = 0 if self._task is None else self._task + 1
+        return max(mine, _tasks_done.get(_core(model), 0))
+
+    def _alpha_of(self, task: int) -> float | None:
+        alpha = self.alpha
+        if alpha is None or isinstance(alpha, float):
+            return alpha
+        if isinstance(alpha, dict):
+            if task in alpha:
+                return alpha[task]
+            remedy = f"add the key {task}"
+        else:
+            if task < len(alpha):
+                return alpha[task]
+            remedy = "give one alpha per task, the first included"
+        raise ValueError(f"alpha={alpha} has no value for task {task}; {remedy}")
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a Trainer checkpoint keeps of this callback."""
+        return {
+            "args": {
+                "alpha": self.alpha,
+                "task": self.first_task,
+                "guide_first_task": self.guide_first_task,
+            },
+            "attributes": {"_task": self._task, "_guided": self._guided},
+        }
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_parameters(self, opt, model: nn.Module) -> None:
+        held = [p for group in opt.param_groups for p in group["params"]]
+        ids = {id(p) for p in held}
+        present = {id(p) for p in model.parameters()}
+        named = list(model.named_parameters())
+        missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
+        dead = [
+            self._names.get(p) or label
+            for p, label in zip(held, guidance.group_labels(opt.param_groups), strict=True)
+            if id(p) not in present
+        ]
+        if missing or dead:
+            if missing:
+                # Parameters frozen on purpose are no fault, unless others took their place.
+                dead += [n for n, p in named if id(p) in ids and not p.requires_grad]
+            raise ValueError(
+                "the parameters that the model trains are not those the optimizer holds. "
+                f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but "
+                f"removed from the model or frozen: {_shown(dead)}. Another adapter was made "
+                "active, merged or added after the optimizer was built: make a new Trainer (or "
+                "set trainer.optimizer = None) after changing adapters, and freeze "
+                "(requires_grad_(False)) what is not to be trained"
+            )
+        for name, p in named:
+            if p.requires_grad:
+                self._names[p] = name
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Checks at the first step that gradients reach the optimizer at all."""
+        if self._stepped or getattr(args, "deepspeed", None):
+            return
+        opt = _unwrap(kwargs["optimizer"])
+        params = [p for group in opt.param_groups for p in group["params"]]
+        if all(p.grad is None for p in params) and not opt._engine.replay:
+            raise RuntimeError(
+                f"none of the optimizer's {len(params)} parameters has a gradient "
+                f"({_shown([self._names.get(p) or str(tuple(p.shape)) for p in params])}): the "
+                "forward pass does not use them. Make their adapter active (set_adapter) before "
+                "the Trainer is made"
+            )
+
+    # -- logging --------------------------------------------------------------------------------
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Keeps the step's statistics, on the device; says once what is at work."""
+        opt = _unwrap(kwargs["optimizer"])
+        self._window.add(opt.guidance_stats())
+        if not self._stepped:
+            self._stepped = True
+            if state.is_world_process_zero:
+                logger.info("%s", self._describe(opt))
+
+    def _describe(self, opt) -> str:
+        devices = {p.device for group in opt.param_groups for p in group["params"]}
+        backends = sorted({_dispatch.choose(opt._backend, device) for device in devices})
+        text = f"dgg.{type(opt).__name__} (backend {', '.join(backends)}), task {self._task}: "
+        if not self._guided:
+            return text + "not guided, there is no former task to protect"
+        anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
+        size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
+        alphas = sorted({float(group["alpha"]) for group in opt.param_groups})
+        return text + (
+            f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} tensors "
+            f"({size:.1f} MiB): {self._origin}"
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Adds the guidance to an entry of the training (not to one of an evaluation)."""
+        if logs is None or not ("loss" in logs or "train_loss" in logs):
+            return
+        values = self._window.totals() if "train_loss" in logs else self._window.means()
+        if not values:
+            return
+        values["guidance/task"] = self._task
+        logs.update(values)
+        # The Trainer has put a copy into its history before it calls anybody.
+        history = state.log_history
+        if history and history[-1].get("step") == state.global_step:
+            history[-1].update(values)
+
+
+class _Window:
+    """Means of the steps' statistics; reading them is the only synchronisation."""
+
+    # Rows are folded into sums on the device now and then, or an epoch without logging would
+    # keep a tensor for each of its steps.
+    _FOLD = 64
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Tensor | None]] = []
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._totals: dict[str, tuple[float, int]] = {}
+
+    def add(self, stats: dict[str, Tensor | None]) -> None:
+        """Adds one step's statistics."""
+        self._rows.append(stats)
+        if len(self._rows) >= self._FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        for name in ("injected", "scale", "grad_norm", "distance", "clip"):
+            values = [row[name].float().mean() for row in self._rows if row[name] is not None]
+            if values:
+                total = torch.stack(values).sum()
+                if name in self._sums:
+                    before, count = self._sums[name]
+                    self._sums[name] = (before + total, count + len(values))
+                else:
+                    self._sums[name] = (total, len(values))
+        self._rows.clear()
+
+    def means(self) -> dict[str, float]:
+        """Returns the means of the steps since the last call; empty if there were none."""
+        return self._means(self._drain())
+
+    def totals(self) -> dict[str, float]:
+        """Returns the means of all steps."""
+        self._drain()
+        return self._means(self._totals)
+
+    def _drain(self) -> dict[str, tuple[float, int]]:
+        self._fold()
+        if not self._sums:
+            return {}
+        numbers = torch.stack([total for total, _ in self._sums.values()]).tolist()
+        drained = {
+            name: (number, count)
+            for number, (name, (_, count)) in zip(numbers, self._sums.items(), strict=True)
+        }
+        self._sums.clear()
+        for name, (number, count) in drained.items():
+            before, steps = self._totals.get(name, (0.0, 0))
+            self._totals[name] = (before + number, steps + count)
+        return drained
+
+    @staticmethod
+    def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+        means = {f"guidance/{name}": total / count for name, (total, count) in sums.items()}
+        # s is 0 on the steps that inject nothing; its mean is over those that do.
+        scale = means.pop("guidance/scale", 0.0)
+        if means.get("guidance/injected"):
+            means["guidance/scale"] = scale / means["guidance/injected"]
+        return means
+
+
+def is_active(trainer) -> bool:
+    """Returns whether guidance is at work in a Trainer: not asked for, but happening.
+
+    True once the Trainer's optimizer is one of dgg's, has been stepped, and has an anchor and an
+    alpha and strength above 0. So it is False before ``train()``, in an unguided first task, and
+    where somebody has replaced the optimizer.
+
+    Args:
+        trainer: A `transformers.Trainer`, during or after ``train()``.
+    """
+    try:
+        opt = optim.unwrap(trainer.optimizer)
+    except TypeError:
+        return False
+    at_work = any(
+        group["anchored"] and float(group["alpha"]) > 0 and float(group["strength"]) > 0
+        for group in opt.param_groups
+    )
+    return at_work and opt.param_groups[0]["draw_index"] > 0
+
+
+def _unwrap(optimizer):
+    try:
+        return optim.unwrap(optimizer)
+    except TypeError as error:
+        raise TypeError(
+            f"GuidanceCallback found no dgg optimizer in the Trainer ({error}). An `optim=` in "
+            "TrainingArguments does not make one, and an 'optimizer' block in a DeepSpeed "
+            "configuration replaces it: remove the block"
+        ) from None
+
+
+def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
+    if alpha is None:
+        return None
+    if isinstance(alpha, Mapping):
+        try:
+            # A Trainer checkpoint is JSON, where keys are text.
+            checked: Any = {int(task): value for task, value in alpha.items()}
+        except (TypeError, ValueError):
+            raise TypeError(f"alpha={alpha!r} must map task numbers to numbers") from None
+        values = checked.values()
+    elif isinstance(alpha, Sequence) and not isinstance(alpha, str):
+        checked = values = list(alpha)
+    else:
+        guidance.check_options({"alpha": alpha})
+        return float(alpha)
+    for value in values:
+        guidance.check_options({"alpha": value})
+    if isinstance(checked, dict):
+        return {task: float(value) for task, value in checked.items()}
+    return [float(value) for value in checked]
+
+
+def _anchored(opt) -> int:
+    return sum(group["anchored"] for group in opt.param_groups)
+
+
+def _core(model: nn.Module) -> nn.Module:
+    # The model inside peft's wrapper: it outlives merge_and_unload and a second get_peft_model.
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _shown(names: Sequence[str], most: int = 6) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _warn_of_ignored_lr(args, opt) -> None:
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    group = opt.param_groups[0]
+    rate = float(group.get("initial_lr", group["lr"]))
+    if args.learning_rate not in (default, rate):
+        logger.warning(
+            "learning_rate=%g of TrainingArguments is not used: optimizer_cls_and_kwargs has its "
+            "own, here %g; put lr there",
+            args.learning_rate,
+            rate,
+        )
+
+
+def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads named tensors from a safetensors file, or a directory of ``save_pretrained``."""
+    from safetensors.torch import load_file
+
+    path = pathlib.Path(path)
+    if path.is_file():
+        files = [path]
+    elif (index := path / _INDEX_FILE).is_file() and not (path / _ADAPTER_FILE).is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [path / shard for shard in shards]
+    else:
+        files = [f for name in (_ADAPTER_FILE, _MODEL_FILE) if (f := path / name).is_file()][:1]
+    if not files:
+        raise FileNotFoundError(
+            f"anchor={str(path)!r}: no {_ADAPTER_FILE}, {_MODEL_FILE} or {_INDEX_FILE} there; "
+            "pass what model.save_pretrained() wrote for the previous task"
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    return tensors
+
+
+def _stand_before_loggers(callback: TrainerCallback) -> None:
+    """Puts the callback before the Trainer's reporting callbacks.
+
+    The Trainer calls TensorBoard, W&B and the like before any callback of the user, and gives
+    callbacks neither itself nor a way to add to an entry; so the only way to reach them is to be
+    asked first. The handler that holds the order is the caller. Should that ever change, the
+    history, the progress bar and the printed entries still have the numbers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # In place and with the same length: the handler is iterating over this list.
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back

@@ -1,0 +1,727 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""dgg in the Hugging Face Trainer: a peft LoRA model over several tasks, for real, no downloads.
+
+Run as a script, this file trains one task in a process of its own and dies in the middle of it.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dgg
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from dgg.hf import GuidanceCallback, is_active  # noqa: E402
+
+VOCAB, LENGTH, STEPS = 24, 8, 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # The models are so small that threads would only wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def base_model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def lora(base, seed=1):
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1
+    )
+    return peft.get_peft_model(base, config)
+
+
+def task_data(stride, examples=64):
+    """Sequences that count in steps of `stride`: every stride is another task."""
+    starts = torch.arange(examples) % VOCAB
+    rows = (starts[:, None] + stride * torch.arange(LENGTH)) % VOCAB
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+OPTIONS = {"lr": 1e-2, "alpha": 0.5, "seed": 3}
+
+
+def trainer_for(model, data, out, callbacks, *, options=None, optimizer=dgg.AdamW, **over):
+    settings = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        "dataloader_pin_memory": False,
+        **over,
+    }
+    chosen = None if optimizer is None else (optimizer, {**OPTIONS, **(options or {})})
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(**settings),
+        train_dataset=data,
+        optimizer_cls_and_kwargs=chosen,
+        eval_dataset=task_data(3, examples=4),
+        callbacks=callbacks,
+    )
+
+
+def trainable(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def anchors(trainer):
+    opt = dgg.unwrap(trainer.optimizer)
+    return {
+        n: opt.state[p]["anchor"]
+        for n, p in trainer.model.named_parameters()
+        if "anchor" in opt.state.get(p, ())
+    }
+
+
+def assert_same(left, right, path="state"):
+    """Bit for bit, whatever the nesting."""
+    assert type(left) is type(right), path
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), path
+        for place, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{path}[{place}]")
+    else:
+        assert left == right, path
+
+
+class Grab(transformers.TrainerCallback):
+    """Keeps what a logger is given, and what holds when the training begins."""
+
+    def __init__(self):
+        self.entries = []
+        self.start = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.start = trainable(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append(dict(logs))
+
+
+class Die(transformers.TrainerCallback):
+    """Ends the training in the middle, after a checkpoint."""
+
+    def __init__(self, step, how):
+        self.step, self.how = step, how
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.how()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def second_task(root, **over):
+    """Task 1 in a fresh process: base model, the adapter of task 0, the anchor from its files."""
+    model = peft.PeftModel.from_pretrained(base_model(), root / "task0", is_trainable=True)
+    callback = GuidanceCallback(task=1, anchor=root / "task0", alpha=[0.0, 0.6])
+    extra = over.pop("callbacks", [])
+    return trainer_for(
+        model,
+        task_data(3),
+        over.pop("out", root / "task1"),
+        [callback, *extra],
+        save_strategy="steps",
+        save_steps=3,
+        **over,
+    )
+
+
+# -- two tasks, interruption, resume -------------------------------------------------------------
+
+
+def test_process_per_task_resumed_bit_for_bit(tmp_path):
+    """A second process goes on from the first one's adapter, is killed, and a third resumes it."""
+    first = trainer_for(lora(base_model()), task_data(1), tmp_path / "out0", [GuidanceCallback()])
+    first.train()
+    assert not is_active(first) and not anchors(first)
+    first.model.save_pretrained(tmp_path / "task0")
+    adapter = load_file(tmp_path / "task0" / "adapter_model.safetensors")
+
+    straight = second_task(tmp_path, out=tmp_path / "straight")
+    straight.train()
+    assert is_active(straight)
+    opt = dgg.unwrap(straight.optimizer)
+    assert [g["task_index"] for g in opt.param_groups] == [1, 1]
+    assert [g["alpha"] for g in opt.param_groups] == [0.6, 0.6]
+    assert opt.param_groups[0]["draw_index"] == STEPS
+    for name, anchor in anchors(straight).items():
+        assert torch.equal(anchor, adapter[name.replace(".default", "")])
+
+    killed = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
+    assert killed.returncode == 9, killed.stderr[-3000:]
+    checkpoint = tmp_path / "task1" / "checkpoint-3"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert all("anchor" in entry for entry in saved["state"].values())
+    assert saved["param_groups"][0]["draw_index"] == 3
+
+    resumed = second_task(tmp_path, out=tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(trainable(resumed.model), trainable(straight.model), "weights")
+    assert_same(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert_same(resumed.lr_scheduler.state_dict(), straight.lr_scheduler.state_dict())
+    losses = [
+        [e["loss"] for e in t.state.log_history if e["step"] > 4 and "loss" in e]
+        for t in (resumed, straight)
+    ]
+    assert losses[0] == losses[1] and losses[0]
+    # And the guidance was no no-op.
+    plain = second_task(tmp_path, out=tmp_path / "plain", options={"strength": 0.0})
+    plain.train()
+    assert not is_active(plain)
+    moved = trainable(plain.model)
+    assert any(not torch.equal(p, moved[n]) for n, p in trainable(straight.model).items())
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_one_process_resumed_bit_for_bit(tmp_path, restore):
+    """Two tasks in one process with one callback; the second is interrupted and resumed anew."""
+
+    def run(out, *, stop):
+        model, guidance = lora(base_model()), GuidanceCallback(alpha={0: 0.3, 1: 0.6})
+        trainer_for(model, task_data(1), out / "0", [guidance]).train()
+        extra = [Die(4, interrupt)] if stop else []
+        second = trainer_for(
+            model, task_data(3), out / "1", [guidance, *extra], save_strategy="steps", save_steps=3
+        )
+        if not stop:
+            second.train()
+            return second
+        with pytest.raises(KeyboardInterrupt):
+            second.train()
+        return None
+
+    straight = run(tmp_path / "a", stop=False)
+    run(tmp_path / "b", stop=True)
+    # As a new process would: everything is built again and the callback knows nothing.
+    fresh = GuidanceCallback(alpha={0: 0.3, 1: 0.6})
+    resumed = trainer_for(
+        lora(base_model()),
+        task_data(3),
+        tmp_path / "b" / "1",
+        [fresh],
+        save_strategy="steps",
+        save_steps=3,
+        restore_callback_states_from_checkpoint=restore,
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(trainable(resumed.model), trainable(straight.model), "weights")
+    assert_same(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert dgg.unwrap(resumed.optimizer).param_groups[0]["task_index"] == 1
+    # The next task is number 2 and is anchored at its own start.
+    with pytest.raises(ValueError, match="no value for task 2; add the key 2"):
+        resumed.train()
+
+
+def test_same_trainer_next_task(tmp_path):
+    """train() again with other data: the same optimizer, a new anchor in the old one's memory."""
+    grab = Grab()
+    trainer = trainer_for(
+        lora(base_model()),
+        task_data(1),
+        tmp_path,
+        [GuidanceCallback(alpha=[0.0, 1.0, 0.5]), grab],
+        max_steps=2,
+    )
+    trainer.train()
+    opt = dgg.unwrap(trainer.optimizer)
+    assert not anchors(trainer)
+    places = None
+    for task, (stride, alpha) in enumerate([(3, 1.0), (5, 0.5)], start=1):
+        trainer.train_dataset = task_data(stride)
+        trainer.train()
+        assert dgg.unwrap(trainer.optimizer) is opt
+        assert_same(anchors(trainer), grab.start, "anchor")
+        assert opt.param_groups[0]["task_index"] == task
+        assert opt.param_groups[0]["alpha"] == alpha
+        now = [a.data_ptr() for a in anchors(trainer).values()]
+        assert places in (None, now), "one anchor, ever"
+        places = now
+    assert opt.param_groups[0]["draw_index"] == 6
+    with pytest.raises(ValueError, match="alpha=.* no value for task 3; give one alpha per task"):
+        trainer.train()
+
+
+def test_new_trainer_and_new_callback_per_task(tmp_path):
+    """Nobody has to carry the callback from task to task: the model's trainings are counted."""
+    model = lora(base_model())
+    for task in range(3):
+        grab = Grab()
+        trainer = trainer_for(
+            model, task_data(1 + task), tmp_path, [GuidanceCallback(), grab], max_steps=2
+        )
+        trainer.train()
+        opt = dgg.unwrap(trainer.optimizer)
+        assert opt.param_groups[0]["task_index"] == task
+        assert opt.param_groups[0]["draw_index"] == 2
+        assert_same(anchors(trainer), grab.start if task else {}, "anchor")
+    # The merge workflow: another peft model around the same base.
+    merged = lora(model.merge_and_unload(), seed=5)
+    grab = Grab()
+    trainer = trainer_for(merged, task_data(7), tmp_path, [GuidanceCallback(), grab], max_steps=2)
+    trainer.train()
+    assert_same(anchors(trainer), grab.start, "anchor")
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 3
+
+
+def test_interrupted_training_keeps_its_anchor(tmp_path):
+    guidance = GuidanceCallback(guide_first_task=True)
+    grab, die = Grab(), Die(2, interrupt)
+    trainer = trainer_for(lora(base_model()), task_data(1), tmp_path, [guidance, grab, die])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    start = grab.start
+    trainer.remove_callback(die)
+    trainer.train()
+    assert_same(anchors(trainer), start, "anchor")
+    assert any(not torch.equal(start[n], p) for n, p in grab.start.items()), "it had moved"
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 0
+
+
+def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog):
+    model, guidance = lora(base_model()), GuidanceCallback(task=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
+    trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
+    assert "task 1 was begun before and did not reach its end" in caplog.text
+
+
+def test_anchor_given_as_tensors_and_full_model(tmp_path):
+    """No peft: the anchor comes from model.safetensors, or from a state dict."""
+    base_model().save_pretrained(tmp_path / "before")
+    tensors = {n: p.detach().clone() + 1 for n, p in base_model().named_parameters()}
+    for given, offset in ((tmp_path / "before", 0), (tensors, 1)):
+        trainer = trainer_for(
+            base_model(), task_data(1), tmp_path, [GuidanceCallback(anchor=given)], max_steps=1
+        )
+        trainer.train()
+        found = anchors(trainer)
+        assert len(found) == len(list(trainer.model.parameters()))
+        for name, param in base_model().named_parameters():
+            assert torch.equal(found[name], param.detach() + offset)
+
+
+def test_anchor_from_sharded_files(tmp_path):
+    model = base_model()
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    tensors = dgg.hf._read_tensors(tmp_path)
+    for name, param in model.named_parameters():
+        assert torch.equal(tensors[name], param)
+
+
+GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "huggingface.md"
+
+
+def test_the_guide_is_true(tmp_path, monkeypatch):
+    """Runs every example of docs/huggingface.md in order, and counts the lines of the diff."""
+    monkeypatch.chdir(tmp_path)
+    text = GUIDE.read_text()
+    diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in diff.splitlines() if line[0] in "+-"]) <= 4
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 4
+    names = {
+        "dgg": dgg,
+        "Trainer": transformers.Trainer,
+        "TrainingArguments": transformers.TrainingArguments,
+        "PeftModel": peft.PeftModel,
+        "get_peft_model": peft.get_peft_model,
+        "config": peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        "tasks": [task_data(1, 8), task_data(3, 8)],
+        "arguments": {"use_cpu": True, "report_to": [], "num_train_epochs": 1,
+                      "save_strategy": "no", "disable_tqdm": True},
+    }  # fmt: skip
+    for example in examples:
+        names["model"], names["base"] = lora(base_model()), base_model()
+        if "from_pretrained" in example:
+            names["model"].save_pretrained("adapters/0")
+        exec(example, names)
+        assert is_active(names["trainer"])
+        opt = dgg.unwrap(names["trainer"].optimizer)
+        assert opt.param_groups[0]["task_index"] == 1
+        held = {id(p) for p, state in opt.state.items() if "anchor" in state}
+        moving = [(n, p) for n, p in names["model"].named_parameters() if p.requires_grad]
+        assert held == {id(p) for _, p in moving}
+        for name, param in moving:
+            if "stack" in example:
+                assert ".task1." in name
+            if "lora_B" in name and ("stack" in example or "merge" in example):
+                assert not opt.state[param]["anchor"].any(), "towards no change at all"
+    assert pathlib.Path("adapters/1/adapter_model.safetensors").is_file()
+
+
+# -- clipping -------------------------------------------------------------------------------------
+
+
+def batches(data, accumulation=2, size=4):
+    place = 0
+    while True:
+        micro = []
+        for _ in range(accumulation):
+            rows = data[place : place + size]
+            micro.append({k: torch.stack([r[k] for r in rows]) for k in rows[0]})
+            place += size
+        yield micro
+
+
+def by_hand(model, opt, *, clip_first):
+    """The Trainer's order: accumulate, clip, step, zero; the loss is a mean over all tokens."""
+    model.train()
+    for _, micro in zip(range(STEPS), batches(task_data(3)), strict=False):
+        tokens = sum(m["labels"][:, 1:].numel() for m in micro)
+        for inputs in micro:
+            model(**inputs, num_items_in_batch=torch.tensor(tokens)).loss.backward()
+        if clip_first:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        opt.step()
+        opt.zero_grad()
+
+
+def test_trainer_clips_before_the_step(tmp_path):
+    """The guided step sees clipped gradients; clipping in the optimizer comes to the same."""
+
+    def model():
+        made = lora(base_model())
+        for module in made.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return made
+
+    def trained(out, **over):
+        over = {"max_grad_norm": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, **over}
+        trainer = trainer_for(
+            model(),
+            task_data(3),
+            out,
+            [GuidanceCallback(guide_first_task=True)],
+            train_sampling_strategy="sequential",
+            **over,
+        )
+        trainer.train()
+        return trainer
+
+    hand = model()
+    opt = dgg.AdamW([p for p in hand.parameters() if p.requires_grad], weight_decay=0.0, **OPTIONS)
+    opt.set_anchor()
+    by_hand(hand, opt, clip_first=True)
+    first = trained(tmp_path / "a")
+    assert_same(trainable(first.model), trainable(hand), "weights")
+
+    folded = trained(tmp_path / "b", max_grad_norm=0.0, options={"max_grad_norm": 0.05})
+    for name, param in trainable(folded.model).items():
+        torch.testing.assert_close(param, trainable(hand)[name], rtol=1e-4, atol=1e-6)
+    clips = [e["guidance/clip"] for e in folded.state.log_history]
+    assert all(0 < c < 1 for c in clips)
+    assert not any("guidance/clip" in e for e in first.state.log_history)
+
+
+# -- logging --------------------------------------------------------------------------------------
+
+
+class Report(Grab):
+    """Stands before the guidance, as TensorBoard's and W&B's callbacks do."""
+
+
+def test_logs_reach_everyone(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="dgg.hf")
+    report, late = Report(), Grab()
+    trainer = trainer_for(
+        lora(base_model()),
+        task_data(1),
+        tmp_path,
+        [report, GuidanceCallback(guide_first_task=True), late],
+        options={"max_grad_norm": 0.3},
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=5,
+    )
+    opt_stats = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            stats = dgg.unwrap(optimizer).guidance_stats()
+            opt_stats.append({k: None if v is None else v.item() for k, v in stats.items()})
+
+    trainer.add_callback(Watch())
+    result = trainer.train()
+    history = trainer.state.log_history
+    steps = [e for e in history if "loss" in e]
+    assert len(steps) == 5
+    assert any(s["injected"] for s in opt_stats) and not all(s["injected"] for s in opt_stats)
+    for place, entry in enumerate(steps):
+        window = opt_stats[2 * place : 2 * place + 2]
+        injected = [s for s in window if s["injected"]]
+        assert entry["guidance/injected"] == len(injected) / 2
+        assert entry["guidance/task"] == 0
+        assert entry["guidance/clip"] == pytest.approx(sum(s["clip"] for s in window) / 2)
+        for name in ("scale", "distance", "grad_norm"):
+            if injected:
+                mean = sum(s[name] for s in injected) / len(injected)
+                assert entry[f"guidance/{name}"] == pytest.approx(mean)
+            else:
+                assert f"guidance/{name}" not in entry
+    evaluations = [e for e in history if "eval_loss" in e]
+    assert evaluations and not any("guidance/injected" in e for e in evaluations)
+    # The summary is of the whole training, and is what train() returns.
+    share = sum(s["injected"] for s in opt_stats) / 10
+    assert history[-1]["guidance/injected"] == pytest.approx(share)
+    assert result.metrics["guidance/injected"] == pytest.approx(share)
+    # Reporting callbacks are called before the user's, and still see it.
+    for seen in (report, late):
+        assert [e.get("guidance/injected") for e in seen.entries] == [
+            e.get("guidance/injected") for e in history
+        ]
+    lines = [r.message for r in caplog.records if "backend" in r.message]
+    assert len(lines) == 1
+    assert "dgg.AdamW (backend " in lines[0] and "anchor of 8 tensors" in lines[0]
+    json.dumps(history)
+
+
+def test_statistics_are_folded():
+    window = dgg.hf._Window()
+    for step in range(200):
+        hit = step % 4 == 0
+        window.add(
+            {
+                "injected": torch.tensor(hit),
+                "scale": torch.tensor([0.5, 1.0]) if hit else torch.zeros(()),
+                "grad_norm": torch.tensor(2.0) if hit else None,
+                "distance": torch.tensor(4.0) if hit else None,
+                "clip": None,
+            }
+        )
+        assert len(window._rows) < 64
+    wanted = {
+        "guidance/injected": 0.25,
+        "guidance/scale": 0.75,
+        "guidance/grad_norm": 2.0,
+        "guidance/distance": 4.0,
+    }
+    assert window.means() == wanted
+    assert window.means() == {}
+    assert window.totals() == wanted
+
+
+def test_learning_rate_of_the_arguments_is_not_used(tmp_path, caplog):
+    trainer = trainer_for(
+        lora(base_model()), task_data(1), tmp_path, [GuidanceCallback()], max_steps=1,
+        learning_rate=3e-4,
+    )  # fmt: skip
+    trainer.train()
+    assert "learning_rate=0.0003 of TrainingArguments is not used" in caplog.text
+    assert "here 0.01" in caplog.text
+
+
+# -- what must not go unnoticed -------------------------------------------------------------------
+
+
+def test_other_optimizer_raises(tmp_path):
+    trainer = trainer_for(
+        lora(base_model()), task_data(1), tmp_path, [GuidanceCallback()], optimizer=None
+    )
+    with pytest.raises(TypeError, match="no dgg optimizer in the Trainer.*optimizer_cls_and_kwarg"):
+        trainer.train()
+    assert not is_active(trainer)
+
+
+def test_new_adapter_raises_with_names(tmp_path):
+    """set_adapter: the optimizer would go on with the old adapter, which nobody uses."""
+    model = lora(base_model())
+    trainer = trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1)
+    trainer.train()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    before = trainable(model)
+    with pytest.raises(ValueError, match=r"lora_A\.other\.weight.*lora_A\.default\.weight"):
+        trainer.train()
+    assert_same(trainable(model), before, "weights")
+    assert not anchors(trainer)
+    # The remedy of the message: another optimizer. This is the stack workflow.
+    trainer.optimizer = None
+    trainer.train()
+    assert set(anchors(trainer)) == set(before)
+
+
+def test_merged_adapter_raises_with_names(tmp_path):
+    model = lora(base_model())
+    trainer = trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1)
+    trainer.train()
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"removed from the model or frozen: \S+lora_A\.default"):
+        trainer.train()
+
+
+def test_frozen_on_purpose_is_allowed(tmp_path):
+    model = lora(base_model())
+    trainer = trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=2)
+    trainer.train()
+    for name, param in model.named_parameters():
+        if "layers.0" in name:
+            param.requires_grad_(False)
+    trainer.train()
+    assert is_active(trainer)
+
+
+def test_adapter_that_is_not_used_raises(tmp_path):
+    """Trainable and in the optimizer, but the forward pass goes round it."""
+    model = lora(base_model())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, param in model.named_parameters():
+        param.requires_grad_(".other." in name)
+    model.enable_input_require_grads()
+    trainer = trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1)
+    with pytest.raises(RuntimeError, match=r"none of .* has a gradient .*lora_A\.other"):
+        trainer.train()
+
+
+@pytest.fixture
+def halfway(tmp_path):
+    """Arguments to resume a guided task at its third step."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    callback = GuidanceCallback(task=1)
+    trainer_for(
+        lora(base_model()), task_data(3), tmp_path, [callback], max_steps=3, **saving
+    ).train()
+    return lambda callback, **over: trainer_for(
+        lora(base_model()), task_data(3), tmp_path, [callback], **saving, **over
+    )
+
+
+def test_resume_without_optimizer_state_raises(tmp_path, halfway):
+    """save_only_model, or a lost file: the weights of now are not those the task began with."""
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "optimizer.pt").unlink()
+    for callback in (GuidanceCallback(), GuidanceCallback(task=1)):
+        with pytest.raises(RuntimeError, match="middle of task 1.*no anchor.*optimizer.pt"):
+            halfway(callback).train(resume_from_checkpoint=str(checkpoint))
+    # The previous task's weights given by hand are as good.
+    lora(base_model()).save_pretrained(tmp_path / "task0")
+    trainer = halfway(GuidanceCallback(anchor=tmp_path / "task0"))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert is_active(trainer)
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 1
+
+
+def test_resume_with_stripped_anchors_raises(tmp_path, halfway):
+    path = tmp_path / "checkpoint-3" / "optimizer.pt"
+    saved = torch.load(path, weights_only=True)
+    for entry in saved["state"].values():
+        del entry["anchor"]
+    torch.save(saved, path)
+    with pytest.raises(RuntimeError, match="lost"):
+        halfway(GuidanceCallback()).train(resume_from_checkpoint=True)
+
+
+def test_resume_of_a_checkpoint_without_the_callback(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer_for(lora(base_model()), task_data(1), tmp_path, [], max_steps=1, **saving).train()
+    guided = GuidanceCallback(guide_first_task=True)
+    trainer = trainer_for(lora(base_model()), task_data(1), tmp_path, [guided], **saving)
+    with pytest.raises(RuntimeError, match="no anchor"):
+        trainer.train(resume_from_checkpoint=True)
+    # An unguided task needs none, and its checkpoints can be written.
+    trainer = trainer_for(
+        lora(base_model()), task_data(1), tmp_path, [GuidanceCallback()], max_steps=2, **saving
+    )
+    trainer.train(resume_from_checkpoint=True)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["GuidanceCallback"]["attributes"] == {
+        "_task": 0,
+        "_guided": False,
+    }
+
+
+def test_resume_of_the_former_task_raises(tmp_path, halfway):
+    with pytest.raises(ValueError, match="written in task 1 .*task=2.*output_dir"):
+        halfway(GuidanceCallback(task=2)).train(resume_from_checkpoint=True)
+
+
+def test_resume_with_another_alpha_warns(tmp_path, halfway, caplog):
+    trainer = halfway(GuidanceCallback(alpha=0.9), max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert "alpha=0.9 of this callback is not in force" in caplog.text
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["alpha"] == OPTIONS["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"alpha": 1.5}, ValueError, r"alpha=1.5 must lie in \[0, 1\]"),
+        ({"alpha": [0.1, -1]}, ValueError, "alpha=-1"),
+        ({"alpha": {"one": 0.1}}, TypeError, "must map task numbers"),
+        ({"alpha": "0.2"}, TypeError, "alpha='0.2' must be a number"),
+        ({"task": -1}, ValueError, "task_index=-1"),
+        ({"anchor": 3}, TypeError, "named tensors or the path"),
+        ({"guide_first_task": 1}, TypeError, "guide_first_task=1 must be True or False"),
+    ],
+)
+def test_bad_arguments(arguments, error, text):
+    with pytest.raises(error, match=text):
+        GuidanceCallback(**arguments)
+
+
+def test_anchor_path_without_files(tmp_path):
+    callback = GuidanceCallback(anchor=tmp_path / "nowhere")
+    trainer = trainer_for(lora(base_model()), task_data(1), tmp_path, [callback])
+    with pytest.raises(FileNotFoundError, match="nowhere.*save_pretrained"):
+        trainer.train()
+
+
+def test_import_is_lazy():
+    code = "import sys, dgg; assert 'transformers' not in sys.modules; print(dgg.__all__)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    second_task(pathlib.Path(sys.argv[1]), callbacks=[Die(4, lambda: os._exit(9))]).train()
