@@ -260,8 +260,10 @@ class Rows:
         # thing Python has.
         try:
             addresses, present, dtypes = list(map(Tensor.data_ptr, grads)), grads, self._dtypes
+            if 0 in addresses:
+                addresses = [address or _NOWHERE for address in addresses]
         except TypeError:  # some are None
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
+            addresses = [0 if g is None else g.data_ptr() or _NOWHERE for g in grads]
             present = [g for g in grads if g is not None]
             dtypes = [d for d, g in zip(self._dtypes, grads, strict=True) if g is not None]
         if [g.dtype for g in present] != dtypes:
@@ -297,7 +299,7 @@ class Rows:
                 self._kept.append(plain)
                 if place == 0 and plain.data_ptr() != real_view(grads[row]).data_ptr():
                     self._grad_copies.append((real_view(grads[row].detach()), plain))
-                addresses[place].append(plain.data_ptr())
+                addresses[place].append(plain.data_ptr() or _NOWHERE)
             self._table[row, DTYPES] = self._dtype_codes(row, *pair)
         self._grad_addresses = _int64(addresses[0])
         self._replay_addresses = _int64(addresses[1]) if replays else _NO_ADDRESSES
@@ -369,6 +371,8 @@ class Rows:
 
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
+# Stands for the address of an empty gradient, which has none but is there: 0 means absent.
+_NOWHERE = 1
 _NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
 
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
