@@ -7,7 +7,7 @@ from dgg.guidance import Guidance
 from dgg.optim import SGD, Adam, AdamW, unwrap
 from dgg.replay import ReplayBuffer
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "SGD",

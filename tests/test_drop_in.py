@@ -61,6 +61,7 @@ def follow(
     steps=STEPS,
     gaps=True,
     rounded=None,
+    drift=0.0,
 ):
     """Steps both optimizers side by side and compares parameters and state."""
     mirror = copies(params)
@@ -80,6 +81,9 @@ def follow(
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         set_grads(params, generator, missing=(step % 7,) if gaps else ())
+        for p in params:
+            if p.grad is not None and drift:
+                p.grad += drift
         for p, q in zip(params, mirror, strict=True):
             q.grad = None if p.grad is None else p.grad.to(q.dtype, copy=True)
         theirs.step()
@@ -119,14 +123,14 @@ def test_follows_torch_in_narrow_dtypes(torch_class, kwargs, dtype, backend):
     # is no measure here (one step of lr 0.01 in float16 is 20 roundings off the exact one), and
     # its single-tensor path rounds every intermediate, so SGD goes against torch.optim.SGD in
     # float32 with what it stores rounded after every step.
-    # Away from zero: two roundings that once fall apart by an ulp stay apart by that amount, which
-    # is relative to the value of then.
+    # Parameters and buffers stay away from zero: two roundings that once fall apart by an ulp stay
+    # apart by that amount, which is relative to the value of then.
     params = make_params([(8, 8), (32,)], dtype)
     with torch.no_grad():
         for p in params:
             p.add_(4 * p.sign())
     if torch_class is torch.optim.SGD:
-        follow(torch_class, kwargs, params, {"backend": backend}, False, rounded=dtype)
+        follow(torch_class, kwargs, params, {"backend": backend}, False, rounded=dtype, drift=1.0)
     else:
         fused = {"fused": True}
         follow(torch_class, kwargs, params, {"backend": backend}, False, torch_kwargs=fused)
