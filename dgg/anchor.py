@@ -52,12 +52,14 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     )
 
 
-def check_source(source: Tensor, param: Tensor, label: str) -> None:
-    """Checks that ``source`` can become the anchor of ``param``.
+def check_source(
+    source: Tensor, param: Tensor, label: str, dtype: torch.dtype | None = None
+) -> None:
+    """Checks that ``source`` can become the anchor of ``param``, stored in ``dtype``.
 
     Raises:
         TypeError: Not a tensor, or not of a floating (for complex parameters: complex) dtype.
-        ValueError: Another shape, or values that are not finite.
+        ValueError: Another shape, or values that are not finite, or not in ``dtype``.
     """
     if not isinstance(source, Tensor):
         raise TypeError(
@@ -75,21 +77,33 @@ def check_source(source: Tensor, param: Tensor, label: str) -> None:
             f"the anchor given for {label} is {source.dtype} ({source.layout}); pass dense "
             "float32, bfloat16, float16 or float64 (for complex parameters: complex) tensors"
         )
+    if source.device.type == "meta":
+        raise ValueError(
+            f"the anchor of {label} would be taken from the meta device, which holds no values; "
+            "materialise the weights first (to_empty and load them)"
+        )
     if not finite(source):
         raise ValueError(
             f"the anchor of {label} would not be finite: it holds inf or NaN and would turn every "
             "guided weight into NaN; take the anchor from finite weights"
         )
+    if dtype is not None and dtype != source.dtype and not finite(source, dtype.to_real()):
+        raise ValueError(
+            f"the anchor of {label} would not be finite: {source.dtype} values of it overflow "
+            f"{dtype}; pass a wider anchor_dtype (torch.bfloat16 has the range of float32)"
+        )
 
 
-def finite(x: Tensor) -> bool:
-    """Returns whether every element is finite, without a full-size temporary."""
+def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Returns whether every element is finite (in ``dtype``), without a full-size temporary."""
     x = x.detach()
     if x.numel() == 0:
         return True
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     low, high = torch.aminmax(x)
+    if dtype is not None:
+        low, high = low.to(dtype), high.to(dtype)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
@@ -117,6 +131,7 @@ def match_named(
     params: Sequence[Tensor],
     names: Sequence[Sequence[str]],
     labels: Sequence[str],
+    dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
     """Finds the source of every parameter's anchor by name, and checks it.
 
@@ -126,6 +141,7 @@ def match_named(
         params: The parameters to be anchored.
         names: For each parameter the names it may have in ``tensors``.
         labels: For each parameter how errors call it.
+        dtypes: For each parameter the storage dtype of its anchor.
 
     Returns:
         One source per parameter.
@@ -136,16 +152,16 @@ def match_named(
         ValueError: A tensor's shape or values do not fit.
     """
     sources, missing = [], []
-    for param, candidates, label in zip(params, names, labels, strict=True):
+    for param, candidates, label, dtype in zip(params, names, labels, dtypes, strict=True):
         found = next((name for name in candidates if name in tensors), None)
         if found is None:
             missing.append(label)
             continue
-        check_source(tensors[found], param, label)
+        check_source(tensors[found], param, label, dtype)
         sources.append(tensors[found])
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        have = ", ".join(list(tensors)[:3]) or "nothing"
+        have = ", ".join(map(str, list(tensors)[:3])) or "nothing"
         raise KeyError(
             f"no tensor for {len(missing)} of {len(params)} trainable parameters: {shown}; the "
             f"names given start with: {have}. Pass the state dict of the same model or adapter, "

@@ -59,6 +59,16 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value} must lie in [0, {'2**64' if limit else 'inf'})")
 
 
+def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a group has another optimizer-wide option than the first group."""
+    for name in WIDE:
+        if name in group and name in first and group[name] != first[name]:
+            raise ValueError(
+                f"{name} is one setting for the whole optimizer, but group 0 has "
+                f"{first[name]!r} and group {number} has {group[name]!r}; set it in all groups"
+            )
+
+
 def _check_number(options, name, *, low, high=math.inf, above=False, why) -> None:
     if name not in options:
         return
@@ -71,6 +81,10 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
     if not (inside and value <= high and math.isfinite(value)):
         bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name}={value} must lie in {bounds}: {why}")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 class Options:
@@ -87,20 +101,15 @@ class Options:
             ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
         """
         first = groups[0]
-        # draw_index moves every step and is written by us alone.
+        # draw_index moves every step and is written by us alone. Tensors are compared by value:
+        # a schedule may write into one.
         present = [
-            tuple([g[name] for name in WIDE if name != "draw_index"] + [g[n] for n in PER_GROUP])
+            tuple([_plain(g[name]) for name in (*WIDE, *PER_GROUP) if name != "draw_index"])
             for g in groups
         ]
         if present != self._checked:
             for number, group in enumerate(groups):
-                for name in WIDE:
-                    if group[name] != first[name]:
-                        raise ValueError(
-                            f"{name} is one setting for the whole optimizer, but group 0 has "
-                            f"{first[name]!r} and group {number} has {group[name]!r}; set it in "
-                            "all groups"
-                        )
+                check_agreement(number, group, first)
                 check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
             self._checked = present
         return first
@@ -120,6 +129,14 @@ class ReplaySlot:
         """Returns the replay gradient of ``param`` or None."""
         entry = self._grads.get(id(param))
         return None if entry is None else entry[1]
+
+    def check_closed(self) -> None:
+        """Raises a RuntimeError inside a replay() block, where ``.grad`` is not the gradient."""
+        if self._open:
+            raise RuntimeError(
+                "step() inside a replay() block would take the replay gradient for the gradient; "
+                "leave the block before the step"
+            )
 
     def clear(self) -> None:
         """Drops all replay gradients."""
@@ -183,6 +200,11 @@ def check_param(param: Tensor, label: str, *, stepped: bool = False) -> None:
             f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
             "float16, float64 (and complex) parameters: freeze it or convert it"
         )
+    if stepped and param.device.type == "meta":
+        raise ValueError(
+            f"{label} is on the meta device and holds no values; materialise the model "
+            "(to_empty and load the weights) before the first step or anchor"
+        )
     if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(
             f"{label} overlaps itself in memory (an expanded tensor) and cannot be updated in "
@@ -240,16 +262,21 @@ def plan_anchors(
     params, labels = [p for p, _ in chosen], [label for _, label in chosen]
     for p, label in chosen:
         check_param(p, label, stepped=True)
+        if device is not None and device.type not in ("cpu", p.device.type):
+            raise ValueError(
+                f"anchor_device={str(device)!r} does not go with {label} on {str(p.device)!r}; "
+                "use 'cpu' or None (the parameter's device)"
+            )
+    dtypes = [anchor.storage_dtype(p, dtype, label) for p, label in chosen]
     if tensors is None:
         sources = [p.detach() for p in params]
-        for p, label in chosen:
-            anchor.check_source(p.detach(), p, label)
+        for (p, label), wanted in zip(chosen, dtypes, strict=True):
+            anchor.check_source(p.detach(), p, label, wanted)
     else:
         names = _names_of(groups, model, params)
-        sources = anchor.match_named(tensors, params, names, labels)
+        sources = anchor.match_named(tensors, params, names, labels, dtypes)
     targets = []
-    for p, label in chosen:
-        wanted = anchor.storage_dtype(p, dtype, label)
+    for p, wanted in zip(params, dtypes, strict=True):
         old = known.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
         targets.append(old if fits else anchor.allocate(p, wanted, device))
@@ -496,7 +523,7 @@ class Guidance:
         refuse_process_group(process_group, "Guidance")
         self._backend = check_backend(backend)
         self._anchor_dtype = check_anchor_dtype(anchor_dtype)
-        self._anchor_device = None if anchor_device is None else torch.device(anchor_device)
+        self._anchor_device = check_anchor_device(anchor_device)
         self._options = {
             "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
             "granularity": granularity, "max_grad_norm": max_grad_norm,
@@ -510,6 +537,7 @@ class Guidance:
         self._engine = Engine()
         self._rows: list[tuple[list[int], _dispatch.Rows]] = []
         self._rows_params: list[Tensor] = []
+        self._rows_shapes: list[torch.Size] = []
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -591,6 +619,16 @@ class Guidance:
             ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
         """
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"load_state_dict() takes what state_dict() returned, not "
+                f"{type(state_dict).__name__}; torch.load the file first"
+            )
+        if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
+            raise KeyError(
+                f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
+                "param_groups and params; pass what guidance.state_dict() returned"
+            )
         self._sync_groups()
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
@@ -599,10 +637,23 @@ class Guidance:
                 f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
                 "optimizer it was saved with"
             )
-        for group in groups:
+        for number, group in enumerate(groups):
+            absent = [name for name in (*WIDE, *PER_GROUP) if name not in group]
+            if absent:
+                raise KeyError(
+                    f"group {number} of the state dict lacks {absent}; pass what "
+                    "guidance.state_dict() returned"
+                )
+            check_agreement(number, group, groups[0])
             check_options(group)
+        labels = group_labels(self.optimizer.param_groups)
         for i, value in state_dict["anchors"].items():
-            anchor.check_source(value, params[i], f"parameter {i}")
+            if i not in range(len(params)):
+                raise KeyError(
+                    f"the state dict has an anchor of parameter {i!r} of {len(params)}; pass what "
+                    "guidance.state_dict() returned"
+                )
+            anchor.check_source(value, params[i], labels[i])
         self._anchors = {
             params[i]: value.to(self._anchor_device or params[i].device, copy=True)
             for i, value in state_dict["anchors"].items()
@@ -636,6 +687,7 @@ class Guidance:
     def _edit(self) -> None:
         self._sync_groups()
         engine, slot = self._engine, self._engine.replay
+        slot.check_closed()
         wide = engine.options.read(self.param_groups)
         draw = wide["draw_index"]
         groups = self.optimizer.param_groups
@@ -648,6 +700,13 @@ class Guidance:
                     labels = labels or group_labels(groups)
                     check_gradient(given, p, labels[i], kind)
                     check_param(p, labels[i], stepped=True)
+            if p in self._anchors and self._anchors[p].shape != p.shape:
+                label = group_labels(groups)[i]
+                raise ValueError(
+                    f"{label} has another shape than its anchor, "
+                    f"{tuple(self._anchors[p].shape)}: call set_anchor() after a parameter has "
+                    "changed its shape"
+                )
         # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
         scale, found = (getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf"))
         if found is not None and slot:
@@ -717,6 +776,8 @@ class Guidance:
         same = len(params) == len(self._rows_params) and all(
             old is new for old, new in zip(self._rows_params, params, strict=True)
         )
+        shapes = [p.shape for p in params]
+        same = same and shapes == self._rows_shapes
         if self._rows and same and all(rows.in_place() for _, rows in self._rows):
             return self._rows
         numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
@@ -737,7 +798,7 @@ class Guidance:
             )
             for device, places in devices.items()
         ]
-        self._rows_params = params
+        self._rows_params, self._rows_shapes = params, shapes
         return self._rows
 
 
@@ -761,6 +822,33 @@ def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
             "None (the parameter's dtype)"
         )
     return dtype
+
+
+def check_anchor_device(device: torch.device | str | None) -> torch.device | None:
+    """Returns ``device`` as a torch.device if an anchor can be stored there, or None.
+
+    Raises:
+        TypeError: It is not a device at all.
+        ValueError: There is no such device here, or it holds no values.
+    """
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f"anchor_device={device!r} must be a torch.device or its name; use 'cpu' or None (the "
+            "parameter's device)"
+        )
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"anchor_device={str(device)!r} cannot hold an anchor here "
+            f"({str(error).splitlines()[0]}); use 'cpu' or None (the parameter's device)"
+        ) from None
+    return found
 
 
 def refuse_process_group(process_group, name: str) -> None:

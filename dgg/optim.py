@@ -8,6 +8,7 @@ as its step. The flow of a step goes one way: here → `_dispatch` → a backend
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,10 +49,10 @@ class _Guided:
         self._transient()
         self._backend = guidance.check_backend(options.pop("backend"))
         self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
-        device = options.pop("anchor_device")
-        self._anchor_device = None if device is None else torch.device(device)
-        if fused is False or foreach is False:
-            # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is.
+        self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
+        if not (fused or foreach) and (fused is False or foreach is False):
+            # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is;
+            # beside a True of the other it only says which of the fast ways it is (torchtitan).
             if self._backend not in (None, "reference"):
                 raise ValueError(
                     f"fused={fused}, foreach={foreach} ask for an unfused step and "
@@ -61,7 +62,7 @@ class _Guided:
         if (fused or foreach) and self._backend == "reference":
             raise ValueError(
                 f"fused={fused}, foreach={foreach} ask for a fused step and backend='reference' "
-                "(or fused=False, foreach=False) for an unfused one; drop either"
+                "for an unfused one; drop either"
             )
         if fused or foreach:
             reason = _dispatch.unavailable("cpp", torch.device("cpu"))
@@ -107,7 +108,8 @@ class _Guided:
 
         Raises:
             TypeError: A trainable parameter has a dtype that cannot be optimized.
-            ValueError: A guidance option is out of range or not one of a group.
+            ValueError: A guidance option is out of range or not one of a group, or a parameter
+                is given twice.
         """
         wide = self.param_groups[0] if self.param_groups else self._guidance
         if isinstance(param_group, dict):
@@ -123,10 +125,17 @@ class _Guided:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            seen: set[int] = set()
             for place, param in enumerate(group["params"]):
                 names = group.get("param_names")
                 label = f"parameter {names[place]!r}" if names else f"parameter {place}"
                 guidance.check_param(param, f"{label} of group {before}")
+                if id(param) in seen:
+                    raise ValueError(
+                        f"{label} of group {before} is in the group twice and would be updated by "
+                        "two threads at once; pass every parameter once"
+                    )
+                seen.add(id(param))
         except (TypeError, ValueError):
             del self.param_groups[before:]
             raise
@@ -164,7 +173,10 @@ class _Guided:
 
     def _step(self) -> None:
         engine, groups = self._engine, self.param_groups
+        engine.replay.check_closed()
         wide = engine.options.read(groups)
+        # Before any state is made, since it can raise.
+        hyper = [self._hyper(group) for group in groups]
         draw = wide["draw_index"]
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -194,7 +206,6 @@ class _Guided:
         flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
         injecting = any(x is not None for x in flags)
         found = engine.measure(wide, cache.all_rows, injecting, grad_scale=grad_scale)
-        hyper = [self._hyper(group) for group in groups]
         for rows, row_flags, row_found in zip(cache.all_rows, flags, found, strict=True):
             ahead = wide["scaling"] and engine.flags(wide, groups, rows, draw + 1) is not None
             self._update_(
@@ -227,7 +238,15 @@ class _Guided:
                 "gradients; do not call it beside replay(): dgg clips in the step itself, set "
                 "max_grad_norm on the optimizer"
             )
-        skip = bool(found) or not all(r is None or anchor.finite(r) for r in replays)
+        skip = bool(found)
+        if not skip and not all(r is None or anchor.finite(r) for r in replays):
+            skip = True
+            warnings.warn(
+                "the step is skipped because the replay gradients are inf or NaN, which GradScaler "
+                "does not see: it will not lower its scale by itself; lower it with "
+                "scaler.update(new_scale)",
+                stacklevel=5,
+            )
         return 1.0 if scale is None else float(scale), skip
 
     def _check_step(self, params, grads, replays) -> None:
@@ -305,7 +324,11 @@ class _Guided:
         """
         plan = guidance.plan_anchors(
             self.param_groups,
-            {p: entry.get("anchor") for p, entry in self.state.items() if entry},
+            {
+                p: entry.get("anchor")
+                for p, entry in self.state.items()
+                if isinstance(entry, dict) and entry
+            },
             tensors,
             model,
             self._anchor_dtype,
@@ -380,7 +403,9 @@ class _Guided:
             state_dict: From ``state_dict()``.
 
         Raises:
+            KeyError: It is no optimizer's state dict.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
+            TypeError: It is no mapping, or an anchor in it is no floating tensor.
             ValueError: Groups or shapes differ, or it carries no anchor while this optimizer has
                 one. After any error the optimizer is as it was.
         """
@@ -406,32 +431,56 @@ class _Guided:
             group.update({k: v for k, v in mine.items() if k not in saved})
         for param, value in anchors.items():
             device = param.device if self._anchor_device is None else self._anchor_device
-            self.state[param]["anchor"] = value.detach().to(device)
+            # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
+            self.state[param]["anchor"] = value.detach().to(device, copy=True)
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
         self._normalise_steps()
         self._rows = None
 
     def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"load_state_dict() takes what an optimizer's state_dict() returned, not "
+                f"{type(state_dict).__name__}; torch.load the file first"
+            )
+        if not state_dict.keys() >= {"state", "param_groups"}:
+            raise KeyError(
+                f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
+                "and param_groups; pass what optimizer.state_dict() returned (of a whole "
+                "checkpoint the optimizer's entry)"
+            )
         saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in saved_groups]
+        mine = [len(group["params"]) for group in self.param_groups]
+        if sizes != mine:
+            raise ValueError(
+                f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
+                "the optimizer over the same groups first (add_param_group() and freezing included)"
+            )
         found: dict[Tensor, Tensor] = {}
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
             present = 0
             for place, (param, key) in enumerate(
                 zip(group["params"], saved["params"], strict=False)
             ):
-                value = state_dict["state"].get(key, {}).get("anchor")
+                entry = state_dict["state"].get(key, {})
+                for name in self._columns.keys() & entry.keys() - {"step", "anchor"}:
+                    shape = getattr(entry[name], "shape", param.shape)
+                    if shape != param.shape:
+                        raise ValueError(
+                            f"the checkpoint's {name} of parameter {place} of group {number} has "
+                            f"shape {tuple(shape)}, the parameter has {tuple(param.shape)}; load "
+                            "it into the same architecture"
+                        )
+                value = entry.get("anchor")
                 if value is None:
                     continue
-                label = f"parameter {place} of group {number}"
-                if value.shape != param.shape:
-                    raise ValueError(
-                        f"the checkpoint's anchor of {label} has shape {tuple(value.shape)}, the "
-                        f"parameter has {tuple(param.shape)}; load it into the same architecture"
-                    )
+                anchor.check_source(value, param, f"parameter {place} of group {number}")
                 found[param] = value
                 present += 1
             check = {name: saved[name] for name in self._guidance if name in saved}
+            guidance.check_agreement(number, check, saved_groups[0])
             guidance.check_options(check)
             if present < saved.get("anchored", 0):
                 raise RuntimeError(
@@ -454,7 +503,14 @@ class _Guided:
         for entry in self.state.values():
             step = entry.get("step") if isinstance(entry, dict) else None
             if step is not None and not _is_host_scalar(step):
-                entry["step"] = torch.tensor(float(step), dtype=torch.float32)
+                entry["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+
+
+def _addresses(values: list[Any]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, values))
+    except TypeError:  # torch.optim.SGD stores None without momentum
+        return [v.data_ptr() for v in values if isinstance(v, Tensor)]
 
 
 def _is_host_scalar(step: Any) -> bool:
@@ -474,6 +530,8 @@ class _RowCache:
         states = [optimizer.state.get(p) for p in params]
         self._states = states
         self._values = [v for s in states if s for v in s.values()]
+        self._addresses = _addresses(self._values)
+        self._numels = list(map(Tensor.numel, params))
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
         ]
@@ -485,7 +543,8 @@ class _RowCache:
         usable = [
             i
             for i, p in enumerate(params)
-            if (states[i] or p.requires_grad) and p.dtype.to_real() in anchor.FLOAT_DTYPES
+            if (states[i] or p.requires_grad or p.grad is not None)
+            and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         used = set(usable)
         needed = [self._needed[number] for number in self._groups]
@@ -523,7 +582,11 @@ class _RowCache:
         if not all(map(operator.is_, states, self._states)):
             return False
         values = [v for s in states if s for v in s.values()]
-        if len(values) != len(self._values) or not all(map(operator.is_, values, self._values)):
+        # By address, since share_memory_() and `.data =` take the memory from under a tensor. That
+        # `_values` are kept alive makes an equal address the same memory.
+        if len(values) != len(self._values) or _addresses(values) != self._addresses:
+            return False
+        if list(map(Tensor.numel, params)) != self._numels:
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
@@ -626,18 +689,19 @@ class Adam(_Guided, torch.optim.Adam):
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
         state = self.state[param]
         if not _is_host_scalar(state.get("step")):
-            state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32)
+            step = float(state.get("step", 0.0))
+            state["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
         for name in self._needed(group):
             if name not in state:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _hyper(self, group: dict) -> dict[str, Any]:
         return {
-            "lr": _host(group["lr"]),
+            "lr": _host(group, "lr"),
             "beta1": float(group["betas"][0]),
             "beta2": float(group["betas"][1]),
             "eps": group["eps"],
-            "weight_decay": _host(group["weight_decay"]),
+            "weight_decay": _host(group, "weight_decay"),
             "decoupled": group["decoupled_weight_decay"],
             "amsgrad": group["amsgrad"],
             "maximize": group["maximize"],
@@ -812,10 +876,10 @@ class SGD(_Guided, torch.optim.SGD):
 
     def _hyper(self, group: dict) -> dict[str, Any]:
         return {
-            "lr": _host(group["lr"]),
+            "lr": _host(group, "lr"),
             "momentum": group["momentum"],
             "dampening": group["dampening"],
-            "weight_decay": _host(group["weight_decay"]),
+            "weight_decay": _host(group, "weight_decay"),
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
             "strength": float(group["strength"]),
@@ -835,7 +899,7 @@ class SGD(_Guided, torch.optim.SGD):
 
 
 def unwrap(optimizer: Any) -> Any:
-    """Returns the dgg optimizer (or the optimizer a `dgg.Guidance` guides) inside wrappers.
+    """Returns the dgg optimizer inside wrappers.
 
     Args:
         optimizer: A dgg optimizer, or accelerate's, DeepSpeed's, Lightning's or Megatron's wrapper
@@ -864,8 +928,14 @@ def unwrap(optimizer: Any) -> Any:
     )
 
 
-def _host(value: float | Tensor) -> float | Tensor:
-    # A tensor on an accelerator stays there: reading it would synchronise.
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return value
+def _host(group: Mapping[str, Any], name: str) -> float | Tensor:
+    value = group[name]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} is a tensor of {value.numel()} elements; pass a number or a tensor of one"
+            )
+        # A tensor on an accelerator stays there: reading it would synchronise.
+        if value.device.type != "cpu":
+            return value
     return float(value)
