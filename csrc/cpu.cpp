@@ -39,7 +39,7 @@ using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
 constexpr int64_t kBlock = 1024;
-constexpr int64_t kChunk = 16384;
+constexpr int64_t kChunk = 32768;
 constexpr int kLanes = 32;
 // Below this many elements waking other threads costs more than they save.
 constexpr int64_t kSerial = 32768;
@@ -134,8 +134,40 @@ void run(const Loop& loop) {
   run_baseline(loop);
 }
 
-// The loops. Members are copied to locals first: a store through one of the pointers could
-// otherwise be taken to change them.
+// The loops. Element-wise ones say what happens to element i and which memory is read; `stream`
+// walks them. Their number of elements is n.
+
+// Elements between two prefetches; whole cache lines of every type, from one of 16-bit elements to
+// four of float64.
+constexpr int kStrip = 32;
+// The hardware's prefetchers stop at every page, and all streams of a tensor cross pages together.
+constexpr int64_t kAheadBytes = 2048;
+constexpr int64_t kLineBytes = 64;
+
+template <typename T>
+DGG_HOST_DEVICE void prefetch(const T* address) {
+#if defined(__GNUC__) || defined(__clang__)
+  // Past the end of a tensor this may be no address at all, which a prefetch does not mind.
+  const auto next = reinterpret_cast<uintptr_t>(address) + kAheadBytes;
+  for (int64_t line = 0; line < kStrip * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+  }
+#endif
+}
+
+template <typename Loop>
+DGG_HOST_DEVICE void stream(const Loop& original) {
+  // A copy: a store through one of the loop's pointers could otherwise be taken to change them.
+  const Loop loop = original;
+  int64_t done = 0;
+  for (; done + kStrip <= loop.n; done += kStrip) {
+    loop.prefetch_from(done);
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < kStrip; ++i) loop.element(done + i);
+  }
+  DGG_PRAGMA_SIMD
+  for (int64_t i = done; i < loop.n; ++i) loop.element(i);
+}
 
 template <typename T, typename S>
 struct Widen {
@@ -143,13 +175,9 @@ struct Widen {
   T* out;
   int64_t n;
 
-  DGG_HOST_DEVICE void operator()() const {
-    const S* const src = in;
-    T* const dst = out;
-    const int64_t count = n;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) dst[i] = widen<T>(src[i]);
-  }
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const { prefetch(in + i); }
+  DGG_HOST_DEVICE void element(int64_t i) const { out[i] = widen<T>(in[i]); }
 };
 
 template <typename S, typename T>
@@ -158,13 +186,9 @@ struct NarrowInto {
   S* out;
   int64_t n;
 
-  DGG_HOST_DEVICE void operator()() const {
-    const T* const src = in;
-    S* const dst = out;
-    const int64_t count = n;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) dst[i] = narrow<S, T>(src[i]);
-  }
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
+  DGG_HOST_DEVICE void element(int64_t i) const { out[i] = narrow<S, T>(in[i]); }
 };
 
 template <typename T>
@@ -175,42 +199,36 @@ struct RealGradient {
   T replay_weight;
   int64_t n;
 
-  DGG_HOST_DEVICE void operator()() const {
-    const T* const g = grad;
-    const T* const r = replay;
-    T* const h = out;
-    const T w = replay_weight;
-    const int64_t count = n;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) h[i] = real_gradient(g[i], r[i], w);
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(grad + i);
+    prefetch(replay + i);
+  }
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    out[i] = real_gradient(grad[i], replay[i], replay_weight);
   }
 };
 
-// words[4 k .. 4 k + 3] are the words of counter first + k.
+// words[4 i .. 4 i + 3] are the words of counter first + i.
 struct Philox {
   uint32_t* words;
   int64_t first;
-  int64_t counters;
+  int64_t n;
   uint32_t draw;
-  uint32_t stream;
+  uint32_t stream_word;
   uint64_t seed;
 
-  DGG_HOST_DEVICE void operator()() const {
-    uint32_t* const out = words;
-    const int64_t start = first, count = counters;
-    const uint32_t c2 = draw, c3 = stream;
-    const uint64_t key = seed;
-    DGG_PRAGMA_SIMD
-    for (int64_t k = 0; k < count; ++k) {
-      uint32_t w0 = static_cast<uint32_t>(start + k);
-      uint32_t w1 = static_cast<uint32_t>(static_cast<uint64_t>(start + k) >> 32);
-      uint32_t w2 = c2, w3 = c3;
-      philox(w0, w1, w2, w3, key);
-      out[4 * k] = w0;
-      out[4 * k + 1] = w1;
-      out[4 * k + 2] = w2;
-      out[4 * k + 3] = w3;
-    }
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    const auto counter = static_cast<uint64_t>(first + i);
+    uint32_t w0 = static_cast<uint32_t>(counter), w1 = static_cast<uint32_t>(counter >> 32);
+    uint32_t w2 = draw, w3 = stream_word;
+    philox(w0, w1, w2, w3, seed);
+    words[4 * i] = w0;
+    words[4 * i + 1] = w1;
+    words[4 * i + 2] = w2;
+    words[4 * i + 3] = w3;
   }
 };
 
@@ -224,15 +242,13 @@ struct Mask {
   T* out;
   int64_t n;
 
-  DGG_HOST_DEVICE void operator()() const {
-    const uint32_t* const w = words;
-    const uint32_t bound = threshold;
-    const T* const a = anchor;
-    const T* const p = param;
-    T* const dst = out;
-    const int64_t count = n;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) dst[i] = w[i] < bound ? a[i] : p[i];
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(anchor + i);
+    prefetch(param + i);
+  }
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    out[i] = words[i] < threshold ? anchor[i] : param[i];
   }
 };
 
@@ -252,6 +268,8 @@ struct SquareSum {
     T lanes[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
+      prefetch(xs + i);
+      if constexpr (kDifference) prefetch(ys + i);
       DGG_PRAGMA_SIMD
       for (int lane = 0; lane < kLanes; ++lane) {
         const T value = kDifference ? xs[i + lane] - ys[i + lane] : xs[i + lane];
@@ -297,27 +315,26 @@ struct AdamLoop {
   int64_t n;
   AdamScalars<T> scalars;
 
-  DGG_HOST_DEVICE void operator()() const {
-    T* const p = param;
-    const T* const g = grad;
-    T* const m = exp_avg;
-    T* const v = exp_avg_sq;
-    T* const x = max_exp_avg_sq;
-    const T* const a = anchor;
-    const int64_t count = n;
-    const AdamScalars<T> s = scalars;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) {
-      T pi = p[i], mi = m[i], vi = v[i];
-      T xi = T(0), ai = T(0);
-      if constexpr (kAmsgrad) xi = x[i];
-      if constexpr (kGuided) ai = a[i];
-      adam<kGuided, kAmsgrad>(s, pi, g[i], mi, vi, xi, ai);
-      p[i] = pi;
-      m[i] = mi;
-      v[i] = vi;
-      if constexpr (kAmsgrad) x[i] = xi;
-    }
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(param + i);
+    prefetch(grad + i);
+    prefetch(exp_avg + i);
+    prefetch(exp_avg_sq + i);
+    if constexpr (kAmsgrad) prefetch(max_exp_avg_sq + i);
+    if constexpr (kGuided) prefetch(anchor + i);
+  }
+
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    T p = param[i], m = exp_avg[i], v = exp_avg_sq[i], x = T(0), a = T(0);
+    if constexpr (kAmsgrad) x = max_exp_avg_sq[i];
+    if constexpr (kGuided) a = anchor[i];
+    adam<kGuided, kAmsgrad>(scalars, p, grad[i], m, v, x, a);
+    param[i] = p;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if constexpr (kAmsgrad) max_exp_avg_sq[i] = x;
   }
 };
 
@@ -330,23 +347,22 @@ struct SgdLoop {
   int64_t n;
   SgdScalars<T> scalars;
 
-  DGG_HOST_DEVICE void operator()() const {
-    T* const p = param;
-    const T* const g = grad;
-    T* const b = buffer;
-    const T* const a = anchor;
-    const int64_t count = n;
-    const SgdScalars<T> s = scalars;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) {
-      T pi = p[i];
-      T bi = T(0), ai = T(0);
-      if constexpr (kMomentum) bi = b[i];
-      if constexpr (kGuided) ai = a[i];
-      sgd<kGuided, kMomentum>(s, pi, g[i], bi, ai);
-      p[i] = pi;
-      if constexpr (kMomentum) b[i] = bi;
-    }
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(param + i);
+    prefetch(grad + i);
+    if constexpr (kMomentum) prefetch(buffer + i);
+    if constexpr (kGuided) prefetch(anchor + i);
+  }
+
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    T p = param[i], b = T(0), a = T(0);
+    if constexpr (kMomentum) b = buffer[i];
+    if constexpr (kGuided) a = anchor[i];
+    sgd<kGuided, kMomentum>(scalars, p, grad[i], b, a);
+    param[i] = p;
+    if constexpr (kMomentum) buffer[i] = b;
   }
 };
 
@@ -359,22 +375,23 @@ struct GuideLoop {
   int64_t n;
   GuideScalars<T> scalars;
 
-  DGG_HOST_DEVICE void operator()() const {
-    const T* const p = param;
-    const T* const g = grad;
-    const T* const a = anchor;
-    T* const dst = out;
-    const int64_t count = n;
-    const GuideScalars<T> s = scalars;
-    DGG_PRAGMA_SIMD
-    for (int64_t i = 0; i < count; ++i) {
-      T pi = T(0), ai = T(0);
-      if constexpr (kGuided) {
-        pi = p[i];
-        ai = a[i];
-      }
-      dst[i] = guide<kGuided>(s, pi, g[i], ai);
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(grad + i);
+    if constexpr (kGuided) {
+      prefetch(param + i);
+      prefetch(anchor + i);
     }
+  }
+
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    T p = T(0), a = T(0);
+    if constexpr (kGuided) {
+      p = param[i];
+      a = anchor[i];
+    }
+    out[i] = guide<kGuided>(scalars, p, grad[i], a);
   }
 };
 
