@@ -20,8 +20,8 @@ from peers import IMPLEMENTATIONS, WINDOW, Unavailable, Variant
 from workload import Setting, Verifier, Workload
 
 MIN_SAMPLES = 7
-# A variant this much slower than the fastest takes part in fewer rounds.
-SLOW = 3.0
+# A variant that would use this share of a case's time takes part in fewer rounds.
+SLOW = 0.1
 
 
 class NotVerified(RuntimeError):
@@ -40,7 +40,7 @@ class Case:
         runs: (implementation, setting) pairs.
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
-        seconds: Time after which no further round is begun once every variant has MIN_SAMPLES.
+        seconds: Time the case should take; after twice that no further round is begun.
     """
 
     name: str
@@ -83,8 +83,8 @@ def verify(variant: Variant, verifier: Verifier) -> float:
 
 
 class _Timed:
-    def __init__(self, variant: Variant, error: float, first: float) -> None:
-        self.variant, self.error, self.first, self.stride = variant, error, first, 1
+    def __init__(self, variant: Variant, error: float) -> None:
+        self.variant, self.error, self.stride = variant, error, 1
         self.samples: dict[tuple[bool, bool], list[float]] = {}
 
     def run(self, device: Cpu) -> float:
@@ -129,7 +129,7 @@ def run_case(
         log: Called with progress lines.
 
     Returns:
-        The case's entry in the results, see README of the results.
+        The case's entry in the results; bench/results/README.md says what is in it.
 
     Raises:
         VerificationError: A variant computes something else than the reference.
@@ -146,7 +146,6 @@ def run_case(
     timed: list[_Timed] = []
     absent: list[dict[str, str]] = []
     for name, setting in case.runs:
-        begin = time.perf_counter()
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
@@ -154,7 +153,7 @@ def run_case(
             absent.append({"name": name, "setting": setting.name, "reason": str(reason)})
             log(f"  {name} ({setting.name}) not run: {reason}")
             continue
-        timed.append(_Timed(variant, error, time.perf_counter() - begin))
+        timed.append(_Timed(variant, error))
     rounds = _measure(case, timed, work, device, streams)
     if not work.finite():
         raise FloatingPointError(f"{case.name}: parameters or moments are not finite after the run")
@@ -173,15 +172,14 @@ def run_case(
 
 def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
     for entry in timed:
-        work.fresh_gradients()
-        device.time(entry.variant)
-        work.fresh_gradients()
-        entry.first = device.time(entry.variant)
+        times = []
+        for _ in range(3):
+            work.fresh_gradients()
+            times.append(device.time(entry.variant))
         entry.variant.seek(0)
-    fastest = min(entry.first for entry in timed)
-    for entry in timed:
-        if entry.first > SLOW * fastest:
-            entry.stride = max(1, case.rounds // MIN_SAMPLES)
+        affordable = SLOW * case.seconds / min(times)
+        if affordable < case.rounds:
+            entry.stride = max(1, case.rounds // max(MIN_SAMPLES, int(affordable)))
     order = random.Random(0)
     begin = time.perf_counter()
     collecting = gc.isenabled()
@@ -189,7 +187,7 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
     gc.disable()
     try:
         for number in range(case.rounds):
-            late = time.perf_counter() - begin > case.seconds
+            late = time.perf_counter() - begin > 2 * case.seconds
             if late and min(entry.count() for entry in timed) >= MIN_SAMPLES:
                 return number
             # Another order every round: no variant is always behind the same other one.
@@ -220,6 +218,7 @@ def _entry(entry: _Timed, elements: int) -> dict[str, object]:
         "low": entry.quantile(0.2),
         "high": entry.quantile(0.8),
         "mean": entry.mean(),
+        "fastest": entry.quantile(0.0),
         "samples": entry.count(),
         "kernel_seconds": None,
         "ns_per_element": seconds / elements * 1e9,
