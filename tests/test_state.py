@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""State: whatever way an optimizer is copied, saved or resumed, it goes on as if nothing happened.
+
+Plan: (1) a run that is cut at any step and continued through state dict, torch.save, pickle or
+deepcopy ends with the same bits (weights, moments, first-step flags, anchor, draws); (2) state
+dicts travel to torch.optim and back, old and crosswise ones included; (3) anchors keep their
+dtype, own their memory and there is never more than one; (4) parameters that come late, freeze,
+have no gradient, are empty or tied; (5) memory that is moved under the kernels' table.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dgg
+from cases import BACKENDS, BF16, F16, F32, F64, OPTIMIZERS, make_params, set_grads
+
+KINDS = ["adamw", "adamw-amsgrad", "adam", "sgd", "sgd-momentum", "sgd-nesterov-maximize"]
+# A seed above 2**63 must survive too. Guided at about every other step, so that some cuts lie
+# between a look-ahead and the step that would have used it.
+OPTIONS = {"alpha": 0.5, "strength": 0.7, "max_grad_norm": 3.0, "seed": (1 << 63) + 11}
+SHAPES = [(), (3,), (7, 5), (0,), (2049,)]
+
+
+def build(kind, backend, params=None, **options):
+    cls, hyper = OPTIMIZERS[kind]
+    params = make_params(SHAPES, F32) if params is None else params
+    return params, cls(params, backend=backend, **{**hyper, **OPTIONS, **options})
+
+
+def advance(params, opt, steps, *, boundary=3):
+    """Steps ``steps``, whose gradients depend on the step's number only; anchor at a boundary."""
+    for step in steps:
+        if step == boundary:
+            opt.set_anchor()
+        set_grads(params, torch.Generator().manual_seed(step))
+        opt.step()
+        opt.zero_grad()
+
+
+def same(params, opt, others, other):
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        mine, theirs = opt.state[p], other.state[q]
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert value.dtype == theirs[key].dtype, key
+            assert torch.equal(value, theirs[key]), key
+    for mine, theirs in zip(opt.param_groups, other.param_groups, strict=True):
+        assert {k: v for k, v in mine.items() if k != "params"} == {
+            k: v for k, v in theirs.items() if k != "params"
+        }
+
+
+# -- (1) resumption -------------------------------------------------------------------------------
+
+
+def through_state_dict(params, opt, kind, backend):
+    params, fresh = build(kind, backend, [Parameter(p.detach().clone()) for p in params])
+    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+    return params, fresh
+
+
+def through_file(params, opt, kind, backend):
+    file = io.BytesIO()
+    torch.save([[p.detach() for p in params], opt.state_dict()], file)
+    file.seek(0)
+    values, saved = torch.load(file, weights_only=True)
+    params, fresh = build(kind, backend, [Parameter(x) for x in values], seed=5, alpha=0.1)
+    fresh.load_state_dict(saved)
+    return params, fresh
+
+
+def through_pickle(params, opt, kind, backend):
+    fresh = pickle.loads(pickle.dumps(opt))
+    return fresh.param_groups[0]["params"], fresh
+
+
+def through_deepcopy(params, opt, kind, backend):
+    fresh = copy.deepcopy(opt)
+    return fresh.param_groups[0]["params"], fresh
+
+
+def through_copy(params, opt, kind, backend):
+    return params, copy.copy(opt)  # shares everything, as torch.optim's copies do
+
+
+WAYS = [
+    *((kind, way) for kind in KINDS for way in (through_state_dict, through_deepcopy)),
+    *((kind, way) for kind in ("adamw", "sgd-momentum") for way in (through_file, through_pickle)),
+    ("sgd-momentum", through_copy),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "way"), WAYS)
+def test_goes_on_bit_for_bit_after_any_cut(kind, backend, way):
+    straight, expected = build(kind, backend)
+    advance(straight, expected, range(7))
+    assert expected.param_groups[0]["draw_index"] == 7
+    for cut in range(7):
+        params, opt = build(kind, backend)
+        advance(params, opt, range(cut))
+        params, opt = way(params, opt, kind, backend)
+        assert opt.param_groups[0]["draw_index"] == cut
+        advance(params, opt, range(cut, 7))
+        same(params, opt, straight, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_anchor_before_the_first_step_survives(kind, backend):
+    """SGD's buffer is G itself at the first step: an anchor in the state must not hide that."""
+    runs = []
+    for way in (None, through_state_dict, through_file, through_deepcopy):
+        params, opt = build(kind, backend)
+        opt.set_anchor()
+        for p in params:
+            p.data += 0.25
+        if way is not None:
+            params, opt = way(params, opt, kind, backend)
+        advance(params, opt, range(4), boundary=None)
+        runs.append((params, opt))
+    for run in runs[1:]:
+        same(*run, *runs[0])
+    # And the first step is the first: torch's, on the same G.
+    if kind == "sgd-momentum":
+        params, opt = build(kind, backend, alpha=0.0, max_grad_norm=None)
+        opt.set_anchor()
+        mirror = [Parameter(p.detach().clone()) for p in params]
+        theirs = torch.optim.SGD(mirror, **OPTIMIZERS[kind][1])
+        for _ in range(2):
+            set_grads(params, torch.Generator().manual_seed(1))
+            set_grads(mirror, torch.Generator().manual_seed(1))
+            opt.step()
+            theirs.step()
+        torch.testing.assert_close(params, mirror)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_its_own_empty_state_is_exact(kind, backend):
+    """accelerate.prepare() does this to every optimizer it is given."""
+    straight, expected = build(kind, backend)
+    params, opt = build(kind, backend)
+    opt.load_state_dict(opt.state_dict())
+    assert not opt.state
+    advance(straight, expected, range(6))
+    advance(params, opt, range(6))
+    same(params, opt, straight, expected)
+
+
+def test_state_holds_plain_types_only():
+    params, opt = build("adamw", None)
+    advance(params, opt, range(5))
+    saved = opt.state_dict()
+    for entry in saved["state"].values():
+        assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "anchor"}
+        assert all(type(value) is torch.Tensor for value in entry.values())
+    plain = (int, float, bool, str, type(None), tuple, list)
+    for group in saved["param_groups"]:
+        assert all(type(value) in plain for value in group.values())
+    assert saved["param_groups"][0]["draw_index"] == 5
+    assert saved["param_groups"][0]["task_index"] == 1
+
+
+def test_how_a_step_is_carried_out_stays_as_constructed():
+    params, opt = build("adamw", "reference")
+    advance(params, opt, range(5))
+    saved = opt.state_dict()
+    saved["param_groups"][0].update(fused=True, foreach=True, capturable=True)
+    _, other = build("adamw", "reference")
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert (group["fused"], group["foreach"], group["capturable"]) == (None, None, False)
+
+
+def test_load_hooks_run_once():
+    params, opt = build("sgd-momentum", None)
+    advance(params, opt, range(4))
+    calls = []
+    opt.register_load_state_dict_pre_hook(lambda o, s: calls.append("pre"))
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("post"))
+    opt.load_state_dict(opt.state_dict())
+    assert calls == ["pre", "post"]
+
+
+# -- (2) torch.optim's state dicts ----------------------------------------------------------------
+
+PARENTS = {dgg.AdamW: torch.optim.AdamW, dgg.Adam: torch.optim.Adam, dgg.SGD: torch.optim.SGD}
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_torch_and_back(kind, backend, flags):
+    """Three steps of torch, three of ours, three of torch: as nine of torch's."""
+    parent = PARENTS[OPTIMIZERS[kind][0]]
+    hyper = OPTIMIZERS[kind][1]
+    # Neutrality is the subject: without an anchor, and unclipped, ours is torch's.
+    params, opt = build(kind, backend, max_grad_norm=None)
+    mirror = [Parameter(p.detach().clone()) for p in params]
+    straight = parent(mirror, **hyper, **flags)
+    first = parent(params, **hyper, **flags)
+    advance(mirror, straight, range(9), boundary=None)
+    advance(params, first, range(3), boundary=None)
+    opt.load_state_dict(first.state_dict())
+    advance(params, opt, range(3, 6), boundary=None)
+    last = parent(params, lr=9.0)
+    last.load_state_dict(opt.state_dict())
+    advance(params, last, range(6, 9), boundary=None)
+    for p, q in zip(params, mirror, strict=True):
+        torch.testing.assert_close(p, q)
+        theirs = straight.state[q]
+        # Every documented key of torch's, with torch's value.
+        assert {k for k, v in theirs.items() if v is not None} == set(last.state[p])
+        for key, value in last.state[p].items():
+            torch.testing.assert_close(value, theirs[key])
+
+
+def test_anchored_state_goes_through_torch_unharmed():
+    params, opt = build("adamw", "reference")
+    advance(params, opt, range(5))
+    theirs = torch.optim.AdamW(params, lr=9.0)
+    theirs.load_state_dict(copy.deepcopy(opt.state_dict()))
+    set_grads(params, torch.Generator().manual_seed(1))
+    theirs.step()
+    _, back = build("adamw", "reference", params)
+    back.load_state_dict(theirs.state_dict())
+    assert back.param_groups[0]["anchored"] == len(params)
+    for p in params:
+        assert torch.equal(back.state[p]["anchor"], opt.state[p]["anchor"])
+        assert back.state[p]["step"] == 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda step: int(step),
+        lambda step: step.double(),
+        lambda step: step.reshape(1),
+        lambda step: step.long(),
+    ],
+    ids=["int", "float64", "1-dim", "int64"],
+)
+def test_old_forms_of_the_step(form, backend):
+    params, opt = build("adamw", backend)
+    advance(params, opt, range(5))
+    saved = copy.deepcopy(opt.state_dict())
+    for entry in saved["state"].values():
+        entry["step"] = form(entry["step"])
+    others, other = build("adamw", backend, [Parameter(p.detach().clone()) for p in params])
+    other.load_state_dict(saved)
+    advance(params, opt, range(5, 8))
+    advance(others, other, range(5, 8))
+    same(others, other, params, opt)
+    assert other.state[others[0]]["step"].dim() == 0
+
+
+def test_adam_checkpoint_does_not_turn_adamw_into_adam():
+    params, opt = build("adam", "reference", max_grad_norm=None)
+    advance(params, opt, range(2), boundary=None)
+    _, other = build("adamw", "reference", params)
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["decoupled_weight_decay"] is True
+
+
+# -- (3) the anchor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor", [None, F32, BF16, F16, F64])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_loading_keeps_the_anchor_bit_for_bit(dtype, anchor):
+    params = make_params(SHAPES, dtype)
+    _, opt = build("adamw", None, params, anchor_dtype=anchor)
+    advance(params, opt, range(5))
+    for p in params:
+        assert opt.state[p]["anchor"].dtype == (anchor or dtype)
+    for other_dtype in (None, F32, BF16):
+        others = [Parameter(p.detach().clone()) for p in params]
+        _, other = build("adamw", None, others, anchor_dtype=other_dtype)
+        other.load_state_dict(opt.state_dict())
+        for p, q in zip(params, others, strict=True):
+            value = other.state[q]["anchor"]
+            assert value.dtype == (anchor or dtype)
+            assert torch.equal(value, opt.state[p]["anchor"])
+        advance(others, other, range(5, 6))
+        other.set_anchor()  # from here on its own option holds
+        assert all(other.state[q]["anchor"].dtype == (other_dtype or dtype) for q in others)
+
+
+def test_anchor_owns_its_memory():
+    params, opt = build("sgd", None)
+    given = {f"p{i}": p.detach().clone() for i, p in enumerate(params)}
+    opt = dgg.SGD([(f"p{i}", p) for i, p in enumerate(params)], lr=0.5, alpha=1.0)
+    for tensors in (None, given):
+        opt.set_anchor(tensors)
+        for i, p in enumerate(params):
+            anchor = opt.state[p]["anchor"]
+            for other in (p, given[f"p{i}"]):
+                assert p.numel() == 0 or anchor.data_ptr() != other.data_ptr()
+    before = [opt.state[p]["anchor"].clone() for p in params]
+    set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(opt.state[p]["anchor"], old)
+    assert opt.guidance_stats()["distance"] == 0  # measured before the step, at the anchor
+    set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    assert opt.guidance_stats()["distance"] > 0
+
+
+def test_a_boundary_after_loading_leaves_the_checkpoint_alone():
+    """The state dict may be another running optimizer's (best-model bookkeeping, two branches)."""
+    params, opt = build("adamw", None)
+    advance(params, opt, range(5))
+    before = {p: opt.state[p]["anchor"].clone() for p in params}
+    others, other = build("adamw", None, [Parameter(p.detach() * 2) for p in params])
+    other.load_state_dict(opt.state_dict())
+    other.set_anchor()
+    for p in params:
+        assert torch.equal(opt.state[p]["anchor"], before[p])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor made by any operator has."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.data_ptr() not in known:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def storage_bytes():
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
+def test_one_anchor_however_many_tasks(kind):
+    numel = 50_000
+    params = make_params([(numel,)], F32)
+    _, opt = build(kind, None, params, anchor_dtype=BF16, alpha=1.0)
+    before = storage_bytes()
+    moments = 2 if kind == "adamw" else 1
+    seen = set()
+    for task in range(10):
+        with Largest() as largest:
+            opt.set_anchor()
+        # From the second task on nothing is made at all; the first makes moments and anchor.
+        assert largest.numel <= (numel if task == 0 else 2)
+        seen.add(opt.state[params[0]]["anchor"].data_ptr())
+        for step in range(3):
+            set_grads(params, torch.Generator().manual_seed(step))
+            with Largest() as largest:
+                opt.step()
+            if dgg._dispatch.unavailable("cpp", torch.device("cpu")) is None and task + step:
+                assert largest.numel < 100, "the step made a full-size temporary"
+            opt.zero_grad()
+    assert len(seen) == 1
+    assert opt.param_groups[0]["task_index"] == 10
+    more = storage_bytes() - before
+    full = 4 * numel * moments + 2 * numel
+    assert full <= more < full + 2 * numel, "more than one anchor and the moments is held"
+
+
+def test_clear_anchor_gives_the_memory_back():
+    params, opt = build("adamw", None)
+    advance(params, opt, range(5))
+    opt.clear_anchor()
+    assert all("anchor" not in opt.state[p] for p in params)
+    assert opt.state_dict()["param_groups"][0]["anchored"] == 0
+    straight, plain = build("adamw", None, [Parameter(p.detach().clone()) for p in params])
+    plain.load_state_dict(copy.deepcopy(opt.state_dict()))
+    advance(params, opt, range(5, 8))
+    advance(straight, plain, range(5, 8))
+    same(params, opt, straight, plain)
+
+
+# -- (4) parameters of all kinds ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_group_added_after_a_task(backend):
+    """Its parameters are torch's until the next boundary, and count in no guidance norm."""
+    hyper = {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}
+    old, new = make_params([(6,)], F32, seed=1)[0], make_params([(4,)], F32, seed=2)[0]
+    mirror = Parameter(new.detach().clone())
+    opt = dgg.SGD([old], **hyper, alpha=1.0, strength=0.7, backend=backend)
+    opt.set_anchor()
+    old.data += 0.5
+    opt.add_param_group({"params": [new], "lr": 0.02})
+    theirs = torch.optim.SGD([mirror], **{**hyper, "lr": 0.02})
+    for step in range(3):
+        set_grads([old, new], torch.Generator().manual_seed(step))
+        mirror.grad = new.grad.clone()
+        opt.step()
+        theirs.step()
+        torch.testing.assert_close(new, mirror)
+        assert "anchor" not in opt.state[new]
+        torch.testing.assert_close(opt.guidance_stats()["grad_norm"], old.grad.norm())
+    opt.set_anchor()
+    assert opt.param_groups[1]["anchored"] == 1
+    for p in (old, new):
+        p.data += 0.5
+    set_grads([old, new], torch.Generator().manual_seed(9))
+    opt.step()
+    both = torch.cat([old.grad, new.grad]).norm()
+    torch.testing.assert_close(opt.guidance_stats()["grad_norm"], both)
+    torch.testing.assert_close(opt.guidance_stats()["distance"], torch.tensor(10.0).sqrt() * 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradient_untouched_and_in_no_norm(kind, backend):
+    """As if the optimizer had the other parameter only."""
+    params, opt = build(kind, backend, make_params([(5, 3), (7,)], F32), alpha=1.0)
+    advance(params, opt, range(3), boundary=1)
+    alone = Parameter(params[0].detach().clone())
+    _, other = build(kind, backend, [alone], alpha=1.0)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0].update(params=[0], anchored=1)
+    other.load_state_dict({**saved, "state": {0: saved["state"][0]}})
+    quiet = params[1].detach().clone(), copy.deepcopy(opt.state[params[1]])
+    for step in range(3, 6):
+        grad = torch.randn((5, 3), generator=torch.Generator().manual_seed(step))
+        params[0].grad, alone.grad = grad, grad.clone()
+        opt.step()
+        other.step()
+        for name in ("distance", "grad_norm", "clip", "scale"):
+            assert torch.equal(opt.guidance_stats()[name], other.guidance_stats()[name]), name
+    assert torch.equal(params[0], alone)
+    assert torch.equal(params[1], quiet[0])
+    for key, value in quiet[1].items():
+        assert torch.equal(opt.state[params[1]][key], value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["adamw", "sgd-momentum", "sgd"])
+def test_frozen_and_unfrozen(kind, backend):
+    params, opt = build(kind, backend, make_params([(4,), (3,)], F32), alpha=1.0)
+    body, head = params
+    head.requires_grad_(False)
+    advance([body], opt, range(1), boundary=0)
+    assert "anchor" not in opt.state.get(head, {})
+    assert opt.param_groups[0]["anchored"] == 1
+    head.requires_grad_(True)
+    advance(params, opt, range(2), boundary=None)  # unguided until the boundary, but trained
+    assert opt.state.get(head, {}).get("anchor") is None
+    opt.set_anchor()
+    body.requires_grad_(False)
+    kept, anchor = body.detach().clone(), opt.state[body]["anchor"].clone()
+    head.data += 0.5
+    head.grad = torch.ones(3)
+    opt.step()
+    assert torch.equal(body, kept)
+    assert torch.equal(opt.state[body]["anchor"], anchor)
+    torch.testing.assert_close(opt.guidance_stats()["distance"], torch.tensor(3.0).sqrt() * 0.5)
+    body.requires_grad_(True)
+    body.data += 0.5
+    before = head.detach() - opt.state[head]["anchor"]
+    set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    distance = torch.cat([torch.full((4,), 0.5), before]).norm()
+    torch.testing.assert_close(opt.guidance_stats()["distance"], distance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parameter_with_a_gradient_left_is_stepped_as_torch_does(backend):
+    for cls, parent in PARENTS.items():
+        p = make_params([(5,)], F32)[0]
+        q = Parameter(p.detach().clone())
+        for each, opt in ((p, cls([p], lr=0.1, backend=backend)), (q, parent([q], lr=0.1))):
+            each.grad = torch.ones(5)
+            each.requires_grad_(False)
+            opt.step()
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_empty_parameters(kind, backend):
+    params, opt = build(kind, backend, make_params([(0,), (0, 4)], F32), alpha=1.0)
+    advance(params, opt, range(4), boundary=1)
+    assert opt.guidance_stats()["scale"] == 0
+    for p in params:
+        assert opt.state[p]["anchor"].shape == p.shape
+        assert opt.state[p].get("step", 4) == 4
+
+
+def test_tied_weights():
+    """One parameter, one anchor, whichever of its names the checkpoint has."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(5, 3)
+            self.head = torch.nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    opt = dgg.AdamW(model.parameters(), alpha=1.0)
+    assert len(opt.param_groups[0]["params"]) == 1
+    for name in ("embed.weight", "head.weight"):
+        given = torch.randn(5, 3)
+        opt.set_anchor({name: given}, model=model)
+        assert torch.equal(opt.state[model.embed.weight]["anchor"], given)
+    model.head(model.embed(torch.arange(5))).sum().backward()
+    opt.step()
+    assert opt.state[model.embed.weight]["step"] == 1
+
+
+# -- (5) memory that moves ------------------------------------------------------------------------
+
+
+def share_state(params, opt):
+    for entry in opt.state.values():
+        for value in entry.values():
+            value.share_memory_()
+
+
+def share_params(params, opt):
+    for p in params:
+        p.share_memory_()
+
+
+def move_state(params, opt):
+    # The widely copied helper that moves an optimizer to a device does this.
+    for entry in opt.state.values():
+        for value in entry.values():
+            value.data = value.data.clone()
+
+
+def move_params(params, opt):
+    for p in params:
+        p.data = p.data.clone()
+
+
+def replace_state(params, opt):
+    for entry in opt.state.values():
+        for key, value in entry.items():
+            entry[key] = value.clone()
+
+
+@pytest.mark.parametrize(
+    "move", [share_state, share_params, move_state, move_params, replace_state]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["adamw-amsgrad", "sgd-momentum"])
+def test_moved_memory_is_noticed(kind, backend, move):
+    straight, expected = build(kind, backend)
+    params, opt = build(kind, backend)
+    advance(straight, expected, range(8))
+    for step in range(8):
+        advance(params, opt, [step])
+        move(params, opt)
+    same(params, opt, straight, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_at_new_addresses_every_step(backend):
+    """zero_grad() frees them: the addresses of the last step are somebody else's."""
+    straight, expected = build("adamw", "reference")
+    params, opt = build("adamw", backend)
+    held = []
+    for step in range(6):
+        for ps, o in ((straight, expected), (params, opt)):
+            if step == 2:
+                o.set_anchor()
+            set_grads(ps, torch.Generator().manual_seed(step))
+            held.append([p.grad for p in ps] if step % 2 else None)
+            o.step()
+            o.zero_grad()
+    torch.testing.assert_close(params, straight)
