@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""MiniVQA: continual multimodal instruction tuning at a size two CPU cores can carry."""
