@@ -112,11 +112,11 @@ def cases_of(preset: str) -> list[Case]:
     if preset == "quick":
         small = eager + REFERENCE + DEEPSPEED
         return [
-            _single(10**4, small),
-            _single(10**6, small),
-            _single(10**7, eager),
-            _tiny(eager + FOREACH_CLIP, cold=True, rounds=50),
-            _lora(16, OURS + FUSED + FOREACH, rounds=14),
+            _single(10**4, small, rounds=30, seconds=5),
+            _single(10**6, small, rounds=30, seconds=5),
+            _single(10**7, OURS + FUSED + FOREACH[:1], rounds=20, seconds=10),
+            _tiny(eager + FOREACH_CLIP, cold=True, rounds=30),
+            _lora(16, OURS + FUSED + FOREACH[:1], rounds=10, seconds=15),
         ]
     if preset == "targets":
         tiny = OURS + FUSED + FOREACH_CLIP + FOREACH

@@ -42,7 +42,9 @@ def fill_shares(case: dict, best: float) -> None:
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Lays out rows, the first of which is the header, aligned: text left, numbers right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    # Markdown wants at least one dash beside the colon.
+    least = 3 if markdown else 1
+    widths = [max(least, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     left = [not any(_numeric(row[c]) for row in rows[1:]) for c in range(len(widths))]
     lines = []
     for number, row in enumerate(rows):
