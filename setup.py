@@ -82,6 +82,9 @@ class BuildExtension(build_ext):
                 if wanted == "1":
                     raise
                 reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            # A library of an earlier build would load and be taken for this one.
+            pathlib.Path(self.get_ext_fullpath("dgg._C")).unlink(missing_ok=True)
         if reason is None:
             report.unlink(missing_ok=True)
             return
@@ -113,7 +116,7 @@ setup(
     ext_modules=[
         Extension(
             "dgg._C",
-            sources=["csrc/ops.cpp", "csrc/cpu.cpp"],
+            sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/watch.cpp"],
             depends=["csrc/update.h"],
             # Features newer than torch 2.10 are out of reach at compile time already.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],

@@ -61,4 +61,9 @@ STABLE_TORCH_LIBRARY(dgg, m) {
 
   m.def("philox_words(int seed, int draw, int stream, int n) -> Tensor");
   m.def("isa() -> str");
+
+  // Whether tensors still lie where they lay when the watch began; the handle keeps them alive.
+  m.def("watch(Tensor[] tensors) -> int");
+  m.def("unmoved(int handle) -> bool");
+  m.def("unwatch(int handle) -> ()");
 }

@@ -13,13 +13,15 @@ import array
 import os
 import pathlib
 import platform
+import struct
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dgg import reference
-from dgg.anchor import FLOAT_DTYPES
+from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -144,6 +146,31 @@ def same_order(x: Tensor, y: Tensor) -> bool:
     return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
 
 
+class Watch:
+    """Tells whether tensors still have the memory, size and order they had at the beginning.
+
+    Keeps them alive, so that an equal address means the same memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._handle = None
+        if _cpp_error is None:
+            self._handle = torch.ops.dgg.watch(list(tensors))
+            weakref.finalize(self, torch.ops.dgg.unwatch, self._handle)
+        else:
+            self._tensors = [(x, self._place(x)) for x in tensors]
+
+    def unmoved(self) -> bool:
+        """Returns whether nothing moved, changed its size or its order."""
+        if self._handle is not None:
+            return torch.ops.dgg.unmoved(self._handle)
+        return all(self._place(x) == place for x, place in self._tensors)
+
+    @staticmethod
+    def _place(x: Tensor) -> tuple[int, int, bool]:
+        return x.data_ptr(), x.numel(), x.is_contiguous()
+
+
 class Rows:
     """The parallel lists of one device's parameters, a row per parameter, and their table.
 
@@ -184,7 +211,6 @@ class Rows:
         )
         self._versions: list[int] | None = None
         self._constants: dict[object, Tensor] = {}
-        self._addresses = list(map(Tensor.data_ptr, self.params))
         self._dtypes = [p.dtype for p in self.params]
         # Kernels see complex tensors as pairs of reals.
         self._state = {
@@ -200,11 +226,16 @@ class Rows:
         self._plain = not any(self._staged) and all(
             p.is_contiguous() and not p.is_complex() for p in self.params
         )
+        self._single = [row for row, p in enumerate(self.params) if p.numel() == 1]
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[tuple[Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
         if backend == "cpp":
             self._base_table = self._make_table()
+            # Made once: a new tensor for the addresses of every step costs more than filling it.
+            self._address_memory = bytearray(8 * len(self.params))
+            self._address_buffer = torch.frombuffer(self._address_memory, dtype=torch.int64)
+            self._pack_addresses = struct.Struct(f"{len(self.params)}q").pack_into
 
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
@@ -233,10 +264,6 @@ class Rows:
             packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
         return packed
 
-    def in_place(self) -> bool:
-        """Returns whether every parameter still lies where it lay when the rows were made."""
-        return list(map(Tensor.data_ptr, self.params)) == self._addresses
-
     def refresh(
         self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
     ) -> None:
@@ -248,6 +275,7 @@ class Rows:
             elementwise: Draws are made per element, which must then lie in row-major order.
         """
         self._copies, self._grad_copies, self._kept = [], [], []
+        self._complete, self._now = False, None
         if self.backend != "cpp":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
             return
@@ -260,6 +288,7 @@ class Rows:
         # thing Python has.
         try:
             addresses, present, dtypes = list(map(Tensor.data_ptr, grads)), grads, self._dtypes
+            self._complete = True
             if 0 in addresses:
                 addresses = [address or _NOWHERE for address in addresses]
         except TypeError:  # some are None
@@ -268,10 +297,15 @@ class Rows:
             dtypes = [d for d, g in zip(self._dtypes, grads, strict=True) if g is not None]
         if [g.dtype for g in present] != dtypes:
             return False
-        if not all([g.is_contiguous() for g in present]) or any([g.is_neg() for g in present]):
+        if not all(map(Tensor.is_contiguous, present)):
+            return False
+        # A lazily negated gradient comes from the imaginary part of a conjugate, whose stride is
+        # 2: only one of a single element is contiguous.
+        if any(grads[row] is not None and grads[row].is_neg() for row in self._single):
             return False
         self._table = self._base_table
-        self._grad_addresses = _int64(addresses)
+        self._grad_addresses = self._address_buffer
+        self._pack_addresses(self._address_memory, 0, *addresses)
         self._replay_addresses = _NO_ADDRESSES
         return True
 
@@ -333,11 +367,15 @@ class Rows:
             self._constants["coefficients"] = ones
         return self._constants["coefficients"]
 
+    def forget(self) -> None:
+        """Drops all known distances."""
+        self.distances.fill_(-1.0)
+
     def forget_changed(self) -> None:
         """Drops the known distance of every parameter that was changed since it was measured."""
         if self._versions is None:
             return
-        now = [p._version for p in self.params]
+        now = self._now = [p._version for p in self.params]
         if now != self._versions:
             for row, (old, new) in enumerate(zip(self._versions, now, strict=True)):
                 if old != new:
@@ -348,21 +386,29 @@ class Rows:
         """Ends a step that wrote the parameters: copies staged ones back, bumps versions."""
         for target, copy in self._copies:
             target.copy_(copy)
-        active = [
-            grad is not None or bool(self.replays and self.replays[row] is not None)
-            for row, grad in enumerate(self.grads)
-        ]
+        inactive: list[int] = []
+        if not self._complete:
+            inactive = [
+                row
+                for row, grad in enumerate(self.grads)
+                if grad is None and not (self.replays and self.replays[row] is not None)
+            ]
         if self.backend == "cpp":
             # The table hides the writes from autograd, which must know of them.
-            torch.autograd.graph.increment_version(
-                [p for p, changed in zip(self.params, active, strict=True) if changed]
-            )
+            changed = self.params
+            if inactive:
+                left = set(inactive)
+                changed = [p for row, p in enumerate(changed) if row not in left]
+            torch.autograd.graph.increment_version(changed)
         if look_ahead:
-            now = [p._version for p in self.params]
-            if self._versions is not None and not all(active):
-                triples = zip(active, now, self._versions, strict=True)
-                now = [new if changed else old for changed, new, old in triples]
-            self._versions = now
+            before = self._versions
+            if self._now is not None and self._complete and not self._copies:
+                # Read in this step already, and bumped by one just now.
+                self._versions = [version + 1 for version in self._now]
+            else:
+                self._versions = [p._version for p in self.params]
+                for row in inactive if before is not None else ():
+                    self._versions[row] = before[row]
         self.release()
 
     def release(self) -> None:
@@ -391,9 +437,8 @@ def _int64(values: list[int]) -> Tensor:
 
 
 def _hyper_table(groups: Sequence[dict], names: Sequence[str]) -> Tensor:
-    return torch.tensor(
-        [[float(group[name]) for name in names] for group in groups], dtype=torch.float64
-    )
+    values = array.array("d", [group[name] for group in groups for name in names])
+    return torch.frombuffer(values, dtype=torch.float64).view(len(groups), len(names))
 
 
 def _signed(seed: int) -> int:

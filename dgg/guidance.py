@@ -537,7 +537,7 @@ class Guidance:
         self._engine = Engine()
         self._rows: list[tuple[list[int], _dispatch.Rows]] = []
         self._rows_params: list[Tensor] = []
-        self._rows_shapes: list[torch.Size] = []
+        self._watch: _dispatch.Watch | None = None
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -734,7 +734,7 @@ class Guidance:
                 elementwise=wide["granularity"] == "element",
             )
             # The other optimizer has moved the parameters since any distance was measured.
-            rows.distances.fill_(-1.0)
+            rows.forget()
         only = [rows for _, rows in all_rows]
         flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
         injecting = any(x is not None for x in flags)
@@ -776,9 +776,7 @@ class Guidance:
         same = len(params) == len(self._rows_params) and all(
             old is new for old, new in zip(self._rows_params, params, strict=True)
         )
-        shapes = [p.shape for p in params]
-        same = same and shapes == self._rows_shapes
-        if self._rows and same and all(rows.in_place() for _, rows in self._rows):
+        if self._rows and same and self._watch is not None and self._watch.unmoved():
             return self._rows
         numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
         devices: dict[torch.device, list[int]] = {}
@@ -798,7 +796,9 @@ class Guidance:
             )
             for device, places in devices.items()
         ]
-        self._rows_params, self._rows_shapes = params, shapes
+        self._rows_params = params
+        anchors = [self._anchors[p] for p in params if p in self._anchors]
+        self._watch = _dispatch.Watch([*params, *anchors])
         return self._rows
 
 

@@ -146,9 +146,25 @@ class _Guided:
         group["anchored"] = 0
         self._rows = None
 
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """The state by parameter: torch.optim's keys and ``anchor``.
+
+        Whoever changes the state reads it here first, so that a step need not look at thousands
+        of tensors that nobody touched.
+        """
+        self._state_read = True
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self._state_read = True
+        self.__dict__["state"] = value
+
     # -- the step -------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
@@ -168,8 +184,16 @@ class _Guided:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            if torch.compiler.is_compiling():
+                self._uncompiled_step()
+            else:
+                # Not through the decorated one: its wrapper costs as much as a small kernel.
+                self._step()
         return loss
+
+    @torch._disable_dynamo
+    def _uncompiled_step(self) -> None:
+        self._step()
 
     def _step(self) -> None:
         engine, groups = self._engine, self.param_groups
@@ -506,13 +530,6 @@ class _Guided:
                 entry["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
 
 
-def _addresses(values: list[Any]) -> list[int]:
-    try:
-        return list(map(Tensor.data_ptr, values))
-    except TypeError:  # torch.optim.SGD stores None without momentum
-        return [v.data_ptr() for v in values if isinstance(v, Tensor)]
-
-
 def _is_host_scalar(step: Any) -> bool:
     return (
         isinstance(step, Tensor)
@@ -522,16 +539,30 @@ def _is_host_scalar(step: Any) -> bool:
     )
 
 
+# Every so many steps the state is looked at even if nobody has read `optimizer.state` in between:
+# somebody may have kept an entry of it since long ago.
+_LOOK_EVERY = 64
+
+
 class _RowCache:
     """The rows of all parameters, one `Rows` per device, and what they were made from."""
 
     def __init__(self, optimizer: _Guided, params: list[Tensor]) -> None:
         self.params = params
         states = [optimizer.state.get(p) for p in params]
-        self._states = states
-        self._values = [v for s in states if s for v in s.values()]
-        self._addresses = _addresses(self._values)
-        self._numels = list(map(Tensor.numel, params))
+        self._keys, self._entries = list(optimizer.state), list(optimizer.state.values())
+        self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
+        self._snapshots = [dict(entry) for entry in self._dicts]
+        items = [(entry, key, v) for entry in self._dicts for key, v in entry.items()]
+        tensors = [v for _, _, v in items if isinstance(v, Tensor)]
+        self._single = [
+            (entry, key, v) for entry, key, v in items if isinstance(v, Tensor) and v.numel() == 1
+        ]
+        # share_memory_() and `.data =` take the memory from under a tensor.
+        self._watch_params = _dispatch.Watch(params)
+        self._watch_state = _dispatch.Watch(tensors)
+        self._unlooked = 0
+        optimizer._state_read = False
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
         ]
@@ -578,19 +609,40 @@ class _RowCache:
             return False
         if self._needed != [optimizer._needed(group) for group in optimizer.param_groups]:
             return False
-        states = list(map(optimizer.state.get, params))
-        if not all(map(operator.is_, states, self._states)):
-            return False
-        values = [v for s in states if s for v in s.values()]
-        # By address, since share_memory_() and `.data =` take the memory from under a tensor. That
-        # `_values` are kept alive makes an equal address the same memory.
-        if len(values) != len(self._values) or _addresses(values) != self._addresses:
-            return False
-        if list(map(Tensor.numel, params)) != self._numels:
-            return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
-        return all([rows.in_place() for rows in self.all_rows])
+        if not self._watch_params.unmoved():
+            return False
+        self._unlooked += 1
+        if optimizer._state_read or self._unlooked == _LOOK_EVERY:
+            if not self._same_state(optimizer):
+                return False
+            if optimizer._state_read:
+                # Whoever read the state may have written into an anchor.
+                for rows in self.all_rows:
+                    rows.forget()
+            optimizer._state_read, self._unlooked = False, 0
+        return True
+
+    def _same_state(self, optimizer: _Guided) -> bool:
+        # Not looked up by parameter: hashing a tensor costs more than all of this.
+        keys, entries = list(optimizer.state), list(optimizer.state.values())
+        if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
+            return False
+        if not all(map(operator.is_, entries, self._entries)) or not self._same_entries():
+            return False
+        return self._watch_state.unmoved()
+
+    def _same_entries(self) -> bool:
+        # Comparing dicts takes identical values as equal without a look at them. Others meet
+        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
+        # one by one.
+        try:
+            if self._dicts != self._snapshots:
+                return False
+        except (RuntimeError, TypeError):
+            return False
+        return all([entry[key] is value for entry, key, value in self._single])
 
     @property
     def unchecked(self) -> bool:

@@ -28,6 +28,9 @@ from torch import Tensor
 
 from dgg import _philox
 
+# Storage dtypes of parameters, gradients, moments and anchors; complex ones come as real views.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # What a row of `flags` may ask for.
 INJECT = 1
 INJECT_ELEMENTS = 2

@@ -486,12 +486,7 @@ CHANGES = [in_place, load_weights, new_memory, foreign_step, new_anchor, replace
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("change", [
-    *CHANGES,
-    pytest.param(edited_anchor, marks=pytest.mark.xfail(
-        reason="an anchor written in place by the user is not noticed: Rows.forget_changed() "
-               "looks at the versions of the parameters only")),
-])  # fmt: skip
+@pytest.mark.parametrize("change", [*CHANGES, edited_anchor])
 def test_distance_is_measured_again_after_a_change(change, scope, backend):
     """The next step equals that of an optimizer which has never looked ahead."""
     options = {"alpha": 1.0, "norm_scope": scope, "max_grad_norm": 3.0}

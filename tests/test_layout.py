@@ -24,7 +24,7 @@ FLOORS = {
     "anchor": 2,
     "reference": 1,
     "sharding": 1,
-    "_philox": 1,
+    "_philox": 0,
     "replay": 0,
     "metrics": 0,
 }
