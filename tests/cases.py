@@ -66,6 +66,8 @@ MIXES = [
     (F64, F64, None),
     (BF16, BF16, None),
     (F16, F16, None),
+    (F32, BF16, None),
+    (BF16, F32, None),
     (F32, F32, BF16),
     (BF16, BF16, F32),
     (F16, F16, F64),
@@ -119,4 +121,6 @@ def set_grads(params, generator, *, dtype=None, missing=()) -> None:
         grad = torch.randn(p.shape, generator=generator, dtype=F64)
         if p.is_complex():
             grad = torch.complex(grad, torch.randn(p.shape, generator=generator, dtype=F64))
+        if dtype not in (None, p.dtype):
+            p.grad_dtype = None  # any
         p.grad = None if place in missing else grad.to(dtype or p.dtype)
