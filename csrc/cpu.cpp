@@ -140,6 +140,8 @@ void run(const Loop& loop) {
 // Elements between two prefetches; whole cache lines of every type, from one of 16-bit elements to
 // four of float64.
 constexpr int kStrip = 32;
+// What is left is walked in these; a tiny tensor is often just one.
+constexpr int kShortStrip = 8;
 // The hardware's prefetchers stop at every page, and all streams of a tensor cross pages together.
 constexpr int64_t kAheadBytes = 2048;
 constexpr int64_t kLineBytes = 64;
@@ -165,8 +167,11 @@ DGG_HOST_DEVICE void stream(const Loop& original) {
     DGG_PRAGMA_SIMD
     for (int64_t i = 0; i < kStrip; ++i) loop.element(done + i);
   }
-  DGG_PRAGMA_SIMD
-  for (int64_t i = done; i < loop.n; ++i) loop.element(i);
+  for (; done + kShortStrip <= loop.n; done += kShortStrip) {
+    DGG_PRAGMA_SIMD
+    for (int64_t i = 0; i < kShortStrip; ++i) loop.element(done + i);
+  }
+  for (; done < loop.n; ++done) loop.element(done);
 }
 
 template <typename T, typename S>
@@ -254,64 +259,75 @@ struct Mask {
 
 // sum (x - y)^2, or sum x^2. The lanes are explicit so that their number is not the compiler's
 // choice.
-template <typename T, bool kDifference>
+template <typename T, typename S, bool kDifference>
 struct SquareSum {
-  const T* x;
-  const T* y;
+  const S* x;
+  const S* y;
   int64_t n;
   double* sum;
 
   DGG_HOST_DEVICE void operator()() const {
-    const T* const xs = x;
-    const T* const ys = y;
-    const int64_t count = n;
+    const SquareSum self = *this;
     T lanes[kLanes] = {};
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      prefetch(xs + i);
-      if constexpr (kDifference) prefetch(ys + i);
+    for (; i + kLanes <= self.n; i += kLanes) {
+      prefetch(self.x + i);
+      if constexpr (kDifference) prefetch(self.y + i);
       DGG_PRAGMA_SIMD
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const T value = kDifference ? xs[i + lane] - ys[i + lane] : xs[i + lane];
-        lanes[lane] += value * value;
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += self.square(i + lane);
+    }
+    int rest = 0;
+    for (; i + rest + kShortStrip <= self.n; rest += kShortStrip) {
+      DGG_PRAGMA_SIMD
+      for (int lane = 0; lane < kShortStrip; ++lane) {
+        lanes[rest + lane] += self.square(i + rest + lane);
       }
     }
-    for (int lane = 0; i + lane < count; ++lane) {
-      const T value = kDifference ? xs[i + lane] - ys[i + lane] : xs[i + lane];
-      lanes[lane] += value * value;
-    }
+    for (; i + rest < self.n; ++rest) lanes[rest] += self.square(i + rest);
+    // Lanes beyond the elements hold zeros; adding them would change nothing.
+    int used = kLanes;
+    while (used / 2 >= self.n && used > 1) used /= 2;
     double sums[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
-    for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < used; ++lane) sums[lane] = lanes[lane];
+    for (int half = used / 2; half > 0; half /= 2) {
       for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
     }
-    *sum = sums[0];
+    *self.sum = sums[0];
+  }
+
+  DGG_HOST_DEVICE T square(int64_t i) const {
+    T value = widen<T>(x[i]);
+    if constexpr (kDifference) value -= widen<T>(y[i]);
+    return value * value;
   }
 };
 
-template <typename T>
-double sum_squares(const T* x, int64_t n) {
+template <typename T, typename S>
+double sum_squares(const S* x, int64_t n) {
   double sum;
-  run(SquareSum<T, false>{x, nullptr, n, &sum});
+  run(SquareSum<T, S, false>{x, nullptr, n, &sum});
   return sum;
 }
 
 // The one function behind both the norm pass and the look-ahead, so that they agree bit for bit.
-template <typename T>
-double sum_squared_differences(const T* x, const T* y, int64_t n) {
+template <typename T, typename S>
+double sum_squared_differences(const S* x, const S* y, int64_t n) {
   double sum;
-  run(SquareSum<T, true>{x, y, n, &sum});
+  run(SquareSum<T, S, true>{x, y, n, &sum});
   return sum;
 }
 
-template <typename T, bool kGuided, bool kAmsgrad>
+// The updates read and write S and compute in T. S is T where blocks are staged, and the storage
+// type itself where all tensors of a row share it: then nothing needs staging.
+
+template <typename T, typename S, bool kGuided, bool kAmsgrad>
 struct AdamLoop {
-  T* param;
-  const T* grad;
-  T* exp_avg;
-  T* exp_avg_sq;
-  T* max_exp_avg_sq;
-  const T* anchor;
+  S* param;
+  const S* grad;
+  S* exp_avg;
+  S* exp_avg_sq;
+  S* max_exp_avg_sq;
+  const S* anchor;
   int64_t n;
   AdamScalars<T> scalars;
 
@@ -327,23 +343,24 @@ struct AdamLoop {
   }
 
   DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = param[i], m = exp_avg[i], v = exp_avg_sq[i], x = T(0), a = T(0);
-    if constexpr (kAmsgrad) x = max_exp_avg_sq[i];
-    if constexpr (kGuided) a = anchor[i];
-    adam<kGuided, kAmsgrad>(scalars, p, grad[i], m, v, x, a);
-    param[i] = p;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    if constexpr (kAmsgrad) max_exp_avg_sq[i] = x;
+    T p = widen<T>(param[i]), m = widen<T>(exp_avg[i]), v = widen<T>(exp_avg_sq[i]);
+    T x = T(0), a = T(0);
+    if constexpr (kAmsgrad) x = widen<T>(max_exp_avg_sq[i]);
+    if constexpr (kGuided) a = widen<T>(anchor[i]);
+    adam<kGuided, kAmsgrad>(scalars, p, widen<T>(grad[i]), m, v, x, a);
+    param[i] = narrow<S>(p);
+    exp_avg[i] = narrow<S>(m);
+    exp_avg_sq[i] = narrow<S>(v);
+    if constexpr (kAmsgrad) max_exp_avg_sq[i] = narrow<S>(x);
   }
 };
 
-template <typename T, bool kGuided, bool kMomentum>
+template <typename T, typename S, bool kGuided, bool kMomentum>
 struct SgdLoop {
-  T* param;
-  const T* grad;
-  T* buffer;
-  const T* anchor;
+  S* param;
+  const S* grad;
+  S* buffer;
+  const S* anchor;
   int64_t n;
   SgdScalars<T> scalars;
 
@@ -357,21 +374,21 @@ struct SgdLoop {
   }
 
   DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = param[i], b = T(0), a = T(0);
-    if constexpr (kMomentum) b = buffer[i];
-    if constexpr (kGuided) a = anchor[i];
-    sgd<kGuided, kMomentum>(scalars, p, grad[i], b, a);
-    param[i] = p;
-    if constexpr (kMomentum) buffer[i] = b;
+    T p = widen<T>(param[i]), b = T(0), a = T(0);
+    if constexpr (kMomentum) b = widen<T>(buffer[i]);
+    if constexpr (kGuided) a = widen<T>(anchor[i]);
+    sgd<kGuided, kMomentum>(scalars, p, widen<T>(grad[i]), b, a);
+    param[i] = narrow<S>(p);
+    if constexpr (kMomentum) buffer[i] = narrow<S>(b);
   }
 };
 
-template <typename T, bool kGuided>
+template <typename T, typename S, bool kGuided>
 struct GuideLoop {
-  const T* param;
-  const T* grad;
-  const T* anchor;
-  T* out;
+  const S* param;
+  const S* grad;
+  const S* anchor;
+  S* out;
   int64_t n;
   GuideScalars<T> scalars;
 
@@ -388,12 +405,26 @@ struct GuideLoop {
   DGG_HOST_DEVICE void element(int64_t i) const {
     T p = T(0), a = T(0);
     if constexpr (kGuided) {
-      p = param[i];
-      a = anchor[i];
+      p = widen<T>(param[i]);
+      a = widen<T>(anchor[i]);
     }
-    out[i] = guide<kGuided>(scalars, p, grad[i], a);
+    out[i] = narrow<S>(guide<kGuided>(scalars, p, widen<T>(grad[i]), a));
   }
 };
+
+template <typename S>
+constexpr int code_of() {
+  return std::is_same<S, float>::value      ? kFloat32
+         : std::is_same<S, double>::value   ? kFloat64
+         : std::is_same<S, bfloat16>::value ? kBFloat16
+                                            : kFloat16;
+}
+
+// Types the arithmetic itself is done in.
+template <typename S>
+constexpr bool is_wide() {
+  return std::is_floating_point<S>::value;
+}
 
 // A tensor of a row: an address and how to read it.
 struct Stream {
@@ -402,49 +433,51 @@ struct Stream {
 
   explicit operator bool() const { return data != nullptr; }
 
-  template <typename T>
-  bool stored_as() const {
-    return dtype == (std::is_same<T, double>::value ? kFloat64 : kFloat32);
-  }
-
   template <typename S>
   S* at(int64_t begin) const {
     return reinterpret_cast<S*>(data) + begin;
   }
 
-  // Elements begin .. begin + n as T: in place where they are stored so, else copied to `buffer`.
-  template <typename T>
-  T* stage(int64_t begin, int64_t n, T* buffer) const {
-    if (stored_as<T>()) return at<T>(begin);
-    switch (dtype) {
-      case kFloat32:
-        run(Widen<T, float>{at<float>(begin), buffer, n});
-        break;
-      case kBFloat16:
-        run(Widen<T, bfloat16>{at<bfloat16>(begin), buffer, n});
-        break;
-      case kFloat16:
-        run(Widen<T, float16>{at<float16>(begin), buffer, n});
-        break;
-      default:
-        run(Widen<T, double>{at<double>(begin), buffer, n});
+  // Elements begin .. begin + n as S: in place where they are stored so, else copied to `buffer`.
+  template <typename S>
+  S* stage(int64_t begin, int64_t n, S* buffer) const {
+    if constexpr (is_wide<S>()) {
+      if (dtype != code_of<S>()) {
+        visit([&](auto* stored) {
+          using Stored = std::remove_pointer_t<decltype(stored)>;
+          run(Widen<S, Stored>{at<Stored>(begin), buffer, n});
+        });
+        return buffer;
+      }
     }
-    return buffer;
+    return at<S>(begin);
   }
 
   // Writes back what `stage` copied; nothing to do where it did not.
-  template <typename T>
-  void unstage(int64_t begin, int64_t n, const T* buffer) const {
-    if (stored_as<T>()) return;
+  template <typename S>
+  void unstage(int64_t begin, int64_t n, const S* buffer) const {
+    if constexpr (is_wide<S>()) {
+      if (dtype == code_of<S>()) return;
+      visit([&](auto* stored) {
+        using Stored = std::remove_pointer_t<decltype(stored)>;
+        run(NarrowInto<Stored, S>{buffer, at<Stored>(begin), n});
+      });
+    }
+  }
+
+ private:
+  // Calls f with a null pointer of the storage type.
+  template <typename F>
+  void visit(const F& f) const {
     switch (dtype) {
       case kFloat32:
-        return run(NarrowInto<float, T>{buffer, at<float>(begin), n});
+        return f(static_cast<float*>(nullptr));
       case kBFloat16:
-        return run(NarrowInto<bfloat16, T>{buffer, at<bfloat16>(begin), n});
+        return f(static_cast<bfloat16*>(nullptr));
       case kFloat16:
-        return run(NarrowInto<float16, T>{buffer, at<float16>(begin), n});
+        return f(static_cast<float16*>(nullptr));
       default:
-        return run(NarrowInto<double, T>{buffer, at<double>(begin), n});
+        return f(static_cast<double*>(nullptr));
     }
   }
 };
@@ -470,7 +503,8 @@ struct Rows {
   }
 };
 
-// What every pass needs of an active row.
+// What every pass needs of an active row. Rows are made in place, without zeroing and copying
+// them first: with tiny tensors that shows.
 struct Row {
   Stream param, grad, replay, anchor;
   int64_t numel;
@@ -479,37 +513,68 @@ struct Row {
   bool guided = false;
   bool masked = false;
   uint32_t threshold = 0;
+  int staging = kFloat32;  // S of the updates' loops
+
+  Row(const Rows& rows, int64_t i) : Row(rows, i, rows.row(i)) {}
+
+ private:
+  Row(const Rows& rows, int64_t i, const int64_t* r)
+      : param(rows.stream(i, r[kColumnParam], kSlotParam)),
+        grad(rows.stream(i, rows.grads[i], kSlotGrad)),
+        replay(rows.stream(i, rows.replay(i), kSlotReplay)),
+        anchor(rows.stream(i, r[kColumnAnchor], kSlotAnchor)),
+        numel(r[kColumnNumel]),
+        index(r[kColumnIndex]),
+        base(r[kColumnBase]),
+        block(r[kColumnBlock]),
+        stride(r[kColumnStride]),
+        replay_weight(rows.replay_weight) {}
 };
 
-Row make_row(const Rows& rows, int64_t i) {
-  const int64_t* r = rows.row(i);
-  Row row;
-  row.param = rows.stream(i, r[kColumnParam], kSlotParam);
-  row.grad = rows.stream(i, rows.grads[i], kSlotGrad);
-  row.replay = rows.stream(i, rows.replay(i), kSlotReplay);
-  row.anchor = rows.stream(i, r[kColumnAnchor], kSlotAnchor);
-  row.numel = r[kColumnNumel];
-  row.index = r[kColumnIndex];
-  row.base = r[kColumnBase];
-  row.block = r[kColumnBlock];
-  row.stride = r[kColumnStride];
-  row.replay_weight = rows.replay_weight;
-  return row;
+// h of equation (1) without the gradient scale. Uses `other` only for mixing.
+template <typename S>
+const S* stage_gradient(const Row& row, int64_t begin, int64_t n, S* buffer, S* other) {
+  if constexpr (is_wide<S>()) {
+    if (row.replay) {
+      const S* grad = buffer;
+      if (row.grad) {
+        grad = row.grad.stage<S>(begin, n, buffer);
+      } else {
+        std::fill_n(buffer, n, S(0));
+      }
+      const S* replay = row.replay.stage<S>(begin, n, other);
+      run(RealGradient<S>{grad, replay, buffer, static_cast<S>(row.replay_weight), n});
+      return buffer;
+    }
+  }
+  return row.grad.stage<S>(begin, n, buffer);
 }
 
-// h of equation (1) without the gradient scale. Uses `other` only for mixing.
-template <typename T>
-const T* stage_gradient(const Row& row, int64_t begin, int64_t n, T* buffer, T* other) {
-  if (!row.replay) return row.grad.stage<T>(begin, n, buffer);
-  const T* grad = buffer;
-  if (row.grad) {
-    grad = row.grad.stage<T>(begin, n, buffer);
-  } else {
-    std::fill_n(buffer, n, T(0));
+// The type a row's blocks are staged in: bfloat16 if that is what all its tensors are and nothing
+// is mixed in, else that of the arithmetic. Converting float16 costs so much more that it gains
+// nothing by happening in registers.
+int staging_of(const Row& row, const Stream* states, int count, bool anchored) {
+  const int dtype = row.param.dtype;
+  if (dtype == kFloat64) return kFloat64;
+  if (dtype != kBFloat16 || row.replay || row.masked || row.grad.dtype != dtype) return kFloat32;
+  if (anchored && row.anchor.dtype != dtype) return kFloat32;
+  for (int s = 0; s < count; ++s) {
+    if (states[s] && states[s].dtype != dtype) return kFloat32;
   }
-  const T* replay = row.replay.stage<T>(begin, n, other);
-  run(RealGradient<T>{grad, replay, buffer, static_cast<T>(row.replay_weight), n});
-  return buffer;
+  return dtype;
+}
+
+// Calls f with null pointers of the arithmetic's type and of the staging type.
+template <typename F>
+auto with_types(int staging, const F& f) {
+  switch (staging) {
+    case kFloat64:
+      return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+    case kBFloat16:
+      return f(static_cast<float*>(nullptr), static_cast<bfloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+  }
 }
 
 struct Draws {
@@ -535,14 +600,28 @@ void draw_words(const Row& row, const Draws& draws, int64_t begin, int64_t n, ui
 }
 
 // The anchor as the guided loops are to see it.
-template <typename T>
-const T* mask_anchor(const Row& row, const Draws& draws, int64_t begin, int64_t n, const T* anchor,
-                     const T* param, T* buffer) {
-  if (!row.masked) return anchor;
-  uint32_t words[kBlock];
-  draw_words(row, draws, begin, n, words);
-  run(Mask<T>{words, row.threshold, anchor, param, buffer, n});
-  return buffer;
+template <typename S>
+const S* mask_anchor(const Row& row, const Draws& draws, int64_t begin, int64_t n, const S* anchor,
+                     const S* param, S* buffer) {
+  if constexpr (is_wide<S>()) {
+    if (row.masked) {
+      uint32_t words[kBlock];
+      draw_words(row, draws, begin, n, words);
+      run(Mask<S>{words, row.threshold, anchor, param, buffer, n});
+      return buffer;
+    }
+  }
+  return anchor;
+}
+
+// A list that keeps its memory from call to call: for hundreds of tiny tensors getting it anew
+// takes longer than updating them.
+template <typename T, int kUse = 0>
+std::vector<T>& scratch(size_t capacity) {
+  static thread_local std::vector<T> list;
+  list.clear();
+  list.reserve(capacity);
+  return list;
 }
 
 // Work, in chunks.
@@ -555,6 +634,8 @@ struct Chunk {
 
 class Plan {
  public:
+  explicit Plan(size_t rows) : chunks_(scratch<Chunk>(rows)) {}
+
   void add(size_t row, int64_t numel) {
     for (int64_t begin = 0; begin < numel; begin += kChunk) {
       const int64_t count = std::min(kChunk, numel - begin);
@@ -613,7 +694,7 @@ class Plan {
   }
 
  private:
-  std::vector<Chunk> chunks_;
+  std::vector<Chunk>& chunks_;
   int64_t elements_ = 0;
 };
 
@@ -623,6 +704,9 @@ struct NormRow {
   Row row;
   bool total, grad, distance;
   int64_t number;
+
+  NormRow(const Rows& rows, int64_t i, bool total, bool grad, bool distance)
+      : row(rows, i), total(total), grad(grad), distance(distance), number(i) {}
 };
 
 struct Squares {
@@ -637,9 +721,9 @@ Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    if (work.grad && row.grad) sums.grad += sum_squares(row.grad.stage<T>(begin, n, first), n);
+    if (work.grad && row.grad) sums.grad += sum_squares<T>(row.grad.stage<T>(begin, n, first), n);
     if (work.total && (row.replay || !work.grad)) {
-      sums.total += sum_squares(stage_gradient<T>(row, begin, n, first, second), n);
+      sums.total += sum_squares<T>(stage_gradient<T>(row, begin, n, first, second), n);
     }
     if (work.distance) {
       sums.distance += sum_squared_differences<T>(row.param.stage<T>(begin, n, first),
@@ -653,19 +737,19 @@ Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
 void compute_norms(const Rows& rows, double* distances, int64_t which, double* squares) {
   const int64_t n = rows.n;
   std::fill_n(squares, 3 * n, 0.0);
-  std::vector<NormRow> work;
-  work.reserve(n);
-  Plan plan;
+  std::vector<NormRow>& work = scratch<NormRow>(n);
+  Plan plan(rows.n);
   for (int64_t i = 0; i < n; ++i) {
     if (!rows.active(i)) continue;
     const bool anchored = rows.anchored(i);
-    NormRow row{make_row(rows, i), (which & kTotalNorm) != 0, (which & kGradNorm) && anchored,
-                // Not `>= 0`: a distance of NaN is known, too.
-                (which & kDistance) && anchored && distances[i] < 0, i};
-    if (row.distance) distances[i] = 0;
-    if (!(row.total || row.grad || row.distance)) continue;
-    plan.add(work.size(), row.row.numel);
-    work.push_back(row);
+    const bool total = (which & kTotalNorm) != 0;
+    const bool grad = (which & kGradNorm) && anchored;
+    // Not `>= 0`: a distance of NaN is known, too.
+    const bool distance = (which & kDistance) && anchored && distances[i] < 0;
+    if (distance) distances[i] = 0;
+    if (!(total || grad || distance)) continue;
+    plan.add(work.size(), rows.row(i)[kColumnNumel]);
+    work.emplace_back(rows, i, total, grad, distance);
   }
   std::vector<Squares> partials(plan.size());
   plan.for_each(false, [&](int64_t k, const Chunk& chunk) {
@@ -697,20 +781,24 @@ struct UpdateRow : Row {
   Scalars scalars;
   bool look_ahead;
   int64_t number;
+
+  UpdateRow(const Rows& rows, int64_t i, bool look_ahead)
+      : Row(rows, i), look_ahead(look_ahead && rows.anchored(i)), number(i) {}
 };
 
 struct AdamRule {
   using Row = UpdateRow<AdamScalars<double>>;
   static constexpr int kStates = 3;
 
-  template <typename T, bool kGuided>
-  static void block(const Row& row, T* param, const T* grad, T* const* state, const T* anchor,
-                    int64_t n) {
-    const auto scalars = row.scalars.as<T>();
+  template <typename T, typename S, bool kGuided>
+  static void block(const AdamScalars<T>& scalars, S* param, const S* grad, S* const* state,
+                    const S* anchor, int64_t n) {
     if (state[2]) {
-      run(AdamLoop<T, kGuided, true>{param, grad, state[0], state[1], state[2], anchor, n, scalars});
+      run(AdamLoop<T, S, kGuided, true>{param, grad, state[0], state[1], state[2], anchor, n,
+                                        scalars});
     } else {
-      run(AdamLoop<T, kGuided, false>{param, grad, state[0], state[1], nullptr, anchor, n, scalars});
+      run(AdamLoop<T, S, kGuided, false>{param, grad, state[0], state[1], nullptr, anchor, n,
+                                         scalars});
     }
   }
 };
@@ -719,60 +807,60 @@ struct SgdRule {
   using Row = UpdateRow<SgdScalars<double>>;
   static constexpr int kStates = 1;
 
-  template <typename T, bool kGuided>
-  static void block(const Row& row, T* param, const T* grad, T* const* state, const T* anchor,
-                    int64_t n) {
-    const auto scalars = row.scalars.as<T>();
+  template <typename T, typename S, bool kGuided>
+  static void block(const SgdScalars<T>& scalars, S* param, const S* grad, S* const* state,
+                    const S* anchor, int64_t n) {
     if (state[0]) {
-      run(SgdLoop<T, kGuided, true>{param, grad, state[0], anchor, n, scalars});
+      run(SgdLoop<T, S, kGuided, true>{param, grad, state[0], anchor, n, scalars});
     } else {
-      run(SgdLoop<T, kGuided, false>{param, grad, nullptr, anchor, n, scalars});
+      run(SgdLoop<T, S, kGuided, false>{param, grad, nullptr, anchor, n, scalars});
     }
   }
 };
 
 // Returns the look-ahead's share of the chunk.
-template <typename Rule, typename T>
+template <typename Rule, typename T, typename S>
 double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chunk& chunk) {
-  T buffers[Rule::kStates + 5][kBlock];
-  T* const spare = buffers[Rule::kStates];
+  S buffers[Rule::kStates + 5][kBlock];
+  S* const spare = buffers[Rule::kStates];
+  const auto scalars = row.scalars.template as<T>();
   double distance = 0;
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    T* const param = row.param.template stage<T>(begin, n, spare);
-    const T* const grad = stage_gradient<T>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
-    T* state[Rule::kStates];
+    S* const param = row.param.template stage<S>(begin, n, spare);
+    const S* const grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
+    S* state[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) {
-      state[s] = row.state[s] ? row.state[s].template stage<T>(begin, n, buffers[s]) : nullptr;
+      state[s] = row.state[s] ? row.state[s].template stage<S>(begin, n, buffers[s]) : nullptr;
     }
-    const T* anchor = nullptr;
+    const S* anchor = nullptr;
     if (row.guided || row.look_ahead) {
-      anchor = row.anchor.template stage<T>(begin, n, spare + 3 * kBlock);
+      anchor = row.anchor.template stage<S>(begin, n, spare + 3 * kBlock);
     }
     if (row.guided) {
-      const T* const seen =
-          mask_anchor<T>(row, draws, begin, n, anchor, param, spare + 4 * kBlock);
-      Rule::template block<T, true>(row, param, grad, state, seen, n);
+      const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, spare + 4 * kBlock);
+      Rule::template block<T, S, true>(scalars, param, grad, state, seen, n);
     } else {
-      Rule::template block<T, false>(row, param, grad, state, nullptr, n);
+      Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n);
     }
-    row.param.template unstage<T>(begin, n, param);
+    row.param.template unstage<S>(begin, n, param);
     for (int s = 0; s < Rule::kStates; ++s) {
-      if (row.state[s]) row.state[s].template unstage<T>(begin, n, state[s]);
+      if (row.state[s]) row.state[s].template unstage<S>(begin, n, state[s]);
     }
     if (row.look_ahead) {
       // Read again, as stored: what the next step's norm pass would see.
-      distance += sum_squared_differences<T>(row.param.template stage<T>(begin, n, spare), anchor, n);
+      const S* const stored = row.param.template stage<S>(begin, n, spare);
+      distance += sum_squared_differences<T>(stored, anchor, n);
     }
   }
   return distance;
 }
 
 template <typename Rule>
-void run_updates(const std::vector<typename Rule::Row>& work, const Rows& rows, const Draws& draws,
+void run_updates(const std::vector<typename Rule::Row>& work, const Draws& draws,
                  double* distances) {
-  Plan plan;
+  Plan plan(work.size());
   for (size_t i = 0; i < work.size(); ++i) {
     plan.add(i, work[i].numel);
     distances[work[i].number] = work[i].look_ahead ? 0.0 : -1.0;
@@ -780,8 +868,11 @@ void run_updates(const std::vector<typename Rule::Row>& work, const Rows& rows, 
   std::vector<double> partials(plan.size());
   plan.for_each(true, [&](int64_t k, const Chunk& chunk) {
     const auto& row = work[chunk.row];
-    partials[k] = row.param.dtype == kFloat64 ? update_chunk<Rule, double>(row, draws, chunk)
-                                              : update_chunk<Rule, float>(row, draws, chunk);
+    partials[k] = with_types(row.staging, [&](auto* arithmetic, auto* staging) {
+      using T = std::remove_pointer_t<decltype(arithmetic)>;
+      using S = std::remove_pointer_t<decltype(staging)>;
+      return update_chunk<Rule, T, S>(row, draws, chunk);
+    });
   });
   for (size_t k = 0; k < plan.size(); ++k) {
     const auto& row = work[plan[k].row];
@@ -847,34 +938,35 @@ enum SgdHyper : int {
 
 enum GuideHyper : int { kGuideMaximize, kGuideStrength, kGuideThreshold, kGuideHypers };
 
-// base^exponent of the row before is very likely that of this one.
-class PowerCache {
- public:
-  double operator()(double base, double exponent) {
-    if (base != base_ || exponent != exponent_) {
-      base_ = base;
-      exponent_ = exponent;
-      power_ = std::pow(base, exponent);
-    }
-    return power_;
-  }
-
- private:
-  double base_ = 1, exponent_ = 0, power_ = 1;
-};
+// What only the group and the step number decide. Powers, roots and divisions would take longer
+// than the update of a tiny tensor, and the row before it very likely needed the same.
+AdamScalars<double> adam_scalars(const double* hyper, double factor, double step) {
+  const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
+  const bool decoupled = hyper[kAdamDecoupled] != 0;
+  AdamScalars<double> s;
+  s.guide = {factor, 0};
+  s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
+  s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
+  s.weight1 = 1 - beta1;
+  s.rest1 = beta1;
+  s.beta2 = beta2;
+  s.weight2 = 1 - beta2;
+  s.inv_sqrt_bias2 = 1 / std::sqrt(1 - std::pow(beta2, step));
+  s.eps = hyper[kAdamEps];
+  s.step_size = lr / (1 - std::pow(beta1, step));
+  return s;
+}
 
 void compute_adam(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
-  std::vector<AdamRule::Row> work;
-  work.reserve(rows.n);
-  PowerCache power1, power2;
+  std::vector<AdamRule::Row>& work = scratch<AdamRule::Row>(rows.n);
+  const double* last_hyper = nullptr;
+  double last_step = 0;
+  AdamScalars<double> scalars{};
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.active(i)) continue;
     const int64_t* r = rows.row(i);
     const double* hyper = control.hyper + r[kColumnGroup] * kAdamHypers;
-    AdamRule::Row row;
-    static_cast<Row&>(row) = make_row(rows, i);
-    row.number = i;
-    row.look_ahead = look_ahead && rows.anchored(i);
+    AdamRule::Row& row = work.emplace_back(rows, i, look_ahead);
     const bool amsgrad = hyper[kAdamAmsgrad] != 0;
     for (int s = 0; s < (amsgrad ? 3 : 2); ++s) {
       row.state[s] = rows.stream(i, r[kColumnState + s], kSlotState + s);
@@ -883,41 +975,31 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
     }
     STD_TORCH_CHECK(r[kColumnStep] != 0, "dgg::adam_table_: row ", i, " of table has no step");
     const double step = *reinterpret_cast<const float*>(r[kColumnStep]) + 1.0f;
-    const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
-    const bool decoupled = hyper[kAdamDecoupled] != 0;
-    AdamScalars<double>& s = row.scalars;
-    s.guide.grad = gradient_factor(rows, control, hyper[kAdamMaximize] != 0);
-    s.guide.pull =
+    if (hyper != last_hyper || step != last_step) {
+      const double factor = gradient_factor(rows, control, hyper[kAdamMaximize] != 0);
+      scalars = adam_scalars(hyper, factor, step);
+      last_hyper = hyper;
+      last_step = step;
+    }
+    row.scalars = scalars;
+    row.scalars.guide.pull =
         set_guidance(rows, control, i, hyper[kAdamStrength], hyper[kAdamThreshold], row);
-    s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
-    s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
-    s.weight1 = 1 - beta1;
-    s.rest1 = beta1;
-    s.beta2 = beta2;
-    s.weight2 = 1 - beta2;
-    s.inv_sqrt_bias2 = 1 / std::sqrt(1 - power2(beta2, step));
-    s.eps = hyper[kAdamEps];
-    s.step_size = lr / (1 - power1(beta1, step));
-    work.push_back(row);
+    row.staging = staging_of(row, row.state, 3, row.guided || row.look_ahead);
   }
   // Only now, with everything checked, is anything written.
   for (const auto& row : work) {
     *reinterpret_cast<float*>(rows.row(row.number)[kColumnStep]) += 1.0f;
   }
-  run_updates<AdamRule>(work, rows, control.draws, distances);
+  run_updates<AdamRule>(work, control.draws, distances);
 }
 
 void compute_sgd(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
-  std::vector<SgdRule::Row> work;
-  work.reserve(rows.n);
+  std::vector<SgdRule::Row>& work = scratch<SgdRule::Row>(rows.n);
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.active(i)) continue;
     const int64_t* r = rows.row(i);
     const double* hyper = control.hyper + r[kColumnGroup] * kSgdHypers;
-    SgdRule::Row row;
-    static_cast<Row&>(row) = make_row(rows, i);
-    row.number = i;
-    row.look_ahead = look_ahead && rows.anchored(i);
+    SgdRule::Row& row = work.emplace_back(rows, i, look_ahead);
     if (hyper[kSgdMomentum] != 0) {
       row.state[0] = rows.stream(i, r[kColumnState], kSlotState);
       STD_TORCH_CHECK(row.state[0] || row.numel == 0, "dgg::sgd_table_: row ", i,
@@ -930,65 +1012,64 @@ void compute_sgd(const Rows& rows, const Control& control, double* distances, bo
     s.lr = hyper[kSgdLr];
     s.momentum = hyper[kSgdMomentum];
     s.undamped = 1 - hyper[kSgdDampening];
-    s.nesterov = hyper[kSgdNesterov] != 0;
-    s.first = (control.flags[i] & kFirstStep) != 0;
-    work.push_back(row);
+    s.nesterov = hyper[kSgdNesterov];
+    s.first = (control.flags[i] & kFirstStep) ? 1 : 0;
+    row.staging = staging_of(row, row.state, 1, row.guided || row.look_ahead);
   }
-  run_updates<SgdRule>(work, rows, control.draws, distances);
+  run_updates<SgdRule>(work, control.draws, distances);
 }
 
-template <typename T>
+template <typename T, typename S>
 void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& draws,
                  const Chunk& chunk) {
-  T buffers[5][kBlock];
+  S buffers[5][kBlock];
   const auto scalars = wide.as<T>();
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    const T* const grad = stage_gradient<T>(row, begin, n, buffers[0], buffers[1]);
-    T* const out = row.grad.stored_as<T>() ? row.grad.at<T>(begin) : buffers[0];
+    const S* const grad = stage_gradient<S>(row, begin, n, buffers[0], buffers[1]);
+    S* const out = row.grad.dtype == code_of<S>() ? row.grad.at<S>(begin) : buffers[0];
     if (row.guided) {
-      const T* const param = row.param.stage<T>(begin, n, buffers[2]);
-      const T* const anchor = mask_anchor<T>(row, draws, begin, n,
-                                             row.anchor.stage<T>(begin, n, buffers[3]), param,
-                                             buffers[4]);
-      run(GuideLoop<T, true>{param, grad, anchor, out, n, scalars});
+      const S* const param = row.param.stage<S>(begin, n, buffers[2]);
+      const S* const anchor = row.anchor.stage<S>(begin, n, buffers[3]);
+      const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, buffers[4]);
+      run(GuideLoop<T, S, true>{param, grad, seen, out, n, scalars});
     } else {
-      run(GuideLoop<T, false>{nullptr, grad, nullptr, out, n, scalars});
+      run(GuideLoop<T, S, false>{nullptr, grad, nullptr, out, n, scalars});
     }
-    row.grad.unstage<T>(begin, n, out);
+    row.grad.unstage<S>(begin, n, out);
   }
 }
 
 void compute_guide(const Rows& rows, const Control& control) {
   struct GuideRow : Row {
     GuideScalars<double> scalars;
+    using Row::Row;
   };
-  std::vector<GuideRow> work;
-  work.reserve(rows.n);
-  Plan plan;
+  std::vector<GuideRow>& work = scratch<GuideRow>(rows.n);
+  Plan plan(rows.n);
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.active(i)) continue;
     STD_TORCH_CHECK(rows.grads[i] != 0, "dgg::guide_table_: row ", i,
                     " has a replay gradient but no gradient to write into");
     const double* hyper = control.hyper + rows.row(i)[kColumnGroup] * kGuideHypers;
-    GuideRow row;
-    static_cast<Row&>(row) = make_row(rows, i);
+    GuideRow row(rows, i);
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
     // The other optimizer negates what it is given; the pull must survive that.
     row.scalars = {gradient_factor(rows, control, false), hyper[kGuideMaximize] != 0 ? -pull : pull};
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
+    row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);
     work.push_back(row);
   }
   plan.for_each(true, [&](int64_t, const Chunk& chunk) {
     const GuideRow& row = work[chunk.row];
-    if (row.param.dtype == kFloat64) {
-      guide_chunk<double>(row, row.scalars, control.draws, chunk);
-    } else {
-      guide_chunk<float>(row, row.scalars, control.draws, chunk);
-    }
+    with_types(row.staging, [&](auto* arithmetic, auto* staging) {
+      using T = std::remove_pointer_t<decltype(arithmetic)>;
+      using S = std::remove_pointer_t<decltype(staging)>;
+      guide_chunk<T, S>(row, row.scalars, control.draws, chunk);
+    });
   });
 }
 

@@ -208,13 +208,19 @@ struct SgdScalars {
   T lr;
   T momentum;
   T undamped;  // 1 - dampening
-  bool nesterov;
-  bool first;  // the buffer is not read but set
+  // Conditions as numbers of the arithmetic's type: what a vector loop can select by.
+  T nesterov;
+  T first;  // the buffer is not read but set
 
   template <typename U>
   SgdScalars<U> as() const {
-    return {guide.template as<U>(), static_cast<U>(l2),       static_cast<U>(lr),
-            static_cast<U>(momentum), static_cast<U>(undamped), nesterov, first};
+    return {guide.template as<U>(),
+            static_cast<U>(l2),
+            static_cast<U>(lr),
+            static_cast<U>(momentum),
+            static_cast<U>(undamped),
+            static_cast<U>(nesterov),
+            static_cast<U>(first)};
   }
 };
 
@@ -224,8 +230,8 @@ DGG_HOST_DEVICE void sgd(const SgdScalars<T>& s, T& param, T grad, T& buffer, T 
   T total = guide<kGuided>(s.guide, param, grad, anchor);
   total = s.l2 != T(0) ? total + s.l2 * param : total;
   if (kMomentum) {
-    buffer = s.first ? total : s.momentum * buffer + s.undamped * total;
-    total = s.nesterov ? total + s.momentum * buffer : buffer;
+    buffer = s.first != T(0) ? total : s.momentum * buffer + s.undamped * total;
+    total = s.nesterov != T(0) ? total + s.momentum * buffer : buffer;
   }
   param = param - s.lr * total;
 }
