@@ -611,7 +611,8 @@ class _RowCache:
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
-        if not self._watch_params.unmoved():
+        # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
+        if not (self._watch_params.unmoved() and self._watch_state.unmoved()):
             return False
         self._unlooked += 1
         if optimizer._state_read or self._unlooked == _LOOK_EVERY:
@@ -629,9 +630,7 @@ class _RowCache:
         keys, entries = list(optimizer.state), list(optimizer.state.values())
         if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
             return False
-        if not all(map(operator.is_, entries, self._entries)) or not self._same_entries():
-            return False
-        return self._watch_state.unmoved()
+        return all(map(operator.is_, entries, self._entries)) and self._same_entries()
 
     def _same_entries(self) -> bool:
         # Comparing dicts takes identical values as equal without a look at them. Others meet

@@ -419,6 +419,7 @@ def test_zero_grad_and_step_drop_the_replay(set_to_none):
             with other.replay():
                 scaled_loss(mirror, 1).backward()
             other.step()
+            other.zero_grad()
         dropping()
         for ps, o in ((params, opt), (mirror, other)):
             grads_of(2, ps)

@@ -260,10 +260,12 @@ def test_old_forms_of_the_step(form, backend):
         entry["step"] = form(entry["step"])
     others, other = build("adamw", backend, [Parameter(p.detach().clone()) for p in params])
     other.load_state_dict(saved)
+    for q in others:
+        assert other.state[q]["step"].dim() == 0
+        assert other.state[q]["step"].dtype == F32
     advance(params, opt, range(5, 8))
     advance(others, other, range(5, 8))
     same(others, other, params, opt)
-    assert other.state[others[0]]["step"].dim() == 0
 
 
 def test_adam_checkpoint_does_not_turn_adamw_into_adam():
@@ -574,6 +576,27 @@ def test_moved_memory_is_noticed(kind, backend, move):
     for step in range(8):
         advance(params, opt, [step])
         move(params, opt)
+    same(params, opt, straight, expected)
+
+
+@pytest.mark.parametrize("move", [share_state, move_state])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["adamw-amsgrad", "sgd-momentum"])
+def test_memory_moved_through_entries_held_since_long_ago_is_noticed(kind, backend, move):
+    """Nobody reads ``opt.state`` in between; the old addresses would corrupt the heap."""
+
+    class Held:
+        pass
+
+    straight, expected = build(kind, backend)
+    params, opt = build(kind, backend)
+    advance(straight, expected, range(10))
+    advance(params, opt, range(4))
+    held = Held()
+    held.state = dict(opt.state)
+    for step in range(4, 10):
+        advance(params, opt, [step])
+        move(params, held)
     same(params, opt, straight, expected)
 
 

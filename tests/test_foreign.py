@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`dgg.Guidance`: the guidance of dgg's own optimizers, for anybody's optimizer.
+
+Plan: (1) every torch optimizer, guided, equals the same optimizer after an edit of ``.grad`` that
+is written out here in float64, with clipping, replay, scaling, ablation and both norms; (2) a
+guided torch.optim.SGD, Adam, AdamW is dgg's; same seed, same draws; (3) closures, maximize,
+GradScaler, groups added, gradients of other strides and dtypes; (4) state dicts and removal.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import dgg
+from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
+from dgg import _philox
+
+# No hyper-parameter at its neutral value where the optimizer has it.
+FOREIGN = {
+    "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+    "SGD-foreach": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8, "foreach": True}),
+    "SGD-maximize": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8, "maximize": True}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.05, "lr_decay": 0.01, "weight_decay": 0.1}),
+    "Adadelta": (torch.optim.Adadelta, {"lr": 0.5, "weight_decay": 0.1}),
+    "NAdam": (torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.1}),
+    "RAdam": (torch.optim.RAdam, {"lr": 0.01, "weight_decay": 0.1}),
+    "Adamax": (torch.optim.Adamax, {"lr": 0.01, "weight_decay": 0.1}),
+    "Rprop": (torch.optim.Rprop, {"lr": 0.01}),
+    "Adafactor": (torch.optim.Adafactor, {"lr": 0.05, "weight_decay": 0.1}),
+    "Muon": (getattr(torch.optim, "Muon", None), {"lr": 0.05, "weight_decay": 0.1}),
+    "AdamW-fused": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "fused": True}),
+}
+SHAPES = [(4, 3), (7, 5)]  # Muon takes matrices only
+SEED = 21
+
+
+def foreign(name, params):
+    cls, hyper = FOREIGN[name]
+    if cls is None:
+        pytest.skip(f"torch {torch.__version__} has no torch.optim.{name}")
+    return cls(params, **hyper)
+
+
+def move(params, by=0.3):
+    with torch.no_grad():
+        for p in params:
+            p.add_(by)
+
+
+def edit_by_hand(params, anchors, replays, draw, options, maximize=False):
+    """Equations (1) to (5), in float64, one line each; writes ``.grad``."""
+    o = {"strength": 1.0, "scaling": True, "norm_scope": "global", "granularity": "step",
+         "max_grad_norm": None, "replay_weight": 1.0, **options}  # fmt: skip
+
+    def norm(tensors):
+        return sum((x.double() ** 2).sum() for x in tensors).sqrt()
+
+    g = [p.grad.double() for p in params]
+    h = [x + o["replay_weight"] * r.double() for x, r in zip(g, replays, strict=True)]
+    c = 1.0
+    if o["max_grad_norm"] is not None:
+        c = torch.clamp(o["max_grad_norm"] / (norm(h) + 1e-6), max=1.0)
+    d = [p.detach().double() - a.double() for p, a in zip(params, anchors, strict=True)]
+    limit = int(o["alpha"] * 2**32)
+    for j, p in enumerate(params):
+        pair = ([g[j]], [d[j]]) if o["norm_scope"] == "tensor" else (g, d)
+        s = torch.clamp(c * norm(pair[0]) / norm(pair[1]), max=1.0) if o["scaling"] else 1.0
+        if o["granularity"] == "step":
+            b = _philox.step_word(SEED, draw) < limit
+        elif o["granularity"] == "tensor":
+            b = int(_philox.tensor_words(SEED, draw, torch.tensor([j]))) < limit
+        else:
+            elements = torch.arange(p.numel()).view(p.shape)
+            b = (_philox.element_words(SEED, draw, j, elements) < limit).double()
+        pull = b * o["strength"] * s * d[j]
+        p.grad = (c * h[j] + (-pull if maximize else pull)).to(p.grad.dtype)
+
+
+def run_pair(name, backend, options, *, replay, steps=5):
+    """The same run, guided and edited by hand, from the same weights and gradients."""
+    params, mirror = make_params(SHAPES, F32, seed=1), make_params(SHAPES, F32, seed=1)
+    opt, theirs = foreign(name, params), foreign(name, mirror)
+    guidance = dgg.Guidance(opt, seed=SEED, backend=backend, **options)
+    guidance.set_anchor()
+    anchors = [p.detach().clone() for p in mirror]
+    move(params)
+    move(mirror)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        set_grads(params, generator)
+        replays = [torch.randn(p.shape, generator=generator) for p in params]
+        for p, q in zip(params, mirror, strict=True):
+            q.grad = p.grad.clone()
+        if replay:
+            with guidance.replay():
+                for p, r in zip(params, replays, strict=True):
+                    p.grad = r.clone()
+        hand = replays if replay else [torch.zeros_like(r) for r in replays]
+        edit_by_hand(mirror, anchors, hand, step, options, FOREIGN[name][1].get("maximize", False))
+        opt.step()
+        # G itself, rounded once to float32 and computed in float32 (cancellation: absolute).
+        for p, q in zip(params, mirror, strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=3e-6, atol=1e-6)
+            # The optimizers then get the same bits, so that a sign or a square root near zero
+            # (Rprop, Adagrad's first step) cannot blow the rounding up.
+            q.grad = p.grad.clone()
+        theirs.step()
+        for p, q in zip(params, mirror, strict=True):
+            assert torch.equal(p, q)
+    assert guidance.param_groups[0]["draw_index"] == steps
+    return params, guidance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_equals_the_edit_by_hand(name, backend):
+    options = {"alpha": 0.6, "strength": 0.7, "max_grad_norm": 3.0, "replay_weight": 0.5}
+    run_pair(name, backend, options, replay=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("name", ["SGD", "SGD-maximize"])
+def test_every_kind_of_guidance(name, guidance, replay, backend):
+    run_pair(name, backend, {**GUIDANCE[guidance], "replay_weight": 0.5}, replay=replay)
+
+
+# -- (2) against dgg's own ------------------------------------------------------------------------
+
+PARENTS = {dgg.AdamW: torch.optim.AdamW, dgg.Adam: torch.optim.Adam, dgg.SGD: torch.optim.SGD}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_guided_torch_is_dgg(kind, guidance, backend):
+    cls, hyper = OPTIMIZERS[kind]
+    options = {**GUIDANCE[guidance], "seed": SEED, "replay_weight": 0.5, "backend": backend}
+    shapes = [(3,), (7, 5), (0,), (2049,)]
+    runs = []
+    for ours in (True, False):
+        params = make_params(shapes, F32)
+        if ours:
+            guide = opt = cls(params, **hyper, **options)
+        else:
+            opt = PARENTS[cls](params, **hyper)
+            guide = dgg.Guidance(opt, **options)
+        guide.set_anchor()
+        move(params)
+        hits = []
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            # A fifth parameter's place stays without gradient, another has a replay gradient only.
+            set_grads(params, generator, missing={step % 4})
+            with guide.replay():
+                set_grads(params, generator, missing={1})
+            opt.step()
+            hits.append(bool(guide.guidance_stats()["injected"]))
+        assert guide.param_groups[0]["draw_index"] == 6
+        runs.append((params, hits, guide.guidance_stats()))
+    assert runs[0][1] == runs[1][1]
+    # Six float32 steps that round in other places; amsgrad and Adam divide by small roots.
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=2e-5, atol=2e-5)
+    for name, value in runs[0][2].items():
+        torch.testing.assert_close(value, runs[1][2][name], rtol=2e-5, atol=0.0)
+
+
+# -- (3) what else a step can be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keyword", [True, False])
+def test_lbfgs_closure_is_guided_at_every_evaluation_with_one_draw(backend, keyword):
+    target = torch.tensor([1.0, -2.0, 0.5])
+    evaluations = []
+    runs = []
+    for guided in (True, False):
+        p = Parameter(torch.tensor([0.3, 0.1, -0.4]))
+        opt = torch.optim.LBFGS([p], lr=0.3, max_iter=4)
+        anchor = p.detach().clone()
+        if guided:
+            guidance = dgg.Guidance(opt, alpha=0.5, strength=0.7, seed=SEED, backend=backend)
+            guidance.set_anchor()
+        move([p])
+        for step in range(4):
+
+            def closure(p=p, guided=guided, anchor=anchor, step=step):
+                p.grad = None
+                loss = ((p - target) ** 2 * torch.tensor([1.0, 3.0, 0.2])).sum()
+                loss.backward()
+                if not guided:
+                    evaluations.append(step)
+                    edit_by_hand(
+                        [p], [anchor], [torch.zeros(3)], step, {"alpha": 0.5, "strength": 0.7}
+                    )
+                return loss
+
+            assert (opt.step(closure=closure) if keyword else opt.step(closure)) is not None
+            if guided:
+                assert guidance.param_groups[0]["draw_index"] == step + 1
+        runs.append(p)
+    assert len(evaluations) > 8
+    # L-BFGS divides by differences of gradients: rounding grows over its inner iterations.
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["AdamW-fused", "SGD", "NAdam"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_grad_scaler(name, unscaled, backend):
+    """Fused ones unscale by themselves; the guidance must not be divided, nor divide again."""
+    runs = []
+    for scale in (None, 256.0):
+        params = make_params(SHAPES, F32)
+        opt = foreign(name, params)
+        guidance = dgg.Guidance(
+            opt, alpha=0.6, strength=0.7, max_grad_norm=2.0, seed=SEED, backend=backend
+        )
+        guidance.set_anchor()
+        move(params)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for step in range(5):
+            opt.zero_grad()
+            weights = torch.Generator().manual_seed(step)
+            loss = sum((p * torch.randn(p.shape, generator=weights)).sum() for p in params)
+            scaler.scale(loss).backward()
+            if unscaled:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            assert not hasattr(opt, "found_inf")
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert torch.equal(p, q)  # a power of two: no rounding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grad_scaler_skip_of_a_fused_optimizer(backend):
+    params = make_params(SHAPES, F32)
+    opt = foreign("AdamW-fused", params)
+    guidance = dgg.Guidance(opt, alpha=1.0, backend=backend)
+    guidance.set_anchor()
+    move(params)
+    before = [p.detach().clone() for p in params]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    params[1].grad[0, 0] = torch.inf
+    scaler.step(opt)
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p, old)
+    assert guidance.param_groups[0]["draw_index"] == 1  # a call of step(), as for dgg's own
+    assert not guidance.guidance_stats()["injected"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_have_their_own_alpha_and_late_ones_join_at_the_boundary(backend):
+    first, second, late = make_params([(4,), (5,), (6,)], F32)
+    opt = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=0.1)
+    guidance = dgg.Guidance(opt, alpha=1.0, strength=0.5, backend=backend)
+    guidance.param_groups[1]["alpha"] = 0.0
+    guidance.set_anchor()
+    opt.add_param_group({"params": [late]})
+    move([first, second, late], 1.0)
+    for guided in ({first}, {first, late}):
+        values = {p: p.detach().clone() for p in (first, second, late)}
+        for p in values:
+            p.grad = torch.full_like(p, 100.0)  # s = strength: the gradient is the longer one
+        opt.step()
+        for p, old in values.items():
+            away = 1.0 if guided == {first} else 0.5
+            pull = 0.5 * away * (p in guided)
+            expected = old - 0.1 * (100.0 + pull)
+            torch.testing.assert_close(p.detach(), expected)
+        guidance.set_anchor()
+        guidance.param_groups[1]["alpha"] = 0.0
+        move([first, second, late], 0.5)
+    assert len(guidance.param_groups) == 2 + 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_odd_strides_and_dtypes(backend):
+    """Expanded, transposed, channels_last and (params in bfloat16) narrow gradients."""
+    shapes = [(5, 4), (9,), (2, 3, 4, 4)]
+    for dtype in (F32, BF16, F64):
+        runs = []
+        for odd in (True, False):
+            params = make_params(shapes, dtype)
+            opt = torch.optim.SGD(params, lr=0.1)
+            guidance = dgg.Guidance(
+                opt, alpha=0.5, strength=0.7, granularity="element", seed=SEED, backend=backend
+            )
+            guidance.set_anchor()
+            move(params)
+            set_grads(params, torch.Generator().manual_seed(1))
+            params[1].grad = torch.ones(1, dtype=dtype).expand(9)
+            if odd:
+                params[0].grad = params[0].grad.T.contiguous().T
+                params[2].grad = params[2].grad.contiguous(memory_format=torch.channels_last)
+            else:
+                params[1].grad = params[1].grad.contiguous()
+            before = [p.grad.clone() for p in params]
+            opt.step()
+            runs.append([p.grad for p in params])
+            assert all(not torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+        for p, q in zip(*runs, strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_done_where_nothing_is_asked(backend):
+    """No anchor, no clipping, no replay: the gradients stay the objects and bits they were."""
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD(params, lr=0.1)
+    guidance = dgg.Guidance(opt, alpha=1.0, backend=backend)
+    set_grads(params, torch.Generator().manual_seed(0))
+    kept = [(p.grad, p.grad.clone(), p.grad._version) for p in params]
+    opt.step()
+    for p, (grad, value, version) in zip(params, kept, strict=True):
+        assert p.grad is grad and grad._version == version
+        assert torch.equal(grad, value)
+    assert guidance.param_groups[0]["draw_index"] == 1
+    guidance.set_anchor()
+    move(params)
+    opt.step()
+    assert all(p.grad._version > version for p, (_, _, version) in zip(params, kept, strict=True))
+    assert not torch.equal(params[0].grad, kept[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_grad_of_the_other_optimizer_and_an_unused_replay(backend):
+    """A replay gradient is used by one step, not by the next one as well."""
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD(params, lr=1.0)
+    guidance = dgg.Guidance(opt, alpha=0.0, replay_weight=0.5, backend=backend)
+    before = [p.detach().clone() for p in params]
+    with guidance.replay():
+        sum(p.sum() for p in params).backward()
+    assert all(p.grad is None for p in params)
+    opt.step()
+    opt.zero_grad()
+    opt.step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5)
+
+
+# -- (4) state and removal ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("anchor_dtype", [None, BF16, F64])
+def test_resumes_bit_for_bit(anchor_dtype, backend):
+    options = {"alpha": 0.5, "strength": 0.7, "granularity": "tensor", "max_grad_norm": 3.0,
+               "seed": (1 << 63) + 5, "anchor_dtype": anchor_dtype, "backend": backend}  # fmt: skip
+
+    def make(params=None):
+        params = make_params(SHAPES, F32) if params is None else params
+        opt = foreign("NAdam", params)
+        return params, opt, dgg.Guidance(opt, **options)
+
+    def advance(run, steps):
+        params, opt, guidance = run
+        for step in steps:
+            if step == 2:
+                guidance.set_anchor()
+            set_grads(params, torch.Generator().manual_seed(step))
+            opt.step()
+
+    straight = make()
+    advance(straight, range(8))
+    for cut in range(8):
+        run = make()
+        advance(run, range(cut))
+        file = io.BytesIO()
+        torch.save([run[1].state_dict(), run[2].state_dict(), [p.data for p in run[0]]], file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        again = make([Parameter(x) for x in saved[2]])
+        again[2].param_groups[0].update(seed=1, alpha=0.9)
+        again[1].load_state_dict(saved[0])
+        again[2].load_state_dict(saved[1])
+        advance(again, range(cut, 8))
+        for p, q in zip(again[0], straight[0], strict=True):
+            assert torch.equal(p, q)
+        assert again[2].param_groups == straight[2].param_groups
+        mine, theirs = again[2].state_dict()["anchors"], straight[2].state_dict()["anchors"]
+        assert mine.keys() == theirs.keys() == {0, 1}
+        for i, value in mine.items():
+            assert value.dtype == (anchor_dtype or F32)
+            assert torch.equal(value, theirs[i])
+
+
+def test_loaded_anchor_is_a_copy_and_one_anchor_is_enough():
+    params = make_params(SHAPES, F32)
+    guidance = dgg.Guidance(torch.optim.SGD(params, lr=0.1))
+    guidance.set_anchor()
+    pointers = {i: x.data_ptr() for i, x in guidance.state_dict()["anchors"].items()}
+    saved = copy.deepcopy(guidance.state_dict())
+    for _ in range(10):
+        move(params)
+        guidance.set_anchor()
+    assert {i: x.data_ptr() for i, x in guidance.state_dict()["anchors"].items()} == pointers
+    assert all(pointers[i] != p.data_ptr() for i, p in enumerate(params))
+    assert guidance.param_groups[0]["task_index"] == 11
+    kept = copy.deepcopy(saved)
+    guidance.load_state_dict(saved)
+    move(params)
+    guidance.set_anchor()
+    for i, value in saved["anchors"].items():
+        assert torch.equal(value, kept["anchors"][i])
+
+
+def test_named_anchors():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    tensors = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for params, options in ((model.parameters(), {"model": model}), (model.named_parameters(), {})):
+        guidance = dgg.Guidance(torch.optim.SGD(params, lr=0.1), alpha=1.0)
+        guidance.set_anchor(tensors, **options)
+        anchors = guidance.state_dict()["anchors"]
+        for i, value in enumerate(tensors.values()):
+            assert torch.equal(anchors[i], value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_removed(backend):
+    params, mirror = make_params(SHAPES, F32), make_params(SHAPES, F32)
+    opt, theirs = foreign("NAdam", params), foreign("NAdam", mirror)
+    guidance = dgg.Guidance(opt, alpha=1.0, max_grad_norm=0.5, backend=backend)
+    guidance.set_anchor()
+    guidance.remove()
+    move(params)
+    move(mirror)
+    for step in range(3):
+        for ps, o in ((params, opt), (mirror, theirs)):
+            set_grads(ps, torch.Generator().manual_seed(step))
+            o.step()
+    for p, q in zip(params, mirror, strict=True):
+        assert torch.equal(p, q)
+    assert guidance.param_groups[0]["draw_index"] == 0
+    assert not guidance.state_dict()["anchors"]
+    gone = weakref.ref(guidance)
+    del guidance
+    gc.collect()
+    assert gone() is None, "the optimizer still holds the guidance"
+    dgg.Guidance(opt, alpha=0.5)  # may be guided anew
+
+
+def test_cleared():
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD(params, lr=0.5)
+    guidance = dgg.Guidance(opt, alpha=1.0)
+    guidance.set_anchor()
+    move(params)
+    guidance.clear_anchor()
+    before = [p.detach().clone() for p in params]
+    set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    assert not guidance.guidance_stats()["injected"]
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p, old - 0.5 * p.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["data", "share", "shape"])
+def test_moved_memory_is_noticed(how, backend):
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD(params, lr=0.1)
+    guidance = dgg.Guidance(opt, alpha=1.0, strength=0.5, scaling=False, backend=backend)
+    guidance.set_anchor()
+    set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    if how == "data":
+        params[0].data = params[0].data + 1.0
+    elif how == "share":
+        for x in (*params, *guidance.state_dict()["anchors"].values()):
+            x.share_memory_()
+    else:
+        params[0].data = params[0].data[:2]
+        guidance.set_anchor()
+        params[0].data = params[0].data + 1.0
+    set_grads(params, torch.Generator().manual_seed(1))
+    anchors = guidance.state_dict()["anchors"]
+    expected = [p.grad + 0.5 * (p.detach() - anchors[i]) for i, p in enumerate(params)]
+    opt.step()
+    torch.testing.assert_close([p.grad for p in params], expected)
