@@ -209,6 +209,7 @@ class Rows:
         self.distances = torch.full(
             (len(self.params),), -1.0, dtype=torch.float64, device=self.device
         )
+        self.hyper_values: list[float] = []
         self._versions: list[int] | None = None
         self._constants: dict[object, Tensor] = {}
         self._dtypes = [p.dtype for p in self.params]
@@ -436,9 +437,13 @@ def _int64(values: list[int]) -> Tensor:
     return torch.frombuffer(array.array("q", values), dtype=torch.int64)
 
 
-def _hyper_table(groups: Sequence[dict], names: Sequence[str]) -> Tensor:
-    values = array.array("d", [group[name] for group in groups for name in names])
-    return torch.frombuffer(values, dtype=torch.float64).view(len(groups), len(names))
+def _hyper_table(rows: Rows, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
+    values = [group[name] for group in groups for name in names]
+    if values != rows.hyper_values:
+        numbers = array.array("d", values)
+        rows.hyper = torch.frombuffer(numbers, dtype=torch.float64).view(len(groups), len(names))
+        rows.hyper_values = values
+    return rows.hyper
 
 
 def _signed(seed: int) -> int:
@@ -515,7 +520,7 @@ def _update(
             rows._replay_addresses,
             coefficients,
             flags,
-            _hyper_table(groups, hyper),
+            _hyper_table(rows, groups, hyper),
             rows.distances,
             **options,
         )
@@ -556,7 +561,7 @@ def guide_(
             rows._replay_addresses,
             coefficients,
             flags,
-            _hyper_table(groups, GUIDE_HYPER),
+            _hyper_table(rows, groups, GUIDE_HYPER),
             **options,
         )
         for target, copy in rows._grad_copies:
