@@ -375,7 +375,7 @@ def max_grad_norm_zero_in_all_groups(v):
 @misuse(ValueError, r"alpha=3\.0.*\[0, 1\].*probability", repair=right_options)
 def alpha_tensor_scheduled_in_place(v):
     v.right = {"alpha": v.opt.param_groups[0]["alpha"]}
-    alpha = v.opt.param_groups[0]["alpha"] = torch.tensor(0.9)
+    alpha = v.opt.param_groups[0]["alpha"] = torch.tensor(0.85)  # equal to no value before
     v.opt.step()
     v.grads()
     v.extra_steps = 1
