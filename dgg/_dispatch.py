@@ -254,7 +254,7 @@ class Rows:
                 [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
                  self.indices[row], 0, numel, numel]
             )  # fmt: skip
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._state[PARAM][row]
@@ -420,7 +420,7 @@ class Rows:
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
 # Stands for the address of an empty gradient, which has none but is there: 0 means absent.
 _NOWHERE = 1
-_NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
+_NO_ADDRESSES = torch.empty(0, dtype=torch.int64, device="cpu")
 
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
               "strength", "threshold")  # fmt: skip

@@ -331,16 +331,16 @@ class Engine:
                 for limit in limits
             ]
         else:
-            words = _philox.tensor_words(seed, draw, torch.tensor(rows.indices))
-            limit = torch.tensor([limits[group] for group in rows.groups])
+            words = _philox.tensor_words(seed, draw, torch.tensor(rows.indices, device="cpu"))
+            limit = torch.tensor([limits[group] for group in rows.groups], device="cpu")
             hit = words < limit
             return hit.to(torch.uint8).to(rows.device) if bool(hit.any()) else None
         if not any(by_group):
             return None
         if len(set(by_group)) == 1:
             return rows.constant_flags(by_group[0])
-        return torch.tensor([by_group[group] for group in rows.groups], dtype=torch.uint8).to(
-            rows.device
+        return torch.tensor(
+            [by_group[group] for group in rows.groups], dtype=torch.uint8, device=rows.device
         )
 
     def _step_word(self, seed: int, draw: int) -> int:

@@ -293,7 +293,8 @@ class _Guided:
                     raise ValueError(
                         f"{label} has shape {tuple(param.shape)}, its {name} "
                         f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
-                        "drop its state (del optimizer.state[p]) or build a new optimizer"
+                        "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
+                        "build a new optimizer"
                     )
         for number, group in enumerate(self.param_groups):
             present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
@@ -559,12 +560,7 @@ class _RowCache:
             (entry, key, v) for entry, key, v in items if isinstance(v, Tensor) and v.numel() == 1
         ]
         # share_memory_() and `.data =` take the memory from under a tensor.
-        first = [
-            next((v for v in entry.values() if isinstance(v, Tensor) and v.dim()), None)
-            for entry in self._dicts
-        ]
-        self._watch_always = _dispatch.Watch([*params, *(v for v in first if v is not None)])
-        self._watch_rest = _dispatch.Watch(tensors)
+        self._watch = _dispatch.Watch([*params, *tensors])
         self._unlooked = 0
         optimizer._state_read = False
         self._groups = [
@@ -615,9 +611,8 @@ class _RowCache:
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
-        # The state's memory too, whoever read it: a table of freed addresses corrupts the heap. One
-        # tensor of each parameter's state stands for the others, which move together if at all.
-        if not self._watch_always.unmoved():
+        # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
+        if not self._watch.unmoved():
             return False
         self._unlooked += 1
         if optimizer._state_read or self._unlooked == _LOOK_EVERY:
@@ -635,9 +630,7 @@ class _RowCache:
         keys, entries = list(optimizer.state), list(optimizer.state.values())
         if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
             return False
-        if not all(map(operator.is_, entries, self._entries)) or not self._same_entries():
-            return False
-        return self._watch_rest.unmoved()
+        return all(map(operator.is_, entries, self._entries)) and self._same_entries()
 
     def _same_entries(self) -> bool:
         # Comparing dicts takes identical values as equal without a look at them. Others meet

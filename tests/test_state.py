@@ -615,3 +615,24 @@ def test_gradients_at_new_addresses_every_step(backend):
             o.step()
             o.zero_grad()
     torch.testing.assert_close(params, straight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_default_device_changes_nothing(backend):
+    """What the kernels read on the CPU is made there, whatever torch.set_default_device says."""
+    results = []
+    for device in ("cpu", "meta"):
+        params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+        with torch.device(device):
+            opt = dgg.AdamW(
+                [{"params": params[:1]}, {"params": params[1:], "alpha": 0.5}], lr=0.1,
+                alpha=0.9, granularity="tensor", max_grad_norm=1.0, backend=backend,
+            )  # fmt: skip
+            opt.set_anchor()
+            for step in range(6):
+                for p in params:
+                    p.grad = torch.full_like(p, 0.3 + step)
+                opt.step()
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
