@@ -146,12 +146,12 @@ constexpr int kShortStrip = 8;
 constexpr int64_t kAheadBytes = 2048;
 constexpr int64_t kLineBytes = 64;
 
-template <typename T>
+template <int kElements = kStrip, typename T>
 DGG_HOST_DEVICE void prefetch(const T* address) {
 #if defined(__GNUC__) || defined(__clang__)
   // Past the end of a tensor this may be no address at all, which a prefetch does not mind.
   const auto next = reinterpret_cast<uintptr_t>(address) + kAheadBytes;
-  for (int64_t line = 0; line < kStrip * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
+  for (int64_t line = 0; line < kElements * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
     __builtin_prefetch(reinterpret_cast<const void*>(next + line));
   }
 #endif
@@ -301,6 +301,43 @@ struct SquareSum {
     return value * value;
   }
 };
+
+// Sum of the squares of kWays blocks that lie `gap` apart, read together: one stream from memory
+// does not keep a core's memory requests going, several do.
+constexpr int kWays = 4;
+constexpr int kWayLanes = 16;
+
+template <typename T>
+struct SquareSumOfWays {
+  const T* x;
+  int64_t gap;
+  double* sum;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const SquareSumOfWays self = *this;
+    T lanes[kWays][kWayLanes] = {};
+    for (int64_t i = 0; i < kBlock; i += kWayLanes) {
+      for (int way = 0; way < kWays; ++way) {
+        const T* const block = self.x + way * self.gap + i;
+        prefetch<kWayLanes>(block);
+        DGG_PRAGMA_SIMD
+        for (int lane = 0; lane < kWayLanes; ++lane) lanes[way][lane] += block[lane] * block[lane];
+      }
+    }
+    double total = 0;
+    for (int way = 0; way < kWays; ++way) {
+      for (int lane = 0; lane < kWayLanes; ++lane) total += lanes[way][lane];
+    }
+    *self.sum = total;
+  }
+};
+
+template <typename T>
+double sum_squares_of_ways(const T* x, int64_t gap) {
+  double sum;
+  run(SquareSumOfWays<T>{x, gap, &sum});
+  return sum;
+}
 
 template <typename T, typename S>
 double sum_squares(const S* x, int64_t n) {
@@ -676,7 +713,8 @@ class Plan {
       shares[t].begin = chunk;
       // In floating point: elements times threads could overflow, and only balance depends on it.
       const double target = static_cast<double>(elements_) * (t + 1) / threads;
-      while (chunk < total && (t + 1 == threads || passed < target)) passed += chunks_[chunk++].count;
+      while (chunk < total && (t + 1 == threads || passed < target))
+        passed += chunks_[chunk++].count;
       shares[t].end = chunk;
     }
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -713,24 +751,54 @@ struct Squares {
   double total = 0, grad = 0, distance = 0;
 };
 
+// Calls f(begin, n) for every block of a stretch of elements.
+template <typename F>
+void for_each_block(int64_t begin, int64_t end, const F& f) {
+  for (; begin < end; begin += kBlock) f(begin, std::min(kBlock, end - begin));
+}
+
+// ||g||^2 of a chunk; independent of what else is computed, or a resumed run would differ.
+template <typename T>
+double square_of_gradient(const Row& row, const Chunk& chunk) {
+  double sum = 0;
+  int64_t begin = chunk.begin;
+  const int64_t end = begin + chunk.count;
+  if (row.grad.dtype == code_of<T>()) {
+    const int64_t gap = chunk.count / (kWays * kBlock) * kBlock;
+    for (const int64_t stop = begin + gap; begin < stop; begin += kBlock) {
+      sum += sum_squares_of_ways(row.grad.at<T>(begin), gap);
+    }
+    begin = chunk.begin + kWays * gap;
+  }
+  T buffer[kBlock];
+  for_each_block(begin, end, [&](int64_t at, int64_t n) {
+    sum += sum_squares<T>(row.grad.stage<T>(at, n, buffer), n);
+  });
+  return sum;
+}
+
 template <typename T>
 Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
-  T first[kBlock], second[kBlock];
   const Row& row = work.row;
+  const int64_t end = chunk.begin + chunk.count;
   Squares sums;
-  for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
-    const int64_t begin = chunk.begin + offset;
-    const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    if (work.grad && row.grad) sums.grad += sum_squares<T>(row.grad.stage<T>(begin, n, first), n);
-    if (work.total && (row.replay || !work.grad)) {
+  if (row.grad && (work.grad || (work.total && !row.replay))) {
+    sums.grad = square_of_gradient<T>(row, chunk);
+  }
+  T first[kBlock], second[kBlock];
+  if (!row.replay) {
+    sums.total = sums.grad;
+  } else if (work.total) {
+    for_each_block(chunk.begin, end, [&](int64_t begin, int64_t n) {
       sums.total += sum_squares<T>(stage_gradient<T>(row, begin, n, first, second), n);
-    }
-    if (work.distance) {
+    });
+  }
+  if (work.distance) {
+    for_each_block(chunk.begin, end, [&](int64_t begin, int64_t n) {
       sums.distance += sum_squared_differences<T>(row.param.stage<T>(begin, n, first),
                                                   row.anchor.stage<T>(begin, n, second), n);
-    }
+    });
   }
-  if (work.total && work.grad && !row.replay) sums.total = sums.grad;
   return sums;
 }
 
@@ -759,8 +827,8 @@ void compute_norms(const Rows& rows, double* distances, int64_t which, double* s
   });
   for (size_t k = 0; k < plan.size(); ++k) {
     const NormRow& row = work[plan[k].row];
-    squares[row.number] += partials[k].total;
-    squares[n + row.number] += partials[k].grad;
+    if (row.total) squares[row.number] += partials[k].total;
+    if (row.grad) squares[n + row.number] += partials[k].grad;
     if (row.distance) distances[row.number] += partials[k].distance;
   }
   const double scale = rows.grad_scale * rows.grad_scale;
@@ -769,7 +837,8 @@ void compute_norms(const Rows& rows, double* distances, int64_t which, double* s
       squares[i] /= scale;
       squares[n + i] /= scale;
     }
-    if ((which & kDistance) && rows.active(i) && rows.anchored(i)) squares[2 * n + i] = distances[i];
+    if ((which & kDistance) && rows.active(i) && rows.anchored(i))
+      squares[2 * n + i] = distances[i];
   }
 }
 
@@ -1057,7 +1126,8 @@ void compute_guide(const Rows& rows, const Control& control) {
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
     // The other optimizer negates what it is given; the pull must survive that.
-    row.scalars = {gradient_factor(rows, control, false), hyper[kGuideMaximize] != 0 ? -pull : pull};
+    row.scalars = {gradient_factor(rows, control, false),
+                   hyper[kGuideMaximize] != 0 ? -pull : pull};
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
     row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);
@@ -1080,7 +1150,9 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
                       tensor.numel() == numel,
                   "dgg::", op, ": ", name, " must be a contiguous CPU tensor of dtype ",
-                  dtype == ScalarType::Double ? "float64" : dtype == ScalarType::Long ? "int64" : "uint8",
+                  dtype == ScalarType::Double ? "float64"
+                  : dtype == ScalarType::Long ? "int64"
+                                              : "uint8",
                   " with ", numel, " elements; it has ", tensor.numel());
 }
 
@@ -1098,8 +1170,12 @@ Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const T
   check_tensor(op, "grads", grads, ScalarType::Long, n);
   const bool any_replay = replays.numel() != 0;
   if (any_replay) check_tensor(op, "replays", replays, ScalarType::Long, n);
-  Rows rows{data<const int64_t>(table), data<const int64_t>(grads),
-            any_replay ? data<const int64_t>(replays) : nullptr, n, replay_weight, grad_scale};
+  Rows rows{data<const int64_t>(table),
+            data<const int64_t>(grads),
+            any_replay ? data<const int64_t>(replays) : nullptr,
+            n,
+            replay_weight,
+            grad_scale};
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* r = rows.row(i);
     STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnBlock] > 0) &&
@@ -1107,8 +1183,8 @@ Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const T
                     "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", block ",
                     r[kColumnBlock], ", group ", r[kColumnGroup], " of ", groups);
     // Every code is below 4: no bit beyond the lowest two of any byte.
-    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFFFCFCFCFCFCFCFCu) == 0, "dgg::",
-                    op, ": row ", i, " of table has an unknown dtype code");
+    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFFFCFCFCFCFCFCFCu) == 0,
+                    "dgg::", op, ": row ", i, " of table has an unknown dtype code");
   }
   return rows;
 }
@@ -1120,8 +1196,11 @@ Control make_control(const char* op, int64_t n, const Tensor& coefficients, cons
   check_tensor(op, "hyper", hyper, ScalarType::Double, hyper.numel());
   check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
   check_tensor(op, "flags", flags, ScalarType::Byte, n);
-  return {data<const double>(coefficients), data<const uint8_t>(flags), data<const double>(hyper),
-          hyper.size(0), {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
+  return {data<const double>(coefficients),
+          data<const uint8_t>(flags),
+          data<const double>(hyper),
+          hyper.size(0),
+          {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
 }
 
 Tensor empty_doubles(std::vector<int64_t> sizes) {
@@ -1131,8 +1210,8 @@ Tensor empty_doubles(std::vector<int64_t> sizes) {
 Tensor norms_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                    const Tensor& distances, double replay_weight, double grad_scale,
                    int64_t which) {
-  const Rows rows = make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight,
-                              grad_scale);
+  const Rows rows =
+      make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight, grad_scale);
   check_tensor("norms_table", "distances", distances, ScalarType::Double, rows.n);
   Tensor squares = empty_doubles({3, rows.n});
   compute_norms(rows, data<double>(distances), which, data<double>(squares));
@@ -1147,7 +1226,7 @@ double scale_of(double clip, double grad, double distance) {
 }
 
 Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_norm, bool scaling,
-                    bool per_tensor) {
+                         bool per_tensor) {
   STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3,
                   "dgg::coefficients: squares must have shape [3, n]");
   const int64_t n = squares.size(1);
@@ -1267,9 +1346,9 @@ class ListTable {
     STD_TORCH_CHECK(steps.size() == params_.size(), "dgg::", op_, ": steps has ", steps.size(),
                     " tensors, params ", params_.size());
     for (size_t i = 0; i < steps.size(); ++i) {
-      STD_TORCH_CHECK(steps[i].is_cpu() && steps[i].numel() == 1 &&
-                          steps[i].scalar_type() == ScalarType::Float,
-                      "dgg::", op_, ": steps[", i, "] must be one float32 number on the CPU");
+      STD_TORCH_CHECK(
+          steps[i].is_cpu() && steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float,
+          "dgg::", op_, ": steps[", i, "] must be one float32 number on the CPU");
       table_[i * kColumns + kColumnStep] = address_of(steps[i]);
     }
   }
@@ -1280,8 +1359,12 @@ class ListTable {
   }
 
   Rows rows(double replay_weight, double grad_scale) const {
-    return {table_.data(), grads_.data(), replays_.empty() ? nullptr : replays_.data(),
-            static_cast<int64_t>(params_.size()), replay_weight, grad_scale};
+    return {table_.data(),
+            grads_.data(),
+            replays_.empty() ? nullptr : replays_.data(),
+            static_cast<int64_t>(params_.size()),
+            replay_weight,
+            grad_scale};
   }
 
  private:
@@ -1315,13 +1398,16 @@ Control list_control(const char* op, int64_t n, const Tensor& coefficients, cons
                      const double* hyper, int64_t seed, int64_t draw) {
   check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
   check_tensor(op, "flags", flags, ScalarType::Byte, n);
-  return {data<const double>(coefficients), data<const uint8_t>(flags), hyper, 1,
+  return {data<const double>(coefficients),
+          data<const uint8_t>(flags),
+          hyper,
+          1,
           {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
 }
 
 Tensor norms_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
-             const TensorList& anchors, const Tensor& distances, double replay_weight,
-             double grad_scale, int64_t which) {
+                  const TensorList& anchors, const Tensor& distances, double replay_weight,
+                  double grad_scale, int64_t which) {
   const ListTable table("norms", params, grads, replays, anchors, {});
   const Rows rows = table.rows(replay_weight, grad_scale);
   check_tensor("norms", "distances", distances, ScalarType::Double, rows.n);
@@ -1331,13 +1417,13 @@ Tensor norms_list(const TensorList& params, const TensorList& grads, const Tenso
 }
 
 void adam_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
-          const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-          const TensorList& max_exp_avg_sqs, const TensorList& anchors, const TensorList& steps,
-          const Tensor& distances, const Tensor& coefficients, const Tensor& flags,
-          const std::vector<int64_t>& indices, double lr, double beta1, double beta2, double eps,
-          double weight_decay, bool decoupled, bool amsgrad, bool maximize, double strength,
-          int64_t threshold, double replay_weight, double grad_scale, bool look_ahead,
-          int64_t seed, int64_t draw) {
+               const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+               const TensorList& max_exp_avg_sqs, const TensorList& anchors,
+               const TensorList& steps, const Tensor& distances, const Tensor& coefficients,
+               const Tensor& flags, const std::vector<int64_t>& indices, double lr, double beta1,
+               double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
+               bool maximize, double strength, int64_t threshold, double replay_weight,
+               double grad_scale, bool look_ahead, int64_t seed, int64_t draw) {
   const char* const op = "adam_";
   ListTable table(op, params, grads, replays, anchors, indices);
   table.require("exp_avgs", exp_avgs);
@@ -1347,9 +1433,16 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
   table.add("exp_avg_sqs", exp_avg_sqs, kColumnState + 1, kSlotState + 1);
   table.add("max_exp_avg_sqs", max_exp_avg_sqs, kColumnState + 2, kSlotState + 2);
   table.add_steps(steps);
-  const double hyper[kAdamHypers] = {
-      lr, beta1, beta2, eps, weight_decay, double(decoupled), double(amsgrad), double(maximize),
-      strength, static_cast<double>(threshold)};
+  const double hyper[kAdamHypers] = {lr,
+                                     beta1,
+                                     beta2,
+                                     eps,
+                                     weight_decay,
+                                     double(decoupled),
+                                     double(amsgrad),
+                                     double(maximize),
+                                     strength,
+                                     static_cast<double>(threshold)};
   const Rows rows = table.rows(replay_weight, grad_scale);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
   compute_adam(rows, list_control(op, rows.n, coefficients, flags, hyper, seed, draw),
@@ -1357,17 +1450,24 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
 }
 
 void sgd_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
-         const TensorList& momentum_buffers, const TensorList& anchors, const Tensor& distances,
-         const Tensor& coefficients, const Tensor& flags, const std::vector<int64_t>& indices,
-         double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-         bool maximize, double strength, int64_t threshold, double replay_weight,
-         double grad_scale, bool look_ahead, int64_t seed, int64_t draw) {
+              const TensorList& momentum_buffers, const TensorList& anchors,
+              const Tensor& distances, const Tensor& coefficients, const Tensor& flags,
+              const std::vector<int64_t>& indices, double lr, double momentum, double dampening,
+              double weight_decay, bool nesterov, bool maximize, double strength, int64_t threshold,
+              double replay_weight, double grad_scale, bool look_ahead, int64_t seed,
+              int64_t draw) {
   const char* const op = "sgd_";
   ListTable table(op, params, grads, replays, anchors, indices);
   if (momentum != 0) table.require("momentum_buffers", momentum_buffers);
   table.add("momentum_buffers", momentum_buffers, kColumnState, kSlotState);
-  const double hyper[kSgdHypers] = {lr, momentum, dampening, weight_decay, double(nesterov),
-                                    double(maximize), strength, static_cast<double>(threshold)};
+  const double hyper[kSgdHypers] = {lr,
+                                    momentum,
+                                    dampening,
+                                    weight_decay,
+                                    double(nesterov),
+                                    double(maximize),
+                                    strength,
+                                    static_cast<double>(threshold)};
   const Rows rows = table.rows(replay_weight, grad_scale);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
   compute_sgd(rows, list_control(op, rows.n, coefficients, flags, hyper, seed, draw),
@@ -1375,9 +1475,10 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
 }
 
 void guide_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
-           const TensorList& anchors, const Tensor& coefficients, const Tensor& flags,
-           const std::vector<int64_t>& indices, bool maximize, double strength, int64_t threshold,
-           double replay_weight, double grad_scale, int64_t seed, int64_t draw) {
+                const TensorList& anchors, const Tensor& coefficients, const Tensor& flags,
+                const std::vector<int64_t>& indices, bool maximize, double strength,
+                int64_t threshold, double replay_weight, double grad_scale, int64_t seed,
+                int64_t draw) {
   const char* const op = "guide_";
   const ListTable table(op, params, grads, replays, anchors, indices);
   const double hyper[kGuideHypers] = {double(maximize), strength, static_cast<double>(threshold)};

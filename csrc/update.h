@@ -81,10 +81,11 @@ template <typename T>
 struct Narrow<bfloat16, T> {
   // Round to nearest even. NaN is set apart: rounding could carry its payload into the exponent.
   DGG_HOST_DEVICE static bfloat16 from(T value) {
-    const uint32_t bits = bits_from_float(static_cast<float>(value));
+    const float x = static_cast<float>(value);
+    const uint32_t bits = bits_from_float(x);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     const uint32_t quiet = (bits >> 16) | 0x40u;
-    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded)};
+    return {static_cast<uint16_t>(x != x ? quiet : rounded)};
   }
 };
 
@@ -173,10 +174,11 @@ struct AdamScalars {
 
   template <typename U>
   AdamScalars<U> as() const {
-    return {guide.template as<U>(),       static_cast<U>(l2),      static_cast<U>(keep),
-            static_cast<U>(weight1),      static_cast<U>(rest1),   static_cast<U>(beta2),
-            static_cast<U>(weight2),      static_cast<U>(inv_sqrt_bias2), static_cast<U>(eps),
-            static_cast<U>(step_size)};
+    return {guide.template as<U>(),  static_cast<U>(l2),
+            static_cast<U>(keep),    static_cast<U>(weight1),
+            static_cast<U>(rest1),   static_cast<U>(beta2),
+            static_cast<U>(weight2), static_cast<U>(inv_sqrt_bias2),
+            static_cast<U>(eps),     static_cast<U>(step_size)};
   }
 };
 
@@ -194,7 +196,8 @@ DGG_HOST_DEVICE void adam(const AdamScalars<T>& s, T& param, T grad, T& exp_avg,
   T second = exp_avg_sq;
   if (kAmsgrad) {
     // The first comparison fails for NaN in either place, the second lets a new one in.
-    second = (exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
+    second =
+        (exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
     max_exp_avg_sq = second;
   }
   const T denom = std::sqrt(second) * s.inv_sqrt_bias2 + s.eps;
@@ -214,12 +217,8 @@ struct SgdScalars {
 
   template <typename U>
   SgdScalars<U> as() const {
-    return {guide.template as<U>(),
-            static_cast<U>(l2),
-            static_cast<U>(lr),
-            static_cast<U>(momentum),
-            static_cast<U>(undamped),
-            static_cast<U>(nesterov),
+    return {guide.template as<U>(),   static_cast<U>(l2),       static_cast<U>(lr),
+            static_cast<U>(momentum), static_cast<U>(undamped), static_cast<U>(nesterov),
             static_cast<U>(first)};
   }
 };
