@@ -58,9 +58,8 @@ _TINY = {
     "steps": 100,
     "train_items": 600,
     "test_items": 200,
-    "replay_per_task": 10,
-    "replay_ratio": 0.125,
-    "lr": 2e-3,
+    "replay_per_task": 6,  # 1 % of a sub-task, the share of the 500 examples of the paper on VQAv2
+    "lr": 1.5e-3,
 }
 # Too short to learn anything, long enough that every method leaves the others' path.
 _SMOKE = {**_TINY, "steps": 4, "train_items": 48, "test_items": 24, "lr": 1e-2, "warmup": 2}
@@ -143,12 +142,12 @@ def _tuning_jobs(options) -> list[Job]:
 
     base = {**_TINY, "split": "validation"}
     grid: list[tuple[str, Any, dict[str, Any]]] = []
-    for lr in (1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3):
+    for lr in (1.5e-3, 2e-3, 3e-3):
         grid.append((f"replay-lr{lr:g}", variant("replay"), {**base, "lr": lr}))
-    for alpha in (0.05, 0.1, 0.2, 0.5):
+    for alpha in (0.05, 0.1, 0.2):
         for name in ("guidance_replay", "guidance"):
             grid.append((f"{name}-alpha{alpha:g}", variant(name, alpha=alpha), base))
-    for penalty in (0.003, 0.01, 0.03, 0.1):
+    for penalty in (0.01, 0.03, 0.1):
         grid.append((f"l2sp-penalty{penalty:g}", variant("l2sp", penalty=penalty), base))
     wanted = tuple(options.methods or ())
     return [

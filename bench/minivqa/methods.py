@@ -35,7 +35,7 @@ class Method:
     name: str
     label: str
     joint: bool = False  # all sub-tasks at once: the upper bound
-    replay: bool = False  # a few old examples in every batch
+    replay: bool = False  # train on T_t ∪ M, M being a few examples of every old sub-task
     alpha: float = 0.0  # probability of adding the missing gradient at a step; 0: none
     scaling: bool = True
     penalty: float = 0.0  # L2-SP: penalty / 2 * |theta - theta*|^2 in the loss
@@ -49,7 +49,6 @@ class Settings:
     train_items: int
     test_items: int
     replay_per_task: int
-    replay_ratio: float
     batch: int = 16
     lr: float = 3e-3
     warmup: int = 10
@@ -63,13 +62,13 @@ METHODS = {
     method.name: method
     for method in (
         Method("joint", "joint training (upper bound)", joint=True),
-        Method("guidance_replay", "ĝ + replay (DGG)", replay=True, alpha=0.2),
+        Method("guidance_replay", "ĝ + replay (DGG)", replay=True, alpha=0.1),
         Method("l2sp", "L2-SP + replay", replay=True, penalty=0.01),
         Method("replay", "replay only", replay=True),
-        Method("guidance", "ĝ only, no replay", alpha=0.2),
+        Method("guidance", "ĝ only, no replay", alpha=0.1),
         Method("sequential", "sequential (lower bound)"),
         # Ablations of the paper, in --preset full.
-        Method("no_scaling", "ĝ + replay, no scaling", replay=True, alpha=0.2, scaling=False),
+        Method("no_scaling", "ĝ + replay, no scaling", replay=True, alpha=0.1, scaling=False),
         Method("no_bernoulli", "ĝ + replay, no sampling (α = 1)", replay=True, alpha=1.0),
     )
 }
@@ -185,7 +184,8 @@ def run(
         )
         meter = _Meter()
         model.train()
-        ratio = settings.replay_ratio if method.replay else 0.0
+        # As in the paper, the loss is that of the union of the new sub-task and the memory M.
+        ratio = len(buffer) / (len(buffer) + len(rows))  # 0 as long as nothing was remembered
         for step, chosen in enumerate(buffer.batches(rows, settings.batch, ratio, steps=steps)):
             if stop():
                 raise Interrupted

@@ -29,10 +29,16 @@ def mean_std(values: Sequence[float | None]) -> tuple[float, float] | None:
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
+def _text(pair: tuple[float, float] | None, seeds: int) -> str:
+    if pair is None:
+        return "–"
+    return f"{pair[0]:.1f} ± {pair[1]:.1f}" if seeds > 1 else f"{pair[0]:.1f}"
+
+
 def table(results: Sequence[Result]) -> str:
     """Mean ± sample standard deviation over seeds, as a Markdown table."""
     groups = by_method(results)
-    seeds = {len(group) for group in groups.values()}
+    seeds = sorted({len(group) for group in groups.values()})
     lines = [
         "| method | " + " | ".join(title for _, title in COLUMNS) + " | seconds a run |",
         "|---|" + "---:|" * (len(COLUMNS) + 1),
@@ -41,14 +47,18 @@ def table(results: Sequence[Result]) -> str:
         cells = []
         for key, _ in COLUMNS:
             pair = mean_std([result[key] for result in group])
-            cells.append("–" if pair is None else f"{pair[0]:.1f} ± {pair[1]:.1f}")
+            cells.append(_text(pair, len(group)))
         seconds = statistics.mean(result["seconds"] for result in group)
         lines.append(f"| {group[0]['label']} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     lines.append("")
-    lines.append(
-        f"Accuracy in %, mean ± sample standard deviation over {'/'.join(map(str, sorted(seeds)))} "
-        "seeds (task order, data, adapter and draws differ from seed to seed)."
-    )
+    if seeds == [1]:
+        lines.append("Accuracy in %, one seed.")
+    else:
+        lines.append(
+            "Accuracy in %, mean ± sample standard deviation over "
+            f"{' or '.join(map(str, seeds))} seeds; task order, data, adapter and draws differ "
+            "from seed to seed."
+        )
     if "replay" in groups and "guidance_replay" in groups:
         plain = {result["seed"]: result["faa"] for result in groups["replay"]}
         gains = [
@@ -122,7 +132,7 @@ def picture(results: Sequence[Result], path: Path) -> None:
         axes.set_ylim(0, 102)
         axes.set_xlim(0.7, count + 0.3)
         axes.set_xlabel("sub-tasks trained", fontsize=8)
-        axes.set_ylabel("accuracy of each sub-task, %" if column == 0 else "", fontsize=8)
+        axes.set_ylabel("accuracy, % (dark: learnt early)" if column == 0 else "", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
     if heat is not None:
@@ -140,7 +150,7 @@ def picture(results: Sequence[Result], path: Path) -> None:
         )
         axes.barh(row, pair[0], xerr=pair[1], color=colour, alpha=0.85, height=0.65, capsize=3)
         axes.scatter(values, [row] * len(values), color="black", s=9, zorder=3)
-        axes.text(1, row, f"{pair[0]:.1f} ± {pair[1]:.1f}", va="center", color="white", fontsize=9)
+        axes.text(1, row, _text(pair, len(values)), va="center", color="white", fontsize=9)
     axes.set_yticks(range(len(ordered)), [groups[name][0]["label"] for name in ordered], fontsize=9)
     axes.set_xlim(0, 100)
     axes.set_xlabel(
