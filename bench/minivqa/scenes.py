@@ -241,8 +241,8 @@ class Task:
 _RED_GREEN, _RED_BLUE, _GREEN_BLUE, _SAME = (1, 0, 2), (2, 1, 0), (0, 2, 1), (0, 1, 2)
 
 # Cameras were chosen by how well a single sub-task and joint training can be learnt, on validation
-# items; several methods had been run on earlier cameras by then. Tasks about colours have channels swapped or inverted, tasks about places a turned
-# or mirrored board.
+# items; several methods had been run on earlier cameras by then. Tasks about colours have channels
+# swapped or inverted, tasks about places a turned or mirrored board.
 TASKS = (
     Task("recognition", _recognition, Camera(_RED_GREEN, background=(0.30, 0.05, 0.05))),
     Task("location", _location, Camera(turns=2, background=(0.05, 0.30, 0.05))),
