@@ -56,6 +56,7 @@ enum Column : int {
   kColumnBase,
   kColumnBlock,
   kColumnStride,
+  kColumnCopy,
   kColumns
 };
 
@@ -1183,7 +1184,7 @@ Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const T
                     "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", block ",
                     r[kColumnBlock], ", group ", r[kColumnGroup], " of ", groups);
     // Every code is below 4: no bit beyond the lowest two of any byte.
-    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFFFCFCFCFCFCFCFCu) == 0,
+    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFCFCFCFCFCFCFCFCu) == 0,
                     "dgg::", op, ": row ", i, " of table has an unknown dtype code");
   }
   return rows;

@@ -27,7 +27,7 @@ BACKENDS = ("reference", "cpp", "triton")
 
 # Columns of the address table; csrc/ops.cpp names them likewise.
 (PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP, NUMEL, GROUP, DTYPES, INDEX,
- INDEX_BASE, INDEX_BLOCK, INDEX_STRIDE) = range(13)  # fmt: skip
+ INDEX_BASE, INDEX_BLOCK, INDEX_STRIDE, COPY) = range(14)  # fmt: skip
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
@@ -252,7 +252,7 @@ class Rows:
             numel = param.numel()
             rows.append(
                 [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
-                 self.indices[row], 0, numel, numel]
+                 self.indices[row], 0, numel, numel, 0]
             )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 

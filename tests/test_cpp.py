@@ -131,7 +131,7 @@ class Problem:
                 for place, x in enumerate(kinds)
             )
             n = param.numel()
-            rows.append([*map(_address, tensors), n, 0, codes, self.indices[row], 0, n, n])
+            rows.append([*map(_address, tensors), n, 0, codes, self.indices[row], 0, n, n, 0])
         return torch.tensor(rows, dtype=torch.int64)
 
     def addresses(self):
@@ -729,7 +729,7 @@ def test_list_operator_names_what_is_wrong(how):
 @pytest.mark.parametrize(
     "spoil,message",
     [
-        (lambda table: table[:, :12].contiguous(), r"shape \[n, 13\]"),
+        (lambda table: table[:, :13].contiguous(), r"shape \[n, 14\]"),
         (lambda table: table.index_fill(1, torch.tensor([7]), 1), "group 1 of 1"),
         (lambda table: table.index_fill(1, torch.tensor([8]), 4), "dtype code"),
         (lambda table: table.index_fill(1, torch.tensor([2]), 0), "no address for moment 1"),

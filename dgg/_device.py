@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables that a device's kernels read: where the tensors are, how they are cut, what this step brings.
+
+One launch serves all tensors of one dtype combination. Everything that stays the same from step to
+step (addresses of parameters, moments and anchors, the cut into chunks) lies on the device for good;
+what a step brings (gradient addresses, hyper-parameters) goes there in one asynchronous copy, and
+in none where nothing changed. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import reference
+
+# Elements of a chunk. A launch has a block per chunk, and sums are formed chunk by chunk in a fixed
+# order, so results do not depend on how blocks are scheduled.
+CHUNK = 8192
+
+# Bits of `variant`: what a launch has to be compiled for.
+ANCHOR, ELEMENTS, LOOK_AHEAD, STATE, STOCHASTIC, COPY = (1 << bit for bit in range(6))
+
+GRANULARITIES = {"step": 0, "tensor": 1, "element": 2}
+
+
+@dataclass
+class Launch:
+    """The rows of one dtype combination, cut into chunks; all tensors on the device.
+
+    Attributes:
+        dtypes: Dtype codes of the rows, 8 bits each, as in the table.
+        rows: int32 [k], rows of the table, ascending.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        starts: int32 [k + 1], first chunk of the row at each position.
+        partials: float64 [3, max(m, 1)], workspace.
+        counter: int32 [1], workspace, zero between launches.
+    """
+
+    dtypes: int
+    rows: Tensor
+    chunks: Tensor
+    starts: Tensor
+    partials: Tensor
+    counter: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The leading arguments of a launch after the table."""
+        return self.rows, self.chunks, self.starts, self.partials, self.counter
+
+
+def cut(
+    numels: Sequence[int], codes: Sequence[int], device: torch.device, *, chunk: int = CHUNK
+) -> list[Launch]:
+    """Cuts rows into chunks, one `Launch` per dtype combination.
+
+    Args:
+        numels: Elements of every row.
+        codes: Dtype codes of every row.
+        device: Where the tables are to lie.
+        chunk: Elements of a chunk.
+
+    Raises:
+        ValueError: More chunks than a 32-bit index holds.
+    """
+    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
+    combinations = torch.tensor(list(codes), dtype=torch.int64, device="cpu")
+    launches = []
+    for code in dict.fromkeys(codes):
+        rows = (combinations == code).nonzero().flatten()
+        counts = (sizes[rows] + chunk - 1) // chunk
+        starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(counts, 0, out=starts[1:])
+        total = int(starts[-1])
+        if total >= 1 << 31:
+            raise ValueError(
+                f"{int(sizes.sum())} elements make {total} chunks, more than one launch can count; "
+                "split the parameters over more devices"
+            )
+        position = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
+        number = torch.arange(total, device="cpu") - starts[position]
+        launches.append(
+            Launch(
+                code,
+                rows.int().to(device),
+                torch.stack([position, number], dim=1).int().to(device),
+                starts.int().to(device),
+                torch.empty(3, max(total, 1), dtype=torch.float64, device=device),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
+        )
+    return launches
+
+
+class Uploads:
+    """Small host arrays on their way to a device: sent when they change, never waited for.
+
+    A host buffer is pinned where the device has pinned memory; torch's allocator keeps it until
+    the copy has happened. Inside a CUDA graph the copy becomes a node that reads the buffer at
+    every replay, so that buffer is kept for good.
+
+    Args:
+        device: Where the arrays go.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sent: dict[str, tuple[Tensor, Tensor]] = {}
+        self._captured: list[Tensor] = []
+
+    def send(self, name: str, values: Tensor) -> Tensor:
+        """Returns ``values`` (CPU, contiguous) on the device, in memory that is the name's own.
+
+        Args:
+            name: What the array is; a later one of this name takes the same memory.
+            values: The array; it is copied before this returns and may be reused.
+        """
+        known = self._sent.get(name)
+        if known is not None and known[0].shape != values.shape:
+            known = None
+        # A replayed graph has written what it captured, whatever was sent since.
+        if known is not None and not self._captured and torch.equal(known[0], values):
+            return known[1]
+        if self.device.type == "cpu":
+            staged = values.clone()
+        else:
+            staged = torch.empty_like(values, pin_memory=True)
+            staged.copy_(values)
+        if known is None:
+            target = torch.empty_like(staged, device=self.device, pin_memory=False)
+        else:
+            target = known[1]
+        target.copy_(staged, non_blocking=True)
+        if capturing(self.device):
+            self._captured.append(staged)
+        self._sent[name] = staged, target
+        return target
+
+
+def capturing(device: torch.device) -> bool:
+    """Returns whether work on ``device`` is being recorded into a graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Kernels:
+    """The launches of one device's rows: their tables, their workspace, this step's addresses.
+
+    Args:
+        functions: What has the launches: `dgg.kernels` (Triton) or ``torch.ops.dgg`` (CUDA).
+        device: The device of all rows.
+        size: Number of rows n.
+        dtypes_column: Column of the table that holds the dtype codes.
+        numel_column: Column of the table that holds the numbers of elements.
+    """
+
+    def __init__(
+        self, functions: Any, device: torch.device, size: int, dtypes_column: int, numel_column: int
+    ) -> None:
+        self.device = device
+        self.size = size
+        self.uploads = Uploads(device)
+        self._functions = functions
+        self._columns = dtypes_column, numel_column
+        self._launches: dict[tuple[int, ...], list[Launch]] = {}
+        self._host_table: Tensor | None = None
+        self._none = torch.empty(0, dtype=torch.int64, device=device)
+
+    def begin(self, table: Tensor, grads: Tensor, replays: Tensor) -> None:
+        """Takes up what a step works on.
+
+        Args:
+            table: int64 [n, 14] on the CPU.
+            grads: int64 [n] on the CPU, addresses.
+            replays: int64 [n] on the CPU, or [0].
+        """
+        if table is not self._host_table:
+            dtypes, numels = self._columns
+            codes = tuple(table[:, dtypes].tolist())
+            if codes not in self._launches:
+                # Gradients change their dtype when autocast does: a few cuts are worth keeping.
+                while len(self._launches) >= 4:
+                    del self._launches[next(iter(self._launches))]
+                self._launches[codes] = cut(table[:, numels].tolist(), codes, self.device)
+            self.launches = self._launches[codes]
+            self.table = self.uploads.send("table", table)
+            self._host_table = table
+        self.grads = self.uploads.send("grads", grads)
+        self.replays = self.uploads.send("replays", replays) if replays.numel() else self._none
+
+    def hyper(self, groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
+        """Returns the float64 [groups, names] table of hyper-parameters on the device.
+
+        Values that are tensors on the device are copied there, not read.
+        """
+        values = [group[name] for group in groups for name in names]
+        there = [
+            (place, value)
+            for place, value in enumerate(values)
+            if isinstance(value, Tensor) and value.device.type != "cpu"
+        ]
+        for place, _ in there:
+            values[place] = 0.0
+        host = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+        table = self.uploads.send("hyper", host)
+        if there:
+            # Not into the uploaded table itself, which is taken as it was sent.
+            table = table.clone()
+            for place, value in there:
+                table[place].copy_(value.reshape(()), non_blocking=True)
+        return table.view(len(groups), len(names))
+
+    def norms(
+        self,
+        distances: Tensor,
+        *,
+        replay_weight: float,
+        grad_scale: Tensor | None,
+        which: int,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Returns float64 [3, n], the squares of `reference.norms`; fills ``distances``."""
+        squares = torch.empty(3, self.size, dtype=torch.float64, device=self.device)
+        for launch in self.launches:
+            self._functions.norms_launch(
+                self.table,
+                *launch.tensors,
+                self.grads,
+                self.replays,
+                distances,
+                squares,
+                gate,
+                grad_scale,
+                dtypes=launch.dtypes,
+                replay_weight=replay_weight,
+                which=which,
+            )
+        return squares
+
+    def coefficients(self, squares: Tensor, **settings) -> Tensor:
+        """Returns float64 [4 + n] as `reference.coefficients` does."""
+        out = torch.empty(
+            reference.SCALES + squares.shape[1], dtype=torch.float64, device=self.device
+        )
+        self._functions.coefficients_launch(squares, out, **settings)
+        return out
+
+    def update_(
+        self,
+        rule: str,
+        coefficients: Tensor,
+        flags: Tensor,
+        hyper: Tensor,
+        distances: Tensor,
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        draw_index: Tensor | None,
+        **options,
+    ) -> None:
+        """Runs ``adam_`` or ``sgd_`` on all rows; options are replay_weight, seed, draw, variant."""
+        function = getattr(self._functions, rule[:-1] + "_launch_")
+        for launch in self.launches:
+            function(
+                self.table,
+                *launch.tensors,
+                self.grads,
+                self.replays,
+                coefficients,
+                flags,
+                hyper,
+                distances,
+                grad_scale,
+                found_inf,
+                draw_index,
+                dtypes=launch.dtypes,
+                **options,
+            )
+
+    def guide_(
+        self,
+        coefficients: Tensor,
+        flags: Tensor,
+        hyper: Tensor,
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        draw_index: Tensor | None,
+        **options,
+    ) -> None:
+        """Runs ``guide_`` on all rows; options as in `update_`."""
+        for launch in self.launches:
+            rows, chunks, starts, _, counter = launch.tensors
+            self._functions.guide_launch_(
+                self.table,
+                rows,
+                chunks,
+                starts,
+                counter,
+                self.grads,
+                self.replays,
+                coefficients,
+                flags,
+                hyper,
+                grad_scale,
+                found_inf,
+                draw_index,
+                dtypes=launch.dtypes,
+                **options,
+            )
+
+    def draw_flags(
+        self,
+        flags: Tensor,
+        hyper: Tensor,
+        draw_index: Tensor,
+        *,
+        seed: int,
+        granularity: str,
+        threshold_column: int,
+        strength_column: int,
+    ) -> Tensor:
+        """Draws on the device: fills ``flags``, returns uint8 [1], whether any row injects."""
+        gate = torch.empty(1, dtype=torch.uint8, device=self.device)
+        self._functions.draw_flags_launch(
+            self.table,
+            hyper,
+            draw_index,
+            flags,
+            gate,
+            seed=seed,
+            granularity=GRANULARITIES[granularity],
+            threshold_column=threshold_column,
+            strength_column=strength_column,
+        )
+        return gate
