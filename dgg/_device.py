@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables that a device's kernels read: where the tensors are, how they are cut, what this step brings.
+"""Tables that a device's kernels read: where the tensors are, how they are cut, what a step brings.
 
 One launch serves all tensors of one dtype combination. Everything that stays the same from step to
-step (addresses of parameters, moments and anchors, the cut into chunks) lies on the device for good;
-what a step brings (gradient addresses, hyper-parameters) goes there in one asynchronous copy, and
-in none where nothing changed. Nothing here waits for the device.
+step (addresses of parameters, moments and anchors, the cut into chunks) lies on the device for
+good; what a step brings (gradient addresses, hyper-parameters) goes there in asynchronous copies,
+and in none where nothing changed. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class Kernels:
         draw_index: Tensor | None,
         **options,
     ) -> None:
-        """Runs ``adam_`` or ``sgd_`` on all rows; options are replay_weight, seed, draw, variant."""
+        """Runs ``adam_`` or ``sgd_`` on all rows; options: replay_weight, seed, draw, variant."""
         function = getattr(self._functions, rule[:-1] + "_launch_")
         for launch in self.launches:
             function(

@@ -10,17 +10,19 @@ step it does; one that takes a table costs about a microsecond).
 from __future__ import annotations
 
 import array
+import importlib
 import os
 import pathlib
 import platform
 import struct
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgg import reference
+from dgg import _device, reference
 from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -32,13 +34,13 @@ BACKENDS = ("reference", "cpp", "triton")
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
 
-def _load_library() -> str | None:
-    """Loads the compiled operators; returns None, or why they are missing."""
+def _load_library(pattern: str, note: str) -> str | None:
+    """Loads compiled operators; returns None, or why they are missing."""
     folder = pathlib.Path(__file__).parent
-    libraries = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    libraries = sorted(folder.glob(f"{pattern}.so")) + sorted(folder.glob(f"{pattern}.pyd"))
     if not libraries:
-        note = folder / "_build_error.txt"
-        reason = note.read_text().strip() if note.exists() else "it was not built"
+        report = folder / note
+        reason = report.read_text().strip() if report.exists() else "it was not built"
         return (
             f"{reason}; install a C++ compiler and reinstall dgg "
             "(pip install --no-build-isolation --force-reinstall --no-deps dgg)"
@@ -50,7 +52,20 @@ def _load_library() -> str | None:
     return None
 
 
-_cpp_error = _load_library()
+def _load_cuda_library() -> str | None:
+    if _cpp_error is not None:
+        return _cpp_error
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} has no CUDA; install a CUDA build of torch, then reinstall "
+            "dgg with DGG_CUDA=1"
+        )
+    reason = _load_library("_C_cuda*", "_build_error_cuda.txt")
+    return reason and reason.replace("a C++ compiler", "nvcc (CUDA toolkit), set DGG_CUDA=1")
+
+
+_cpp_error = _load_library("_C.*", "_build_error.txt")
+_cuda_error = _load_cuda_library()
 
 
 def _register_fakes() -> None:
@@ -77,14 +92,16 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpp":
-        if device.type != "cpu":
+        if device.type == "cpu":
+            return None if _cpp_error is None else f"its library is missing: {_cpp_error}"
+        if device.type != "cuda":
             return (
-                f"this build has no C++ kernels for {device.type!r} devices; "
-                "use backend='reference' or backend=None there"
+                f"it has kernels for the CPU and for CUDA, not for {device.type!r} devices; use "
+                "backend='triton', 'reference' or None there"
             )
-        return None if _cpp_error is None else f"its library is missing: {_cpp_error}"
+        return None if _cuda_error is None else f"its CUDA library is missing: {_cuda_error}"
     if backend == "triton":
-        return "its kernels are not part of this build; use backend=None"
+        return importlib.import_module("dgg.kernels").unavailable(device)
     raise ValueError(f"unknown backend {backend!r}; choose one of {BACKENDS} or None")
 
 
@@ -100,7 +117,18 @@ def choose(backend: str | None, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
         return backend
-    return "cpp" if unavailable("cpp", device) is None else "reference"
+    # Under the interpreter Triton runs on the CPU too, but only who names it wants that.
+    candidates = ("cpp",) if device.type == "cpu" else ("cpp", "triton")
+    return next((name for name in candidates if unavailable(name, device) is None), "reference")
+
+
+def launches(backend: str, device: torch.device) -> bool:
+    """Returns whether the backend works on ``device`` by launches that nobody waits for."""
+    return backend == "triton" or (backend == "cpp" and device.type != "cpu")
+
+
+def _launchers(backend: str):
+    return importlib.import_module("dgg.kernels") if backend == "triton" else torch.ops.dgg
 
 
 def show_config() -> str:
@@ -109,16 +137,21 @@ def show_config() -> str:
         f"torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
     ]
-    cpu = torch.device("cpu")
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        devices.append(torch.accelerator.current_accelerator())
     for backend in BACKENDS:
-        reason = unavailable(backend, cpu)
-        state = "usable" if reason is None else f"not usable: {reason}"
-        if backend == "cpp" and reason is None:
-            state += f" on the CPU ({torch.ops.dgg.isa()})"
-        lines.append(f"  {backend:<10} {state}")
-    lines.append(f"default on the CPU: {choose(None, cpu)}; on other devices: reference")
-    if os.environ.get("DGG_CPP"):
-        lines.append(f"DGG_CPP={os.environ['DGG_CPP']} was set in this environment")
+        for device in devices:
+            reason = unavailable(backend, device)
+            state = "usable" if reason is None else f"not usable: {reason}"
+            if backend == "cpp" and reason is None and device.type == "cpu":
+                state += f" ({torch.ops.dgg.isa()})"
+            lines.append(f"  {backend:<10} {device.type:<5} {state}")
+    chosen = ", ".join(f"{choose(None, device)} on {device.type}" for device in devices)
+    lines.append(f"default: {chosen}; on other devices: triton where it runs, else reference")
+    for name in ("DGG_CPP", "DGG_CUDA"):
+        if os.environ.get(name):
+            lines.append(f"{name}={os.environ[name]} was set in this environment")
     return "\n".join(lines)
 
 
@@ -231,7 +264,12 @@ class Rows:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._grad_copies: list[tuple[Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
-        if backend == "cpp":
+        self.kernels: _device.Kernels | None = None
+        if launches(backend, self.device):
+            self.kernels = _device.Kernels(
+                _launchers(backend), self.device, len(self.params), DTYPES, NUMEL
+            )
+        if backend != "reference":
             self._base_table = self._make_table()
             # Made once: a new tensor for the addresses of every step costs more than filling it.
             self._address_memory = bytearray(8 * len(self.params))
@@ -277,12 +315,14 @@ class Rows:
         """
         self._copies, self._grad_copies, self._kept = [], [], []
         self._complete, self._now = False, None
-        if self.backend != "cpp":
+        if self.backend == "reference":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
             return
         self.grads, self.replays = grads, replays
         if not self._plain or replays or not self._refresh_plain(grads):
             self._refresh_each(grads, replays, elementwise)
+        if self.kernels is not None:
+            self.kernels.begin(self._table, self._grad_addresses, self._replay_addresses)
 
     def _refresh_plain(self, grads: list[Tensor | None]) -> bool:
         # 448 gradients pass here every step: comprehensions over one attribute are the fastest
@@ -351,6 +391,13 @@ class Rows:
             if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
                 self._copies.append((tensor, copy))
 
+    def flags(self, values: Sequence[int], name: str = "flags") -> Tensor:
+        """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
+        made = torch.tensor(values, dtype=torch.uint8, device="cpu")
+        if self.kernels is not None:
+            return self.kernels.uploads.send(name, made)
+        return made.to(self.device)
+
     def constant_flags(self, value: int) -> Tensor:
         """Returns (cached) uint8 flags that are the same for every row; not to be modified."""
         if value not in self._constants:
@@ -378,8 +425,12 @@ class Rows:
             return
         now = self._now = [p._version for p in self.params]
         if now != self._versions:
-            for row, (old, new) in enumerate(zip(self._versions, now, strict=True)):
-                if old != new:
+            changed = [row for row, old in enumerate(self._versions) if old != now[row]]
+            if self.kernels is not None and len(changed) > 1:
+                # One launch instead of one per row; the others' distances are measured again.
+                self.forget()
+            else:
+                for row in changed:
                     self.distances[row] = -1.0
             self._versions = now
 
@@ -394,7 +445,7 @@ class Rows:
                 for row, grad in enumerate(self.grads)
                 if grad is None and not (self.replays and self.replays[row] is not None)
             ]
-        if self.backend == "cpp":
+        if self.backend != "reference":
             # The table hides the writes from autograd, which must know of them.
             changed = self.params
             if inactive:
@@ -450,8 +501,64 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def norms(rows: Rows, *, replay_weight: float, grad_scale: float, which: int) -> Tensor:
-    """Returns the squares of `reference.norms` for these rows."""
+class Scaling(NamedTuple):
+    """What a GradScaler says of this step's gradients.
+
+    Attributes:
+        divisor: Divisor of the gradients, for backends that run when they are called.
+        grad_scale: The same as a float32 tensor, for launches; None is 1.
+        found_inf: float32 tensor; launches change nothing where it is not 0. None is 0.
+    """
+
+    divisor: float = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Draw(NamedTuple):
+    """The draw of a step.
+
+    Attributes:
+        seed: Seed in [0, 2**64).
+        index: Draw index k.
+        injecting: Whether any row may inject.
+        elements: Whether any row may draw per element.
+        index_tensor: int64 tensor of one element, the draw index that a captured step reads in
+            place of ``index``.
+    """
+
+    seed: int
+    index: int
+    injecting: bool
+    elements: bool
+    index_tensor: Tensor | None = None
+
+
+def norms(
+    rows: Rows,
+    *,
+    replay_weight: float,
+    scaling: Scaling,
+    which: int,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Returns the squares of `reference.norms` for these rows.
+
+    Args:
+        rows: The rows, refreshed with this step's gradients.
+        replay_weight: w.
+        scaling: Divisor of the gradients.
+        which: Bits of `reference`.
+        gate: uint8 [1]; a captured step measures for the injection only where it is not 0.
+    """
+    if rows.kernels is not None:
+        return rows.kernels.norms(
+            rows.distances,
+            replay_weight=replay_weight,
+            grad_scale=scaling.grad_scale,
+            which=which,
+            gate=gate,
+        )
     if rows.backend == "cpp":
         return torch.ops.dgg.norms_table(
             rows._table,
@@ -459,7 +566,7 @@ def norms(rows: Rows, *, replay_weight: float, grad_scale: float, which: int) ->
             rows._replay_addresses,
             rows.distances,
             replay_weight=replay_weight,
-            grad_scale=grad_scale,
+            grad_scale=scaling.divisor,
             which=which,
         )
     return reference.norms(
@@ -469,23 +576,34 @@ def norms(rows: Rows, *, replay_weight: float, grad_scale: float, which: int) ->
         rows._state[ANCHOR],
         rows.distances,
         replay_weight=replay_weight,
-        grad_scale=grad_scale,
+        grad_scale=scaling.divisor,
         which=which,
     )
 
 
 def coefficients(
-    backend: str, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
+    rows: Rows, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
 ) -> Tensor:
     """Returns c, the norms and s as `reference.coefficients` does."""
-    function = torch.ops.dgg.coefficients if backend == "cpp" else reference.coefficients
+    function = reference.coefficients
+    if rows.kernels is not None:
+        function = rows.kernels.coefficients
+    elif rows.backend == "cpp":
+        function = torch.ops.dgg.coefficients
     return function(squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
 
 
 def adam_(
-    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], *, look_ahead: bool,
-    **options,
-) -> None:  # fmt: skip
+    rows: Rows,
+    coefficients: Tensor,
+    flags: Tensor,
+    groups: Sequence[dict],
+    draw: Draw,
+    scaling: Scaling,
+    *,
+    look_ahead: bool,
+    replay_weight: float,
+) -> None:
     """Runs `reference.adam_` on these rows: all groups in one call, parameters in place.
 
     Args:
@@ -493,27 +611,99 @@ def adam_(
         coefficients: float64 [4 + n].
         flags: uint8 [n].
         groups: Hyper-parameters of every group, the names in ADAM_HYPER.
+        draw: The draw of the step.
+        scaling: Divisor of the gradients, and whether to change anything.
         look_ahead: Also measure the distances after the update.
-        **options: replay_weight, grad_scale, seed and draw.
+        replay_weight: w.
     """
     state = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP)
-    _update("adam_", state, ADAM_HYPER, rows, coefficients, flags, groups, look_ahead, options)
+    _update(
+        "adam_", state, ADAM_HYPER, rows, coefficients, flags, groups, draw, scaling, look_ahead,
+        replay_weight,
+    )  # fmt: skip
 
 
 def sgd_(
-    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], *, look_ahead: bool,
-    **options,
-) -> None:  # fmt: skip
+    rows: Rows,
+    coefficients: Tensor,
+    flags: Tensor,
+    groups: Sequence[dict],
+    draw: Draw,
+    scaling: Scaling,
+    *,
+    look_ahead: bool,
+    replay_weight: float,
+) -> None:
     """Runs `reference.sgd_` on these rows; arguments as in `adam_`, names in SGD_HYPER."""
     state = (EXP_AVG, ANCHOR)
-    _update("sgd_", state, SGD_HYPER, rows, coefficients, flags, groups, look_ahead, options)
+    _update(
+        "sgd_", state, SGD_HYPER, rows, coefficients, flags, groups, draw, scaling, look_ahead,
+        replay_weight,
+    )  # fmt: skip
+
+
+def draw_flags(
+    rows: Rows,
+    flags: Tensor,
+    groups: Sequence[dict],
+    names: Sequence[str],
+    draw_index: Tensor,
+    seed: int,
+    granularity: str,
+) -> Tensor:
+    """Draws on the device, for a step that is captured.
+
+    Args:
+        rows: Rows whose backend launches.
+        flags: uint8 [n]; INJECT and INJECT_ELEMENTS are set, FIRST_STEP is kept. In place.
+        groups: Hyper-parameters of every group.
+        names: Their order in the kernels' table.
+        draw_index: int64, draw index k.
+        seed: Seed of the draws.
+        granularity: What a draw decides.
+
+    Returns:
+        uint8 [1], whether any row injects.
+    """
+    return rows.kernels.draw_flags(
+        flags,
+        rows.kernels.hyper(groups, names),
+        draw_index,
+        seed=_signed(seed),
+        granularity=granularity,
+        threshold_column=names.index("threshold"),
+        strength_column=names.index("strength"),
+    )
+
+
+# What makes a rule read and write its optional state.
+_OPTIONAL_STATE = {"adam_": "amsgrad", "sgd_": "momentum"}
 
 
 def _update(
-    name, state, hyper, rows, coefficients, flags, groups, look_ahead, options
+    name, state, hyper, rows, coefficients, flags, groups, draw, scaling, look_ahead, replay_weight
 ) -> None:  # fmt: skip
-    if rows.backend == "cpp":
-        options = {**options, "seed": _signed(options["seed"]), "look_ahead": look_ahead}
+    if rows.kernels is not None:
+        variant = _device.ANCHOR if draw.injecting or look_ahead else 0
+        variant |= _device.ELEMENTS if draw.elements else 0
+        variant |= _device.LOOK_AHEAD if look_ahead else 0
+        if any(group[_OPTIONAL_STATE[name]] for group in groups):
+            variant |= _device.STATE
+        rows.kernels.update_(
+            name,
+            coefficients,
+            flags,
+            rows.kernels.hyper(groups, hyper),
+            rows.distances,
+            grad_scale=scaling.grad_scale,
+            found_inf=scaling.found_inf,
+            draw_index=draw.index_tensor,
+            replay_weight=replay_weight,
+            seed=_signed(draw.seed),
+            draw=draw.index,
+            variant=variant,
+        )
+    elif rows.backend == "cpp":
         getattr(torch.ops.dgg, name[:-1] + "_table_")(
             rows._table,
             rows._grad_addresses,
@@ -522,7 +712,11 @@ def _update(
             flags,
             _hyper_table(rows, groups, hyper),
             rows.distances,
-            **options,
+            replay_weight=replay_weight,
+            grad_scale=scaling.divisor,
+            look_ahead=look_ahead,
+            seed=_signed(draw.seed),
+            draw=draw.index,
         )
     else:
         for number, group in enumerate(groups):
@@ -536,13 +730,23 @@ def _update(
                 rows.indices,
                 **{key: group[key] for key in hyper},
                 look_ahead=look_ahead,
-                **options,
+                replay_weight=replay_weight,
+                grad_scale=scaling.divisor,
+                seed=draw.seed,
+                draw=draw.index,
             )
     rows.updated(look_ahead)
 
 
 def guide_(
-    rows: Rows, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], **options
+    rows: Rows,
+    coefficients: Tensor,
+    flags: Tensor,
+    groups: Sequence[dict],
+    draw: Draw,
+    scaling: Scaling,
+    *,
+    replay_weight: float,
 ) -> None:
     """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
 
@@ -551,23 +755,11 @@ def guide_(
         coefficients: float64 [4 + n].
         flags: uint8 [n].
         groups: Hyper-parameters of every group, the names in GUIDE_HYPER.
-        **options: replay_weight, grad_scale, seed and draw.
+        draw: The draw of the step.
+        scaling: Divisor of the gradients, and whether to change anything.
+        replay_weight: w.
     """
-    if rows.backend == "cpp":
-        options = {**options, "seed": _signed(options["seed"])}
-        torch.ops.dgg.guide_table_(
-            rows._table,
-            rows._grad_addresses,
-            rows._replay_addresses,
-            coefficients,
-            flags,
-            _hyper_table(rows, groups, GUIDE_HYPER),
-            **options,
-        )
-        for target, copy in rows._grad_copies:
-            target.copy_(copy)
-        torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
-    else:
+    if rows.backend == "reference":
         for number, group in enumerate(groups):
             reference.guide_(
                 rows._state[PARAM],
@@ -577,8 +769,43 @@ def guide_(
                 flags,
                 rows.indices,
                 **{key: group[key] for key in GUIDE_HYPER},
-                **options,
+                replay_weight=replay_weight,
+                grad_scale=scaling.divisor,
+                seed=draw.seed,
+                draw=draw.index,
             )
+        rows.release()
+        return
+    if rows.kernels is not None:
+        rows.kernels.guide_(
+            coefficients,
+            flags,
+            rows.kernels.hyper(groups, GUIDE_HYPER),
+            grad_scale=scaling.grad_scale,
+            found_inf=scaling.found_inf,
+            draw_index=draw.index_tensor,
+            replay_weight=replay_weight,
+            seed=_signed(draw.seed),
+            draw=draw.index,
+            variant=(_device.ANCHOR if draw.injecting else 0)
+            | (_device.ELEMENTS if draw.elements else 0),
+        )
+    else:
+        torch.ops.dgg.guide_table_(
+            rows._table,
+            rows._grad_addresses,
+            rows._replay_addresses,
+            coefficients,
+            flags,
+            _hyper_table(rows, groups, GUIDE_HYPER),
+            replay_weight=replay_weight,
+            grad_scale=scaling.divisor,
+            seed=_signed(draw.seed),
+            draw=draw.index,
+        )
+    for target, copy in rows._grad_copies:
+        target.copy_(copy)
+    torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
     rows.release()
 
 

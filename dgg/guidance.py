@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, _philox, anchor, reference
+from dgg import _dispatch, _philox, _ranges, anchor, reference
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -53,6 +53,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name not in options:
             continue
         value = options[name]
+        if name == "draw_index" and isinstance(value, Tensor) and value.dtype == torch.int64:
+            continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}={value!r} must be an int")
         if value < 0 or (limit is not None and value >= limit):
@@ -62,7 +64,12 @@ def check_options(options: Mapping[str, Any]) -> None:
 def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """Raises a ValueError if a group has another optimizer-wide option than the first group."""
     for name in WIDE:
-        if name in group and name in first and group[name] != first[name]:
+        if name not in group or name not in first or group[name] is first[name]:
+            continue
+        if isinstance(group[name], Tensor) or isinstance(first[name], Tensor):
+            # The draw index of captured steps: one tensor for all groups, made so when loaded.
+            continue
+        if group[name] != first[name]:
             raise ValueError(
                 f"{name} is one setting for the whole optimizer, but group 0 has "
                 f"{first[name]!r} and group {number} has {group[name]!r}; set it in all groups"
@@ -74,6 +81,8 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
         return
     value = options[name]
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        if value.device.type != "cpu":
+            return  # reading it would wait for the device
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
@@ -84,7 +93,10 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    # What lies on an accelerator is not read, only told apart.
+    return value.item() if value.device.type == "cpu" else id(value)
 
 
 class Options:
@@ -334,14 +346,12 @@ class Engine:
             words = _philox.tensor_words(seed, draw, torch.tensor(rows.indices, device="cpu"))
             limit = torch.tensor([limits[group] for group in rows.groups], device="cpu")
             hit = words < limit
-            return hit.to(torch.uint8).to(rows.device) if bool(hit.any()) else None
+            return rows.flags(hit.tolist()) if bool(hit.any()) else None
         if not any(by_group):
             return None
         if len(set(by_group)) == 1:
             return rows.constant_flags(by_group[0])
-        return torch.tensor(
-            [by_group[group] for group in rows.groups], dtype=torch.uint8, device=rows.device
-        )
+        return rows.flags([by_group[group] for group in rows.groups])
 
     def _step_word(self, seed: int, draw: int) -> int:
         # The look-ahead asks at step k for k + 1, which the next step asks for again.
@@ -354,30 +364,46 @@ class Engine:
         wide: Mapping[str, Any],
         all_rows: Sequence[_dispatch.Rows],
         injecting: bool,
-        *,
-        grad_scale: float,
+        scaling: _dispatch.Scaling,
+        gates: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Returns the coefficients [4 + n] of each device's rows, computing only needed norms."""
+        """Returns the coefficients [4 + n] of each device's rows, computing only needed norms.
+
+        Args:
+            wide: Optimizer-wide options.
+            all_rows: The rows of every device.
+            injecting: Whether any row may inject.
+            scaling: Divisor of the gradients.
+            gates: uint8 [1] of every device: whether a captured step injects.
+        """
         which = reference.NORM_TOTAL if wide["max_grad_norm"] is not None else 0
         if injecting and wide["scaling"]:
             which |= reference.NORM_GRAD | reference.NORM_DISTANCE
             for rows in all_rows:
-                rows.forget_changed()
+                if gates is None:
+                    rows.forget_changed()
+                else:
+                    rows.forget()
         if not which:
             return [rows.constant_coefficients() for rows in all_rows]
-        squares = [
-            _dispatch.norms(
-                rows, replay_weight=float(wide["replay_weight"]), grad_scale=grad_scale, which=which
-            )
-            for rows in all_rows
-        ]
+        with _ranges.record("dgg.norm"):
+            squares = [
+                _dispatch.norms(
+                    rows,
+                    replay_weight=float(wide["replay_weight"]),
+                    scaling=scaling,
+                    which=which,
+                    gate=None if gates is None else gates[place],
+                )
+                for place, rows in enumerate(all_rows)
+            ]
         settings = {
             "max_grad_norm": wide["max_grad_norm"],
             "scaling": wide["scaling"],
             "per_tensor": wide["norm_scope"] == "tensor",
         }
         if len(all_rows) == 1:
-            return [_dispatch.coefficients(all_rows[0].backend, squares[0], **settings)]
+            return [_dispatch.coefficients(all_rows[0], squares[0], **settings)]
         # One norm over several devices: the few squares travel, the gradients stay.
         home = squares[0].device
         joined = torch.cat([part.to(home) for part in squares], dim=1)
@@ -389,10 +415,11 @@ class Engine:
             for part, rows in zip(scales, all_rows, strict=True)
         ]
 
-    def remember(self, wide, rows, flags, coefficients, strength) -> None:
+    def remember(self, wide, rows, flags, coefficients, strength, found_inf=None) -> None:
         """Keeps what the statistics of this step are made of; nothing is computed here."""
         self._last = {
             "flags": flags,
+            "found_inf": found_inf,
             "coefficients": coefficients,
             "strength": strength,
             "per_tensor": wide["norm_scope"] == "tensor",
@@ -415,6 +442,8 @@ class Engine:
         flags, found = last["flags"], last["coefficients"]
         zero = torch.zeros((), device=last["device"])
         stats["injected"] = zero.bool() if flags is None else (flags & 3).ne(0).any()
+        if last.get("found_inf") is not None:
+            stats["injected"] = stats["injected"] & last["found_inf"].eq(0).all()
         stats["scale"] = zero
         if found is None:
             return stats
@@ -429,9 +458,44 @@ class Engine:
         return stats
 
 
-def threshold(alpha: float | Tensor) -> int:
-    """Returns the threshold of the draws for a group's alpha: floor(α · 2**32)."""
+def threshold(alpha: float | Tensor) -> int | Tensor:
+    """Returns the threshold of the draws for a group's alpha: floor(α · 2**32).
+
+    A tensor on an accelerator stays there.
+    """
+    if isinstance(alpha, Tensor) and alpha.device.type != "cpu":
+        return (alpha.double() * 4294967296.0).floor()
     return _philox.threshold(float(alpha))
+
+
+def drawn(wide: Mapping[str, Any], draw: int, injecting: bool) -> _dispatch.Draw:
+    """Returns the draw of a step as the backends take it."""
+    elements = injecting and wide["granularity"] == "element"
+    return _dispatch.Draw(wide["seed"], draw, injecting, elements)
+
+
+def read_scaler(
+    grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device | None
+) -> tuple[_dispatch.Scaling, bool]:
+    """Reads what a GradScaler left on the optimizer: on the host only where nothing is launched.
+
+    Args:
+        grad_scale: Divisor of the gradients, one element, or None.
+        found_inf: Not 0 where a gradient is inf or NaN, one element, or None.
+        device: Where the step is launched, or None where it runs when it is called.
+
+    Returns:
+        The scaling, and whether the step is known to be skipped; launches find out by themselves.
+    """
+    if grad_scale is None and found_inf is None:
+        return _dispatch.Scaling(), False
+    if device is not None:
+        there = [
+            None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)
+        ]
+        return _dispatch.Scaling(1.0, *there), False
+    skip = found_inf is not None and bool(found_inf)
+    return _dispatch.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
 
 
 def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -521,7 +585,8 @@ class Guidance:
                 "wrapping it again"
             )
         refuse_process_group(process_group, "Guidance")
-        self._backend = check_backend(backend)
+        check_backend(backend, optimizer.param_groups)
+        self._backend = backend
         self._anchor_dtype = check_anchor_dtype(anchor_dtype)
         self._anchor_device = check_anchor_device(anchor_device)
         self._options = {
@@ -714,7 +779,10 @@ class Guidance:
                 "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
                 "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
             )
-        if found is not None and bool(found):
+        all_rows = self._current_rows(params)
+        launched = all_rows and all(rows.kernels is not None for _, rows in all_rows)
+        scaling, skip = read_scaler(scale, found, params[0].device if launched else None)
+        if skip:
             engine.remember_skipped(params[0].device)
             self._set_draw(draw + 1)
             return
@@ -724,8 +792,6 @@ class Guidance:
             elif p.grad is not None and not _dispatch.is_dense(p.grad):
                 # An expanded gradient cannot be written in place.
                 p.grad = p.grad.clone(memory_format=torch.contiguous_format)
-        divisor = 1.0 if scale is None else float(scale)
-        all_rows = self._current_rows(params)
         for places, rows in all_rows:
             replays = [slot.get(params[i]) for i in places] if slot else []
             rows.refresh(
@@ -738,8 +804,8 @@ class Guidance:
         only = [rows for _, rows in all_rows]
         flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
         injecting = any(x is not None for x in flags)
-        found = engine.measure(wide, only, injecting, grad_scale=divisor)
-        neutral = not injecting and wide["max_grad_norm"] is None and not slot and divisor == 1.0
+        found = engine.measure(wide, only, injecting, scaling)
+        neutral = not injecting and wide["max_grad_norm"] is None and not slot and scale is None
         if neutral:
             for rows in only:
                 rows.release()
@@ -758,17 +824,16 @@ class Guidance:
                     row_found,
                     rows.constant_flags(0) if row_flags is None else row_flags,
                     hyper,
+                    drawn(wide, draw, injecting),
+                    scaling,
                     replay_weight=float(wide["replay_weight"]),
-                    grad_scale=divisor,
-                    seed=wide["seed"],
-                    draw=draw,
                 )
             if scale is not None:
                 # The gradients are unscaled now; the optimizer must not divide them again.
                 self.optimizer.grad_scale = None
         if only:
             strength = self.param_groups[0]["strength"]
-            engine.remember(wide, only[0], flags[0], found[0], float(strength))
+            engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
         self._set_draw(draw + 1)
         slot.clear()
 
@@ -802,12 +867,21 @@ class Guidance:
         return self._rows
 
 
-def check_backend(backend: str | None) -> str | None:
-    """Returns ``backend`` if it can run on the CPU or is left open; raises otherwise."""
-    if backend is not None:
-        # An explicit request must raise at once where it cannot be met.
-        _dispatch.choose(backend, torch.device("cpu"))
-    return backend
+def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises unless ``backend`` (None: the fastest) can run where the parameters are.
+
+    Raises:
+        RuntimeError: It cannot; the message says how to get it.
+        ValueError: No such backend.
+    """
+    devices = dict.fromkeys(p.device for group in groups for p in group["params"])
+    for device in devices or (torch.device("cpu"),):
+        if device.type != "meta":
+            _dispatch.choose(backend, device)
+        elif backend is not None and backend not in _dispatch.BACKENDS:
+            raise ValueError(
+                f"unknown backend {backend!r}; choose one of {_dispatch.BACKENDS} or None"
+            )
 
 
 def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, anchor, guidance, reference
+from dgg import _device, _dispatch, _ranges, anchor, guidance, reference
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -28,6 +28,8 @@ class _Guided:
 
     # State key → list of the kernels.
     _columns: dict[str, str]
+    # Names of the hyper-parameters, in the order of the kernels' table.
+    _hyper_names: tuple[str, ...]
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -39,15 +41,11 @@ class _Guided:
                 f"dgg.{name} does not support differentiable=True: the fused step writes in place "
                 f"and records no graph; use torch.optim.{name} to differentiate through a step"
             )
-        if options.pop("capturable"):
-            raise ValueError(
-                f"dgg.{name} does not support capturable=True: CUDA graphs need the GPU kernels, "
-                "which this build does not have; leave it False"
-            )
+        self._capturable = bool(options.pop("capturable"))
         guidance.refuse_process_group(options.pop("process_group"), name)
         fused, foreach = options.pop("fused"), options.pop("foreach")
         self._transient()
-        self._backend = guidance.check_backend(options.pop("backend"))
+        self._backend = options.pop("backend")
         self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
         self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
         if not (fused or foreach) and (fused is False or foreach is False):
@@ -64,19 +62,36 @@ class _Guided:
                 f"fused={fused}, foreach={foreach} ask for a fused step and backend='reference' "
                 "for an unfused one; drop either"
             )
-        if fused or foreach:
-            reason = _dispatch.unavailable("cpp", torch.device("cpu"))
-            if reason is not None:
-                raise RuntimeError(
-                    f"fused={fused}, foreach={foreach} cannot be met, the fused kernels miss: "
-                    f"{reason}"
-                )
+        self._fused = bool(fused or foreach)
         self._guidance = {**options, "draw_index": 0, "task_index": 0}
         guidance.check_options(self._guidance)
         parent()
+        guidance.check_backend(self._backend, self.param_groups)
+        self._check_kernels(p for group in self.param_groups for p in group["params"])
         self.defaults.update(self._guidance)
         # torch.optim sets this with fused=True only; our step always honours both attributes.
         self._step_supports_amp_scaling = True
+
+    def _check_kernels(self, params: Iterable[Tensor]) -> None:
+        """Raises unless fused and captured steps can be had where the parameters are."""
+        devices = [d for d in dict.fromkeys(p.device for p in params) if d.type != "meta"]
+        if self._capturable and len(devices) > 1:
+            raise ValueError(
+                f"capturable=True needs all parameters on one device, they are on {devices}; use "
+                "an optimizer per device, or leave it False"
+            )
+        for device in devices:
+            backend = _dispatch.choose(self._backend, device)
+            if self._fused and backend == "reference":
+                raise RuntimeError(
+                    f"foreach=True or fused=True cannot be met on {str(device)!r}, the fused "
+                    f"kernels miss: {_dispatch.unavailable('cpp', device)}"
+                )
+            if self._capturable and not _dispatch.launches(backend, device):
+                raise ValueError(
+                    f"capturable=True needs kernels that run on a GPU; on {str(device)!r} the step "
+                    f"is the {backend!r} backend's, which no graph can capture: leave it False"
+                )
 
     def _transient(self) -> None:
         # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
@@ -86,7 +101,9 @@ class _Guided:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
-        names = ("_backend", "_anchor_dtype", "_anchor_device", "_guidance")
+        names = (
+            "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device", "_guidance"
+        )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -201,19 +218,22 @@ class _Guided:
         wide = engine.options.read(groups)
         # Before any state is made, since it can raise.
         hyper = [self._hyper(group) for group in groups]
-        draw = wide["draw_index"]
+        draw = 0 if self._capturable else wide["draw_index"]
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
         slot = engine.replay
         replays = [slot.get(p) for p in params] if slot else []
-        grad_scale, self._skipped = self._scaler_state(params, replays)
+        scaling, self._skipped = self._scaler_state(params, replays)
         cache = self._rows
         valid = cache is not None and cache.valid(self, params, grads, replays)
         if not valid or cache.unchecked:
             self._check_step(params, grads, replays)
-        if not valid and not self._skipped:
+        skipped = self._skipped is True
+        if not valid and not skipped:
             cache = self._make_rows(params, grads, replays)
-        if self._skipped:
+        if cache is not None and cache.launched:
+            self._check_capture(params[0].device, valid)
+        if skipped:
             self._advance(draw)
             engine.remember_skipped(params[0].device)
             slot.clear()
@@ -227,43 +247,118 @@ class _Guided:
         if not cache.all_rows:
             self._advance(draw)
             return
+        if self._capturable:
+            self._captured_step(wide, hyper, cache.all_rows, scaling)
+            slot.clear()
+            return
         flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
         injecting = any(x is not None for x in flags)
-        found = engine.measure(wide, cache.all_rows, injecting, grad_scale=grad_scale)
-        for rows, row_flags, row_found in zip(cache.all_rows, flags, found, strict=True):
-            ahead = wide["scaling"] and engine.flags(wide, groups, rows, draw + 1) is not None
-            self._update_(
-                rows,
-                row_found,
-                self._final_flags(rows, row_flags),
-                hyper,
-                look_ahead=ahead,
-                replay_weight=float(wide["replay_weight"]),
-                grad_scale=grad_scale,
-                seed=wide["seed"],
-                draw=draw,
-            )
+        found = engine.measure(wide, cache.all_rows, injecting, scaling)
+        drawn = guidance.drawn(wide, draw, injecting)
+        with _ranges.record("dgg.update"):
+            for rows, row_flags, row_found in zip(cache.all_rows, flags, found, strict=True):
+                ahead = wide["scaling"] and engine.flags(wide, groups, rows, draw + 1) is not None
+                self._update_(
+                    rows,
+                    row_found,
+                    self._final_flags(rows, row_flags),
+                    hyper,
+                    drawn,
+                    scaling,
+                    look_ahead=ahead,
+                    replay_weight=float(wide["replay_weight"]),
+                )
         self._advance(draw)
-        engine.remember(wide, cache.all_rows[0], flags[0], found[0], hyper[0]["strength"])
+        strength = hyper[0]["strength"]
+        engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
         slot.clear()
 
+    def _check_capture(self, device: torch.device, valid: bool) -> None:
+        """Raises if a graph is being captured that would replay the wrong thing."""
+        if not _device.capturing(device):
+            return
+        if not self._capturable:
+            raise RuntimeError(
+                "this step is being captured into a CUDA graph, whose replays would repeat its "
+                "draw, learning rate and step count; build the optimizer with capturable=True"
+            )
+        if not valid:
+            raise RuntimeError(
+                "the first step cannot be captured, it makes the state; run a warm-up step before "
+                "the capture, as torch.cuda.graph() asks for"
+            )
+
+    def _captured_step(self, wide, hyper, all_rows, scaling: _dispatch.Scaling) -> None:
+        """A step that decides everything on the device, so that a graph of it can be replayed."""
+        (rows,) = all_rows
+        draw = self._draw_on(rows.device)
+        flags = self._final_flags(rows, rows.constant_flags(0)).clone()
+        gates = None
+        if rows.anchored:
+            gates = [
+                _dispatch.draw_flags(
+                    rows, flags, hyper, self._hyper_names, draw, wide["seed"], wide["granularity"]
+                )
+            ]
+        injecting = rows.anchored
+        (found,) = self._engine.measure(wide, all_rows, injecting, scaling, gates)
+        drawn = guidance.drawn(wide, 0, injecting)._replace(index_tensor=draw)
+        with _ranges.record("dgg.update"):
+            self._update_(
+                rows, found, flags, hyper, drawn, scaling, look_ahead=False,
+                replay_weight=float(wide["replay_weight"]),
+            )  # fmt: skip
+        draw.add_(1)
+        strength = hyper[0]["strength"]
+        self._engine.remember(wide, rows, flags, found, strength, scaling.found_inf)
+
+    def _draw_on(self, device: torch.device) -> Tensor:
+        """Returns the draw index as an int64 tensor on ``device``, the same in all groups."""
+        value = self.param_groups[0]["draw_index"]
+        if not (isinstance(value, Tensor) and value.device == device):
+            value = torch.full((), int(value), dtype=torch.int64, device=device)
+        for group in self.param_groups:
+            group["draw_index"] = value
+        return value
+
     def _advance(self, draw: int) -> None:
+        if self._capturable:
+            self._draw_on(self.param_groups[0]["params"][0].device).add_(1)
+            return
         for group in self.param_groups:
             group["draw_index"] = draw + 1
 
-    def _scaler_state(self, params, replays) -> tuple[float, bool]:
-        """Returns (divisor of the gradients, whether to skip) by the contract of GradScaler."""
+    def _scaler_state(self, params, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
+        """Returns the scaling and whether to skip (a tensor if only the device knows)."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is None:
-            return 1.0 if scale is None else float(scale), False
-        if replays and scale is None:
+        if scale is None and found is None:
+            return _dispatch.Scaling(), False
+        if replays and found is not None and scale is None:
             raise RuntimeError(
                 "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
                 "gradients; do not call it beside replay(): dgg clips in the step itself, set "
                 "max_grad_norm on the optimizer"
             )
-        skip = bool(found)
-        if not skip and not all(r is None or anchor.finite(r) for r in replays):
+        devices = dict.fromkeys(p.device for p in params)
+        launched = all(
+            _dispatch.launches(_dispatch.choose(self._backend, device), device)
+            for device in devices
+        )
+        scaling, skip = guidance.read_scaler(
+            scale, found, next(iter(devices)) if launched else None
+        )
+        present = [r for r in replays if r is not None and r.numel()]
+        if launched:
+            if present and scaling.found_inf is not None:
+                largest = torch.stack(torch._foreach_norm(present, float("inf")))
+                infinite = largest.isfinite().all().logical_not()
+                scaling = scaling._replace(
+                    found_inf=scaling.found_inf.reshape(()) + infinite.to(torch.float32)
+                )
+            if scaling.found_inf is not None and self._waits_for_scaler():
+                skip = bool(scaling.found_inf)
+            return scaling, skip or (False if scaling.found_inf is None else scaling.found_inf)
+        if found is not None and not skip and not all(anchor.finite(r) for r in present):
             skip = True
             warnings.warn(
                 "the step is skipped because the replay gradients are inf or NaN, which GradScaler "
@@ -271,7 +366,11 @@ class _Guided:
                 "scaler.update(new_scale)",
                 stacklevel=5,
             )
-        return 1.0 if scale is None else float(scale), skip
+        return scaling, skip
+
+    def _waits_for_scaler(self) -> bool:
+        """Whether this one step must know on the host if it is skipped."""
+        return False
 
     def _check_step(self, params, grads, replays) -> None:
         """Checks everything a step relies on, before anything is changed."""
@@ -524,20 +623,27 @@ class _Guided:
         return found
 
     def _normalise_steps(self) -> None:
-        """Gives ``step`` the one form the kernels write: a float32 scalar on the CPU."""
-        for entry in self.state.values():
-            step = entry.get("step") if isinstance(entry, dict) else None
-            if step is not None and not _is_host_scalar(step):
-                entry["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        """Gives ``step`` and the draw index the form that the kernels write."""
+        for param, entry in self.state.items():
+            if isinstance(entry, dict) and entry.get("step") is not None:
+                entry["step"] = self._step_scalar(param, entry["step"])
+        draw = self.param_groups[0]["draw_index"]
+        if isinstance(draw, Tensor) and not self._capturable:
+            for group in self.param_groups:
+                group["draw_index"] = int(draw)
 
-
-def _is_host_scalar(step: Any) -> bool:
-    return (
-        isinstance(step, Tensor)
-        and step.dtype == torch.float32
-        and step.dim() == 0
-        and step.device.type == "cpu"
-    )
+    def _step_scalar(self, param: Tensor, step: Any) -> Tensor:
+        """Returns ``step`` as a float32 scalar: beside the parameter if launches write it."""
+        device = param.device
+        if not _dispatch.launches(_dispatch.choose(self._backend, device), device):
+            device = torch.device("cpu")
+        if isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (
+            torch.float32,
+            0,
+            device,
+        ):
+            return step
+        return torch.tensor(float(step), dtype=torch.float32, device=device)
 
 
 # Every so many steps the state is looked at even if nobody has read `optimizer.state` in between:
@@ -644,6 +750,11 @@ class _RowCache:
         return all([entry[key] is value for entry, key, value in self._single])
 
     @property
+    def launched(self) -> bool:
+        """Whether any device's step is launched and not waited for."""
+        return any([rows.kernels is not None for rows in self.all_rows])
+
+    @property
     def unchecked(self) -> bool:
         """Whether a backend takes gradients without looking at their kind."""
         return any([rows.backend == "reference" for rows in self.all_rows])
@@ -682,6 +793,7 @@ class Adam(_Guided, torch.optim.Adam):
         RuntimeError: The named backend cannot run here.
     """
 
+    _hyper_names = _dispatch.ADAM_HYPER
     _columns = {
         "exp_avg": "exp_avgs",
         "exp_avg_sq": "exp_avg_sqs",
@@ -739,9 +851,7 @@ class Adam(_Guided, torch.optim.Adam):
 
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
         state = self.state[param]
-        if not _is_host_scalar(state.get("step")):
-            step = float(state.get("step", 0.0))
-            state["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
+        state["step"] = self._step_scalar(param, state.get("step", 0.0))
         for name in self._needed(group):
             if name not in state:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -749,14 +859,14 @@ class Adam(_Guided, torch.optim.Adam):
     def _hyper(self, group: dict) -> dict[str, Any]:
         return {
             "lr": _host(group, "lr"),
-            "beta1": float(group["betas"][0]),
-            "beta2": float(group["betas"][1]),
+            "beta1": _host_value("betas", group["betas"][0]),
+            "beta2": _host_value("betas", group["betas"][1]),
             "eps": group["eps"],
             "weight_decay": _host(group, "weight_decay"),
             "decoupled": group["decoupled_weight_decay"],
             "amsgrad": group["amsgrad"],
             "maximize": group["maximize"],
-            "strength": float(group["strength"]),
+            "strength": _host(group, "strength"),
             "threshold": guidance.threshold(group["alpha"]),
         }
 
@@ -866,6 +976,7 @@ class SGD(_Guided, torch.optim.SGD):
         RuntimeError: The named backend cannot run here.
     """
 
+    _hyper_names = _dispatch.SGD_HYPER
     _columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
 
     def __init__(
@@ -933,7 +1044,7 @@ class SGD(_Guided, torch.optim.SGD):
             "weight_decay": _host(group, "weight_decay"),
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
-            "strength": float(group["strength"]),
+            "strength": _host(group, "strength"),
             "threshold": guidance.threshold(group["alpha"]),
         }
 
@@ -942,7 +1053,11 @@ class SGD(_Guided, torch.optim.SGD):
         if not self._fresh:
             return flags
         fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.params]
-        return flags | torch.tensor(fresh, dtype=torch.uint8, device=flags.device)
+        return flags | rows.flags(fresh, "fresh")
+
+    def _waits_for_scaler(self) -> bool:
+        # A buffer is made by its first step, if that is not skipped.
+        return self._rows is None or bool(self._fresh)
 
     def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
         _dispatch.sgd_(rows, *args, **kwargs)
@@ -980,7 +1095,10 @@ def unwrap(optimizer: Any) -> Any:
 
 
 def _host(group: Mapping[str, Any], name: str) -> float | Tensor:
-    value = group[name]
+    return _host_value(name, group[name])
+
+
+def _host_value(name: str, value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(

@@ -26,6 +26,7 @@ FLOORS = {
     "reference": 1,
     "sharding": 1,
     "_philox": 0,
+    "_ranges": 0,
     "replay": 0,
     "metrics": 0,
 }

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Named ranges of a step for profilers, free when nobody listens.
+
+torch.profiler sees them while it records; Nsight Systems sees them as NVTX ranges in a process it
+has started (it tells by an environment variable) or where ``DGG_NVTX=1`` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+
+_QUIET = contextlib.nullcontext()
+
+
+def _nvtx() -> bool:
+    wanted = os.environ.get("DGG_NVTX")
+    if wanted is not None:
+        return wanted not in ("", "0") and torch.cuda.is_available()
+    return "NVTX_INJECTION64_PATH" in os.environ and torch.cuda.is_available()
+
+
+_listening: bool | None = None
+
+
+class _Nvtx:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        torch.cuda.nvtx.range_push(self._name)
+
+    def __exit__(self, *_) -> None:
+        torch.cuda.nvtx.range_pop()
+
+
+def record(name: str) -> contextlib.AbstractContextManager:
+    """Returns a context that shows as ``name`` in a profile; does nothing where none is made.
+
+    Args:
+        name: ``dgg.step``, ``dgg.norm``, ``dgg.allreduce``, ``dgg.update`` or ``dgg.prefetch``.
+    """
+    global _listening
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(name)
+    if _listening is None:
+        # Asked late: it initialises CUDA, which an import must not do.
+        _listening = _nvtx()
+    return _Nvtx(name) if _listening else _QUIET
