@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "table.h"
 #include "update.h"
 
 #if defined(_MSC_VER)
@@ -43,33 +44,6 @@ constexpr int64_t kChunk = 32768;
 constexpr int kLanes = 32;
 // Below this many elements waking other threads costs more than they save.
 constexpr int64_t kSerial = 32768;
-
-enum Column : int {
-  kColumnParam,
-  kColumnState,  // exp_avg, exp_avg_sq, max_exp_avg_sq; SGD uses the first for its buffer
-  kColumnAnchor = 4,
-  kColumnStep,
-  kColumnNumel,
-  kColumnGroup,
-  kColumnDtypes,
-  kColumnIndex,
-  kColumnBase,
-  kColumnBlock,
-  kColumnStride,
-  kColumnCopy,
-  kColumns
-};
-
-// Position of a tensor's code within the dtype column.
-enum DtypeSlot : int { kSlotParam, kSlotGrad, kSlotReplay, kSlotState, kSlotAnchor = 6, kSlots };
-
-enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
-
-enum Flag : int { kInject = 1, kInjectElements = 2, kFirstStep = 4 };
-
-enum Which : int { kTotalNorm = 1, kGradNorm = 2, kDistance = 4 };
-
-enum Coefficient : int { kClip, kScales = 4 };
 
 // Instruction sets. A loop is written as an object whose operator() is always inlined; running it
 // inlines it into a function compiled for the chosen instruction set.
@@ -195,6 +169,21 @@ struct NarrowInto {
   DGG_HOST_DEVICE void operator()() const { stream(*this); }
   DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
   DGG_HOST_DEVICE void element(int64_t i) const { out[i] = narrow<S, T>(in[i]); }
+};
+
+// bfloat16 by stochastic rounding.
+template <typename T>
+struct RoundInto {
+  const T* in;
+  const uint32_t* words;
+  bfloat16* out;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    out[i] = narrow_stochastically(static_cast<float>(in[i]), words[i]);
+  }
 };
 
 template <typename T>
@@ -450,14 +439,6 @@ struct GuideLoop {
   }
 };
 
-template <typename S>
-constexpr int code_of() {
-  return std::is_same<S, float>::value      ? kFloat32
-         : std::is_same<S, double>::value   ? kFloat64
-         : std::is_same<S, bfloat16>::value ? kBFloat16
-                                            : kFloat16;
-}
-
 // Types the arithmetic itself is done in.
 template <typename S>
 constexpr bool is_wide() {
@@ -620,9 +601,10 @@ struct Draws {
   uint32_t draw;
 };
 
-// The words of elements begin .. begin + n. Where a shard's elements are not consecutive in the
-// unsharded parameter, a run ends with the stretch that is.
-void draw_words(const Row& row, const Draws& draws, int64_t begin, int64_t n, uint32_t* words) {
+// The words of elements begin .. begin + n in one of the streams of elements. Where a shard's
+// elements are not consecutive in the unsharded parameter, a run ends with the stretch that is.
+void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t begin, int64_t n,
+                uint32_t* words) {
   uint32_t quads[kBlock + 8];
   for (int64_t done = 0; done < n;) {
     const int64_t l = begin + done;
@@ -630,8 +612,8 @@ void draw_words(const Row& row, const Draws& draws, int64_t begin, int64_t n, ui
     const int64_t stretch = std::min(n - done, row.block - l % row.block);
     const int64_t first = i / 4;
     const int64_t counters = (i + stretch - 1) / 4 - first + 1;
-    run(Philox{quads, first, counters, draws.draw,
-               static_cast<uint32_t>(0x80000000u + static_cast<uint32_t>(row.index)), draws.seed});
+    run(Philox{quads, first, counters, draws.draw, stream + static_cast<uint32_t>(row.index),
+               draws.seed});
     std::memcpy(words + done, quads + i % 4, static_cast<size_t>(stretch) * sizeof(uint32_t));
     done += stretch;
   }
@@ -644,7 +626,7 @@ const S* mask_anchor(const Row& row, const Draws& draws, int64_t begin, int64_t 
   if constexpr (is_wide<S>()) {
     if (row.masked) {
       uint32_t words[kBlock];
-      draw_words(row, draws, begin, n, words);
+      draw_words(row, draws, kStreamElement, begin, n, words);
       run(Mask<S>{words, row.threshold, anchor, param, buffer, n});
       return buffer;
     }
@@ -848,13 +830,45 @@ void compute_norms(const Rows& rows, double* distances, int64_t which, double* s
 template <typename Scalars>
 struct UpdateRow : Row {
   Stream state[3];
+  Stream copy;  // of a master weight
   Scalars scalars;
   bool look_ahead;
+  bool stochastic;
   int64_t number;
 
-  UpdateRow(const Rows& rows, int64_t i, bool look_ahead)
-      : Row(rows, i), look_ahead(look_ahead && rows.anchored(i)), number(i) {}
+  UpdateRow(const Rows& rows, int64_t i, bool look_ahead, bool stochastic)
+      : Row(rows, i),
+        copy(rows.stream(i, rows.row(i)[kColumnCopy], kSlotCopy)),
+        look_ahead(look_ahead && rows.anchored(i)),
+        stochastic(stochastic && param.dtype == kBFloat16),
+        number(i) {}
+
+  // What is written twice, or with other words than its own, is staged in the arithmetic's type.
+  void choose_staging(int count) {
+    staging = staging_of(*this, state, count, guided || look_ahead);
+    if (staging == kBFloat16 && (stochastic || copy)) staging = kFloat32;
+  }
 };
+
+// Stores updated elements: in the parameter, and in its copy if it is a master weight.
+template <typename S, typename Scalars>
+void store(const UpdateRow<Scalars>& row, const Draws& draws, int64_t begin, int64_t n,
+           const S* updated) {
+  if constexpr (is_wide<S>()) {
+    if (row.stochastic) {
+      uint32_t words[kBlock];
+      draw_words(row, draws, kStreamRounding, begin, n, words);
+      run(RoundInto<S>{updated, words, row.param.template at<bfloat16>(begin), n});
+      return;
+    }
+    if (row.copy && row.copy.dtype == code_of<S>()) {
+      std::copy_n(updated, n, row.copy.template at<S>(begin));
+    } else if (row.copy) {
+      row.copy.template unstage<S>(begin, n, updated);
+    }
+  }
+  row.param.template unstage<S>(begin, n, updated);
+}
 
 struct AdamRule {
   using Row = UpdateRow<AdamScalars<double>>;
@@ -914,7 +928,7 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
     } else {
       Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n);
     }
-    row.param.template unstage<S>(begin, n, param);
+    store<S>(row, draws, begin, n, param);
     for (int s = 0; s < Rule::kStates; ++s) {
       if (row.state[s]) row.state[s].template unstage<S>(begin, n, state[s]);
     }
@@ -959,76 +973,26 @@ struct Control {
   Draws draws;
 };
 
-// b s of equation (5); also decides whether the row reads its anchor at all, and how.
+// b s of equation (5); also notes in the row whether it reads its anchor at all, and how.
 double set_guidance(const Rows& rows, const Control& control, int64_t i, double strength,
                     double threshold, Row& row) {
-  const int flags = control.flags[i];
-  const double pull = strength * control.coefficients[kScales + i];
-  if (!(flags & (kInject | kInjectElements)) || !rows.anchored(i) || pull == 0) return 0;
-  if (flags & kInjectElements) {
-    if (threshold <= 0) return 0;
-    row.masked = threshold < 4294967296.0;
-    row.threshold = row.masked ? static_cast<uint32_t>(threshold) : 0;
-  }
-  row.guided = true;
-  return pull;
+  const Guidance guidance = guidance_of(control.flags[i], rows.anchored(i),
+                                        control.coefficients[kScales + i], strength, threshold);
+  row.guided = guidance.guided;
+  row.masked = guidance.masked;
+  row.threshold = guidance.threshold;
+  return guidance.pull;
 }
 
-// c, with everything else that multiplies the real gradient.
-double gradient_factor(const Rows& rows, const Control& control, bool negate) {
-  const double factor = control.coefficients[kClip] / rows.grad_scale;
-  return negate ? -factor : factor;
+double row_factor(const Rows& rows, const Control& control, bool negate) {
+  return gradient_factor(control.coefficients[kClip], rows.grad_scale, negate);
 }
 
-enum AdamHyper : int {
-  kAdamLr,
-  kAdamBeta1,
-  kAdamBeta2,
-  kAdamEps,
-  kAdamWeightDecay,
-  kAdamDecoupled,
-  kAdamAmsgrad,
-  kAdamMaximize,
-  kAdamStrength,
-  kAdamThreshold,
-  kAdamHypers
-};
-
-enum SgdHyper : int {
-  kSgdLr,
-  kSgdMomentum,
-  kSgdDampening,
-  kSgdWeightDecay,
-  kSgdNesterov,
-  kSgdMaximize,
-  kSgdStrength,
-  kSgdThreshold,
-  kSgdHypers
-};
-
-enum GuideHyper : int { kGuideMaximize, kGuideStrength, kGuideThreshold, kGuideHypers };
-
-// What only the group and the step number decide. Powers, roots and divisions would take longer
-// than the update of a tiny tensor, and the row before it very likely needed the same.
-AdamScalars<double> adam_scalars(const double* hyper, double factor, double step) {
-  const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
-  const bool decoupled = hyper[kAdamDecoupled] != 0;
-  AdamScalars<double> s;
-  s.guide = {factor, 0};
-  s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
-  s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
-  s.weight1 = 1 - beta1;
-  s.rest1 = beta1;
-  s.beta2 = beta2;
-  s.weight2 = 1 - beta2;
-  s.inv_sqrt_bias2 = 1 / std::sqrt(1 - std::pow(beta2, step));
-  s.eps = hyper[kAdamEps];
-  s.step_size = lr / (1 - std::pow(beta1, step));
-  return s;
-}
-
-void compute_adam(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
+void compute_adam(const Rows& rows, const Control& control, double* distances, bool look_ahead,
+                  bool stochastic = false) {
   std::vector<AdamRule::Row>& work = scratch<AdamRule::Row>(rows.n);
+  // What only the group and the step number decide: powers, roots and divisions would take longer
+  // than the update of a tiny tensor, and the row before it very likely needed the same.
   const double* last_hyper = nullptr;
   double last_step = 0;
   AdamScalars<double> scalars{};
@@ -1036,7 +1000,7 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
     if (!rows.active(i)) continue;
     const int64_t* r = rows.row(i);
     const double* hyper = control.hyper + r[kColumnGroup] * kAdamHypers;
-    AdamRule::Row& row = work.emplace_back(rows, i, look_ahead);
+    AdamRule::Row& row = work.emplace_back(rows, i, look_ahead, stochastic);
     const bool amsgrad = hyper[kAdamAmsgrad] != 0;
     for (int s = 0; s < (amsgrad ? 3 : 2); ++s) {
       row.state[s] = rows.stream(i, r[kColumnState + s], kSlotState + s);
@@ -1046,15 +1010,16 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
     STD_TORCH_CHECK(r[kColumnStep] != 0, "dgg::adam_table_: row ", i, " of table has no step");
     const double step = *reinterpret_cast<const float*>(r[kColumnStep]) + 1.0f;
     if (hyper != last_hyper || step != last_step) {
-      const double factor = gradient_factor(rows, control, hyper[kAdamMaximize] != 0);
-      scalars = adam_scalars(hyper, factor, step);
+      const double factor = row_factor(rows, control, hyper[kAdamMaximize] != 0);
+      scalars = adam_scalars(hyper, factor, bias_correction(hyper[kAdamBeta1], step),
+                             bias_correction(hyper[kAdamBeta2], step));
       last_hyper = hyper;
       last_step = step;
     }
     row.scalars = scalars;
     row.scalars.guide.pull =
         set_guidance(rows, control, i, hyper[kAdamStrength], hyper[kAdamThreshold], row);
-    row.staging = staging_of(row, row.state, 3, row.guided || row.look_ahead);
+    row.choose_staging(3);
   }
   // Only now, with everything checked, is anything written.
   for (const auto& row : work) {
@@ -1063,28 +1028,24 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
   run_updates<AdamRule>(work, control.draws, distances);
 }
 
-void compute_sgd(const Rows& rows, const Control& control, double* distances, bool look_ahead) {
+void compute_sgd(const Rows& rows, const Control& control, double* distances, bool look_ahead,
+                 bool stochastic = false) {
   std::vector<SgdRule::Row>& work = scratch<SgdRule::Row>(rows.n);
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.active(i)) continue;
     const int64_t* r = rows.row(i);
     const double* hyper = control.hyper + r[kColumnGroup] * kSgdHypers;
-    SgdRule::Row& row = work.emplace_back(rows, i, look_ahead);
+    SgdRule::Row& row = work.emplace_back(rows, i, look_ahead, stochastic);
     if (hyper[kSgdMomentum] != 0) {
       row.state[0] = rows.stream(i, r[kColumnState], kSlotState);
       STD_TORCH_CHECK(row.state[0] || row.numel == 0, "dgg::sgd_table_: row ", i,
                       " of table has no address for the momentum buffer");
     }
-    SgdScalars<double>& s = row.scalars;
-    s.guide.grad = gradient_factor(rows, control, hyper[kSgdMaximize] != 0);
-    s.guide.pull = set_guidance(rows, control, i, hyper[kSgdStrength], hyper[kSgdThreshold], row);
-    s.l2 = hyper[kSgdWeightDecay];
-    s.lr = hyper[kSgdLr];
-    s.momentum = hyper[kSgdMomentum];
-    s.undamped = 1 - hyper[kSgdDampening];
-    s.nesterov = hyper[kSgdNesterov];
-    s.first = (control.flags[i] & kFirstStep) ? 1 : 0;
-    row.staging = staging_of(row, row.state, 1, row.guided || row.look_ahead);
+    const double pull =
+        set_guidance(rows, control, i, hyper[kSgdStrength], hyper[kSgdThreshold], row);
+    row.scalars = sgd_scalars(hyper, row_factor(rows, control, hyper[kSgdMaximize] != 0), pull,
+                              (control.flags[i] & kFirstStep) != 0);
+    row.choose_staging(1);
   }
   run_updates<SgdRule>(work, control.draws, distances);
 }
@@ -1126,9 +1087,7 @@ void compute_guide(const Rows& rows, const Control& control) {
     GuideRow row(rows, i);
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
-    // The other optimizer negates what it is given; the pull must survive that.
-    row.scalars = {gradient_factor(rows, control, false),
-                   hyper[kGuideMaximize] != 0 ? -pull : pull};
+    row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull);
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
     row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);
@@ -1219,13 +1178,6 @@ Tensor norms_table(const Tensor& table, const Tensor& grads, const Tensor& repla
   return squares;
 }
 
-double scale_of(double clip, double grad, double distance) {
-  // Stated first: 0 / 0 is where backends would differ.
-  if (grad == 0 || distance == 0) return 0;
-  const double ratio = clip * grad / distance;
-  return ratio > 1 ? 1 : ratio;  // NaN stays NaN
-}
-
 Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_norm, bool scaling,
                          bool per_tensor) {
   STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3,
@@ -1241,15 +1193,11 @@ Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_n
   }
   Tensor result = empty_doubles({kScales + n});
   double* out = data<double>(result);
-  double clip = 1;
-  if (max_grad_norm) {
-    clip = *max_grad_norm / (norms[0] + 1e-6);
-    if (clip > 1) clip = 1;
-  }
+  const double clip = max_grad_norm ? clip_of(*max_grad_norm, norms[0]) : 1;
   out[kClip] = clip;
-  out[1] = norms[1];
-  out[2] = norms[2];
-  out[3] = norms[0];
+  out[kGradLength] = norms[1];
+  out[kDistanceLength] = norms[2];
+  out[kTotalLength] = norms[0];
   const double global = scaling ? scale_of(clip, norms[1], norms[2]) : 1;
   for (int64_t i = 0; i < n; ++i) {
     out[kScales + i] = scaling && per_tensor
@@ -1262,25 +1210,25 @@ Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_n
 void adam_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                 const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
                 const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
-                int64_t seed, int64_t draw) {
+                int64_t seed, int64_t draw, bool stochastic) {
   const char* const op = "adam_table_";
   const Control control =
       make_control(op, table.size(0), coefficients, flags, hyper, kAdamHypers, seed, draw);
   const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
-  compute_adam(rows, control, data<double>(distances), look_ahead);
+  compute_adam(rows, control, data<double>(distances), look_ahead, stochastic);
 }
 
 void sgd_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
                const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
-               int64_t seed, int64_t draw) {
+               int64_t seed, int64_t draw, bool stochastic) {
   const char* const op = "sgd_table_";
   const Control control =
       make_control(op, table.size(0), coefficients, flags, hyper, kSgdHypers, seed, draw);
   const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
-  compute_sgd(rows, control, data<double>(distances), look_ahead);
+  compute_sgd(rows, control, data<double>(distances), look_ahead, stochastic);
 }
 
 void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays,

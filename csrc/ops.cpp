@@ -30,11 +30,11 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   m.def(
       "adam_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
-      "bool look_ahead, int seed, int draw) -> ()");
+      "bool look_ahead, int seed, int draw, bool stochastic=False) -> ()");
   m.def(
       "sgd_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
-      "bool look_ahead, int seed, int draw) -> ()");
+      "bool look_ahead, int seed, int draw, bool stochastic=False) -> ()");
   m.def(
       "guide_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, *, float replay_weight, float grad_scale, int seed, int draw) -> ()");

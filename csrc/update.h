@@ -61,6 +61,12 @@ DGG_HOST_DEVICE T widen(bfloat16 x) {
 
 template <typename T>
 DGG_HOST_DEVICE T widen(float16 x) {
+#if defined(__CUDA_ARCH__)
+  // The same function in one instruction.
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return static_cast<T>(wide);
+#else
   // Both the normal and the subnormal reading are computed and one is selected. Shifted left by
   // one, the sign is gone and the exponent's place no longer depends on it.
   const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
@@ -70,6 +76,7 @@ DGG_HOST_DEVICE T widen(float16 x) {
   const float subnormal = float_from_bits((twice >> 17) | (126u << 23)) - 0.5f;
   const uint32_t magnitude = bits_from_float(twice < (1u << 27) ? subnormal : normal);
   return static_cast<T>(float_from_bits(sign | magnitude));
+#endif
 }
 
 template <typename S, typename T>
@@ -82,10 +89,17 @@ struct Narrow<bfloat16, T> {
   // Round to nearest even. NaN is set apart: rounding could carry its payload into the exponent.
   DGG_HOST_DEVICE static bfloat16 from(T value) {
     const float x = static_cast<float>(value);
+#if defined(__CUDA_ARCH__)
+    // The same function in one instruction, but for the payload of NaN.
+    bfloat16 near;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
+    return near;
+#else
     const uint32_t bits = bits_from_float(x);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     const uint32_t quiet = (bits >> 16) | 0x40u;
     return {static_cast<uint16_t>(x != x ? quiet : rounded)};
+#endif
   }
 };
 
@@ -95,6 +109,11 @@ struct Narrow<float16, T> {
   // that overflow pass through infinity on the way. The two scalings must not be merged.
   DGG_HOST_DEVICE static float16 from(T value) {
     const float x = static_cast<float>(value);
+#if defined(__CUDA_ARCH__)
+    float16 near;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
+    return near;
+#else
     const uint32_t bits = bits_from_float(x);
     const uint32_t sign = bits & 0x80000000u;
     const uint32_t twice = bits + bits;
@@ -104,12 +123,21 @@ struct Narrow<float16, T> {
     const uint32_t sum = bits_from_float(float_from_bits((bias >> 1) + 0x07800000u) + magnitude);
     const uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0xFFFu);
     return {static_cast<uint16_t>((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : half))};
+#endif
   }
 };
 
 template <typename S, typename T>
 DGG_HOST_DEVICE S narrow(T x) {
   return Narrow<S, T>::from(x);
+}
+
+// Stochastic rounding: up with the probability of what is cut off, so that the expected value is x.
+DGG_HOST_DEVICE bfloat16 narrow_stochastically(float x, uint32_t word) {
+  const uint32_t bits = bits_from_float(x);
+  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+  const uint32_t moved = (bits + (word & 0xFFFFu)) >> 16;
+  return {finite ? static_cast<uint16_t>(moved) : narrow<bfloat16>(x).bits};
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011): c becomes the four output words of the counter.
@@ -147,16 +175,17 @@ struct GuideScalars {
   T pull;
 
   template <typename U>
-  GuideScalars<U> as() const {
+  DGG_HOST_DEVICE GuideScalars<U> as() const {
     return {static_cast<U>(grad), static_cast<U>(pull)};
   }
 };
 
-// Equation (5).
+// Equation (5). `inject` is for those who learn only at run time, element by element, whether the
+// anchor pulls.
 template <bool kGuided, typename T>
-DGG_HOST_DEVICE T guide(const GuideScalars<T>& s, T param, T grad, T anchor) {
+DGG_HOST_DEVICE T guide(const GuideScalars<T>& s, T param, T grad, T anchor, bool inject = true) {
   const T scaled = s.grad * grad;
-  return kGuided ? scaled + s.pull * (param - anchor) : scaled;
+  return kGuided && inject ? scaled + s.pull * (param - anchor) : scaled;
 }
 
 template <typename T>
@@ -173,7 +202,7 @@ struct AdamScalars {
   T step_size;       // lr / (1 - beta1^step)
 
   template <typename U>
-  AdamScalars<U> as() const {
+  DGG_HOST_DEVICE AdamScalars<U> as() const {
     return {guide.template as<U>(),  static_cast<U>(l2),
             static_cast<U>(keep),    static_cast<U>(weight1),
             static_cast<U>(rest1),   static_cast<U>(beta2),
@@ -186,8 +215,8 @@ struct AdamScalars {
 // as torch.lerp is, so beta1 = 0 gives exactly the gradient.
 template <bool kGuided, bool kAmsgrad, typename T>
 DGG_HOST_DEVICE void adam(const AdamScalars<T>& s, T& param, T grad, T& exp_avg, T& exp_avg_sq,
-                          T& max_exp_avg_sq, T anchor) {
-  T total = guide<kGuided>(s.guide, param, grad, anchor);
+                          T& max_exp_avg_sq, T anchor, bool inject = true) {
+  T total = guide<kGuided>(s.guide, param, grad, anchor, inject);
   // Not an unconditional addition: 0 * inf would be NaN where torch has none.
   total = s.l2 != T(0) ? total + s.l2 * param : total;
   const T gap = total - exp_avg;
@@ -216,7 +245,7 @@ struct SgdScalars {
   T first;  // the buffer is not read but set
 
   template <typename U>
-  SgdScalars<U> as() const {
+  DGG_HOST_DEVICE SgdScalars<U> as() const {
     return {guide.template as<U>(),   static_cast<U>(l2),       static_cast<U>(lr),
             static_cast<U>(momentum), static_cast<U>(undamped), static_cast<U>(nesterov),
             static_cast<U>(first)};
@@ -225,8 +254,9 @@ struct SgdScalars {
 
 // Equation (6), torch.optim.SGD.
 template <bool kGuided, bool kMomentum, typename T>
-DGG_HOST_DEVICE void sgd(const SgdScalars<T>& s, T& param, T grad, T& buffer, T anchor) {
-  T total = guide<kGuided>(s.guide, param, grad, anchor);
+DGG_HOST_DEVICE void sgd(const SgdScalars<T>& s, T& param, T grad, T& buffer, T anchor,
+                         bool inject = true) {
+  T total = guide<kGuided>(s.guide, param, grad, anchor, inject);
   total = s.l2 != T(0) ? total + s.l2 * param : total;
   if (kMomentum) {
     buffer = s.first != T(0) ? total : s.momentum * buffer + s.undamped * total;

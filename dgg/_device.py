@@ -49,6 +49,11 @@ class Launch:
     counter: Tensor
 
     @property
+    def copies(self) -> bool:
+        """Whether the rows are master weights: their copies are stored in another dtype."""
+        return self.dtypes & 0xFF != self.dtypes >> 56 & 0xFF
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The leading arguments of a launch after the table."""
         return self.rows, self.chunks, self.starts, self.partials, self.counter
@@ -260,9 +265,10 @@ class Kernels:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         draw_index: Tensor | None,
+        variant: int,
         **options,
     ) -> None:
-        """Runs ``adam_`` or ``sgd_`` on all rows; options: replay_weight, seed, draw, variant."""
+        """Runs ``adam_`` or ``sgd_`` on all rows; options: replay_weight, seed and draw."""
         function = getattr(self._functions, rule[:-1] + "_launch_")
         for launch in self.launches:
             function(
@@ -278,6 +284,7 @@ class Kernels:
                 found_inf,
                 draw_index,
                 dtypes=launch.dtypes,
+                variant=variant | (COPY if launch.copies else 0),
                 **options,
             )
 
@@ -292,7 +299,7 @@ class Kernels:
         draw_index: Tensor | None,
         **options,
     ) -> None:
-        """Runs ``guide_`` on all rows; options as in `update_`."""
+        """Runs ``guide_`` on all rows; options as in `update_`, and variant."""
         for launch in self.launches:
             rows, chunks, starts, _, counter = launch.tensors
             self._functions.guide_launch_(

@@ -208,7 +208,7 @@ class Rows:
     """The parallel lists of one device's parameters, a row per parameter, and their table.
 
     Attributes:
-        params: Parameters θ as the optimizer holds them.
+        params: Parameters as the optimizer holds them: θ, or with master weights their copies.
         groups: Number of each row's parameter group.
         indices: Tensor index j of each row, counted over all groups.
         anchored: Whether any row has an anchor.
@@ -229,9 +229,12 @@ class Rows:
         exp_avg_sqs: Sequence[Tensor | None] | None = None,
         max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
         steps: Sequence[Tensor | None] | None = None,
+        masters: Sequence[Tensor | None] | None = None,
+        stochastic: bool = False,
     ) -> None:
         absent = [None] * len(params)
         self.backend = backend
+        self.stochastic = stochastic
         self.params = list(params)
         self.groups = list(groups)
         self.indices = list(indices)
@@ -244,17 +247,30 @@ class Rows:
         )
         self.hyper_values: list[float] = []
         self._versions: list[int] | None = None
+        self._seen: list[int] | None = None
         self._constants: dict[object, Tensor] = {}
         self._dtypes = [p.dtype for p in self.params]
         # Kernels see complex tensors as pairs of reals.
         self._state = {
-            PARAM: [real_view(p.detach()) for p in self.params],
+            PARAM: _real_views(
+                [
+                    p if master is None else master
+                    for p, master in zip(self.params, masters or absent, strict=True)
+                ]
+            ),
+            COPY: _real_views(
+                [
+                    None if master is None else p
+                    for p, master in zip(self.params, masters or absent, strict=True)
+                ]
+            ),
             EXP_AVG: _real_views(exp_avgs or absent),
             EXP_AVG_SQ: _real_views(exp_avg_sqs or absent),
             MAX_EXP_AVG_SQ: _real_views(max_exp_avg_sqs or absent),
             ANCHOR: _real_views(anchors),
             STEP: list(steps or absent),
         }
+        self.has_masters = any(copy is not None for copy in self._state[COPY])
         self._staged = [not self._flat(row) for row in range(len(self.params))]
         # Gradients of parameters like these are taken up without a look at each row's strides.
         self._plain = not any(self._staged) and all(
@@ -279,7 +295,7 @@ class Rows:
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
         param = self._state[PARAM][row]
-        state = [self._state[column][row] for column in (*_MOMENTS, ANCHOR)]
+        state = [self._state[column][row] for column in (*_MOMENTS, ANCHOR, COPY)]
         return is_dense(param) and all(x is None or same_order(x, param) for x in state)
 
     def _make_table(self) -> Tensor:
@@ -288,18 +304,26 @@ class Rows:
             state = (self._state[column][row] for column in (PARAM, *_MOMENTS, ANCHOR, STEP))
             addresses = [0 if x is None else x.data_ptr() for x in state]
             numel = param.numel()
+            copy = self._state[COPY][row]
             rows.append(
                 [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
-                 self.indices[row], 0, numel, numel, 0]
+                 self.indices[row], 0, numel, numel, 0 if copy is None else copy.data_ptr()]
             )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._state[PARAM][row]
-        state = (self._state[column][row] for column in (*_MOMENTS, ANCHOR))
+        state = (self._state[column][row] for column in (*_MOMENTS, ANCHOR, COPY))
+        # Gradients have the dtype of what the model computes with.
+        usual = self.params[row].dtype
+        dtypes = [
+            param.dtype,
+            usual if grad is None else grad.dtype,
+            usual if replay is None else replay.dtype,
+            *(param.dtype if x is None else x.dtype for x in state),
+        ]
         packed = 0
-        for place, tensor in enumerate((param, grad, replay, *state)):
-            dtype = param.dtype if tensor is None else tensor.dtype
+        for place, dtype in enumerate(dtypes):
             packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
         return packed
 
@@ -381,7 +405,7 @@ class Rows:
 
     def _stage(self, row: int) -> None:
         # Tensors whose strides disagree are worked on as contiguous copies for this step.
-        for column in (PARAM, *_MOMENTS, ANCHOR):
+        for column in (PARAM, *_MOMENTS, ANCHOR, COPY):
             tensor = self._state[column][row]
             if tensor is None:
                 continue
@@ -414,6 +438,20 @@ class Rows:
             )
             self._constants["coefficients"] = ones
         return self._constants["coefficients"]
+
+    def take_up_changes(self) -> None:
+        """Carries changes that somebody made to the parameters over into their master weights.
+
+        An element that is still its master's rounding keeps the master; any other becomes it.
+        """
+        now = [p._version for p in self.params]
+        if now == self._seen:
+            return
+        for row, copy in enumerate(self._state[COPY]):
+            if copy is not None and (self._seen is None or self._seen[row] != now[row]):
+                master = self._state[PARAM][row]
+                master.copy_(torch.where(master.to(copy.dtype) == copy, master, copy.to(master)))
+        self._seen = now
 
     def forget(self) -> None:
         """Drops all known distances."""
@@ -461,6 +499,8 @@ class Rows:
                 self._versions = [p._version for p in self.params]
                 for row in inactive if before is not None else ():
                     self._versions[row] = before[row]
+        if self.has_masters:
+            self._seen = [p._version for p in self.params]
         self.release()
 
     def release(self) -> None:
@@ -689,6 +729,7 @@ def _update(
         variant |= _device.LOOK_AHEAD if look_ahead else 0
         if any(group[_OPTIONAL_STATE[name]] for group in groups):
             variant |= _device.STATE
+        variant |= _device.STOCHASTIC if rows.stochastic else 0
         rows.kernels.update_(
             name,
             coefficients,
@@ -715,6 +756,7 @@ def _update(
             replay_weight=replay_weight,
             grad_scale=scaling.divisor,
             look_ahead=look_ahead,
+            stochastic=rows.stochastic,
             seed=_signed(draw.seed),
             draw=draw.index,
         )
@@ -730,6 +772,8 @@ def _update(
                 rows.indices,
                 **{key: group[key] for key in hyper},
                 look_ahead=look_ahead,
+                copies=rows._state[COPY] if rows.has_masters else (),
+                stochastic=rows.stochastic,
                 replay_weight=replay_weight,
                 grad_scale=scaling.divisor,
                 seed=draw.seed,

@@ -20,6 +20,7 @@ _MASK = 0xFFFFFFFF
 STREAM_STEP = 0
 STREAM_TENSOR = 1
 STREAM_ELEMENT = 1 << 31
+STREAM_ROUNDING = 3 << 30
 
 
 def block(seed, counter):
@@ -70,14 +71,17 @@ def tensor_words(seed: int, draw: int, indices: torch.Tensor) -> torch.Tensor:
     return block(seed, (zero, zero, zero + (draw & _MASK), indices + STREAM_TENSOR))[0]
 
 
-def element_words(seed: int, draw: int, index: int, elements: torch.Tensor) -> torch.Tensor:
-    """Returns one word per element (granularity ``"element"``).
+def element_words(
+    seed: int, draw: int, index: int, elements: torch.Tensor, stream: int = STREAM_ELEMENT
+) -> torch.Tensor:
+    """Returns one word per element (granularity ``"element"``, and stochastic rounding).
 
     Args:
         seed: Seed in [0, 2**64).
         draw: Draw index k.
         index: Index j of the tensor over all groups.
         elements: int64 tensor of row-major indices in the unsharded parameter.
+        stream: STREAM_ELEMENT, or STREAM_ROUNDING for the words of stochastic rounding.
 
     Returns:
         int64 tensor shaped like ``elements``: output word i mod 4 of counter i // 4.
@@ -86,7 +90,7 @@ def element_words(seed: int, draw: int, index: int, elements: torch.Tensor) -> t
     zero = torch.zeros_like(elements)
     words = block(
         seed,
-        (quad & _MASK, quad >> 32, zero + (draw & _MASK), zero + (STREAM_ELEMENT + index)),
+        (quad & _MASK, quad >> 32, zero + (draw & _MASK), zero + (stream + index)),
     )
     lane = elements & 3
     out = words[3]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,6 +231,7 @@ def plan_anchors(
     model: torch.nn.Module | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
+    weights: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Decides which parameters get an anchor, from what and into which memory; writes nothing.
 
@@ -241,6 +242,7 @@ def plan_anchors(
         model: Maps names to parameters, or None if the groups know the names.
         dtype: Storage dtype or None for the parameter's.
         device: Storage device or None for the parameter's.
+        weights: What the optimizer steps for a parameter: itself, or its master weight.
 
     Returns:
         (parameter, source, target) of every parameter to anchor; a present anchor that fits is
@@ -279,11 +281,15 @@ def plan_anchors(
                 f"anchor_device={str(device)!r} does not go with {label} on {str(p.device)!r}; "
                 "use 'cpu' or None (the parameter's device)"
             )
-    dtypes = [anchor.storage_dtype(p, dtype, label) for p, label in chosen]
+    stepped = [weights(p) for p in params]
+    dtypes = [
+        anchor.storage_dtype(theta, dtype, label)
+        for theta, label in zip(stepped, labels, strict=True)
+    ]
     if tensors is None:
-        sources = [p.detach() for p in params]
-        for (p, label), wanted in zip(chosen, dtypes, strict=True):
-            anchor.check_source(p.detach(), p, label, wanted)
+        sources = stepped
+        for p, theta, label, wanted in zip(params, stepped, labels, dtypes, strict=True):
+            anchor.check_source(theta, p, label, wanted)
     else:
         names = _names_of(groups, model, params)
         sources = anchor.match_named(tensors, params, names, labels, dtypes)
@@ -896,6 +902,51 @@ def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
             "None (the parameter's dtype)"
         )
     return dtype
+
+
+def check_state_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``dtype`` if moments can be stored in it.
+
+    Raises:
+        TypeError: It is not one of the floating dtypes of the kernels.
+    """
+    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"state_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
+            "None (the parameter's dtype)"
+        )
+    return dtype
+
+
+def check_precision(
+    stochastic_rounding: bool, master_weights: bool, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Checks the options for parameters of 16 bits against the parameters.
+
+    Raises:
+        TypeError: One of them is no bool.
+        ValueError: Both are given, or no parameter is of a dtype they are for.
+    """
+    options = {"stochastic_rounding": stochastic_rounding, "master_weights": master_weights}
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
+    if stochastic_rounding and master_weights:
+        raise ValueError(
+            "stochastic_rounding and master_weights both keep small updates from being lost; "
+            "choose one (a master weight leaves nothing to round)"
+        )
+    dtypes = {p.dtype for group in groups for p in group["params"]}
+    if stochastic_rounding and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "stochastic_rounding=True is for bfloat16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
+    if master_weights and not dtypes & {torch.bfloat16, torch.float16}:
+        raise ValueError(
+            "master_weights=True is for bfloat16 and float16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
 
 
 def check_anchor_device(device: torch.device | str | None) -> torch.device | None:

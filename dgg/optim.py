@@ -48,6 +48,9 @@ class _Guided:
         self._backend = options.pop("backend")
         self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
         self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
+        self._state_dtype = guidance.check_state_dtype(options.pop("state_dtype"))
+        self._stochastic = options.pop("stochastic_rounding")
+        self._master = options.pop("master_weights")
         if not (fused or foreach) and (fused is False or foreach is False):
             # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is;
             # beside a True of the other it only says which of the fast ways it is (torchtitan).
@@ -67,6 +70,7 @@ class _Guided:
         guidance.check_options(self._guidance)
         parent()
         guidance.check_backend(self._backend, self.param_groups)
+        guidance.check_precision(self._stochastic, self._master, self.param_groups)
         self._check_kernels(p for group in self.param_groups for p in group["params"])
         self.defaults.update(self._guidance)
         # torch.optim sets this with fused=True only; our step always honours both attributes.
@@ -102,7 +106,8 @@ class _Guided:
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
         names = (
-            "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device", "_guidance"
+            "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
+            "_state_dtype", "_stochastic", "_master", "_guidance",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
@@ -247,6 +252,9 @@ class _Guided:
         if not cache.all_rows:
             self._advance(draw)
             return
+        for rows in cache.all_rows:
+            if rows.has_masters:
+                rows.take_up_changes()
         if self._capturable:
             self._captured_step(wide, hyper, cache.all_rows, scaling)
             slot.clear()
@@ -386,7 +394,7 @@ class _Guided:
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
                     guidance.check_gradient(given, param, label, kind)
-            for name in (*self._needed(group_of[place]), "anchor"):
+            for name in (*self._needed(group_of[place]), "anchor", "master"):
                 value = self.state.get(param, {}).get(name)
                 if value is not None and value.shape != param.shape:
                     raise ValueError(
@@ -457,6 +465,7 @@ class _Guided:
             model,
             self._anchor_dtype,
             self._anchor_device,
+            self._stepped,
         )
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, source, target in plan:
@@ -469,6 +478,30 @@ class _Guided:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
             group["task_index"] += 1
         self._rows = None
+
+    def _has_master(self, param: Tensor) -> bool:
+        return self._master and param.dtype in (torch.bfloat16, torch.float16)
+
+    def _stepped(self, param: Tensor) -> Tensor:
+        """Returns what a step updates for ``param``: its master weight, or the parameter."""
+        if not self._has_master(param):
+            return param.detach()
+        master = self.state.get(param, {}).get("master")
+        return param.detach().float() if master is None else master
+
+    def _make_state(self, param: Tensor, names: Iterable[str]) -> None:
+        """Makes what is missing of ``names``: moments of zeros, and the master weight."""
+        state = self.state[param]
+        for name in names:
+            if state.get(name) is not None:
+                continue
+            if name == "master":
+                state[name] = param.detach().to(torch.float32, copy=True)
+                continue
+            dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
+            state[name] = torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            )
 
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
@@ -539,15 +572,20 @@ class _Guided:
             {name: group[name] for name in (*self._guidance, "anchored")}
             for group in self.param_groups
         ]
-        # torch casts all floating state to the parameter's dtype, which would round an anchor.
+        # torch casts all floating state to the parameter's dtype, which would round an anchor, a
+        # master weight and moments that are kept in another dtype.
+        kept_back = {"anchor", "master"}
+        if self._state_dtype is not None:
+            kept_back |= self._columns.keys() - {"step"}
         stripped = dict(state_dict)
         stripped["state"] = {
-            key: {k: v for k, v in entry.items() if k != "anchor"}
+            key: {k: v for k, v in entry.items() if k not in kept_back}
             if isinstance(entry, dict)
             else entry
             for key, entry in state_dict["state"].items()
         }
         super().load_state_dict(stripped)
+        self._load_kept_back(state_dict, kept_back - {"anchor"})
         for group, flags, mine, saved in zip(
             self.param_groups, kept, ours, state_dict["param_groups"], strict=True
         ):
@@ -561,6 +599,18 @@ class _Guided:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
         self._normalise_steps()
         self._rows = None
+
+    def _load_kept_back(self, state_dict: Mapping[str, Any], names: set[str]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                for name in names & state_dict["state"].get(key, {}).keys():
+                    value = state_dict["state"][key][name]
+                    if value is None:
+                        continue
+                    dtype = torch.float32
+                    if name != "master":
+                        dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
+                    self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
 
     def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
         if not isinstance(state_dict, Mapping):
@@ -597,6 +647,12 @@ class _Guided:
                             f"shape {tuple(shape)}, the parameter has {tuple(param.shape)}; load "
                             "it into the same architecture"
                         )
+                if "master" in entry and not self._has_master(param):
+                    raise ValueError(
+                        f"the checkpoint has a master weight of parameter {place} of group "
+                        f"{number}, which this optimizer would not keep; build it with "
+                        "master_weights=True over 16-bit parameters"
+                    )
                 value = entry.get("anchor")
                 if value is None:
                     continue
@@ -684,7 +740,10 @@ class _RowCache:
             and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         used = set(usable)
-        needed = [self._needed[number] for number in self._groups]
+        needed = [
+            (*self._needed[number], *(("master",) if optimizer._has_master(p) else ()))
+            for number, p in zip(self._groups, params, strict=True)
+        ]
         self._unready = [
             i
             for i, state in enumerate(states)
@@ -704,6 +763,11 @@ class _RowCache:
                     [params[i] for i in places],
                     [self._groups[i] for i in places],
                     places,
+                    masters=[
+                        s.get("master") if optimizer._has_master(params[i]) else None
+                        for i, s in zip(places, state, strict=True)
+                    ],
+                    stochastic=optimizer._stochastic,
                     **columns,
                 )
             )
@@ -781,7 +845,8 @@ class Adam(_Guided, torch.optim.Adam):
         amsgrad: Divide by the largest second moment so far.
         foreach: True demands a fused backend, False the tensor-by-tensor reference.
         maximize: Ascend the objective; the guidance still pulls towards the anchor.
-        capturable: Refused: needs GPU kernels.
+        capturable: Make steps that a CUDA graph can capture: draw index, draws and step counts
+            stay on the device, and ``lr`` and ``alpha`` may be tensors there. GPU only.
         differentiable: Refused: the step records no graph.
         fused: True demands a fused backend, False the reference.
         decoupled_weight_decay: True makes this AdamW.
@@ -827,6 +892,9 @@ class Adam(_Guided, torch.optim.Adam):
         seed: int = 0,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
         process_group=None,
         backend: str | None = None,
     ) -> None:
@@ -843,7 +911,9 @@ class Adam(_Guided, torch.optim.Adam):
             differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
             norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
             replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, process_group=process_group, backend=backend,
+            anchor_device=anchor_device, state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
+            process_group=process_group, backend=backend,
         )  # fmt: skip
 
     def _needed(self, group: dict) -> tuple[str, ...]:
@@ -852,9 +922,9 @@ class Adam(_Guided, torch.optim.Adam):
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
         state = self.state[param]
         state["step"] = self._step_scalar(param, state.get("step", 0.0))
-        for name in self._needed(group):
-            if name not in state:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        self._make_state(param, self._needed(group))
+        if self._has_master(param):
+            self._make_state(param, ("master",))
 
     def _hyper(self, group: dict) -> dict[str, Any]:
         return {
@@ -886,7 +956,8 @@ class AdamW(Adam, torch.optim.AdamW):
         amsgrad: Divide by the largest second moment so far.
         maximize: Ascend the objective; the guidance still pulls towards the anchor.
         foreach: True demands a fused backend, False the tensor-by-tensor reference.
-        capturable: Refused: needs GPU kernels.
+        capturable: Make steps that a CUDA graph can capture: draw index, draws and step counts
+            stay on the device, and ``lr`` and ``alpha`` may be tensors there. GPU only.
         differentiable: Refused: the step records no graph.
         fused: True demands a fused backend, False the reference.
         alpha: Probability of injecting the guidance at a step (α); per group, schedulable.
@@ -899,6 +970,11 @@ class AdamW(Adam, torch.optim.AdamW):
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
         anchor_device: Storage device of the anchor; None is the parameter's.
+        state_dtype: Storage dtype of the moments; None is the parameter's.
+        stochastic_rounding: Round bfloat16 parameters stochastically, so that small updates are
+            not lost in the mean; the random words are drawn as the Bernoulli draws are.
+        master_weights: Keep a float32 copy of every bfloat16 and float16 parameter in
+            ``state[p]["master"]``; steps update it and write its rounding to the parameter.
         process_group: Not supported yet; leave None.
         backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
 
@@ -941,6 +1017,9 @@ class AdamW(Adam, torch.optim.AdamW):
         seed: int = 0,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
         process_group=None,
         backend: str | None = None,
     ) -> None:
@@ -950,7 +1029,9 @@ class AdamW(Adam, torch.optim.AdamW):
             decoupled_weight_decay=True, alpha=alpha, strength=strength, scaling=scaling,
             norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
             replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, process_group=process_group, backend=backend,
+            anchor_device=anchor_device, state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
+            process_group=process_group, backend=backend,
         )  # fmt: skip
 
 
@@ -992,6 +1073,7 @@ class SGD(_Guided, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         alpha: float = 0.2,
         strength: float = 1.0,
         scaling: bool = True,
@@ -1002,6 +1084,9 @@ class SGD(_Guided, torch.optim.SGD):
         seed: int = 0,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
         process_group=None,
         backend: str | None = None,
     ) -> None:
@@ -1012,11 +1097,13 @@ class SGD(_Guided, torch.optim.SGD):
             )  # fmt: skip
 
         self._init_guidance(
-            parent, foreach=foreach, fused=fused, capturable=False,
+            parent, foreach=foreach, fused=fused, capturable=capturable,
             differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
             norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
             replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, process_group=process_group, backend=backend,
+            anchor_device=anchor_device, state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
+            process_group=process_group, backend=backend,
         )  # fmt: skip
 
     def _transient(self) -> None:
@@ -1028,12 +1115,13 @@ class SGD(_Guided, torch.optim.SGD):
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
+        if self._has_master(param):
+            self._make_state(param, ("master",))
         # The buffer is made by the first step, in which it becomes G; the anchor may come earlier.
         if group["momentum"] == 0 or before_first_step:
             return
-        state = self.state[param]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if self.state[param].get("momentum_buffer") is None:
+            self._make_state(param, ("momentum_buffer",))
             self._fresh.add(id(param))
 
     def _hyper(self, group: dict) -> dict[str, Any]:

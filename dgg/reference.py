@@ -201,6 +201,8 @@ def adam_(
     replay_weight: float = 1.0,
     grad_scale: float = 1.0,
     look_ahead: bool = False,
+    copies: TensorList = (),
+    stochastic: bool = False,
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -232,6 +234,9 @@ def adam_(
         replay_weight: w.
         grad_scale: Divisor of the gradients.
         look_ahead: Also measure the distance after the update.
+        copies: With master weights (``params``) the parameters that the model computes with,
+            which every update is written to as well; else None; may be empty.
+        stochastic: Round what is stored as bfloat16 stochastically; see `store`.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -260,7 +265,9 @@ def adam_(
             largest = torch.maximum(max_exp_avg_sqs[row].to(dtype), exp_avg_sq)
             max_exp_avg_sqs[row].copy_(largest)
         denom = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
-        param.copy_(theta - (lr / (1 - beta1**step)) * exp_avg / denom)
+        updated = theta - (lr / (1 - beta1**step)) * exp_avg / denom
+        copy = copies[row] if len(copies) else None
+        store(updated, param, copy, indices[row], stochastic=stochastic, seed=seed, draw=draw)
         _look_ahead(row, param, anchors[row], distances, look_ahead)
 
 
@@ -286,6 +293,8 @@ def sgd_(
     replay_weight: float = 1.0,
     grad_scale: float = 1.0,
     look_ahead: bool = False,
+    copies: TensorList = (),
+    stochastic: bool = False,
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -312,6 +321,8 @@ def sgd_(
         replay_weight: w.
         grad_scale: Divisor of the gradients.
         look_ahead: Also measure the distance after the update.
+        copies: As in `adam_`.
+        stochastic: Round what is stored as bfloat16 stochastically; see `store`.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -333,8 +344,53 @@ def sgd_(
                 buffer = momentum_buffers[row].to(total.dtype) * momentum + (1 - dampening) * total
             momentum_buffers[row].copy_(buffer)
             total = total + momentum * buffer if nesterov else buffer
-        param.copy_(theta - lr * total)
+        copy = copies[row] if len(copies) else None
+        store(
+            theta - lr * total, param, copy, indices[row], stochastic=stochastic, seed=seed,
+            draw=draw,
+        )  # fmt: skip
         _look_ahead(row, param, anchors[row], distances, look_ahead)
+
+
+def store(
+    value: Tensor,
+    param: Tensor,
+    copy: Tensor | None,
+    index: int,
+    *,
+    stochastic: bool,
+    seed: int,
+    draw: int,
+) -> None:
+    """Writes an updated parameter, and its low-precision copy if it is a master weight.
+
+    Stochastic rounding adds 16 random bits below the last one that bfloat16 keeps and cuts: in
+    the mean the stored value is the exact one, and updates smaller than half a unit in the last
+    place are not lost for good. Its words are a stream of their own of the step's Philox draw, so
+    they are the same on every backend and for every sharding. inf and NaN stay as they are.
+
+    Args:
+        value: θ_new, float32 or float64.
+        param: Where it is stored.
+        copy: Where it is stored as well, or None.
+        index: Tensor index j.
+        stochastic: Whether bfloat16 is rounded stochastically.
+        seed: Seed of the draws.
+        draw: Draw index k.
+    """
+    for target in (param, copy):
+        if target is None:
+            continue
+        if not stochastic or target.dtype != torch.bfloat16:
+            target.copy_(value)
+            continue
+        elements = torch.arange(value.numel(), device=value.device).view(value.shape)
+        words = _philox.element_words(seed, draw, index, elements, _philox.STREAM_ROUNDING)
+        bits = value.float().contiguous().view(torch.int32).to(torch.int64)
+        rounded = ((bits & 0xFFFFFFFF) + (words & 0xFFFF)) >> 16 << 16
+        rounded = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32)
+        cut = torch.where(value.isfinite(), rounded.view(torch.float32), value.float())
+        target.copy_(cut)
 
 
 def guide_(

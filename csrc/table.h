@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What every native backend reads from the table of tensors (described in ops.cpp) and from the
+// hyper-parameters, and what it decides from them: which rows are guided and how, and the numbers
+// an update needs. The arithmetic of one element is in update.h.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "update.h"
+
+namespace dgg {
+
+enum Column : int {
+  kColumnParam,
+  kColumnState,  // exp_avg, exp_avg_sq, max_exp_avg_sq; SGD uses the first for its buffer
+  kColumnAnchor = 4,
+  kColumnStep,
+  kColumnNumel,
+  kColumnGroup,
+  kColumnDtypes,
+  kColumnIndex,
+  kColumnBase,
+  kColumnBlock,
+  kColumnStride,
+  kColumnCopy,
+  kColumns
+};
+
+// Position of a tensor's code within the dtype column.
+enum DtypeSlot : int {
+  kSlotParam,
+  kSlotGrad,
+  kSlotReplay,
+  kSlotState,
+  kSlotAnchor = 6,
+  kSlotCopy,
+  kSlots
+};
+
+enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
+
+template <typename S>
+constexpr int code_of() {
+  return std::is_same<S, float>::value      ? kFloat32
+         : std::is_same<S, double>::value   ? kFloat64
+         : std::is_same<S, bfloat16>::value ? kBFloat16
+                                            : kFloat16;
+}
+
+enum Flag : int { kInject = 1, kInjectElements = 2, kFirstStep = 4 };
+
+enum Which : int { kTotalNorm = 1, kGradNorm = 2, kDistance = 4 };
+
+enum Coefficient : int { kClip, kGradLength, kDistanceLength, kTotalLength, kScales };
+
+enum AdamHyper : int {
+  kAdamLr,
+  kAdamBeta1,
+  kAdamBeta2,
+  kAdamEps,
+  kAdamWeightDecay,
+  kAdamDecoupled,
+  kAdamAmsgrad,
+  kAdamMaximize,
+  kAdamStrength,
+  kAdamThreshold,
+  kAdamHypers
+};
+
+enum SgdHyper : int {
+  kSgdLr,
+  kSgdMomentum,
+  kSgdDampening,
+  kSgdWeightDecay,
+  kSgdNesterov,
+  kSgdMaximize,
+  kSgdStrength,
+  kSgdThreshold,
+  kSgdHypers
+};
+
+enum GuideHyper : int { kGuideMaximize, kGuideStrength, kGuideThreshold, kGuideHypers };
+
+// Words of the Philox streams that are not one per step: word 3 of the counter is one of these
+// plus the tensor index.
+constexpr uint32_t kStreamTensor = 1;
+constexpr uint32_t kStreamElement = 0x80000000u;
+constexpr uint32_t kStreamRounding = 0xC0000000u;
+
+// Equation (2).
+DGG_HOST_DEVICE double clip_of(double max_grad_norm, double total) {
+  const double clip = max_grad_norm / (total + 1e-6);
+  return clip > 1 ? 1 : clip;  // NaN stays NaN
+}
+
+// Equation (4) without the strength.
+DGG_HOST_DEVICE double scale_of(double clip, double grad, double distance) {
+  // Stated first: 0 / 0 is where backends would differ.
+  if (grad == 0 || distance == 0) return 0;
+  const double ratio = clip * grad / distance;
+  return ratio > 1 ? 1 : ratio;  // NaN stays NaN
+}
+
+// c, with everything else that multiplies the real gradient.
+DGG_HOST_DEVICE double gradient_factor(double clip, double grad_scale, bool negate) {
+  const double factor = clip / grad_scale;
+  return negate ? -factor : factor;
+}
+
+// b s of equation (5), and whether a row reads its anchor at all, and how.
+struct Guidance {
+  double pull;
+  uint32_t threshold;
+  bool guided;
+  bool masked;  // each element has a draw of its own
+};
+
+DGG_HOST_DEVICE Guidance guidance_of(int flags, bool anchored, double scale, double strength,
+                                     double threshold) {
+  const double pull = strength * scale;
+  if (!(flags & (kInject | kInjectElements)) || !anchored || pull == 0) return {0, 0, false, false};
+  if (!(flags & kInjectElements)) return {pull, 0, true, false};
+  if (threshold <= 0) return {0, 0, false, false};
+  const bool masked = threshold < 4294967296.0;
+  return {pull, masked ? static_cast<uint32_t>(threshold) : 0, true, masked};
+}
+
+DGG_HOST_DEVICE double bias_correction(double beta, double step) {
+  return 1 - std::pow(beta, step);
+}
+
+// Without the pull, which is the row's own.
+DGG_HOST_DEVICE AdamScalars<double> adam_scalars(const double* hyper, double factor, double bias1,
+                                                 double bias2) {
+  const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
+  const bool decoupled = hyper[kAdamDecoupled] != 0;
+  AdamScalars<double> s;
+  s.guide = {factor, 0};
+  s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
+  s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
+  s.weight1 = 1 - beta1;
+  s.rest1 = beta1;
+  s.beta2 = beta2;
+  s.weight2 = 1 - beta2;
+  s.inv_sqrt_bias2 = 1 / std::sqrt(bias2);
+  s.eps = hyper[kAdamEps];
+  s.step_size = lr / bias1;
+  return s;
+}
+
+DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double factor, double pull,
+                                               bool first) {
+  SgdScalars<double> s;
+  s.guide = {factor, pull};
+  s.l2 = hyper[kSgdWeightDecay];
+  s.lr = hyper[kSgdLr];
+  s.momentum = hyper[kSgdMomentum];
+  s.undamped = 1 - hyper[kSgdDampening];
+  s.nesterov = hyper[kSgdNesterov];
+  s.first = first ? 1 : 0;
+  return s;
+}
+
+// The other optimizer negates what it is given; the pull must survive that.
+DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor,
+                                                   double pull) {
+  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull};
+}
+
+}  // namespace dgg

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Parameters of 16 bits: stochastic rounding, master weights, moments of another dtype.
+
+- Stochastic rounding gives exactly the bits that the float32 step and the Philox words say.
+- Master weights follow a float32 training bit for bit; the parameters are their rounding; what
+  somebody else writes into a parameter is taken up.
+- All of it survives a checkpoint, and contradictions are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import dgg
+from cases import BACKENDS, BF16, F16, F32, make_params, set_grads
+from dgg import _philox
+
+SHAPES = [(), (7, 5), (0,), (2049,), (33, 64)]
+RULES = {
+    "adamw": (dgg.AdamW, {"lr": 3e-3, "weight_decay": 0.1}),
+    "amsgrad": (dgg.Adam, {"lr": 3e-3, "amsgrad": True}),
+    "sgd": (dgg.SGD, {"lr": 0.05, "weight_decay": 0.1}),
+    "momentum": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3}),
+}
+GUIDED = {"alpha": 0.6, "strength": 0.7, "max_grad_norm": 3.0, "seed": 2**63 + 5}
+
+
+def _same(tensors, others):
+    return all(torch.equal(x, y) for x, y in zip(tensors, others, strict=True))
+
+
+def _with_grads(params, seed, dtype=None):
+    set_grads(params, torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _mirror_grads(params, twins):
+    for p, q in zip(params, twins, strict=True):
+        q.grad = p.grad.to(q.dtype)
+
+
+def _round(value, seed, draw, index):
+    """bfloat16 of ``value`` as the words of the draw say, in integers."""
+    elements = torch.arange(value.numel()).view(value.shape)
+    words = _philox.element_words(seed, draw, index, elements, 3 << 30)
+    bits = value.view(torch.int32).long() & 0xFFFFFFFF
+    upper = (bits + (words & 0xFFFF)) // 65536
+    return upper.to(torch.int32).to(torch.int16).view(BF16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_stochastic_rounding_follows_its_words(rule, backend):
+    cls, options = RULES[rule]
+    options = {**options, **GUIDED, "state_dtype": F32, "anchor_dtype": F32, "backend": backend}
+    params = make_params(SHAPES, BF16)
+    optimizer = cls(params, stochastic_rounding=True, **options)
+    moved = 0
+    for draw in range(6):
+        twins = [torch.nn.Parameter(p.detach().float()) for p in params]
+        twin = cls(twins, **options)
+        # The same state, so that one step of float32 shows what is to be rounded.
+        for p, q in zip(params, twins, strict=True):
+            if optimizer.state.get(p):
+                twin.state[q] = {k: v.clone() for k, v in optimizer.state[p].items()}
+        for mine, theirs in zip(twin.param_groups, optimizer.param_groups, strict=True):
+            mine.update({k: theirs[k] for k in ("draw_index", "task_index", "anchored")})
+        _with_grads(params, draw)
+        _mirror_grads(params, twins)
+        optimizer.step()
+        twin.step()
+        for index, (p, q) in enumerate(zip(params, twins, strict=True)):
+            expected = _round(q.detach(), GUIDED["seed"], draw, index)
+            assert torch.equal(p, expected), f"draw {draw}, parameter {index}"
+            moved += (p != q.detach().to(BF16)).sum().item()
+        if draw == 2:
+            optimizer.set_anchor()
+    assert moved > 100, "the words never decided anything"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_updates_survive_in_the_mean(backend):
+    def trained(**options):
+        p = torch.nn.Parameter(torch.ones(4096, dtype=BF16))
+        optimizer = dgg.SGD([p], lr=1.0, backend=backend, **options)
+        for _ in range(100):
+            # A quarter of the spacing of bfloat16 below 1 (2**-8).
+            p.grad = torch.full_like(p, 2**-10)
+            optimizer.step()
+        return p.detach().double()
+
+    assert torch.equal(trained(), torch.ones(4096, dtype=torch.float64))
+    exact = 1 - 100 * 2**-10
+    drawn = trained(stochastic_rounding=True)
+    # Each step's rounding is Bernoulli(1/4) of 2**-8: the mean's standard deviation over 4,096
+    # elements and 100 steps is 2**-8 sqrt(100 * 3/16 / 4096); five of them.
+    assert abs(drawn.mean().item() - exact) < 5 * 2**-8 * (100 * 3 / 16 / 4096) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_special_values_survive_stochastic_rounding(backend):
+    values = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 2.0**-133])
+    p = torch.nn.Parameter(values.to(BF16))
+    optimizer = dgg.SGD([p], lr=0.0, backend=backend, stochastic_rounding=True)
+    for _ in range(20):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert torch.equal(p.nan_to_num(nan=7.0), values.to(BF16).nan_to_num(nan=7.0))
+    assert p[2].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("rule", RULES)
+def test_master_weights_follow_float32(rule, dtype, backend):
+    cls, options = RULES[rule]
+    options = {**options, **GUIDED, "state_dtype": F32, "backend": backend}
+    params = make_params([*SHAPES, (6, 4, 3)], dtype)
+    params[-1].data = params[-1].data.transpose(0, 2)  # not contiguous
+    twins = [torch.nn.Parameter(p.detach().float()) for p in params]
+    optimizer = cls(params, master_weights=True, **options)
+    twin = cls(twins, **options)
+    for step in range(12):
+        _with_grads(params, step)
+        _mirror_grads(params, twins)
+        if step in (3, 8):
+            optimizer.set_anchor()
+            twin.set_anchor()
+        optimizer.step()
+        twin.step()
+        masters = [optimizer.state[p]["master"] for p in params]
+        assert _same(masters, twins)
+        assert _same(params, [m.to(dtype) for m in masters])
+    anchors = [optimizer.state[p]["anchor"] for p in params]
+    assert all(a.dtype == F32 for a in anchors)
+    assert _same(anchors, [twin.state[q]["anchor"] for q in twins])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_master_weights_beside_float32_parameters(backend):
+    params = [*make_params([(40,)], BF16), *make_params([(40,)], F32, seed=1)]
+    optimizer = dgg.AdamW(params, lr=0.1, master_weights=True, backend=backend)
+    _with_grads(params, 0)
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert "master" in optimizer.state[params[0]] and "master" not in optimizer.state[params[1]]
+    assert not torch.equal(before, params[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changes_by_others_are_taken_up(backend):
+    (p,) = make_params([(64,)], BF16)
+    optimizer = dgg.SGD([p], lr=2**-12, master_weights=True, backend=backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    master = optimizer.state[p]["master"].clone()
+    with torch.no_grad():
+        p[:8] = 3.0
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    now = optimizer.state[p]["master"]
+    assert torch.equal(now[:8], torch.full((8,), 3.0)) and torch.equal(p[:8], now[:8].to(BF16))
+    assert torch.equal(now[8:], master[8:]), "bits below bfloat16 were lost"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["master_weights", "stochastic_rounding", "neither"])
+def test_checkpoints_keep_precision(kind, backend, tmp_path):
+    options = {"lr": 3e-3, "state_dtype": F32, "backend": backend, **GUIDED}
+    if kind != "neither":
+        options[kind] = True
+    params = make_params(SHAPES, BF16)
+    optimizer = dgg.AdamW(params, **options)
+    for step in range(5):
+        _with_grads(params, step)
+        if step == 2:
+            optimizer.set_anchor()
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = dgg.AdamW(others, **options)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    twin = copy.deepcopy(optimizer)
+    for p, q in zip(params, others, strict=True):
+        for name, value in optimizer.state[p].items():
+            loaded = resumed.state[q][name]
+            assert loaded.dtype == value.dtype and torch.equal(loaded, value), name
+    for step in range(5, 9):
+        for every in (params, others, [p for g in twin.param_groups for p in g["params"]]):
+            _with_grads(every, step)
+        for each in (optimizer, resumed, twin):
+            each.step()
+    assert _same(params, others)
+    assert _same(params, [p for g in twin.param_groups for p in g["params"]])
+
+
+def test_a_checkpoint_with_masters_needs_the_option():
+    params = make_params([(5,)], BF16)
+    optimizer = dgg.AdamW(params, master_weights=True)
+    _with_grads(params, 0)
+    optimizer.step()
+    other = dgg.AdamW(make_params([(5,)], BF16))
+    with pytest.raises(ValueError, match="master weight of parameter 0.*master_weights=True"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize(
+    "dtype,options,error,message",
+    [
+        (F32, {"stochastic_rounding": True}, ValueError, "bfloat16 parameters and there is none"),
+        (F16, {"stochastic_rounding": True}, ValueError, "bfloat16 parameters and there is none"),
+        (F32, {"master_weights": True}, ValueError, "float16 parameters and there is none"),
+        (
+            BF16,
+            {"master_weights": True, "stochastic_rounding": True},
+            ValueError,
+            "choose one",
+        ),
+        (BF16, {"master_weights": 1}, TypeError, "master_weights=1 must be True or False"),
+        (BF16, {"state_dtype": torch.int32}, TypeError, "state_dtype=torch.int32 must be one of"),
+        (BF16, {"state_dtype": "float32"}, TypeError, "state_dtype='float32' must be one of"),
+    ],
+)
+def test_contradictions_are_refused(dtype, options, error, message):
+    with pytest.raises(error, match=message):
+        dgg.AdamW(make_params([(3,)], dtype), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_of_another_dtype(backend):
+    params = make_params(SHAPES, BF16)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = dgg.AdamW(params, lr=3e-3, state_dtype=F32, backend=backend)
+    _with_grads(params, 0)
+    optimizer.step()
+    state = optimizer.state[params[1]]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == F32
+    # A checkpoint of another optimizer, with moments of bfloat16, is widened.
+    plain = dgg.AdamW(twins, lr=3e-3, backend=backend)
+    _with_grads(twins, 0)
+    plain.step()
+    optimizer.load_state_dict(plain.state_dict())
+    moments = [optimizer.state[p]["exp_avg"] for p in params]
+    assert all(m.dtype == F32 for m in moments)
+    assert _same([m.to(BF16) for m in moments], [plain.state[q]["exp_avg"] for q in twins])
