@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Adam and AdamW: one pass over parameter, gradient, moments and, where it is needed, anchor."""
+
+import torch
+import triton
+import triton.language as tl
+from dgg.kernels.chunks import (
+    ANCHOR,
+    BLOCK,
+    CHUNK,
+    COLUMNS,
+    COPY,
+    GROUP,
+    NUMEL,
+    PARAM,
+    STATE,
+    STEP,
+    TILE,
+    add_squares,
+    bits,
+    chunk_of,
+    draw_of,
+    drawn_of,
+    dtypes_of,
+    factor_of,
+    features_of,
+    finish_update,
+    finish_update_kernel,
+    finishing,
+    guidance_of,
+    is_last,
+    kernel,
+    number,
+    on_device_of,
+    pack_of,
+    read,
+    read_gradient,
+    rounded,
+    rounding_of,
+    signed,
+    stream,
+    tree_sum,
+    whole_blocks,
+    words_stay_together,
+    write,
+)  # fmt: skip
+from dgg.kernels.update import adam, guided_gradient, narrow, power, widen
+
+# Columns of `hyper`, in the order of ADAM_HYPER in dgg/_dispatch.py.
+HYPERS = tl.constexpr(10)
+
+
+@triton.jit
+def _adam_chunk(
+    lanes, own, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
+    first, whole, count, guided, reading, masked, amsgrad, threshold, draw, seed,
+    replay_weight, factor, pull, l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps,
+    step_size,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
+    HAS_COPY: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
+    p_pointer = stream(param, first, P, FAST)
+    g_pointer = stream(grad, first, G, FAST)
+    r_pointer = stream(replay, first, R, FAST)
+    m_pointer = stream(exp_avg, first, M, FAST)
+    v_pointer = stream(exp_avg_sq, first, V, FAST)
+    x_pointer = stream(max_exp_avg_sq, first, X, FAST)
+    a_pointer = stream(anchor, first, A, FAST)
+    c_pointer = stream(copy, first, C, FAST)
+    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+        offset = place + tl.arange(0, BLOCK)
+        p = read(p_pointer, offset, count, None, T, FAST)
+        h, _ = read_gradient(
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
+        )
+        m = read(m_pointer, offset, count, None, T, FAST)
+        v = read(v_pointer, offset, count, None, T, FAST)
+        x = None
+        if AMSGRAD:
+            x = read(x_pointer, offset, count, amsgrad, T, FAST)
+        a = None
+        if HAS_ANCHOR:
+            a = read(a_pointer, offset, count, reading, T, FAST)
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
+        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
+        p, m, v, x = adam(
+            p, total, m, v, x, amsgrad,
+            l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+        )  # fmt: skip
+        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
+        stored = rounded(p, words, P)
+        write(p_pointer, offset, count, None, stored, FAST)
+        write(m_pointer, offset, count, None, narrow(m, M), FAST)
+        write(v_pointer, offset, count, None, narrow(v, V), FAST)
+        if AMSGRAD:
+            write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST)
+        if HAS_COPY:
+            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
+        if LOOK_AHEAD:
+            # As stored: what the next step's norm pass would see.
+            lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)
+    return lanes
+
+
+@kernel
+def adam_kernel(
+    table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags, hyper,
+    distances, grad_scale, found_inf, draw_index, m, k, replay_weight: tl.int64, seed: tl.int64,
+    draw: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
+    HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """A program per chunk; the last one to be ready counts the steps and sums the distances."""
+    row, place = chunk_of(rows, chunks, m)
+    own = table + row * COLUMNS
+    first = place * CHUNK
+    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    running = ((grad | replay) != 0) & (count > 0)
+    if found_inf is not None:
+        running = running & (tl.load(found_inf) == 0)
+
+    if running:
+        param = tl.load(own + PARAM)
+        exp_avg = tl.load(own + STATE)
+        exp_avg_sq = tl.load(own + STATE + 1)
+        group = hyper + tl.load(own + GROUP) * HYPERS
+        lr = tl.load(group)
+        beta1 = tl.load(group + 1)
+        beta2 = tl.load(group + 2)
+        eps = tl.load(group + 3)
+        weight_decay = tl.load(group + 4)
+        decoupled = tl.load(group + 5) != 0
+        step = tl.load(tl.load(own + STEP).to(tl.pointer_type(tl.float32))) + 1.0
+
+        # In float64: float32 knows 1 - 0.999 to two digits only.
+        factor = factor_of(coefficients, grad_scale)
+        factor = tl.where(tl.load(group + 7) != 0, -factor, factor)
+        l2 = tl.where(decoupled, 0.0, weight_decay)
+        keep = tl.where(decoupled, 1.0 - lr * weight_decay, 1.0)
+        inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - power(beta2, step))
+        step_size = lr / (1.0 - power(beta1, step))
+
+        addresses = param | grad | replay | exp_avg | exp_avg_sq
+        amsgrad = False
+        max_exp_avg_sq = param
+        if AMSGRAD:
+            amsgrad = tl.load(group + 6) != 0
+            max_exp_avg_sq = tl.where(amsgrad, tl.load(own + STATE + 2), 0)
+            addresses = addresses | max_exp_avg_sq
+        copy = param
+        if HAS_COPY:
+            copy = tl.load(own + COPY)
+            addresses = addresses | copy
+        anchor = param
+        guided = False
+        reading = False
+        masked = False
+        pull = factor
+        threshold = factor
+        if HAS_ANCHOR:
+            anchor = tl.load(own + ANCHOR)
+            threshold = tl.load(group + 9)
+            pull, guided, masked = guidance_of(
+                row, anchor, flags, coefficients, tl.load(group + 8), threshold
+            )
+            reading = guided
+            if LOOK_AHEAD:
+                reading = anchor != 0
+            addresses = addresses | tl.where(reading, anchor, 0)
+        whole = whole_blocks(count, addresses, BLOCK)
+        if ELEMENTS:
+            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+        if ROUNDING:
+            whole = tl.where(words_stay_together(own), whole, 0)
+        draw_word = draw_of(draw_index, draw)
+
+        lanes = tl.zeros([BLOCK], T)
+        for walk in tl.static_range(2):
+            lanes = _adam_chunk(
+                lanes, own, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
+                first, whole, count, guided, reading, masked, amsgrad, threshold, draw_word, seed,
+                number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), keep.to(T),
+                (1.0 - beta1).to(T), beta1.to(T), beta2.to(T), (1.0 - beta2).to(T),
+                inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
+                P, G, R, M, V, X, A, C, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, AMSGRAD,
+                ROUNDING, HAS_COPY, BLOCK, PACK, walk == 0,
+            )  # fmt: skip
+        if LOOK_AHEAD:
+            tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
+
+    if FINISH:
+        if is_last(counter):
+            for tile in tl.range(0, k, ROWS):
+                finish_update(
+                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
+                    distances, found_inf, k, HAS_REPLAY, LOOK_AHEAD, True, ROWS, WIDTH,
+                )  # fmt: skip
+
+
+def adam_launch_(
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
+    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
+    grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
+    draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
+    variant: int, chunk: int = CHUNK,
+) -> None:  # fmt: skip
+    """Runs `reference.adam_` on the rows of one launch.
+
+    Args:
+        table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
+            Tensors are modified in place, step counts too.
+        rows: int32 [k], rows of the table that this launch is about.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        starts: int32 [k + 1], first chunk of the row at each position.
+        partials: float64 [3, max(m, 1)], workspace.
+        counter: int32 [1], workspace, zero between launches.
+        grads: int64 [n], addresses of the gradients, 0 for None.
+        replays: int64 [n] or [0], likewise.
+        coefficients: float64 [4 + n] from `coefficients_launch`.
+        flags: uint8 [n], bits of `reference.INJECT` and its like.
+        hyper: float64 [groups, 10], columns as in ADAM_HYPER.
+        distances: float64 [n]; squares after the update of the rows written with LOOK_AHEAD, -1
+            where none was measured.
+        grad_scale: float32, one element, or None; divisor of the gradients.
+        found_inf: float32, one element, or None; unless it is 0, nothing changes.
+        draw_index: int64, one element, or None; the draw index where the device counts it.
+        dtypes: The rows' dtype codes, 8 bits each.
+        replay_weight: w of equation (1).
+        seed: Seed of the draws.
+        draw: Draw index k if the device does not count it.
+        variant: Bits ANCHOR, ELEMENTS, LOOK_AHEAD, STATE, STOCHASTIC, COPY of dgg/_device.py.
+        chunk: Elements of a chunk, a power of two.
+
+    Raises:
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR.
+    """
+    dtypes = dtypes_of(dtypes)
+    features = features_of(variant, dtypes)
+    pack, warps = pack_of(*dtypes[:8])
+    k, m = rows.shape[0], chunks.shape[0]
+    replayed = replays.shape[0] > 0
+    wide, together = finishing(m, k, features)
+    with on_device_of(table):
+        adam_kernel[(max(m, 1),)](
+            table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags,
+            hyper, distances, grad_scale, found_inf, draw_index, m, k, bits(replay_weight),
+            signed(seed), signed(draw), *dtypes, replayed, *features, chunk, min(BLOCK, chunk),
+            pack, wide, TILE // wide, together,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        if not together:
+            finish_update_kernel[(triton.cdiv(k, TILE // wide),)](
+                table, rows, starts, partials, grads, replays, distances, found_inf, k, replayed,
+                True, TILE // wide, wide, num_warps=8, num_stages=1, enable_fp_fusion=False,
+            )  # fmt: skip

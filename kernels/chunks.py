@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How a program finds its chunk, walks it, and how sums of chunks become sums of rows.
+
+A program works on one chunk of one tensor, all addresses come from the table. Where all tensors
+are aligned to 16 bytes, whole blocks are walked without masks, which makes every access 128 bits
+wide; what is left is walked with masks. Both walks are one function.
+
+Sums are formed in an order that depends on nothing but the cut into chunks: lanes by position,
+then trees of two-operand additions. `tl.sum` over many elements would add in an order that depends
+on how the compiler spreads them over threads, which differs between kernels.
+"""
+
+# Annotations are what the compiler reads: no `from __future__ import annotations` in this folder.
+import contextlib
+import functools
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from dgg.kernels.update import (
+    CERTAIN,
+    CLIP,
+    INJECT,
+    INJECT_ELEMENTS,
+    SCALES,
+    STREAM_ELEMENT,
+    STREAM_ROUNDING,
+    element_words,
+    narrow,
+    narrow_by_word,
+    quads_stay_together,
+    real_gradient,
+    widen,
+)  # fmt: skip
+
+# Columns of the table, as in csrc/ops.cpp.
+PARAM = tl.constexpr(0)
+STATE = tl.constexpr(1)
+ANCHOR = tl.constexpr(4)
+STEP = tl.constexpr(5)
+NUMEL = tl.constexpr(6)
+GROUP = tl.constexpr(7)
+INDEX = tl.constexpr(9)
+BASE = tl.constexpr(10)
+STRETCH = tl.constexpr(11)
+STRIDE = tl.constexpr(12)
+COPY = tl.constexpr(13)
+COLUMNS = tl.constexpr(14)
+
+# Elements of a chunk and of a block, the part of a chunk that is in registers at one time. Lanes of
+# sums are the elements of a block, so it is the same for all kernels and dtypes.
+CHUNK = 8192
+BLOCK = 1024
+
+# Partial sums that are added at one time when rows are summed, and the number of chunks from
+# which the last program would take so long over it that a launch of its own is faster.
+TILE = 1024
+SEPARATE = 8192
+
+_DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
+
+# Launches do not depend on the numbers in these, nor on the alignment of the small tables.
+NUMBERS = ["n", "m", "k", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
+           "hypers", "threshold_column", "strength_column"]  # fmt: skip
+TABLES = ["table", "rows", "chunks", "starts", "partials", "counter", "grads", "replays",
+          "distances", "squares", "gate", "grad_scale", "found_inf", "draw_index", "coefficients",
+          "flags", "hyper", "out"]  # fmt: skip
+
+
+def kernel(function):
+    """Declares a kernel: compiled once per variant, not once per value or alignment."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in names if name in NUMBERS],
+        do_not_specialize_on_alignment=[name for name in names if name in TABLES],
+    )
+
+
+def pack_of(*dtypes) -> tuple[int, int]:
+    """Returns how many neighbouring elements a thread takes, and the warps to a block with that.
+
+    As many as make the narrowest of the tensors' accesses 128 bits wide.
+    """
+    return (8, 4) if any(d.primitive_bitwidth == 16 for d in dtypes) else (4, 8)
+
+
+@functools.cache
+def dtypes_of(codes: int) -> tuple:
+    """Returns the eight dtypes packed in ``codes`` and, last, that of the arithmetic."""
+    dtypes = [_DTYPES[codes >> 8 * slot & 0xFF] for slot in range(8)]
+    return (*dtypes, tl.float64 if dtypes[0] == tl.float64 else tl.float32)
+
+
+def bits(number: float) -> int:
+    """Returns the bits of a float64: Triton would pass the number itself as float32."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def signed(number: int) -> int:
+    """Returns a 64-bit number as a kernel takes it."""
+    number &= 0xFFFFFFFFFFFFFFFF
+    return number - (1 << 64) if number >> 63 else number
+
+
+def width(m: int, k: int) -> int:
+    """Returns how many partial sums of one row are added at one time; fixed by the cut alone."""
+    if m > SEPARATE:
+        return TILE
+    return 8 if m <= 8 * k else 32 if m <= 128 * k else 256
+
+
+def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bool, bool]:
+    """Returns what an update is compiled for: anchor, elements, look-ahead, state, rounding, copy.
+
+    Args:
+        variant: Bits as in dgg/_device.py.
+        dtypes: From `dtypes_of`; stochastic rounding is for bfloat16 alone.
+
+    Raises:
+        ValueError: Something is asked for that needs an anchor, without the bit for anchors.
+    """
+    anchor, elements, look_ahead, state, stochastic, copy = (
+        bool(variant >> bit & 1) for bit in range(6)
+    )
+    if (elements or look_ahead) and not anchor:
+        raise ValueError(f"variant {variant}: ELEMENTS and LOOK_AHEAD need ANCHOR, too")
+    narrow = dtypes[0] == tl.bfloat16 or (copy and dtypes[7] == tl.bfloat16)
+    return anchor, elements, look_ahead, state, stochastic and narrow, copy
+
+
+def finishing(m: int, k: int, features: tuple) -> tuple[int, bool]:
+    """Returns the width for summing an update's rows, and whether its last program does that."""
+    if not features[2]:  # nothing to sum
+        return 1, True
+    return width(m, k), m <= SEPARATE
+
+
+def on_device_of(tensor: torch.Tensor):
+    """Returns a context in which launches go to the tensor's device."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+@triton.jit
+def number(value):
+    """The float64 whose bits were passed."""
+    return value.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def chunk_of(rows, chunks, m):
+    """Row and number of this program's chunk; a launch without chunks has one program."""
+    place = 2 * tl.program_id(0).to(tl.int64)
+    exists = tl.program_id(0) < m
+    position = tl.load(chunks + place, mask=exists, other=0)
+    turn = tl.load(chunks + place + 1, mask=exists, other=0)
+    return tl.load(rows + position).to(tl.int64), turn.to(tl.int64)
+
+
+@triton.jit
+def is_last(counter):
+    """Whether every other program has finished its chunk; if so, the counter is zero again.
+
+    The barrier collects the program's threads behind the one that counts; what each program did
+    before it counted is then visible to the last one.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = arrived == tl.num_programs(0) - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def whole_blocks(count, addresses, BLOCK: tl.constexpr):
+    """Elements of a chunk that may be walked without masks, given all its addresses together."""
+    return tl.where((addresses & 15) == 0, count - count % BLOCK, 0)
+
+
+@triton.jit
+def stream(address, first, S: tl.constexpr, FAST: tl.constexpr):
+    """Pointer to element `first` of the tensor at an address, made in the walk that it is for.
+
+    A promise of alignment sticks to the operation that made the pointer: made outside, it would
+    hold in the walk with masks, too.
+    """
+    pointer = address.to(tl.pointer_type(S)) + first
+    if FAST:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def everywhere(condition, N: tl.constexpr):
+    """A condition on a whole row as a mask; the interpreter spreads integers alone correctly."""
+    return (tl.zeros([N], tl.int32) + condition.to(tl.int32)) != 0
+
+
+@triton.jit
+def where_of(offset, count, present, FAST: tl.constexpr):
+    """Mask of a block, None where nothing is masked."""
+    if FAST and present is None:
+        here = None
+    elif FAST:
+        here = everywhere(present, offset.shape[0])
+    elif present is None:
+        here = offset < count
+    else:
+        here = (offset < count) & everywhere(present, offset.shape[0])
+    return here
+
+
+@triton.jit
+def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr):
+    """Elements as the arithmetic wants them, 0 beyond the end and where `present` is false.
+
+    `present` is None where that is certain.
+    """
+    here = where_of(offset, count, present, FAST)
+    if here is None:
+        x = tl.load(pointer + offset)
+    else:
+        x = tl.load(pointer + offset, mask=here, other=0.0)
+    return widen(x, T)
+
+
+@triton.jit
+def write(pointer, offset, count, present, x, FAST: tl.constexpr):
+    """Stores what has the tensor's dtype already; see `read`."""
+    here = where_of(offset, count, present, FAST)
+    if here is None:
+        tl.store(pointer + offset, x)
+    else:
+        tl.store(pointer + offset, x, mask=here)
+
+
+@triton.jit
+def read_gradient(
+    g_pointer, r_pointer, grad, replay, offset, count, replay_weight,
+    T: tl.constexpr, HAS_REPLAY: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The h and g of equation (1), for a row that has at least one of g and r."""
+    if HAS_REPLAY:
+        g = read(g_pointer, offset, count, grad != 0, T, FAST)
+        r = read(r_pointer, offset, count, replay != 0, T, FAST)
+        h = real_gradient(g, r, replay_weight, replay != 0)
+    else:
+        g = read(g_pointer, offset, count, None, T, FAST)
+        h = g
+    return h, g
+
+
+@triton.jit
+def rounded(x, words, S: tl.constexpr):
+    """Numbers as they are stored; words of the rounding stream are for bfloat16, else None."""
+    if words is None:
+        return narrow(x, S)
+    elif S == tl.bfloat16:
+        return narrow_by_word(x, words)
+    else:
+        return narrow(x, S)
+
+
+@triton.jit
+def draw_of(draw_index, draw):
+    """Draw index k, the device's own where it has one, as the counter's word."""
+    if draw_index is None:
+        return draw.to(tl.uint32)
+    else:
+        return tl.load(draw_index).to(tl.uint32)
+
+
+@triton.jit
+def factor_of(coefficients, grad_scale):
+    """c, with the gradient scale that goes with it, float64."""
+    factor = tl.load(coefficients + CLIP)
+    if grad_scale is not None:
+        factor = factor / tl.load(grad_scale).to(tl.float64)
+    return factor
+
+
+@triton.jit
+def guidance_of(row, anchor, flags, coefficients, strength, threshold):
+    """The pull b s of a row, whether it is guided at all, and whether element by element."""
+    flag = tl.load(flags + row).to(tl.int32)
+    pull = strength * tl.load(coefficients + SCALES + row)
+    by_element = (flag & INJECT_ELEMENTS) != 0
+    guided = ((flag & (INJECT | INJECT_ELEMENTS)) != 0) & (anchor != 0) & (pull != 0)
+    guided = guided & ((threshold > 0) | ((flag & INJECT_ELEMENTS) == 0))
+    return pull, guided, guided & by_element & (threshold < CERTAIN)
+
+
+@triton.jit
+def words_stay_together(own):
+    """Whether four neighbours of the row share a counter; `own` is its line of the table."""
+    return quads_stay_together(
+        tl.load(own + BASE), tl.load(own + STRETCH), tl.load(own + STRIDE), tl.load(own + NUMEL)
+    )
+
+
+@triton.jit
+def words_of(
+    own, first, draw, stream, seed, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr
+):
+    """Words of a block in the row's stream, `first` the place of its first element."""
+    index = tl.load(own + INDEX).to(tl.uint32) + stream
+    return element_words(
+        first, tl.load(own + BASE), tl.load(own + STRETCH), tl.load(own + STRIDE),
+        tl.load(own + NUMEL), draw, index, seed, BLOCK, PACK, FAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def drawn_of(
+    own, first, masked, threshold, draw, seed, ELEMENTS: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a block the draw injects; None in kernels without such draws."""
+    if ELEMENTS:
+        drawn = tl.full([BLOCK], 1, tl.int1)
+        if masked:
+            limit = threshold.to(tl.int64).to(tl.uint32)
+            drawn = words_of(own, first, draw, STREAM_ELEMENT, seed, BLOCK, PACK, FAST) < limit
+        return drawn
+    else:
+        return None
+
+
+@triton.jit
+def rounding_of(
+    own, first, draw, seed, ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Words of a block for stochastic rounding; None in kernels without."""
+    if ROUNDING:
+        return words_of(own, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
+    else:
+        return None
+
+
+@triton.jit
+def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
+    """Lanes plus the squares of a block; what lies beyond the end counts nothing, NaN included."""
+    more = tl.fma(x, x, lanes)
+    if not FAST:
+        more = tl.where(offset < count, more, lanes)
+    return more
+
+
+@triton.jit
+def tree_sum(x, N: tl.constexpr):
+    """Sum of N numbers, a power of two, in float64; the same order in every kernel."""
+    x = x.to(tl.float64)
+    for level in tl.static_range(13):
+        if (N >> level) > 2:
+            x = tl.sum(tl.reshape(x, [2, (N >> level) // 2]), axis=0)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def sum_rows(partials, starts, q, here, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums of the partials of the rows at the positions q, [ROWS] float64.
+
+    The partials come from other programs: `volatile` keeps a cache that is not coherent out.
+    """
+    start = tl.load(starts + q, mask=here, other=0)
+    stop = tl.load(starts + q + 1, mask=here, other=0)
+    lanes = tl.zeros([ROWS, WIDTH], tl.float64)
+    column = tl.arange(0, WIDTH)
+    for done in tl.range(0, tl.max(stop - start), WIDTH, loop_unroll_factor=4):
+        index = start[:, None] + done + column[None, :]
+        lanes += tl.load(partials + index, mask=index < stop[:, None], other=0.0, volatile=True)
+    for level in tl.static_range(13):
+        if (WIDTH >> level) > 1:
+            lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, (WIDTH >> level) // 2]), axis=1)
+    return tl.reshape(lanes, [ROWS])
+
+
+@triton.jit
+def finish_update(
+    q, table, rows, starts, partials, grads, replays, distances, found_inf, k,
+    HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Stores what only holds when all chunks are done: step counts and measured distances."""
+    here = q < k
+    row = tl.load(rows + q, mask=here, other=0).to(tl.int64)
+    active = tl.load(grads + row, mask=here, other=0) != 0
+    if HAS_REPLAY:
+        active = active | (tl.load(replays + row, mask=here, other=0) != 0)
+    if found_inf is not None:
+        active = active & everywhere(tl.load(found_inf) == 0, ROWS)
+    distance = tl.full([ROWS], -1.0, tl.float64)
+    if LOOK_AHEAD:
+        anchored = active & (tl.load(table + row * COLUMNS + ANCHOR, mask=here, other=0) != 0)
+        distance = tl.where(
+            anchored, sum_rows(partials, starts, q, anchored, ROWS, WIDTH), distance
+        )
+    tl.store(distances + row, distance, mask=active)
+    if STEPS:
+        address = tl.load(table + row * COLUMNS + STEP, mask=active, other=0)
+        counted = active & (address != 0)
+        pointer = address.to(tl.pointer_type(tl.float32))
+        tl.store(pointer, tl.load(pointer, mask=counted, other=0.0) + 1.0, mask=counted)
+
+
+@kernel
+def finish_update_kernel(
+    table, rows, starts, partials, grads, replays, distances, found_inf, k,
+    HAS_REPLAY: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What the last program does where there are few chunks; here a program per tile of rows."""
+    finish_update(
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS), table, rows, starts, partials, grads,
+        replays, distances, found_inf, k, HAS_REPLAY, True, STEPS, ROWS, WIDTH,
+    )  # fmt: skip

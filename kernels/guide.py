@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The gradient edit for optimizers of someone else's, and the draws that a device makes itself."""
+
+import torch
+import triton
+import triton.language as tl
+from dgg.kernels.chunks import (
+    ANCHOR,
+    BLOCK,
+    CHUNK,
+    COLUMNS,
+    GROUP,
+    INDEX,
+    NUMEL,
+    PARAM,
+    bits,
+    chunk_of,
+    draw_of,
+    drawn_of,
+    dtypes_of,
+    factor_of,
+    guidance_of,
+    kernel,
+    number,
+    on_device_of,
+    pack_of,
+    read,
+    read_gradient,
+    signed,
+    stream,
+    whole_blocks,
+    words_stay_together,
+    write,
+)  # fmt: skip
+from dgg.kernels.update import (
+    CERTAIN,
+    FIRST_STEP,
+    INJECT,
+    INJECT_ELEMENTS,
+    STREAM_STEP,
+    STREAM_TENSOR,
+    guided_gradient,
+    narrow,
+    one_word,
+)  # fmt: skip
+
+# Columns of `hyper`, in the order of GUIDE_HYPER in dgg/_dispatch.py.
+HYPERS = tl.constexpr(3)
+
+# Granularities, as in dgg/_device.py.
+BY_STEP = tl.constexpr(0)
+BY_TENSOR = tl.constexpr(1)
+
+
+@triton.jit
+def _guide_chunk(
+    own, param, grad, replay, anchor, first, whole, count, guided, masked, threshold, draw,
+    seed, replay_weight, factor, pull,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    p_pointer = stream(param, first, P, FAST)
+    g_pointer = stream(grad, first, G, FAST)
+    r_pointer = stream(replay, first, R, FAST)
+    a_pointer = stream(anchor, first, A, FAST)
+    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+        offset = place + tl.arange(0, BLOCK)
+        h, _ = read_gradient(
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
+        )
+        p = None
+        a = None
+        if HAS_ANCHOR:
+            p = read(p_pointer, offset, count, guided, T, FAST)
+            a = read(a_pointer, offset, count, guided, T, FAST)
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
+        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
+        write(g_pointer, offset, count, None, narrow(total, G), FAST)
+
+
+@kernel
+def guide_kernel(
+    table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
+    draw_index, m, replay_weight: tl.int64, seed: tl.int64, draw: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """A program per chunk; one with nothing to change changes nothing."""
+    row, place = chunk_of(rows, chunks, m)
+    own = table + row * COLUMNS
+    first = place * CHUNK
+    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    factor = factor_of(coefficients, grad_scale)
+    param = grad * 0
+    anchor = param
+    guided = False
+    masked = False
+    pull = factor
+    threshold = factor
+    needed = (factor != 1) | (replay != 0)
+    if HAS_ANCHOR:
+        group = hyper + tl.load(own + GROUP) * HYPERS
+        param = tl.load(own + PARAM)
+        anchor = tl.load(own + ANCHOR)
+        threshold = tl.load(group + 2)
+        pull, guided, masked = guidance_of(
+            row, anchor, flags, coefficients, tl.load(group + 1), threshold
+        )
+        # The other optimizer negates what it is given; the pull must survive that.
+        pull = tl.where(tl.load(group) != 0, -pull, pull)
+        needed = needed | guided
+    running = needed & (grad != 0) & (count > 0)
+    if found_inf is not None:
+        running = running & (tl.load(found_inf) == 0)
+
+    if running:
+        addresses = grad | replay
+        if HAS_ANCHOR:
+            addresses = addresses | tl.where(guided, param | anchor, 0)
+        whole = whole_blocks(count, addresses, BLOCK)
+        if ELEMENTS:
+            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+        draw_word = draw_of(draw_index, draw)
+        for walk in tl.static_range(2):
+            _guide_chunk(
+                own, param, grad, replay, anchor, first, whole, count, guided, masked, threshold,
+                draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
+                P, G, R, A, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, BLOCK, PACK, walk == 0,
+            )  # fmt: skip
+
+
+def guide_launch_(
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
+    counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor, coefficients: torch.Tensor,
+    flags: torch.Tensor, hyper: torch.Tensor, grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None, draw_index: torch.Tensor | None, *, dtypes: int,
+    replay_weight: float, seed: int, draw: int, variant: int, chunk: int = CHUNK,
+) -> None:  # fmt: skip
+    """Runs `reference.guide_` on the rows of one launch; arguments as in `adam_launch_`.
+
+    A row without a gradient, or without a pull, a replay gradient and a factor, is not written.
+    ``hyper`` is float64 [groups, 3] with columns as in GUIDE_HYPER; of ``variant`` only ANCHOR
+    and ELEMENTS matter.
+    """
+    p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
+    anchored = bool(variant & 1)
+    m = chunks.shape[0]
+    pack, warps = pack_of(p, g, r, a)
+    with on_device_of(table):
+        guide_kernel[(max(m, 1),)](
+            table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
+            draw_index, m, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
+            replays.shape[0] > 0, anchored, anchored and bool(variant & 2), chunk,
+            min(BLOCK, chunk), pack, num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@kernel
+def draw_flags_kernel(
+    table, hyper, draw_index, flags, gate, n, hypers, threshold_column, strength_column,
+    seed: tl.int64, GRANULARITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: whether any row injects is known to the one that saw them all."""
+    draw = draw_of(draw_index, draw_index)
+    found = tl.zeros([BLOCK], tl.int32)
+    for begin in tl.range(0, n, BLOCK):
+        row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
+        here = row < n
+        own = table + row * COLUMNS
+        group = hyper + tl.load(own + GROUP, mask=here, other=0) * hypers
+        threshold = tl.load(group + threshold_column, mask=here, other=0.0)
+        strength = tl.load(group + strength_column, mask=here, other=0.0)
+        anchor = tl.load(own + ANCHOR, mask=here, other=0)
+        if GRANULARITY == BY_STEP:
+            word = one_word(draw, tl.full([BLOCK], STREAM_STEP, tl.uint32), seed)
+            drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
+        elif GRANULARITY == BY_TENSOR:
+            index = tl.load(own + INDEX, mask=here, other=0).to(tl.uint32)
+            word = one_word(draw, index + STREAM_TENSOR, seed)
+            drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
+        else:
+            drawn = tl.where(threshold > 0, INJECT_ELEMENTS, 0)
+            drawn = tl.where(threshold >= CERTAIN, INJECT, drawn)
+        drawn = tl.where((anchor != 0) & (strength != 0), drawn, 0)
+        kept = tl.load(flags + row, mask=here, other=0).to(tl.int32) & FIRST_STEP
+        tl.store(flags + row, (drawn | kept).to(tl.uint8), mask=here)
+        found = found | drawn
+    tl.store(gate, (tl.max(found) != 0).to(tl.uint8))
+
+
+def draw_flags_launch(
+    table: torch.Tensor, hyper: torch.Tensor, draw_index: torch.Tensor, flags: torch.Tensor,
+    gate: torch.Tensor, *, seed: int, granularity: int, threshold_column: int,
+    strength_column: int,
+) -> None:  # fmt: skip
+    """Draws on the device: which rows inject at the draw index that the device counts.
+
+    Args:
+        table: int64 [n, 14], on the device as everything here.
+        hyper: float64 [groups, columns].
+        draw_index: int64, one element.
+        flags: uint8 [n]; the bits for injection are set anew, the others kept.
+        gate: uint8 [1]; set to whether any row injects.
+        seed: Seed of the draws.
+        granularity: As numbered in dgg/_device.py.
+        threshold_column: Column of ``hyper`` with floor(alpha 2**32).
+        strength_column: Column of ``hyper`` with the strength; rows with 0 do not inject.
+    """
+    with on_device_of(table):
+        draw_flags_kernel[(1,)](
+            table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
+            threshold_column, strength_column, signed(seed), granularity, BLOCK,
+            num_warps=8, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip

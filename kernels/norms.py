@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Norms of equations (2) and (4), and the coefficients that follow from them."""
+
+import torch
+import triton
+import triton.language as tl
+from dgg.kernels.chunks import (
+    ANCHOR,
+    BLOCK,
+    CHUNK,
+    COLUMNS,
+    NUMEL,
+    PARAM,
+    SEPARATE,
+    TILE,
+    add_squares,
+    bits,
+    chunk_of,
+    dtypes_of,
+    is_last,
+    kernel,
+    number,
+    on_device_of,
+    pack_of,
+    read,
+    read_gradient,
+    stream,
+    sum_rows,
+    tree_sum,
+    whole_blocks,
+    width,
+)  # fmt: skip
+from dgg.kernels.update import NORM_DISTANCE, NORM_GRAD, NORM_TOTAL, SCALES
+
+
+@triton.jit
+def _add_gradients(
+    total, real, grad, replay, first, whole, count, replay_weight,
+    G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, HAS_REPLAY: tl.constexpr,
+    BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Adds the squares of h and g; those of g do not depend on whether h is wanted, too."""
+    g_pointer = stream(grad, first, G, FAST)
+    r_pointer = stream(replay, first, R, FAST)
+    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+        offset = place + tl.arange(0, BLOCK)
+        h, g = read_gradient(
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
+        )
+        if HAS_REPLAY:
+            total = add_squares(total, h, offset, count, FAST)
+        real = add_squares(real, g, offset, count, FAST)
+    return total, real
+
+
+@triton.jit
+def _add_differences(
+    lanes, param, anchor, first, whole, count, P: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Adds the squares of theta - theta*, to the same bits as the updates' look-ahead."""
+    p_pointer = stream(param, first, P, FAST)
+    a_pointer = stream(anchor, first, A, FAST)
+    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+        offset = place + tl.arange(0, BLOCK)
+        p = read(p_pointer, offset, count, None, T, FAST)
+        a = read(a_pointer, offset, count, None, T, FAST)
+        lanes = add_squares(lanes, p - a, offset, count, FAST)
+    return lanes
+
+
+@triton.jit
+def _asked(which, gate):
+    """What is to be computed; while no row injects, the device's gate leaves only ||h||."""
+    if gate is not None:
+        which = tl.where(tl.load(gate) != 0, which, which & NORM_TOTAL)
+    return which
+
+
+@triton.jit
+def _finish_norms(
+    q, table, rows, starts, partials, grads, replays, distances, squares, grad_scale,
+    n, k, slots, which, HAS_REPLAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sums the partials of the rows at the positions q and stores what they were for."""
+    here = q < k
+    row = tl.load(rows + q, mask=here, other=0).to(tl.int64)
+    has_grad = tl.load(grads + row, mask=here, other=0) != 0
+    active = has_grad
+    if HAS_REPLAY:
+        active = active | (tl.load(replays + row, mask=here, other=0) != 0)
+    anchored = active & (tl.load(table + row * COLUMNS + ANCHOR, mask=here, other=0) != 0)
+    scale = tl.full([], 1.0, tl.float64)
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(tl.float64)
+        scale = scale * scale
+
+    total = tl.zeros([ROWS], tl.float64)
+    real = tl.zeros([ROWS], tl.float64)
+    if (which & (NORM_TOTAL | NORM_GRAD)) != 0:
+        real = sum_rows(partials + slots, starts, q, here, ROWS, WIDTH)
+        total = real
+        if HAS_REPLAY:
+            if (which & NORM_TOTAL) != 0:
+                total = sum_rows(partials, starts, q, here, ROWS, WIDTH)
+    wanted = active & ((which & NORM_TOTAL) != 0)
+    tl.store(squares + row, tl.where(wanted, total / scale, 0.0), mask=here)
+    wanted = anchored & has_grad & ((which & NORM_GRAD) != 0)
+    tl.store(squares + n + row, tl.where(wanted, real / scale, 0.0), mask=here)
+
+    distance = tl.zeros([ROWS], tl.float64)
+    if (which & NORM_DISTANCE) != 0:
+        known = tl.load(distances + row, mask=anchored, other=0.0)
+        measured = anchored & (known < 0)  # NaN is known
+        distance = tl.where(anchored, known, 0.0)
+        if tl.max(measured.to(tl.int32)) != 0:
+            sums = sum_rows(partials + 2 * slots, starts, q, measured, ROWS, WIDTH)
+            distance = tl.where(measured, sums, distance)
+        tl.store(distances + row, distance, mask=measured)
+    tl.store(squares + 2 * n + row, distance, mask=here)
+
+
+@kernel
+def norms_kernel(
+    table, rows, chunks, starts, partials, counter, grads, replays, distances, squares, gate,
+    grad_scale, n, m, k, slots, which, replay_weight: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """A program per chunk; the last one to be ready sums the rows."""
+    which = _asked(which, gate)
+    slots = slots.to(tl.int64)
+    n = n.to(tl.int64)
+    program = tl.program_id(0)
+    row, place = chunk_of(rows, chunks, m)
+    own = table + row * COLUMNS
+    first = place * CHUNK
+    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    active = (grad | replay) != 0
+
+    if active & (count > 0) & ((which & (NORM_TOTAL | NORM_GRAD)) != 0):
+        weight = number(replay_weight).to(T)
+        total = tl.zeros([BLOCK], T)
+        real = tl.zeros([BLOCK], T)
+        whole = whole_blocks(count, grad | replay, BLOCK)
+        for walk in tl.static_range(2):
+            total, real = _add_gradients(
+                total, real, grad, replay, first, whole, count, weight, G, R, T, HAS_REPLAY, BLOCK,
+                walk == 0,
+            )  # fmt: skip
+        if HAS_REPLAY:
+            tl.store(partials + program, tree_sum(total, BLOCK))
+        tl.store(partials + slots + program, tree_sum(real, BLOCK))
+
+    anchor = tl.load(own + ANCHOR)
+    if active & (count > 0) & (anchor != 0) & ((which & NORM_DISTANCE) != 0):
+        if tl.load(distances + row) < 0:
+            param = tl.load(own + PARAM)
+            lanes = tl.zeros([BLOCK], T)
+            whole = whole_blocks(count, param | anchor, BLOCK)
+            for walk in tl.static_range(2):
+                lanes = _add_differences(
+                    lanes, param, anchor, first, whole, count, P, A, T, BLOCK, walk == 0,
+                )  # fmt: skip
+            tl.store(partials + 2 * slots + program, tree_sum(lanes, BLOCK))
+
+    if FINISH:
+        if is_last(counter):
+            for tile in tl.range(0, k, ROWS):
+                _finish_norms(
+                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
+                    distances, squares, grad_scale, n, k, slots, which, HAS_REPLAY, ROWS, WIDTH,
+                )  # fmt: skip
+
+
+@kernel
+def finish_norms_kernel(
+    table, rows, starts, partials, grads, replays, distances, squares, gate, grad_scale,
+    n, k, slots, which, HAS_REPLAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What the last program does where there are few chunks; here a program per tile of rows."""
+    _finish_norms(
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS), table, rows, starts, partials, grads,
+        replays, distances, squares, grad_scale, n.to(tl.int64), k, slots.to(tl.int64),
+        _asked(which, gate), HAS_REPLAY, ROWS, WIDTH,
+    )  # fmt: skip
+
+
+def norms_launch(
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
+    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    distances: torch.Tensor, squares: torch.Tensor, gate: torch.Tensor | None,
+    grad_scale: torch.Tensor | None, *, dtypes: int, replay_weight: float, which: int,
+    chunk: int = CHUNK,
+) -> None:  # fmt: skip
+    """Computes `reference.norms` of the rows of one launch.
+
+    Args:
+        table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
+        rows: int32 [k], rows of the table that this launch is about.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        starts: int32 [k + 1], first chunk of the row at each position.
+        partials: float64 [3, max(m, 1)], workspace.
+        counter: int32 [1], workspace, zero between launches.
+        grads: int64 [n], addresses of the gradients, 0 for None.
+        replays: int64 [n] or [0], likewise.
+        distances: float64 [n], known squares or negative; those measured are stored.
+        squares: float64 [3, n], the result; written for the rows of the launch.
+        gate: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed.
+        grad_scale: float32, one element, or None; divisor of the gradients.
+        dtypes: The rows' dtype codes, 8 bits each.
+        replay_weight: w of equation (1).
+        which: Bits of `reference.NORM_TOTAL` and its like.
+        chunk: Elements of a chunk, a power of two.
+    """
+    p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
+    n, k, m, slots = table.shape[0], rows.shape[0], chunks.shape[0], partials.shape[1]
+    replayed = replays.shape[0] > 0
+    together = m <= SEPARATE
+    wide = width(m, k)
+    _, warps = pack_of(p, g, r, a)
+    with on_device_of(table):
+        norms_kernel[(max(m, 1),)](
+            table, rows, chunks, starts, partials, counter, grads, replays, distances, squares,
+            gate, grad_scale, n, m, k, slots, which, bits(replay_weight),
+            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk), wide, TILE // wide, together,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        if not together:
+            finish_norms_kernel[(triton.cdiv(k, TILE // wide),)](
+                table, rows, starts, partials, grads, replays, distances, squares, gate,
+                grad_scale, n, k, slots, which, replayed, TILE // wide, wide,
+                num_warps=8, num_stages=1, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _norm(squares, n, BLOCK: tl.constexpr):
+    lanes = tl.zeros([BLOCK], tl.float64)
+    for begin in tl.range(0, n, BLOCK):
+        offset = begin + tl.arange(0, BLOCK)
+        lanes += tl.load(squares + offset, mask=offset < n, other=0.0)
+    return tl.sqrt(tree_sum(lanes, BLOCK))
+
+
+@triton.jit
+def _scale(clip, grad, distance):
+    """Equation (4) without the strength."""
+    ratio = clip * grad / distance
+    ratio = tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
+    # Stated apart: 0 / 0 is where backends would differ.
+    return tl.where((grad == 0) | (distance == 0), 0.0, ratio)
+
+
+@kernel
+def coefficients_kernel(
+    squares, out, n, max_grad_norm: tl.int64,
+    CLIPPED: tl.constexpr, SCALING: tl.constexpr, PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums over the rows have a fixed order."""
+    n = n.to(tl.int64)
+    total = _norm(squares, n, BLOCK)
+    grad = _norm(squares + n, n, BLOCK)
+    distance = _norm(squares + 2 * n, n, BLOCK)
+    clip = tl.full([], 1.0, tl.float64)
+    if CLIPPED:
+        ratio = number(max_grad_norm) / (total + 1e-6)
+        clip = tl.where(ratio > 1.0, 1.0, ratio)
+    tl.store(out, clip)
+    tl.store(out + 1, grad)
+    tl.store(out + 2, distance)
+    tl.store(out + 3, total)
+    for begin in tl.range(0, n, BLOCK):
+        offset = begin + tl.arange(0, BLOCK)
+        here = offset < n
+        scale = tl.full([BLOCK], 1.0, tl.float64)
+        if SCALING:
+            if PER_TENSOR:
+                own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
+                gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
+                scale = _scale(clip, own, gap)
+            else:
+                scale = scale * _scale(clip, grad, distance)
+        tl.store(out + SCALES + offset, scale, mask=here)
+
+
+def coefficients_launch(
+    squares: torch.Tensor, out: torch.Tensor, *, max_grad_norm: float | None, scaling: bool,
+    per_tensor: bool,
+) -> None:  # fmt: skip
+    """Computes `reference.coefficients`.
+
+    Args:
+        squares: float64 [3, n] from `norms_launch`.
+        out: float64 [4 + n], the result.
+        max_grad_norm: Bound of equation (2), or None.
+        scaling: False gives scales of 1.
+        per_tensor: Norms of equation (4) per tensor.
+    """
+    with on_device_of(squares):
+        coefficients_kernel[(1,)](
+            squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
+            max_grad_norm is not None, bool(scaling), bool(per_tensor), BLOCK,
+            num_warps=8, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SGD: one pass over parameter, gradient, momentum and, where it is needed, anchor."""
+
+import torch
+import triton
+import triton.language as tl
+from dgg.kernels.chunks import (
+    ANCHOR,
+    BLOCK,
+    CHUNK,
+    COLUMNS,
+    COPY,
+    GROUP,
+    NUMEL,
+    PARAM,
+    STATE,
+    TILE,
+    add_squares,
+    bits,
+    chunk_of,
+    draw_of,
+    drawn_of,
+    dtypes_of,
+    factor_of,
+    features_of,
+    finish_update,
+    finish_update_kernel,
+    finishing,
+    guidance_of,
+    is_last,
+    kernel,
+    number,
+    on_device_of,
+    pack_of,
+    read,
+    read_gradient,
+    rounded,
+    rounding_of,
+    signed,
+    stream,
+    tree_sum,
+    whole_blocks,
+    words_stay_together,
+    write,
+)  # fmt: skip
+from dgg.kernels.update import FIRST_STEP, guided_gradient, narrow, sgd, widen
+
+# Columns of `hyper`, in the order of SGD_HYPER in dgg/_dispatch.py.
+HYPERS = tl.constexpr(8)
+
+
+@triton.jit
+def _sgd_chunk(
+    lanes, own, param, grad, replay, buffer, anchor, copy, first, whole, count,
+    guided, reading, masked, remembering, fresh, threshold, draw, seed, replay_weight, factor,
+    pull, l2, lr, momentum, undamped, nesterov,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
+    HAS_COPY: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
+    p_pointer = stream(param, first, P, FAST)
+    g_pointer = stream(grad, first, G, FAST)
+    r_pointer = stream(replay, first, R, FAST)
+    b_pointer = stream(buffer, first, M, FAST)
+    a_pointer = stream(anchor, first, A, FAST)
+    c_pointer = stream(copy, first, C, FAST)
+    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+        offset = place + tl.arange(0, BLOCK)
+        p = read(p_pointer, offset, count, None, T, FAST)
+        h, _ = read_gradient(
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
+        )
+        b = None
+        if MOMENTUM:
+            # A new buffer is set, not read.
+            b = read(b_pointer, offset, count, remembering & (fresh == 0), T, FAST)
+        a = None
+        if HAS_ANCHOR:
+            a = read(a_pointer, offset, count, reading, T, FAST)
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
+        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
+        p, b = sgd(p, total, b, l2, lr, momentum, undamped, nesterov, fresh)
+        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
+        stored = rounded(p, words, P)
+        write(p_pointer, offset, count, None, stored, FAST)
+        if MOMENTUM:
+            write(b_pointer, offset, count, remembering, narrow(b, M), FAST)
+        if HAS_COPY:
+            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
+        if LOOK_AHEAD:
+            # As stored: what the next step's norm pass would see.
+            lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)
+    return lanes
+
+
+@kernel
+def sgd_kernel(
+    table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags, hyper,
+    distances, grad_scale, found_inf, draw_index, m, k, replay_weight: tl.int64, seed: tl.int64,
+    draw: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
+    HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """A program per chunk; the last one to be ready sums the distances."""
+    row, place = chunk_of(rows, chunks, m)
+    own = table + row * COLUMNS
+    first = place * CHUNK
+    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    running = ((grad | replay) != 0) & (count > 0)
+    if found_inf is not None:
+        running = running & (tl.load(found_inf) == 0)
+
+    if running:
+        param = tl.load(own + PARAM)
+        group = hyper + tl.load(own + GROUP) * HYPERS
+        lr = tl.load(group)
+        momentum = tl.load(group + 1)
+        undamped = 1.0 - tl.load(group + 2)
+        l2 = tl.load(group + 3)
+        nesterov = tl.load(group + 4) != 0
+        factor = factor_of(coefficients, grad_scale)
+        factor = tl.where(tl.load(group + 5) != 0, -factor, factor)
+
+        addresses = param | grad | replay
+        remembering = False
+        fresh = False
+        buffer = param
+        if MOMENTUM:
+            remembering = momentum != 0
+            fresh = (tl.load(flags + row).to(tl.int32) & FIRST_STEP) != 0
+            buffer = tl.where(remembering, tl.load(own + STATE), 0)
+            addresses = addresses | buffer
+        copy = param
+        if HAS_COPY:
+            copy = tl.load(own + COPY)
+            addresses = addresses | copy
+        anchor = param
+        guided = False
+        reading = False
+        masked = False
+        pull = factor
+        threshold = factor
+        if HAS_ANCHOR:
+            anchor = tl.load(own + ANCHOR)
+            threshold = tl.load(group + 7)
+            pull, guided, masked = guidance_of(
+                row, anchor, flags, coefficients, tl.load(group + 6), threshold
+            )
+            reading = guided
+            if LOOK_AHEAD:
+                reading = anchor != 0
+            addresses = addresses | tl.where(reading, anchor, 0)
+        whole = whole_blocks(count, addresses, BLOCK)
+        if ELEMENTS:
+            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+        if ROUNDING:
+            whole = tl.where(words_stay_together(own), whole, 0)
+        draw_word = draw_of(draw_index, draw)
+
+        lanes = tl.zeros([BLOCK], T)
+        for walk in tl.static_range(2):
+            lanes = _sgd_chunk(
+                lanes, own, param, grad, replay, buffer, anchor, copy, first, whole, count,
+                guided, reading, masked, remembering, fresh, threshold, draw_word, seed,
+                number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), lr.to(T),
+                momentum.to(T), undamped.to(T), nesterov,
+                P, G, R, M, A, C, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, MOMENTUM,
+                ROUNDING, HAS_COPY, BLOCK, PACK, walk == 0,
+            )  # fmt: skip
+        if LOOK_AHEAD:
+            tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
+
+    if FINISH:
+        if is_last(counter):
+            for tile in tl.range(0, k, ROWS):
+                finish_update(
+                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
+                    distances, found_inf, k, HAS_REPLAY, LOOK_AHEAD, False, ROWS, WIDTH,
+                )  # fmt: skip
+
+
+def sgd_launch_(
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
+    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
+    grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
+    draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
+    variant: int, chunk: int = CHUNK,
+) -> None:  # fmt: skip
+    """Runs `reference.sgd_` on the rows of one launch; arguments as in `adam_launch_`.
+
+    ``hyper`` is float64 [groups, 8] with columns as in SGD_HYPER, and STATE in ``variant`` says
+    that some group has momentum.
+
+    Raises:
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR.
+    """
+    dtypes = dtypes_of(dtypes)
+    features = features_of(variant, dtypes)
+    p, g, r, b, _, _, a, c, t = dtypes
+    pack, warps = pack_of(p, g, r, b, a, c)
+    k, m = rows.shape[0], chunks.shape[0]
+    replayed = replays.shape[0] > 0
+    wide, together = finishing(m, k, features)
+    with on_device_of(table):
+        sgd_kernel[(max(m, 1),)](
+            table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags,
+            hyper, distances, grad_scale, found_inf, draw_index, m, k, bits(replay_weight),
+            signed(seed), signed(draw), p, g, r, b, a, c, t, replayed, *features,
+            chunk, min(BLOCK, chunk), pack, wide, TILE // wide, together,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        if not together:
+            finish_update_kernel[(triton.cdiv(k, TILE // wide),)](
+                table, rows, starts, partials, grads, replays, distances, found_inf, k, replayed,
+                False, TILE // wide, wide, num_warps=8, num_stages=1, enable_fp_fusion=False,
+            )  # fmt: skip

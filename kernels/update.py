@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The arithmetic, written once for every Triton kernel; equations as in dgg/reference.py.
+
+Storage conversions, Philox, and the updates of a block of elements. Nothing here knows about
+tables or memory. Everything is computed in the dtype T of the arithmetic, scalars too. Products
+and sums are fused where this file says so and nowhere else (launches forbid the compiler to do it
+of its own accord), so that an element's result depends on nothing but its operands.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter's own conversion to bfloat16 truncates.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Bits of `flags`.
+INJECT = tl.constexpr(1)
+INJECT_ELEMENTS = tl.constexpr(2)
+FIRST_STEP = tl.constexpr(4)
+
+# Bits of `which`.
+NORM_TOTAL = tl.constexpr(1)
+NORM_GRAD = tl.constexpr(2)
+NORM_DISTANCE = tl.constexpr(4)
+
+# Places in `coefficients`.
+CLIP = tl.constexpr(0)
+SCALES = tl.constexpr(4)
+
+# Counter word 3 of Philox. A tensor's stream is this plus its index.
+STREAM_STEP = tl.constexpr(0)
+STREAM_TENSOR = tl.constexpr(1)
+STREAM_ELEMENT = tl.constexpr(0x80000000)
+STREAM_ROUNDING = tl.constexpr(0xC0000000)
+
+# Thresholds are compared with 32-bit words; this one is never reached.
+CERTAIN = tl.constexpr(4294967296.0)
+
+
+@triton.jit
+def widen(x, T: tl.constexpr):
+    """Stored numbers as numbers of the arithmetic."""
+    if x.dtype == tl.float64:
+        return x.to(T)
+    else:
+        return x.to(tl.float32).to(T)
+
+
+@triton.jit
+def narrow(x, S: tl.constexpr):
+    """Numbers of the arithmetic rounded to nearest even, as they are stored."""
+    if S == tl.float64:
+        return x.to(tl.float64)
+    elif S == tl.bfloat16 and INTERPRETED:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        upper = bits >> 16
+        rounded = (bits + 0x7FFF + (upper & 1)) >> 16
+        # Rounding could carry the payload of a NaN into its exponent.
+        stored = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, upper | 0x40, rounded)
+        return stored.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.float32).to(S)
+
+
+@triton.jit
+def narrow_by_word(x, words):
+    """bfloat16 numbers, rounded up with the probability that x is beyond the lower one.
+
+    The lower 16 bits of the word are added to those that are cut off. What is not finite is
+    rounded to nearest.
+    """
+    single = x.to(tl.float32)
+    bits = single.to(tl.uint32, bitcast=True)
+    stored = ((bits + (words & 0xFFFF)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, stored, narrow(single, tl.bfloat16))
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, seed):
+    """The four words of a counter, Philox4x32-10 (Salmon et al., SC 2011); all uint32."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def one_word(draw, stream, seed):
+    """The word that decides a whole step or tensor; stream is uint32, of any shape."""
+    zero = stream ^ stream
+    word, _, _, _ = philox(zero, zero, zero + draw, stream, seed)
+    return word
+
+
+@triton.jit
+def unsharded_index(place, base, stretch, stride, numel):
+    """Row-major index in the unsharded parameter of elements of a shard; all int64."""
+    if stretch >= numel:
+        index = base + place
+    else:
+        turn = place // stretch
+        index = base + turn * stride + (place - turn * stretch)
+    return index
+
+
+@triton.jit
+def quads_stay_together(base, stretch, stride, numel):
+    """Whether four elements from a multiple of four on have one counter among them."""
+    whole = (stretch >= numel) | (((stretch | stride) & 3) == 0)
+    return ((base & 3) == 0) & whole
+
+
+@triton.jit
+def element_words(
+    first, base, stretch, stride, numel, draw, stream, seed,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """The words of a block of elements, `first` the place of the first one in its tensor.
+
+    With QUADS there is one counter for four elements; else, where shards cut through them, one
+    for each. PACK is the number of neighbouring elements in one thread: with 8, a thread makes
+    the words of two neighbouring counters, so that none has to go to another thread.
+    """
+    if not QUADS:
+        place = first + tl.arange(0, BLOCK)
+    elif PACK == 8:
+        even = first + 8 * tl.arange(0, BLOCK // 8)
+        place = tl.join(even, even + 4)
+    else:
+        place = first + 4 * tl.arange(0, BLOCK // 4)
+    index = unsharded_index(place, base, stretch, stride, numel)
+    counter = index >> 2
+    low = counter.to(tl.uint32)
+    w0, w1, w2, w3 = philox(
+        low, (counter >> 32).to(tl.uint32), (low ^ low) + draw, (low ^ low) + stream, seed
+    )
+    if QUADS:
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    else:
+        lane = index & 3
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return words
+
+
+@triton.jit
+def real_gradient(grad, replay, replay_weight, replayed):
+    """Equation (1), before the division by the gradient scale; `replayed` says if there is r."""
+    return tl.where(replayed, tl.fma(replay_weight, replay, grad), grad)
+
+
+@triton.jit
+def guided_gradient(gradient, param, anchor, factor, pull, guided, drawn):
+    """Equation (5); `factor` is c over the gradient scale, `pull` is b s.
+
+    `anchor` is None in kernels that guide nothing, `drawn` None where no draw is by element.
+    """
+    total = factor * gradient
+    if anchor is not None:
+        difference = param - anchor
+        if drawn is not None:
+            difference = tl.where(drawn, difference, 0.0)
+        total = tl.where(guided, tl.fma(pull, difference, total), total)
+    return total
+
+
+@triton.jit
+def power(base, exponent):
+    """Power of a float64 number with a whole exponent."""
+    left = exponent.to(tl.int64)
+    result = base * 0.0 + 1.0
+    while left > 0:
+        result = tl.where((left & 1) != 0, result * base, result)
+        base = base * base
+        left = left >> 1
+    return result
+
+
+@triton.jit
+def root(x):
+    """Square root, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """Quotient, correctly rounded."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def with_decay(total, param, l2):
+    """Gradient with the weight decay that belongs to it; 0 * inf must not get in."""
+    return tl.where(l2 != 0, tl.fma(l2, param, total), total)
+
+
+@triton.jit
+def adam(
+    param, total, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad,
+    l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+):  # fmt: skip
+    """Equation (6), torch.optim.Adam and AdamW; the scalars are those of AdamScalars in update.h.
+
+    The first moment is a lerp taken from the nearer end, as torch.lerp is. `max_exp_avg_sq` is
+    None in kernels without amsgrad; in others the row says whether it is used.
+    """
+    total = with_decay(total, param, l2)
+    near = weight1 < 0.5
+    start = tl.where(near, exp_avg, total)
+    exp_avg = tl.fma(tl.where(near, weight1, -rest1), total - exp_avg, start)
+    exp_avg_sq = tl.fma(beta2, exp_avg_sq, weight2 * total * total)
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        # The first comparison fails for NaN in either place, the second lets a new one in.
+        fresh = (exp_avg_sq > max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
+        max_exp_avg_sq = tl.where(fresh, exp_avg_sq, max_exp_avg_sq)
+        second = tl.where(amsgrad, max_exp_avg_sq, exp_avg_sq)
+    denom = tl.fma(root(second), inv_sqrt_bias2, eps)
+    param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def sgd(param, total, buffer, l2, lr, momentum, undamped, nesterov, first):
+    """Equation (6), torch.optim.SGD.
+
+    `buffer` is None in kernels without momentum; in others a row may have momentum 0.
+    """
+    total = with_decay(total, param, l2)
+    if buffer is not None:
+        buffer = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
+        moved = tl.where(nesterov, tl.fma(momentum, buffer, total), buffer)
+        total = tl.where(momentum != 0, moved, total)
+    return tl.fma(-lr, total, param), buffer
