@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The device under test: clock, cache eviction, bandwidth, provenance; imported by step.py.
+"""The device under test: clocks, cache eviction, bandwidth, provenance; imported by step.py.
 
-A GPU harness adds a class with the methods of `Cpu`; nothing else in the benchmark asks where it
-runs.
+`Cpu` and `Gpu` have the same methods; nothing else in the benchmark asks where it runs.
+
+A step has up to four times, each measured in a way of its own and never mixed:
+
+- ``seconds``: wall time of a call that begins on an idle device and ends when it is idle again;
+- ``host_seconds``: of the same call, until it returned to Python;
+- ``device_seconds``: what the device needs for all that the call launches, by two events on the
+  stream. The device is kept busy until everything stands in its queue, so no time of the host is
+  in it;
+- ``kernel_seconds``: sum over the kernels as torch.profiler (CUPTI) saw them, without the gaps.
 """
 
 from __future__ import annotations
@@ -14,17 +22,41 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 _FALLBACK_CACHE = 32 * 2**20
+# Kept between what is profiled and what is not: far more than the clocks of host and device
+# disagree by.
+_GUARD_SECONDS = 3e-4
+
+
+class Kernels(NamedTuple):
+    """What one call ran on the device.
+
+    Attributes:
+        seconds: Sum of the kernels' durations.
+        launches: Number of kernels.
+        copies: Number of memory copies and fills.
+        names: Kernel name → (times, seconds).
+    """
+
+    seconds: float
+    launches: int
+    copies: int
+    names: dict[str, tuple[int, float]]
 
 
 class Cpu:
     """The CPU: work is done when the call returns, and the host is the device."""
 
     name = "cpu"
+    # A line that is written without having been read is read first.
+    write_allocate = 1.0
+    # Kinds of steps come as the draws have them.
+    stratified = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -41,17 +73,43 @@ class Cpu:
         """
         self._sweep.sum()
 
-    def time(self, function: Callable[[], object]) -> float:
-        """Returns the wall time of one call in seconds."""
+    def wall(self, function: Callable[[], object]) -> dict[str, float]:
+        """Returns the times of one call that begins and ends on an idle device."""
         self.synchronize()
         begin = time.perf_counter_ns()
         function()
         self.synchronize()
-        return (time.perf_counter_ns() - begin) * 1e-9
+        return {"seconds": (time.perf_counter_ns() - begin) * 1e-9}
 
-    def kernel_time(self, function: Callable[[], object]) -> float | None:
-        """Returns the device time of one call apart from the host's; None: there is no such."""
+    def time(self, function: Callable[[], object]) -> float:
+        """Returns the seconds a large call takes on the device, for bandwidth."""
+        return self.wall(function)["seconds"]
+
+    @property
+    def probes(self) -> Sequence[Callable[[Callable[[], object]], dict[str, float]]]:
+        """Ways to measure a call, each of which takes one call."""
+        return (self.wall,)
+
+    def profile(
+        self, calls: Sequence[tuple[Callable[[], object], Callable[[], object]]]
+    ) -> list[Kernels] | str:
+        """Returns what each call ran on the device, or why that is not known.
+
+        Args:
+            calls: (what comes before and is not looked at, what is looked at).
+        """
+        return "the host is the device"
+
+    def waits(self, function: Callable[[], object]) -> str | None:
+        """Returns where a call makes the host wait for the device, or None."""
         return None
+
+    def temporary_bytes(self, function: Callable[[], object]) -> int | None:
+        """Returns what one call allocates on the device at its peak; None: not known."""
+        return None
+
+    def release(self) -> None:
+        """Gives unused memory back, so that the next case finds it."""
 
     def free_bytes(self) -> int:
         """Returns the memory that can be taken without swapping."""
@@ -63,31 +121,217 @@ class Cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+class Gpu(Cpu):
+    """A CUDA device: calls return before their work is done."""
+
+    name = "cuda"
+    write_allocate = 0.0
+    stratified = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes = getattr(properties, "L2_cache_size", 0) or _FALLBACK_CACHE
+        self._sweep = torch.zeros(max(4 * self.cache_bytes, 2**27) // 4, device=self.device)
+        self._host_seconds = 1e-4
+        self._cycles = self._calibrate()
+
+    # What speaks to CUDA itself; the tests put a clock of their own in its place.
+
+    def _calibrate(self) -> float:
+        """Returns the cycles of `torch.cuda._sleep` per second."""
+        cycles = 20_000_000
+        torch.cuda._sleep(cycles)
+        return cycles / self._between(lambda: torch.cuda._sleep(cycles))[0]
+
+    def _spin(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * self._cycles))
+
+    def _between(self, function: Callable[[], object]) -> tuple[float, bool]:
+        """Returns the device's seconds for a call, and whether it began before all was queued."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        function()
+        began = first.query()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3, began
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        torch.cuda.synchronize(self.device)
+
+    def free_bytes(self) -> int:
+        """Returns the memory that torch can still hand out."""
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
+
+    def release(self) -> None:
+        """Empties torch's cache of memory."""
+        torch.cuda.empty_cache()
+
+    def temporary_bytes(self, function: Callable[[], object]) -> int | None:
+        """Returns what one call allocates at its peak, beyond what was there."""
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        function()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def waits(self, function: Callable[[], object]) -> str | None:
+        """Returns where a call makes the host wait, by torch's synchronisation check."""
+        self.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return None
+
+    def _profiler(self):
+        kinds = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA])
+
+    # The rest is arithmetic.
+
+    def wall(self, function: Callable[[], object]) -> dict[str, float]:
+        """Returns wall and host time of one call that begins and ends on an idle device."""
+        self.synchronize()
+        begin = time.perf_counter_ns()
+        function()
+        returned = time.perf_counter_ns()
+        self.synchronize()
+        end = time.perf_counter_ns()
+        self._host_seconds = (returned - begin) * 1e-9
+        return {"seconds": (end - begin) * 1e-9, "host_seconds": self._host_seconds}
+
+    def queued(self, function: Callable[[], object]) -> dict[str, float]:
+        """Returns the device time of one call, launched while the device is busy.
+
+        ``late`` is 1 if the host did not keep ahead (a call that waits, or that launches more than
+        the queue holds): then the time has the host's share in it.
+        """
+        self.synchronize()
+        self._spin(min(5e-2, 2e-4 + 3 * self._host_seconds))
+        seconds, late = self._between(function)
+        return {"device_seconds": seconds, "late": float(late)}
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Returns the seconds a large call takes on the device."""
+        self._host_seconds = 1e-4
+        return self.queued(function)["device_seconds"]
+
+    @property
+    def probes(self):
+        """Wall and host time in one call, device time in another."""
+        return self.wall, self.queued
+
+    def profile(self, calls) -> list[Kernels] | str:
+        """Returns what each call ran on the device, by torch.profiler."""
+        try:
+            with self._profiler() as profiler:
+                for number, (prepare, function) in enumerate(calls):
+                    prepare()
+                    self.synchronize()
+                    time.sleep(_GUARD_SECONDS)
+                    with torch.profiler.record_function(f"{_MEASURED}{number}"):
+                        function()
+                        self.synchronize()
+                    time.sleep(_GUARD_SECONDS)
+            found = kernels_of(profiler.events(), len(calls))
+        except RuntimeError as error:
+            return f"torch.profiler: {str(error).splitlines()[0]}"
+        if not any(call.launches for call in found):
+            return "torch.profiler saw no kernels here (CUPTI is missing or refused)"
+        return found
+
+
+_MEASURED = "measured call "
+_COPIES = ("Memcpy", "Memset")
+
+
+def kernels_of(events: Iterable, calls: int) -> list[Kernels]:
+    """Sorts a profile's kernels by the call that ran them.
+
+    Args:
+        events: ``profiler.events()``; calls are ranges named ``measured call <number>``.
+        calls: How many there were.
+    """
+    on_host = torch.autograd.DeviceType.CPU
+    windows: dict[int, tuple[float, float]] = {}
+    host_names = set()
+    device = []
+    for event in events:
+        if event.device_type == on_host:
+            host_names.add(event.name)
+            if event.name.startswith(_MEASURED):
+                windows[int(event.name.removeprefix(_MEASURED))] = (
+                    event.time_range.start,
+                    event.time_range.end,
+                )
+        else:
+            device.append(event)
+    slack = _GUARD_SECONDS / 2 * 1e6
+    found = []
+    for number in range(calls):
+        begin, end = windows[number]
+        names: dict[str, tuple[int, float]] = {}
+        copies = 0
+        for event in device:
+            # A range of the host has a shadow of its name on the device.
+            if event.name in host_names or not (
+                begin - slack <= event.time_range.start <= end + slack
+            ):
+                continue
+            if event.name.startswith(_COPIES):
+                copies += 1
+                continue
+            times, seconds = names.get(event.name, (0, 0.0))
+            spent = (event.time_range.end - event.time_range.start) * 1e-6
+            names[event.name] = times + 1, seconds + spent
+        total = sum(seconds for _, seconds in names.values())
+        found.append(Kernels(total, sum(times for times, _ in names.values()), copies, names))
+    return found
+
+
 def open_device(name: str) -> Cpu:
-    """Returns the device called ``name``.
+    """Returns the device called ``name``: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: The benchmark does not know it.
+        ValueError: The benchmark does not know it, or there is none here.
     """
     if name == "cpu":
         return Cpu()
-    raise ValueError(f"--device {name}: only cpu is measured by this version")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no GPU here that torch can use")
+        return Gpu()
+    raise ValueError(f"--device {name}: cpu and cuda are measured")
 
 
 class Streams:
     """Copy and triad, the measure of what the memory can do; timed between the steps.
 
-    The destination of either is not read before it is written, so the processor loads its lines
-    first (write-allocate): copy moves 3 and triad 4 elements per element. In place (a += s b), as
-    an optimizer works, nothing is loaded for writing alone and memory gives more: shown beside
-    them, since a share above 100 % of copy and triad would else look like a mistake.
+    The destination of either is not read before it is written, so a CPU loads its lines first
+    (write-allocate): there copy moves 3 and triad 4 elements per element, on a GPU 2 and 3. In
+    place (a += s b), as an optimizer works, nothing is loaded for writing alone and a CPU's memory
+    gives more: shown beside them, since a share above 100 % of copy and triad would else look like
+    a mistake.
     """
 
     def __init__(self, device: Cpu, elements: int) -> None:
         self._a, self._b, self._c = (torch.ones(elements, device=device.device) for _ in range(3))
+        loaded = device.write_allocate
         self.bytes = {
-            "copy": 3 * 4 * elements, "triad": 4 * 4 * elements, "in place": 3 * 4 * elements
-        }  # fmt: skip
+            "copy": (2 + loaded) * 4 * elements,
+            "triad": (3 + loaded) * 4 * elements,
+            "in place": 3 * 4 * elements,
+        }
         self.seconds: dict[str, list[float]] = {name: [] for name in self.bytes}
 
     def run(self, device: Cpu) -> None:
@@ -124,7 +368,11 @@ def provenance(device: Cpu) -> dict[str, object]:
     active = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
     configuration = dgg.show_config().splitlines()
     changed = _output(["git", "-C", str(folder), "status", "--porcelain", "-uno"])
+    gpu = None
+    if device.device.type == "cuda":
+        gpu = {**gpu_report(), "cache": device.cache_bytes}
     return {
+        "gpu": gpu,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device.name,
         "cpu": _cpu_model(),
@@ -143,6 +391,35 @@ def provenance(device: Cpu) -> dict[str, object]:
         "commit": _output(["git", "-C", str(folder), "rev-parse", "HEAD"]),
         "uncommitted_changes": None if changed is None else bool(changed),
     }
+
+
+# What nvidia-smi is asked for; asking changes nothing.
+_GPU_FIELDS = (
+    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem",
+    "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
+    "utilization.gpu", "ecc.mode.current", "mig.mode.current", "compute_cap",
+)  # fmt: skip
+
+
+def gpu_report() -> dict[str, str | None]:
+    """Returns what nvidia-smi and torch say about the GPU; no setting is touched."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i"]
+    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    answer = _output([*query, str(place)])
+    values = [value.strip() for value in answer.split(",")] if answer else []
+    found: dict[str, str | None] = dict.fromkeys(_GPU_FIELDS)
+    if len(values) == len(_GPU_FIELDS):
+        found.update(zip(_GPU_FIELDS, values, strict=True))
+    elif torch.cuda.is_available():
+        found["name"] = torch.cuda.get_device_name(place)
+    found["cuda"] = torch.version.cuda
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
 
 
 def _cpu_model() -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 
 # The public configuration of Llama-2-7B, the language model of LLaVA-1.5-7B.
-HIDDEN, INTERMEDIATE, LAYERS = 4096, 11008, 32
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 32, 32000
+# Width of the CLIP tower whose features LLaVA projects.
+VISION = 1024
 # (inputs, outputs) of the linear layers of a block: q, k, v, o, gate, up, down.
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INTERMEDIATE)] * 2 + [(INTERMEDIATE, HIDDEN)]
 
@@ -29,6 +31,14 @@ def llava_7b_lora(rank: int) -> list[tuple[int, ...]]:
     """
     layer = [shape for inputs, outputs in LINEARS for shape in ((rank, inputs), (outputs, rank))]
     return layer * LAYERS
+
+
+def llava_7b_full() -> list[tuple[int, ...]]:
+    """Returns what full fine-tuning of LLaVA-7B trains: language model and projector."""
+    layer = [(outputs, inputs) for inputs, outputs in LINEARS] + [(HIDDEN,)] * 2
+    projector = [(HIDDEN, VISION), (HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,)]
+    embeddings = [(VOCABULARY, HIDDEN)]
+    return embeddings + layer * LAYERS + [(HIDDEN,)] + embeddings + projector
 
 
 def count(shapes: list[tuple[int, ...]]) -> int:

@@ -30,25 +30,33 @@ from workload import (
     Workload,
 )
 
+# Draws over which the cost of a setting is averaged; more where α times this is no whole number.
 WINDOW = 50
+
+
+def window(alpha: float | None) -> int:
+    """Returns the number of draws over which a setting's cost is averaged."""
+    if alpha is None or (Fraction(str(alpha)) * WINDOW).denominator == 1:
+        return WINDOW
+    return 2 * WINDOW
 
 
 class Unavailable(RuntimeError):
     """The variant cannot run here; the message says why."""
 
 
-def choose_seed(alpha: float, window: int = WINDOW) -> int:
-    """Returns the smallest seed whose first ``window`` draws inject at the wanted share.
+def choose_seed(alpha: float, draws: int = WINDOW) -> int:
+    """Returns the smallest seed whose first ``draws`` draws inject at the wanted share.
 
     A run of 50 draws at α = 0.2 injects anything between 5 and 15 times; the average of a lucky
     one would flatter dgg, of an unlucky one its peers. The draw after the window must agree with
     the first one, so that going back to the start is a step like any other.
     """
-    wanted = round(Fraction(str(alpha)) * window)
+    wanted = round(Fraction(str(alpha)) * draws)
     seed = 0
     while True:
-        drawn = injections(seed, alpha, window + 1)
-        if sum(drawn[:window]) == wanted and drawn[window] == drawn[0]:
+        drawn = injections(seed, alpha, draws + 1)
+        if sum(drawn[:draws]) == wanted and drawn[draws] == drawn[0]:
             return seed
         seed += 1
 
@@ -64,13 +72,17 @@ class Variant(abc.ABC):
 
     Attributes:
         name: As the tables call it.
-        settings: Names of the settings the implementation has; ``"alpha"`` is any alpha.
+        guided: Whether it has the settings with an alpha.
+        foreign: Somebody else's code: where it computes something else it is left out, with that as
+            the reason, instead of ending the run.
         verified: Set by the harness; what is not verified is not timed.
         calls: Steps taken so far.
+        window: Draws over which the cost is averaged.
     """
 
     name: ClassVar[str]
     guided: ClassVar[bool]
+    foreign: ClassVar[bool] = False
     verified = False
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
@@ -79,11 +91,14 @@ class Variant(abc.ABC):
         self.workload, self.setting, self.calls = workload, setting, 0
         self._draw = 0
         self.seed = 0
+        self.window = window(setting.alpha)
         if setting.alpha is not None:
-            self.seed = choose_seed(setting.alpha)
-            self._pattern = injections(self.seed, setting.alpha, WINDOW + 1)
+            self.seed = choose_seed(setting.alpha, self.window)
+            self._pattern = injections(self.seed, setting.alpha, self.window + 1)
         else:
-            self._pattern = [False] * (WINDOW + 1)
+            self._pattern = [False] * (self.window + 1)
+        # A CPU reads a line before it is written; a GPU does not.
+        self._write_allocate = 1.0 if workload.device.type == "cpu" else 0.0
         self.params = workload.parameters()
         self._max_norm = workload.max_grad_norm
 
@@ -92,7 +107,7 @@ class Variant(abc.ABC):
         self.step(self._pattern[self._draw])
         self.calls += 1
         self._draw += 1
-        if self._draw == WINDOW:
+        if self._draw == self.window:
             self.seek(0)
 
     def seek(self, draw: int) -> None:
@@ -110,10 +125,23 @@ class Variant(abc.ABC):
     def shares(self) -> dict[tuple[bool, bool], Fraction]:
         """Returns how often each kind occurs in the window of draws."""
         found: dict[tuple[bool, bool], Fraction] = {}
-        for draw in range(WINDOW):
+        for draw in range(self.window):
             kind = (self._pattern[draw], self._pattern[draw + 1])
-            found[kind] = found.get(kind, Fraction(0)) + Fraction(1, WINDOW)
+            found[kind] = found.get(kind, Fraction(0)) + Fraction(1, self.window)
         return found
+
+    def approach(self, kind: tuple[bool, bool]) -> None:
+        """Takes an unmeasured step after which the next one is of this kind.
+
+        The step before matters: it is the one that measures ahead.
+        """
+        for offset in range(1, self.window + 1):
+            draw = (self._draw + offset) % self.window
+            if (self._pattern[draw], self._pattern[draw + 1]) == kind:
+                self.seek((draw - 1) % self.window)
+                self()
+                return
+        raise ValueError(f"no draw of the window is of the kind {kind}")
 
     @abc.abstractmethod
     def step(self, inject: bool) -> None:
@@ -146,15 +174,21 @@ class Variant(abc.ABC):
         return 3 + 2 * len(self.workload.moments)
 
     def _share_injected(self) -> float:
-        return sum(self._pattern[:WINDOW]) / WINDOW
+        return sum(self._pattern[: self.window]) / self.window
 
 
-def _preset(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], work: Workload) -> None:
+def _preset(
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[Tensor],
+    work: Workload,
+    *,
+    step_device: torch.device | str = "cpu",
+) -> None:
     """Makes an optimizer work on the workload's moments."""
     for row, param in enumerate(params):
         state = optimizer.state[param]
         if work.optimizer == "adamw":
-            state["step"] = torch.tensor(float(FIRST_STEP))
+            state["step"] = torch.tensor(float(FIRST_STEP), device=step_device)
             state["exp_avg"], state["exp_avg_sq"] = (moment[row] for moment in work.moments)
         elif work.optimizer == "momentum":
             state["momentum_buffer"] = work.moments[0][row]
@@ -170,7 +204,8 @@ def _arguments(work: Workload) -> dict[str, object]:
 def _torch_optimizer(params, work: Workload, **how: bool) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if work.optimizer == "adamw" else torch.optim.SGD
     optimizer = kind(params, **_arguments(work), **how)
-    _preset(optimizer, params, work)
+    # Only torch's fused step wants its count on the device.
+    _preset(optimizer, params, work, step_device=work.device if how.get("fused") else "cpu")
     return optimizer
 
 
@@ -227,6 +262,13 @@ class DggCpp(Dgg):
 
     name = "dgg cpp"
     backend = "cpp"
+
+
+class DggTriton(Dgg):
+    """The Triton kernels."""
+
+    name = "dgg triton"
+    backend = "triton"
 
 
 class DggReference(Dgg):
@@ -295,9 +337,13 @@ class _EagerGuidance(Variant):
         return torch.clamp(self._max_norm / (grad_norm + 1e-6), max=1.0)
 
     def elements_moved(self) -> float | None:
-        """Norm 1, clip 2; injected: d 2 + 1 and its write-allocate, ‖d‖ 1, G 3; the update."""
+        """Norm 1, clip 2; injected: d 2 + 1 and its write-allocate, ‖d‖ 1, G 3; the update.
+
+        Where s cannot be read without waiting for the device, s d is a pass of its own (2).
+        """
         clipping = 3.0 if self.setting.clipped else 1.0
-        return self._update_arrays() + clipping + 8.0 * self._share_injected()
+        injected = 7.0 + self._write_allocate + (0.0 if self._on_host else 2.0)
+        return self._update_arrays() + clipping + injected * self._share_injected()
 
 
 class LoopGuidance(_EagerGuidance):
@@ -397,8 +443,9 @@ class ForeachGuidanceTypical(_EagerGuidance):
         self.optimizer.step()
 
     def elements_moved(self) -> float | None:
-        """The norm once more and s d in place, on the steps that inject."""
-        return super().elements_moved() + 3.0 * self._share_injected()
+        """The norm once more, and s d in place, on the steps that inject."""
+        more = 3.0 if self._on_host else 1.0
+        return super().elements_moved() + more * self._share_injected()
 
 
 class ForeachGuidanceKeptBuffer(ForeachGuidance):
@@ -526,10 +573,101 @@ class DeepSpeedCpuAdam(Variant):
         return self._update_arrays()
 
 
+class _ForeignAdamW(Variant):
+    """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping."""
+
+    guided = False
+    foreign = True
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        if workload.optimizer != "adamw" or setting.clipped:
+            raise Unavailable("it is a plain AdamW")
+        if workload.device.type != "cuda":
+            raise Unavailable("it runs on a GPU only")
+        try:
+            self.optimizer = self._build()
+            for row, param in enumerate(self.params):
+                self._seed_state(param, *(moment[row] for moment in workload.moments))
+        except Exception as error:  # not installed, or built for another torch: all one here
+            raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    @abc.abstractmethod
+    def _build(self) -> torch.optim.Optimizer: ...
+
+    def _seed_state(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        state = self.optimizer.state[param]
+        state.update(step=FIRST_STEP, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        for group in self.optimizer.param_groups:
+            group["step"] = FIRST_STEP
+
+    def step(self, inject: bool) -> None:
+        """Steps."""
+        self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """One pass."""
+        return self._update_arrays()
+
+
+class ApexFusedAdam(_ForeignAdamW):
+    """NVIDIA apex."""
+
+    name = "apex FusedAdam"
+
+    def _build(self):
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+
+
+class DeepSpeedFusedAdam(_ForeignAdamW):
+    """DeepSpeed's AdamW for GPUs."""
+
+    name = "DeepSpeed FusedAdam"
+
+    def _build(self):
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+
+
+class BitsAndBytes(_ForeignAdamW):
+    """bitsandbytes with 32-bit state: the same arithmetic, a kernel per tensor."""
+
+    name = "bitsandbytes AdamW32bit"
+
+    def _build(self):
+        from bitsandbytes.optim import AdamW32bit
+
+        return AdamW32bit(self.params, **_arguments(self.workload))
+
+    def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
+        self.optimizer.state[param].update(step=FIRST_STEP, state1=exp_avg, state2=exp_avg_sq)
+
+
+class Optimi(_ForeignAdamW):
+    """optimi's Triton kernels."""
+
+    name = "optimi AdamW"
+
+    def _build(self):
+        from optimi import AdamW
+
+        return AdamW(self.params, triton=True, kahan_sum=False, **_arguments(self.workload))
+
+    def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
+        super()._seed_state(param, exp_avg, exp_avg_sq)
+        for group in self.optimizer.param_groups:
+            group["step"] = torch.tensor(FIRST_STEP, dtype=torch.int32)
+
+
 IMPLEMENTATIONS: dict[str, type[Variant]] = {
     kind.name: kind
     for kind in (
-        DggCpp, DggReference, TorchFused, TorchFusedForeachClip, LoopGuidance, ForeachGuidance,
-        ForeachGuidanceKeptBuffer, ForeachGuidanceTypical, CompiledGuidance, DeepSpeedCpuAdam,
+        DggCpp, DggTriton, DggReference, TorchFused, TorchFusedForeachClip, LoopGuidance,
+        ForeachGuidance, ForeachGuidanceKeptBuffer, ForeachGuidanceTypical,
+        CompiledGuidance, DeepSpeedCpuAdam,
+        ApexFusedAdam, DeepSpeedFusedAdam, BitsAndBytes, Optimi,
     )
 }  # fmt: skip

@@ -2,8 +2,15 @@
 """Verification and interleaved timing of one benchmark case; imported by step.py, test_step.py.
 
 Cache policy: before every timed step the gradients are written anew (as a backward pass would,
-and because some variants edit them). A cold case then reads twice the last-level cache's size of
-other memory, so that no variant finds data that the one before it left; a warm case does not.
+and because some variants edit them). A cold case then reads twice the last-level cache's size (on
+a GPU four times) of other memory, so that no variant finds data that the one before it left; a warm
+case does not. Reading leaves clean lines: dirty ones would be written back at the timed step's
+expense.
+
+Where host and device are two, every turn of a variant is a step for the wall and host time and a
+step for the device time (machine.py); kinds of steps are then taken equally often instead of as
+the draws have them, each behind the step that really precedes it, and weighed by their share.
+After the rounds a few steps run under the profiler, for kernel times and launches.
 """
 
 from __future__ import annotations
@@ -15,13 +22,15 @@ import time
 
 import torch
 
-from machine import Cpu, Streams
-from peers import IMPLEMENTATIONS, WINDOW, Unavailable, Variant
-from workload import Setting, Verifier, Workload
+from machine import Cpu, Kernels, Streams
+from peers import IMPLEMENTATIONS, Unavailable, Variant
+from workload import Setting, VerificationError, Verifier, Workload
 
 MIN_SAMPLES = 7
 # A variant that would use this share of a case's time takes part in fewer rounds.
 SLOW = 0.1
+# Steps of each kind that are profiled; one where a step has this many kernels.
+PROFILED, MANY_KERNELS = 5, 400
 
 
 class NotVerified(RuntimeError):
@@ -41,6 +50,7 @@ class Case:
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
+        spare: No copy of the gradients is kept; for lists that fill the memory.
     """
 
     name: str
@@ -51,6 +61,7 @@ class Case:
     rounds: int = 50
     cold: bool = True
     seconds: float = 120.0
+    spare: bool = False
 
 
 def verify(variant: Variant, verifier: Verifier) -> float:
@@ -68,9 +79,9 @@ def verify(variant: Variant, verifier: Verifier) -> float:
     """
     worst = 0.0
     draws = range(2)
-    if variant.setting.alpha not in (None, 1.0):
+    if variant.setting.alpha not in (None, 0.0, 1.0):
         kinds = [variant.injects()]
-        for draw in range(1, WINDOW):
+        for draw in range(1, variant.window):
             variant.seek(draw)
             kinds.append(variant.injects())
         draws = (kinds.index(True), kinds.index(False))
@@ -85,27 +96,46 @@ def verify(variant: Variant, verifier: Verifier) -> float:
 class _Timed:
     def __init__(self, variant: Variant, error: float) -> None:
         self.variant, self.error, self.stride = variant, error, 1
-        self.samples: dict[tuple[bool, bool], list[float]] = {}
+        # Figure ("seconds", "host_seconds", ...) → kind of step → samples.
+        self.samples: dict[str, dict[tuple[bool, bool], list[float]]] = {}
+        self.kernels: dict[tuple[bool, bool], list[Kernels]] = {}
+        self.waits: str | None = None
+        self.temporary_bytes: int | None = None
+        self.turn = 0
 
-    def run(self, device: Cpu) -> float:
+    def kinds(self) -> list[tuple[bool, bool]]:
+        return sorted(self.variant.shares())
+
+    def approach(self) -> None:
+        """Takes the unmeasured step before one of the kind whose turn it is."""
+        kinds = self.kinds()
+        if len(kinds) > 1:
+            self.variant.approach(kinds[self.turn % len(kinds)])
+
+    def run(self, probe) -> None:
         if not self.variant.verified:
             raise NotVerified(f"{self.variant.name} ({self.variant.setting.name})")
         kind = self.variant.kind()
-        seconds = device.time(self.variant)
-        self.samples.setdefault(kind, []).append(seconds)
-        return seconds
+        for name, value in probe(self.variant).items():
+            self.samples.setdefault(name, {}).setdefault(kind, []).append(value)
 
     def count(self) -> int:
-        return sum(map(len, self.samples.values()))
+        return sum(map(len, self.samples.get("seconds", {}).values()))
 
-    def quantile(self, q: float) -> float:
-        """Quantile of the step's time, averaged over the kinds of steps by their share."""
-        shares = {k: s for k, s in self.variant.shares().items() if k in self.samples}
-        weighed = sum(float(s) * _quantile(self.samples[k], q) for k, s in shares.items())
-        return weighed / float(sum(shares.values()))
+    def weigh(self, values: dict[tuple[bool, bool], float]) -> float | None:
+        """Averages a value of each kind of step by the kinds' shares."""
+        shares = {k: s for k, s in self.variant.shares().items() if k in values}
+        if not shares:
+            return None
+        return sum(float(s) * values[k] for k, s in shares.items()) / float(sum(shares.values()))
 
-    def mean(self) -> float:
-        times = [t for kind in self.samples.values() for t in kind]
+    def quantile(self, q: float, figure: str = "seconds") -> float | None:
+        """Quantile of a step's time, averaged over the kinds of steps by their share."""
+        kinds = self.samples.get(figure, {})
+        return self.weigh({kind: _quantile(times, q) for kind, times in kinds.items()})
+
+    def mean(self, figure: str = "seconds") -> float:
+        times = [t for kind in self.samples[figure].values() for t in kind]
         return sum(times) / len(times)
 
 
@@ -136,25 +166,30 @@ def run_case(
         MemoryError: The case does not fit.
     """
     elements = sum(torch.Size(shape).numel() for shape in case.shapes)
-    needed = Workload.bytes_needed(elements, case.dtype, case.optimizer)
-    if needed > 0.8 * device.free_bytes():
+    needed = Workload.bytes_needed(elements, case.dtype, case.optimizer, spare=case.spare)
+    device.release()
+    if needed > (0.95 if case.spare else 0.8) * device.free_bytes():
         raise MemoryError(
             f"{needed / 2**30:.1f} GiB needed, {device.free_bytes() / 2**30:.1f} GiB free"
         )
-    work = Workload(case.shapes, case.dtype, case.optimizer, device.device)
+    work = Workload(case.shapes, case.dtype, case.optimizer, device.device, spare=case.spare)
     verifier = Verifier(work)
     timed: list[_Timed] = []
     absent: list[dict[str, str]] = []
     for name, setting in case.runs:
+        variant = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
-        except Unavailable as reason:
-            absent.append({"name": name, "setting": setting.name, "reason": str(reason)})
-            log(f"  {name} ({setting.name}) not run: {reason}")
+        except (Unavailable, VerificationError, torch.OutOfMemoryError) as reason:
+            if isinstance(reason, VerificationError) and not variant.foreign:
+                raise
+            absent.append({"name": name, "setting": setting.name, "reason": _first_line(reason)})
+            log(f"  {name} ({setting.name}) not run: {_first_line(reason)}")
             continue
         timed.append(_Timed(variant, error))
     rounds = _measure(case, timed, work, device, streams)
+    profiled = _profile(case, timed, work, device)
     if not work.finite():
         raise FloatingPointError(f"{case.name}: parameters or moments are not finite after the run")
     return {
@@ -165,9 +200,16 @@ def run_case(
         "tensors": len(case.shapes),
         "cache": "cold" if case.cold else "warm",
         "rounds": rounds,
+        "device": device.name,
+        "profiler": profiled,
         "variants": [_entry(entry, elements) for entry in timed],
         "not_run": absent,
     }
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[0]
 
 
 def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
@@ -175,9 +217,9 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
         times = []
         for _ in range(3):
             work.fresh_gradients()
-            times.append(device.time(entry.variant))
+            times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
-        affordable = SLOW * case.seconds / min(times)
+        affordable = SLOW * case.seconds / (min(times) * len(device.probes))
         if affordable < case.rounds:
             entry.stride = max(1, case.rounds // max(MIN_SAMPLES, int(affordable)))
     order = random.Random(0)
@@ -194,10 +236,14 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
             turn = [e for e in timed if number % e.stride == 0]
             order.shuffle(turn)
             for entry in turn:
-                work.fresh_gradients()
-                if case.cold:
-                    device.evict()
-                entry.run(device)
+                for probe in device.probes:
+                    if device.stratified:
+                        entry.approach()
+                    work.fresh_gradients()
+                    if case.cold:
+                        device.evict()
+                    entry.run(probe)
+                entry.turn += 1
             if streams is not None:
                 device.evict()
                 streams.run(device)
@@ -207,10 +253,70 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
     return case.rounds
 
 
+def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
+    """Profiles some steps of every variant; returns why there is no profile, or None."""
+
+    def ready() -> None:
+        work.fresh_gradients()
+        if case.cold:
+            device.evict()
+
+    for entry in timed:
+        entry.waits = device.waits(entry.variant)
+        entry.temporary_bytes = device.temporary_bytes(entry.variant)
+        entry.variant.seek(0)
+    calls, owners = [], []
+    for entry in timed:
+        many = entry.variant.name == "for-loop" and MANY_KERNELS <= 14 * len(work.params)
+        kinds = entry.kinds()
+        for kind in kinds * (1 if many else PROFILED):
+
+            def prepare(variant=entry.variant, kind=kind, kinds=kinds) -> None:
+                if len(kinds) > 1:
+                    variant.approach(kind)
+                ready()
+
+            calls.append((prepare, entry.variant))
+            owners.append((entry, kind))
+    found = device.profile(calls) if calls else "nothing was timed"
+    if isinstance(found, str):
+        return found
+    for (entry, kind), kernels in zip(owners, found, strict=True):
+        entry.kernels.setdefault(kind, []).append(kernels)
+    return None
+
+
+def _kernel_figures(entry: _Timed) -> dict[str, object]:
+    if not entry.kernels:
+        return {"kernel_seconds": None, "launches": None, "copies": None, "kernels": {}}
+    median = {
+        kind: _quantile([call.seconds for call in calls], 0.5)
+        for kind, calls in entry.kernels.items()
+    }
+    calls = [call for found in entry.kernels.values() for call in found]
+    # Of the busiest step: what a launch-bound user waits for.
+    busiest = max(calls, key=lambda call: call.launches)
+    return {
+        "kernel_seconds": entry.weigh(median),
+        "launches": busiest.launches,
+        "copies": max(call.copies for call in calls),
+        "kernels": {
+            name: {"times": times, "seconds": seconds}
+            for name, (times, seconds) in sorted(
+                busiest.names.items(), key=lambda item: -item[1][1]
+            )[:8]
+        },
+    }
+
+
 def _entry(entry: _Timed, elements: int) -> dict[str, object]:
     variant = entry.variant
     seconds, moved = entry.quantile(0.5), variant.bytes_moved()
+    on_device = entry.quantile(0.5, "device_seconds")
+    # Bandwidth is a claim about kernels: without the host's share where that is known.
+    busy = seconds if on_device is None else on_device
     shares = variant.shares()
+    late = entry.samples.get("late")
     return {
         "name": variant.name,
         "setting": variant.setting.name,
@@ -220,11 +326,18 @@ def _entry(entry: _Timed, elements: int) -> dict[str, object]:
         "mean": entry.mean(),
         "fastest": entry.quantile(0.0),
         "samples": entry.count(),
-        "kernel_seconds": None,
-        "ns_per_element": seconds / elements * 1e9,
+        "host_seconds": entry.quantile(0.5, "host_seconds"),
+        "device_seconds": on_device,
+        "device_low": entry.quantile(0.2, "device_seconds"),
+        "device_high": entry.quantile(0.8, "device_seconds"),
+        "device_late": None if late is None else entry.mean("late"),
+        **_kernel_figures(entry),
+        "waits_for_device": entry.waits,
+        "temporary_bytes": entry.temporary_bytes,
+        "ns_per_element": busy / elements * 1e9,
         "bytes": moved,
         "bytes_per_element": None if moved is None else moved / elements,
-        "bandwidth": None if moved is None else moved / seconds,
+        "bandwidth": None if moved is None else moved / busy,
         "share_of_bandwidth": None,
         "seed": variant.seed,
         "injected_fraction": float(sum(s for (now, _), s in shares.items() if now)),

@@ -5,18 +5,23 @@
     python bench/step.py --preset targets --out runs/step  # the project's targets, 5 minutes
     python bench/step.py --preset full --out runs/step     # every size and list, 20 minutes
     python bench/step.py --memory                          # peak memory over ten tasks
+    python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes
 
 Every variant is compared with the float64 reference before it is timed (the run ends if it
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
 and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
 50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, round_robin.py and peers.py. Machines that are not quiet give numbers
-that are not worth much: the load average stands in the results.
+described in workload.py, round_robin.py and peers.py; what wall, host, device and kernel time are,
+in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
+stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
+order of their importance, and the results are written after each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -24,8 +29,9 @@ import time
 
 import torch
 
+from gpu_targets import backend_table, gpu_targets
 from machine import Cpu, Streams, open_device, provenance
-from parameter_lists import count, llava_7b_lora, many_tiny, one_tensor
+from parameter_lists import count, llava_7b_full, llava_7b_lora, many_tiny, one_tensor
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
 from round_robin import Case, run_case
@@ -40,11 +46,13 @@ from step_report import (
 )
 from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
 
-SCHEMA = 1
+SCHEMA = 2
 ALPHA = sampled(0.2)
 MI = 2**20
 # The size the targets are stated for; 32 Mi = 33,554,432 elements, 128 MiB an array in float32.
 FLAGSHIP = 32 * MI
+# The same on a GPU: 1 GiB an array in float32.
+GPU_FLAGSHIP = 256 * MI
 
 Run = tuple[str, Setting]
 
@@ -61,6 +69,16 @@ LOOP: list[Run] = [("for-loop", GUIDED)]
 COMPILED: list[Run] = [("torch.compile", GUIDED)]
 DEEPSPEED: list[Run] = [("DeepSpeedCPUAdam", PLAIN)]
 REFERENCE: list[Run] = [("dgg reference", GUIDED)]
+
+GPU_BACKENDS = ("dgg cpp", "dgg triton")
+GPU_OURS: list[Run] = [(b, s) for b in GPU_BACKENDS for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
+GPU_ALPHAS: list[Run] = [(b, sampled(a)) for b in GPU_BACKENDS for a in (0.0, 0.05)]
+GPU_FOREACH: list[Run] = [FOREACH[0], FOREACH[2]]
+GPU_FOREIGN: list[Run] = [
+    (name, PLAIN)
+    for name in ("apex FusedAdam", "DeepSpeed FusedAdam", "bitsandbytes AdamW32bit",
+                 "optimi AdamW")
+]  # fmt: skip
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -79,9 +97,9 @@ def _single(elements: int, runs: list[Run], *, optimizer="adamw", dtype=torch.fl
     return Case(name, one_tensor(elements), dtype, optimizer, runs, **limits)
 
 
-def _lora(rank: int, runs: list[Run], **limits) -> Case:
-    name = f"llava7b-lora{rank}"
-    return Case(name, llava_7b_lora(rank), torch.float32, "adamw", runs, **limits)
+def _lora(rank: int, runs: list[Run], *, dtype=torch.float32, **limits) -> Case:
+    name = f"llava7b-lora{rank}" + ("" if dtype == torch.float32 else f"-{_dtype_name(dtype)}")
+    return Case(name, llava_7b_lora(rank), dtype, "adamw", runs, **limits)
 
 
 def _tiny(runs: list[Run], *, cold: bool, rounds: int) -> Case:
@@ -99,8 +117,54 @@ OTHERS = (
 )
 
 
+def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
+    """Returns the cases for a GPU, the most important first.
+
+    Args:
+        flagship: Elements of the cases that the targets are stated for.
+        scale: Share of the usual rounds and seconds.
+    """
+
+    def limits(rounds: int, seconds: float) -> dict[str, float]:
+        return {"rounds": max(2, round(rounds * scale)), "seconds": seconds * scale}
+
+    bf16, clip = torch.bfloat16, FUSED
+    peers = clip + GPU_FOREACH
+    large = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN + COMPILED
+    cases = [
+        _single(flagship, large, **limits(24, 15)),
+        _lora(16, GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN, **limits(30, 20)),
+        _single(flagship, large, dtype=bf16, **limits(24, 15)),
+        _lora(16, GPU_OURS + peers, dtype=bf16, **limits(24, 10)),
+    ]
+    small = GPU_OURS + clip + GPU_FOREACH[:1]
+    for exponent in (4, 6, 9, 5, 7, 8):
+        for dtype in (torch.float32, bf16):
+            runs = small + (LOOP + REFERENCE if exponent <= 6 else [])
+            cases.append(_single(10**exponent, runs, dtype=dtype, **limits(16, 6)))
+    cases.append(
+        Case(
+            "llava7b-full-bfloat16", llava_7b_full(), bf16, "adamw",
+            [(b, s) for b in GPU_BACKENDS for s in (PLAIN, GUIDED, ALPHA)] + peers,
+            spare=True, **limits(8, 15),
+        )
+    )  # fmt: skip
+    cases.append(_lora(64, small, **limits(12, 6)))
+    cases.append(_lora(128, small, **limits(12, 6)))
+    tiny = _tiny(small + LOOP, cold=False, rounds=max(2, round(30 * scale)))
+    cases.append(dataclasses.replace(tiny, seconds=8 * scale))
+    for optimizer in ("momentum", "sgd"):
+        for dtype in (torch.float32, bf16):
+            cases.append(
+                _single(flagship, small, optimizer=optimizer, dtype=dtype, **limits(12, 5))
+            )
+    return cases
+
+
 def cases_of(preset: str) -> list[Case]:
     """Returns the cases of a preset."""
+    if preset == "gpu":
+        return gpu_cases()
     eager = OURS + FUSED + FOREACH + LOOP
     if preset == "smoke":
         runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
@@ -149,35 +213,63 @@ def cases_of(preset: str) -> list[Case]:
     return cases
 
 
-def run(cases: list[Case], device: Cpu, *, stream_elements: int, say) -> dict[str, object]:
-    """Runs cases and returns the results without targets."""
+def run(
+    cases: list[Case], device: Cpu, *, stream_elements: int, say, deadline=math.inf, keep=None
+) -> dict[str, object]:
+    """Runs cases and returns the results without targets.
+
+    Args:
+        cases: The cases, the most important first.
+        device: Where they run.
+        stream_elements: Elements of an array that the bandwidth is measured with.
+        say: Takes lines to print.
+        deadline: `time.perf_counter` after which no case is begun.
+        keep: Called with the results after every case.
+    """
     results: dict[str, object] = {
         "schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": [],
     }  # fmt: skip
     say(provenance_lines(results["provenance"]) + "\n")
-    if results["provenance"]["load_average"][0] > 0.5:
+    if results["provenance"]["load_average"][0] > 0.5 and device.name == "cpu":
         say("This machine is not quiet: take the times as provisional.\n")
     streams = Streams(device, stream_elements)
     for _ in range(5):
         streams.run(device)
     overall = streams.bandwidth()
+    del streams
     for case in cases:
         begin = time.perf_counter()
+        if begin > deadline:
+            results["skipped"].append({"case": case.name, "reason": "no time was left for it"})
+            say(f"{case.name} skipped: no time was left for it\n")
+            continue
         # Neighbours take bandwidth as they please: large cases measure it between their own steps.
-        large = count(case.shapes) * case.dtype.itemsize >= device.cache_bytes
+        large = count(case.shapes) * case.dtype.itemsize >= device.cache_bytes and not case.spare
         own = Streams(device, stream_elements) if large else None
         try:
             entry = run_case(case, device, own, log=say)
-        except MemoryError as error:
-            results["skipped"].append({"case": case.name, "reason": str(error)})
-            say(f"{case.name} skipped: {error}\n")
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
+            results["skipped"].append({"case": case.name, "reason": reason})
+            say(f"{case.name} skipped: {reason}\n")
+            continue
+        except VerificationError as error:
+            # What is wrong is not timed and fails the run; on a GPU the other cases are not lost.
+            if keep is None:
+                raise
+            results["skipped"].append({"case": case.name, "reason": str(error), "wrong": True})
+            say(f"{case.name} WRONG: {error}\n")
             continue
         entry["memory_bandwidth"] = own.bandwidth() if own else overall
         entry["wall_seconds"] = time.perf_counter() - begin
-        fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ("copy", "triad")))
+        # The ceiling is a copy; on a CPU triad often gives more.
+        ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
+        fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
         results["cases"].append(entry)
         say(case_table(entry, markdown=say.markdown))
         say(f"{bandwidth_line(entry['memory_bandwidth'])}; {entry['wall_seconds']:.0f} s\n")
+        if keep is not None:
+            keep(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
     return results
 
@@ -197,47 +289,80 @@ class Printer:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if a variant failed its verification."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=("smoke", "quick", "targets", "full"), default="quick")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", choices=("smoke", "quick", "targets", "full", "gpu"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="threads of torch and dgg; default: all cores")
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON, table and plots")
     parser.add_argument("--markdown", action="store_true", help="print tables as markdown")
     parser.add_argument("--memory", action="store_true", help="peak memory only")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument(
+        "--deadline", type=float, default=math.inf, help="begin no case after so many seconds"
+    )
     options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
+    if preset == "gpu" and options.device == "cpu":
+        parser.error("--preset gpu: its sizes are a GPU's; add --device cuda")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     say = Printer(options.markdown)
-    device = open_device(options.device)
-    smoke = options.preset == "smoke"
+    try:
+        device = open_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    smoke = preset == "smoke"
+    settings = {
+        "preset": preset,
+        "threads": torch.get_num_threads(),
+        "flagship": GPU_FLAGSHIP if preset == "gpu" else FLAGSHIP,
+    }
+    kind = "memory" if options.memory else "step"
+    stem = f"{kind}-{options.device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
+
+    def keep(results: dict[str, object]) -> None:
+        if options.out is not None:
+            partial = {**results, "settings": settings, "memory": [], "complete": False}
+            partial["targets"] = judge(partial, preset)
+            write(options.out, partial, "\n".join(say.lines) + "\n", stem, drawn=False)
+
     if options.memory:
         results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
     else:
-        cases = [case for case in cases_of(options.preset) if options.only in case.name]
+        cases = [case for case in cases_of(preset) if options.only in case.name]
         if not cases:
-            names = ", ".join(case.name for case in cases_of(options.preset))
+            names = ", ".join(case.name for case in cases_of(preset))
             parser.error(f"--only {options.only}: no such case; there are {names}")
+        elements = 2**16 if smoke else (2**25 if options.device == "cpu" else 2**28)
         try:
-            results = run(cases, device, stream_elements=2**16 if smoke else 2**25, say=say)
+            results = run(
+                cases, device, stream_elements=elements, say=say,
+                deadline=began + options.deadline, keep=keep if preset == "gpu" else None,
+            )  # fmt: skip
         except VerificationError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    results["settings"] = {
-        "preset": options.preset, "threads": torch.get_num_threads(), "flagship": FLAGSHIP,
-    }  # fmt: skip
+    results["settings"], results["complete"] = settings, True
     results["memory"] = []
-    if options.memory or options.preset in ("targets", "full"):
+    if options.memory or preset in ("targets", "full"):
         size = 2**20 if smoke else 2**24
         results["memory"] = [measure_memory(case, size) for case in MEMORY_CASES]
-    results["targets"] = targets(results["cases"], results["memory"])
+    results["targets"] = judge(results, preset)
+    if preset == "gpu":
+        say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
     if options.out is not None:
-        date = results["provenance"]["date"][:10]
-        stem = f"{'memory' if options.memory else 'step'}-{options.device}-{date}"
         for path in write(options.out, results, "\n".join(say.lines) + "\n", stem):
             print(f"wrote {path}")
-    return 0
+    return int(any(skipped.get("wrong") for skipped in results["skipped"]))
+
+
+def judge(results: dict[str, object], preset: str) -> list[dict]:
+    """Returns the targets that the results can speak to."""
+    if preset == "gpu":
+        return gpu_targets(results["cases"])
+    return targets(results["cases"], results["memory"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables, targets, JSON and plots of the step benchmark; imported by step.py."""
+"""Tables, targets on a CPU, JSON and plots of the step benchmark; imported by step.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from collections.abc import Iterable, Sequence
 HEADER = (
     "variant", "setting", "ms", "20 %", "80 %", "n", "ns/elem", "B/elem", "GB/s", "of memory",
     "/ fused", "/ clip+fused", "/ foreach",
+)  # fmt: skip
+# Where host and device are two: ms is wall time, and so are the ratios; those marked dev are of
+# the device time, which GB/s is computed from.
+GPU_HEADER = (
+    "variant", "setting", "wall ms", "host ms", "dev ms", "20 %", "80 %", "kernels ms", "launches",
+    "waits", "temporary MiB", "n", "B/elem", "GB/s", "of copy", "/ fused", "/ clip+fused",
+    "/ foreach", "dev / fused", "dev / clip+fused", "dev / foreach",
 )  # fmt: skip
 
 # What each column of ratios divides by: (variant, setting).
@@ -72,13 +79,12 @@ def _numeric(cell: str) -> bool:
 
 def case_table(case: dict, *, markdown: bool) -> str:
     """Returns title and table of one case, and the comparisons that dgg loses."""
+    if case.get("device", "cpu") != "cpu":
+        rows = [GPU_HEADER, *(_gpu_row(case, entry) for entry in case["variants"])]
+        return _page(case, rows, markdown)
     rows = [HEADER]
-    opponents = [find(case, *opponent) for opponent in OPPONENTS]
     for entry in case["variants"]:
-        ratios = [
-            "" if opponent is None else f"{entry['seconds'] / opponent['seconds']:.2f}"
-            for opponent in opponents
-        ]
+        ratios = _ratios(case, entry, "seconds")
         known = entry["bytes"] is not None
         share = entry["share_of_bandwidth"]
         rows.append(
@@ -96,6 +102,42 @@ def case_table(case: dict, *, markdown: bool) -> str:
                 *ratios,
             )
         )
+    return _page(case, rows, markdown)
+
+
+def _ratios(case: dict, entry: dict, figure: str) -> list[str]:
+    opponents = [find(case, *opponent) for opponent in OPPONENTS]
+    return [
+        "" if opponent is None else f"{entry[figure] / opponent[figure]:.2f}"
+        for opponent in opponents
+    ]
+
+
+def _gpu_row(case: dict, entry: dict) -> tuple[str, ...]:
+    def milliseconds(figure: str) -> str:
+        return "" if entry[figure] is None else _figure(entry[figure] * 1e3)
+
+    known, share = entry["bytes"] is not None, entry["share_of_bandwidth"]
+    late = entry["device_late"] or 0.0
+    return (
+        entry["name"],
+        entry["setting"],
+        *map(milliseconds, ("seconds", "host_seconds", "device_seconds")),
+        *map(milliseconds, ("device_low", "device_high")),
+        milliseconds("kernel_seconds"),
+        "" if entry["launches"] is None else str(entry["launches"]),
+        "yes" if entry["waits_for_device"] else "no",
+        "" if entry["temporary_bytes"] is None else f"{entry['temporary_bytes'] / 2**20:.1f}",
+        f"{entry['samples']}{' late' if late > 0.1 else ''}",
+        f"{entry['bytes_per_element']:.1f}" if known else "",
+        f"{entry['bandwidth'] / 1e9:.0f}" if known else "",
+        "" if share is None else f"{share:.1%}",
+        *_ratios(case, entry, "seconds"),
+        *_ratios(case, entry, "device_seconds"),
+    )
+
+
+def _page(case: dict, rows: Sequence[Sequence[str]], markdown: bool) -> str:
     title = (
         f"{case['case']}: {case['optimizer']}, {case['dtype']}, {case['elements']:,} elements in "
         f"{case['tensors']} tensor{'s' * (case['tensors'] > 1)}, {case['cache']} caches"
@@ -110,15 +152,24 @@ def case_table(case: dict, *, markdown: bool) -> str:
         lines.append(f"{setting}: seed {seed}, {fraction:.1%} of the draws in the window inject")
     for missing in case["not_run"]:
         lines.append(f"not run: {missing['name']} ({missing['setting']}): {missing['reason']}")
+    if case.get("device", "cpu") != "cpu":
+        if case["profiler"]:
+            lines.append(f"no kernel times: {case['profiler']}")
+        if any((entry["device_late"] or 0.0) > 0.1 for entry in case["variants"]):
+            lines.append("late: the host did not keep ahead, its time is in the device time")
     lines.extend(losses(case))
     return "\n".join(lines) + "\n"
 
 
 def losses(case: dict) -> list[str]:
     """Returns a line for every comparison that dgg loses, by the medians."""
+    figures = [("seconds", "time")]
+    if case.get("device", "cpu") != "cpu":
+        figures = [("seconds", "wall time"), ("device_seconds", "device time")]
     found = []
     for entry in case["variants"]:
-        if entry["name"] != "dgg cpp":
+        # The reference is the specification and no opponent of anybody.
+        if not entry["name"].startswith("dgg") or entry["name"] == "dgg reference":
             continue
         for other in case["variants"]:
             if other["name"].startswith("dgg"):
@@ -126,12 +177,13 @@ def losses(case: dict) -> list[str]:
             like = other["setting"] == entry["setting"]
             # Guidance and clipping together are to cost less than clipping alone.
             cheaper = other["setting"] == "clipped" and entry["setting"] not in ("plain", "clipped")
-            if (like or cheaper) and entry["seconds"] > other["seconds"]:
-                found.append(
-                    f"LOST: dgg cpp ({entry['setting']}) takes "
-                    f"{entry['seconds'] / other['seconds']:.2f} x the time of {other['name']} "
-                    f"({other['setting']})"
-                )
+            for figure, words in figures if like or cheaper else ():
+                if entry[figure] > other[figure]:
+                    found.append(
+                        f"LOST: {entry['name']} ({entry['setting']}) takes "
+                        f"{entry[figure] / other[figure]:.2f} x the {words} of {other['name']} "
+                        f"({other['setting']})"
+                    )
     return found
 
 
@@ -223,33 +275,52 @@ def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
 def bandwidth_line(bandwidth: dict[str, float]) -> str:
     """Returns one line about the measured bandwidth."""
     parts = ", ".join(f"{name} {value / 1e9:.1f} GB/s" for name, value in bandwidth.items())
-    return f"memory bandwidth, write-allocate counted: {parts}"
+    return f"memory bandwidth (a CPU's with write-allocate counted): {parts}"
 
 
 def provenance_lines(found: dict) -> str:
     """Returns where and when the numbers were taken."""
-    cpp = " ".join(found["backends"][1].split())
+    gpu = found.get("gpu") or {}
+    card = (
+        f"{gpu['name']}, {gpu['memory.total']}, driver {gpu['driver_version']}, CUDA "
+        f"{gpu['cuda']}, Triton {gpu['triton']}, SM {gpu['clocks.sm']} of {gpu['clocks.max.sm']}, "
+        f"memory {gpu['clocks.mem']} of {gpu['clocks.max.mem']}, power {gpu['power.draw']} of "
+        f"{gpu['power.limit']}, {gpu['temperature.gpu']} °C\n"
+        if gpu
+        else ""
+    )
+    backends = "; ".join(" ".join(line.split()) for line in found["backends"] if "usable" in line)
     load = ", ".join(f"{x:.2f}" for x in found["load_average"])
     commit = (found["commit"] or "unknown")[:12] + (
         " with uncommitted changes" if found["uncommitted_changes"] else ""
     )
     return (
-        f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, "
+        f"{card}{found['cpu']}, {found['cores']} cores, {found['threads']} threads, "
         f"{found['memory'] / 2**30:.0f} GiB, last-level cache "
         f"{found['last_level_cache'] / 2**20:.1f} MiB, huge pages: {found['huge_pages']}\n"
-        f"torch {found['torch']}, dgg {found['dgg']} ({cpp}), "
-        f"{found['compiler']}, Python {found['python']}\n"
+        f"torch {found['torch']}, dgg {found['dgg']}, {found['compiler']}, "
+        f"Python {found['python']}\n{backends}\n"
         f"commit {commit}, {found['date']}, load average {load}"
     )
 
 
-def write(folder: pathlib.Path, results: dict, text: str, stem: str) -> list[pathlib.Path]:
-    """Writes JSON, table and plots; returns the files."""
+def write(
+    folder: pathlib.Path, results: dict, text: str, stem: str, *, drawn: bool = True
+) -> list[pathlib.Path]:
+    """Writes JSON, table and (unless ``drawn`` is False) plots; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{stem}.json", folder / f"{stem}.md"
-    data.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page.write_text(text, encoding="utf-8")
-    return [data, page, *plots(folder, results, stem)]
+    replace(data, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    replace(page, text)
+    return [data, page, *(plots(folder, results, stem) if drawn else [])]
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all: who is interrupted leaves the former one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def plots(folder: pathlib.Path, results: dict, stem: str) -> list[pathlib.Path]:

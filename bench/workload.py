@@ -24,10 +24,13 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, 0.9, 0.999, 1e-8, 0.01, 0.
 FIRST_STEP = 10
 OPTIMIZERS = ("adamw", "sgd", "momentum")
 
-# Float64 copies are made of so many elements at a time; they stay in the cache.
-_CHUNK = 2**17
-_SAMPLE = 2**15
+# Float64 copies are made of so many elements at a time: on a CPU they stay in the cache, elsewhere
+# each costs launches and a wait.
+_CHUNK, _CHUNK_ELSEWHERE = 2**17, 2**25
+# The update is compared on the CPU, whatever the device: what comes from elsewhere is less.
+_SAMPLE, _SAMPLE_ELSEWHERE = 2**15, 2**12
 _SAMPLED_TENSORS = 32
+_GRADIENT_SEED = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +66,24 @@ class Workload:
         dtype: Dtype of all of them; moments and anchors have it too, as in torch.optim.
         optimizer: One of OPTIMIZERS.
         device: Where they live.
+        spare: Draw the gradients anew instead of keeping a copy to restore them from; for lists
+            that fill the memory.
     """
 
-    def __init__(self, shapes, dtype: torch.dtype, optimizer: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes,
+        dtype: torch.dtype,
+        optimizer: str,
+        device: torch.device,
+        *,
+        spare: bool = False,
+    ) -> None:
         self.dtype, self.optimizer, self.device = dtype, optimizer, device
         self._generator = torch.Generator(device).manual_seed(0)
         self.params = self._normal(shapes)
         self.grads = self._normal(shapes)
-        self.pristine = [g.clone() for g in self.grads]
+        self.pristine = None if spare else [g.clone() for g in self.grads]
         self.anchors = [torch.empty_like(p) for p in self.params]
         self.moments: list[list[Tensor]] = []
         if optimizer != "sgd":
@@ -106,7 +119,12 @@ class Workload:
 
     def fresh_gradients(self) -> None:
         """Writes the gradients anew, as a backward pass would; some variants edit them."""
-        torch._foreach_copy_(self.grads, self.pristine)
+        if self.pristine is not None:
+            torch._foreach_copy_(self.grads, self.pristine)
+            return
+        generator = torch.Generator(self.device).manual_seed(_GRADIENT_SEED)
+        for grad in self.grads:
+            grad.normal_(generator=generator)
 
     def stored(self) -> list[list[Tensor]]:
         """Returns the lists that a step writes."""
@@ -121,9 +139,11 @@ class Workload:
         )
 
     @staticmethod
-    def bytes_needed(elements: int, dtype: torch.dtype, optimizer: str) -> int:
+    def bytes_needed(
+        elements: int, dtype: torch.dtype, optimizer: str, *, spare: bool = False
+    ) -> int:
         """Returns the memory of a workload, with one array for the temporaries of the peers."""
-        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + 1
+        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + (0 if spare else 1)
         return arrays * elements * dtype.itemsize
 
 
@@ -141,18 +161,26 @@ class Verifier:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         count = len(workload.params)
+        sample = _SAMPLE if workload.device.type == "cpu" else _SAMPLE_ELSEWHERE
         stride = max(1, count // _SAMPLED_TENSORS)
-        rows = range(count) if workload.elements <= 64 * _SAMPLE else range(0, count, stride)
-        self._places = [(row, part) for row in rows for part in _parts(workload.params[row])]
-        # ‖g‖ belongs to the pristine gradients and is the same for every variant.
-        self._grad_square = sum(_square(g) for g in workload.pristine)
+        rows = range(count) if workload.elements <= 64 * sample else range(0, count, stride)
+        self._places = [
+            (row, part) for row in rows for part in _parts(workload.params[row], sample)
+        ]
+        # ‖g‖ belongs to the fresh gradients and is the same for every variant.
+        workload.fresh_gradients()
+        self._grad_square = sum(_square(g) for g in workload.grads)
 
     def _distance_square(self) -> float:
         pairs = zip(self.workload.params, self.workload.anchors, strict=True)
         return sum(_square(param, anchor) for param, anchor in pairs)
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [tensors[row].view(-1)[part].double() for row, part in self._places]
+        # Clones: what is a float64 CPU tensor already would be handed out as it is.
+        return [
+            tensors[row].view(-1)[part].to("cpu", torch.float64, copy=True)
+            for row, part in self._places
+        ]
 
     def check(self, variant, *, injects: bool) -> float:
         """Runs one step of the variant and compares it.
@@ -181,7 +209,7 @@ class Verifier:
             scaling=True,
             per_tensor=False,
         )
-        grads, anchors = self._sample(work.pristine), self._sample(work.anchors)
+        grads, anchors = self._sample(work.grads), self._sample(work.anchors)
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
         shared = {
             "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
@@ -222,8 +250,9 @@ class Verifier:
 def _square(x: Tensor, other: Tensor | None = None) -> float:
     """Returns ‖x - other‖² in float64."""
     total = 0.0
-    others = [None] * (1 + x.numel() // _CHUNK) if other is None else other.view(-1).split(_CHUNK)
-    for chunk, subtrahend in zip(x.view(-1).split(_CHUNK), others, strict=False):
+    size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
+    others = [None] * (1 + x.numel() // size) if other is None else other.view(-1).split(size)
+    for chunk, subtrahend in zip(x.view(-1).split(size), others, strict=False):
         wide = chunk.double()
         if subtrahend is not None:
             wide.sub_(subtrahend)
@@ -231,9 +260,9 @@ def _square(x: Tensor, other: Tensor | None = None) -> float:
     return total
 
 
-def _parts(tensor: Tensor) -> list[slice]:
+def _parts(tensor: Tensor, sample: int) -> list[slice]:
     count = tensor.numel()
-    if count <= 4 * _SAMPLE:
+    if count <= 4 * sample:
         return [slice(0, count)]
-    starts = [0, count // 3, 2 * count // 3, count - _SAMPLE]
-    return [slice(start, start + _SAMPLE) for start in starts]
+    starts = [0, count // 3, 2 * count // 3, count - sample]
+    return [slice(start, start + sample) for start in starts]

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The step benchmark: its JSON, its arithmetic, and that nothing wrong is ever timed."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -40,7 +43,7 @@ def smoke(tmp_path_factory):
 
 def test_results_have_the_documented_fields(smoke):
     results, _, _ = smoke
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     known = ["cpu", "cores", "threads", "torch", "dgg", "compiler", "commit", "date"]
     assert {*known, "load_average"} <= results["provenance"].keys()
     assert results["provenance"]["threads"] == results["settings"]["threads"] == 1
@@ -109,7 +112,7 @@ def test_unverified_variant_is_not_timed(bench):
     work, variant, _ = _variant(bench, "torch fused", bench("workload").PLAIN)
     before = [p.clone() for p in work.params]
     with pytest.raises(robin.NotVerified, match="torch fused"):
-        robin._Timed(variant, 0.0).run(bench("machine").open_device("cpu"))
+        robin._Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
     assert all(map(torch.equal, before, work.params))
 
 
@@ -135,6 +138,9 @@ def test_draws_of_the_window(bench):
     for alpha in (0.05, 0.1, 0.2):
         seed = peers.choose_seed(alpha, 100)
         assert sum(peers.injections(seed, alpha, 100)) == round(100 * alpha)
+    # 50 draws cannot be 5 % injections.
+    rare = _variant(bench, "foreach + fused", bench("workload").sampled(0.05))[1]
+    assert rare.window == 100 and float(rare._share_injected()) == 0.05
     shares = _variant(bench, "foreach + fused", bench("workload").sampled(0.2))[1].shares()
     assert sum(shares.values()) == 1
     assert float(sum(s for (now, _), s in shares.items() if now)) == 0.2
@@ -194,3 +200,281 @@ def test_targets_are_judged(bench):
     assert report.losses(case) == [
         "LOST: dgg cpp (plain) takes 1.01 x the time of torch fused (plain)"
     ]
+
+
+# -- the GPU's bench, on a device that only says it is one ----------------------------------------
+
+
+@pytest.fixture
+def gpu(bench):
+    """A Gpu whose every word to CUDA is answered by the CPU; its times are never stored."""
+    machine = bench("machine")
+
+    class Profile:
+        def __enter__(self):
+            self._real = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self._real.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self._real.__exit__(*error)
+
+        def events(self):
+            events = list(self._real.events())
+            windows = [e.time_range for e in events if e.name.startswith("measured call")]
+            kernels = [_kernel("update", w.start + 1, w.start + 4) for w in windows]
+            return events + kernels + [_kernel("Memcpy HtoD", w.start, w.end) for w in windows]
+
+    class Simulated(machine.Gpu):
+        def __init__(self):
+            self.device, self.cache_bytes = torch.device("cpu"), 2**16
+            self._sweep, self._host_seconds, self._cycles = torch.zeros(2**14), 1e-4, 1.0
+
+        def _spin(self, seconds):
+            assert 0 < seconds <= 5e-2
+
+        def _between(self, function):
+            begin = time.perf_counter()
+            function()
+            return time.perf_counter() - begin, False
+
+        def synchronize(self):
+            pass
+
+        def release(self):
+            pass
+
+        def free_bytes(self):
+            return 2**30
+
+        def waits(self, function):
+            return function()
+
+        def temporary_bytes(self, function):
+            function()
+            return 0
+
+        def _profiler(self):
+            return Profile()
+
+    return Simulated()
+
+
+def _kernel(name, start, end):
+    device = torch.autograd.DeviceType.CUDA
+    span = types.SimpleNamespace(start=start, end=end)
+    return types.SimpleNamespace(name=name, device_type=device, time_range=span)
+
+
+def _shrunk(case):
+    """The case with at most eight elements a tensor, without what takes long to compile."""
+    shapes = [(min(8, torch.Size(s).numel()),) for s in case.shapes]
+    runs = [run for run in case.runs if run[0] != "torch.compile"]
+    return dataclasses.replace(case, shapes=shapes, runs=runs, rounds=5)
+
+
+def test_every_gpu_case_goes_through(bench, gpu, tmp_path):
+    step, report = bench("step"), bench("step_report")
+    cases = [_shrunk(case) for case in step.gpu_cases()]
+    assert cases[0].name == "adamw-float32-256Mi" and len({c.name for c in cases}) == len(cases)
+    # One of a kind: all settings, a list, a spare one, another optimizer.
+    kinds = ("adamw-float32-256Mi", "llava7b-lora16", "llava7b-full-bfloat16", "sgd-bfloat16-256Mi")
+    cases = [case for case in cases if case.name in kinds]
+    kept, say = [], step.Printer(markdown=True)
+    results = step.run(
+        cases, gpu, stream_elements=2**10, say=say, keep=lambda r: kept.append(len(r["cases"]))
+    )
+    assert [case["case"] for case in results["cases"]] == [case.name for case in cases]
+    assert kept == [1, 2, 3, 4] and results["skipped"] == []
+    for case in results["cases"]:
+        assert case["device"] == "cuda" and case["profiler"] is None
+        for entry in case["variants"]:
+            assert entry["host_seconds"] <= entry["seconds"]
+            assert entry["device_low"] <= entry["device_seconds"] <= entry["device_high"]
+            assert entry["launches"] == entry["copies"] == 1
+            assert entry["kernel_seconds"] == pytest.approx(3e-6)
+            assert entry["waits_for_device"] is None and entry["temporary_bytes"] == 0
+            if entry["bytes"] is not None:
+                assert entry["bandwidth"] * entry["device_seconds"] == pytest.approx(entry["bytes"])
+        missing = {m["name"]: m["reason"] for m in case["not_run"]}
+        assert "interpreter" in missing["dgg triton"]
+    json.dumps(results)
+    page = "\n".join(say.lines)
+    assert "dev / clip+fused" in page and "launches" in page
+    # alpha = 0.05 counts one step in twenty as injected, however few of them were timed.
+    rare = report.find(results["cases"][0], "dgg cpp", "alpha=0.05")
+    assert rare["injected_fraction"] == pytest.approx(0.05)
+
+
+def test_no_case_begins_after_the_deadline(bench, gpu):
+    step = bench("step")
+    cases = [_shrunk(case) for case in step.gpu_cases()[:2]]
+    results = step.run(
+        cases, gpu, stream_elements=2**10, say=step.Printer(False), deadline=time.perf_counter()
+    )
+    assert results["cases"] == []
+    assert [s["reason"] for s in results["skipped"]] == ["no time was left for it"] * 2
+
+
+def test_a_wrong_variant_costs_a_gpu_run_only_its_case(bench, gpu, monkeypatch):
+    step, peers = bench("step"), bench("peers")
+    right = peers.ForeachGuidance._differences
+    wrong = lambda self, params, anchors: (  # noqa: E731
+        right(self, anchors, params) if len(params) > 1 else right(self, params, anchors)
+    )
+    monkeypatch.setattr(peers.ForeachGuidance, "_differences", wrong)
+    cases = [_shrunk(case) for case in step.gpu_cases()[:2]]
+    say = step.Printer(False)
+    results = step.run(cases, gpu, stream_elements=2**10, say=say, keep=lambda r: None)
+    assert [case["case"] for case in results["cases"]] == ["adamw-float32-256Mi"]
+    assert [s["case"] for s in results["skipped"] if s["wrong"]] == ["llava7b-lora16"]
+
+
+def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkeypatch):
+    peers, workload = bench("peers"), bench("workload")
+
+    class Foreign(peers.TorchFused):
+        name, foreign = "foreign", True
+
+        def step(self, inject):
+            pass
+
+    monkeypatch.setitem(peers.IMPLEMENTATIONS, "foreign", Foreign)
+    runs = [("foreign", workload.PLAIN), ("torch fused", workload.PLAIN)]
+    case = bench("round_robin").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
+    found = bench("round_robin").run_case(case, gpu)
+    assert [entry["name"] for entry in found["variants"]] == ["torch fused"]
+    assert "times its tolerance away" in found["not_run"][0]["reason"]
+
+
+def test_kinds_of_steps_come_behind_the_step_that_precedes_them(bench):
+    workload, peers = bench("workload"), bench("peers")
+    work = workload.Workload([(5,)], torch.float32, "adamw", torch.device("cpu"))
+    variant = peers.IMPLEMENTATIONS["foreach + fused"](work, workload.sampled(0.2))
+    taken = []
+    variant.step = taken.append
+    assert len(variant.shares()) == 4
+    for kind in variant.shares():
+        taken.clear()
+        variant.approach(kind)
+        assert variant.kind() == kind
+        assert taken == [variant._pattern[(variant._draw - 1) % variant.window]]
+
+
+def test_kernels_are_sorted_by_the_call_that_ran_them(bench):
+    machine = bench("machine")
+    on_host = torch.autograd.DeviceType.CPU
+
+    def host(name, start, end):
+        span = types.SimpleNamespace(start=start, end=end)
+        return types.SimpleNamespace(name=name, device_type=on_host, time_range=span)
+
+    events = [
+        host("measured call 0", 1000.0, 1100.0),
+        host("measured call 1", 9000.0, 9100.0),
+        host("dgg.norm", 1010.0, 1020.0),
+        _kernel("dgg.norm", 1015.0, 1095.0),  # the shadow of a range
+        _kernel("norms", 1015.0, 1025.0),
+        _kernel("update", 1030.0, 1060.0),
+        _kernel("Memcpy HtoD (Pinned -> Device)", 1005.0, 1008.0),
+        _kernel("gradients", 5000.0, 5900.0),  # between the calls
+        _kernel("update", 9050.0, 9070.0),
+        _kernel("update", 9071.0, 9081.0),
+    ]
+    first, second = machine.kernels_of(events, 2)
+    assert (first.launches, first.copies) == (2, 1)
+    assert first.seconds == pytest.approx(40e-6)
+    assert (second.launches, second.copies) == (2, 0)
+    assert second.names == {"update": (2, pytest.approx(30e-6))}
+
+
+def test_open_device_says_what_is_missing(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here"):
+        bench("machine").open_device("cuda")
+
+
+def _gpu_entry(name, setting, *, wall, host, device, launches=3, share=None, waits=None):
+    return {
+        "name": name, "setting": setting, "seconds": wall, "host_seconds": host,
+        "device_seconds": device, "launches": launches, "share_of_bandwidth": share,
+        "waits_for_device": waits,
+    }  # fmt: skip
+
+
+def _gpu_results():
+    def entry(name, setting, device, share=None, **more):
+        return _gpu_entry(
+            name, setting, wall=device + 1, host=0.5, device=device, share=share, **more
+        )
+
+    large = [
+        entry("dgg cpp", "plain", 28.0, 0.95), entry("dgg cpp", "guided", 35.0, 0.93),
+        entry("dgg cpp", "alpha=0.2", 33.0, 0.91), entry("torch fused", "plain", 28.0),
+        entry("torch fused", "clipped", 40.0), entry("torch.compile", "guided", 45.0),
+        entry("foreach + clip_grad_norm_ + fused", "guided", 80.0),
+    ]  # fmt: skip
+    lora = [
+        _gpu_entry("dgg cpp", "plain", wall=1.0, host=0.1, device=0.9, launches=1),
+        _gpu_entry("dgg cpp", "guided", wall=1.1, host=0.2, device=0.9, launches=3),
+        _gpu_entry("torch fused", "plain", wall=3.0, host=0.5, device=0.9, launches=12),
+        _gpu_entry("torch fused", "clipped", wall=4.0, host=1.0, device=0.9, launches=30),
+        _gpu_entry("foreach + clip_grad_norm_ + fused", "guided", wall=6.0, host=5.0, device=0.9),
+    ]
+    return [
+        {"case": name, "optimizer": "adamw", "elements": elements, "variants": variants}
+        for name, elements, variants in (
+            ("adamw-float32-256Mi", 2**28, large), ("llava7b-lora16", 4 * 10**7, lora)
+        )
+    ]  # fmt: skip
+
+
+def test_gpu_targets_are_judged(bench):
+    judge = bench("gpu_targets").gpu_targets
+    found = {target["what"]: target for target in judge(_gpu_results())}
+    assert all(target["met"] is not False for target in found.values()), found
+    judged = [target for target in found.values() if target["met"] is not None]
+    # Three ratios and a speed-up, three shares; two ratios, a speed-up, two launch counts; waits.
+    assert len(judged) == 3 + 1 + 3 + 2 + 1 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "change", "words"),
+    [
+        (0, 1, {"device_seconds": 36.1}, "guided / torch fused clipped, device"),
+        (0, 2, {"device_seconds": 33.7}, "alpha=0.2 / torch fused clipped, device"),
+        (0, 5, {"device_seconds": 41.1}, "guided / torch.compile"),
+        (0, 6, {"device_seconds": 69.9}, "times faster than foreach"),
+        (0, 0, {"share_of_bandwidth": 0.899}, "plain, share of copy"),
+        (1, 0, {"host_seconds": 0.151}, "plain / torch fused plain, host"),
+        (1, 1, {"host_seconds": 0.31}, "guided / torch fused clipped, host"),
+        (1, 1, {"launches": 4}, "guided, kernel launches"),
+        (1, 4, {"seconds": 5.4}, "times faster than foreach"),
+        (1, 1, {"waits_for_device": "called a synchronizing operation"}, "wait for the device"),
+    ],
+)
+def test_a_missed_gpu_target_shows(bench, case, place, change, words):
+    cases = _gpu_results()
+    cases[case]["variants"][place].update(change)
+    found = bench("gpu_targets").gpu_targets(cases)
+    missed = [target["what"] for target in found if target["met"] is False]
+    assert len(missed) == 1 and words in missed[0]
+    assert "NO" in bench("step_report").targets_table(found, markdown=True)
+
+
+def test_gpu_losses_are_named_by_the_clock_that_lost(bench):
+    cases = _gpu_results()
+    cases[0]["device"] = "cuda"
+    cases[0]["variants"][0]["device_seconds"] = 29.0
+    assert bench("step_report").losses(cases[0]) == [
+        "LOST: dgg cpp (plain) takes 1.04 x the device time of torch fused (plain)"
+    ]
+
+
+def test_backends_are_compared_where_both_ran(bench):
+    cases = _gpu_results()
+    table = bench("gpu_targets").backend_table
+    assert table(cases, markdown=True) == ""
+    twin = {**cases[0]["variants"][0], "name": "dgg triton", "device_seconds": 56.0}
+    cases[0]["variants"].append(twin)
+    assert "0.50" in table(cases, markdown=True).splitlines()[-1]
