@@ -73,6 +73,10 @@ def _adam_chunk(
     c_pointer = stream(copy, first, C, FAST)
     for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
+        # First, when nothing else takes registers yet.
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
         p = read(p_pointer, offset, count, None, T, FAST)
         h, _ = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
@@ -85,21 +89,18 @@ def _adam_chunk(
         a = None
         if HAS_ANCHOR:
             a = read(a_pointer, offset, count, reading, T, FAST)
-        drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
-        )
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
         p, m, v, x = adam(
             p, total, m, v, x, amsgrad,
             l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
         )  # fmt: skip
-        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
-        stored = rounded(p, words, P)
-        write(p_pointer, offset, count, None, stored, FAST)
         write(m_pointer, offset, count, None, narrow(m, M), FAST)
         write(v_pointer, offset, count, None, narrow(v, V), FAST)
         if AMSGRAD:
             write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST)
+        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
+        stored = rounded(p, words, P)
+        write(p_pointer, offset, count, None, stored, FAST)
         if HAS_COPY:
             write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
         if LOOK_AHEAD:

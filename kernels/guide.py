@@ -66,6 +66,10 @@ def _guide_chunk(
     a_pointer = stream(anchor, first, A, FAST)
     for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
+        # First, when nothing else takes registers yet.
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
         h, _ = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
         )
@@ -74,9 +78,6 @@ def _guide_chunk(
         if HAS_ANCHOR:
             p = read(p_pointer, offset, count, guided, T, FAST)
             a = read(a_pointer, offset, count, guided, T, FAST)
-        drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
-        )
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
         write(g_pointer, offset, count, None, narrow(total, G), FAST)
 

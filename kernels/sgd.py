@@ -69,6 +69,10 @@ def _sgd_chunk(
     c_pointer = stream(copy, first, C, FAST)
     for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
+        # First, when nothing else takes registers yet.
+        drawn = drawn_of(
+            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+        )
         p = read(p_pointer, offset, count, None, T, FAST)
         h, _ = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
@@ -80,16 +84,13 @@ def _sgd_chunk(
         a = None
         if HAS_ANCHOR:
             a = read(a_pointer, offset, count, reading, T, FAST)
-        drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
-        )
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
         p, b = sgd(p, total, b, l2, lr, momentum, undamped, nesterov, fresh)
+        if MOMENTUM:
+            write(b_pointer, offset, count, remembering, narrow(b, M), FAST)
         words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
         stored = rounded(p, words, P)
         write(p_pointer, offset, count, None, stored, FAST)
-        if MOMENTUM:
-            write(b_pointer, offset, count, remembering, narrow(b, M), FAST)
         if HAS_COPY:
             write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
         if LOOK_AHEAD:

@@ -120,6 +120,15 @@ def quads_stay_together(base, stretch, stride, numel):
 
 
 @triton.jit
+def words_of_index(index, draw, stream, seed):
+    """The four words of the counters that row-major indices belong to."""
+    counter = index >> 2
+    low = counter.to(tl.uint32)
+    zero = low ^ low
+    return philox(low, (counter >> 32).to(tl.uint32), zero + draw, zero + stream, seed)
+
+
+@triton.jit
 def element_words(
     first, base, stretch, stride, numel, draw, stream, seed,
     BLOCK: tl.constexpr, PACK: tl.constexpr, QUADS: tl.constexpr,
@@ -132,22 +141,24 @@ def element_words(
     """
     if not QUADS:
         place = first + tl.arange(0, BLOCK)
-    elif PACK == 8:
-        even = first + 8 * tl.arange(0, BLOCK // 8)
-        place = tl.join(even, even + 4)
-    else:
-        place = first + 4 * tl.arange(0, BLOCK // 4)
-    index = unsharded_index(place, base, stretch, stride, numel)
-    counter = index >> 2
-    low = counter.to(tl.uint32)
-    w0, w1, w2, w3 = philox(
-        low, (counter >> 32).to(tl.uint32), (low ^ low) + draw, (low ^ low) + stream, seed
-    )
-    if QUADS:
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
-    else:
+        index = unsharded_index(place, base, stretch, stride, numel)
+        w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
         lane = index & 3
         words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    elif PACK == 8:
+        place = first + 8 * tl.arange(0, BLOCK // 8)
+        index = unsharded_index(place, base, stretch, stride, numel)
+        w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
+        index = unsharded_index(place + 4, base, stretch, stride, numel)
+        w4, w5, w6, w7 = words_of_index(index, draw, stream, seed)
+        even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+        odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+        words = tl.reshape(tl.join(even, odd), [BLOCK])
+    else:
+        place = first + 4 * tl.arange(0, BLOCK // 4)
+        index = unsharded_index(place, base, stretch, stride, numel)
+        w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
     return words
 
 
