@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _device, reference
+from dgg import _device, _gather, reference
 from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -196,8 +196,23 @@ class Watch:
     def unmoved(self) -> bool:
         """Returns whether nothing moved, changed its size or its order."""
         if self._handle is not None:
-            return torch.ops.dgg.unmoved(self._handle)
+            return torch.ops.dgg.unmoved.default(self._handle)
         return all(self._place(x) == place for x, place in self._tensors)
+
+    def gather(
+        self, params: Sequence[Tensor], addresses: Tensor, distances: Tensor
+    ) -> _gather.Gather | None:
+        """Returns what takes up the gradients of ``params``, or None where Python has to.
+
+        Args:
+            params: The first tensors of this watch, in its order.
+            addresses: int64 [n], to receive the gradients' addresses.
+            distances: float64 [n], the known distances.
+        """
+        library = _gather.load() if self._handle is not None else None
+        if library is None or not _gather.takes(params):
+            return None
+        return _gather.Gather(library, self._handle, addresses, distances)
 
     @staticmethod
     def _place(x: Tensor) -> tuple[int, int, bool]:
@@ -246,8 +261,10 @@ class Rows:
             (len(self.params),), -1.0, dtype=torch.float64, device=self.device
         )
         self.hyper_values: list[float] = []
-        self._versions: list[int] | None = None
         self._seen: list[int] | None = None
+        self._versions: array.array | None = None
+        self._gather: _gather.Gather | None = None
+        self._gathered = False
         self._constants: dict[object, Tensor] = {}
         self._dtypes = [p.dtype for p in self.params]
         # Kernels see complex tensors as pairs of reals.
@@ -327,6 +344,39 @@ class Rows:
             packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
         return packed
 
+    def gather_by(self, watch: Watch) -> bool:
+        """Prepares `gather`; returns whether it is possible.
+
+        Args:
+            watch: Watches tensors of which the first are the parameters, in the rows' order.
+        """
+        if self.backend == "cpp" and self.kernels is None and self._plain and not self.has_masters:
+            self._gather = watch.gather(self.params, self._address_buffer, self.distances)
+        return self._gather is not None
+
+    def gather(self) -> bool:
+        """Takes up the gradients of this step from ``.grad``, as `refresh` would, if all is plain.
+
+        Returns:
+            Whether it did. If not, a watched tensor moved or a gradient is unusual (or wrong), and
+            it is for `refresh` to take them up or to complain.
+        """
+        present = self._gather.begin(self._versions is not None)
+        if present < 0:
+            return False
+        # A lazily negated gradient of one element: see `_refresh_plain`.
+        if self._single and any(
+            [g is not None and g.is_neg() for g in [self.params[row].grad for row in self._single]]
+        ):
+            self._gather.end(written=False, ahead=False)
+            return False
+        self._gathered, self._complete = True, present == len(self.params)
+        self._copies, self._grad_copies, self._kept, self._now = [], [], [], None
+        self.grads, self.replays = [], []
+        self._table = self._base_table
+        self._grad_addresses, self._replay_addresses = self._address_buffer, _NO_ADDRESSES
+        return True
+
     def refresh(
         self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
     ) -> None:
@@ -338,7 +388,7 @@ class Rows:
             elementwise: Draws are made per element, which must then lie in row-major order.
         """
         self._copies, self._grad_copies, self._kept = [], [], []
-        self._complete, self._now = False, None
+        self._complete, self._now, self._gathered = False, None, False
         if self.backend == "reference":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
             return
@@ -459,9 +509,9 @@ class Rows:
 
     def forget_changed(self) -> None:
         """Drops the known distance of every parameter that was changed since it was measured."""
-        if self._versions is None:
+        if self._versions is None or self._gathered:  # `gather` has done it
             return
-        now = self._now = [p._version for p in self.params]
+        now = self._now = array.array("q", [p._version for p in self.params])
         if now != self._versions:
             changed = [row for row, old in enumerate(self._versions) if old != now[row]]
             if self.kernels is not None and len(changed) > 1:
@@ -470,10 +520,16 @@ class Rows:
             else:
                 for row in changed:
                     self.distances[row] = -1.0
-            self._versions = now
+            self._versions[:] = now
 
     def updated(self, look_ahead: bool) -> None:
         """Ends a step that wrote the parameters: copies staged ones back, bumps versions."""
+        if self._gathered:
+            self._gather.end(written=True, ahead=look_ahead)
+            if look_ahead:
+                self._versions = self._gather.versions
+            self._gathered = False
+            return
         for target, copy in self._copies:
             target.copy_(copy)
         inactive: list[int] = []
@@ -494,11 +550,16 @@ class Rows:
             before = self._versions
             if self._now is not None and self._complete and not self._copies:
                 # Read in this step already, and bumped by one just now.
-                self._versions = [version + 1 for version in self._now]
+                now = [version + 1 for version in self._now]
             else:
-                self._versions = [p._version for p in self.params]
+                now = [p._version for p in self.params]
                 for row in inactive if before is not None else ():
-                    self._versions[row] = before[row]
+                    now[row] = before[row]
+            if before is None:
+                before = self._versions = (
+                    array.array("q", now) if self._gather is None else self._gather.versions
+                )
+            before[:] = array.array("q", now)
         if self.has_masters:
             self._seen = [p._version for p in self.params]
         self.release()

@@ -224,31 +224,18 @@ class _Guided:
         # Before any state is made, since it can raise.
         hyper = [self._hyper(group) for group in groups]
         draw = 0 if self._capturable else wide["draw_index"]
-        params = [p for group in groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        slot = engine.replay
-        replays = [slot.get(p) for p in params] if slot else []
-        scaling, self._skipped = self._scaler_state(params, replays)
-        cache = self._rows
-        valid = cache is not None and cache.valid(self, params, grads, replays)
-        if not valid or cache.unchecked:
-            self._check_step(params, grads, replays)
+        slot, cache = engine.replay, self._rows
+        params = [p for group in groups for p in group["params"]] if slot else []
+        replays = [slot.get(p) for p in params]
+        scaling, self._skipped = self._scaler_state(replays)
         skipped = self._skipped is True
-        if not valid and not skipped:
-            cache = self._make_rows(params, grads, replays)
-        if cache is not None and cache.launched:
-            self._check_capture(params[0].device, valid)
+        if cache is None or slot or skipped or not cache.gather(self):
+            cache = self._take_up(replays, skipped, elementwise=wide["granularity"] == "element")
         if skipped:
             self._advance(draw)
-            engine.remember_skipped(params[0].device)
+            engine.remember_skipped(groups[0]["params"][0].device)
             slot.clear()
             return
-        try:
-            cache.refresh(grads, replays, elementwise=wide["granularity"] == "element")
-        except (RuntimeError, KeyError):
-            # A gradient of another kind than at the steps before: say which, and what to do.
-            self._check_step(params, grads, replays)
-            raise
         if not cache.all_rows:
             self._advance(draw)
             return
@@ -280,6 +267,28 @@ class _Guided:
         strength = hyper[0]["strength"]
         engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
         slot.clear()
+
+    def _take_up(self, replays, skipped: bool, *, elementwise: bool) -> _RowCache | None:
+        """Takes up the gradients after a look at everything they rely on, unless it is skipped."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        cache = self._rows
+        valid = cache is not None and cache.valid(self, params, grads, replays)
+        if not valid or cache.unchecked:
+            self._check_step(params, grads, replays)
+        if not valid and not skipped:
+            cache = self._make_rows(params, grads, replays)
+        if cache is not None and cache.launched:
+            self._check_capture(params[0].device, valid)
+        if skipped:
+            return None
+        try:
+            cache.refresh(grads, replays, elementwise=elementwise)
+        except (RuntimeError, KeyError):
+            # A gradient of another kind than at the steps before: say which, and what to do.
+            self._check_step(params, grads, replays)
+            raise
+        return cache
 
     def _check_capture(self, device: torch.device, valid: bool) -> None:
         """Raises if a graph is being captured that would replay the wrong thing."""
@@ -336,7 +345,7 @@ class _Guided:
         for group in self.param_groups:
             group["draw_index"] = draw + 1
 
-    def _scaler_state(self, params, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
+    def _scaler_state(self, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
         """Returns the scaling and whether to skip (a tensor if only the device knows)."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and found is None:
@@ -347,7 +356,7 @@ class _Guided:
                 "gradients; do not call it beside replay(): dgg clips in the step itself, set "
                 "max_grad_norm on the optimizer"
             )
-        devices = dict.fromkeys(p.device for p in params)
+        devices = dict.fromkeys(p.device for g in self.param_groups for p in g["params"])
         launched = all(
             _dispatch.launches(_dispatch.choose(self._backend, device), device)
             for device in devices
@@ -721,8 +730,6 @@ class _RowCache:
         self._single = [
             (entry, key, v) for entry, key, v in items if isinstance(v, Tensor) and v.numel() == 1
         ]
-        # share_memory_() and `.data =` take the memory from under a tensor.
-        self._watch = _dispatch.Watch([*params, *tensors])
         self._unlooked = 0
         optimizer._state_read = False
         self._groups = [
@@ -772,6 +779,48 @@ class _RowCache:
                 )
             )
             self._places.append(None if len(places) == len(params) else places)
+        # share_memory_() and `.data =` take the memory from under a tensor. The parameters with
+        # rows come first: their gradients can be taken up on the way.
+        self._watch = _dispatch.Watch(
+            [
+                *(p for rows in self.all_rows for p in rows.params),
+                *(p for i, p in enumerate(params) if i not in used),
+                *tensors,
+            ]
+        )
+        self._lists = [list(group["params"]) for group in optimizer.param_groups]
+        self._singles = [
+            (number, place, p)
+            for number, members in enumerate(self._lists)
+            for place, p in enumerate(members)
+            if p.numel() == 1
+        ]
+        self._gathers = len(self.all_rows) == 1 and self.all_rows[0].gather_by(self._watch)
+
+    def gather(self, optimizer: _Guided) -> bool:
+        """Takes up the gradients of this step natively; returns False if that is not enough.
+
+        It is enough if nothing was exchanged since (see `valid`) and all gradients are plain.
+        """
+        groups = optimizer.param_groups
+        return (
+            self._gathers
+            and self._same_params(groups)
+            and self._needed == [optimizer._needed(group) for group in groups]
+            and not any([self.params[i].grad is not None for i in self._unready])
+            and self._unchanged_state(optimizer)
+            and self.all_rows[0].gather()
+        )
+
+    def _same_params(self, groups) -> bool:
+        # Comparing lists takes identical members as equal without a look at them, as in
+        # `_same_entries`.
+        try:
+            if [group["params"] for group in groups] != self._lists:
+                return False
+        except (RuntimeError, TypeError):
+            return False
+        return all([groups[number]["params"][place] is p for number, place, p in self._singles])
 
     def valid(self, optimizer: _Guided, params: list[Tensor], grads, replays) -> bool:
         """Returns whether nothing was exchanged since: parameters, memory, state, groups."""
@@ -782,8 +831,9 @@ class _RowCache:
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
         # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
-        if not self._watch.unmoved():
-            return False
+        return self._watch.unmoved() and self._unchanged_state(optimizer)
+
+    def _unchanged_state(self, optimizer: _Guided) -> bool:
         self._unlooked += 1
         if optimizer._state_read or self._unlooked == _LOOK_EVERY:
             if not self._same_state(optimizer):

@@ -25,6 +25,7 @@ FLOORS = {
     "_device": 2,
     "reference": 1,
     "sharding": 1,
+    "_gather": 0,
     "_philox": 0,
     "_ranges": 0,
     "replay": 0,
