@@ -119,7 +119,7 @@ setup(
         Extension(
             "dgg._C",
             sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/watch.cpp"],
-            depends=["csrc/update.h"],
+            depends=["csrc/table.h", "csrc/update.h"],
             # Features newer than torch 2.10 are out of reach at compile time already.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             language="c++",

@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What happens before an update: the squares of norms, the numbers made of them, the draws.
+
+#include "launch.cuh"
+
+namespace dgg {
+namespace {
+
+// Sum of x^2 over a chunk.
+template <typename T, typename X>
+struct Squares {
+  static constexpr int kElements = elements_at_once<X>();
+  static constexpr int kBatch =
+      std::is_same<X, Any>::value ? 1 : groups_at_once(kElements * stored_size<X>() / 16);
+
+  Stream<X> x;
+  Lanes<T, kElements> lanes;
+
+  DGG_DEVICE void batch(int begin) {
+    constexpr int kGroup = kThreads * kElements;
+    Pack<X, kElements> xs[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) x.template load<kAgain>(xs[b], begin + b * kGroup);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      T square = T(0);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        square = add_square(x.template get<T>(xs[b], j), square);
+        if (j % 4 == 3) {
+          lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
+          square = T(0);
+        }
+      }
+    }
+  }
+
+  DGG_DEVICE void quad(int begin, int n) {
+    T square = T(0);
+#pragma unroll 1
+    for (int i = begin; i < begin + n; ++i) square = add_square(element_of<T>(x, i), square);
+    lanes.add(Lanes<T, kElements>::second(begin), square);
+  }
+};
+
+// Sum of (x - y)^2, or of (x + weight y)^2 where x may be absent.
+template <typename T, typename X, typename Y, bool kDifference>
+struct PairSquares {
+  static constexpr int kElements = elements_at_once<X, Y>();
+  static constexpr int kBatch =
+      std::is_same<X, Any>::value
+          ? 1
+          : groups_at_once(kElements * (stored_size<X>() + stored_size<Y>()) / 16);
+
+  Stream<X> x;
+  Stream<Y> y;
+  T weight;
+  Lanes<T, kElements> lanes;
+
+  DGG_DEVICE T value(T x, T y) const { return kDifference ? x - y : real_gradient(x, y, weight); }
+
+  DGG_DEVICE void batch(int begin) {
+    constexpr int kGroup = kThreads * kElements;
+    Pack<X, kElements> xs[kBatch];
+    Pack<Y, kElements> ys[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (kDifference || x) x.template load<kAgain>(xs[b], begin + b * kGroup);
+      y.template load<kAgain>(ys[b], begin + b * kGroup);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      T square = T(0);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const T first = kDifference || x ? x.template get<T>(xs[b], j) : T(0);
+        square = add_square(value(first, y.template get<T>(ys[b], j)), square);
+        if (j % 4 == 3) {
+          lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
+          square = T(0);
+        }
+      }
+    }
+  }
+
+  DGG_DEVICE void quad(int begin, int n) {
+    T square = T(0);
+#pragma unroll 1
+    for (int i = begin; i < begin + n; ++i) {
+      const T first = kDifference || x ? element_of<T>(x, i) : T(0);
+      square = add_square(value(first, element_of<T>(y, i)), square);
+    }
+    lanes.add(Lanes<T, kElements>::second(begin), square);
+  }
+};
+
+// What is to be computed of a row. |g|^2 has a walk of its own, so that its bits do not depend on
+// what else is asked for; without a replay gradient it is |h|^2, too.
+struct Wanted {
+  bool total, grad, distance;  // for the result
+  int parts;                   // bits: 1 |h|^2, 2 |g|^2, 4 |d|^2
+
+  DGG_DEVICE Wanted(const NormArguments& a, const RowView& view, int64_t row) {
+    const int which = a.gate && *a.gate == 0 ? a.which & kTotalNorm : a.which;
+    const bool guided = view.active() && view.anchored();
+    total = view.active() && (which & kTotalNorm);
+    grad = guided && (which & kGradNorm);
+    distance = guided && (which & kDistance);
+    parts = (total && view.replay ? 1 : 0) |
+            (view.grad && (grad || (total && !view.replay)) ? 2 : 0) |
+            // Not `>= 0`: a distance of NaN is known, too.
+            (distance && a.distances[row] < 0 ? 4 : 0);
+  }
+};
+
+struct FinishNorms {
+  const NormArguments& a;
+
+  DGG_DEVICE int parts(int64_t row) const { return Wanted(a, RowView(a.launch, row), row).parts; }
+
+  DGG_DEVICE void store(int64_t row, const double* sums) const {
+    const RowView view(a.launch, row);
+    const Wanted wanted(a, view, row);
+    const double grad_scale = scale_at(a.grad_scale);
+    const double scale = grad_scale * grad_scale;
+    const double of_real = view.replay ? sums[0] : sums[1];
+    double total = wanted.total ? of_real : 0;
+    double grad = wanted.grad ? sums[1] : 0;
+    if (grad_scale != 1) {
+      total /= scale;
+      grad /= scale;
+    }
+    if (wanted.parts & 4) a.distances[row] = sums[2];
+    a.squares[row] = total;
+    a.squares[a.table_rows + row] = grad;
+    a.squares[2 * a.table_rows + row] = wanted.distance ? a.distances[row] : 0;
+  }
+};
+
+struct NormRow {
+  char *grad, *replay, *param, *anchor;
+  int parts, count;
+  bool aligned_grad, aligned_total, aligned_distance;
+};
+
+// P is void where no distance is measured.
+template <typename T_, typename P_, typename G_, typename A_, bool kReplay_>
+struct NormKind {
+  using T = T_;
+  using P = P_;
+  using G = G_;
+  using A = A_;
+  static constexpr bool kReplay = kReplay_, kDistances = !std::is_void<P_>::value,
+                        kAny = std::is_same<G_, Any>::value;
+};
+
+template <typename K>
+__global__ void __launch_bounds__(kThreads) norms_kernel(const NormArguments a) {
+  using T = typename K::T;
+  using G = typename K::G;
+  __shared__ NormRow row;
+  const uint64_t dtypes = a.launch.dtypes;
+  if (threadIdx.x == 0) {
+    row.parts = 0;
+    if (a.launch.chunk_count > 0) {
+      const ChunkView chunk(a.launch);
+      const RowView view(a.launch, chunk.row);
+      const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
+      row.parts = Wanted(a, view, chunk.row).parts;
+      row.count = chunk.count;
+      row.grad = chunk.at(view.grad, dtypes, kSlotGrad);
+      row.replay = chunk.at(view.replay, dtypes, kSlotReplay);
+      row.param = chunk.at(param, dtypes, kSlotParam);
+      row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
+      row.aligned_grad = is_aligned(view.grad);
+      row.aligned_total = is_aligned(view.grad | view.replay);
+      row.aligned_distance = is_aligned(param | anchor);
+    }
+  }
+  __syncthreads();
+  const auto keep = [&](int part, double sum) {
+    if (threadIdx.x == 0) a.launch.partials[part * a.launch.chunk_count + blockIdx.x] = sum;
+  };
+  const Stream<G> grad(row.grad, code_at(dtypes, kSlotGrad));
+  if (row.parts & 2) {
+    Squares<T, G> body{grad, {}};
+    walk<body.kElements, body.kBatch>(body, row.count, row.aligned_grad);
+    keep(1, sum_of_block(body.lanes));
+  }
+  if constexpr (K::kReplay) {
+    if (row.parts & 1) {
+      PairSquares<T, G, G, false> body{grad,
+                                       Stream<G>(row.replay, code_at(dtypes, kSlotReplay)),
+                                       static_cast<T>(a.launch.replay_weight),
+                                       {}};
+      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_total);
+      keep(0, sum_of_block(body.lanes));
+    }
+  }
+  if constexpr (K::kDistances) {
+    if (row.parts & 4) {
+      PairSquares<T, typename K::P, typename K::A, true> body{
+          Stream<typename K::P>(row.param, code_at(dtypes, kSlotParam)),
+          Stream<typename K::A>(row.anchor, code_at(dtypes, kSlotAnchor)),
+          T(0),
+          {}};
+      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_distance);
+      keep(2, sum_of_block(body.lanes));
+    }
+  }
+  if (is_last_block(a.launch.counter)) finish_rows<3>(a.launch, FinishNorms{a});
+}
+
+template <typename K>
+bool suits(const NormArguments& a) {
+  const uint64_t dtypes = a.launch.dtypes;
+  const auto is = [&](int slot, int code) { return code_at(dtypes, slot) == code; };
+  if (std::is_same<typename K::T, double>::value != is(kSlotParam, kFloat64)) return false;
+  if constexpr (!K::kAny) {
+    const bool replay = a.launch.replays != nullptr;
+    if (K::kReplay != replay || K::kDistances != ((a.which & kDistance) != 0)) return false;
+    if (!is(kSlotGrad, code_of<typename K::G>())) return false;
+    if (replay && !is(kSlotReplay, code_of<typename K::G>())) return false;
+    if constexpr (K::kDistances) {
+      return is(kSlotParam, code_of<typename K::P>()) && is(kSlotAnchor, code_of<typename K::A>());
+    }
+  }
+  return true;
+}
+
+template <typename... K>
+struct Kinds {};
+
+cudaError_t launch_norms_of(const NormArguments&, cudaStream_t, Kinds<>) {
+  return cudaErrorInvalidValue;
+}
+
+template <typename K, typename... Others>
+cudaError_t launch_norms_of(const NormArguments& a, cudaStream_t stream, Kinds<K, Others...>) {
+  if (!suits<K>(a)) return launch_norms_of(a, stream, Kinds<Others...>());
+  DGG_LAUNCH((norms_kernel<K>), a.launch.blocks(), stream, a);
+  return cudaGetLastError();
+}
+
+template <typename G>
+using Gradients = NormKind<float, void, G, void, false>;
+template <typename G>
+using Replayed = NormKind<float, void, G, void, true>;
+template <typename P, typename G = P, typename A = P>
+using Measured = NormKind<float, P, G, A, false>;
+template <typename T>
+using AnyNorms = NormKind<T, Any, Any, Any, true>;
+
+// What is not in this list is served by the last two, which know all types at run time.
+using NormKinds = Kinds<Gradients<float>, Gradients<bfloat16>, Gradients<float16>,
+                        NormKind<double, void, double, void, false>, Replayed<float>,
+                        Replayed<bfloat16>, Measured<float>, Measured<bfloat16>, Measured<float16>,
+                        NormKind<double, double, double, double, false>, Measured<float, bfloat16>,
+                        Measured<float, float, bfloat16>, Measured<bfloat16, float>,
+                        Measured<bfloat16, bfloat16, float>, AnyNorms<float>, AnyNorms<double>>;
+
+// One block: sums in a fixed order, whatever launches wrote the squares.
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(const CoefficientArguments a) {
+  __shared__ double sums[3][kThreads];
+  const int64_t n = a.table_rows;
+  const int t = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int part = 0; part < 3; ++part) {
+    double sum = 0;
+    for (int64_t i = t; i < n; i += kThreads) sum += a.squares[part * n + i];
+    sums[part][t] = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (t < half) {
+#pragma unroll
+      for (int part = 0; part < 3; ++part) sums[part][t] += sums[part][t + half];
+    }
+    __syncthreads();
+  }
+  const double total = std::sqrt(sums[0][0]), grad = std::sqrt(sums[1][0]),
+               distance = std::sqrt(sums[2][0]);
+  const double clip = a.clipped ? clip_of(a.max_grad_norm, total) : 1;
+  if (t == 0) {
+    a.out[kClip] = clip;
+    a.out[kGradLength] = grad;
+    a.out[kDistanceLength] = distance;
+    a.out[kTotalLength] = total;
+  }
+  const double scale = a.scaling ? scale_of(clip, grad, distance) : 1;
+  for (int64_t i = t; i < n; i += kThreads) {
+    a.out[kScales + i] = a.scaling && a.per_tensor ? scale_of(clip, std::sqrt(a.squares[n + i]),
+                                                              std::sqrt(a.squares[2 * n + i]))
+                                                   : scale;
+  }
+}
+
+// One block: the draws of a step that was recorded before its index was known.
+__global__ void __launch_bounds__(kThreads) draw_flags_kernel(const DrawArguments a) {
+  __shared__ int any;
+  if (threadIdx.x == 0) any = 0;
+  __syncthreads();
+  const uint32_t draw = static_cast<uint32_t>(*a.draw_index);
+  for (int64_t i = threadIdx.x; i < a.table_rows; i += kThreads) {
+    const int64_t* const columns = a.table + i * kColumns;
+    const double* const hyper = a.hyper + columns[kColumnGroup] * a.hypers;
+    double threshold = hyper[a.threshold_column];
+    if (!(hyper[a.strength_column] > 0) || columns[kColumnAnchor] == 0) threshold = 0;
+    int flag = 0;
+    if (a.granularity == 2) {
+      flag = threshold >= 4294967296.0 ? kInject : threshold > 0 ? kInjectElements : 0;
+    } else {
+      uint32_t word = 0, w1 = 0, w2 = draw, w3 = 0;
+      if (a.granularity == 1) w3 = kStreamTensor + static_cast<uint32_t>(columns[kColumnIndex]);
+      philox(word, w1, w2, w3, a.seed);
+      flag = static_cast<double>(word) < threshold ? kInject : 0;
+    }
+    a.flags[i] = static_cast<uint8_t>((a.flags[i] & kFirstStep) | flag);
+    if (flag) any = 1;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && a.gate) *a.gate = static_cast<uint8_t>(any);
+}
+
+}  // namespace
+
+cudaError_t launch_norms(const NormArguments& arguments, cudaStream_t stream) {
+  return launch_norms_of(arguments, stream, NormKinds());
+}
+
+cudaError_t launch_coefficients(const CoefficientArguments& arguments, cudaStream_t stream) {
+  DGG_LAUNCH(coefficients_kernel, 1, stream, arguments);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_draw_flags(const DrawArguments& arguments, cudaStream_t stream) {
+  DGG_LAUNCH(draw_flags_kernel, 1, stream, arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace dgg

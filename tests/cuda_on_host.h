@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Runs the CUDA kernels on a CPU, for tests: what a kernel needs of CUDA, made of C++. The threads
+// of a block are fibers that take turns at every barrier; blocks run one after another, in an order
+// that can be shuffled. To be included before a .cu file of ../csrc, which g++ then compiles.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define DGG_GLOBAL(address)
+#define DGG_LAUNCH(kernel, blocks, stream, arguments) \
+  cuda_on_host::launch(blocks, 256, [&] { kernel(arguments); })
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+using cudaStream_t = void*;
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+struct int2 {
+  int x, y;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+
+namespace cuda_on_host {
+
+struct Place {
+  unsigned x = 0;
+};
+extern Place thread_place, block_place, grid_size;
+// 0 runs the blocks in order, another number in an order of its own.
+extern unsigned block_order;
+// Vector accesses that were made, to see that the fast path was taken; and misaligned ones.
+extern int64_t vector_accesses;
+
+constexpr int kWarp = 32;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned number = 0;
+  bool done = false;
+  long block_barriers = 0, warp_barriers = 0;
+};
+
+extern std::vector<Fiber> fibers;
+extern ucontext_t scheduler;
+extern Fiber* running;
+extern std::vector<int> arrived_in_warp;
+extern int arrived;
+
+inline void give_way() {
+  Fiber* const self = running;
+  swapcontext(&self->context, &scheduler);
+}
+
+// Waits until as many fibers as the barrier has members have come.
+inline void wait(int& count, long& passed, int members) {
+  const long turn = ++passed;
+  // `count` only grows within a block; the turn is over when everyone has come that often.
+  ++count;
+  while (count < turn * members) give_way();
+}
+
+template <typename F>
+void enter(unsigned low, unsigned high) {
+  const auto address = static_cast<uintptr_t>(high) << 32 | low;
+  (*reinterpret_cast<const F*>(address))();
+  running->done = true;
+  give_way();
+}
+
+template <typename F>
+void launch(int64_t blocks, int threads, const F& kernel) {
+  constexpr size_t kStack = 256 * 1024;
+  if (fibers.empty()) {
+    fibers.resize(static_cast<size_t>(threads));
+    for (Fiber& fiber : fibers) fiber.stack.reset(new char[kStack]);
+  }
+  std::vector<unsigned> order(static_cast<size_t>(blocks));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
+  if (block_order != 0) std::shuffle(order.begin(), order.end(), std::mt19937(block_order));
+  grid_size.x = static_cast<unsigned>(blocks);
+  const auto address = reinterpret_cast<uintptr_t>(&kernel);
+  for (const unsigned block : order) {
+    block_place.x = block;
+    arrived = 0;
+    arrived_in_warp.assign(static_cast<size_t>(threads / kWarp), 0);
+    for (unsigned t = 0; t < fibers.size(); ++t) {
+      Fiber& fiber = fibers[t];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = &scheduler;
+      fiber.number = t;
+      fiber.done = false;
+      fiber.block_barriers = fiber.warp_barriers = 0;
+      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&enter<F>), 2,
+                  static_cast<unsigned>(address), static_cast<unsigned>(address >> 32));
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (Fiber& fiber : fibers) {
+        if (fiber.done) continue;
+        running = &fiber;
+        thread_place.x = fiber.number;
+        swapcontext(&scheduler, &fiber.context);
+        left = left || !fiber.done;
+      }
+    }
+  }
+}
+
+template <typename T>
+T load(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) {
+    std::fprintf(stderr, "misaligned vector access\n");
+    std::abort();
+  }
+  ++vector_accesses;
+  return *address;
+}
+
+}  // namespace cuda_on_host
+
+#define threadIdx (cuda_on_host::thread_place)
+#define blockIdx (cuda_on_host::block_place)
+#define gridDim (cuda_on_host::grid_size)
+
+inline void __syncthreads() {
+  cuda_on_host::wait(cuda_on_host::arrived, cuda_on_host::running->block_barriers,
+                     static_cast<int>(cuda_on_host::fibers.size()));
+}
+
+// Of the whole warp, or of the threads in the mask, which are always the same ones.
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
+  cuda_on_host::Fiber& self = *cuda_on_host::running;
+  if (mask != 0xFFFFFFFFu) {
+    // The two threads that prepare a row: both have written when both have been here.
+    cuda_on_host::give_way();
+    return;
+  }
+  cuda_on_host::wait(cuda_on_host::arrived_in_warp[self.number / cuda_on_host::kWarp],
+                     self.warp_barriers, cuda_on_host::kWarp);
+}
+
+inline void __threadfence() {}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+
+template <typename T>
+T __ldcs(const T* address) {
+  return cuda_on_host::load(address);
+}
+template <typename T>
+T __ldg(const T* address) {
+  return cuda_on_host::load(address);
+}
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcs(T* address, T value) {
+  cuda_on_host::load(address);
+  *address = value;
+}
