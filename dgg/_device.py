@@ -9,7 +9,7 @@ and in none where nothing changed. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dgg import reference
+from dgg._prefetch import Windows
 
 # Elements of a chunk. A launch has a block per chunk, and sums are formed chunk by chunk in a fixed
 # order, so results do not depend on how blocks are scheduled.
@@ -39,6 +40,7 @@ class Launch:
         starts: int32 [k + 1], first chunk of the row at each position.
         partials: float64 [3, max(m, 1)], workspace.
         counter: int32 [1], workspace, zero between launches.
+        window: Window that the rows' anchors come in (`Windows`), -1 if they lie on the device.
     """
 
     dtypes: int
@@ -47,6 +49,7 @@ class Launch:
     starts: Tensor
     partials: Tensor
     counter: Tensor
+    window: int = -1
 
     @property
     def copies(self) -> bool:
@@ -60,24 +63,31 @@ class Launch:
 
 
 def cut(
-    numels: Sequence[int], codes: Sequence[int], device: torch.device, *, chunk: int = CHUNK
+    numels: Sequence[int],
+    codes: Sequence[int],
+    device: torch.device,
+    *,
+    windows: Sequence[int] | None = None,
+    chunk: int = CHUNK,
 ) -> list[Launch]:
-    """Cuts rows into chunks, one `Launch` per dtype combination.
+    """Cuts rows into chunks, one `Launch` per dtype combination (and window of anchors).
 
     Args:
         numels: Elements of every row.
         codes: Dtype codes of every row.
         device: Where the tables are to lie.
+        windows: Window of every row's anchor; None if all anchors lie on the device.
         chunk: Elements of a chunk.
 
     Raises:
         ValueError: More chunks than a 32-bit index holds.
     """
     sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
-    combinations = torch.tensor(list(codes), dtype=torch.int64, device="cpu")
+    kinds = list(zip(codes, windows or [-1] * len(codes), strict=True))
     launches = []
-    for code in dict.fromkeys(codes):
-        rows = (combinations == code).nonzero().flatten()
+    for kind in dict.fromkeys(kinds):
+        mine = [row for row, other in enumerate(kinds) if other == kind]
+        rows = torch.tensor(mine, dtype=torch.int64, device="cpu")
         counts = (sizes[rows] + chunk - 1) // chunk
         starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=starts[1:])
@@ -91,12 +101,13 @@ def cut(
         number = torch.arange(total, device="cpu") - starts[position]
         launches.append(
             Launch(
-                code,
+                kind[0],
                 rows.int().to(device),
                 torch.stack([position, number], dim=1).int().to(device),
                 starts.int().to(device),
                 torch.empty(3, max(total, 1), dtype=torch.float64, device=device),
                 torch.zeros(1, dtype=torch.int32, device=device),
+                kind[1],
             )
         )
     return launches
@@ -159,21 +170,29 @@ class Kernels:
         functions: What has the launches: `dgg.kernels` (Triton) or ``torch.ops.dgg`` (CUDA).
         device: The device of all rows.
         size: Number of rows n.
-        dtypes_column: Column of the table that holds the dtype codes.
-        numel_column: Column of the table that holds the numbers of elements.
+        columns: Numbers of the table's columns param, numel and dtypes.
+        windows: Windows of the anchors that are kept off the device, or None.
     """
 
     def __init__(
-        self, functions: Any, device: torch.device, size: int, dtypes_column: int, numel_column: int
+        self,
+        functions: Any,
+        device: torch.device,
+        size: int,
+        columns: tuple[int, int, int],
+        windows: Windows | None = None,
     ) -> None:
+        self.windows = windows
         self.device = device
         self.size = size
         self.uploads = Uploads(device)
         self._functions = functions
-        self._columns = dtypes_column, numel_column
+        self._columns = columns
         self._launches: dict[tuple[int, ...], list[Launch]] = {}
         self._host_table: Tensor | None = None
         self._none = torch.empty(0, dtype=torch.int64, device=device)
+        # Whether the distances to anchors that are elsewhere hold for this step.
+        self.measured = False
 
     def begin(self, table: Tensor, grads: Tensor, replays: Tensor) -> None:
         """Takes up what a step works on.
@@ -183,19 +202,87 @@ class Kernels:
             grads: int64 [n] on the CPU, addresses.
             replays: int64 [n] on the CPU, or [0].
         """
+        self.join()
         if table is not self._host_table:
-            dtypes, numels = self._columns
+            _, numels, dtypes = self._columns
             codes = tuple(table[:, dtypes].tolist())
             if codes not in self._launches:
                 # Gradients change their dtype when autocast does: a few cuts are worth keeping.
                 while len(self._launches) >= 4:
                     del self._launches[next(iter(self._launches))]
-                self._launches[codes] = cut(table[:, numels].tolist(), codes, self.device)
+                self._launches[codes] = cut(
+                    table[:, numels].tolist(),
+                    codes,
+                    self.device,
+                    windows=None if self.windows is None else self.windows.of_row,
+                )
             self.launches = self._launches[codes]
             self.table = self.uploads.send("table", table)
             self._host_table = table
         self.grads = self.uploads.send("grads", grads)
         self.replays = self.uploads.send("replays", replays) if replays.numel() else self._none
+
+    def join(self) -> None:
+        """Lets the device finish measuring ahead before it goes on."""
+        if self.windows is not None:
+            self.windows.join()
+
+    def forget(self, *, anchors: bool) -> None:
+        """Takes no distance for known, and with ``anchors`` none of them for current."""
+        self.join()
+        self.measured = False
+        if anchors and self.windows is not None:
+            self.windows.forget()
+
+    def measure_ahead(self, distances: Tensor) -> None:
+        """Measures all distances with anchors that come from elsewhere, beside what follows.
+
+        Until the next `begin`, the forward and the backward pass run at the same time; nothing
+        else may use the launches.
+        """
+        windows = self.windows
+        windows.follow()
+        with windows.aside():
+            # Every row counts as present: which gradients the next step brings is not known yet.
+            present = self.table[:, self._columns[0]].contiguous()
+            distances.fill_(-1.0)
+            self._measure(distances, present, self._none)
+        windows.leave()
+        self.measured = True
+
+    def _measure(self, distances: Tensor, grads: Tensor, replays: Tensor) -> None:
+        squares = torch.empty(3, self.size, dtype=torch.float64, device=self.device)
+        for number in self._numbers():
+            for launch in self._of_window(number):
+                self._functions.norms_launch(
+                    self.table,
+                    *launch.tensors,
+                    grads,
+                    replays,
+                    distances,
+                    squares,
+                    None,
+                    None,
+                    dtypes=launch.dtypes,
+                    replay_weight=0.0,
+                    which=reference.NORM_DISTANCE,
+                )
+            self._leave_window(number)
+
+    def _numbers(self) -> list[int]:
+        """Returns the windows in the order of a pass, -1 for the anchors that are here."""
+        return [-1] if self.windows is None else [-1, *self.windows.order()]
+
+    def _of_window(self, number: int) -> list[Launch]:
+        """Returns a window's launches once its anchors are on their way and waited for."""
+        if number >= 0:
+            self.windows.fetch(number)
+            self.windows.wait(number)
+        return [launch for launch in self.launches if launch.window == number]
+
+    def _leave_window(self, number: int) -> None:
+        if number >= 0:
+            self.windows.done(number)
 
     def hyper(self, groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
         """Returns the float64 [groups, names] table of hyper-parameters on the device.
@@ -229,6 +316,8 @@ class Kernels:
         gate: Tensor | None = None,
     ) -> Tensor:
         """Returns float64 [3, n], the squares of `reference.norms`; fills ``distances``."""
+        if self.windows is not None and which & reference.NORM_DISTANCE and not self.measured:
+            self._measure(distances, self.grads, self.replays)
         squares = torch.empty(3, self.size, dtype=torch.float64, device=self.device)
         for launch in self.launches:
             self._functions.norms_launch(
@@ -270,7 +359,7 @@ class Kernels:
     ) -> None:
         """Runs ``adam_`` or ``sgd_`` on all rows; options: replay_weight, seed and draw."""
         function = getattr(self._functions, rule[:-1] + "_launch_")
-        for launch in self.launches:
+        for launch in self._reading(variant):
             function(
                 self.table,
                 *launch.tensors,
@@ -288,6 +377,15 @@ class Kernels:
                 **options,
             )
 
+    def _reading(self, variant: int) -> Iterator[Launch]:
+        """Yields the launches in the order in which the anchors come, if they are read."""
+        if not variant & ANCHOR:
+            yield from self.launches
+            return
+        for number in self._numbers():
+            yield from self._of_window(number)
+            self._leave_window(number)
+
     def guide_(
         self,
         coefficients: Tensor,
@@ -297,10 +395,11 @@ class Kernels:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         draw_index: Tensor | None,
+        variant: int,
         **options,
     ) -> None:
-        """Runs ``guide_`` on all rows; options as in `update_`, and variant."""
-        for launch in self.launches:
+        """Runs ``guide_`` on all rows; options as in `update_`."""
+        for launch in self._reading(variant):
             rows, chunks, starts, _, counter = launch.tensors
             self._functions.guide_launch_(
                 self.table,
@@ -317,6 +416,7 @@ class Kernels:
                 found_inf,
                 draw_index,
                 dtypes=launch.dtypes,
+                variant=variant,
                 **options,
             )
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _device, _gather, reference
+from dgg import _device, _gather, _prefetch, reference
 from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -299,8 +299,19 @@ class Rows:
         self._kept: list[Tensor] = []
         self.kernels: _device.Kernels | None = None
         if launches(backend, self.device):
+            away = [
+                a if _prefetch.is_away(a, p) else None
+                for a, p in zip(self._state[ANCHOR], self.params, strict=True)
+            ]
+            windows = None
+            if any(a is not None for a in away):
+                windows = _prefetch.Windows(away, self.device)
             self.kernels = _device.Kernels(
-                _launchers(backend), self.device, len(self.params), DTYPES, NUMEL
+                _launchers(backend),
+                self.device,
+                len(self.params),
+                (PARAM, NUMEL, DTYPES),
+                windows,
             )
         if backend != "reference":
             self._base_table = self._make_table()
@@ -320,6 +331,8 @@ class Rows:
         for row, param in enumerate(self._state[PARAM]):
             state = (self._state[column][row] for column in (PARAM, *_MOMENTS, ANCHOR, STEP))
             addresses = [0 if x is None else x.data_ptr() for x in state]
+            if self._window_of(row) >= 0:
+                addresses[ANCHOR] = self.kernels.windows.addresses[row]
             numel = param.numel()
             copy = self._state[COPY][row]
             rows.append(
@@ -327,6 +340,10 @@ class Rows:
                  self.indices[row], 0, numel, numel, 0 if copy is None else copy.data_ptr()]
             )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def _window_of(self, row: int) -> int:
+        windows = None if self.kernels is None else self.kernels.windows
+        return -1 if windows is None else windows.of_row[row]
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._state[PARAM][row]
@@ -371,6 +388,7 @@ class Rows:
             self._gather.end(written=False, ahead=False)
             return False
         self._gathered, self._complete = True, present == len(self.params)
+        self.staged_now = False
         self._copies, self._grad_copies, self._kept, self._now = [], [], [], None
         self.grads, self.replays = [], []
         self._table = self._base_table
@@ -389,6 +407,7 @@ class Rows:
         """
         self._copies, self._grad_copies, self._kept = [], [], []
         self._complete, self._now, self._gathered = False, None, False
+        self.staged_now = False
         if self.backend == "reference":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
             return
@@ -455,17 +474,18 @@ class Rows:
 
     def _stage(self, row: int) -> None:
         # Tensors whose strides disagree are worked on as contiguous copies for this step.
+        self.staged_now = True
         for column in (PARAM, *_MOMENTS, ANCHOR, COPY):
             tensor = self._state[column][row]
             if tensor is None:
                 continue
-            copy = tensor.contiguous()
+            copy = tensor.to(self.device).contiguous()
             self._kept.append(copy)
             self._table[row, column] = copy.data_ptr()
             if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
                 self._copies.append((tensor, copy))
 
-    def flags(self, values: Sequence[int], name: str = "flags") -> Tensor:
+    def flags(self, values: Sequence[int], name: str) -> Tensor:
         """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
         made = torch.tensor(values, dtype=torch.uint8, device="cpu")
         if self.kernels is not None:
@@ -503,8 +523,14 @@ class Rows:
                 master.copy_(torch.where(master.to(copy.dtype) == copy, master, copy.to(master)))
         self._seen = now
 
-    def forget(self) -> None:
-        """Drops all known distances."""
+    def forget(self, *, anchors: bool = True) -> None:
+        """Drops all known distances.
+
+        Args:
+            anchors: The anchors may have been written, too.
+        """
+        if self.kernels is not None:
+            self.kernels.forget(anchors=anchors)
         self.distances.fill_(-1.0)
 
     def forget_changed(self) -> None:
@@ -514,9 +540,9 @@ class Rows:
         now = self._now = array.array("q", [p._version for p in self.params])
         if now != self._versions:
             changed = [row for row, old in enumerate(self._versions) if old != now[row]]
-            if self.kernels is not None and len(changed) > 1:
+            if self.kernels is not None:
                 # One launch instead of one per row; the others' distances are measured again.
-                self.forget()
+                self.forget(anchors=False)
             else:
                 for row in changed:
                     self.distances[row] = -1.0
@@ -785,9 +811,13 @@ def _update(
     name, state, hyper, rows, coefficients, flags, groups, draw, scaling, look_ahead, replay_weight
 ) -> None:  # fmt: skip
     if rows.kernels is not None:
-        variant = _device.ANCHOR if draw.injecting or look_ahead else 0
+        # Anchors that are not here come again for the next step's distances, beside its forward
+        # and backward pass.
+        away = rows.kernels.windows is not None
+        here = look_ahead and not away
+        variant = _device.ANCHOR if draw.injecting or here else 0
         variant |= _device.ELEMENTS if draw.elements else 0
-        variant |= _device.LOOK_AHEAD if look_ahead else 0
+        variant |= _device.LOOK_AHEAD if here else 0
         if any(group[_OPTIONAL_STATE[name]] for group in groups):
             variant |= _device.STATE
         variant |= _device.STOCHASTIC if rows.stochastic else 0
@@ -805,6 +835,10 @@ def _update(
             draw=draw.index,
             variant=variant,
         )
+        rows.kernels.measured = False
+        look_ahead = look_ahead and not (away and rows.staged_now)
+        if away and look_ahead:
+            rows.kernels.measure_ahead(rows.distances)
     elif rows.backend == "cpp":
         getattr(torch.ops.dgg, name[:-1] + "_table_")(
             rows._table,

@@ -352,12 +352,13 @@ class Engine:
             words = _philox.tensor_words(seed, draw, torch.tensor(rows.indices, device="cpu"))
             limit = torch.tensor([limits[group] for group in rows.groups], device="cpu")
             hit = words < limit
-            return rows.flags(hit.tolist()) if bool(hit.any()) else None
+            # Two places: the next step's flags are asked for before this step's are read.
+            return rows.flags(hit.tolist(), f"flags {draw % 2}") if bool(hit.any()) else None
         if not any(by_group):
             return None
         if len(set(by_group)) == 1:
             return rows.constant_flags(by_group[0])
-        return rows.flags([by_group[group] for group in rows.groups])
+        return rows.flags([by_group[group] for group in rows.groups], f"flags {draw % 2}")
 
     def _step_word(self, seed: int, draw: int) -> int:
         # The look-ahead asks at step k for k + 1, which the next step asks for again.
@@ -389,7 +390,7 @@ class Engine:
                 if gates is None:
                     rows.forget_changed()
                 else:
-                    rows.forget()
+                    rows.forget(anchors=False)
         if not which:
             return [rows.constant_coefficients() for rows in all_rows]
         with _ranges.record("dgg.norm"):
@@ -806,7 +807,7 @@ class Guidance:
                 elementwise=wide["granularity"] == "element",
             )
             # The other optimizer has moved the parameters since any distance was measured.
-            rows.forget()
+            rows.forget(anchors=False)
         only = [rows for _, rows in all_rows]
         flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
         injecting = any(x is not None for x in flags)

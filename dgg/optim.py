@@ -48,6 +48,12 @@ class _Guided:
         self._backend = options.pop("backend")
         self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
         self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
+        if self._capturable and self._anchor_device is not None:
+            raise ValueError(
+                f"capturable=True does not go with anchor_device={str(self._anchor_device)!r}: "
+                "anchors are brought to the device for draws that the host knows, those of a "
+                "captured step only the device knows; leave anchor_device None"
+            )
         self._state_dtype = guidance.check_state_dtype(options.pop("state_dtype"))
         self._stochastic = options.pop("stochastic_rounding")
         self._master = options.pop("master_weights")
@@ -205,7 +211,7 @@ class _Guided:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), _ranges.record("dgg.step"):
             if torch.compiler.is_compiling():
                 self._uncompiled_step()
             else:

@@ -23,6 +23,7 @@ FLOORS = {
     "_dispatch": 3,
     "anchor": 3,
     "_device": 2,
+    "_prefetch": 1,
     "reference": 1,
     "sharding": 1,
     "_gather": 0,

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Optimizers whose step is launched, as on a GPU: the engine, with Triton's interpreter as device.
+
+- Whole runs equal those of the CPU backend, for every rule, granularity and norm scope.
+- capturable=True decides on the device exactly what is decided on the host otherwise, with learning
+  rate and alpha as tensors that change.
+- Anchors that come window by window give the same bits as anchors that are there.
+- GradScaler's verdict is read by the kernels, never by the host.
+- Uploads happen when something changed and are never overwritten before they are read.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import dgg
+from cases import BF16, F32, make_params, set_grads
+from dgg import _device, _dispatch, _prefetch
+
+CPU = torch.device("cpu")
+MISSING = _dispatch.unavailable("triton", CPU)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}")
+
+SHAPES = [(7, 5), (0,), (300,)]
+RULES = {
+    "adamw": (dgg.AdamW, {"lr": 3e-3, "weight_decay": 0.1}),
+    "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3}),
+}
+GUIDANCE = {
+    "step": {"alpha": 0.6, "strength": 0.7, "max_grad_norm": 3.0},
+    "tensor": {"alpha": 0.6, "granularity": "tensor", "norm_scope": "tensor"},
+    "element": {"alpha": 0.4, "granularity": "element", "max_grad_norm": 2.0},
+    "unscaled": {"alpha": 0.7, "strength": 0.3, "scaling": False},
+}
+
+
+class Run:
+    """An optimizer and its parameters, fed with reproducible gradients."""
+
+    def __init__(self, rule, backend, dtype=F32, shapes=SHAPES, **options):
+        cls, defaults = RULES[rule]
+        self.params = make_params(shapes, dtype)
+        self.optimizer = cls(self.params, backend=backend, **{**defaults, **options})
+        self.steps = 0
+
+    def step(self, missing=(), replay=False):
+        generator = torch.Generator().manual_seed(self.steps)
+        set_grads(self.params, generator, missing=missing)
+        if replay:
+            with self.optimizer.replay():
+                for p in self.params[:-1]:
+                    p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        self.optimizer.step()
+        self.steps += 1
+
+    def run(self, steps=6, anchor_at=1):
+        for k in range(steps):
+            if k == anchor_at:
+                self.optimizer.set_anchor()
+            self.step(missing=(0,) if k == 3 else (), replay=k == 4)
+        return self
+
+
+def assert_equal(run, other):
+    for p, q in zip(run.params, other.params, strict=True):
+        assert torch.equal(p, q)
+        mine, theirs = run.optimizer.state[p], other.optimizer.state[q]
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+def assert_close(run, other):
+    for p, q in zip(run.params, other.params, strict=True):
+        torch.testing.assert_close(p, q)
+        for name, value in run.optimizer.state[p].items():
+            torch.testing.assert_close(value, other.optimizer.state[q][name])
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+@pytest.mark.parametrize("rule", RULES)
+def test_runs_equal_the_cpu_backend(rule, kind):
+    options = {**GUIDANCE[kind], "seed": 11}
+    launched = Run(rule, "triton", **options).run()
+    plain = Run(rule, "reference", **options).run()
+    assert launched.optimizer._rows.launched and not plain.optimizer._rows.launched
+    assert_close(launched, plain)
+    stats, expected = launched.optimizer.guidance_stats(), plain.optimizer.guidance_stats()
+    assert stats.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert stats[name] is None, name
+        else:
+            torch.testing.assert_close(stats[name], value)
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_captured_steps_draw_the_same(kind):
+    options = {**GUIDANCE[kind], "seed": 5}
+    captured = Run("adamw", "triton", capturable=True, **options).run()
+    plain = Run("adamw", "triton", **options).run()
+    for p, q in zip(captured.params, plain.params, strict=True):
+        torch.testing.assert_close(p, q)
+    draw = captured.optimizer.param_groups[0]["draw_index"]
+    assert isinstance(draw, torch.Tensor) and draw.dtype == torch.int64
+    assert draw.item() == plain.optimizer.param_groups[0]["draw_index"] == 6
+
+
+def test_captured_steps_read_tensors_and_survive_checkpoints(tmp_path):
+    def build(capturable):
+        run = Run("adamw", "triton", capturable=capturable, alpha=0.5, seed=3)
+        if capturable:
+            for group in run.optimizer.param_groups:
+                group["lr"] = torch.tensor(3e-3)
+        return run
+
+    captured, plain = build(True), build(False)
+    for k in range(4):
+        for run in (captured, plain):
+            if k == 1:
+                run.optimizer.set_anchor()
+            run.step()
+        rate = 3e-3 / (k + 2)
+        captured.optimizer.param_groups[0]["lr"].fill_(rate)
+        plain.optimizer.param_groups[0]["lr"] = float(torch.tensor(rate))
+    torch.save(captured.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    # A captured run goes on as one that is not, and the reverse.
+    other = Run("adamw", "triton", alpha=0.5, seed=3)
+    other.steps = 4
+    for p, q in zip(other.params, captured.params, strict=True):
+        p.data.copy_(q.detach())
+    other.optimizer.load_state_dict(saved)
+    assert other.optimizer.param_groups[0]["draw_index"] == 4
+    other.optimizer.param_groups[0]["lr"] = float(captured.optimizer.param_groups[0]["lr"])
+    back = Run("adamw", "triton", capturable=True, alpha=0.5, seed=3)
+    back.steps = 4
+    for p, q in zip(back.params, plain.params, strict=True):
+        p.data.copy_(q.detach())
+    back.optimizer.load_state_dict(copy.deepcopy(plain.optimizer.state_dict()))
+    for _ in range(3):
+        for run in (captured, plain, other, back):
+            run.step()
+    for run in (plain, other, back):
+        for p, q in zip(captured.params, run.params, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"backend": "cpp"}, "capturable=True needs kernels that run on a GPU"),
+        ({"backend": "reference"}, "capturable=True needs kernels that run on a GPU"),
+        ({"backend": "triton", "anchor_device": "cpu"}, "does not go with anchor_device='cpu'"),
+    ],
+)
+def test_capturable_is_refused_where_it_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        dgg.AdamW(make_params([(3,)], F32), capturable=True, **options)
+
+
+def test_a_capture_that_would_replay_nonsense_is_refused(monkeypatch):
+    plain = Run("adamw", "triton").run(2)
+    captured = Run("adamw", "triton", capturable=True)
+    monkeypatch.setattr(_device, "capturing", lambda device: True)
+    before = [p.detach().clone() for p in plain.params]
+    with pytest.raises(RuntimeError, match="build the optimizer with capturable=True"):
+        plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain.params, before, strict=True))
+    with pytest.raises(RuntimeError, match="run a warm-up step before the capture"):
+        captured.step()
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Anchors count as kept elsewhere, and a window holds few of them."""
+    monkeypatch.setattr(_prefetch, "is_away", lambda anchor, param: anchor is not None)
+    monkeypatch.setattr(_prefetch, "WINDOW", 1024)
+
+
+MANY = [(200,), (13, 15), (0,), (190,), ()]
+
+
+@pytest.mark.parametrize("kind", ["step", "tensor", "unscaled"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_anchors_that_come_in_windows(dtype, kind, away, monkeypatch):
+    options = {**GUIDANCE[kind], "alpha": 0.7, "anchor_dtype": F32, "shapes": MANY, "seed": 2}
+    windowed = Run("adamw", "triton", dtype, **options).run()
+    kernels = windowed.optimizer._rows.all_rows[0].kernels
+    assert kernels.windows.count >= 3, "nothing would ever leave its buffer"
+    assert kernels.windows.bytes <= 2 * 1024 + 256, "more than the window is on the device"
+    monkeypatch.undo()
+    there = Run("adamw", "triton", dtype, **options).run()
+    assert there.optimizer._rows.all_rows[0].kernels.windows is None
+    assert_equal(windowed, there)
+
+
+def test_windows_fetch_only_for_steps_that_inject(away, monkeypatch):
+    fetched = []
+    original = _prefetch.Windows.fetch
+    monkeypatch.setattr(
+        _prefetch.Windows, "fetch", lambda self, n: (fetched.append(n), original(self, n))
+    )
+    run = Run("adamw", "triton", alpha=0.5, shapes=MANY, seed=9)
+    run.optimizer.set_anchor()
+    counts, injected = [], []
+    for _ in range(8):
+        before = len(fetched)
+        run.step()
+        counts.append(len(fetched) - before)
+        injected.append(bool(run.optimizer.guidance_stats()["injected"]))
+    windows = run.optimizer._rows.all_rows[0].kernels.windows.count
+    # Once for the pull, once at the end of the step before, for the distances.
+    for k in range(1, 7):
+        assert counts[k] == windows * (injected[k] + injected[k + 1])
+    assert 1 < sum(injected) < 7
+
+
+def test_windows_notice_changed_weights_and_anchors(away):
+    run = Run("adamw", "triton", alpha=1.0, shapes=MANY, seed=9)
+    twin = Run("adamw", "reference", alpha=1.0, shapes=MANY, seed=9)
+    for k in range(6):
+        for each in (run, twin):
+            if k == 1:
+                each.optimizer.set_anchor()
+            if k == 3:
+                with torch.no_grad():
+                    each.params[1].mul_(1.5)
+            if k == 4:
+                each.optimizer.state[each.params[2]]["anchor"].add_(0.25)
+            each.step()
+    assert_close(run, twin)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_grad_scaler_is_read_on_the_device(rule):
+    launched = Run(rule, "triton", alpha=0.6, max_grad_norm=2.0)
+    plain = Run(rule, "reference", alpha=0.6, max_grad_norm=2.0)
+    for k in range(6):
+        for run in (launched, plain):
+            set_grads(run.params, torch.Generator().manual_seed(k))
+            for p in run.params:
+                p.grad.mul_(64.0)
+            if k == 3:
+                run.params[0].grad.view(-1)[4] = float("inf")
+            if k == 1:
+                run.optimizer.set_anchor()
+            run.optimizer.grad_scale = torch.tensor(64.0)
+            run.optimizer.found_inf = torch.tensor(float(k == 3))
+            before = [p.detach().clone() for p in run.params]
+            state = copy.deepcopy(dict(enumerate(run.optimizer.state.values())))
+            run.optimizer.step()
+            assert run.optimizer.last_step_skipped == (k == 3)
+            if k == 3:
+                assert all(torch.equal(p, q) for p, q in zip(run.params, before, strict=True))
+                for number, entry in enumerate(run.optimizer.state.values()):
+                    for name, value in entry.items():
+                        assert torch.equal(value, state[number][name]), name
+                assert not run.optimizer.guidance_stats()["injected"]
+    assert_close(launched, plain)
+
+
+def test_infinite_replay_gradients_skip_the_step():
+    run = Run("adamw", "triton").run(2)
+    set_grads(run.params, torch.Generator().manual_seed(1))
+    with run.optimizer.replay():
+        for p in run.params:
+            p.grad = torch.full_like(p, float("nan"))
+    run.optimizer.grad_scale = torch.tensor(2.0)
+    run.optimizer.found_inf = torch.tensor(0.0)
+    before = [p.detach().clone() for p in run.params]
+    run.optimizer.step()
+    assert run.optimizer.last_step_skipped
+    assert all(torch.equal(p, q) for p, q in zip(run.params, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_guidance_of_other_optimizers(backend):
+    params = make_params(SHAPES, F32)
+    inner = torch.optim.SGD(params, lr=0.1)
+    guidance = dgg.Guidance(inner, alpha=0.6, max_grad_norm=2.0, seed=4, backend=backend)
+    twins = make_params(SHAPES, F32)
+    twin = dgg.SGD(twins, lr=0.1, alpha=0.6, max_grad_norm=2.0, seed=4, backend="reference")
+    for k in range(5):
+        for every, each, anchored in ((params, inner, guidance), (twins, twin, twin)):
+            set_grads(every, torch.Generator().manual_seed(k))
+            if k == 1:
+                anchored.set_anchor()
+            each.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_master_weights_and_stochastic_rounding():
+    shapes = [(7, 5), (0,), (301,)]
+    for options in ({"master_weights": True}, {"stochastic_rounding": True}):
+        runs = [
+            Run("adamw", backend, BF16, shapes, state_dtype=F32, anchor_dtype=F32, alpha=0.5,
+                seed=8, **options).run(4)
+            for backend in ("triton", "reference")
+        ]  # fmt: skip
+        for p, q in zip(runs[0].params, runs[1].params, strict=True):
+            # A float32 rounding apart before the last rounding, which may then fall on either side.
+            differing = (p != q).sum().item()
+            assert differing <= 0.01 * p.numel()
+            torch.testing.assert_close(p, q)
+
+
+def test_uploads_happen_when_something_changed():
+    uploads = _device.Uploads(CPU)
+    first = uploads.send("grads", torch.tensor([1, 2, 3]))
+    assert uploads.send("grads", torch.tensor([1, 2, 3])) is first
+    staged = uploads._sent["grads"][0]
+    assert uploads.send("grads", torch.tensor([4, 5, 6])) is first
+    assert first.tolist() == [4, 5, 6] and staged.tolist() == [1, 2, 3]
+    longer = uploads.send("grads", torch.tensor([1, 2, 3, 4]))
+    assert longer is not first and first.tolist() == [4, 5, 6]
+
+
+def test_cut_separates_dtypes_and_covers_every_element():
+    numels, codes = [10, 0, 8192, 8193, 30000], [0, 0, 1, 0, 1]
+    launches = _device.cut(numels, codes, CPU)
+    covered = [0] * len(numels)
+    for launch in launches:
+        assert {codes[row] for row in launch.rows.tolist()} == {launch.dtypes}
+        for position, number in launch.chunks.tolist():
+            row = int(launch.rows[position])
+            begin = number * _device.CHUNK
+            assert begin < numels[row]
+            covered[row] += min(_device.CHUNK, numels[row] - begin)
+        counts = launch.starts.diff().tolist()
+        assert counts == [-(-numels[row] // _device.CHUNK) for row in launch.rows.tolist()]
+        assert int(launch.starts[-1]) == len(launch.chunks)
+    assert covered == numels
+    assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
