@@ -17,11 +17,11 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: help venv build test test-slow lint format demo bench clean distclean
+.PHONY: help venv build test test-slow lint format demo bench gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
-	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for test, test-slow, demo, bench)"
+	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for the tests, demo, bench, gpu, profile)"
 
 venv: $(RUN) $(TEST) $(LINT) ## create .venv and install every pinned requirement
 
@@ -50,6 +50,13 @@ demo: $(BUILT) ## continual instruction tuning, small; writes build/demo
 
 bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
 	$(BIN)/python bench/step.py $(ARGS)
+
+# No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
+gpu: ## build, test and measure on this machine's GPU with its own $(PYTHON); under 8 minutes
+	$(PYTHON) bench/gpu.py $(ARGS)
+
+profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else torch.profiler
+	$(BIN)/python bench/nsys_step.py --launch --out build/profile $(ARGS)
 
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error.txt $(BUILT)

@@ -22,6 +22,7 @@ import platform
 import re
 import subprocess
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -276,18 +277,17 @@ def kernels_of(events: Iterable, calls: int) -> list[Kernels]:
                 )
         else:
             device.append(event)
+    # A range of the host has a shadow of its name on the device.
+    device = [event for event in device if event.name not in host_names]
+    device.sort(key=lambda event: event.time_range.start)
+    starts = [event.time_range.start for event in device]
     slack = _GUARD_SECONDS / 2 * 1e6
     found = []
     for number in range(calls):
         begin, end = windows[number]
         names: dict[str, tuple[int, float]] = {}
         copies = 0
-        for event in device:
-            # A range of the host has a shadow of its name on the device.
-            if event.name in host_names or not (
-                begin - slack <= event.time_range.start <= end + slack
-            ):
-                continue
+        for event in device[bisect_left(starts, begin - slack) : bisect_right(starts, end + slack)]:
             if event.name.startswith(_COPIES):
                 copies += 1
                 continue

@@ -267,8 +267,8 @@ def _kernel(name, start, end):
 
 
 def _shrunk(case):
-    """The case with at most eight elements a tensor, without what takes long to compile."""
-    shapes = [(min(8, torch.Size(s).numel()),) for s in case.shapes]
+    """The case with few small tensors, without what takes long to compile."""
+    shapes = [(min(8, torch.Size(s).numel()),) for s in case.shapes[:6]]
     runs = [run for run in case.runs if run[0] != "torch.compile"]
     return dataclasses.replace(case, shapes=shapes, runs=runs, rounds=5)
 
