@@ -71,6 +71,7 @@ struct List {
   // The gradients of the step under way, which another thread may take from their parameters. An
   // array of at::Tensor; undefined where nothing is kept.
   std::vector<Impl> kept;
+  std::vector<AtenTensorHandle> grads;  // where they stand, while they are taken up
   const torch::stable::Tensor nothing;
 
   ~List() { release(); }
@@ -176,10 +177,13 @@ void prefetch_impl(Impl impl) {
 #endif
 }
 
-// Prefetches what a TensorImpl points to behind its vtable and counts: its storage.
-void prefetch_storage(Impl impl) {
+// Prefetches what a TensorImpl points to behind its vtable and counts: storage, version counter,
+// ...
+void prefetch_members(Impl impl) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(static_cast<const void* const*>(impl)[2]);
+  for (int word = 2; word < 6; ++word) {
+    __builtin_prefetch(static_cast<const void* const*>(impl)[word]);
+  }
 #endif
 }
 
@@ -223,19 +227,25 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
   list.release();
   const Impl undefined = impl_of(list.nothing.get());
   list.kept.resize(count, undefined);
+  list.grads.resize(count);
   for (int64_t i = 0; i < count; ++i) {
     prefetch_impl(list.impls[std::min(i + 2 * kAhead, n - 1)]);
-    const AtenTensorHandle grad = torch.grad(list.impls[i]);
-    if (impl_of(grad) != undefined) aoti_torch_assign_tensors(grad, handle_of(list.kept[i]));
+    prefetch_members(list.impls[std::min(i + kAhead, n - 1)]);
+    list.grads[i] = torch.grad(list.impls[i]);
+    prefetch_impl(impl_of(list.grads[i]));
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t version = torch.version(handle_of(list.impls[i]));
     if (known && version != versions[i]) distances[i] = -1.0;
     versions[i] = version;
+    // Not in the loop before: counting a reference waits for everything that was asked for.
+    if (impl_of(list.grads[i]) == undefined) continue;
+    aoti_torch_assign_tensors(list.grads[i], handle_of(list.kept[i]));
+    prefetch_members(list.kept[i]);
   }
   for (int64_t i = 0; i < n; ++i) {
     prefetch_impl(list.impls[std::min(i + 2 * kAhead, n - 1)]);
-    prefetch_storage(list.impls[std::min(i + kAhead, n - 1)]);
+    prefetch_members(list.impls[std::min(i + kAhead, n - 1)]);
     if (!list.tensors[i].unmoved(handle_of(list.impls[i]))) return kMoved;
     prefetch_data(list.tensors[i].address);
   }

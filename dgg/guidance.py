@@ -340,7 +340,9 @@ class Engine:
             return None
         granularity, seed = wide["granularity"], wide["seed"]
         if granularity == "step":
-            word = self._step_word(seed, draw)
+            # At α = 1 the step is known without its word.
+            sure = all([limit in (0, 1 << 32) for limit in limits])
+            word = 0 if sure else self._step_word(seed, draw)
             by_group = [reference.INJECT if word < limit else 0 for limit in limits]
         elif granularity == "element":
             # Above or below all words the elements' draws are known without drawing.

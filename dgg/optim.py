@@ -7,6 +7,7 @@ as its step. The flow of a step goes one way: here → `_dispatch` → a backend
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,12 +16,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as _torch_optimizer
 
 from dgg import _device, _dispatch, _ranges, anchor, guidance, reference
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step with the hooks and the profile's range that torch.optim gives it.
+
+    torch.optim would wrap the step itself, in a range for the profiler that costs as much as the
+    update of a hundred tiny tensors; here only a step with hooks or under a profiler pays for it.
+    """
+    wrapped = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def hooked(self, *args, **kwargs):
+        if type(self).step is hooked and (
+            torch.autograd.profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _torch_optimizer._global_optimizer_pre_hooks
+            or _torch_optimizer._global_optimizer_post_hooks
+        ):
+            return wrapped(self, *args, **kwargs)
+        # A subclass with a step of its own has torch's hooks around that one.
+        result = step(self, *args, **kwargs)
+        self._optimizer_step_code()
+        return result
+
+    hooked.hooked = True  # torch.optim leaves it as it is
+    return hooked
 
 
 class _Guided:
@@ -193,6 +222,7 @@ class _Guided:
 
     # -- the step -------------------------------------------------------------------------------
 
+    @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
