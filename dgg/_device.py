@@ -118,16 +118,20 @@ class Uploads:
 
     A host buffer is pinned where the device has pinned memory; torch's allocator keeps it until
     the copy has happened. Inside a CUDA graph the copy becomes a node that reads the buffer at
-    every replay, so that buffer is kept for good.
+    every replay, so that buffer is kept for good; and as pinned memory cannot be had during a
+    capture, one is made ready at every step before.
 
     Args:
         device: Where the arrays go.
+        capturable: Whether steps may be captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capturable: bool = False) -> None:
         self.device = device
         self._sent: dict[str, tuple[Tensor, Tensor]] = {}
         self._captured: list[Tensor] = []
+        self._capturable = capturable
+        self._spare: dict[str, Tensor] = {}
 
     def send(self, name: str, values: Tensor) -> Tensor:
         """Returns ``values`` (CPU, contiguous) on the device, in memory that is the name's own.
@@ -142,20 +146,31 @@ class Uploads:
         # A replayed graph has written what it captured, whatever was sent since.
         if known is not None and not self._captured and torch.equal(known[0], values):
             return known[1]
-        if self.device.type == "cpu":
-            staged = values.clone()
-        else:
-            staged = torch.empty_like(values, pin_memory=True)
-            staged.copy_(values)
+        inside = capturing(self.device)
+        staged = self._spare.pop(name, None) if inside else None
+        if staged is None or staged.shape != values.shape:
+            if inside:
+                raise RuntimeError(
+                    f"what a step needs to know of its {name} changed during a capture and there "
+                    "is no memory to send it from; run a step outside of the graph before each "
+                    "capture"
+                )
+            staged = self._pinned(values)
+        staged.copy_(values)
         if known is None:
             target = torch.empty_like(staged, device=self.device, pin_memory=False)
         else:
             target = known[1]
         target.copy_(staged, non_blocking=True)
-        if capturing(self.device):
+        if inside:
             self._captured.append(staged)
+        elif self._capturable:
+            self._spare[name] = self._pinned(values)
         self._sent[name] = staged, target
         return target
+
+    def _pinned(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, pin_memory=self.device.type != "cpu")
 
 
 def capturing(device: torch.device) -> bool:
@@ -172,6 +187,7 @@ class Kernels:
         size: Number of rows n.
         columns: Numbers of the table's columns param, numel and dtypes.
         windows: Windows of the anchors that are kept off the device, or None.
+        capturable: Whether steps may be captured.
     """
 
     def __init__(
@@ -181,11 +197,12 @@ class Kernels:
         size: int,
         columns: tuple[int, int, int],
         windows: Windows | None = None,
+        capturable: bool = False,
     ) -> None:
         self.windows = windows
         self.device = device
         self.size = size
-        self.uploads = Uploads(device)
+        self.uploads = Uploads(device, capturable)
         self._functions = functions
         self._columns = columns
         self._launches: dict[tuple[int, ...], list[Launch]] = {}

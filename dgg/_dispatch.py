@@ -246,6 +246,7 @@ class Rows:
         steps: Sequence[Tensor | None] | None = None,
         masters: Sequence[Tensor | None] | None = None,
         stochastic: bool = False,
+        capturable: bool = False,
     ) -> None:
         absent = [None] * len(params)
         self.backend = backend
@@ -312,6 +313,7 @@ class Rows:
                 len(self.params),
                 (PARAM, NUMEL, DTYPES),
                 windows,
+                capturable,
             )
         if backend != "reference":
             self._base_table = self._make_table()

@@ -744,7 +744,8 @@ class _Guided:
             device,
         ):
             return step
-        return torch.tensor(float(step), dtype=torch.float32, device=device)
+        # Filled there: a copy of a number on the host would be waited for.
+        return torch.full((), float(step), dtype=torch.float32, device=device)
 
 
 # Every so many steps the state is looked at even if nobody has read `optimizer.state` in between:
@@ -811,6 +812,7 @@ class _RowCache:
                         for i, s in zip(places, state, strict=True)
                     ],
                     stochastic=optimizer._stochastic,
+                    capturable=optimizer._capturable,
                     **columns,
                 )
             )

@@ -336,3 +336,49 @@ def test_cut_separates_dtypes_and_covers_every_element():
         assert int(launch.starts[-1]) == len(launch.chunks)
     assert covered == numels
     assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
+
+
+def test_uploads_inside_a_capture(monkeypatch):
+    uploads = _device.Uploads(CPU, capturable=True)
+    target = uploads.send("grads", torch.tensor([1, 2]))
+    monkeypatch.setattr(_device, "capturing", lambda device: True)
+    assert uploads.send("grads", torch.tensor([1, 2])) is target
+    assert uploads.send("grads", torch.tensor([3, 4])) is target and target.tolist() == [3, 4]
+    (kept,) = uploads._captured
+    with pytest.raises(RuntimeError, match="its grads changed during a capture"):
+        uploads.send("grads", torch.tensor([5, 6]))
+    monkeypatch.undo()
+    # A replay reads what was captured; afterwards nothing is taken for sent.
+    target.copy_(kept)
+    assert uploads.send("grads", torch.tensor([3, 4])).tolist() == [3, 4]
+    target.fill_(0)
+    assert uploads.send("grads", torch.tensor([3, 4])).tolist() == [3, 4]
+    assert kept.tolist() == [3, 4]
+
+
+@pytest.fixture(scope="module")
+def operators():
+    """The native launches' operators, with the Triton kernels behind them on the CPU."""
+    missing = _dispatch.unavailable("cpp", CPU)
+    if missing is not None:
+        pytest.skip(f"the operators are declared by the C++ library: {missing}")
+    from dgg import kernels
+
+    library = torch.library.Library("dgg", "IMPL")
+    for name in kernels.__all__:
+        if "launch" in name:
+            library.impl(name, getattr(kernels, name), "CPU")
+    yield torch.ops.dgg
+    library._destroy()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_engine_calls_native_launches_as_they_are_declared(rule, operators, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_launchers", lambda backend: operators)
+    options = {"alpha": 0.6, "granularity": "element", "max_grad_norm": 1.0, "seed": 2**64 - 3}
+    native = Run(rule, "triton", **options).run(5)
+    captured = Run(rule, "triton", capturable=True, **options).run(5)
+    monkeypatch.undo()
+    plain = Run(rule, "triton", **options).run(5)
+    assert_equal(native, plain)
+    assert_close(captured, plain)
