@@ -104,11 +104,16 @@ def signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def width(m: int, k: int) -> int:
-    """Returns how many partial sums of one row are added at one time; fixed by the cut alone."""
+def summing(m: int, k: int) -> tuple[int, bool]:
+    """Returns how the sums of k rows with m chunks are formed; fixed by the cut alone.
+
+    Returns:
+        How many partial sums of one row are added at one time, and whether the last program of
+        the launch does that.
+    """
     if m > SEPARATE:
-        return TILE
-    return 8 if m <= 8 * k else 32 if m <= 128 * k else 256
+        return TILE, False
+    return 8 if m <= 8 * k else 32 if m <= 128 * k else 256, True
 
 
 def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bool, bool]:
@@ -131,10 +136,8 @@ def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bo
 
 
 def finishing(m: int, k: int, features: tuple) -> tuple[int, bool]:
-    """Returns the width for summing an update's rows, and whether its last program does that."""
-    if not features[2]:  # nothing to sum
-        return 1, True
-    return width(m, k), m <= SEPARATE
+    """Returns `summing` for an update; without look-ahead there is nothing to sum."""
+    return summing(m, k) if features[2] else (1, True)
 
 
 def on_device_of(tensor: torch.Tensor):
@@ -371,7 +374,7 @@ def sum_rows(partials, starts, q, here, ROWS: tl.constexpr, WIDTH: tl.constexpr)
     stop = tl.load(starts + q + 1, mask=here, other=0)
     lanes = tl.zeros([ROWS, WIDTH], tl.float64)
     column = tl.arange(0, WIDTH)
-    for done in tl.range(0, tl.max(stop - start), WIDTH, loop_unroll_factor=4):
+    for done in tl.range(0, tl.max(stop - start), WIDTH, loop_unroll_factor=2):
         index = start[:, None] + done + column[None, :]
         lanes += tl.load(partials + index, mask=index < stop[:, None], other=0.0, volatile=True)
     for level in tl.static_range(13):

@@ -11,7 +11,6 @@ from dgg.kernels.chunks import (
     COLUMNS,
     NUMEL,
     PARAM,
-    SEPARATE,
     TILE,
     add_squares,
     bits,
@@ -26,9 +25,9 @@ from dgg.kernels.chunks import (
     read_gradient,
     stream,
     sum_rows,
+    summing,
     tree_sum,
     whole_blocks,
-    width,
 )  # fmt: skip
 from dgg.kernels.update import NORM_DISTANCE, NORM_GRAD, NORM_TOTAL, SCALES
 
@@ -221,8 +220,7 @@ def norms_launch(
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
     n, k, m, slots = table.shape[0], rows.shape[0], chunks.shape[0], partials.shape[1]
     replayed = replays.shape[0] > 0
-    together = m <= SEPARATE
-    wide = width(m, k)
+    wide, together = summing(m, k)
     _, warps = pack_of(p, g, r, a)
     with on_device_of(table):
         norms_kernel[(max(m, 1),)](

@@ -10,7 +10,7 @@ of its own accord), so that an element's result depends on nothing but its opera
 import triton
 import triton.language as tl
 
-# The interpreter's own conversion to bfloat16 truncates.
+# The interpreter's own conversions of bfloat16 truncate and lose small numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Bits of `flags`.
@@ -42,6 +42,9 @@ def widen(x, T: tl.constexpr):
     """Stored numbers as numbers of the arithmetic."""
     if x.dtype == tl.float64:
         return x.to(T)
+    elif x.dtype == tl.bfloat16 and INTERPRETED:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(T)
     else:
         return x.to(tl.float32).to(T)
 

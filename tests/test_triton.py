@@ -1,0 +1,861 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The Triton kernels against dgg/reference.py in float64, launched without an optimizer.
+
+Without a GPU they run in Triton's interpreter. That is slow, so chunks are small here: what is
+tested is every branch, not every size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cases
+from cases import BF16, F16, F32, F64
+from dgg import _device, _philox, kernels, reference
+from test_cpp import (
+    ADAM,
+    ADAM_CASES,
+    DRAW,
+    DTYPES,
+    SEED,
+    SGD,
+    SGD_CASES,
+    SITUATIONS,
+    THRESHOLD,
+    Problem,
+    _assert_rounding,
+    _assert_same_step,
+    _bits,
+    _options,
+    _reference,
+)  # fmt: skip
+
+CPU = torch.device("cpu")
+MISSING = kernels.unavailable(CPU)
+
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=f"no Triton on the CPU: {MISSING}"),
+    pytest.mark.usefixtures("quick_interpreter"),
+]
+
+CHUNK = 256
+EDGES = [1, 3, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
+COPY_SLOT = 56  # place of the copy's dtype code
+INDEX, BASE, STRETCH, STRIDE, COPY = 9, 10, 11, 12, 13  # columns of the table
+
+INJECT, ELEMENTS = reference.INJECT, reference.INJECT_ELEMENTS
+GUIDE = dict(maximize=False, strength=0.7, threshold=THRESHOLD)
+LAUNCHES = {"adam": "adam_launch_", "sgd": "sgd_launch_", "guide": "guide_launch_"}
+
+
+def state_count(name, hyper):
+    """Returns how many moments a row has."""
+    return {
+        "adam": 3 if hyper.get("amsgrad") else 2,
+        "sgd": int(hyper.get("momentum", 0) != 0),
+    }.get(name, 0)
+
+
+def as_flags(problem, flags):
+    """Returns flags for every row, given one for all or a list."""
+    rows = flags if isinstance(flags, list) else [flags] * len(problem.params)
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def addresses(tensors):
+    return torch.tensor([0 if x is None else x.data_ptr() or 1 for x in tensors], dtype=torch.int64)
+
+
+def cut(problem, table, chunk=CHUNK):
+    return _device.cut([p.numel() for p in problem.params], table[:, 8].tolist(), CPU, chunk=chunk)
+
+
+def call(
+    name, problem, hyper, flags, *, chunk=CHUNK, table=None, look_ahead=False, copies=None,
+    stochastic=False, grad_scale=None, found_inf=None, draw_index=None, replay_weight=1.0,
+    seed=SEED, draw=DRAW, distances=None,
+):  # fmt: skip
+    """Runs one kernel on a problem; `hyper` is one set of numbers or a list of those."""
+    hyper = hyper if isinstance(hyper, list) else [hyper]
+    states = max(state_count(name, group) for group in hyper)
+    if table is None:
+        table = problem.table(states, stepped=name == "adam")
+    flags = as_flags(problem, flags)
+    variant = 0
+    if (flags & (INJECT | ELEMENTS)).any() or look_ahead:
+        variant |= _device.ANCHOR
+    if (flags & ELEMENTS).any():
+        variant |= _device.ELEMENTS
+    if look_ahead:
+        variant |= _device.LOOK_AHEAD
+    if any(group.get("amsgrad") or group.get("momentum") for group in hyper):
+        variant |= _device.STATE
+    if stochastic:
+        variant |= _device.STOCHASTIC
+    if copies is not None:
+        variant |= _device.COPY
+        table = table.clone()
+        table[:, COPY] = addresses(copies)
+        table[:, 8] += torch.tensor([DTYPES.index(x.dtype) << COPY_SLOT for x in copies])
+    numbers = torch.tensor([[float(v) for v in group.values()] for group in hyper], dtype=F64)
+    grads, replays = addresses(problem.grads), addresses(problem.replays)
+    if grad_scale is not None:
+        grad_scale = torch.tensor(grad_scale)
+    options = dict(replay_weight=replay_weight, seed=seed, draw=draw, variant=variant, chunk=chunk)
+    for part in cut(problem, table, chunk):
+        common = (grads, replays, problem.coefficients, flags, numbers)
+        if name == "guide":
+            workspace = (part.rows, part.chunks, part.starts, part.counter)
+            kernels.guide_launch_(
+                table, *workspace, *common, grad_scale, found_inf, draw_index,
+                dtypes=part.dtypes, **options,
+            )  # fmt: skip
+        else:
+            getattr(kernels, LAUNCHES[name])(
+                table, *part.tensors, *common,
+                problem.distances if distances is None else distances,
+                grad_scale, found_inf, draw_index, dtypes=part.dtypes, **options,
+            )  # fmt: skip
+        assert part.counter.item() == 0
+
+
+def call_norms(
+    problem, which, *, chunk=CHUNK, replay_weight=1.0, grad_scale=None, gate=None, distances=None
+):
+    squares = torch.full((3, len(problem.params)), -9.0, dtype=F64)
+    table = problem.table(0)
+    if grad_scale is not None:
+        grad_scale = torch.tensor([grad_scale])
+    for part in cut(problem, table, chunk):
+        kernels.norms_launch(
+            table, *part.tensors, addresses(problem.grads), addresses(problem.replays),
+            problem.distances if distances is None else distances, squares, gate, grad_scale,
+            dtypes=part.dtypes, replay_weight=replay_weight, which=which, chunk=chunk,
+        )  # fmt: skip
+        assert part.counter.item() == 0
+    return squares
+
+
+def call_coefficients(squares, **options):
+    out = torch.full((reference.SCALES + squares.shape[1],), -9.0, dtype=F64)
+    kernels.coefficients_launch(squares, out, **options)
+    return out
+
+
+def oracle(name, exact, hyper, flags, **options):
+    """Runs the reference, row by row where flags differ."""
+    grads, replays = exact.grads, exact.replays
+    for row, flag in enumerate(as_flags(exact, flags).tolist()):
+        only = range(row, row + 1) if isinstance(flags, list) else range(len(exact.params))
+        exact.grads = [g if place in only else None for place, g in enumerate(grads)]
+        exact.replays = [r if place in only else None for place, r in enumerate(replays)]
+        _reference(name, exact, hyper, flag, **options)
+        if not isinstance(flags, list):
+            break
+    exact.grads, exact.replays = grads, replays
+
+
+# Updates
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("case", ADAM_CASES)
+def test_adam(case, situation):
+    hyper, how = {**ADAM, **ADAM_CASES[case]}, SITUATIONS[situation]
+    problem = Problem([0, *EDGES], replay=how["replay"])
+    exact = problem.exact()
+    options = _options(how)
+    scale = options.pop("grad_scale")
+    call("adam", problem, hyper, how["flags"], grad_scale=scale, **options)
+    _reference("adam", exact, hyper, how["flags"], grad_scale=scale, **options)
+    _assert_same_step(problem, exact, state_count("adam", hyper), f"{case}, {situation}")
+    assert [s.item() for s in problem.steps] == [s.item() for s in exact.steps]
+    assert (problem.distances == -1).all()
+
+
+@pytest.mark.parametrize("first", [0, reference.FIRST_STEP])
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("case", SGD_CASES)
+def test_sgd(case, situation, first):
+    hyper, how = {**SGD, **SGD_CASES[case]}, SITUATIONS[situation]
+    problem = Problem([0, *EDGES[3:]], replay=how["replay"])
+    if first:  # what lies in a new buffer must not matter
+        for buffer in problem.states[0]:
+            buffer.fill_(float("nan"))
+    exact = problem.exact()
+    options = _options(how)
+    scale = options.pop("grad_scale")
+    call("sgd", problem, hyper, how["flags"] | first, grad_scale=scale, **options)
+    _reference("sgd", exact, hyper, how["flags"] | first, grad_scale=scale, **options)
+    _assert_same_step(problem, exact, state_count("sgd", hyper), f"{case}, {situation}")
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_guide(situation, maximize):
+    hyper, how = {**GUIDE, "maximize": maximize}, SITUATIONS[situation]
+    problem = Problem([0, *EDGES], replay=how["replay"])
+    exact = problem.exact()
+    options = _options(how)
+    scale = options.pop("grad_scale")
+    call("guide", problem, hyper, how["flags"], grad_scale=scale, **options)
+    _reference("guide", exact, hyper, how["flags"], grad_scale=scale, **options)
+    for ours, theirs in zip(problem.grads, exact.grads, strict=True):
+        _assert_rounding(ours, theirs, situation)
+
+
+def test_guide_without_guidance_leaves_every_bit():
+    problem = Problem([5, CHUNK + 1, 7], replay=False)
+    problem.coefficients[0] = 1.0
+    problem.anchors[2] = None
+    # A NaN with a payload comes back with another one from any arithmetic.
+    problem.grads[0].view(torch.int32)[3] = 0x7FA00001
+    before = _bits(problem.grads[:1]), _bits(problem.grads[2:])
+    call("guide", problem, {**GUIDE, "threshold": 2**32}, [0, INJECT, INJECT])
+    assert (_bits(problem.grads[:1]), _bits(problem.grads[2:])) == before
+
+
+def hyper_of(optimizer):
+    """Name of the kernel and its numbers for a row of cases.OPTIMIZERS."""
+    kind, given = cases.OPTIMIZERS[optimizer]
+    given = dict(given)
+    if kind is cases.dgg.SGD:
+        defaults = {**SGD, "momentum": 0.0, "dampening": 0.0}
+        return "sgd", {**defaults, **given}
+    beta1, beta2 = given.pop("betas")
+    defaults = {**ADAM, "eps": 1e-8, "decoupled": kind is cases.dgg.AdamW}
+    return "adam", {**defaults, "beta1": beta1, "beta2": beta2, **given}
+
+
+@pytest.mark.parametrize("mix", cases.MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_every_optimizer_with_every_mix(optimizer, mix):
+    name, hyper = hyper_of(optimizer)
+    param, grad, anchor = mix
+    kind = (param, grad, grad, param, anchor or param)
+    problem = Problem([65, CHUNK, CHUNK + 9], dtypes=[kind] * 3, replay=False)
+    exact = problem.exact()
+    flags = [0, INJECT, ELEMENTS]
+    call(name, problem, hyper, flags, look_ahead=True)
+    oracle(name, exact, hyper, flags, look_ahead=True)
+    _assert_same_step(problem, exact, state_count(name, hyper), f"{optimizer}, {mix}")
+    torch.testing.assert_close(
+        problem.distances,
+        torch.stack([
+            reference.distance(p.double(), a.double())
+            for p, a in zip(problem.params, problem.anchors, strict=True)
+        ]),
+        rtol=1e-6, atol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", cases.GUIDANCE)
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_a_whole_step(optimizer, guidance):
+    """Norms, coefficients and update, with every kind of guidance."""
+    name, hyper = hyper_of(optimizer)
+    asked = cases.GUIDANCE[guidance]
+    alpha = asked["alpha"]
+    hyper = {**hyper, "strength": asked["strength"], "threshold": _philox.threshold(alpha)}
+    elements = asked.get("granularity") == "element" and alpha < 1
+    problem = Problem([65, CHUNK + 1, 3], replay=False)
+    exact = problem.exact()
+    flags = ELEMENTS if elements else INJECT
+    rule = dict(
+        max_grad_norm=asked.get("max_grad_norm"),
+        scaling=asked.get("scaling", True),
+        per_tensor=asked.get("norm_scope") == "tensor",
+    )
+    problem.coefficients = call_coefficients(call_norms(problem, 7), **rule)
+    exact.coefficients = reference.coefficients(
+        reference.norms(exact.params, exact.grads, [], exact.anchors, exact.distances), **rule
+    )
+    torch.testing.assert_close(problem.coefficients, exact.coefficients, rtol=1e-6, atol=0)
+    call(name, problem, hyper, flags)
+    _reference(name, exact, hyper, flags)
+    _assert_same_step(problem, exact, state_count(name, hyper), f"{optimizer}, {guidance}")
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
+def test_dtype_combinations(name):
+    # All pairs with the parameter's dtype; gradient, state and anchor take turns.
+    kinds = [
+        (
+            DTYPES[p],
+            DTYPES[g],
+            DTYPES[(p + 3 * g) % 4],
+            DTYPES[(p + g) % 4],
+            DTYPES[(p + 2 * g) % 4],
+        )
+        for p, g in itertools.product(range(4), repeat=2)
+    ]
+    problem = Problem([37] * len(kinds), dtypes=kinds)
+    exact = problem.exact()
+    hyper = {"adam": {**ADAM, "amsgrad": True}, "sgd": SGD, "guide": {**GUIDE, "maximize": True}}[
+        name
+    ]
+    options = {"replay_weight": 0.6, "grad_scale": 4.0}
+    look_ahead = {} if name == "guide" else {"look_ahead": True}
+    call(name, problem, hyper, ELEMENTS, **options, **look_ahead)
+    _reference(name, exact, hyper, ELEMENTS, **options, **look_ahead)
+    states = state_count(name, hyper)
+    written = problem.grads if name == "guide" else problem.tensors(states)
+    expected = exact.grads if name == "guide" else exact.tensors(states)
+    for place, (ours, theirs) in enumerate(zip(written, expected, strict=True)):
+        kind = kinds[place % len(kinds)]
+        if ours.dtype == F64 and kind[0] != F64:
+            # Stored wider than the arithmetic is.
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+        else:
+            _assert_rounding(ours, theirs, f"{name}, tensor {place}, dtypes {kind}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_chunks_as_they_are_used(dtype):
+    # The real chunk has several blocks; here are whole chunks, whole blocks and a ragged end.
+    sizes = [_device.CHUNK + 1024 + 5, 1024, 1023, 2049]
+    problem = Problem(sizes, dtypes=[(dtype,) * 5] * 4, replay=False)
+    exact = problem.exact()
+    unknown = torch.full_like(problem.distances, -1.0)
+    hyper = {**ADAM, "amsgrad": True}
+    call("adam", problem, hyper, ELEMENTS, chunk=_device.CHUNK, look_ahead=True)
+    _reference("adam", exact, hyper, ELEMENTS)
+    _assert_same_step(problem, exact, 3, "real chunks")
+    squares = call_norms(problem, 7, chunk=_device.CHUNK, distances=unknown)
+    assert torch.equal(squares[2], problem.distances)
+    expected = [g.double().square().sum().item() for g in problem.grads]
+    torch.testing.assert_close(squares[1], torch.tensor(expected, dtype=F64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_misaligned_views_give_the_same_bits(name, dtype):
+    """Aligned tensors and views into the middle of others take different walks."""
+    sizes = [1, 7, 40, CHUNK, CHUNK + 9, 2 * CHUNK]
+    hyper = {"adam": {**ADAM, "amsgrad": True}, "sgd": SGD, "guide": GUIDE}[name]
+    options = {"replay_weight": 0.6} | ({} if name == "guide" else {"look_ahead": True})
+    results = []
+    for offset in (0, 1, 3):
+        problem = Problem(sizes, dtypes=[(dtype,) * 5] * len(sizes), offset=offset)
+        call(name, problem, hyper, ELEMENTS, **options)
+        results.append([*problem.tensors(3), *problem.grads, problem.distances])
+        if offset:
+            for buffer in problem.buffers:
+                assert (buffer[:offset] == -77).all() and (buffer[-offset:] == -77).all()
+        else:
+            assert all(x.data_ptr() % 16 == 0 for x in problem.buffers)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_where_they_are(dtype, bad):
+    problem = Problem([40, 40], dtypes=[(dtype,) * 5] * 2, replay=False)
+    problem.grads[0][7] = bad
+    problem.params[1][11] = bad
+    exact = problem.exact()
+    hyper = {**ADAM, "amsgrad": True}
+    call("adam", problem, hyper, INJECT)
+    _reference("adam", exact, hyper, INJECT)
+    for ours, theirs in zip(problem.tensors(3), exact.tensors(3), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+    assert problem.params[0].isnan().sum() == 1
+    assert problem.states[2][0].isfinite().sum() == 39
+
+
+def plain(**changes):
+    """SGD that subtracts the gradient and does nothing else."""
+    return {**SGD, "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, **changes}
+
+
+def lone(param, grad, anchor=None):
+    """A problem of one tensor with a factor of one."""
+    problem = Problem([param.numel()], replay=False)
+    problem.params, problem.grads, problem.anchors = [param], [grad], [anchor]
+    problem.coefficients = torch.ones(5, dtype=F64)
+    problem.indices = [7]
+    return problem
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_half_conversions_are_exact_for_every_value(dtype):
+    # All 16-bit values through a step that changes nothing, and their neighbourhood through one
+    # that rounds.
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    param = values.clone()
+    call("sgd", lone(param, torch.zeros(len(values))), plain(lr=0.5), 0, chunk=_device.CHUNK)
+    numbers = ~values.isnan()
+    assert torch.equal(param[numbers], values[numbers])
+    assert param[~numbers].isnan().all()
+    rough = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
+    rough = rough * values.float().nan_to_num(1.0, 1.0, 1.0)
+    rounded = torch.zeros(len(values), dtype=dtype)
+    call("sgd", lone(rounded, -rough), plain(), 0, chunk=_device.CHUNK)
+    assert torch.equal(rounded, rough.to(dtype))
+
+
+def test_rows_without_gradient_are_untouched():
+    problem = Problem([9, CHUNK + 9, 9, 0])
+    problem.grads[1] = problem.replays[1] = None
+    problem.grads[2] = None  # a replay gradient only: stepped with w r
+    problem.replays[0] = None
+    exact = problem.exact()
+    before = _bits([problem.params[1], *(state[1] for state in problem.states), problem.steps[1]])
+    problem.distances[1] = 5.0
+    call("adam", problem, ADAM, INJECT, replay_weight=0.6, look_ahead=True)
+    _reference("adam", exact, ADAM, INJECT, replay_weight=0.6, look_ahead=True)
+    after = _bits([problem.params[1], *(state[1] for state in problem.states), problem.steps[1]])
+    assert before == after
+    assert problem.distances[1] == 5.0
+    assert problem.distances[3] == 0.0
+    assert [s.item() for s in problem.steps] == [s.item() for s in exact.steps]
+    _assert_same_step(problem, exact, 2, "replay only")
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_launch_of_empty_tensors(name):
+    problem = Problem([0, 0, 0])
+    problem.grads[1] = problem.replays[1] = None
+    problem.anchors[2] = None
+    steps = [s.item() for s in problem.steps]
+    problem.distances.fill_(7.0)
+    squares = call_norms(problem, 7)
+    assert squares.tolist() == [[0.0] * 3, [0.0] * 3, [7.0, 0.0, 0.0]]
+    call(name, problem, ADAM if name == "adam" else SGD, INJECT, look_ahead=True)
+    assert problem.distances.tolist() == [0.0, 7.0, -1.0]
+    counted = [1, 0, 1] if name == "adam" else [0, 0, 0]
+    assert [s.item() for s in problem.steps] == [a + b for a, b in zip(steps, counted, strict=True)]
+    call("guide", problem, GUIDE, INJECT)
+
+
+def test_groups_have_their_own_numbers():
+    problem = Problem([9, CHUNK + 9], replay=False)
+    groups = [ADAM, {**ADAM, "lr": 0.2, "beta2": 0.7, "strength": 0.0, "amsgrad": True}]
+    table = problem.table(3)
+    table[1, 7] = 1
+    exact = problem.exact()
+    call("adam", problem, groups, INJECT, table=table)
+    grads = exact.grads
+    for row, group in enumerate(groups):
+        exact.grads = [g if place == row else None for place, g in enumerate(grads)]
+        _reference("adam", exact, group, INJECT)
+    _assert_same_step(problem, exact, 3, "two groups")
+
+
+def test_momentum_in_one_group_only():
+    problem = Problem([9, CHUNK + 9], replay=False)
+    groups = [SGD, {**SGD, "momentum": 0.0}]
+    table = problem.table(1)
+    table[1, 7] = 1
+    untouched = _bits([problem.states[0][1]])
+    exact = problem.exact()
+    call("sgd", problem, groups, INJECT, table=table)
+    grads = exact.grads
+    for row, group in enumerate(groups):
+        exact.grads = [g if place == row else None for place, g in enumerate(grads)]
+        _reference("sgd", exact, group, INJECT)
+    _assert_same_step(problem, exact, 1, "two groups")
+    assert _bits([problem.states[0][1]]) == untouched
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
+@pytest.mark.parametrize("found", [1.0, float("nan"), 0.0])
+def test_found_inf_changes_nothing(name, found):
+    problem = Problem([9, CHUNK + 9])
+    twin = problem.copy()
+    twin.steps = [s.clone() for s in problem.steps]
+    for each in (problem, twin):
+        each.distances.fill_(3.0)
+    hyper = {"adam": ADAM, "sgd": SGD, "guide": GUIDE}[name]
+    everything = [*problem.tensors(3), *problem.grads, *problem.steps, problem.distances]
+    before = _bits(everything)
+    look_ahead = {} if name == "guide" else {"look_ahead": True}
+    call(name, problem, hyper, ELEMENTS, found_inf=torch.tensor([found]), **look_ahead)
+    if found == 0:
+        call(name, twin, hyper, ELEMENTS, **look_ahead)
+        before = _bits([*twin.tensors(3), *twin.grads, *twin.steps, twin.distances])
+    assert _bits(everything) == before
+
+
+@pytest.mark.parametrize("step", [0, 1, 999, 2**20, 2**24 - 2])
+def test_bias_corrections(step):
+    problem = Problem([33], dtypes=[(F64,) * 5], replay=False)
+    hyper = {**ADAM, "beta1": 0.9, "beta2": 0.9999}
+    problem.steps[0].fill_(float(step))
+    exact = problem.exact()
+    call("adam", problem, hyper, INJECT)
+    _reference("adam", exact, hyper, INJECT)
+    # A correction of 1 - 0.9999 carries the rounding of 0.9999, ten thousand times larger.
+    torch.testing.assert_close(problem.params[0], exact.params[0], rtol=1e-12, atol=1e-12)
+    assert problem.steps[0].item() == step + 1
+
+
+def test_elements_beyond_2_to_the_33():
+    """Offsets are 64-bit: a chunk far behind the beginning of its tensor."""
+    number = 2**33 // CHUNK + 3
+    problem = Problem([CHUNK + 40], replay=False)
+    exact = problem.exact()
+    skipped = number * CHUNK
+    table = problem.table(2)
+    for column in (0, 1, 2, 4):
+        table[0, column] -= skipped * 4
+    table[0, 6] = table[0, STRETCH] = table[0, STRIDE] = skipped + CHUNK + 40
+    grads = addresses(problem.grads) - skipped * 4
+    hyper = torch.tensor([[float(v) for v in ADAM.values()]], dtype=F64)
+    kernels.adam_launch_(
+        table, torch.zeros(1, dtype=torch.int32),
+        torch.tensor([[0, number], [0, number + 1]], dtype=torch.int32),
+        torch.tensor([0, 2], dtype=torch.int32), torch.zeros(3, 2, dtype=F64),
+        torch.zeros(1, dtype=torch.int32), grads, torch.empty(0, dtype=torch.int64),
+        problem.coefficients, as_flags(problem, ELEMENTS), hyper, problem.distances,
+        None, None, None, dtypes=0, replay_weight=1.0, seed=SEED, draw=DRAW,
+        variant=_device.ANCHOR | _device.ELEMENTS, chunk=CHUNK,
+    )  # fmt: skip
+    elements = torch.arange(skipped, skipped + CHUNK + 40)
+    drawn = _philox.element_words(SEED % 2**64, DRAW, problem.indices[0], elements) < THRESHOLD
+    assert 30 < drawn.sum() < 150
+    exact.anchors = [torch.where(drawn, exact.anchors[0], exact.params[0])]
+    _reference("adam", exact, ADAM, INJECT)
+    _assert_same_step(problem, exact, 2, "far away")
+
+
+def test_a_variant_that_contradicts_itself_is_refused():
+    problem = Problem([9], replay=False)
+    (part,) = cut(problem, problem.table(2))
+    with pytest.raises(ValueError, match="LOOK_AHEAD need ANCHOR"):
+        kernels.adam_launch_(
+            problem.table(2), *part.tensors, addresses(problem.grads), addresses([]),
+            problem.coefficients, as_flags(problem, 0), torch.zeros(1, 10, dtype=F64),
+            problem.distances, None, None, None, dtypes=0, replay_weight=1.0, seed=0, draw=0,
+            variant=_device.LOOK_AHEAD,
+        )  # fmt: skip
+
+
+# Draws
+
+# Numbers of elements, base, stretch and stride of shards of all kinds.
+SHARDS = {
+    "whole": (2 * CHUNK + 9, 0, 2 * CHUNK + 9, 2 * CHUNK + 9),
+    "rows": (2 * CHUNK + 9, 4 * CHUNK, 2 * CHUNK + 9, 2 * CHUNK + 9),
+    "odd rows": (CHUNK + 7, 1001, CHUNK + 7, CHUNK + 7),
+    "columns": (2 * CHUNK, 8, 12, 40),
+    "odd columns": (2 * CHUNK, 3, 7, 20),
+    "far": (CHUNK + 64, 2**34 + 2, CHUNK + 64, CHUNK + 64),
+    "far columns": (2 * CHUNK, 2**34, 64, 2**30),
+}
+
+
+def unsharded(shard):
+    count, base, stretch, stride = SHARDS[shard]
+    place = torch.arange(count)
+    return base + place // stretch * stride + place % stretch
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_element_masks(shard, dtype, counted):
+    """What is injected is exactly what the words say: the gradient becomes the mask."""
+    count, *place = SHARDS[shard]
+    problem = lone(*(torch.full((count,), x, dtype=dtype) for x in (1.0, 0.0, 0.0)))
+    table = problem.table(0)
+    table[0, BASE : STRIDE + 1] = torch.tensor(place)
+    draw = 2**32 + 3
+    index = torch.tensor(draw) if counted else None
+    hyper = {**GUIDE, "strength": 1.0}
+    call("guide", problem, hyper, ELEMENTS, table=table, draw=0 if counted else draw,
+         draw_index=index)  # fmt: skip
+    words = _philox.element_words(SEED % 2**64, draw, 7, unsharded(shard))
+    assert torch.equal(problem.grads[0], (words < THRESHOLD).to(dtype))
+    assert 0.2 < problem.grads[0].double().mean() < 0.4
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_certain_element_draws(alpha):
+    hyper = {**ADAM, "threshold": _philox.threshold(alpha)}
+    problem = Problem([CHUNK + 3], replay=False)
+    other = problem.copy()
+    call("adam", problem, hyper, ELEMENTS)
+    call("adam", other, hyper, INJECT if alpha else 0)
+    assert torch.equal(problem.params[0], other.params[0])
+
+
+def test_lowest_and_highest_thresholds():
+    words = _philox.element_words(SEED % 2**64, DRAW, 7, torch.arange(CHUNK))
+    for threshold in (1, int(words.min()) + 1, int(words.max()), int(words.max()) + 1, 2**32 - 1):
+        problem = lone(*(torch.full((CHUNK,), x) for x in (1.0, 0.0, 0.0)))
+        call("guide", problem, {**GUIDE, "strength": 1.0, "threshold": threshold}, ELEMENTS)
+        assert torch.equal(problem.grads[0], (words < threshold).float())
+
+
+def rounded_by_words(x, words):
+    """bfloat16 of float32 numbers by the rule for stochastic rounding."""
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    upper = ((bits + (words & 0xFFFF)) >> 16) & 0xFFFF
+    stored = torch.where(upper >= 2**15, upper - 2**16, upper).to(torch.int16).view(BF16)
+    return torch.where(x.isfinite(), stored, x.to(BF16))
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_stochastic_rounding(shard, name):
+    count, *place = SHARDS[shard]
+    generator = torch.Generator().manual_seed(3)
+    param, grad = (torch.randn(count, generator=generator) for _ in range(2))
+    param[5:9] = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.4e38])
+    words = _philox.block(
+        SEED % 2**64,
+        ((index := unsharded(shard)) // 4 & 0xFFFFFFFF, index // 4 >> 32, 0 * index + DRAW,
+         0 * index + 0xC0000000 + 7),
+    )  # fmt: skip
+    words = torch.stack(words)[index % 4, torch.arange(count)]
+
+    # As a copy of float32 master weights, which hold the number that is rounded.
+    problem = lone(param.clone(), grad.clone(), param.clone())
+    problem.states = [[torch.rand(count, generator=generator)] for _ in range(3)]
+    copy = torch.zeros(count, dtype=BF16)
+    hyper = {**ADAM, "amsgrad": True} if name == "adam" else SGD
+    table = problem.table(state_count(name, hyper), stepped=name == "adam")
+    table[0, BASE : STRIDE + 1] = torch.tensor(place)
+    call(name, problem, hyper, INJECT, table=table, copies=[copy], stochastic=True)
+    expected = rounded_by_words(problem.params[0], words)
+    assert torch.equal(copy.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(copy[numbers], expected[numbers])
+    assert (copy != problem.params[0].to(BF16)).float().mean() > 0.3
+
+    if name == "sgd":  # the parameter itself; what is rounded is known exactly
+        narrow = param.to(BF16)
+        problem = lone(narrow.clone(), grad)
+        table = problem.table(0)
+        table[0, BASE : STRIDE + 1] = torch.tensor(place)
+        call("sgd", problem, plain(), 0, table=table, stochastic=True)
+        expected = rounded_by_words(narrow.float() - grad, words)
+        assert torch.equal(problem.params[0][numbers], expected[numbers])
+        assert torch.equal(problem.params[0].isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("kinds", [(F32, BF16), (F32, F16), (F64, F32), (BF16, F32)])
+def test_copies_of_master_weights(kinds, offset):
+    master, dtype = kinds
+    sizes = [5, CHUNK + 9, 0]
+    problem = Problem(sizes, dtypes=[(master,) * 5] * 3, replay=False)
+    copies = [torch.full((n + 2 * offset,), -77.0, dtype=dtype) for n in sizes]
+    views = [x[offset : offset + n] for x, n in zip(copies, sizes, strict=True)]
+    exact = problem.exact()
+    call("adam", problem, ADAM, INJECT, copies=views, look_ahead=True)
+    _reference("adam", exact, ADAM, INJECT)
+    _assert_same_step(problem, exact, 2, "master weights")
+    for param, view, copy in zip(problem.params, views, copies, strict=True):
+        assert torch.equal(view, param.to(dtype))
+        if offset:
+            assert copy[0] == copy[-1] == -77
+    # The distance is that of the master weights.
+    squares = call_norms(problem, 4, distances=torch.full_like(problem.distances, -1.0))
+    assert torch.equal(squares[2], problem.distances)
+
+
+@pytest.mark.parametrize("granularity", _device.GRANULARITIES)
+def test_draws_on_the_device(granularity):
+    n, draw = 1030, 2**32 + 9
+    problem = Problem([0] * n, replay=False)
+    table = problem.table(0)
+    table[:, 4] = 1
+    table[::5, 4] = 0  # without an anchor
+    table[:, 7] = torch.arange(n) % 4
+    alphas, strengths = [0.5, 0.0, 1.0, 0.5], [0.7, 0.7, 0.7, 0.0]
+    thresholds = torch.tensor([_philox.threshold(alpha) for alpha in alphas])
+    hyper = torch.tensor(
+        [[9.0, float(t), 8.0, s] for t, s in zip(thresholds, strengths, strict=True)], dtype=F64
+    )
+    flags = torch.full((n,), 3, dtype=torch.uint8)
+    flags[1::3] |= reference.FIRST_STEP
+    gate = torch.tensor([7], dtype=torch.uint8)
+
+    def draw_flags():
+        kernels.draw_flags_launch(
+            table, hyper, torch.tensor(draw), flags, gate, seed=SEED,
+            granularity=_device.GRANULARITIES[granularity], threshold_column=1, strength_column=3,
+        )  # fmt: skip
+
+    draw_flags()
+    own = thresholds[table[:, 7]]
+    if granularity == "step":
+        injected = (_philox.step_word(SEED % 2**64, draw) < own).long() * INJECT
+    elif granularity == "tensor":
+        words = _philox.tensor_words(SEED % 2**64, draw, table[:, INDEX])
+        injected = (words < own).long() * INJECT
+    else:
+        injected = torch.where(own == 2**32, INJECT, torch.where(own > 0, ELEMENTS, 0))
+    injected[(table[:, 4] == 0) | (table[:, 7] == 3)] = 0
+    expected = injected.to(torch.uint8)
+    expected[1::3] |= reference.FIRST_STEP
+    assert torch.equal(flags, expected)
+    assert injected.any() and gate.item() == 1
+    table[:, 4] = 0
+    draw_flags()
+    assert gate.item() == 0 and set(flags.tolist()) == {0, reference.FIRST_STEP}
+
+
+# Norms and coefficients
+
+
+@pytest.mark.parametrize("which", range(1, 8))
+@pytest.mark.parametrize("replay", [False, True])
+def test_norms(which, replay):
+    sizes = [0, *EDGES, 7, 7, 7]
+    problem = Problem(sizes, replay=replay)
+    problem.anchors[3] = None
+    problem.grads[-1] = None  # with replay: a replay gradient only
+    problem.grads[-2] = None
+    if replay:
+        problem.replays[-2] = problem.replays[4] = None
+    problem.distances[5], problem.distances[6] = 123.0, float("nan")
+    exact = problem.exact()
+    squares = call_norms(problem, which, replay_weight=0.6, grad_scale=4.0)
+    expected = reference.norms(
+        exact.params, exact.grads, exact.replays, exact.anchors, exact.distances,
+        replay_weight=0.6, grad_scale=4.0, which=which,
+    )  # fmt: skip
+    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        problem.distances, exact.distances, rtol=1e-6, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(F32,) * 5, (BF16,) * 5, (BF16, F32, F16, F32, F16), (F64,) * 5]
+)
+def test_gradient_norm_does_not_depend_on_what_else_is_computed(dtypes):
+    problem = Problem(EDGES, dtypes=[dtypes] * len(EDGES))
+    replays = problem.replays
+    seen = set()
+    for which, problem.replays in itertools.product((2, 3, 6, 7), (replays, [])):
+        seen.add(_bits([call_norms(problem, which, replay_weight=0.6)[1]]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_closed_gate_leaves_the_total_norm(gate):
+    problem = Problem([9, CHUNK + 9], replay=False)
+    squares = call_norms(problem, 7, gate=torch.tensor([gate], dtype=torch.uint8))
+    assert (squares[0] > 0).all()
+    assert (squares[1:] > 0).all() if gate else (squares[1:] == 0).all()
+    assert (problem.distances >= 0).all() if gate else (problem.distances == -1).all()
+
+
+def test_norms_overflow_to_infinity_and_keep_nan():
+    problem = Problem([5, 5, 5], replay=False)
+    problem.grads[0][2] = 1e30
+    problem.grads[1][2] = float("nan")
+    squares = call_norms(problem, 7)
+    assert squares[0, 0] == squares[1, 0] == float("inf")
+    assert squares[0, 1].isnan() and squares[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], [16 * 150], [16 * 40, 16 * 300 + 1] + [0] * 1030],
+    ids=["few chunks a row", "many", "most rows empty"],
+)
+def test_rows_of_many_chunks(sizes, monkeypatch):
+    """Each way to sum the chunks of rows, by the last program and by a launch of its own."""
+    from dgg.kernels import chunks
+
+    problem = Problem(sizes, replay=False)
+    exact = problem.exact()
+    expected = reference.norms(exact.params, exact.grads, [], exact.anchors, exact.distances)
+    for separate in (chunks.SEPARATE, 2):
+        monkeypatch.setattr(chunks, "SEPARATE", separate)
+        problem.distances.fill_(-1.0)
+        squares = call_norms(problem, 7, chunk=16)
+        torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)
+        twin = problem.copy()
+        twin.steps = [s.clone() for s in problem.steps]
+        call("adam", twin, {**ADAM, "lr": 0.0}, 0, chunk=16, look_ahead=True)
+        assert torch.equal(twin.distances, squares[2])
+        assert all(a - b == 1 for a, b in zip(twin.steps, problem.steps, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_look_ahead_is_the_next_norm_pass(dtype, name):
+    sizes = [0, *EDGES]
+    problem = Problem(sizes, dtypes=[(dtype,) * 5] * len(sizes), replay=False)
+    problem.anchors[2] = None
+    flags = [0, INJECT, ELEMENTS] * 3
+    call(name, problem, ADAM if name == "adam" else SGD, flags, look_ahead=True)
+    unknown = torch.full_like(problem.distances, -1.0)
+    squares = call_norms(problem, 4, distances=unknown)
+    assert problem.distances[2] == unknown[2] == -1
+    anchored = torch.tensor([x is not None for x in problem.anchors])
+    assert torch.equal(problem.distances[anchored], squares[2][anchored])
+    assert torch.equal(problem.distances, unknown)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 0.1, 1e9])
+@pytest.mark.parametrize("scaling", [True, False])
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_coefficients(per_tensor, scaling, max_grad_norm):
+    nan, inf = float("nan"), float("inf")
+    many = torch.rand(3, 2100, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for squares in (
+        [[4.0, 9.0, 1.0], [4.0, 0.0, 1.0], [16.0, 3.0, 0.0]],
+        [[4.0, 9.0, 1.0], [0.0, 0.0, 0.0], [16.0, 3.0, 0.0]],
+        [[4.0, 9.0, 1.0], [4.0, 9.0, 1.0], [0.0, 0.0, 0.0]],
+        [[nan, 9.0, 1.0], [4.0, nan, 1.0], [9.0, 3.0, inf]],
+        many,
+    ):
+        squares = torch.as_tensor(squares, dtype=F64)
+        options = dict(max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
+        torch.testing.assert_close(
+            call_coefficients(squares, **options), reference.coefficients(squares, **options),
+            rtol=1e-14, atol=0, equal_nan=True,
+        )  # fmt: skip
+
+
+# The package
+
+
+def run_python(code, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_dgg_does_not_import_triton():
+    code = "import sys, dgg, dgg.kernels; print(sorted({'triton', 'numpy'} & set(sys.modules)))"
+    assert run_python(code).strip() == "[]"
+
+
+def test_reasons_for_being_unavailable():
+    code = (
+        "import torch; from dgg import kernels; "
+        "print(kernels.unavailable(torch.device('cpu'))); "
+        "print(kernels.unavailable(torch.device('cuda', 0)))"
+    )
+    cpu, cuda = run_python(code).splitlines()
+    assert "TRITON_INTERPRET=1" in cpu
+    assert cuda == "None" if torch.cuda.is_available() else "no device" in cuda
+    cpu, cuda = run_python(code, TRITON_INTERPRET="1").splitlines()
+    assert cpu == "None"
+    assert "the interpreter cannot read 'cuda' memory" in cuda
+    hidden = "import sys; sys.modules['triton'] = None; "
+    assert "not installed" in run_python(hidden + code).splitlines()[0]
+
+
+def test_unknown_names_are_missing():
+    with pytest.raises(AttributeError, match="no attribute 'adam'"):
+        kernels.__getattr__("adam")
