@@ -56,10 +56,9 @@ LAUNCHES = {"adam": "adam_launch_", "sgd": "sgd_launch_", "guide": "guide_launch
 
 def state_count(name, hyper):
     """Returns how many moments a row has."""
-    return {
-        "adam": 3 if hyper.get("amsgrad") else 2,
-        "sgd": int(hyper.get("momentum", 0) != 0),
-    }.get(name, 0)
+    if name == "adam":
+        return 3 if hyper["amsgrad"] else 2
+    return 1 if name == "sgd" and hyper["momentum"] != 0 else 0
 
 
 def as_flags(problem, flags):
@@ -286,14 +285,8 @@ def test_a_whole_step(optimizer, guidance):
 def test_dtype_combinations(name):
     # All pairs with the parameter's dtype; gradient, state and anchor take turns.
     kinds = [
-        (
-            DTYPES[p],
-            DTYPES[g],
-            DTYPES[(p + 3 * g) % 4],
-            DTYPES[(p + g) % 4],
-            DTYPES[(p + 2 * g) % 4],
-        )
-        for p, g in itertools.product(range(4), repeat=2)
+        tuple(DTYPES[(p + shift) % 4] for shift in (0, turn, 3 * turn, turn + 1, 2 * turn))
+        for p, turn in itertools.product(range(4), repeat=2)
     ]
     problem = Problem([37] * len(kinds), dtypes=kinds)
     exact = problem.exact()
@@ -630,7 +623,7 @@ def test_stochastic_rounding(shard, name):
     assert torch.equal(copy.isnan(), expected.isnan())
     numbers = ~expected.isnan()
     assert torch.equal(copy[numbers], expected[numbers])
-    assert (copy != problem.params[0].to(BF16)).float().mean() > 0.3
+    assert (copy != problem.params[0].to(BF16)).float().mean() > 0.15  # a quarter is expected
 
     if name == "sgd":  # the parameter itself; what is rounded is known exactly
         narrow = param.to(BF16)
@@ -644,7 +637,7 @@ def test_stochastic_rounding(shard, name):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("kinds", [(F32, BF16), (F32, F16), (F64, F32), (BF16, F32)])
+@pytest.mark.parametrize("kinds", [(F32, BF16), (F32, F16), (F64, F32)])
 def test_copies_of_master_weights(kinds, offset):
     master, dtype = kinds
     sizes = [5, CHUNK + 9, 0]
@@ -736,7 +729,7 @@ def test_norms(which, replay):
     "dtypes", [(F32,) * 5, (BF16,) * 5, (BF16, F32, F16, F32, F16), (F64,) * 5]
 )
 def test_gradient_norm_does_not_depend_on_what_else_is_computed(dtypes):
-    problem = Problem(EDGES, dtypes=[dtypes] * len(EDGES))
+    problem = Problem([33, 2 * CHUNK + 3], dtypes=[dtypes] * 2)
     replays = problem.replays
     seen = set()
     for which, problem.replays in itertools.product((2, 3, 6, 7), (replays, [])):
@@ -763,27 +756,32 @@ def test_norms_overflow_to_infinity_and_keep_nan():
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [[16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], [16 * 150], [16 * 40, 16 * 300 + 1] + [0] * 1030],
-    ids=["few chunks a row", "many", "most rows empty"],
+    "sizes,separate",
+    [
+        ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], False),
+        ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], True),
+        ([16 * 17, 16 * 20 + 1], False),
+        ([16 * 130], False),
+        ([40, 5] + [0] * 1030 + [33], False),
+    ],
+    ids=["few chunks a row", "summed apart", "many", "very many", "most rows empty"],
 )
-def test_rows_of_many_chunks(sizes, monkeypatch):
+def test_rows_of_many_chunks(sizes, separate, monkeypatch):
     """Each way to sum the chunks of rows, by the last program and by a launch of its own."""
     from dgg.kernels import chunks
 
+    if separate:
+        monkeypatch.setattr(chunks, "SEPARATE", 2)
     problem = Problem(sizes, replay=False)
     exact = problem.exact()
     expected = reference.norms(exact.params, exact.grads, [], exact.anchors, exact.distances)
-    for separate in (chunks.SEPARATE, 2):
-        monkeypatch.setattr(chunks, "SEPARATE", separate)
-        problem.distances.fill_(-1.0)
-        squares = call_norms(problem, 7, chunk=16)
-        torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)
-        twin = problem.copy()
-        twin.steps = [s.clone() for s in problem.steps]
-        call("adam", twin, {**ADAM, "lr": 0.0}, 0, chunk=16, look_ahead=True)
-        assert torch.equal(twin.distances, squares[2])
-        assert all(a - b == 1 for a, b in zip(twin.steps, problem.steps, strict=True))
+    squares = call_norms(problem, 7, chunk=16)
+    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)
+    before = [s.item() for s in problem.steps]
+    for look_ahead in (True, False):
+        call("adam", problem, {**ADAM, "lr": 0.0}, 0, chunk=16, look_ahead=look_ahead)
+        assert torch.equal(problem.distances, squares[2] if look_ahead else 0 * squares[2] - 1)
+    assert [s.item() - 2 for s in problem.steps] == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -836,8 +834,8 @@ def run_python(code, **environment):
 
 
 def test_importing_dgg_does_not_import_triton():
-    code = "import sys, dgg, dgg.kernels; print(sorted({'triton', 'numpy'} & set(sys.modules)))"
-    assert run_python(code).strip() == "[]"
+    code = "import sys, dgg, dgg.kernels; print('triton' in sys.modules)"
+    assert run_python(code).strip() == "False"
 
 
 def test_reasons_for_being_unavailable():
