@@ -435,6 +435,9 @@ class Rows:
             return False
         if not all(map(Tensor.is_contiguous, present)):
             return False
+        rows = zip(self.params, grads, strict=True)
+        if any(g is not None and g.shape != p.shape for p, g in rows):
+            return False
         # A lazily negated gradient comes from the imaginary part of a conjugate, whose stride is
         # 2: only one of a single element is contiguous.
         if any(grads[row] is not None and grads[row].is_neg() for row in self._single):
@@ -454,6 +457,9 @@ class Rows:
                 for x in (grads[row], replays[row] if replays else None)
             ]
             given = [x for x in pair if x is not None]
+            if any(x.shape != param.shape for x in given):
+                # Only `.grad.data =` can bring this about; a kernel would read beyond its end.
+                raise RuntimeError("a gradient has another shape than its parameter")
             staged = bool(given) and (
                 self._staged[row]
                 or not all(is_dense(x) and same_order(x, param) for x in given)

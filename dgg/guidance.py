@@ -185,11 +185,17 @@ def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradien
 
     Raises:
         TypeError: Sparse, or of a dtype that is not floating; names the parameter.
+        ValueError: Of another shape than the parameter.
     """
     if grad.layout != torch.strided:
         raise TypeError(
             f"the {kind} of {label} is {grad.layout}; dgg needs dense gradients: build the module "
             "with sparse=False, or give that parameter to torch.optim.SparseAdam"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the {kind} of {label} has shape {tuple(grad.shape)}, the parameter has "
+            f"{tuple(param.shape)}; somebody exchanged its data: compute it anew"
         )
     if grad.is_complex() != param.is_complex() or grad.dtype.to_real() not in anchor.FLOAT_DTYPES:
         raise TypeError(

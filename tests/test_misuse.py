@@ -78,7 +78,6 @@ WRONG_ARGUMENTS = [
     ("anchor_device meta", {"anchor_device": "meta"}, ValueError, r"anchor_device='meta'.*'cpu'"),
     ("anchor_device int", {"anchor_device": 3}, TypeError, r"anchor_device=3.*use 'cpu' or None"),
     ("backend unknown", {"backend": "C++"}, ValueError, r"unknown backend 'C\+\+'.*'cpp'.*None"),
-    ("backend triton", {"backend": "triton"}, RuntimeError, r"backend='triton' cannot.*=None"),
     ("process_group", {"process_group": object()}, ValueError, r"process_group=.*leave it None"),
 ]
 # Of the optimizers, not of Guidance.
@@ -172,6 +171,18 @@ def test_wrong_construction(cls, arguments, error, says):
         pytest.skip("without the extension fused=True is refused for that reason")
     with pytest.raises(error, match=f"(?s){says}"):
         construct(cls, arguments)
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
+def test_a_backend_that_cannot_run_here(cls, monkeypatch):
+    from dgg import kernels
+
+    monkeypatch.setattr(kernels, "unavailable", lambda device: f"no Triton for {device}")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: no Triton for cpu"):
+        cls(two(), backend="triton")
+    inner = torch.optim.SGD(two(), lr=0.1)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: no Triton for cpu"):
+        dgg.Guidance(inner, backend="triton")
 
 
 @pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam])
@@ -393,6 +404,12 @@ def sparse_gradient(v):
 def sparse_replay_gradient(v):
     with v.opt.replay():
         v.params[0].grad = torch.eye(6, 4).to_sparse()
+    return v.opt.step
+
+
+@misuse(ValueError, r"gradient of parameter 'a' has shape \(3,\).*compute it anew", repair=nothing)
+def gradient_of_another_shape(v):
+    v.params[0].grad.data = torch.ones(3)
     return v.opt.step
 
 
