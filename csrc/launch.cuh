@@ -179,7 +179,7 @@ DGG_DEVICE T unpack(const uint32_t* words, int j) {
   }
 }
 
-// Elements are packed in ascending order.
+// Elements are packed in ascending order, into a pack that is not read from.
 template <typename S>
 DGG_DEVICE void pack(uint32_t* words, int j, S x) {
   if constexpr (sizeof(S) == 2) {

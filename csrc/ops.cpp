@@ -61,6 +61,40 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "Tensor coefficients, Tensor flags, int[] indices, *, bool maximize, float strength, "
       "int threshold, float replay_weight, float grad_scale, int seed, int draw) -> ()");
 
+  // On a device a step is launched: table and everything else lie there, and nothing waits for
+  // them. One launch serves the rows of one dtype combination, cut into chunks (dgg/_device.py);
+  // `dtypes` are their codes, `variant` says what the kernel must be able to do. Tensors passed as
+  // addresses are written, too.
+  m.def(
+      "norms_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
+      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor(c!) distances, "
+      "Tensor(d!) squares, Tensor? gate, Tensor? grad_scale, *, int dtypes, float replay_weight, "
+      "int which) -> ()");
+  m.def(
+      "coefficients_launch(Tensor squares, Tensor(a!) out, *, float? max_grad_norm, bool scaling, "
+      "bool per_tensor) -> ()");
+  m.def(
+      "adam_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
+      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
+      "-> ()");
+  m.def(
+      "sgd_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
+      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
+      "-> ()");
+  m.def(
+      "guide_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, "
+      "Tensor(a!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor hyper, Tensor? grad_scale, Tensor? found_inf, Tensor? draw_index, *, int dtypes, "
+      "float replay_weight, int seed, int draw, int variant) -> ()");
+  m.def(
+      "draw_flags_launch(Tensor table, Tensor hyper, Tensor draw_index, Tensor(a!) flags, "
+      "Tensor(b!) gate, *, int seed, int granularity, int threshold_column, int strength_column) "
+      "-> ()");
+
   m.def("philox_words(int seed, int draw, int stream, int n) -> Tensor");
   m.def("isa() -> str");
 

@@ -173,7 +173,11 @@ struct Body {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = begin + b * kGroup;
-      Pack<C, kElements> rounded;
+      // Not in place: an element of 16 bits is packed over its neighbour.
+      Pack<P, kElements> new_params;
+      Pack<C, kElements> new_copies;
+      Pack<G, kElements> new_grads;
+      Pack<M, kElements> new_states[kSlots];
       uint32_t draws[4], dither[4];
       T square = T(0);
 #pragma unroll
@@ -200,27 +204,28 @@ struct Body {
         const bool inject = guided && (!masked || draws[j % 4] < row.threshold);
         Rule::template element<K>(scalars, p, g, states_of, a, inject);
         if constexpr (!Rule::kWritesParam) {
-          grad.set(grads[b], j, g);
+          grad.set(new_grads, j, g);
         } else {
 #pragma unroll
           for (int s = 0; s < kSlots; ++s) {
-            if (has_state(s)) state[s].set(states[s][b], j, states_of[s]);
+            if (has_state(s)) state[s].set(new_states[s], j, states_of[s]);
           }
           if (kDraws && stochastic && !(K::kCopy && row.copy)) {
-            pack(params[b].words, j, narrow_stochastically(static_cast<float>(p), dither[j % 4]));
+            pack(new_params.words, j, narrow_stochastically(static_cast<float>(p), dither[j % 4]));
           } else {
-            param.set(params[b], j, p);
+            param.set(new_params, j, p);
           }
           if (K::kCopy && row.copy) {
             if (kDraws && stochastic) {
-              pack(rounded.words, j, narrow_stochastically(static_cast<float>(p), dither[j % 4]));
+              pack(new_copies.words, j,
+                   narrow_stochastically(static_cast<float>(p), dither[j % 4]));
             } else {
-              copy.set(rounded, j, p);
+              copy.set(new_copies, j, p);
             }
           }
           if (K::kAnchor && look_ahead) {
             // As stored: what a norm pass would read.
-            square = add_square(param.template get<T>(params[b], j) - a, square);
+            square = add_square(param.template get<T>(new_params, j) - a, square);
             if (j % 4 == 3) {
               lanes.add(second_lane<kElements, kBatch>(b, j, i), square);
               square = T(0);
@@ -229,13 +234,13 @@ struct Body {
         }
       }
       if constexpr (!Rule::kWritesParam) {
-        grad.template store<kAgain>(grads[b], i);
+        grad.template store<kAgain>(new_grads, i);
       } else {
-        param.template store<kAgain>(params[b], i);
-        if (K::kCopy && row.copy) copy.template store<kAgain>(rounded, i);
+        param.template store<kAgain>(new_params, i);
+        if (K::kCopy && row.copy) copy.template store<kAgain>(new_copies, i);
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
-          if (has_state(s)) state[s].template store<kOnce>(states[s][b], i);
+          if (has_state(s)) state[s].template store<kOnce>(new_states[s], i);
         }
       }
     }

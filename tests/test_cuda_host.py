@@ -13,7 +13,7 @@ import subprocess
 import pytest
 import torch
 
-from cases import BF16, F16, F32, F64
+from cases import BF16, F16, F32, F64, cpp_missing
 from dgg import _device, _philox, reference
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -96,7 +96,8 @@ def kernels():
 
 
 def _address(x):
-    return 0 if x is None else x.data_ptr()
+    # An empty tensor that is there has no address of its own.
+    return 0 if x is None else x.data_ptr() or 1
 
 
 class Problem:
@@ -191,8 +192,7 @@ class Problem:
 
 
 def _addresses(tensors):
-    # An empty tensor that is there has no address of its own.
-    return torch.tensor([0 if x is None else x.data_ptr() or 1 for x in tensors]).long()
+    return torch.tensor([_address(x) for x in tensors], dtype=torch.int64)
 
 
 class Launches:
@@ -365,3 +365,539 @@ def test_update(kernels, name, case, hyper, situation):
     _reference(name, exact, hyper, how["flags"], **_options(how))
     _assert_same_step(name, problem, exact, hyper, f"{case}, {situation}")
     assert (problem.distances == -1).all()
+
+
+# Dtype combinations
+
+
+# Parameter, gradient, replay gradient, moments, anchor, copy: those with kernels of their own.
+COMBINATIONS = [
+    (F32,) * 5,
+    (BF16,) * 5,
+    (F16,) * 5,
+    (F64,) * 5,
+    (F32, F32, F32, F32, BF16),
+    (BF16, BF16, BF16, F32, BF16),
+    (BF16, BF16, BF16, F32, F32),
+    (F16, F16, F16, F32, F32),
+    (BF16, F32, F32, F32, BF16),
+    (F32, BF16, BF16, F32, F32),
+    (F32, F16, F16, F32, F32),
+]
+
+
+def _name(kind):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in kind)
+
+
+@pytest.mark.parametrize("situation", ["unguided", "guided", "elements", "replay"])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("kind", COMBINATIONS, ids=_name)
+def test_kernels_of_their_own(kernels, kind, name, situation):
+    how, hyper = SITUATIONS[situation], HYPER[name]
+    # Two groups of vectors at least, whatever their width, and a rest.
+    problem = Problem([CHUNK + 4 * 1024 + 5, 7], kind, replay=how["replay"])
+    exact = problem.exact()
+    launches = Launches(kernels, problem)
+    launches.update(name, hyper, how["flags"], **_options(how))
+    assert len(launches.launches) == 1 and kernels.count_vector_accesses() > 0
+    _reference(name, exact, hyper, how["flags"], **_options(how))
+    _assert_same_step(name, problem, exact, hyper, situation)
+
+
+@pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
+@pytest.mark.parametrize("name", RULES)
+def test_every_dtype_combination(kernels, name, flags):
+    # Parameter, gradient, state and anchor in all combinations; the replay gradient takes turns.
+    kinds = [
+        (param, grad, DTYPES[number % 4], state, anchor)
+        for number, (param, grad, state, anchor) in enumerate(itertools.product(DTYPES, repeat=4))
+    ]
+    problem = Problem([1027] * len(kinds), kinds)
+    exact = problem.exact()
+    hyper = {**ADAM, "amsgrad": True} if name == "adam" else HYPER[name]
+    options = {"replay_weight": 0.6, "grad_scale": 4.0}
+    groups, wide = [hyper], torch.full((len(kinds),), flags, dtype=torch.uint8)
+    variant = variant_of(groups, wide)
+    if name != "guide":
+        variant |= _device.ANCHOR | _device.LOOK_AHEAD
+    Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
+    _reference(name, exact, hyper, flags, **options)
+    _assert_same_step(name, problem, exact, hyper, f"flags {flags}")
+    if name != "guide":
+        assert _measured_again(kernels, problem)
+
+
+def _measured_again(kernels, problem):
+    """Whether a norm pass finds the distances that the update found, bit for bit."""
+    found = problem.distances.clone()
+    problem.distances.fill_(-1.0)
+    squares = Launches(kernels, problem).norms(which=reference.NORM_DISTANCE)
+    assert (found >= 0).all() and torch.equal(problem.distances, squares[2])
+    return torch.equal(found, squares[2])
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_same_bits_as_the_cpu_backend(kernels, name):
+    if cpp_missing() is not None:
+        pytest.skip(f"C++ backend missing: {cpp_missing()}")
+    hyper = {**HYPER[name]}
+    ours, theirs = Problem([CHUNK + 2049, 3, 1024]), Problem([CHUNK + 2049, 3, 1024])
+    options = {"replay_weight": 0.6, "grad_scale": 4.0}
+    Launches(kernels, ours).update(name, hyper, ELEMENTS, **options)
+    table, _ = theirs.table()
+    operator = getattr(torch.ops.dgg, f"{name}_table_")
+    operator(
+        table, _addresses(theirs.grads), _addresses(theirs.replays), theirs.coefficients,
+        torch.full((3,), ELEMENTS, dtype=torch.uint8),
+        torch.tensor([[float(v) for v in hyper.values()]], dtype=F64), theirs.distances,
+        look_ahead=False, seed=SEED - 2**64, draw=DRAW, **options,
+    )  # fmt: skip
+    assert _everything(ours) == _everything(theirs)
+
+
+# Where the elements lie
+
+
+@pytest.mark.parametrize("kind", [(F32,) * 5, (BF16,) * 5, (F64,) * 5, (F32, F16, BF16, F64, F32)])
+@pytest.mark.parametrize("name", RULES)
+def test_misaligned_views(kernels, name, kind):
+    hyper = {**ADAM, "amsgrad": True} if name == "adam" else HYPER[name]
+    results, vectors = set(), []
+    for offset in (0, 1, 3):
+        problem = Problem(EDGES, kind, offset=offset)
+        launches = Launches(kernels, problem)
+        squares = launches.norms(replay_weight=0.6)
+        launches.update(
+            name, hyper, ELEMENTS, replay_weight=0.6,
+            variant=_device.ANCHOR | _device.ELEMENTS | _device.STATE
+            | (_device.LOOK_AHEAD if name != "guide" else 0),
+        )  # fmt: skip
+        vectors.append(kernels.count_vector_accesses())
+        problem.assert_guards()
+        written = [*problem.tensors(3), *problem.grads, problem.distances, squares]
+        results.add(_bits(written))
+    assert len(results) == 1
+    assert vectors[0] > 0 and vectors[1] == vectors[2] == 0
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "shard", [(0, 40, 100), (8, 12, 16), (2, 10, 31), (5, 1, 3), (96, 4096, 5000)]
+)
+def test_element_draws_of_a_shard(kernels, name, shard):
+    base, block, stride = shard
+    n = CHUNK + 2049
+    local = torch.arange(n)
+    index = base + (local // block) * stride + local % block
+    whole = int(index.max()) + 1
+    problem = Problem([n], replay=False)
+    problem.shards = [shard]
+    exact = problem.exact()
+    unsharded = Problem([whole], replay=False).exact()
+    lists = ("params", "grads", "anchors")
+    for mine, theirs in zip(
+        [*(getattr(exact, key)[0] for key in lists), *(state[0] for state in exact.states)],
+        [*(getattr(unsharded, key)[0] for key in lists), *(state[0] for state in unsharded.states)],
+        strict=True,
+    ):
+        theirs[index] = mine
+    Launches(kernels, problem).update(name, HYPER[name], ELEMENTS)
+    _reference(name, unsharded, HYPER[name], ELEMENTS)
+    for mine, theirs in zip(
+        [exact.params, exact.grads, *exact.states],
+        [unsharded.params, unsharded.grads, *unsharded.states],
+        strict=True,
+    ):
+        mine[0].copy_(theirs[0][index])
+    exact.steps = unsharded.steps
+    _assert_same_step(name, problem, exact, HYPER[name], f"shard {shard}")
+    whole_blocks = all(number % 4 == 0 for number in shard)
+    assert (kernels.count_vector_accesses() > 0) == whole_blocks
+
+
+def test_element_masks_are_exact(kernels):
+    # With a learning rate of 1 and nothing else, what moved is the mask.
+    n = 2 * CHUNK + 13
+    problem = Problem([n], replay=False)
+    problem.params[0].fill_(1.0)
+    problem.anchors[0].zero_()
+    problem.grads[0].zero_()
+    hyper = {**SGD, "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    Launches(kernels, problem).update("sgd", hyper, ELEMENTS)
+    words = _philox.element_words(SEED, DRAW, problem.indices[0], torch.arange(n))
+    assert torch.equal(problem.params[0] != 1.0, words < THRESHOLD)
+
+
+def test_draw_index_on_the_device(kernels):
+    draw = 2**40 + 77
+    problems = [Problem([1029], replay=False) for _ in range(2)]
+    Launches(kernels, problems[0]).update("sgd", SGD, ELEMENTS, draw=3, draw_index=draw)
+    Launches(kernels, problems[1]).update("sgd", SGD, ELEMENTS, draw=draw % 2**32)
+    assert _everything(problems[0]) == _everything(problems[1])
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rows_with_one_gradient_or_none(kernels, name):
+    hyper = HYPER[name]
+    problem = Problem([1029, 1030, 5, 1031, 0, 0])
+    problem.grads[0] = None  # only a replay gradient
+    problem.replays[1] = None
+    for row in (2, 5):
+        problem.grads[row] = problem.replays[row] = None
+    if name == "guide":  # the caller gives every replay gradient a gradient to go into
+        problem.replays[0] = None
+    problem.distances.fill_(0.25)
+    exact = problem.exact()
+    before = [t.clone() for t in (problem.params[2], problem.states[0][2], problem.steps[2])]
+    Launches(kernels, problem).update(name, hyper, INJECT, replay_weight=0.6)
+    _reference(name, exact, hyper, INJECT, replay_weight=0.6)
+    if name == "guide":
+        for row in (1, 3):
+            _assert_rounding(problem.grads[row], exact.grads[row], f"row {row}")
+        problem.assert_guards()
+        return
+    _assert_same_step(name, problem, exact, hyper, "rows")
+    after = [problem.params[2], problem.states[0][2], problem.steps[2]]
+    assert all(map(torch.equal, before, after))
+    assert problem.distances.tolist() == [-1, -1, 0.25, -1, -1, 0.25]
+
+
+@pytest.mark.parametrize("sizes", [[0], [0, 0, 0]])
+def test_launch_of_empty_rows(kernels, sizes):
+    problem = Problem(sizes, replay=False)
+    launches = Launches(kernels, problem)
+    assert (launches.norms() == 0).all() and (problem.distances == 0).all()
+    variant = _device.ANCHOR | _device.LOOK_AHEAD
+    launches.update("adam", ADAM, INJECT, variant=variant)
+    launches.update("sgd", SGD, INJECT, variant=variant)
+    launches.update("guide", GUIDE, INJECT)
+    assert [s.item() for s in problem.steps] == [4 + row for row in range(len(sizes))]
+    assert (problem.distances == 0).all()
+
+
+def test_groups_with_and_without_optional_state(kernels):
+    for name, one, other in (
+        ("adam", {**ADAM, "amsgrad": True}, {**ADAM, "lr": 0.1}),
+        ("sgd", SGD, {**SGD, "momentum": 0.0, "nesterov": True, "lr": 0.1}),
+    ):
+        problem = Problem([CHUNK + 1, 1029, 77, 2050], replay=False)
+        problem.groups = [0, 1, 1, 0]
+        exact = problem.exact()
+        untouched = [problem.states[2 if name == "adam" else 0][row].clone() for row in (1, 2)]
+        Launches(kernels, problem).update(name, [one, other], INJECT)
+        for number, hyper in enumerate((one, other)):
+            part = object.__new__(Problem)
+            part.__dict__.update(exact.__dict__)
+            mine = [group == number for group in problem.groups]
+            part.grads = [g if own else None for own, g in zip(mine, exact.grads, strict=True)]
+            _reference(name, part, hyper, INJECT)
+        _assert_same_step(name, problem, exact, one, "groups")
+        for row, before in zip((1, 2), untouched, strict=True):
+            assert torch.equal(problem.states[2 if name == "adam" else 0][row], before)
+
+
+@pytest.mark.parametrize("momentum", [0.8, 0.0])
+def test_first_step_of_momentum(kernels, momentum):
+    hyper = {**SGD, "momentum": momentum}
+    problem = Problem([CHUNK + 1027, 5], replay=False)
+    for buffer in problem.states[0]:
+        buffer.fill_(float("nan"))  # what lies in a new buffer must not matter
+    exact = problem.exact()
+    Launches(kernels, problem).update("sgd", hyper, INJECT | FIRST)
+    _reference("sgd", exact, hyper, INJECT | FIRST)
+    _assert_same_step("sgd", problem, exact, hyper, "first step")
+
+
+def test_rows_that_neither_inject_nor_look_ahead_do_not_read_their_anchors(kernels):
+    n, groups = 2 * CHUNK, 2 * CHUNK // 1024
+    counts = {}
+    for flags in (0, INJECT):
+        for look_ahead in (0, _device.LOOK_AHEAD):
+            problem = Problem([n], replay=False)
+            variant = _device.ANCHOR | look_ahead
+            Launches(kernels, problem).update("adam", ADAM, flags, variant=variant)
+            counts[flags, look_ahead] = kernels.count_vector_accesses() / groups / 256
+    plain, guided = 4 + 2, 5 + 2  # stores of the parameter are ordinary ones, which do not count
+    assert counts == {(0, 0): plain, (INJECT, 0): guided, (0, _device.LOOK_AHEAD): guided,
+                      (INJECT, _device.LOOK_AHEAD): guided}  # fmt: skip
+
+
+@pytest.mark.parametrize("pull", ["strength", "coefficient", "threshold", "no anchor"])
+def test_no_pull_is_no_guidance(kernels, pull):
+    hyper, flags = dict(SGD), INJECT
+    problem = Problem([1029], replay=False, anchors=pull != "no anchor")
+    if pull != "no anchor":
+        problem.anchors[0].fill_(float("nan"))
+    if pull == "strength":
+        hyper["strength"] = 0.0
+    elif pull == "coefficient":
+        problem.coefficients[reference.SCALES] = 0.0
+    elif pull == "threshold":
+        hyper["threshold"], flags = 0, ELEMENTS
+    exact = problem.exact()
+    Launches(kernels, problem).update("sgd", hyper, flags)
+    _reference("sgd", exact, hyper, 0)
+    _assert_same_step("sgd", problem, exact, hyper, pull)
+
+
+def test_guide_without_guidance_leaves_every_bit(kernels):
+    problem = Problem([1029, 5], replay=False)
+    problem.coefficients[0] = 1.0
+    before = _everything(problem)
+    Launches(kernels, problem).update("guide", {**GUIDE, "threshold": 2**32}, 0)
+    assert _everything(problem) == before and kernels.count_vector_accesses() == 0
+
+
+@pytest.mark.parametrize("found", [1.0, float("nan")])
+@pytest.mark.parametrize("name", RULES)
+def test_found_inf_changes_nothing(kernels, name, found):
+    problem = Problem([CHUNK + 5, 3, 0])
+    before = _everything(problem)
+    launches = Launches(kernels, problem)
+    variant = _device.ANCHOR | (_device.LOOK_AHEAD if name != "guide" else 0)
+    launches.update(name, HYPER[name], INJECT, found_inf=found, variant=variant)
+    assert _everything(problem) == before
+    launches.update(name, HYPER[name], INJECT, found_inf=0.0, variant=variant)
+    assert _everything(problem) != before
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("flags", [0, ELEMENTS])
+@pytest.mark.parametrize(
+    "kind", [(BF16,) * 5, (BF16, BF16, BF16, F32, BF16), (BF16, F32) + (F32,) * 3]
+)
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_stochastic_rounding(kernels, name, kind, flags):
+    sizes = [CHUNK + 1029, 3]
+    problem = Problem(sizes, kind, replay=False)
+    # The same values in float32 give what is to be rounded.
+    wide = Problem(sizes, (F32, *kind[1:]), replay=False)
+    for ours, theirs in zip(problem.params, wide.params, strict=True):
+        theirs.copy_(ours)
+    extra = _device.STOCHASTIC | (_device.STATE if name == "sgd" else 0)
+    flag_list = torch.full((2,), flags, dtype=torch.uint8)
+    variant = variant_of([HYPER[name]], flag_list, extra)
+    Launches(kernels, problem).update(name, HYPER[name], flags, variant=variant)
+    Launches(kernels, wide).update(name, HYPER[name], flags)
+    for row, size in enumerate(sizes):
+        expected = _rounded(wide.params[row], problem.indices[row], torch.arange(size))
+        assert torch.equal(problem.params[row].view(torch.int16), expected.view(torch.int16))
+        assert torch.equal(problem.states[0][row], wide.states[0][row])
+    assert not torch.equal(problem.params[0], wide.params[0].to(BF16))
+    problem.assert_guards()
+
+
+def _rounded(exact, index, elements):
+    """What the specification says: the upper half of bits + (word & 0xFFFF)."""
+    quad = elements >> 2
+    stream = 0xC0000000 + index
+    words = _philox.block(SEED, (quad & 0xFFFFFFFF, quad >> 32, 0 * quad + DRAW, 0 * quad + stream))
+    word = torch.stack(words).gather(0, (elements & 3)[None])[0]
+    bits = exact.view(torch.int32).long() & 0xFFFFFFFF
+    upper = ((bits + (word & 0xFFFF)) >> 16).to(torch.int32).to(torch.int16).view(BF16)
+    return torch.where(exact.isfinite(), upper, exact.to(BF16))
+
+
+def test_stochastic_rounding_of_infinities_and_nan(kernels):
+    values = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.0, -0.0])
+    problem = Problem([5], (BF16,) * 5, replay=False)
+    problem.params[0].copy_(values)
+    problem.grads[0].zero_()
+    hyper = {**SGD, "momentum": 0.0, "weight_decay": 0.0}
+    Launches(kernels, problem).update("sgd", hyper, 0, variant=_device.STOCHASTIC)
+    torch.testing.assert_close(problem.params[0].float(), values, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("flags", [0, INJECT])
+@pytest.mark.parametrize("copy", [BF16, F16])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_copy(kernels, name, copy, flags, stochastic):
+    kind = (F32, copy, copy, F32, F32, copy)
+    problem = Problem([CHUNK + 1029, 3], kind, replay=False, copies=True)
+    exact = problem.exact()
+    extra = _device.COPY | (_device.STOCHASTIC if stochastic else 0)
+    flag_list = torch.full((2,), flags, dtype=torch.uint8)
+    variant = variant_of([HYPER[name]], flag_list, extra)
+    Launches(kernels, problem).update(name, HYPER[name], flags, variant=variant)
+    _reference(name, exact, HYPER[name], flags)
+    _assert_same_step(name, problem, exact, HYPER[name], "master weights")
+    for row, (master, written) in enumerate(zip(problem.params, problem.copies, strict=True)):
+        expected = master.to(copy)
+        if stochastic and copy == BF16:
+            expected = _rounded(master, problem.indices[row], torch.arange(master.numel()))
+        assert torch.equal(written.view(torch.int16), expected.view(torch.int16))
+
+
+# Norms and what is made of them
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("kind", [*COMBINATIONS, (F32, F16, BF16, F64, F32)], ids=_name)
+def test_norms(kernels, kind, replay):
+    problem = Problem([*EDGES, MANY], kind, replay=replay)
+    if replay:
+        problem.grads[3] = None
+        problem.replays[4] = None
+        problem.grads[5] = problem.replays[5] = None
+    problem.distances[7] = 0.25
+    problem.distances[8] = float("nan")
+    problem.anchors[9] = None
+    exact = problem.exact()
+    squares = Launches(kernels, problem).norms(replay_weight=0.6, grad_scale=4.0)
+    expected = reference.norms(
+        exact.params, exact.grads, exact.replays, exact.anchors, exact.distances,
+        replay_weight=0.6, grad_scale=4.0,
+    )  # fmt: skip
+    # Eight float32 (float64) roundings a lane, then float64; a quad has four more.
+    unit = 2**-53 if kind[0] == F64 else 2**-24
+    torch.testing.assert_close(squares, expected, rtol=16 * unit, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        problem.distances, exact.distances, rtol=16 * unit, atol=0, equal_nan=True
+    )
+    problem.assert_guards()
+
+
+def test_squares_of_gradients_do_not_depend_on_what_else_is_computed(kernels):
+    for kind in ((F32,) * 5, (BF16,) * 5, (F32, BF16, F32, F32, F16)):
+        seen = set()
+        for replay, which in itertools.product((False, True), (2, 3, 6, 7)):
+            problem = Problem([*EDGES, MANY], kind, replay=replay)
+            squares = Launches(kernels, problem).norms(which=which, replay_weight=0.6)
+            seen.add(_bits([squares[1]]))
+            if not replay and which & reference.NORM_TOTAL:
+                assert torch.equal(squares[0], squares[1])
+        # The generic kernel has the same lanes as the others.
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("open_", [0, 1])
+def test_gate_of_the_norms(kernels, open_):
+    problem = Problem([CHUNK + 3, 5])
+    gate = torch.tensor([open_], dtype=torch.uint8)
+    squares = Launches(kernels, problem).norms(gate=gate)
+    assert (squares[0] > 0).all()
+    assert ((squares[1:] > 0) == bool(open_)).all()
+    assert ((problem.distances == -1) == (not open_)).all()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", [*COMBINATIONS, (F16, F32, F32, BF16, F64)], ids=_name)
+def test_distance_after_the_update_is_the_next_norm(kernels, kind, name):
+    problem = Problem([*EDGES, MANY], kind, replay=False)
+    problem.grads[4] = None
+    problem.anchors[5] = None
+    problem.distances.fill_(0.25)
+    variant = _device.ANCHOR | _device.LOOK_AHEAD | (_device.STATE if name == "sgd" else 0)
+    Launches(kernels, problem).update(name, HYPER[name], INJECT, variant=variant)
+    found = problem.distances.clone()
+    assert found[4] == 0.25 and found[5] == -1
+    problem.distances.fill_(-1.0)
+    squares = Launches(kernels, problem).norms(which=reference.NORM_DISTANCE)
+    measured = [row for row in range(len(found)) if row not in (4, 5)]
+    assert torch.equal(squares[2][measured], found[measured])
+
+
+@pytest.mark.parametrize("scaling,per_tensor", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("max_grad_norm", [None, 2.0, 1e9])
+def test_coefficients(kernels, max_grad_norm, scaling, per_tensor):
+    generator = torch.Generator().manual_seed(1)
+    for n in (0, 1, 255, 256, 700):
+        squares = torch.rand(3, n, dtype=F64, generator=generator)
+        squares[:, ::5] = 0
+        out = torch.full((4 + n,), float("nan"), dtype=F64)
+        _coefficients(kernels, squares, out, max_grad_norm, scaling, per_tensor)
+        expected = reference.coefficients(
+            squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-14, atol=0)
+
+
+def _coefficients(kernels, squares, out, max_grad_norm, scaling, per_tensor):
+    integers = [squares.data_ptr(), out.data_ptr(), squares.shape[1], max_grad_norm is not None,
+                scaling, per_tensor]  # fmt: skip
+    array = (ctypes.c_int64 * len(integers))(*integers)
+    assert kernels.coefficients(array, (ctypes.c_double * 1)(max_grad_norm or 0.0)) == 0
+
+
+@pytest.mark.parametrize("spoiled", [0, 1, 2])
+def test_coefficients_keep_nan_and_decide_zero(kernels, spoiled):
+    squares = torch.ones(3, 9, dtype=F64)
+    squares[spoiled, 4] = float("nan")
+    for per_tensor in (False, True):
+        out = torch.zeros(13, dtype=F64)
+        _coefficients(kernels, squares, out, 2.0, True, per_tensor)
+        expected = reference.coefficients(
+            squares, max_grad_norm=2.0, scaling=True, per_tensor=per_tensor
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-14, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("granularity", _device.GRANULARITIES)
+def test_draw_flags(kernels, granularity):
+    n = 600
+    problem = Problem([1] * n, replay=False)
+    problem.groups = [row % 4 for row in range(n)]
+    problem.anchors[8] = None
+    limits = [THRESHOLD, 2**32, 0, 2**31]
+    strengths = [0.7, 0.7, 0.7, 0.0]
+    hyper = torch.tensor(
+        [[9.0, s, float(t)] for s, t in zip(strengths, limits, strict=True)], dtype=F64
+    )
+    table, _ = problem.table()
+    for draw in (DRAW, DRAW + 1, 2**33 + 1):
+        flags = torch.tensor([row % 8 for row in range(n)], dtype=torch.uint8)
+        gate = torch.full((1,), 7, dtype=torch.uint8)
+        code = _device.GRANULARITIES[granularity]
+        tensors = [table, hyper, torch.tensor(draw), flags, gate]
+        values = [*(x.data_ptr() for x in tensors), n, 3, SEED - 2**64, code, 2, 1]
+        assert kernels.draw_flags((ctypes.c_int64 * len(values))(*values), None) == 0
+        words = {
+            "step": torch.full((n,), _philox.step_word(SEED, draw)),
+            "tensor": _philox.tensor_words(SEED, draw, torch.tensor(problem.indices)),
+        }.get(granularity)
+        for row in range(n):
+            group = problem.groups[row]
+            limit = limits[group] if strengths[group] > 0 and row != 8 else 0
+            if granularity == "element":
+                expected = INJECT if limit == 2**32 else ELEMENTS if limit else 0
+            else:
+                expected = INJECT if words[row] < limit else 0
+            assert flags[row] == expected | (row % 8 & FIRST), (row, draw)
+        assert gate.item() == (flags & (INJECT | ELEMENTS)).any()
+
+
+def test_gate_is_shut_when_nothing_injects(kernels):
+    problem = Problem([1], replay=False, anchors=False)
+    table, _ = problem.table()
+    tensors = [table, torch.tensor([[0.7, 2.0**32]], dtype=F64), torch.tensor(DRAW),
+               torch.tensor([3], dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)]  # fmt: skip
+    values = [*(x.data_ptr() for x in tensors), 1, 2, 0, 0, 1, 0]
+    assert kernels.draw_flags((ctypes.c_int64 * len(values))(*values), None) == 0
+    assert tensors[3].item() == 0 and tensors[4].item() == 0
+
+
+# Order
+
+
+@pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
+def test_any_order_of_blocks_gives_the_same_bits(kernels, flags):
+    seen = set()
+    sizes = [*EDGES, 5 * CHUNK + 17, MANY] + [3] * 300
+    for order in (0, 1, 2):
+        problem = Problem(sizes)
+        launches = Launches(kernels, problem, order)
+        squares = launches.norms(replay_weight=0.6)
+        for name in ("adam", "sgd"):
+            variant = _device.ANCHOR | _device.LOOK_AHEAD | _device.ELEMENTS | _device.STATE
+            launches.update(name, HYPER[name], flags, variant=variant, replay_weight=0.6)
+        launches.update("guide", GUIDE, flags, replay_weight=0.6)
+        seen.add((_everything(problem), _bits([squares])))
+        problem.assert_guards()
+    assert len(seen) == 1

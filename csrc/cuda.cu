@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The CUDA operators: arguments are checked and handed to the launches of launch.cuh, on the
+// current stream of the tensors' device. Nothing here waits for the device or allocates memory on
+// it.
+//
+// Built against the stable ABI of torch, with or without CUDA in that torch; where it has none,
+// this library cannot be loaded for want of libtorch_cuda.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "launch.cuh"
+
+namespace dgg {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return "uint8";
+  }
+}
+
+template <typename T>
+constexpr ScalarType dtype_of() {
+  return std::is_same<T, double>::value    ? ScalarType::Double
+         : std::is_same<T, float>::value   ? ScalarType::Float
+         : std::is_same<T, int64_t>::value ? ScalarType::Long
+         : std::is_same<T, int32_t>::value ? ScalarType::Int
+                                           : ScalarType::Byte;
+}
+
+// Checks arguments against the device of the first, which becomes the current one.
+class Arguments {
+ public:
+  Arguments(const char* op, const Tensor& first)
+      : op_(op), device_(first.get_device_index()), guard_(device_) {}
+
+  template <typename T>
+  T* data(const char* name, const Tensor& tensor, int64_t numel) const {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, "dgg::", op_, ": ",
+                    name, " must be on cuda:", device_, " like the other arguments");
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == dtype_of<T>() && tensor.is_contiguous() && tensor.numel() == numel,
+        "dgg::", op_, ": ", name, " must be contiguous, of dtype ", name_of(dtype_of<T>()),
+        " and have ", numel, " elements; it has ", tensor.numel());
+    return static_cast<T*>(tensor.data_ptr());
+  }
+
+  template <typename T>
+  T* data(const char* name, const OptionalTensor& tensor, int64_t numel) const {
+    return tensor ? data<T>(name, *tensor, numel) : nullptr;
+  }
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  void finish(cudaError_t error) const {
+    STD_TORCH_CHECK(error == cudaSuccess, "dgg::", op_, " on cuda:", device_, ": ",
+                    cudaGetErrorString(error),
+                    error == cudaErrorNoKernelImageForDevice
+                        ? "; build dgg again with this device in TORCH_CUDA_ARCH_LIST"
+                    : error == cudaErrorInsufficientDriver
+                        ? "; install a newer driver, or build dgg with an older CUDA toolkit"
+                        : "");
+  }
+
+ private:
+  const char* op_;
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+struct Table {
+  const Tensor &table, &rows, &chunks, &starts, &counter, &grads, &replays;
+  const Tensor* partials;  // null: not needed
+};
+
+int64_t rows_of(const char* op, const Tensor& table) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns, "dgg::", op,
+                  ": table must have shape [n, ", static_cast<int>(kColumns), "]");
+  return table.size(0);
+}
+
+Launch make_launch(const char* op, const Arguments& arguments, const Table& t, int64_t dtypes,
+                   double replay_weight) {
+  const int64_t n = rows_of(op, t.table), count = t.rows.numel(), chunks = t.chunks.numel() / 2;
+  const int64_t launched = chunks > 0 ? chunks : 1;
+  STD_TORCH_CHECK((static_cast<uint64_t>(dtypes) & 0xFCFCFCFCFCFCFCFCu) == 0, "dgg::", op,
+                  ": dtypes has an unknown dtype code");
+  STD_TORCH_CHECK(launched <= INT32_MAX, "dgg::", op, ": ", chunks,
+                  " chunks are more than one launch can have");
+  return {arguments.data<const int64_t>("table", t.table, n * kColumns),
+          arguments.data<const int32_t>("rows", t.rows, count),
+          arguments.data<const int32_t>("chunks", t.chunks, 2 * chunks),
+          arguments.data<const int32_t>("starts", t.starts, count + 1),
+          t.partials ? arguments.data<double>("partials", *t.partials, 3 * launched) : nullptr,
+          arguments.data<int32_t>("counter", t.counter, 1),
+          arguments.data<const int64_t>("grads", t.grads, n),
+          t.replays.numel() ? arguments.data<const int64_t>("replays", t.replays, n) : nullptr,
+          chunks,
+          count,
+          static_cast<uint64_t>(dtypes),
+          replay_weight};
+}
+
+void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
+                  const Tensor& starts, const Tensor& partials, const Tensor& counter,
+                  const Tensor& grads, const Tensor& replays, const Tensor& distances,
+                  const Tensor& squares, const OptionalTensor& gate,
+                  const OptionalTensor& grad_scale, int64_t dtypes, double replay_weight,
+                  int64_t which) {
+  const char* const op = "norms_launch";
+  const Arguments a(op, table);
+  const Launch launch =
+      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
+                  replay_weight);
+  const int64_t n = table.size(0);
+  const NormArguments arguments{launch,
+                                a.data<double>("distances", distances, n),
+                                a.data<double>("squares", squares, 3 * n),
+                                a.data<const uint8_t>("gate", gate, 1),
+                                a.data<const float>("grad_scale", grad_scale, 1),
+                                n,
+                                static_cast<int>(which)};
+  if (launch.row_count > 0) a.finish(launch_norms(arguments, a.stream()));
+}
+
+void coefficients_launch(const Tensor& squares, const Tensor& out,
+                         std::optional<double> max_grad_norm, bool scaling, bool per_tensor) {
+  const char* const op = "coefficients_launch";
+  const Arguments a(op, squares);
+  STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3, "dgg::", op,
+                  ": squares must have shape [3, n]");
+  const int64_t n = squares.size(1);
+  a.finish(launch_coefficients(
+      {a.data<const double>("squares", squares, 3 * n), a.data<double>("out", out, kScales + n), n,
+       max_grad_norm.value_or(0), max_grad_norm.has_value(), scaling, per_tensor},
+      a.stream()));
+}
+
+void update_launch(const char* op, cudaError_t (*run)(const UpdateArguments&, cudaStream_t),
+                   int hypers, const Arguments& a, const Launch& launch, int64_t n,
+                   const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+                   const Tensor* distances, const OptionalTensor& grad_scale,
+                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t seed,
+                   int64_t draw, int64_t variant) {
+  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hypers, "dgg::", op,
+                  ": hyper must have shape [groups, ", hypers, "]");
+  const UpdateArguments arguments{launch,
+                                  a.data<const double>("coefficients", coefficients, kScales + n),
+                                  a.data<const uint8_t>("flags", flags, n),
+                                  a.data<const double>("hyper", hyper, hyper.numel()),
+                                  distances ? a.data<double>("distances", *distances, n) : nullptr,
+                                  a.data<const float>("grad_scale", grad_scale, 1),
+                                  a.data<const float>("found_inf", found_inf, 1),
+                                  a.data<const int64_t>("draw_index", draw_index, 1),
+                                  static_cast<uint64_t>(seed),
+                                  static_cast<uint32_t>(draw),
+                                  static_cast<int>(variant)};
+  if (launch.row_count > 0) a.finish(run(arguments, a.stream()));
+}
+
+void adam_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
+                 const Tensor& starts, const Tensor& partials, const Tensor& counter,
+                 const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
+                 const Tensor& flags, const Tensor& hyper, const Tensor& distances,
+                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                 const OptionalTensor& draw_index, int64_t dtypes, double replay_weight,
+                 int64_t seed, int64_t draw, int64_t variant) {
+  const char* const op = "adam_launch_";
+  const Arguments a(op, table);
+  const Launch launch =
+      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
+                  replay_weight);
+  update_launch(op, launch_adam, kAdamHypers, a, launch, table.size(0), coefficients, flags, hyper,
+                &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
+}
+
+void sgd_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks, const Tensor& starts,
+                const Tensor& partials, const Tensor& counter, const Tensor& grads,
+                const Tensor& replays, const Tensor& coefficients, const Tensor& flags,
+                const Tensor& hyper, const Tensor& distances, const OptionalTensor& grad_scale,
+                const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
+                double replay_weight, int64_t seed, int64_t draw, int64_t variant) {
+  const char* const op = "sgd_launch_";
+  const Arguments a(op, table);
+  const Launch launch =
+      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
+                  replay_weight);
+  update_launch(op, launch_sgd, kSgdHypers, a, launch, table.size(0), coefficients, flags, hyper,
+                &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
+}
+
+void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
+                  const Tensor& starts, const Tensor& counter, const Tensor& grads,
+                  const Tensor& replays, const Tensor& coefficients, const Tensor& flags,
+                  const Tensor& hyper, const OptionalTensor& grad_scale,
+                  const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
+                  double replay_weight, int64_t seed, int64_t draw, int64_t variant) {
+  const char* const op = "guide_launch_";
+  const Arguments a(op, table);
+  const Launch launch =
+      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, nullptr}, dtypes,
+                  replay_weight);
+  // The other bits are for updates.
+  const int64_t known = variant & (kAnchorBit | kElementsBit);
+  update_launch(op, launch_guide, kGuideHypers, a, launch, table.size(0), coefficients, flags,
+                hyper, nullptr, grad_scale, found_inf, draw_index, seed, draw, known);
+}
+
+void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& draw_index,
+                       const Tensor& flags, const Tensor& gate, int64_t seed, int64_t granularity,
+                       int64_t threshold_column, int64_t strength_column) {
+  const char* const op = "draw_flags_launch";
+  const Arguments a(op, table);
+  const int64_t n = rows_of(op, table);
+  STD_TORCH_CHECK(hyper.dim() == 2 && threshold_column >= 0 && threshold_column < hyper.size(1) &&
+                      strength_column >= 0 && strength_column < hyper.size(1),
+                  "dgg::", op, ": hyper must have shape [groups, columns], with columns ",
+                  threshold_column, " and ", strength_column);
+  STD_TORCH_CHECK(granularity >= 0 && granularity <= 2, "dgg::", op,
+                  ": granularity must be 0 (step), 1 (tensor) or 2 (element), not ", granularity);
+  a.finish(
+      launch_draw_flags({a.data<const int64_t>("table", table, n * kColumns),
+                         a.data<const double>("hyper", hyper, hyper.numel()),
+                         a.data<const int64_t>("draw_index", draw_index, 1),
+                         a.data<uint8_t>("flags", flags, n), a.data<uint8_t>("gate", gate, 1), n,
+                         hyper.size(1), static_cast<uint64_t>(seed), static_cast<int>(granularity),
+                         static_cast<int>(threshold_column), static_cast<int>(strength_column)},
+                        a.stream()));
+}
+
+}  // namespace
+}  // namespace dgg
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CUDA, m) {
+  m.impl("norms_launch", TORCH_BOX(&dgg::norms_launch));
+  m.impl("coefficients_launch", TORCH_BOX(&dgg::coefficients_launch));
+  m.impl("adam_launch_", TORCH_BOX(&dgg::adam_launch));
+  m.impl("sgd_launch_", TORCH_BOX(&dgg::sgd_launch));
+  m.impl("guide_launch_", TORCH_BOX(&dgg::guide_launch));
+  m.impl("draw_flags_launch", TORCH_BOX(&dgg::draw_flags_launch));
+}
