@@ -193,16 +193,19 @@ constexpr int64_t kUnusual = -2;
 constexpr int64_t kNowhere = 1;
 
 // Whether a gradient can be worked on as it is; writes its address.
-bool take(AtenTensorHandle grad, const Watched& param, int32_t dtype, int64_t& address) {
-  int32_t layout = 0, device = 0, found = 0;
+bool take(AtenTensorHandle grad, AtenTensorHandle like, const Watched& param, int64_t& address) {
+  int32_t layout = 0, device = 0, index = 0, dtype = 0, found = 0;
   int64_t numel = 0;
   bool contiguous = false;
   const void* data = nullptr;
   // In this order: what has no strides has no contiguity either, and torch would log an error.
   if (aoti_torch_get_layout(grad, &layout) || layout != aoti_torch_layout_strided() ||
-      aoti_torch_get_device_type(grad, &device) || device != aoti_torch_device_type_cpu() ||
-      aoti_torch_get_dtype(grad, &found) || found != dtype || aoti_torch_get_numel(grad, &numel) ||
-      numel != param.numel || aoti_torch_is_contiguous(grad, &contiguous) || !contiguous ||
+      aoti_torch_get_device_type(like, &device) || aoti_torch_get_device_type(grad, &found) ||
+      found != device || aoti_torch_get_device_index(like, &index) ||
+      aoti_torch_get_device_index(grad, &found) || found != index ||
+      aoti_torch_get_dtype(like, &dtype) || aoti_torch_get_dtype(grad, &found) || found != dtype ||
+      aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
+      aoti_torch_is_contiguous(grad, &contiguous) || !contiguous ||
       torch_get_const_data_ptr(grad, &data)) {
     return false;
   }
@@ -254,9 +257,7 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
     addresses[i] = 0;
     if (list.kept[i] == undefined) continue;
     const Watched& param = list.tensors[i];
-    int32_t dtype = 0;
-    if (aoti_torch_get_dtype(handle_of(list.impls[i]), &dtype) ||
-        !take(handle_of(list.kept[i]), param, dtype, addresses[i])) {
+    if (!take(handle_of(list.kept[i]), handle_of(list.impls[i]), param, addresses[i])) {
       return kUnusual;
     }
     prefetch_data(reinterpret_cast<const void*>(addresses[i]));

@@ -369,8 +369,12 @@ class Rows:
         Args:
             watch: Watches tensors of which the first are the parameters, in the rows' order.
         """
-        if self.backend == "cpp" and self.kernels is None and self._plain and not self.has_masters:
-            self._gather = watch.gather(self.params, self._address_buffer, self.distances)
+        if self.backend != "reference" and self._plain and not self.has_masters:
+            noted = self.distances
+            if self.kernels is not None:
+                # The distances are on the device; what is dropped is noted here.
+                noted = self._noted = torch.ones(len(self.params), dtype=torch.float64)
+            self._gather = watch.gather(self.params, self._address_buffer, noted)
         return self._gather is not None
 
     def gather(self) -> bool:
@@ -395,6 +399,11 @@ class Rows:
         self.grads, self.replays = [], []
         self._table = self._base_table
         self._grad_addresses, self._replay_addresses = self._address_buffer, _NO_ADDRESSES
+        if self.kernels is not None:
+            if bool((self._noted < 0).any()):
+                self._noted.fill_(1.0)
+                self.forget(anchors=False)
+            self.kernels.begin(self._table, self._grad_addresses, self._replay_addresses)
         return True
 
     def refresh(

@@ -79,7 +79,7 @@ class Gather:
 
         Returns:
             How many parameters have a gradient; negative if a watched tensor moved or a gradient
-            is anything but contiguous, on the CPU and of its parameter's dtype and size.
+            is anything but contiguous and of its parameter's device, dtype and size.
         """
         return self._begin(known)
 

@@ -265,6 +265,8 @@ class _Guided:
         replays = [slot.get(p) for p in params]
         scaling, self._skipped = self._scaler_state(replays)
         skipped = self._skipped is True
+        if cache is not None and cache.launched:
+            self._check_capture(cache.all_rows[0].device, True)
         if cache is None or slot or skipped or not cache.gather(self):
             cache = self._take_up(replays, skipped, elementwise=wide["granularity"] == "element")
         if skipped:

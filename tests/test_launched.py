@@ -18,7 +18,7 @@ import torch
 
 import dgg
 from cases import BF16, F32, make_params, set_grads
-from dgg import _device, _dispatch, _prefetch
+from dgg import _device, _dispatch, _gather, _prefetch
 
 CPU = torch.device("cpu")
 MISSING = _dispatch.unavailable("triton", CPU)
@@ -87,6 +87,8 @@ def test_runs_equal_the_cpu_backend(rule, kind):
     launched = Run(rule, "triton", **options).run()
     plain = Run(rule, "reference", **options).run()
     assert launched.optimizer._rows.launched and not plain.optimizer._rows.launched
+    # Gradients and versions are taken up natively where the library can.
+    assert launched.optimizer._rows._gathers == (_gather.load() is not None)
     assert_close(launched, plain)
     stats, expected = launched.optimizer.guidance_stats(), plain.optimizer.guidance_stats()
     assert stats.keys() == expected.keys()
