@@ -23,6 +23,7 @@ from dgg.kernels.update import (
     CLIP,
     INJECT,
     INJECT_ELEMENTS,
+    INTERPRETED,
     SCALES,
     STREAM_ELEMENT,
     STREAM_ROUNDING,
@@ -78,12 +79,28 @@ def kernel(function):
     )
 
 
-def pack_of(*dtypes) -> tuple[int, int]:
-    """Returns how many neighbouring elements a thread takes, and the warps to a block with that.
+def pack_of(*dtypes) -> int:
+    """Returns how many neighbouring elements a thread takes.
 
-    As many as make the narrowest of the tensors' accesses 128 bits wide.
+    As many as make accesses of the narrowest tensor 128 bits wide.
     """
-    return (8, 4) if any(d.primitive_bitwidth == 16 for d in dtypes) else (4, 8)
+    return 8 if any(dtype.primitive_bitwidth == 16 for dtype in dtypes) else 4
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if INTERPRETED:
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
+
+
+def options_of(device: torch.device, pack: int = 4) -> dict[str, object]:
+    """Returns how a kernel is to be compiled in which a thread takes ``pack`` elements of a block.
+
+    There is nothing to keep in stages, and what is fused stands in update.py.
+    """
+    warps = max(BLOCK // (pack * _warp_size(device)), 1)
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from dgg.kernels.chunks import (
     kernel,
     number,
     on_device_of,
+    options_of,
     pack_of,
     read,
     read_gradient,
@@ -154,13 +155,13 @@ def guide_launch_(
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
     anchored = bool(variant & 1)
     m = chunks.shape[0]
-    pack, warps = pack_of(p, g, r, a)
+    pack = pack_of(p, g, r, a)
     with on_device_of(table):
         guide_kernel[(max(m, 1),)](
             table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
             draw_index, m, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
             replays.shape[0] > 0, anchored, anchored and bool(variant & 2), chunk,
-            min(BLOCK, chunk), pack, num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            min(BLOCK, chunk), pack, **options_of(table.device, pack),
         )  # fmt: skip
 
 
@@ -219,5 +220,5 @@ def draw_flags_launch(
         draw_flags_kernel[(1,)](
             table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
             threshold_column, strength_column, signed(seed), granularity, BLOCK,
-            num_warps=8, num_stages=1, enable_fp_fusion=False,
+            **options_of(table.device),
         )  # fmt: skip

@@ -20,6 +20,7 @@ from dgg.kernels.chunks import (
     kernel,
     number,
     on_device_of,
+    options_of,
     pack_of,
     read,
     read_gradient,
@@ -221,19 +222,19 @@ def norms_launch(
     n, k, m, slots = table.shape[0], rows.shape[0], chunks.shape[0], partials.shape[1]
     replayed = replays.shape[0] > 0
     wide, together = summing(m, k)
-    _, warps = pack_of(p, g, r, a)
+    pack = pack_of(p, g, r, a)
     with on_device_of(table):
         norms_kernel[(max(m, 1),)](
             table, rows, chunks, starts, partials, counter, grads, replays, distances, squares,
             gate, grad_scale, n, m, k, slots, which, bits(replay_weight),
             p, g, r, a, t, replayed, chunk, min(BLOCK, chunk), wide, TILE // wide, together,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            **options_of(table.device, pack),
         )  # fmt: skip
         if not together:
             finish_norms_kernel[(triton.cdiv(k, TILE // wide),)](
                 table, rows, starts, partials, grads, replays, distances, squares, gate,
                 grad_scale, n, k, slots, which, replayed, TILE // wide, wide,
-                num_warps=8, num_stages=1, enable_fp_fusion=False,
+                **options_of(table.device),
             )  # fmt: skip
 
 
@@ -304,5 +305,5 @@ def coefficients_launch(
         coefficients_kernel[(1,)](
             squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
             max_grad_norm is not None, bool(scaling), bool(per_tensor), BLOCK,
-            num_warps=8, num_stages=1, enable_fp_fusion=False,
+            **options_of(squares.device),
         )  # fmt: skip

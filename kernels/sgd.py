@@ -31,6 +31,7 @@ from dgg.kernels.chunks import (
     kernel,
     number,
     on_device_of,
+    options_of,
     pack_of,
     read,
     read_gradient,
@@ -212,7 +213,7 @@ def sgd_launch_(
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)
     p, g, r, b, _, _, a, c, t = dtypes
-    pack, warps = pack_of(p, g, r, b, a, c)
+    pack = pack_of(p, g, r, b, a, c)
     k, m = rows.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
     wide, together = finishing(m, k, features)
@@ -222,10 +223,10 @@ def sgd_launch_(
             hyper, distances, grad_scale, found_inf, draw_index, m, k, bits(replay_weight),
             signed(seed), signed(draw), p, g, r, b, a, c, t, replayed, *features,
             chunk, min(BLOCK, chunk), pack, wide, TILE // wide, together,
-            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+            **options_of(table.device, pack),
         )  # fmt: skip
         if not together:
             finish_update_kernel[(triton.cdiv(k, TILE // wide),)](
                 table, rows, starts, partials, grads, replays, distances, found_inf, k, replayed,
-                False, TILE // wide, wide, num_warps=8, num_stages=1, enable_fp_fusion=False,
+                False, TILE // wide, wide, **options_of(table.device),
             )  # fmt: skip
