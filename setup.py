@@ -285,30 +285,32 @@ class BuildExtension(build_ext):
         return []
 
 
-setup(
-    ext_modules=[
-        Extension(
-            CPP,
-            sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/watch.cpp"],
-            depends=["csrc/table.h", "csrc/update.h"],
-            define_macros=[TARGET],
-            language="c++",
-            py_limited_api=True,
-        ),
-        Extension(
-            CUDA,
-            # The longest to compile first.
-            sources=[
-                "csrc/cuda_adam.cu",
-                "csrc/cuda_sgd.cu",
-                "csrc/cuda_norms.cu",
-                "csrc/cuda_guide.cu",
-                "csrc/cuda.cu",
-            ],
-            depends=["csrc/launch.cuh", "csrc/step.cuh", "csrc/table.h", "csrc/update.h"],
-            language="c++",
-            py_limited_api=True,
-        ),
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+# Tests import this file for what the libraries are built with.
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                CPP,
+                sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/watch.cpp"],
+                depends=["csrc/table.h", "csrc/update.h"],
+                define_macros=[TARGET],
+                language="c++",
+                py_limited_api=True,
+            ),
+            Extension(
+                CUDA,
+                # The longest to compile first.
+                sources=[
+                    "csrc/cuda_adam.cu",
+                    "csrc/cuda_sgd.cu",
+                    "csrc/cuda_norms.cu",
+                    "csrc/cuda_guide.cu",
+                    "csrc/cuda.cu",
+                ],
+                depends=["csrc/launch.cuh", "csrc/step.cuh", "csrc/table.h", "csrc/update.h"],
+                language="c++",
+                py_limited_api=True,
+            ),
+        ],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -16,6 +16,12 @@
 
 #include "launch.cuh"
 
+#ifdef DGG_ON_HOST  // tests run the kernels, and these operators, on the CPU
+#define DGG_DISPATCH_KEY CPU
+#else
+#define DGG_DISPATCH_KEY CUDA
+#endif
+
 namespace dgg {
 namespace {
 
@@ -38,14 +44,40 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-template <typename T>
+template <typename Element>
 constexpr ScalarType dtype_of() {
+  using T = std::remove_const_t<Element>;
   return std::is_same<T, double>::value    ? ScalarType::Double
          : std::is_same<T, float>::value   ? ScalarType::Float
          : std::is_same<T, int64_t>::value ? ScalarType::Long
          : std::is_same<T, int32_t>::value ? ScalarType::Int
                                            : ScalarType::Byte;
 }
+
+#ifdef DGG_ON_HOST
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+
+bool is_here(const Tensor& tensor) {
+  return tensor.is_cpu();
+}
+cudaStream_t current_stream(int32_t) {
+  return nullptr;
+}
+#else
+using torch::stable::accelerator::DeviceGuard;
+
+bool is_here(const Tensor& tensor) {
+  return tensor.is_cuda();
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
 
 // Checks arguments against the device of the first, which becomes the current one.
 class Arguments {
@@ -55,8 +87,8 @@ class Arguments {
 
   template <typename T>
   T* data(const char* name, const Tensor& tensor, int64_t numel) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, "dgg::", op_, ": ",
-                    name, " must be on cuda:", device_, " like the other arguments");
+    STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == device_, "dgg::", op_, ": ",
+                    name, " must be on the device of the other arguments, number ", device_);
     STD_TORCH_CHECK(
         tensor.scalar_type() == dtype_of<T>() && tensor.is_contiguous() && tensor.numel() == numel,
         "dgg::", op_, ": ", name, " must be contiguous, of dtype ", name_of(dtype_of<T>()),
@@ -69,14 +101,10 @@ class Arguments {
     return tensor ? data<T>(name, *tensor, numel) : nullptr;
   }
 
-  cudaStream_t stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
+  cudaStream_t stream() const { return current_stream(device_); }
 
   void finish(cudaError_t error) const {
-    STD_TORCH_CHECK(error == cudaSuccess, "dgg::", op_, " on cuda:", device_, ": ",
+    STD_TORCH_CHECK(error == cudaSuccess, "dgg::", op_, " on device ", device_, ": ",
                     cudaGetErrorString(error),
                     error == cudaErrorNoKernelImageForDevice
                         ? "; build dgg again with this device in TORCH_CUDA_ARCH_LIST"
@@ -88,7 +116,7 @@ class Arguments {
  private:
   const char* op_;
   int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  DeviceGuard guard_;
 };
 
 struct Table {
@@ -254,7 +282,7 @@ void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& d
 }  // namespace
 }  // namespace dgg
 
-STABLE_TORCH_LIBRARY_IMPL(dgg, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(dgg, DGG_DISPATCH_KEY, m) {
   m.impl("norms_launch", TORCH_BOX(&dgg::norms_launch));
   m.impl("coefficients_launch", TORCH_BOX(&dgg::coefficients_launch));
   m.impl("adam_launch_", TORCH_BOX(&dgg::adam_launch));

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <random>
 #include <vector>
@@ -26,10 +28,20 @@
 #define DGG_LAUNCH(kernel, blocks, stream, arguments) \
   cuda_on_host::launch(blocks, 256, [&] { kernel(arguments); })
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+#define DGG_ON_HOST
+
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInsufficientDriver
+};
 using cudaStream_t = void*;
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no kernel for these arguments";
 }
 
 struct int2 {
@@ -56,81 +68,90 @@ struct Place {
 extern Place thread_place, block_place, grid_size;
 // 0 runs the blocks in order, another number in an order of its own.
 extern unsigned block_order;
-// Vector accesses that were made, to see that the fast path was taken; and misaligned ones.
+// Vector accesses so far: whether and how often the fast path was taken.
 extern int64_t vector_accesses;
 
 constexpr int kWarp = 32;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;
   std::unique_ptr<char[]> stack;
   unsigned number = 0;
-  bool done = false;
-  long block_barriers = 0, warp_barriers = 0;
+  bool started = false, done = false;
+  int block_barriers = 0, warp_barriers = 0;
 };
 
 extern std::vector<Fiber> fibers;
-extern ucontext_t scheduler;
+extern jmp_buf scheduler;
 extern Fiber* running;
+extern std::function<void()> job;
 extern std::vector<int> arrived_in_warp;
 extern int arrived;
 
+// Contexts are made once; from then on fibers are left and entered with jumps, which unlike
+// swapcontext make no system call.
 inline void give_way() {
-  Fiber* const self = running;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 }
 
-// Waits until as many fibers as the barrier has members have come.
-inline void wait(int& count, long& passed, int members) {
-  const long turn = ++passed;
-  // `count` only grows within a block; the turn is over when everyone has come that often.
+inline void resume(Fiber& fiber) {
+  running = &fiber;
+  thread_place.x = fiber.number;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+inline void work_forever() {
+  for (;;) {
+    job();
+    running->done = true;
+    give_way();
+  }
+}
+
+// Waits until as many fibers as the barrier has members have come here as often as this one.
+inline void wait(int& count, int& passed, int members) {
+  const int turn = ++passed;
   ++count;
   while (count < turn * members) give_way();
 }
 
-template <typename F>
-void enter(unsigned low, unsigned high) {
-  const auto address = static_cast<uintptr_t>(high) << 32 | low;
-  (*reinterpret_cast<const F*>(address))();
-  running->done = true;
-  give_way();
-}
-
-template <typename F>
-void launch(int64_t blocks, int threads, const F& kernel) {
-  constexpr size_t kStack = 256 * 1024;
+inline void launch(int64_t blocks, int threads, std::function<void()> kernel) {
+  constexpr size_t kStack = 128 * 1024;
   if (fibers.empty()) {
-    fibers.resize(static_cast<size_t>(threads));
-    for (Fiber& fiber : fibers) fiber.stack.reset(new char[kStack]);
+    fibers = std::vector<Fiber>(static_cast<size_t>(threads));
+    for (unsigned t = 0; t < fibers.size(); ++t) {
+      Fiber& fiber = fibers[t];
+      fiber.number = t;
+      fiber.stack.reset(new char[kStack]);
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = fiber.stack.get();
+      fiber.start.uc_stack.ss_size = kStack;
+      fiber.start.uc_link = nullptr;
+      makecontext(&fiber.start, &work_forever, 0);
+    }
   }
+  job = std::move(kernel);
   std::vector<unsigned> order(static_cast<size_t>(blocks));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
   if (block_order != 0) std::shuffle(order.begin(), order.end(), std::mt19937(block_order));
   grid_size.x = static_cast<unsigned>(blocks);
-  const auto address = reinterpret_cast<uintptr_t>(&kernel);
   for (const unsigned block : order) {
     block_place.x = block;
     arrived = 0;
     arrived_in_warp.assign(static_cast<size_t>(threads / kWarp), 0);
-    for (unsigned t = 0; t < fibers.size(); ++t) {
-      Fiber& fiber = fibers[t];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler;
-      fiber.number = t;
+    for (Fiber& fiber : fibers) {
       fiber.done = false;
       fiber.block_barriers = fiber.warp_barriers = 0;
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&enter<F>), 2,
-                  static_cast<unsigned>(address), static_cast<unsigned>(address >> 32));
     }
     for (bool left = true; left;) {
       left = false;
       for (Fiber& fiber : fibers) {
         if (fiber.done) continue;
-        running = &fiber;
-        thread_place.x = fiber.number;
-        swapcontext(&scheduler, &fiber.context);
+        resume(fiber);
         left = left || !fiber.done;
       }
     }

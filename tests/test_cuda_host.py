@@ -6,24 +6,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-import pathlib
-import shutil
-import subprocess
 
 import pytest
 import torch
 
+import cuda_on_host
 from cases import BF16, F16, F32, F64, cpp_missing
 from dgg import _device, _philox, reference
 
-ROOT = pathlib.Path(__file__).parent.parent
-UNITS = [ROOT / "csrc" / f"cuda_{name}.cu" for name in ("adam", "sgd", "guide", "norms")]
-HEADERS = [ROOT / "csrc" / name for name in ("update.h", "table.h", "launch.cuh", "step.cuh")]
-SHIM = [ROOT / "tests" / "cuda_on_host.h", ROOT / "tests" / "cuda_on_host.cpp"]
-COMPILER = shutil.which("g++")
-
 pytestmark = pytest.mark.skipif(
-    COMPILER is None, reason="g++, which runs the CUDA kernels on the CPU, is not installed"
+    cuda_on_host.missing() is not None, reason=str(cuda_on_host.missing())
 )
 
 CHUNK = _device.CHUNK
@@ -67,32 +59,9 @@ SITUATIONS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kernels():
-    """The kernels as a library; kept in build/ as long as its sources do not change."""
-    sources = [*UNITS, *HEADERS, *SHIM]
-    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
-    if "fma" in pathlib.Path("/proc/cpuinfo").read_text().split():
-        options.append("-mfma")  # else std::fma is a slow function with the same result
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    folder = ROOT / "build" / f"cuda-on-host-{digest}"
-    library = folder / "kernels.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for unit in (*UNITS, SHIM[1]):
-            objects.append(folder / f"{unit.stem}.o")
-            warnings = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-            files = ["-include", str(SHIM[0]), "-x", "c++", "-c", str(unit), "-o", str(objects[-1])]
-            command = [COMPILER, *options, *warnings, *files]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[:4000]
-        command = [COMPILER, "-shared", "-o", str(library) + ".new", *map(str, objects)]
-        subprocess.run(command, check=True)
-        pathlib.Path(str(library) + ".new").replace(library)
-    handle = ctypes.CDLL(str(library))
-    handle.count_vector_accesses.restype = ctypes.c_int64
-    return handle
+    return cuda_on_host.load()
 
 
 def _address(x):
@@ -901,3 +870,104 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, flags):
         seen.add((_everything(problem), _bits([squares])))
         problem.assert_guards()
     assert len(seen) == 1
+
+
+# Operators
+
+
+def _operator_arguments(launches, launch):
+    problem = launches.problem
+    replays = launches.replays if problem.replays else torch.empty(0, dtype=torch.int64)
+    chunks = (launches.table, launch.rows, launch.chunks, launch.starts)
+    return chunks, (launch.partials, launch.counter), (launches.grads, replays)
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+@pytest.mark.parametrize("flags", [INJECT, ELEMENTS])
+@pytest.mark.parametrize("name", RULES)
+def test_operators(kernels, name, flags):
+    ours, theirs = Problem([CHUNK + 1029, 3, 0]), Problem([CHUNK + 1029, 3, 0])
+    launches = Launches(kernels, ours)
+    (launch,) = launches.launches
+    chunks, workspace, gradients = _operator_arguments(launches, launch)
+    flag_list = torch.full((3,), flags, dtype=torch.uint8)
+    hyper = torch.tensor([[float(v) for v in HYPER[name].values()]], dtype=F64)
+    variant = variant_of([HYPER[name]], flag_list) | (_device.LOOK_AHEAD if name != "guide" else 0)
+    scale, found = torch.tensor(2.0), torch.zeros(1)
+    squares = torch.zeros(3, 3, dtype=F64)
+    options = {"dtypes": launch.dtypes, "replay_weight": 0.6}
+    torch.ops.dgg.norms_launch(
+        *chunks, *workspace, *gradients, ours.distances, squares, None, scale, which=7, **options
+    )
+    expected = Launches(kernels, theirs).norms(replay_weight=0.6, grad_scale=2.0)
+    assert torch.equal(squares, expected)
+    torch.ops.dgg.coefficients_launch(
+        squares, ours.coefficients, max_grad_norm=3.0, scaling=True, per_tensor=False
+    )
+    _coefficients(kernels, expected, theirs.coefficients, 3.0, True, False)
+    assert torch.equal(ours.coefficients, theirs.coefficients)
+    if name == "guide":
+        workspace = workspace[1:]
+    own = [ours.coefficients, flag_list, hyper]
+    if name != "guide":
+        own.append(ours.distances)
+    draws = {"seed": SEED - 2**64, "draw": 1, "variant": variant}
+    getattr(torch.ops.dgg, f"{name}_launch_")(
+        *chunks, *workspace, *gradients, *own, scale, found, torch.tensor(DRAW), **draws, **options
+    )
+    Launches(kernels, theirs).update(
+        name, HYPER[name], flags, variant=variant, replay_weight=0.6, grad_scale=2.0
+    )
+    assert _everything(ours) == _everything(theirs)
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+def test_draw_flags_operator(kernels):
+    problem = Problem([1, 1], replay=False)
+    table, _ = problem.table()
+    flags = torch.tensor([FIRST, 0], dtype=torch.uint8)
+    gate = torch.zeros(1, dtype=torch.uint8)
+    hyper = torch.tensor([[0.7, 2.0**32]], dtype=F64)
+    torch.ops.dgg.draw_flags_launch(
+        table, hyper, torch.tensor(DRAW), flags, gate, seed=SEED - 2**64, granularity=1,
+        threshold_column=1, strength_column=0,
+    )  # fmt: skip
+    assert flags.tolist() == [FIRST | INJECT, INJECT] and gate.item() == 1
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+@pytest.mark.parametrize(
+    "place,value,message",
+    [
+        (0, lambda x: x[:, :13].contiguous(), r"table must have shape \[n, 14\]"),
+        (0, lambda x: x.int(), "table must be contiguous, of dtype int64"),
+        (1, lambda x: x.long(), "rows must be contiguous, of dtype int32"),
+        (3, lambda x: x[:-1].clone(), "starts must be contiguous, of dtype int32 and have 3"),
+        (4, lambda x: x[:2].clone(), "partials must be contiguous, of dtype float64 and have 6"),
+        (6, lambda x: x[:1].clone(), "grads must be contiguous, of dtype int64 and have 2"),
+        (7, lambda x: x[:1].clone(), "replays must be contiguous, of dtype int64 and have 2"),
+        (8, lambda x: x[:-1].clone(), "coefficients must be contiguous, of dtype float64"),
+        (9, lambda x: x.bool(), "flags must be contiguous, of dtype uint8"),
+        (10, lambda x: x[:, 1:].clone(), r"hyper must have shape \[groups, 10\]"),
+        (11, lambda x: x.float(), "distances must be contiguous, of dtype float64"),
+        (12, lambda x: torch.ones(2), "grad_scale must be contiguous, of dtype float32"),
+        (13, lambda x: torch.ones(1, dtype=F64), "found_inf must be contiguous, of dtype float32"),
+        (14, lambda x: torch.ones(1), "draw_index must be contiguous, of dtype int64"),
+    ],
+)
+def test_operator_names_what_is_wrong(kernels, place, value, message):
+    problem = Problem([5, 7])
+    launches = Launches(kernels, problem)
+    (launch,) = launches.launches
+    chunks, workspace, gradients = _operator_arguments(launches, launch)
+    hyper = torch.tensor([[float(v) for v in ADAM.values()]], dtype=F64)
+    flags = torch.zeros(2, dtype=torch.uint8)
+    arguments = [*chunks, *workspace, *gradients, problem.coefficients, flags, hyper,
+                 problem.distances, None, None, None]  # fmt: skip
+    arguments[place] = value(arguments[place])
+    before = _everything(problem)
+    with pytest.raises(RuntimeError, match=f"dgg::adam_launch_: {message}"):
+        torch.ops.dgg.adam_launch_(
+            *arguments, dtypes=launch.dtypes, replay_weight=1.0, seed=0, draw=0, variant=0
+        )
+    assert _everything(problem) == before
