@@ -2,8 +2,10 @@
 """The step benchmark: its JSON, its arithmetic, and that nothing wrong is ever timed."""
 
 import dataclasses
+import gzip
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -267,9 +269,9 @@ def _kernel(name, start, end):
 
 
 def _shrunk(case):
-    """The case with few small tensors, without what takes long to compile."""
+    """The case with few small tensors, without what takes long to compile or to interpret."""
     shapes = [(min(8, torch.Size(s).numel()),) for s in case.shapes[:6]]
-    runs = [run for run in case.runs if run[0] != "torch.compile"]
+    runs = [run for run in case.runs if run[0] not in ("torch.compile", "dgg triton")]
     return dataclasses.replace(case, shapes=shapes, runs=runs, rounds=5)
 
 
@@ -296,8 +298,7 @@ def test_every_gpu_case_goes_through(bench, gpu, tmp_path):
             assert entry["waits_for_device"] is None and entry["temporary_bytes"] == 0
             if entry["bytes"] is not None:
                 assert entry["bandwidth"] * entry["device_seconds"] == pytest.approx(entry["bytes"])
-        missing = {m["name"]: m["reason"] for m in case["not_run"]}
-        assert "interpreter" in missing["dgg triton"]
+        assert all(missing["reason"] for missing in case["not_run"])
     json.dumps(results)
     page = "\n".join(say.lines)
     assert "dev / clip+fused" in page and "launches" in page
@@ -478,3 +479,286 @@ def test_backends_are_compared_where_both_ran(bench):
     twin = {**cases[0]["variants"][0], "name": "dgg triton", "device_seconds": 56.0}
     cases[0]["variants"].append(twin)
     assert "0.50" in table(cases, markdown=True).splitlines()[-1]
+
+
+# -- training step, profiles, and the one command -------------------------------------------------
+
+
+def run_script(name, *options, expect=0, timeout=240):
+    command = [sys.executable, str(BENCH / name), *map(str, options)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("OUT", "TRITON_INTERPRET")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_training_step_on_a_cpu(tmp_path):
+    printed = run_script("training_step.py", "--preset", "smoke", "--out", tmp_path)
+    (path,) = tmp_path.glob("training-cpu-*.json")
+    results = json.loads(path.read_text())
+    assert [case["case"] for case in results["cases"]] == ["lora2", "full-2-layers"]
+    for case in results["cases"]:
+        assert case["case"] in printed
+        names = [(entry["name"], entry["alpha"]) for entry in case["variants"]]
+        assert names[:2] == [
+            ("torch fused + clip", None), ("foreach guidance + clip + torch fused", 0.2)
+        ]  # fmt: skip
+        for entry in case["variants"]:
+            assert 0 < entry["optimizer_seconds"] < entry["seconds"]
+            assert entry["optimizer_share"] == pytest.approx(
+                entry["optimizer_seconds"] / entry["seconds"]
+            )
+            # Two blocks; the host's memory is no device's.
+            assert entry["samples"] in (10, 20) and entry["peak_bytes"] is None
+    # A block of a LoRA has A and B of seven linear layers.
+    assert results["cases"][0]["tensors"] == 2 * 7 * 2
+
+
+def test_variants_of_the_training_step_compute_the_same(bench):
+    """From the same weights, on the same data, guided at the same steps."""
+    training, shaped = bench("training_step"), bench("llava_shaped")
+    device = bench("machine").open_device("cpu")
+    wanted, _ = training.variants(device, 5)
+    wanted = [variant for variant in wanted if "triton" not in variant.name]
+    finals = {}
+    for variant in wanted:
+        if variant.alpha == 0.05:
+            continue
+        model = shaped.make(shaped.TINY, device.device, torch.float64, None)
+        data = shaped.batch(shaped.TINY, device.device, torch.float64, 8)
+        times, _ = training.train(model, data, variant, device)
+        injected, plain = len(times.get(True, ())), len(times[False])
+        assert (injected, plain) == ((1, 4) if variant.alpha else (0, 5))
+        finals[variant.name] = [p.detach() for p in model.parameters()]
+    eager = finals.pop("foreach guidance + clip + torch fused")
+    unguided = finals.pop("torch fused + clip")
+    assert finals, "no backend of dgg ran"
+    for mine in finals.values():
+        torch.testing.assert_close(mine, eager, rtol=1e-7, atol=1e-9)
+        assert not torch.allclose(mine[0], unguided[0], rtol=1e-4, atol=0)
+
+
+def test_training_times_are_weighed_by_alpha(bench):
+    training = bench("training_step")
+    variant = training.Variant("v", None, 0.2, 5)
+    blocks = [{True: [(3.0, 2.0)], False: [(1.0, 0.5)] * 4}, {False: [(1.0, 0.5)] * 5}]
+    entry = training.summary(variant, blocks, {"peak": 7, "steady": 5})
+    assert entry["seconds"] == pytest.approx(0.2 * 3 + 0.8)
+    assert entry["optimizer_seconds"] == pytest.approx(0.2 * 2 + 0.8 * 0.5)
+    assert (entry["samples"], entry["peak_bytes"]) == (10, 7)
+
+
+def test_full_fine_tuning_is_cut_to_the_memory(bench):
+    fitting, full = bench("training_step").fitting, bench("llava_shaped").Shape()
+    assert fitting(140 * 2**30) == full
+    shape = fitting(40 * 2**30)
+    assert 1 < shape.layers < 32 and shape.parameters() * 14 <= 0.9 * 40 * 2**30
+    assert fitting(0).layers == 1
+
+
+def test_lists_are_those_of_the_model(bench):
+    """The parameter lists of step.py are what the model of training_step.py trains."""
+    lists, shaped = bench("parameter_lists"), bench("llava_shaped")
+    with torch.device("meta"):
+        model = shaped.LlavaShaped(shaped.Shape())
+        shapes = sorted(tuple(p.shape) for p in model.parameters())
+        assert shapes == sorted(lists.llava_7b_full())
+        assert sum(p.numel() for p in model.parameters()) == shaped.Shape().parameters()
+        for module in model.modules():
+            if isinstance(module, shaped.Linear):
+                module.add_lora(16)
+    factors = [tuple(p.shape) for n, p in model.named_parameters() if "lora" in n]
+    assert sorted(factors) == sorted(lists.llava_7b_lora(16))
+
+
+def test_profile_on_a_cpu(tmp_path):
+    printed = run_script("nsys_step.py", "--launch", "--shape", "tiny", "--out", tmp_path)
+    assert "torch.profiler" in printed
+    for name in ("dgg.step", "dgg.norm", "dgg.update"):
+        assert f"| {name} " in printed, printed
+    trace = tmp_path / "step-trace.json.gz"
+    assert str(trace) in printed and 0 < trace.stat().st_size < 16 * 2**20
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))[
+        "traceEvents"]}  # fmt: skip
+    assert {"dgg.step", "dgg.norm", "dgg.update"} <= names
+
+
+def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
+    nsys = bench("nsys_step")
+    taken = []
+    training = types.SimpleNamespace(step=lambda: taken.append("step"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: taken.append("wait"))
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: taken.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: taken.append("stop"))
+    nsys.under_nsys(training, 2)
+    assert taken == ["step"] * nsys.WARM_UP + ["wait", "start", "step", "step", "wait", "stop"]
+
+
+def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
+    bench, monkeypatch, tmp_path, capsys
+):
+    nsys = bench("nsys_step")
+    fake = tmp_path / "nsys"
+    fake.write_text(f'#!/bin/sh\necho "$DGG_NVTX $@" >> {tmp_path}/calls\nexit 3\n')
+    fake.chmod(0o755)
+    assert not nsys.launch(str(fake), tmp_path, ["--alpha", "0.5"])
+    call = (tmp_path / "calls").read_text()
+    assert call.startswith("1 profile -t cuda,nvtx,osrt --capture-range=cudaProfilerApi")
+    assert "--capture-range-end=stop" in call and call.rstrip().endswith("--captured --alpha 0.5")
+    assert "torch.profiler instead" in capsys.readouterr().out
+    fake.write_text(
+        f'#!/bin/sh\n[ "$1" = profile ] && touch {tmp_path}/step.nsys-rep\n'
+        f'echo "$@" >> {tmp_path}/calls\n'
+    )
+    assert nsys.launch(str(fake), tmp_path, [])
+    assert (
+        "stats --force-export=true --report cuda_gpu_kern_sum" in (tmp_path / "calls").read_text()
+    )
+
+
+def test_profile_tables_sort_kernels(bench):
+    nsys = bench("nsys_step")
+    on_host = torch.autograd.DeviceType.CPU
+
+    def host(name, start, end, kernels=()):
+        return types.SimpleNamespace(
+            name=name, device_type=on_host, time_range=types.SimpleNamespace(start=start, end=end),
+            kernels=[types.SimpleNamespace(name=kernel) for kernel in kernels],
+        )  # fmt: skip
+
+    events = [
+        host("aten::mm", 0, 10, ["gemm"]),
+        host("dgg.step", 20, 60),
+        host("dgg.update", 30, 50, ["adam"]),
+        _kernel("gemm", 5, 500),
+        _kernel("adam", 600, 2600),
+        _kernel("dgg.update", 600, 2600),
+    ]
+    ranges, own, others = nsys.tables(events, 2).split("\n\n")
+    assert "dgg.step" in ranges and "0.0200" in ranges
+    assert "adam" in own and "1.0000" in own and "gemm" not in own
+    assert "gemm" in others and "adam" not in others and "dgg.update" not in own + others
+
+
+def test_gpu_command_without_a_gpu_says_so(tmp_path):
+    printed = run_script("gpu.py", "--build", tmp_path / "build", "--out", tmp_path, expect=2)
+    assert "no GPU here that torch can use" in printed
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_gpu_command_rehearsed(tmp_path):
+    """Everything but the build, which takes a minute, and what only a GPU can do."""
+    out = tmp_path / "out"
+    stages = "environment,tests,step,training,sanitizer"
+    printed = run_script(
+        "gpu.py", "--rehearse", "--stages", stages, "--out", out, "--build", tmp_path / "build"
+    )
+    (path,) = out.glob("*.json")
+    results = json.loads(path.read_text())
+    assert results["rehearsal"] and list(results["stages"]) == stages.split(",")
+    for name in ("environment", "tests", "step", "training"):
+        assert results["stages"][name]["status"] == "ok", results["stages"][name]
+    assert results["stages"]["sanitizer"]["status"] in ("not run", "ok")
+    assert results["step"]["cases"] and results["training"]["cases"]
+    assert "rehearsal" in path.with_suffix(".md").read_text()
+    assert (out / "gpu.log").exists() and "| step | ok |" in printed
+
+
+@pytest.fixture
+def stages(bench, tmp_path):
+    return bench("gpu").Stages(tmp_path / "build", [tmp_path], budget=100, rehearsal=True)
+
+
+def test_a_failing_stage_stops_nothing(bench, stages, tmp_path):
+    gpu = bench("gpu")
+    begun = []
+
+    def failing():
+        begun.append("failing")
+        raise gpu.Failed("the compiler said no")
+
+    def broken():
+        begun.append("broken")
+        raise ZeroDivisionError("division")
+
+    stages.run("build", failing, ["step"])
+    stages.run("tests", broken, ["step"])
+    stages.run("step", lambda: {"summary": "fine"}, [])
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())["stages"]
+    assert begun == ["failing", "broken"]
+    assert found["build"]["reason"] == "the compiler said no"
+    assert found["tests"]["reason"] == "ZeroDivisionError: division"
+    assert found["step"]["status"] == "ok"
+
+
+def test_a_stage_leaves_time_for_those_behind_it(bench, stages):
+    limits = []
+    gpu = bench("gpu")
+    stages.run("tests", lambda: limits.append(stages.limit) or {}, ["step", "training"])
+    assert limits[0] == pytest.approx(
+        100 - gpu.LIMITS["step"][1] - gpu.LIMITS["training"][1], abs=2
+    )
+    stages.end = time.monotonic() + 1
+    stages.run("step", lambda: limits.append(0) or {}, [])
+    assert stages.results["stages"]["step"]["status"] == "not run" and len(limits) == 1
+
+
+def test_a_command_is_stopped_at_its_limit_with_its_children(stages, tmp_path):
+    begin = time.monotonic()
+    code, output = stages.command(
+        ["sh", "-c", f"echo begun; (sleep 3; touch {tmp_path}/late) & sleep 60"], limit=1
+    )
+    assert code is None and output == "begun\n" and time.monotonic() - begin < 20
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
+def test_the_repository_root_is_on_no_path_of_a_stage(stages):
+    code, output = stages.command([sys.executable, "-c", "import sys; print(sys.path)"])
+    assert code == 0 and repr(str(BENCH.parent)) not in output
+
+
+def test_test_reports_are_read(bench, tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/>'
+        '<testcase classname="t" name="b"><failure message="assert 1 == 2&#10;more"/></testcase>'
+        '<testcase classname="t" name="c"><skipped message="one GPU"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    found = bench("gpu").junit(report)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"] == [{"name": "t::b", "message": "assert 1 == 2"}]
+    assert found["skip_reasons"] == {"one GPU": 1}
+    stopped = (
+        "../t.py::a[x-1] PASSED [ 1%]\n../t.py::b SKIPPED (one GPU)\n../t.py::c FAILED\n../t.py::d"
+    )
+    found = bench("gpu").verbose_counts(stopped)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"][0]["name"] == "../t.py::c"
+
+
+def test_device_names_make_file_names(bench):
+    slug = bench("gpu").slug
+    assert slug("NVIDIA H200") == "h200"
+    assert slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
+    assert slug("AMD Instinct MI300X") == "amd-instinct-mi300x"
+
+
+# -- the tests for a GPU, on the CPU --------------------------------------------------------------
+
+
+def test_gpu_tests_run_on_the_cpu():
+    """Their bodies, on the CPU's kernels: a mistake in them is no surprise on a GPU."""
+    environment = {**os.environ, "DGG_GPU_TESTS_ON": "cpu"}
+    tests = pathlib.Path(__file__).parent / "test_gpu.py"
+    command = [
+        sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+        str(tests), "-q", "-p", "no:cacheprovider", "-k", "cpp",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, cwd=tests.parent
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout

@@ -547,7 +547,7 @@ def test_state_dicts_are_exchanged_with_torch(flags, backend):
     run(torch_optimizer, theirs, 3, seed=2)
     torch.testing.assert_close(mine, theirs)
     back = torch.optim.AdamW(theirs, **hyper, **flags)
-    back.load_state_dict(optimizer.state_dict())
+    back.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for group in back.param_groups:
         group.update(flags)
     run(back, theirs, 2, seed=3)

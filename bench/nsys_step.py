@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Profiles the optimizer steps of a LoRA training: what runs, on the host and on the device.
+
+    python bench/nsys_step.py --launch --out build/profile   # what `make profile` runs
+
+With ``--launch`` it starts itself under Nsight Systems where there is a GPU and `nsys`, and prints
+the summaries of kernels and ranges; the capture covers the measured steps alone, after the warm-up
+(cudaProfilerApi). Elsewhere torch.profiler takes its place, on the CPU too, and writes a trace for
+https://ui.perfetto.dev. docs/profiling.md reads the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import torch
+
+import dgg
+from llava_shaped import TINY, Shape, batch, make
+from step_report import table
+
+WARM_UP = 10
+MOST_STEPS = 3  # traces of many steps are too large to open
+RANGES = ("dgg.step", "dgg.norm", "dgg.allreduce", "dgg.update", "dgg.prefetch")
+# As many tensors as LLaVA-7B's LoRA has, and small enough for a CPU.
+NARROW = Shape(hidden=256, intermediate=688, heads=8, vocabulary=1000, vision=64, patches=32)
+SHAPES = {"llava7b": Shape(), "narrow": NARROW, "tiny": TINY}
+
+
+class Training:
+    """A LoRA training whose optimizer is profiled.
+
+    Args:
+        device: Where it runs.
+        shape: Key of SHAPES.
+        rank: LoRA rank.
+        options: Of dgg.AdamW.
+    """
+
+    def __init__(self, device: torch.device, shape: str, rank: int, **options) -> None:
+        sizes = SHAPES[shape]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = make(sizes, device, dtype, rank)
+        text = 448 if shape == "llava7b" else sizes.patches
+        self.data = batch(sizes, device, dtype, text)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = dgg.AdamW(self.params, lr=1e-4, max_grad_norm=1.0, **options)
+        self.optimizer.set_anchor()
+
+    def step(self) -> None:
+        """Takes one training step."""
+        self.model(*self.data).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def under_nsys(training: Training, steps: int) -> None:
+    """Runs the steps with the capture range round the measured ones; nsys does the rest."""
+    for _ in range(WARM_UP):
+        training.step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for _ in range(steps):
+        training.step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def by_torch(training: Training, steps: int, trace: pathlib.Path, *, warm_up: int = WARM_UP):
+    """Profiles the steps with torch.profiler; writes the trace and returns the events."""
+    for _ in range(warm_up):
+        training.step()
+    kinds = torch.profiler.ProfilerActivity
+    on_gpu = training.params[0].device.type == "cuda"
+    # One step is thrown away: the profiler's own beginning is in it.
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU], schedule=schedule
+    ) as profiler:
+        for _ in range(1 + steps):
+            training.step()
+            if on_gpu:
+                torch.cuda.synchronize()
+            profiler.step()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    return list(profiler.events())
+
+
+def tables(events, steps: int) -> str:
+    """Returns what the ranges and what is in them took, per step.
+
+    Args:
+        events: Of `by_torch`.
+        steps: Steps that were profiled.
+    """
+    on_host = torch.autograd.DeviceType.CPU
+    host = [event for event in events if event.device_type == on_host]
+    device = [event for event in events if event.device_type != on_host]
+    host_names = {event.name for event in host}
+    rows = [("range", "times a step", "host ms a step")]
+    for name in RANGES:
+        found = [event for event in host if event.name == name]
+        if found:
+            rows.append((name, _times(found, steps), _milliseconds(found, steps)))
+    if len(rows) == 1:
+        rows.append(("no range of dgg was seen", "", ""))
+    inside = [event.time_range for event in host if event.name == "dgg.step"]
+    operators: dict[str, list] = {}
+    for event in host:
+        if event.name in RANGES or not any(
+            span.start <= event.time_range.start and event.time_range.end <= span.end
+            for span in inside
+        ):
+            continue
+        operators.setdefault(event.name, []).append(event)
+    found = [table(rows, markdown=True)]
+    rows = [("operator on the host, within dgg.step", "times a step", "host ms a step")]
+    for name, group in sorted(operators.items(), key=lambda item: -_seconds(item[1]))[:12]:
+        rows.append((name, _times(group, steps), _milliseconds(group, steps)))
+    if len(rows) > 1:
+        found.append(table(rows, markdown=True))
+    ours = {
+        kernel.name
+        for event in host
+        if any(span.start <= event.time_range.start <= span.end for span in inside)
+        for kernel in event.kernels
+    }
+    kernels: dict[str, list] = {}
+    for event in device:
+        # A range of the host has a shadow of its name on the device.
+        if event.name not in host_names:
+            kernels.setdefault(event.name, []).append(event)
+    for what, names, most in (
+        ("kernel or copy launched within dgg.step", ours & kernels.keys(), 20),
+        ("other kernel or copy of the training step", kernels.keys() - ours, 12),
+    ):
+        rows = [(what, "times a step", "device ms a step")]
+        for name in sorted(names, key=lambda name: -_seconds(kernels[name]))[:most]:
+            group = kernels[name]
+            rows.append((name[:90], _times(group, steps), _milliseconds(group, steps)))
+        if len(rows) > 1:
+            found.append(table(rows, markdown=True))
+    return "\n\n".join(found) + "\n"
+
+
+def _seconds(events) -> float:
+    return sum(event.time_range.end - event.time_range.start for event in events) * 1e-6
+
+
+def _times(events, steps: int) -> str:
+    return f"{len(events) / steps:g}"
+
+
+def _milliseconds(events, steps: int) -> str:
+    return f"{_seconds(events) / steps * 1e3:.4f}"
+
+
+def nsys_command(nsys: str, out: pathlib.Path, arguments: list[str]) -> list[str]:
+    """Returns the command that profiles this script with the given arguments."""
+    return [
+        nsys, "profile", "-t", "cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop", "--force-overwrite=true", "-o", str(out / "step"),
+        sys.executable, __file__, "--captured", *arguments,
+    ]  # fmt: skip
+
+
+def launch(nsys: str, out: pathlib.Path, arguments: list[str]) -> bool:
+    """Profiles under nsys and prints its summaries; returns whether there is a report."""
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / "step.nsys-rep"
+    report.unlink(missing_ok=True)
+    environment = {**os.environ, "DGG_NVTX": "1"}
+    done = subprocess.run(nsys_command(nsys, out, arguments), env=environment)
+    if done.returncode or not report.exists():
+        print(f"nsys made no report (exit code {done.returncode}): torch.profiler instead")
+        return False
+    reports = "cuda_gpu_kern_sum,cuda_gpu_mem_time_sum,nvtx_sum,cuda_api_sum"
+    subprocess.run([nsys, "stats", "--force-export=true", "--report", reports, str(report)])
+    print(f"{report}: open it in Nsight Systems")
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Profiles the steps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launch", action="store_true", help="under nsys where that can be")
+    parser.add_argument("--captured", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/profile"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--shape", choices=SHAPES, help="default: llava7b, on a CPU narrow")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=MOST_STEPS)
+    parser.add_argument("--alpha", type=float, default=1.0, help="1: every step injects")
+    parser.add_argument("--backend", choices=("cpp", "triton", "reference"))
+    parser.add_argument("--anchor-device", choices=("cpu",), help="anchors on the host")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.steps <= MOST_STEPS:
+        parser.error(f"--steps {options.steps}: 1 to {MOST_STEPS}, or the trace cannot be opened")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here that torch can use")
+    nsys = shutil.which("nsys")
+    if options.launch and name == "cuda" and nsys:
+        given = sys.argv[1:] if arguments is None else arguments
+        if launch(nsys, options.out, [a for a in given if a != "--launch"]):
+            return 0
+    elif options.launch:
+        print("no nsys here: torch.profiler" if name == "cuda" else "no GPU here: torch.profiler")
+    training = Training(
+        torch.device(name), options.shape or ("llava7b" if name == "cuda" else "narrow"),
+        options.rank, alpha=options.alpha, backend=options.backend,
+        anchor_device=options.anchor_device,
+    )  # fmt: skip
+    if options.captured:
+        under_nsys(training, options.steps)
+        return 0
+    trace = options.out / "step-trace.json.gz"
+    events = by_torch(training, options.steps, trace)
+    print(dgg.show_config() + "\n")
+    print(tables(events, options.steps))
+    print(f"{trace}: open it at https://ui.perfetto.dev")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

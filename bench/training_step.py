@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How long a whole training step takes, and how much of it is the optimizer's.
+
+    python bench/training_step.py --device cuda --out runs/training
+    python bench/training_step.py --preset smoke     # tiny, on the CPU: tests this script
+
+Forward, backward and optimizer step of a model with LLaVA-7B's shapes (llava_shaped.py), bfloat16,
+one image and 448 tokens of text (1,024 positions): with LoRA of rank 16 and 128 on every linear
+layer, and full fine-tuning of as many layers as fit into the memory. The variants run one after the
+other, each alone in memory, in two blocks of which the second is in reverse order; a block injects
+at exactly the wanted share of its steps. A step is timed from an idle device to an idle device, and
+its optimizer from the end of the backward pass to the end of the update, both on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import dgg
+from dgg import _dispatch
+from llava_shaped import TINY, LlavaShaped, Shape, batch, make
+from machine import Cpu, open_device, provenance
+from peers import injections
+from step_report import provenance_lines, table, write
+
+SCHEMA = 1
+LR, CLIP = 1e-4, 1.0
+WARM_UP = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        name: As the tables call it.
+        build: (parameters, alpha, seed) → (a step that takes whether to inject, what to keep).
+        alpha: Share of the steps that inject; None: no guidance.
+        steps: Measured steps of a block.
+    """
+
+    name: str
+    build: Callable
+    alpha: float | None
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Attributes:
+        name: Key in the results.
+        shape: Sizes.
+        rank: LoRA rank; None: full fine-tuning.
+        text: Tokens of text.
+        dtype: Of the weights; adapters are float32.
+    """
+
+    name: str
+    shape: Shape
+    rank: int | None
+    text: int = 448
+    dtype: torch.dtype = torch.bfloat16
+
+
+def _torch_fused(params: Sequence[Tensor], alpha, seed):
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+
+    def step(inject: bool) -> None:
+        torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+        optimizer.step()
+
+    return step, optimizer
+
+
+def _foreach(params: Sequence[Tensor], alpha, seed):
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    anchors = [p.detach().clone() for p in params]
+    wide = torch.promote_types(params[0].dtype, torch.float32)
+    _leave(params)
+
+    @torch.no_grad()
+    def step(inject: bool) -> None:
+        torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
+        if inject:
+            grads = [p.grad for p in params]
+            differences = torch._foreach_sub(params, anchors)
+            norms = [
+                torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, wide)))
+                for x in (grads, differences)
+            ]
+            torch._foreach_mul_(differences, torch.clamp(norms[0] / norms[1], max=1.0))
+            torch._foreach_add_(grads, differences)
+            del differences
+        optimizer.step()
+
+    return step, (optimizer, anchors)
+
+
+def _dgg(backend: str, anchor_device: str | None = None):
+    def build(params: Sequence[Tensor], alpha, seed):
+        optimizer = dgg.AdamW(
+            params, lr=LR, alpha=alpha, seed=seed, max_grad_norm=CLIP, backend=backend,
+            anchor_device=anchor_device,
+        )  # fmt: skip
+        optimizer.set_anchor()
+        _leave(params)
+        return lambda inject: optimizer.step(), optimizer
+
+    return build
+
+
+@torch.no_grad()
+def _leave(params: Sequence[Tensor]) -> None:
+    # At the anchor itself there is no guidance. More than bfloat16 rounds away.
+    torch._foreach_mul_(list(params), 1.01)
+
+
+def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str]]]:
+    """Returns the variants that can run here, and why the others cannot."""
+    wanted = [Variant("torch fused + clip", _torch_fused, None, steps)]
+    wanted.append(Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps))
+    missing = []
+    for backend in ("cpp", "triton"):
+        reason = _dispatch.unavailable(backend, device.device)
+        if reason is not None:
+            missing.append({"name": f"dgg {backend}", "reason": reason})
+            continue
+        wanted.append(Variant(f"dgg {backend}", _dgg(backend), 0.2, steps))
+        wanted.append(Variant(f"dgg {backend}", _dgg(backend), 0.05, 2 * steps))
+        if device.name != "cpu":
+            name = f"dgg {backend}, anchor on the host"
+            wanted.append(Variant(name, _dgg(backend, "cpu"), 0.05, 2 * steps))
+    return wanted, missing
+
+
+def models(device: Cpu, preset: str) -> list[Model]:
+    """Returns what is trained: LoRA of two ranks, and in full what fits."""
+    if preset == "smoke":
+        small = {"text": 8, "dtype": torch.float32}
+        return [Model("lora2", TINY, 2, **small), Model("full-2-layers", TINY, None, **small)]
+    found = [Model(f"llava7b-lora{rank}", Shape(), rank) for rank in (16, 128)]
+    full = fitting(device.free_bytes())
+    found.insert(1, Model(f"full-{full.layers}-layers", full, None))
+    return found
+
+
+def fitting(free: int) -> Shape:
+    """Returns the deepest model whose full fine-tuning fits into ``free`` bytes for every variant.
+
+    θ, g, m, v, θ* and a temporary of the eager guidance in bfloat16, and a seventh for activations.
+    """
+    shape = Shape()
+    while shape.layers > 1 and shape.parameters() * 2 * 7 > 0.9 * free:
+        shape = dataclasses.replace(shape, layers=shape.layers - 1)
+    return shape
+
+
+class Clock:
+    """Times the parts of a step: events on a GPU, the host's clock on a CPU."""
+
+    def __init__(self, device: Cpu) -> None:
+        self._gpu = device.name != "cpu"
+        self.marks: list = []
+
+    def mark(self) -> None:
+        """Notes where the device is."""
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        else:
+            event = time.perf_counter()
+        self.marks.append(event)
+
+    def between(self, first: int, last: int) -> float:
+        """Returns the seconds between two marks."""
+        begin, end = self.marks[first], self.marks[last]
+        return begin.elapsed_time(end) * 1e-3 if self._gpu else end - begin
+
+
+def train(
+    model: LlavaShaped, data, variant: Variant, device: Cpu
+) -> tuple[dict[bool, list[tuple[float, float]]], dict[str, int | None]]:
+    """Trains one block; returns (step, optimizer) seconds by kind of step, and bytes."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    window = variant.steps
+    # Warm-up steps are draws too: the window begins behind them.
+    seed = 0
+    if variant.alpha is not None:
+        wanted = round(variant.alpha * window)
+        while sum(injections(seed, variant.alpha, WARM_UP + window)[WARM_UP:]) != wanted:
+            seed += 1
+        pattern = injections(seed, variant.alpha, WARM_UP + window)
+    else:
+        pattern = [False] * (WARM_UP + window)
+    step, kept = variant.build(params, variant.alpha, seed)
+    times: dict[bool, list[tuple[float, float]]] = {}
+    memory: dict[str, int | None] = {"peak": None, "steady": None}
+    for number, inject in enumerate(pattern):
+        if number == WARM_UP and device.name != "cpu":
+            device.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        clock = Clock(device)
+        device.synchronize()
+        begin = time.perf_counter()
+        loss = model(*data)
+        loss.backward()
+        clock.mark()
+        step(inject)
+        clock.mark()
+        for p in params:
+            p.grad = None
+        device.synchronize()
+        if number >= WARM_UP:
+            total = time.perf_counter() - begin
+            times.setdefault(inject, []).append((total, clock.between(0, 1)))
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"{variant.name}: the loss is {loss.item()}")
+    if device.name != "cpu":
+        memory = {
+            "peak": torch.cuda.max_memory_allocated(), "steady": torch.cuda.memory_allocated()
+        }  # fmt: skip
+    del kept
+    return times, memory
+
+
+def _median(values: Sequence[float], q: float = 0.5) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def summary(
+    variant: Variant, blocks: Sequence[dict[bool, list[tuple[float, float]]]], memory: dict
+) -> dict[str, object]:
+    """Returns a variant's entry: medians of either kind of step, weighed by alpha."""
+    alpha = variant.alpha or 0.0
+    kinds = {
+        kind: [pair for block in blocks for pair in block.get(kind, [])] for kind in (True, False)
+    }
+    weights = {kind: share for kind, share in ((True, alpha), (False, 1 - alpha)) if kinds[kind]}
+    total = sum(weights.values())
+
+    def weighed(place: int, q: float = 0.5) -> float:
+        return (
+            sum(
+                share * _median([pair[place] for pair in kinds[kind]], q)
+                for kind, share in weights.items()
+            )
+            / total
+        )
+
+    return {
+        "name": variant.name,
+        "alpha": variant.alpha,
+        "seconds": weighed(0),
+        "low": weighed(0, 0.2),
+        "high": weighed(0, 0.8),
+        "optimizer_seconds": weighed(1),
+        "optimizer_share": weighed(1) / weighed(0),
+        "samples": sum(map(len, kinds.values())),
+        "peak_bytes": memory["peak"],
+        "steady_bytes": memory["steady"],
+    }
+
+
+def run_model(
+    model: Model, device: Cpu, wanted: Sequence[Variant], say, *, deadline: float = math.inf
+) -> dict[str, object]:
+    """Measures all variants on one model; those begun too late or too large are left out."""
+    built = make(model.shape, device.device, model.dtype, model.rank)
+    data = batch(model.shape, device.device, model.dtype, model.text)
+    trained = [p for p in built.parameters() if p.requires_grad]
+    start = [p.detach().cpu() for p in trained] if model.rank is not None else None
+    found: dict[str, object] = {
+        "case": model.name,
+        "rank": model.rank,
+        "parameters": model.shape.parameters(),
+        "trained": sum(p.numel() for p in trained),
+        "tensors": len(trained),
+        "positions": model.shape.patches + model.text,
+        "variants": [],
+        "not_run": [],
+    }
+    blocks: dict[Variant, list] = {}
+    memory: dict[Variant, dict] = {}
+    for variant in [*wanted, *reversed(wanted)]:
+        label = f"{variant.name}, alpha={variant.alpha}"
+        if variant in blocks and not blocks[variant]:
+            continue  # it did not fit before
+        if time.perf_counter() > deadline:
+            if variant not in blocks:
+                blocks[variant] = []
+                found["not_run"].append({"name": label, "reason": "no time was left for it"})
+            continue
+        blocks.setdefault(variant, [])
+        # Full fine-tuning goes on from where the variant before it left: a copy would not fit.
+        for p, value in zip(trained, start or [], strict=start is not None):
+            p.data.copy_(value)
+        try:
+            times, used = train(built, data, variant, device)
+        except torch.OutOfMemoryError as error:
+            found["not_run"].append({"name": label, "reason": str(error).splitlines()[0]})
+            say(f"  {label} not run: out of memory")
+            for p in trained:
+                p.grad = None
+        else:
+            blocks[variant].append(times)
+            memory.setdefault(variant, used)
+        gc.collect()
+        device.release()
+    found["variants"] = [
+        summary(variant, times, memory[variant]) for variant, times in blocks.items() if times
+    ]
+    return found
+
+
+def case_table(case: dict, *, markdown: bool) -> str:
+    """Returns title and table of one model."""
+    rows = [
+        ("variant", "alpha", "step ms", "20 %", "80 %", "optimizer ms", "of the step", "peak GiB",
+         "steady GiB", "n", "/ torch")
+    ]  # fmt: skip
+    base = next((e for e in case["variants"] if e["name"].startswith("torch fused")), None)
+    for entry in case["variants"]:
+        gib = [
+            "" if entry[name] is None else f"{entry[name] / 2**30:.2f}"
+            for name in ("peak_bytes", "steady_bytes")
+        ]
+        rows.append(
+            (
+                entry["name"],
+                "-" if entry["alpha"] is None else f"{entry['alpha']:g}",
+                *(f"{entry[name] * 1e3:.2f}" for name in ("seconds", "low", "high")),
+                f"{entry['optimizer_seconds'] * 1e3:.3f}",
+                f"{entry['optimizer_share']:.1%}",
+                *gib,
+                str(entry["samples"]),
+                "" if base is None else f"{entry['seconds'] / base['seconds']:.3f}",
+            )
+        )
+    what = "full fine-tuning" if case["rank"] is None else f"LoRA rank {case['rank']}"
+    title = (
+        f"{case['case']}: {what}, {case['parameters'] / 1e9:.3g} G weights, "
+        f"{case['trained'] / 1e6:.4g} M trained in {case['tensors']} tensors, "
+        f"{case['positions']} positions"
+    )
+    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown)]
+    lines += [f"not run: {missing['name']}: {missing['reason']}" for missing in case["not_run"]]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--preset", choices=("smoke", "full"), default="full")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and table")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument(
+        "--deadline", type=float, default=math.inf, help="begin nothing after so many seconds"
+    )
+    options = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    if options.device == "cpu" and options.preset != "smoke":
+        parser.error("7 billion weights need a GPU: --device cuda, or --preset smoke")
+    try:
+        device = open_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    results = {"schema": SCHEMA, "provenance": provenance(device), "preset": options.preset,
+               "cases": []}  # fmt: skip
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    say(provenance_lines(results["provenance"]) + "\n")
+    wanted, missing = variants(device, 5 if options.preset == "smoke" else 10)
+    date = results["provenance"]["date"][:10]
+    for model in models(device, options.preset):
+        if options.only not in model.name:
+            continue
+        if time.perf_counter() - begin > options.deadline:
+            say(f"{model.name} skipped: no time was left for it\n")
+            continue
+        found = run_model(model, device, wanted, say, deadline=begin + options.deadline)
+        found["not_run"] += missing
+        results["cases"].append(found)
+        say(case_table(found, markdown=True))
+        gc.collect()
+        device.release()
+        if options.out is not None:
+            stem = f"training-{options.device}-{date}"
+            write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
