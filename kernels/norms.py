@@ -32,6 +32,10 @@ from dgg.kernels.chunks import (
 )  # fmt: skip
 from dgg.kernels.update import NORM_DISTANCE, NORM_GRAD, NORM_TOTAL, SCALES
 
+# Blocks that are loaded before the first of them is added up: there is so little to do with one
+# that loads would not keep the memory busy.
+AHEAD = tl.constexpr(4)
+
 
 @triton.jit
 def _add_gradients(
@@ -42,7 +46,12 @@ def _add_gradients(
     """Adds the squares of h and g; those of g do not depend on whether h is wanted, too."""
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
-    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+    for place in tl.range(
+        0 if FAST else whole,
+        whole if FAST else count,
+        BLOCK,
+        loop_unroll_factor=AHEAD if FAST else 1,
+    ):
         offset = place + tl.arange(0, BLOCK)
         h, g = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
@@ -61,7 +70,12 @@ def _add_differences(
     """Adds the squares of theta - theta*, to the same bits as the updates' look-ahead."""
     p_pointer = stream(param, first, P, FAST)
     a_pointer = stream(anchor, first, A, FAST)
-    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+    for place in tl.range(
+        0 if FAST else whole,
+        whole if FAST else count,
+        BLOCK,
+        loop_unroll_factor=AHEAD if FAST else 1,
+    ):
         offset = place + tl.arange(0, BLOCK)
         p = read(p_pointer, offset, count, None, T, FAST)
         a = read(a_pointer, offset, count, None, T, FAST)

@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Machine code of the Triton kernels, compiled ahead of time for GPUs that need not be here.
+
+Another process, in which the kernels are not interpreted, runs the launches with a recorder in
+place of the driver, compiles what they would have launched, and reads the machine code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+from cases import BF16, F16, F32, F64
+from dgg import _device
+
+DTYPES = [F32, BF16, F16, F64]  # in the order of their codes
+ANCHOR, ELEMENTS, LOOK_AHEAD = _device.ANCHOR, _device.ELEMENTS, _device.LOOK_AHEAD
+STATE, STOCHASTIC, COPY = _device.STATE, _device.STOCHASTIC, _device.COPY
+
+NVIDIA = ["sm_80", "sm_90", "sm_100", "sm_120"]
+TARGETS = [*NVIDIA, "gfx942"]
+
+# Dtypes of parameter, gradient, moments, anchor and copy that people use.
+MIXES = {
+    "f32": (F32, F32, F32, F32, F32),
+    "bf16": (BF16, BF16, BF16, BF16, BF16),
+    "f16": (F16, F16, F16, F16, F16),
+    "mixed": (BF16, BF16, F32, F32, BF16),
+    "master": (F32, F32, F32, BF16, BF16),
+    "f64": (F64, F64, F64, F64, F64),
+}
+
+# What the memory system of a large GPU wants to have under way in each multiprocessor: 4.8 TB/s
+# (H200) times 0.8 us of latency over 132 multiprocessors.
+BYTES_UNDER_WAY = 4.8e12 * 0.8e-6 / 132
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a launch is compiled for."""
+
+    kernel: str
+    mix: str
+    variant: int = 0
+    replay: bool = False
+    device: bool = False  # grad_scale, found_inf, draw_index and gate are given
+    chunks: int = 2
+
+    def __str__(self):
+        names = ["anchor", "elements", "look-ahead", "state", "stochastic", "copy"]
+        words = [name for bit, name in enumerate(names) if self.variant >> bit & 1]
+        words += ["replay"] * self.replay + ["device"] * self.device
+        words += ["apart"] * (self.chunks > 2)
+        return "-".join([self.kernel, self.mix, *words])
+
+    @property
+    def anchored(self):
+        return bool(self.variant & ANCHOR)
+
+    def streams(self):
+        """Dtypes of the tensors that each element is loaded from and stored to."""
+        param, grad, state, anchor, copy = MIXES[self.mix]
+        loads = [grad] + [grad] * self.replay + [anchor] * self.anchored
+        if self.kernel == "guide":
+            return loads + [param] * self.anchored, [grad]
+        moments = 2 + bool(self.variant & STATE) if self.kernel == "adam" else 0
+        if self.kernel == "sgd":
+            moments = int(bool(self.variant & STATE))
+        loads += [param] + [state] * moments
+        return loads, [param] + [state] * moments + [copy] * bool(self.variant & COPY)
+
+    def draws(self):
+        """How many words each element needs."""
+        param, *_, copy = MIXES[self.mix]
+        narrow = param == BF16 or (self.variant & COPY and copy == BF16)
+        rounded = bool(self.variant & STOCHASTIC) and narrow and self.kernel != "guide"
+        return int(rounded) + bool(self.variant & ELEMENTS)
+
+    def pack(self):
+        """Elements of a block in one thread."""
+        param, grad, state, anchor, copy = MIXES[self.mix]
+        used = {param, grad, anchor} | ({state} if self.kernel in ("adam", "sgd") else set())
+        used |= {copy} if self.kernel in ("adam", "sgd") else set()
+        return 8 if used & {BF16, F16} else 4
+
+
+def accesses(dtypes, pack):
+    """Returns how many 128-bit accesses a thread makes for its elements of a block."""
+    return sum(pack * dtype.itemsize // 16 for dtype in dtypes)
+
+
+# One of everything, for every target.
+COMMON = [
+    Launch("adam", "f32"),
+    Launch("adam", "f32", ANCHOR),
+    Launch("adam", "bf16", ANCHOR | LOOK_AHEAD | STOCHASTIC),
+    Launch("sgd", "f32", ANCHOR | STATE, replay=True),
+    Launch("guide", "bf16", ANCHOR | ELEMENTS),
+    Launch("norms", "f32"),
+]
+# Where people will look first.
+MORE = [
+    Launch("adam", "bf16"),
+    Launch("adam", "bf16", ANCHOR),
+    Launch("adam", "f16", ANCHOR),
+    Launch("adam", "mixed", ANCHOR),
+    Launch("adam", "f64", ANCHOR),
+    Launch("adam", "f32", ANCHOR | LOOK_AHEAD),
+    Launch("adam", "f32", ANCHOR | ELEMENTS),
+    Launch("adam", "bf16", ANCHOR | ELEMENTS),
+    Launch("adam", "mixed", 31, replay=True, device=True),
+    Launch("adam", "master", ANCHOR | COPY | STOCHASTIC),
+    Launch("sgd", "f32"),
+    Launch("sgd", "bf16", ANCHOR | STATE),
+    Launch("guide", "f32", ANCHOR, device=True),
+    Launch("norms", "bf16"),
+    Launch("norms", "mixed", replay=True, device=True),
+]
+FAST = [(target, launch) for target in TARGETS for launch in COMMON]
+FAST += [("sm_90", launch) for launch in MORE]
+
+
+def all_launches(kernel, mix):
+    """Everything the package launches for one kind of tensors."""
+    flags = [False, True]
+    if kernel == "norms":
+        return [
+            Launch(kernel, mix, 0, replay, device, chunks)
+            for replay, device, chunks in itertools.product(flags, flags, (2, 10000))
+        ]
+    guidances = [0, ANCHOR, ANCHOR | ELEMENTS]
+    if kernel == "guide":
+        extras = [0]
+    else:
+        guidances += [ANCHOR | LOOK_AHEAD, ANCHOR | ELEMENTS | LOOK_AHEAD]
+        extras = [0, STATE]
+        param, *_, copy = MIXES[mix]
+        if BF16 in (param, copy):
+            given = 0 if param == BF16 else COPY
+            extras += [extra | given | STOCHASTIC for extra in extras]
+    return [
+        Launch(kernel, mix, guidance | extra, replay, device)
+        for guidance, extra, replay, device in itertools.product(guidances, extras, flags, flags)
+    ]
+
+
+# The other process
+
+
+def record(launch, target):
+    """Runs a launch; returns what it would have started: kernel, arguments, options."""
+    from dgg.kernels import chunks
+    from triton.runtime.jit import JITFunction
+
+    from dgg import kernels
+
+    started = []
+    chunks._warp_size = lambda device: 64 if target.startswith("gfx") else 32
+
+    def run(self, *args, grid, warmup, **options):
+        started.append((self, dict(zip(self.arg_names, args, strict=True)), options))
+
+    JITFunction.run = run
+
+    def ints(*shape, dtype=torch.int64):
+        return torch.zeros(*shape, dtype=dtype)
+
+    def doubles(*shape):
+        return torch.zeros(*shape, dtype=F64)
+
+    one = torch.ones(1)
+    scale, found = (one, one) if launch.device else (None, None)
+    drawn = ints(1) if launch.device else None
+    gate = ints(1, dtype=torch.uint8) if launch.device else None
+    param, grad, state, anchor, copy = MIXES[launch.mix]
+    kinds = [param, grad, grad, state, state, state, anchor, copy]
+    codes = sum(DTYPES.index(kind) << 8 * place for place, kind in enumerate(kinds))
+    m, int32 = launch.chunks, torch.int32
+    table = ints(2, 14)
+    rows, parts, starts = ints(2, dtype=int32), ints(m, 2, dtype=int32), ints(3, dtype=int32)
+    partials, counter = doubles(3, m), ints(1, dtype=int32)
+    addresses = ints(2), ints(2 if launch.replay else 0)
+    common = (*addresses, doubles(6), ints(2, dtype=torch.uint8), doubles(1, 10))
+    draws = dict(dtypes=codes, replay_weight=0.5, seed=1, draw=0, variant=launch.variant)
+    if launch.kernel == "norms":
+        kernels.norms_launch(
+            table, rows, parts, starts, partials, counter, *addresses, doubles(2), doubles(3, 2),
+            gate, scale, dtypes=codes, replay_weight=0.5, which=7,
+        )  # fmt: skip
+    elif launch.kernel == "guide":
+        kernels.guide_launch_(
+            table, rows, parts, starts, counter, *common, scale, found, drawn, **draws
+        )
+    elif launch.kernel == "coefficients":
+        kernels.coefficients_launch(
+            doubles(3, 2), doubles(6), max_grad_norm=1.0, scaling=True, per_tensor=launch.device
+        )
+    elif launch.kernel == "draw_flags":
+        kernels.draw_flags_launch(
+            table, doubles(1, 10), ints(1), ints(2, dtype=torch.uint8),
+            ints(1, dtype=torch.uint8), seed=1, granularity=1, threshold_column=1,
+            strength_column=2,
+        )  # fmt: skip
+    else:
+        getattr(kernels, f"{launch.kernel}_launch_")(
+            table, rows, parts, starts, partials, counter, *common, doubles(2), scale, found,
+            drawn, **draws,
+        )  # fmt: skip
+    return started
+
+
+def compile_for(target, function, arguments, options):
+    """Compiles one recorded start for a target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    signature, constants = {}, {}
+    for parameter in function.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    return triton.compile(ASTSource(function, signature, constants), target=gpu, options=options)
+
+
+def tool(name):
+    import triton
+
+    return pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def innermost(lines, label, branch):
+    """Lines of the innermost loops, given how labels and branches look."""
+    places, loops = {}, []
+    for number, line in enumerate(lines):
+        if found := re.match(label, line):
+            places[found.group(1)] = number
+        if (found := re.search(branch, line)) and found.group(1) in places:
+            loops.append((places[found.group(1)], number))
+    return [
+        lines[first : last + 1]
+        for first, last in loops
+        if not any(first <= a and b < last for a, b in loops)
+    ]
+
+
+def count(lines, pattern):
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def read_nvidia(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code, usage = (
+            subprocess.run([tool(name), option, file.name], capture_output=True, text=True).stdout
+            for name, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    lines = code.splitlines()
+    loops = innermost(lines, r"\s*(\.L_x_\d+):", r"BRA\b.*`\((\.L_x_\d+)\)")
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "scratch": int(re.search(r"STACK:(\d+)", usage).group(1)) + count(lines, r"\b(LD|ST)L\b"),
+        **wide(lines, loops, *(rf"\b{op}G\.E\b[^;]*" for op in ("LD", "ST")), r"\.128\b"),
+    }
+
+
+def read_amd(compiled):
+    lines = compiled.asm["amdgcn"].splitlines()
+    loops = innermost(lines, r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)")
+
+    def number(field):
+        return int(re.search(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "scratch": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        **wide(
+            lines, loops, *(rf"\b(global|buffer)_{op}_\w+" for op in ("load", "store")), "x4\\b"
+        ),
+    }
+
+
+def wide(lines, loops, load, store, width):
+    """Counts 128-bit accesses, everywhere and with the others in each loop that has any."""
+    result = {"loads": 0, "stores": 0, "loops": []}
+    for kind, pattern in (("loads", load), ("stores", store)):
+        result[kind] = sum(
+            bool(re.search(width, found.group()))
+            for line in lines
+            if (found := re.search(pattern, line))
+        )
+    for loop in loops:
+        counts = {}
+        for kind, pattern in (("loads", load), ("stores", store)):
+            hits = [found.group() for line in loop if (found := re.search(pattern, line))]
+            counts[kind] = sum(bool(re.search(width, hit)) for hit in hits)
+            counts[f"narrow {kind}"] = len(hits) - counts[kind]
+        if counts["loads"]:
+            result["loops"].append(counts)
+    return result
+
+
+def answer(target, launch):
+    """Compiles a launch; returns what its machine code is like, a dict for each kernel."""
+    result = []
+    for function, arguments, options in record(launch, target):
+        compiled = compile_for(target, function, arguments, options)
+        read = read_amd if target.startswith("gfx") else read_nvidia
+        width = 64 if target.startswith("gfx") else 32
+        threads = options["num_warps"] * width
+        result.append({"name": function.__name__, "threads": threads, **read(compiled)})
+    return result
+
+
+def serve():
+    """Answers questions, a line each, until there are no more."""
+    for line in sys.stdin:
+        target, launch = json.loads(line)
+        try:
+            reply = answer(target, Launch(**launch))
+        except Exception as error:
+            reply = f"{type(error).__name__}: {error}"
+        print(json.dumps(reply), flush=True)
+
+
+# The tests
+
+
+def missing():
+    """Returns why nothing can be compiled here, or None."""
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    absent = [name for name in ("nvdisasm", "cuobjdump") if not tool(name).exists()]
+    return f"this Triton comes without {' and '.join(absent)}" if absent else None
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def ask(request):
+    """Asks the other process about one launch on one target."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(request.config.cache.mkdir("triton"))
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+        "import test_triton_code; test_triton_code.serve()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+
+        def question(target, launch):
+            print(json.dumps([target, dataclasses.asdict(launch)]), file=process.stdin, flush=True)
+            reply = json.loads(process.stdout.readline())
+            assert isinstance(reply, list), reply
+            return reply
+
+        yield question
+        process.stdin.close()
+
+
+def check(target, launch, kernels):
+    main, *rest = kernels
+    assert [kernel["name"] for kernel in rest] == (
+        [f"finish_{'norms' if launch.kernel == 'norms' else 'update'}_kernel"]
+        if launch.chunks > 2
+        else []
+    )
+    for kernel in kernels:
+        assert kernel["scratch"] == 0, "registers were spilled"
+    pack = launch.pack()
+    if launch.kernel == "norms":
+        param, grad, _, anchor, _ = MIXES[launch.mix]
+        gradients = accesses([grad] * (1 + launch.replay), pack)
+        differences = accesses([param, anchor], pack)
+        assert len(main["loops"]) >= 2
+        # A loop each for gradients and differences, besides what is left of an unrolled one.
+        *_, ahead, _ = sorted(loop["loads"] for loop in main["loops"])
+        assert ahead >= 4 * gradients
+        for loop in main["loops"]:
+            assert loop["loads"] % gradients == 0 or loop["loads"] % differences == 0
+            assert loop["stores"] == loop["narrow loads"] == loop["narrow stores"] == 0
+    elif target not in NVIDIA:
+        # A masked load is a branch here, so loops are not what they look like; and numbers of the
+        # table that lie side by side come in one load, in each of the two walks.
+        loads, stores = (accesses(streams, pack) for streams in launch.streams())
+        assert main["stores"] == stores
+        assert main["loads"] - loads in (0, 2 * launch.draws())
+    else:
+        loads, stores = (accesses(streams, pack) for streams in launch.streams())
+        # Of each stream as many accesses as of every other: k blocks at a time.
+        for counts in (main, *main["loops"]):
+            assert counts["loads"] == counts["stores"] // stores * loads > 0, (loads, stores)
+            assert counts["stores"] % stores == 0, stores
+        assert main["loops"]
+        ahead = loads
+        for loop in main["loops"]:
+            # Five numbers of the table say where in the unsharded parameter the elements lie.
+            blocks = loop["stores"] // stores
+            assert loop["narrow loads"] in (0, 5 * launch.draws() * blocks)
+            assert loop["narrow stores"] == 0
+    if target in NVIDIA:
+        registers = -(-main["registers"] // 8) * 8 * main["threads"]
+        resident = min(REGISTERS // registers, THREADS // main["threads"], BLOCKS)
+        assert resident * main["threads"] * 16 * ahead >= BYTES_UNDER_WAY
+
+
+@pytest.mark.parametrize("target,launch", FAST, ids=lambda x: str(x))
+def test_machine_code(target, launch, ask):
+    """128-bit accesses only, as many as predicted, nothing spilled, enough loads under way."""
+    check(target, launch, ask(target, launch))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kernel", ["adam", "sgd", "guide", "norms"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code_of_every_variant(target, mix, kernel, ask):
+    for launch in all_launches(kernel, mix):
+        check(target, launch, ask(target, launch))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_kernels_compile(target, ask):
+    for name in ("coefficients", "draw_flags"):
+        (kernel,) = ask(target, Launch(name, "f32"))
+        assert kernel["name"] == f"{name}_kernel"
+
+
+@pytest.mark.parametrize("kernel", ["norms", "adam"])
+def test_rows_of_very_many_chunks_are_summed_apart(kernel, ask):
+    launch = Launch(kernel, "f32", ANCHOR | LOOK_AHEAD if kernel == "adam" else 0, chunks=10000)
+    check("sm_90", launch, ask("sm_90", launch))
+
+
+def test_the_unguided_kernel_never_loads_the_anchor(ask):
+    plain, guided = (ask("sm_90", Launch("adam", "f32", variant))[0] for variant in (0, ANCHOR))
+    assert (plain["loads"], plain["stores"]) == (4, 3)  # theta g m v, theta m v
+    assert (guided["loads"], guided["stores"]) == (5, 3)
