@@ -590,7 +590,8 @@ class _ForeignAdamW(Variant):
             for row, param in enumerate(self.params):
                 self._seed_state(param, *(moment[row] for moment in workload.moments))
         except Exception as error:  # not installed, or built for another torch: all one here
-            raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            first = (str(error).splitlines() or [""])[0]
+            raise Unavailable(f"{type(error).__name__}: {first}") from error
 
     @abc.abstractmethod
     def _build(self) -> torch.optim.Optimizer: ...

@@ -367,10 +367,11 @@ def plots(folder: pathlib.Path, results: dict, stem: str) -> list[pathlib.Path]:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         found = results["provenance"]
+        where = f"{found['cpu']}, {found['threads']} threads"
+        if found.get("gpu"):
+            where = found["gpu"]["name"]
         figure.suptitle(
-            f"{kind[0]}, {kind[1]}, one tensor: {found['cpu']}, {found['threads']} threads, "
-            f"torch {found['torch']}",
-            fontsize=10,
+            f"{kind[0]}, {kind[1]}, one tensor: {where}, torch {found['torch']}", fontsize=10
         )
         figure.tight_layout(rect=(0, 0.06 + 0.035 * ((len(labels) + 3) // 4), 1, 1))
         path = folder / f"{stem}-{kind[0]}-{kind[1]}.png"
