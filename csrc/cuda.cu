@@ -58,6 +58,7 @@ constexpr ScalarType dtype_of() {
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
+void use_device(int32_t) {}
 
 bool is_here(const Tensor& tensor) {
   return tensor.is_cpu();
@@ -67,6 +68,11 @@ cudaStream_t current_stream(int32_t) {
 }
 #else
 using torch::stable::accelerator::DeviceGuard;
+
+// The runtime in this library is not torch's and has a current device of its own.
+void use_device(int32_t device) {
+  cudaSetDevice(device);
+}
 
 bool is_here(const Tensor& tensor) {
   return tensor.is_cuda();
@@ -83,7 +89,9 @@ cudaStream_t current_stream(int32_t device) {
 class Arguments {
  public:
   Arguments(const char* op, const Tensor& first)
-      : op_(op), device_(first.get_device_index()), guard_(device_) {}
+      : op_(op), device_(first.get_device_index()), guard_(device_) {
+    use_device(device_);
+  }
 
   template <typename T>
   T* data(const char* name, const Tensor& tensor, int64_t numel) const {

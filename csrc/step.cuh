@@ -157,8 +157,11 @@ struct Body {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = begin + b * kGroup;
-      if (kReadsParam && (Rule::kWritesParam || reads_anchor)) {
+      if constexpr (Rule::kWritesParam) {
         param.template load<kOnce>(params[b], i);
+      } else if constexpr (kReadsParam) {
+        params[b] = {};
+        if (reads_anchor) param.template load<kOnce>(params[b], i);
       }
       if (!K::kReplay || grad) {
         grad.template load<kOnce>(grads[b], i);
@@ -168,7 +171,12 @@ struct Body {
       for (int s = 0; s < kSlots; ++s) {
         if (has_state(s)) state[s].template load<kOnce>(states[s][b], i);
       }
-      if (K::kAnchor && reads_anchor) anchor.template load<kOnce>(anchors[b], i);
+      if constexpr (K::kAnchor) {
+        // Zeros where there is nothing to read: what follows has no branches then, of which the
+        // compiler would make copies.
+        anchors[b] = {};
+        if (reads_anchor) anchor.template load<kOnce>(anchors[b], i);
+      }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -192,10 +200,8 @@ struct Body {
           g = real_gradient(g, replay.template get<T>(replays[b], j), replay_weight);
         }
         T a = T(0), p = T(0), states_of[kSlots];
-        if (K::kAnchor && reads_anchor) a = anchor.template get<T>(anchors[b], j);
-        if (kReadsParam && (Rule::kWritesParam || reads_anchor)) {
-          p = param.template get<T>(params[b], j);
-        }
+        if constexpr (K::kAnchor) a = anchor.template get<T>(anchors[b], j);
+        if constexpr (kReadsParam) p = param.template get<T>(params[b], j);
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
           states_of[s] = has_state(s) ? state[s].template get<T>(states[s][b], j)
@@ -223,11 +229,11 @@ struct Body {
               copy.set(new_copies, j, p);
             }
           }
-          if (K::kAnchor && look_ahead) {
+          if constexpr (K::kAnchor) {
             // As stored: what a norm pass would read.
             square = add_square(param.template get<T>(new_params, j) - a, square);
             if (j % 4 == 3) {
-              lanes.add(second_lane<kElements, kBatch>(b, j, i), square);
+              lanes.add(second_lane<kElements, kBatch>(b, j, i), look_ahead ? square : T(0));
               square = T(0);
             }
           }
