@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _device, _gather, _prefetch, reference
+from dgg import _device, _gather, _prefetch, reference, sharding
 from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -186,6 +186,7 @@ class Watch:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        tensors = [sharding.local(x) for x in tensors]
         self._handle = None
         if _cpp_error is None:
             self._handle = torch.ops.dgg.watch(list(tensors))
@@ -223,7 +224,9 @@ class Rows:
     """The parallel lists of one device's parameters, a row per parameter, and their table.
 
     Attributes:
-        params: Parameters as the optimizer holds them: θ, or with master weights their copies.
+        holders: Parameters as the optimizer holds them: θ, or with master weights their copies.
+        params: The same, of DTensors the local shards.
+        reduction: What sums squares over ranks, or None.
         groups: Number of each row's parameter group.
         indices: Tensor index j of each row, counted over all groups.
         anchored: Whether any row has an anchor.
@@ -247,11 +250,18 @@ class Rows:
         masters: Sequence[Tensor | None] | None = None,
         stochastic: bool = False,
         capturable: bool = False,
+        process_group=None,
     ) -> None:
         absent = [None] * len(params)
         self.backend = backend
         self.stochastic = stochastic
-        self.params = list(params)
+        self.holders = list(params)
+        self.params = [sharding.local(p) for p in params]
+        self._sharded = any(map(sharding.is_dtensor, params))
+        self.reduction = None
+        if self._sharded or process_group is not None:
+            self.reduction = sharding.Reduction(params, process_group) or None
+        self.places = [sharding.place_of(p) for p in params] if self._sharded else []
         self.groups = list(groups)
         self.indices = list(indices)
         self.device = self.params[0].device
@@ -339,9 +349,17 @@ class Rows:
             copy = self._state[COPY][row]
             rows.append(
                 [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
-                 self.indices[row], 0, numel, numel, 0 if copy is None else copy.data_ptr()]
+                 self.indices[row], *self._place(row), 0 if copy is None else copy.data_ptr()]
             )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        numel = self._state[PARAM][row].numel()
+        place = self.places[row] if self.places else None
+        if place is None:
+            return 0, numel, numel
+        # Kernels see complex numbers as pairs.
+        return tuple(2 * x for x in place) if self.params[row].is_complex() else place
 
     def _window_of(self, row: int) -> int:
         windows = None if self.kernels is None else self.kernels.windows
@@ -369,7 +387,9 @@ class Rows:
         Args:
             watch: Watches tensors of which the first are the parameters, in the rows' order.
         """
-        if self.backend != "reference" and self._plain and not self.has_masters:
+        possible = self.backend != "reference" and self._plain and not self.has_masters
+        # The gradients of shards stand in the DTensors.
+        if possible and not self._sharded:
             noted = self.distances
             if self.kernels is not None:
                 # The distances are on the device; what is dropped is noted here.
@@ -419,6 +439,9 @@ class Rows:
         self._copies, self._grad_copies, self._kept = [], [], []
         self._complete, self._now, self._gathered = False, None, False
         self.staged_now = False
+        if self._sharded:
+            grads = [sharding.local(g) for g in grads]
+            replays = [sharding.local(r) for r in replays]
         if self.backend == "reference":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
             return
@@ -531,7 +554,7 @@ class Rows:
 
         An element that is still its master's rounding keeps the master; any other becomes it.
         """
-        now = [p._version for p in self.params]
+        now = self._versions_now()
         if now == self._seen:
             return
         for row, copy in enumerate(self._state[COPY]):
@@ -539,6 +562,11 @@ class Rows:
                 master = self._state[PARAM][row]
                 master.copy_(torch.where(master.to(copy.dtype) == copy, master, copy.to(master)))
         self._seen = now
+
+    def _versions_now(self) -> list[int]:
+        if self._sharded:
+            return [sharding.version_of(p) for p in self.holders]
+        return [p._version for p in self.params]
 
     def forget(self, *, anchors: bool = True) -> None:
         """Drops all known distances.
@@ -554,7 +582,7 @@ class Rows:
         """Drops the known distance of every parameter that was changed since it was measured."""
         if self._versions is None or self._gathered:  # `gather` has done it
             return
-        now = self._now = array.array("q", [p._version for p in self.params])
+        now = self._now = array.array("q", self._versions_now())
         if now != self._versions:
             changed = [row for row, old in enumerate(self._versions) if old != now[row]]
             if self.kernels is not None:
@@ -584,7 +612,7 @@ class Rows:
             ]
         if self.backend != "reference":
             # The table hides the writes from autograd, which must know of them.
-            changed = self.params
+            changed = self.holders
             if inactive:
                 left = set(inactive)
                 changed = [p for row, p in enumerate(changed) if row not in left]
@@ -595,7 +623,7 @@ class Rows:
                 # Read in this step already, and bumped by one just now.
                 now = [version + 1 for version in self._now]
             else:
-                now = [p._version for p in self.params]
+                now = self._versions_now()
                 for row in inactive if before is not None else ():
                     now[row] = before[row]
             if before is None:
@@ -604,7 +632,7 @@ class Rows:
                 )
             before[:] = array.array("q", now)
         if self.has_masters:
-            self._seen = [p._version for p in self.params]
+            self._seen = self._versions_now()
         self.release()
 
     def release(self) -> None:
@@ -625,7 +653,9 @@ GUIDE_HYPER = ("maximize", "strength", "threshold")
 
 
 def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if x is None else real_view(x.detach().resolve_conj()) for x in tensors]
+    return [
+        None if x is None else real_view(sharding.local(x.detach()).resolve_conj()) for x in tensors
+    ]
 
 
 def _int64(values: list[int]) -> Tensor:
@@ -884,6 +914,7 @@ def _update(
                 rows.indices,
                 **{key: group[key] for key in hyper},
                 look_ahead=look_ahead,
+                places=[rows._place(row) for row in range(len(rows.params))] if rows.places else (),
                 copies=rows._state[COPY] if rows.has_masters else (),
                 stochastic=rows.stochastic,
                 replay_weight=replay_weight,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dgg import sharding
 from dgg.reference import FLOAT_DTYPES
 
 _COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -43,14 +44,24 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     """Returns uninitialised memory for an anchor with the parameter's shape and strides."""
     device = param.device if device is None else device
     pinned = device.type == "cpu" and param.device.type == "cuda"
-    return torch.empty_like(
-        param,
+    made = torch.empty_like(
+        sharding.local(param.detach()),
         dtype=dtype,
         device=device,
         memory_format=torch.preserve_format,
         requires_grad=False,
         pin_memory=pinned,
     )
+    return sharding.like(made, param)
+
+
+def write(target: Tensor, source: Tensor) -> None:
+    """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard."""
+    if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
+        source = sharding.shard_of(source, target)
+    elif sharding.is_dtensor(target):
+        source = sharding.local(source.redistribute(target.device_mesh, target.placements))
+    sharding.local(target).copy_(source)
 
 
 def check_source(
@@ -97,7 +108,7 @@ def check_source(
 
 def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Returns whether every element is finite (in ``dtype``), without a full-size temporary."""
-    x = x.detach()
+    x = sharding.local(x.detach())
     if x.numel() == 0:
         return True
     if x.is_complex():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, _philox, _ranges, anchor, reference
+from dgg import _dispatch, _philox, _ranges, anchor, reference, sharding
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -192,6 +192,12 @@ def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradien
             f"the {kind} of {label} is {grad.layout}; dgg needs dense gradients: build the module "
             "with sparse=False, or give that parameter to torch.optim.SparseAdam"
         )
+    if not sharding.all_equal_dtensors(grad, param):
+        raise ValueError(
+            f"the {kind} of {label} is not sharded as the parameter is "
+            f"({getattr(grad, 'placements', 'a plain tensor')} for "
+            f"{getattr(param, 'placements', 'a plain tensor')}); redistribute it before the step"
+        )
     if grad.shape != param.shape:
         raise ValueError(
             f"the {kind} of {label} has shape {tuple(grad.shape)}, the parameter has "
@@ -204,15 +210,14 @@ def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradien
         )
 
 
-def check_param(param: Tensor, label: str, *, stepped: bool = False) -> None:
+def check_param(
+    param: Tensor, label: str, *, stepped: bool = False, elements: bool = False
+) -> None:
     """Checks that a parameter (trainable, or about to be stepped) is one the kernels can take."""
     if not stepped and not param.requires_grad:
         return
-    if hasattr(param, "device_mesh"):
-        raise TypeError(
-            f"{label} is a DTensor; this build of dgg has no sharded step yet: build the optimizer "
-            "over an unsharded model"
-        )
+    if sharding.is_dtensor(param):
+        sharding.check(param, label, elements=elements)
     if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:
         raise TypeError(
             f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
@@ -282,6 +287,11 @@ def plan_anchors(
     params, labels = [p for p, _ in chosen], [label for _, label in chosen]
     for p, label in chosen:
         check_param(p, label, stepped=True)
+        if device is not None and device != p.device and sharding.is_dtensor(p):
+            raise ValueError(
+                f"anchor_device={str(device)!r} is not supported for DTensors, and {label} is one "
+                f"on {str(p.device)!r}; leave it None"
+            )
         if device is not None and device.type not in ("cpu", p.device.type):
             raise ValueError(
                 f"anchor_device={str(device)!r} does not go with {label} on {str(p.device)!r}; "
@@ -412,10 +422,14 @@ class Engine:
                 )
                 for place, rows in enumerate(all_rows)
             ]
+        per_tensor = wide["norm_scope"] == "tensor"
+        for part, rows in zip(squares, all_rows, strict=True):
+            if rows.reduction is not None:
+                rows.reduction.sum_(part, per_tensor=per_tensor)
         settings = {
             "max_grad_norm": wide["max_grad_norm"],
             "scaling": wide["scaling"],
-            "per_tensor": wide["norm_scope"] == "tensor",
+            "per_tensor": per_tensor,
         }
         if len(all_rows) == 1:
             return [_dispatch.coefficients(all_rows[0], squares[0], **settings)]
@@ -651,7 +665,7 @@ class Guidance:
         )
         self._sync_groups()
         for param, source, target in plan:
-            target.copy_(source)
+            anchor.write(target, source)
             self._anchors[param] = target
         for group in self.param_groups:
             group["task_index"] += 1
@@ -778,6 +792,11 @@ class Guidance:
             for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
                 if given is not None:
                     labels = labels or group_labels(groups)
+                    if sharding.is_dtensor(p):
+                        raise TypeError(
+                            f"{labels[i]} is a DTensor, whose gradient dgg.Guidance does not edit "
+                            "yet; use dgg.AdamW, dgg.Adam or dgg.SGD over sharded models"
+                        )
                     check_gradient(given, p, labels[i], kind)
                     check_param(p, labels[i], stepped=True)
             if p in self._anchors and self._anchors[p].shape != p.shape:
@@ -985,10 +1004,32 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
     return found
 
 
+def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
+    """Returns the group over whose ranks plain parameters are partitioned, or None.
+
+    Raises:
+        TypeError: It is no process group.
+        ValueError: An option needs to know where a partition's elements belong.
+    """
+    if process_group is None:
+        return None
+    if not (torch.distributed.is_available() and hasattr(process_group, "rank")):
+        raise TypeError(
+            f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None if "
+            "every rank has whole parameters"
+        )
+    if options.get("granularity") == "element" or options.get("norm_scope") == "tensor":
+        raise ValueError(
+            "process_group= says that each rank has a flat partition, of which nobody knows where "
+            "tensors begin; use norm_scope='global' and granularity='step' or 'tensor'"
+        )
+    return process_group
+
+
 def refuse_process_group(process_group, name: str) -> None:
-    """Raises a ValueError if a process group is given: sharded norms do not exist yet."""
+    """Raises a ValueError if a process group is given: the hook does not reduce its norms."""
     if process_group is not None:
         raise ValueError(
-            f"dgg.{name} does not support process_group= in this build: sharded norms are not "
-            "implemented; leave it None"
+            f"dgg.{name} does not support process_group=: it edits whole gradients; use dgg.AdamW, "
+            "dgg.Adam or dgg.SGD over partitions, or leave it None"
         )

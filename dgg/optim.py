@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
-from dgg import _device, _dispatch, _ranges, anchor, guidance, reference
+from dgg import _device, _dispatch, _ranges, anchor, guidance, reference, sharding
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -57,6 +57,8 @@ class _Guided:
 
     # State key → list of the kernels.
     _columns: dict[str, str]
+    # A copy cannot take the process group along.
+    _lost_group = False
     # Names of the hyper-parameters, in the order of the kernels' table.
     _hyper_names: tuple[str, ...]
 
@@ -71,7 +73,7 @@ class _Guided:
                 f"and records no graph; use torch.optim.{name} to differentiate through a step"
             )
         self._capturable = bool(options.pop("capturable"))
-        guidance.refuse_process_group(options.pop("process_group"), name)
+        self.process_group = guidance.check_process_group(options.pop("process_group"), options)
         fused, foreach = options.pop("fused"), options.pop("foreach")
         self._transient()
         self._backend = options.pop("backend")
@@ -144,11 +146,15 @@ class _Guided:
             "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
             "_state_dtype", "_stochastic", "_master", "_guidance",
         )  # fmt: skip
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        lost = self.process_group is not None or self._lost_group
+        kept = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **kept, "_lost_group": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copied, pickled or loaded state and starts without caches."""
         self._transient()
+        if "process_group" not in self.__dict__:  # a copy; loading keeps what there is
+            self.process_group = None
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
@@ -437,7 +443,12 @@ class _Guided:
                 continue
             labels = labels or guidance.group_labels(self.param_groups)
             label = labels[place]
-            guidance.check_param(param, label, stepped=True)
+            guidance.check_param(
+                param,
+                label,
+                stepped=True,
+                elements=self.param_groups[0]["granularity"] == "element",
+            )
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
                     guidance.check_gradient(given, param, label, kind)
@@ -461,6 +472,12 @@ class _Guided:
                 )
 
     def _make_rows(self, params, grads, replays) -> _RowCache:
+        if self._lost_group and self.process_group is None:
+            raise RuntimeError(
+                "this optimizer was copied or unpickled, and its process group could not come "
+                "along: set optimizer.process_group before the step, or its norms would be those "
+                "of this rank alone"
+            )
         place = 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -516,7 +533,7 @@ class _Guided:
         )
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, source, target in plan:
-            target.copy_(source)
+            anchor.write(target, source)
             # Together with the moments: Adam would take a state that holds an anchor alone for
             # initialised, and checkpoints made before the first step would miss the moments.
             self._init_state(p, groups[p], before_first_step=True)
@@ -815,6 +832,7 @@ class _RowCache:
                     ],
                     stochastic=optimizer._stochastic,
                     capturable=optimizer._capturable,
+                    process_group=optimizer.process_group,
                     **columns,
                 )
             )
@@ -828,6 +846,8 @@ class _RowCache:
                 *tensors,
             ]
         )
+        # Engines exchange the shard inside of a DTensor.
+        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         self._lists = [list(group["params"]) for group in optimizer.param_groups]
         self._singles = [
             (number, place, p)
@@ -871,6 +891,8 @@ class _RowCache:
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
         # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
+        if not all([sharding.local(p) is shard for p, shard in self._shards]):
+            return False
         return self._watch.unmoved() and self._unchanged_state(optimizer)
 
     def _unchanged_state(self, optimizer: _Guided) -> bool:
@@ -1065,7 +1087,8 @@ class AdamW(Adam, torch.optim.AdamW):
             not lost in the mean; the random words are drawn as the Bernoulli draws are.
         master_weights: Keep a float32 copy of every bfloat16 and float16 parameter in
             ``state[p]["master"]``; steps update it and write its rounding to the parameter.
-        process_group: Not supported yet; leave None.
+        process_group: Group over whose ranks plain parameters are flat partitions of a whole, as
+            some engines hand them over; norms are summed over it. DTensors need none.
         backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
 
     Raises:
@@ -1230,7 +1253,7 @@ class SGD(_Guided, torch.optim.SGD):
         flags = super()._final_flags(rows, flags)
         if not self._fresh:
             return flags
-        fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.params]
+        fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.holders]
         return flags | rows.flags(fresh, "fresh")
 
     def _waits_for_scaler(self) -> bool:
@@ -1239,7 +1262,7 @@ class SGD(_Guided, torch.optim.SGD):
 
     def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
         _dispatch.sgd_(rows, *args, **kwargs)
-        self._fresh.difference_update(map(id, rows.params))
+        self._fresh.difference_update(map(id, rows.holders))
 
 
 def unwrap(optimizer: Any) -> Any:

@@ -203,6 +203,7 @@ def adam_(
     look_ahead: bool = False,
     copies: TensorList = (),
     stochastic: bool = False,
+    places: Sequence[tuple[int, int, int]] = (),
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -237,6 +238,8 @@ def adam_(
         copies: With master weights (``params``) the parameters that the model computes with,
             which every update is written to as well; else None; may be empty.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
+        places: (base, block, stride) of every row that is a shard: its element l is element
+            base + (l // block) · stride + l % block of the whole parameter. Empty: all are whole.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -245,6 +248,7 @@ def adam_(
             row, params, grads, replays, anchors, coefficients, flags, indices,
             maximize=maximize, strength=strength, threshold=threshold,
             replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
+            places=places,
         )  # fmt: skip
         if total is None:
             continue
@@ -267,7 +271,10 @@ def adam_(
         denom = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
         updated = theta - (lr / (1 - beta1**step)) * exp_avg / denom
         copy = copies[row] if len(copies) else None
-        store(updated, param, copy, indices[row], stochastic=stochastic, seed=seed, draw=draw)
+        store(
+            updated, param, copy, indices[row], stochastic=stochastic, seed=seed, draw=draw,
+            place=places[row] if places else None,
+        )  # fmt: skip
         _look_ahead(row, param, anchors[row], distances, look_ahead)
 
 
@@ -295,6 +302,7 @@ def sgd_(
     look_ahead: bool = False,
     copies: TensorList = (),
     stochastic: bool = False,
+    places: Sequence[tuple[int, int, int]] = (),
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -323,6 +331,8 @@ def sgd_(
         look_ahead: Also measure the distance after the update.
         copies: As in `adam_`.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
+        places: (base, block, stride) of every row that is a shard: its element l is element
+            base + (l // block) · stride + l % block of the whole parameter. Empty: all are whole.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -331,6 +341,7 @@ def sgd_(
             row, params, grads, replays, anchors, coefficients, flags, indices,
             maximize=maximize, strength=strength, threshold=threshold,
             replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
+            places=places,
         )  # fmt: skip
         if total is None:
             continue
@@ -347,7 +358,7 @@ def sgd_(
         copy = copies[row] if len(copies) else None
         store(
             theta - lr * total, param, copy, indices[row], stochastic=stochastic, seed=seed,
-            draw=draw,
+            draw=draw, place=places[row] if places else None,
         )  # fmt: skip
         _look_ahead(row, param, anchors[row], distances, look_ahead)
 
@@ -361,6 +372,7 @@ def store(
     stochastic: bool,
     seed: int,
     draw: int,
+    place: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes an updated parameter, and its low-precision copy if it is a master weight.
 
@@ -377,6 +389,7 @@ def store(
         stochastic: Whether bfloat16 is rounded stochastically.
         seed: Seed of the draws.
         draw: Draw index k.
+        place: Where a shard's elements lie, or None.
     """
     for target in (param, copy):
         if target is None:
@@ -384,7 +397,7 @@ def store(
         if not stochastic or target.dtype != torch.bfloat16:
             target.copy_(value)
             continue
-        elements = torch.arange(value.numel(), device=value.device).view(value.shape)
+        elements = _elements(value, place)
         words = _philox.element_words(seed, draw, index, elements, _philox.STREAM_ROUNDING)
         bits = value.float().contiguous().view(torch.int32).to(torch.int64)
         rounded = ((bits & 0xFFFFFFFF) + (words & 0xFFFF)) >> 16 << 16
@@ -443,7 +456,7 @@ def guide_(
 
 def _total_gradient(
     row, params, grads, replays, anchors, coefficients, flags, indices, *,
-    maximize, strength, threshold, replay_weight, grad_scale, seed, draw,
+    maximize, strength, threshold, replay_weight, grad_scale, seed, draw, places=(),
 ) -> Tensor | None:  # fmt: skip
     param, anchor = params[row], anchors[row]
     replay = replays[row] if len(replays) else None
@@ -461,11 +474,20 @@ def _total_gradient(
     if anchor is not None and inject:
         difference = param.to(h.dtype) - anchor.to(param.device, h.dtype)
         if inject & INJECT_ELEMENTS:
-            elements = torch.arange(param.numel(), device=param.device).view(param.shape)
+            elements = _elements(param, places[row] if places else None)
             words = _philox.element_words(seed, draw, indices[row], elements)
             difference = torch.where(words < threshold, difference, torch.zeros_like(difference))
     scale = strength * coefficients[SCALES + row]
     return guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
+
+
+def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:
+    """Returns the row-major indices of x's elements in the unsharded parameter."""
+    elements = torch.arange(x.numel(), device=x.device).view(x.shape)
+    if place is None:
+        return elements
+    base, block, stride = place
+    return base + elements // block * stride + elements % block
 
 
 def _look_ahead(row, param, anchor, distances, look_ahead) -> None:

@@ -78,7 +78,7 @@ WRONG_ARGUMENTS = [
     ("anchor_device meta", {"anchor_device": "meta"}, ValueError, r"anchor_device='meta'.*'cpu'"),
     ("anchor_device int", {"anchor_device": 3}, TypeError, r"anchor_device=3.*use 'cpu' or None"),
     ("backend unknown", {"backend": "C++"}, ValueError, r"unknown backend 'C\+\+'.*'cpp'.*None"),
-    ("process_group", {"process_group": object()}, ValueError, r"process_group=.*leave it None"),
+    ("process_group", {"process_group": object()}, TypeError, r"process_group=.*, or None"),
 ]
 # Of the optimizers, not of Guidance.
 WRONG_OPTIMIZERS = [

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Sharded parameters: the one place that knows DTensor.
+
+A step works on local shards, plain tensors, and no DTensor operation takes part in it. What a
+shard has to tell is where its elements lie in the whole parameter (for draws per element) and over
+which ranks the squares of its norm are to be summed: over those of the mesh dimensions that shard
+it, not over those that replicate it, so that nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgg import _ranges
+
+
+class Place(NamedTuple):
+    """Where a shard's elements lie in the whole parameter.
+
+    Local element l is element base + (l // block) · stride + l % block, both row-major.
+    """
+
+    base: int
+    block: int
+    stride: int
+
+
+def is_dtensor(x: object) -> bool:
+    """Returns whether ``x`` is a DTensor."""
+    return hasattr(x, "device_mesh") and hasattr(x, "placements")
+
+
+def local(x: Tensor | None) -> Tensor | None:
+    """Returns the local shard of a DTensor, any other tensor as it is."""
+    # Not to_local(), which makes a new tensor and a node of the graph.
+    return x._local_tensor if is_dtensor(x) else x
+
+
+def like(shard: Tensor, param: Tensor) -> Tensor:
+    """Returns a local tensor as a DTensor placed as ``param`` is; as it is for a plain one."""
+    if not is_dtensor(param):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def check(param: Tensor, label: str, *, elements: bool) -> None:
+    """Checks that a DTensor parameter can be stepped shard by shard.
+
+    Args:
+        param: The parameter.
+        label: How errors call it.
+        elements: Draws are made per element.
+
+    Raises:
+        ValueError: It has partial sums, or per-element draws have no place in its sharding.
+    """
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"{label} is placed as {param.placements}: partial sums are no values to step; "
+            "redistribute it to Shard or Replicate first"
+        )
+    if elements and place_of(param) is None:
+        raise ValueError(
+            f"{label} is placed as {param.placements}, sharded along several inner dimensions, "
+            "where granularity='element' cannot number its elements; use 'step' or 'tensor'"
+        )
+
+
+def place_of(param: Tensor) -> Place | None:
+    """Returns where a parameter's local elements lie in the whole one.
+
+    None if they are no equal runs at equal distances: sharded along two dimensions that are not
+    the first.
+    """
+    if not is_dtensor(param):
+        return Place(0, max(param.numel(), 1), max(param.numel(), 1))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    sharded = [d for d, size in enumerate(shape) if size != param.shape[d]]
+    inner = [d for d in sharded if d > 0]
+    if len(inner) > 1:
+        return None
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * param.shape[d + 1]
+    base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    if not inner:
+        count = max(local(param).numel(), 1)
+        return Place(base, count, count)
+    (d,) = inner
+    return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
+
+
+def shard_of(whole: Tensor, param: Tensor) -> Tensor:
+    """Returns the part of a whole tensor that belongs to this rank's shard of ``param``."""
+    if not is_dtensor(param) or is_dtensor(whole):
+        return whole
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    for d, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
+        whole = whole.narrow(d, offset if size else 0, size)
+    return whole
+
+
+class _Part(NamedTuple):
+    """What is summed together: rows, over which groups one after the other, counted how often."""
+
+    rows: list[int]
+    groups: list
+    weights: list[float]
+
+
+class Reduction:
+    """Sums squares over the ranks that hold the other shards, one collective per mesh.
+
+    Where a mesh dimension shards some parameters and replicates others, those are counted by the
+    share that makes their replicas one.
+
+    Args:
+        params: Parameters of the rows, DTensors or plain ones.
+        process_group: Over whose ranks plain parameters are partitioned, or None if every rank
+            has all of them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], process_group=None) -> None:
+        sharding: dict[object, dict[int, set[int]]] = {}
+        plain = []
+        for row, param in enumerate(params):
+            if not is_dtensor(param):
+                plain.append(row)
+                continue
+            mesh = param.device_mesh
+            dims = {d for d, p in enumerate(param.placements) if not p.is_replicate()}
+            sharding.setdefault(mesh, {})[row] = {d for d in dims if mesh.size(d) > 1}
+        self._parts = []
+        if process_group is not None and plain:
+            self._parts.append(_Part(plain, [process_group], [1.0] * len(plain)))
+        for mesh, rows in sharding.items():
+            dims = sorted(set().union(*rows.values()))
+            if dims:
+                weights = [
+                    1.0 / math.prod(mesh.size(d) for d in dims if d not in own)
+                    for own in rows.values()
+                ]
+                self._parts.append(_Part(list(rows), _groups_of(mesh, dims), weights))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def sum_(self, squares: Tensor, *, per_tensor: bool) -> Tensor:
+        """Sums over the ranks; every rank calls it, whether it has gradients or not.
+
+        Args:
+            squares: float64 [3, n] of this rank. Modified in place.
+            per_tensor: Every row's own sum is wanted, not only that over all rows.
+
+        Returns:
+            ``squares``; unless ``per_tensor`` the sums over the rows of a mesh stand in the first
+            of them, the others are 0.
+        """
+        import torch.distributed as dist
+
+        for rows, groups, weights in self._parts:
+            vector = squares[:, rows]
+            if any(weight != 1.0 for weight in weights):
+                vector = vector * torch.tensor(weights, dtype=vector.dtype).to(vector.device)
+            if not per_tensor:
+                vector = vector.sum(dim=1)
+            with _ranges.record("dgg.allreduce"):
+                for group in groups:
+                    dist.all_reduce(vector, group=group)
+            if per_tensor:
+                squares[:, rows] = vector
+            else:
+                squares[:, rows] = 0.0
+                squares[:, rows[0]] = vector
+        return squares
+
+
+def _groups_of(mesh, dims: Sequence[int]) -> list:
+    """Returns the groups over which to sum one after the other: a single one where it can be."""
+    if len(dims) > 1 and mesh.mesh_dim_names:
+        part = mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]
+        return [part._flatten().get_group()]
+    return [mesh.get_group(d) for d in dims]
+
+
+def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:
+    """Returns whether a gradient is sharded exactly as its parameter is."""
+    if is_dtensor(grad) != is_dtensor(param):
+        return False
+    return not is_dtensor(param) or (
+        grad.device_mesh == param.device_mesh and tuple(grad.placements) == tuple(param.placements)
+    )
+
+
+def version_of(param: Tensor) -> int:
+    """Returns a number that changes with every write that autograd knows of."""
+    shard = local(param)
+    return param._version if shard is param else param._version + shard._version

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every rank of tests/test_sharding.py runs; started by torch.multiprocessing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import torch
+import torch.distributed as dist
+
+import dgg
+
+SHAPES = [(7, 5), (4,), (1, 8), (13, 3), (6, 6), ()]
+OPTIMIZERS = {
+    "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+}
+STEPS = 50
+
+
+def guidance(granularity: str, scope: str) -> dict:
+    return {
+        "alpha": 0.5, "strength": 0.7, "max_grad_norm": 2.0, "granularity": granularity,
+        "norm_scope": scope, "replay_weight": 1.5, "seed": 2**63 + 9,
+    }  # fmt: skip
+
+
+def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS):
+    """Steps with reproducible gradients; ``place`` makes a shard of a whole gradient.
+
+    Yields before every step.
+    """
+    for k in range(steps):
+        generator = torch.Generator().manual_seed(k)
+        for row, p in enumerate(params):
+            grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64).to(p.dtype)
+            # The second parameter misses every fifth gradient, the last is frozen for a while.
+            absent = (row == 1 and k % 5 == 4) or (row == len(SHAPES) - 1 and 10 <= k < 15)
+            p.grad = None if absent else place(grad, row)
+        if k % 3 == 1:
+            with optimizer.replay():
+                for row, p in enumerate(params[:3]):
+                    grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64)
+                    p.grad = place(grad.to(p.dtype), row)
+        if k in (5, 30):
+            optimizer.set_anchor()
+        yield k
+        optimizer.step()
+
+
+def initial(dtype):
+    generator = torch.Generator().manual_seed(99)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in SHAPES]
+
+
+def whole(dtype, name, options):
+    """The unsharded run."""
+    params = [torch.nn.Parameter(x) for x in initial(dtype)]
+    cls, defaults = OPTIMIZERS[name]
+    optimizer = cls(params, **defaults, **options)
+    for _ in train(params, optimizer):
+        pass
+    return [p.detach() for p in params], optimizer
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+
+
+def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
+    """Runs every case on DTensors; rank 0 leaves the gathered results in ``folder``."""
+    start(rank, world, folder)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    made = {"S0": Shard(0), "S1": Shard(1), "R": Replicate()}
+    calls = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    results = []
+    for case in cases:
+        names = ("dp", "tp")[: len(case["mesh"])]
+        mesh = init_device_mesh("cpu", case["mesh"], mesh_dim_names=names)
+
+        def placements(row, case=case):
+            wanted = case["placements"][row % len(case["placements"])]
+            # A vector has no second dimension to shard, a scalar none at all.
+            return [
+                made[x] if x == "R" or int(x[1]) < len(SHAPES[row]) else Replicate() for x in wanted
+            ]
+
+        def place(tensor, row, mesh=mesh, placements=placements):
+            return distribute_tensor(tensor, mesh, placements(row))
+
+        dtype = getattr(torch, case["dtype"])
+        params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]
+        cls, defaults = OPTIMIZERS[case["optimizer"]]
+        optimizer = cls(params, **defaults, **case["options"])
+        counts = []
+        for _ in train(params, optimizer, place):
+            counts.append(len(calls))
+        counts.append(len(calls))
+        state = {
+            name: [
+                value.full_tensor() if hasattr(value, "full_tensor") else value
+                for p in params
+                for key, value in optimizer.state[p].items()
+                if key == name
+            ]
+            for name in optimizer.state[params[0]]
+        }
+        results.append(
+            {
+                "params": [p.detach().full_tensor() for p in params],
+                "state": state,
+                "collectives": [b - a for a, b in zip(counts, counts[1:], strict=False)],
+            }
+        )
+    if rank == 0:
+        torch.save(results, os.path.join(folder, "results.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
+    ).to(dtype)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def fit(model, optimizer, first: int, last: int) -> None:
+    """Trains on reproducible data, the same on every rank; the anchor is set at step 4."""
+    dtype = next(model.parameters()).dtype
+    for k in range(first, last):
+        generator = torch.Generator().manual_seed(1000 + k)
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64).to(dtype)
+        if k == 4:
+            optimizer.set_anchor()
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+FSDP_OPTIONS = {"lr": 3e-2, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
+
+
+def run_fsdp(rank: int, world: int, folder: str, made_before: bool) -> None:
+    """FSDP2 over a real model: trains, saves a distributed checkpoint in the middle."""
+    start(rank, world, folder)
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    optimizer = None
+    if made_before:
+        optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    if optimizer is None:
+        optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
+    else:
+        # What accelerate does: the parameters are exchanged under the optimizer.
+        optimizer.param_groups[0]["params"][:] = list(model.parameters())
+    fit(model, optimizer, 0, 8)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=os.path.join(folder, "saved"))
+    fit(model, optimizer, 8, 14)
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    if rank == 0:
+        torch.save({"model": weights, "optimizer": state}, os.path.join(folder, "results.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def resume_fsdp(rank: int, world: int, folder: str, saved: str) -> None:
+    """Goes on from the checkpoint of `run_fsdp`, on any number of ranks, with a fresh optimizer."""
+    start(rank, world, folder)
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
+    optimizer.set_anchor()  # the template has room for what the checkpoint holds
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=saved)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert optimizer.param_groups[0]["draw_index"] == 8
+    fit(model, optimizer, 8, 14)
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    if rank == 0:
+        torch.save({"model": weights, "optimizer": state}, os.path.join(folder, "results.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_partitions(rank: int, world: int, folder: str) -> None:
+    """Plain local partitions of one flat vector, as some engines hand them over."""
+    start(rank, world, folder)
+    options = {"lr": 3e-3, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
+    flat = torch.cat([x.flatten() for x in initial(torch.float64)])
+    bounds = [0, *(len(flat) * (r + 1) // world + 3 * (r + 1 < world) for r in range(world))]
+
+    def part(x):
+        return x[bounds[rank] : bounds[rank + 1]].clone()
+
+    param = torch.nn.Parameter(part(flat))
+    optimizer = dgg.AdamW([param], **options, process_group=dist.group.WORLD)
+    whole_param = torch.nn.Parameter(flat)
+    twin = dgg.AdamW([whole_param], **options)
+    for k in range(20):
+        grad = torch.randn(len(flat), generator=torch.Generator().manual_seed(k)).double()
+        whole_param.grad, param.grad = grad, part(grad)
+        if k == 4:
+            optimizer.set_anchor()
+            twin.set_anchor()
+        optimizer.step()
+        twin.step()
+        torch.testing.assert_close(param.detach(), part(whole_param.detach()), rtol=0, atol=1e-12)
+    stats, expected = optimizer.guidance_stats(), twin.guidance_stats()
+    assert stats["injected"] == expected["injected"]
+    torch.testing.assert_close(stats["clip"], expected["clip"])
+
+    copied = pickle.loads(pickle.dumps(optimizer))
+    (p,) = copied.param_groups[0]["params"]
+    p.grad = torch.zeros_like(p)
+    before = p.detach().clone()
+    try:
+        copied.step()
+    except RuntimeError as error:
+        assert "set optimizer.process_group" in str(error)
+    else:
+        raise AssertionError("a copy without its group stepped with the norms of one rank")
+    assert torch.equal(p, before)
+    copied.process_group = dist.group.WORLD
+    copied.step()
+
+    for wrong in ({"granularity": "element"}, {"norm_scope": "tensor"}):
+        try:
+            dgg.AdamW([param], process_group=dist.group.WORLD, **wrong)
+        except ValueError as error:
+            assert "flat partition" in str(error)
+        else:
+            raise AssertionError(f"{wrong} over flat partitions was accepted")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_misuses(rank: int, world: int, folder: str) -> None:
+    """DTensors that cannot be stepped, and gradients that do not fit them."""
+    start(rank, world, folder)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    def refused(error, text, call):
+        try:
+            call()
+        except error as found:
+            assert text in str(found), found
+        else:
+            raise AssertionError(f"{text!r} was not refused")
+
+    partial = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    refused(ValueError, "partial sums are no values to step", lambda: dgg.AdamW([partial]))
+
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = dgg.AdamW([param], lr=0.1)
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    optimizer.step()
+    before = param.detach().full_tensor()
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Replicate()])
+    refused(ValueError, "is not sharded as the parameter is", optimizer.step)
+    assert torch.equal(param.detach().full_tensor(), before)
+    assert optimizer.param_groups[0]["draw_index"] == 1
+
+    refused(ValueError, "not supported for DTensors", lambda: _anchored_elsewhere(param))
+    inner = torch.optim.SGD([param], lr=0.1)
+    guidance = dgg.Guidance(inner)
+    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    refused(TypeError, "is a DTensor", inner.step)
+    guidance.remove()
+
+    # Whole tensors, of a checkpoint say, become shards.
+    named = dgg.AdamW([("weight", param)], lr=0.1)
+    source = torch.arange(16.0).view(4, 4)
+    named.set_anchor({"weight": source})
+    assert torch.equal(named.state[param]["anchor"].full_tensor(), source)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _anchored_elsewhere(param):
+    import unittest.mock
+
+    optimizer = dgg.AdamW([param], anchor_device="cpu")
+    # There is no second device here: the parameter pretends to be on one.
+    with unittest.mock.patch.object(optimizer, "_anchor_device", torch.device("cpu", 1)):
+        optimizer.set_anchor()
