@@ -340,14 +340,13 @@ def drawn_of(
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Which elements of a block the draw injects; None in kernels without such draws."""
+    drawn = None
     if ELEMENTS:
         drawn = tl.full([BLOCK], 1, tl.int1)
         if masked:
             limit = threshold.to(tl.int64).to(tl.uint32)
             drawn = words_of(own, first, draw, STREAM_ELEMENT, seed, BLOCK, PACK, FAST) < limit
-        return drawn
-    else:
-        return None
+    return drawn
 
 
 @triton.jit
@@ -356,10 +355,10 @@ def rounding_of(
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Words of a block for stochastic rounding; None in kernels without."""
+    words = None
     if ROUNDING:
-        return words_of(own, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
-    else:
-        return None
+        words = words_of(own, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
+    return words
 
 
 @triton.jit

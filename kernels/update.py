@@ -238,14 +238,15 @@ def adam(
     exp_avg = tl.fma(tl.where(near, weight1, -rest1), total - exp_avg, start)
     exp_avg_sq = tl.fma(beta2, exp_avg_sq, weight2 * total * total)
     second = exp_avg_sq
+    largest = exp_avg_sq
     if max_exp_avg_sq is not None:
         # The first comparison fails for NaN in either place, the second lets a new one in.
         fresh = (exp_avg_sq > max_exp_avg_sq) | (exp_avg_sq != exp_avg_sq)
-        max_exp_avg_sq = tl.where(fresh, exp_avg_sq, max_exp_avg_sq)
-        second = tl.where(amsgrad, max_exp_avg_sq, exp_avg_sq)
+        largest = tl.where(fresh, exp_avg_sq, max_exp_avg_sq)
+        second = tl.where(amsgrad, largest, exp_avg_sq)
     denom = tl.fma(root(second), inv_sqrt_bias2, eps)
     param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    return param, exp_avg, exp_avg_sq, largest
 
 
 @triton.jit
@@ -255,8 +256,9 @@ def sgd(param, total, buffer, l2, lr, momentum, undamped, nesterov, first):
     `buffer` is None in kernels without momentum; in others a row may have momentum 0.
     """
     total = with_decay(total, param, l2)
+    kept = total
     if buffer is not None:
-        buffer = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
-        moved = tl.where(nesterov, tl.fma(momentum, buffer, total), buffer)
+        kept = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
+        moved = tl.where(nesterov, tl.fma(momentum, kept, total), kept)
         total = tl.where(momentum != 0, moved, total)
-    return tl.fma(-lr, total, param), buffer
+    return tl.fma(-lr, total, param), kept

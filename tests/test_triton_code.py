@@ -375,6 +375,8 @@ def ask(request):
         def question(target, launch):
             print(json.dumps([target, dataclasses.asdict(launch)]), file=process.stdin, flush=True)
             reply = json.loads(process.stdout.readline())
+            if "ROCm linker" in reply:  # recent versions bring their own
+                pytest.skip(f"this Triton cannot finish code for AMD here: {reply}")
             assert isinstance(reply, list), reply
             return reply
 
