@@ -39,6 +39,7 @@ class Method:
     alpha: float = 0.0  # probability of adding the missing gradient at a step; 0: none
     scaling: bool = True
     penalty: float = 0.0  # L2-SP: penalty / 2 * |theta - theta*|^2 in the loss
+    lr: float = 3e-3  # at the end of the warm-up of each sub-task; falls to 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Settings:
     train_items: int
     test_items: int
     replay_per_task: int
-    batch: int = 16
-    lr: float = 3e-3
+    replay_share: float | None = None  # of a batch; None: the share that M has in T_t ∪ M
+    batch: int = 8
     warmup: int = 10
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -63,8 +64,8 @@ METHODS = {
     for method in (
         Method("joint", "joint training (upper bound)", joint=True),
         Method("guidance_replay", "ĝ + replay (DGG)", replay=True, alpha=0.1),
-        Method("l2sp", "L2-SP + replay", replay=True, penalty=0.01),
-        Method("replay", "replay only", replay=True),
+        Method("l2sp", "L2-SP + replay", replay=True, penalty=0.3),
+        Method("replay", "replay only", replay=True, lr=1.5e-3),
         Method("guidance", "ĝ only, no replay", alpha=0.1),
         Method("sequential", "sequential (lower bound)"),
         # Ablations of the paper, in --preset full.
@@ -105,7 +106,7 @@ def _draw(model, task: scenes.Task, count: int, seed: int, split: str):
 def load_data(settings: Settings, seed: int) -> Data:
     """Draw the images of a seed and pass them through the frozen vision tower once."""
     model = vqa.load_base()
-    order = list(scenes.TASKS)
+    order = list(scenes.SEQUENCE)
     random.Random(f"minivqa/{seed}/order").shuffle(order)  # every seed has an order of its own
     train = [_draw(model, task, settings.train_items, seed, "train") for task in order]
     test = [_draw(model, task, settings.test_items, seed, settings.split) for task in order]
@@ -148,13 +149,14 @@ def run(
     parameters = list(named.values())
     optimizer = dgg.AdamW(
         parameters,
-        lr=settings.lr,
+        lr=method.lr,
         weight_decay=settings.weight_decay,
         alpha=method.alpha,
         scaling=method.scaling,
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
     )
+    answer = vqa.Answerer(model)
     buffer = ReplayBuffer(settings.replay_per_task, seed=seed)
     matrix = AccuracyMatrix(data.tasks, [settings.test_items] * count)
     anchor: list[torch.Tensor] | None = None
@@ -184,18 +186,19 @@ def run(
         )
         meter = _Meter()
         model.train()
-        # As in the paper, the loss is that of the union of the new sub-task and the memory M.
-        ratio = len(buffer) / (len(buffer) + len(rows))  # 0 as long as nothing was remembered
+        _forget_moments(optimizer)
+        # As in the paper, the loss is that of the union of the new sub-task and the memory M; a
+        # share of its own weights M more, as few examples would hardly ever come up otherwise.
+        ratio = len(buffer) / (len(buffer) + len(rows))
+        if buffer and settings.replay_share is not None:
+            ratio = settings.replay_share
         for step, chosen in enumerate(buffer.batches(rows, settings.batch, ratio, steps=steps)):
             if stop():
                 raise Interrupted
             for group in optimizer.param_groups:
-                # A new sub-task meets moments of the old one: without warm-up all methods diverge.
-                group["lr"] = (
-                    settings.lr * min(1, (step + 1) / settings.warmup) * (1 - step / steps)
-                )
+                group["lr"] = method.lr * min(1, (step + 1) / settings.warmup) * (1 - step / steps)
             prompts, features, answers = (part[chosen] for part in data.train)
-            loss = F.cross_entropy(vqa.answer_logits(model, prompts, features), answers)
+            loss = F.cross_entropy(answer(prompts, features), answers)
             extra = 0.0
             if method.penalty and anchor is not None:
                 term = 0.5 * method.penalty * squared_distance(parameters, anchor)
@@ -213,7 +216,7 @@ def run(
         model.eval()
         for j in range(count if method.joint else stage + 1):
             row = count - 1 if method.joint else stage
-            matrix.record(row, j, vqa.accuracy(model, *data.test[j]))
+            matrix.record(row, j, vqa.accuracy(answer, *data.test[j]))
 
         # The task boundary: remember some examples, and where the parameters are now.
         if method.replay:
@@ -247,6 +250,7 @@ def run(
         "alpha": method.alpha,
         "scaling": method.scaling,
         "penalty": method.penalty,
+        "lr": method.lr,
         "replay": method.replay,
         "tasks": list(data.tasks),
         "matrix": matrix.rows,
@@ -255,6 +259,17 @@ def run(
         "trace": trace,
         "seconds": spent + time.perf_counter() - started,
     }
+
+
+def _forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Every sub-task starts as with a fresh optimizer; the anchor and the draws go on.
+
+    Gradients at the end of a sub-task that was learnt are tiny. Divided by the root of their second
+    moment, the first gradients of the next one would make steps that destroy what is there.
+    """
+    for state in optimizer.state.values():
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            state[name].zero_()
 
 
 def squared_distance(parameters, anchor) -> torch.Tensor:

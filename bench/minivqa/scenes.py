@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Images drawn on the spot, question templates and one-word answers.
 
-A scene is a 3 x 3 board with at most one object a cell. Eight sub-tasks ask about it, in the manner
-of the VQAv2 split of the DGG paper: recognition, location, counting, colour, comparison, judging,
-majority, and lookup.
+A scene is a 3 x 3 board with at most one object a cell. Eight kinds of question ask about it, in
+the manner of the VQAv2 split of the DGG paper: recognition, location, counting, colour, comparison,
+judging, majority, and lookup. The base is pre-trained on all of them; six are learnt one after
+another.
 
 Each sub-task comes from a *camera* of its own: a background, and two colour channels swapped, or
 all of them inverted, or the board turned or mirrored. Questions and answers speak of the world, not
@@ -253,6 +254,11 @@ TASKS = (
     Task("majority", _majority, Camera(_RED_GREEN, background=(0.30, 0.30, 0.30))),
     Task("lookup", _lookup, Camera(mirror=True, background=(0.15, 0.05, 0.20))),
 )
+
+# What is learnt one after another. Counting and comparison are in pre-training only: alone, on a
+# fresh adapter and validation items, they reach about 75 % in 200 steps, every other sub-task 95 %.
+# What is not learnt cannot be forgotten.
+SEQUENCE = tuple(task for task in TASKS if task.name not in ("counting", "comparison"))
 
 # --------------------------------------------------------------------------------- vocabulary
 
