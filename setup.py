@@ -206,8 +206,9 @@ class BuildExtension(build_ext):
                     reason = f"{type(error).__name__}: {error}"
             if reason is not None:
                 self.reasons[extension.name] = reason
-                # Setuptools would look for the outputs of what was not built.
-                self.extensions.remove(extension)
+                # Setuptools would look for the outputs of what was not built. A new list: the old
+                # one is the distribution's, and without any module the wheel has another layout.
+                self.extensions = [other for other in self.extensions if other is not extension]
 
     def build_cpp(self, extension, required: bool) -> str | None:
         torch = torch_directory()

@@ -1028,7 +1028,7 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
 
 def refuse_process_group(process_group, name: str) -> None:
     """Raises a ValueError if a process group is given: the hook does not reduce its norms."""
-    if process_group is not None:
+    if check_process_group(process_group, {}) is not None:
         raise ValueError(
             f"dgg.{name} does not support process_group=: it edits whole gradients; use dgg.AdamW, "
             "dgg.Adam or dgg.SGD over partitions, or leave it None"
