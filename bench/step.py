@@ -304,6 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
     preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
     if preset == "gpu" and options.device == "cpu":
         parser.error("--preset gpu: its sizes are a GPU's; add --device cuda")
+    if options.memory and options.device != "cpu":
+        parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     say = Printer(options.markdown)
