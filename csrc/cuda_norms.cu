@@ -155,8 +155,9 @@ struct NormKind {
                         kAny = std::is_same<G_, Any>::value;
 };
 
+// Four blocks keep the memory busy, and leave enough registers.
 template <typename K>
-__global__ void __launch_bounds__(kThreads) norms_kernel(const NormArguments a) {
+__global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments a) {
   using T = typename K::T;
   using G = typename K::G;
   __shared__ NormRow row;

@@ -187,9 +187,11 @@ def _check(kernel: Kernel, machine: int) -> None:
     walks = kernel.walks()
     loads, stores = sum(w.loads for w in walks), sum(w.stores for w in walks)
     assert kernel.loads == loads, what
-    # Of the gradient edit the compiler may make a copy for rows that are not guided.
-    copies = 2 if kernel.unit == "guide" and kernel.kind[6] == "true" else 1
-    assert kernel.stores in {stores, copies * stores}, f"{what}: {kernel.stores} for {stores}"
+    # Where there is little to compute the compiler may make copies of it, for rows that are not
+    # guided, have no replay gradient or no weight decay. One of them runs.
+    small = kernel.unit == "guide" or (kernel.unit == "sgd" and kernel.kind[9] == "false")
+    expected = {stores, 2 * stores, 4 * stores} if small else {stores}
+    assert kernel.stores in expected, f"{what}: {kernel.stores} for {stores}"
     blocks = min(REGISTERS // (-(-kernel.registers // 8) * 8 * THREADS), 1536 // THREADS)
     if kernel.draws:
         # Philox is more work than its share of the memory's time: two blocks to hide it.
