@@ -149,7 +149,12 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def run_case(
-    case: Case, device: Cpu, streams: Streams | None = None, *, log=lambda line: None
+    case: Case,
+    device: Cpu,
+    streams: Streams | None = None,
+    *,
+    log=lambda line: None,
+    forgiving: bool = False,
 ) -> dict[str, object]:
     """Verifies and times all variants of a case.
 
@@ -158,6 +163,8 @@ def run_case(
         device: Where it runs.
         streams: Timed once a round beside the steps; None leaves bandwidth out.
         log: Called with progress lines.
+        forgiving: A variant of ours that is wrong, or that fails, is left out and noted as
+            ``wrong`` instead of ending the run: hours on a GPU are rare.
 
     Returns:
         The case's entry in the results; bench/results/README.md says what is in it.
@@ -183,10 +190,15 @@ def run_case(
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
         except (Unavailable, VerificationError, torch.OutOfMemoryError) as reason:
-            if isinstance(reason, VerificationError) and not variant.foreign:
+            wrong = isinstance(reason, VerificationError) and not variant.foreign
+            if wrong and not forgiving:
                 raise
-            absent.append({"name": name, "setting": setting.name, "reason": _first_line(reason)})
-            log(f"  {name} ({setting.name}) not run: {_first_line(reason)}")
+            absent.append(_absent(name, setting, reason, wrong, log))
+            continue
+        except Exception as error:  # a kernel that does not compile, say
+            if not forgiving:
+                raise
+            absent.append(_absent(name, setting, error, True, log))
             continue
         timed.append(_Timed(variant, error))
     rounds = _measure(case, timed, work, device, streams)
@@ -208,9 +220,12 @@ def run_case(
     }
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[0]
+def _absent(name: str, setting: Setting, error: Exception, wrong: bool, log) -> dict[str, object]:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not isinstance(error, (Unavailable, VerificationError, torch.OutOfMemoryError)):
+        reason = f"{type(error).__name__}: {reason}"
+    log(f"  {name} ({setting.name}) {'WRONG' if wrong else 'not run'}: {reason}")
+    return {"name": name, "setting": setting.name, "reason": reason, "wrong": wrong}
 
 
 def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:

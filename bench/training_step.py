@@ -309,9 +309,12 @@ def run_model(
             p.data.copy_(value)
         try:
             times, used = train(built, data, variant, device)
-        except torch.OutOfMemoryError as error:
-            found["not_run"].append({"name": label, "reason": str(error).splitlines()[0]})
-            say(f"  {label} not run: out of memory")
+        except Exception as error:  # too large, or broken: the others are measured all the same
+            first = (str(error).splitlines() or [""])[0]
+            large = isinstance(error, torch.OutOfMemoryError)
+            reason = first if large else f"{type(error).__name__}: {first}"
+            found["not_run"].append({"name": label, "reason": reason, "wrong": not large})
+            say(f"  {label} not run: {reason}")
             for p in trained:
                 p.grad = None
         else:
@@ -404,7 +407,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             stem = f"training-{options.device}-{date}"
             write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False)
-    return 0
+    missing = [entry for case in results["cases"] for entry in case["not_run"]]
+    return int(any(entry.get("wrong") for entry in missing))
 
 
 if __name__ == "__main__":

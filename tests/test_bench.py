@@ -317,18 +317,24 @@ def test_no_case_begins_after_the_deadline(bench, gpu):
     assert [s["reason"] for s in results["skipped"]] == ["no time was left for it"] * 2
 
 
-def test_a_wrong_variant_costs_a_gpu_run_only_its_case(bench, gpu, monkeypatch):
+@pytest.mark.parametrize("broken", ["wrong", "fails"])
+def test_a_broken_variant_costs_a_gpu_run_only_itself(bench, gpu, monkeypatch, broken):
     step, peers = bench("step"), bench("peers")
-    right = peers.ForeachGuidance._differences
-    wrong = lambda self, params, anchors: (  # noqa: E731
-        right(self, anchors, params) if len(params) > 1 else right(self, params, anchors)
-    )
-    monkeypatch.setattr(peers.ForeachGuidance, "_differences", wrong)
-    cases = [_shrunk(case) for case in step.gpu_cases()[:2]]
+
+    def differences(self, params, anchors):
+        if broken == "fails":
+            raise ArithmeticError("no kernel")
+        return torch._foreach_sub(anchors, params)
+
+    monkeypatch.setattr(peers.ForeachGuidance, "_differences", differences)
+    cases = [_shrunk(case) for case in step.gpu_cases()[:1]]
     say = step.Printer(False)
     results = step.run(cases, gpu, stream_elements=2**10, say=say, keep=lambda r: None)
-    assert [case["case"] for case in results["cases"]] == ["adamw-float32-256Mi"]
-    assert [s["case"] for s in results["skipped"] if s["wrong"]] == ["llava7b-lora16"]
+    (case,) = results["cases"]
+    (missing,) = [m for m in case["not_run"] if m["wrong"]]
+    assert (missing["name"], missing["setting"]) == ("foreach + fused", "guided")
+    assert ("no kernel" if broken == "fails" else "tolerance") in missing["reason"]
+    assert any(e["name"] == "dgg cpp" for e in case["variants"])
 
 
 def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkeypatch):
@@ -558,6 +564,24 @@ def test_variants_of_the_training_step_compute_the_same(bench):
     for mine in finals.values():
         torch.testing.assert_close(mine, eager, rtol=1e-7, atol=1e-9)
         assert not torch.allclose(mine[0], unguided[0], rtol=1e-4, atol=0)
+
+
+def test_a_broken_variant_costs_a_training_run_only_itself(bench):
+    training, shaped = bench("training_step"), bench("llava_shaped")
+
+    def broken(params, alpha, seed):
+        raise ArithmeticError("no kernel")
+
+    model = training.Model("tiny", shaped.TINY, 2, text=8, dtype=torch.float32)
+    wanted = [
+        training.Variant("broken", broken, None, 2),
+        training.Variant("torch fused + clip", training._torch_fused, None, 2),
+    ]
+    device = bench("machine").open_device("cpu")
+    found = training.run_model(model, device, wanted, lambda line: None)
+    assert [entry["name"] for entry in found["variants"]] == ["torch fused + clip"]
+    (missing,) = found["not_run"]
+    assert missing["wrong"] and missing["reason"] == "ArithmeticError: no kernel"
 
 
 def test_training_times_are_weighed_by_alpha(bench):
