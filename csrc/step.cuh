@@ -397,7 +397,7 @@ struct FinishUpdate {
 template <typename Rule, typename K>
 constexpr int blocks_at_once() {
   constexpr int kBytes = kThreads * 16 * Body<Rule, K>::kLoads * Body<Rule, K>::kBatch;
-  return K::kAny ? 1 : K::kDraws ? 2 : (57344 + kBytes - 1) / kBytes;
+  return K::kAny ? 1 : K::kDraws || K::kReplay ? 2 : (57344 + kBytes - 1) / kBytes;
 }
 
 template <typename Rule, typename K>

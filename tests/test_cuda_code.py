@@ -193,8 +193,9 @@ def _check(kernel: Kernel, machine: int) -> None:
     expected = {stores, 2 * stores, 4 * stores} if small else {stores}
     assert kernel.stores in expected, f"{what}: {kernel.stores} for {stores}"
     blocks = min(REGISTERS // (-(-kernel.registers // 8) * 8 * THREADS), 1536 // THREADS)
-    if kernel.draws:
-        # Philox is more work than its share of the memory's time: two blocks to hide it.
+    if kernel.draws or (kernel.unit != "norms" and kernel.kind[7] == "true"):
+        # Philox is more work than its share of the memory's time, and a replay gradient more
+        # registers: two blocks, 48 KiB with six loads, which is still what an H200 needs.
         assert blocks >= 2, f"{what}: {kernel.registers} registers"
         return
     flight = blocks * THREADS * 16 * min(w.loads for w in walks)
