@@ -15,7 +15,7 @@ TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
 BUILT := $(VENV)/.built
 
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 .PHONY: help venv build test test-slow lint format demo bench gpu profile clean distclean
 
@@ -59,7 +59,7 @@ profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else 
 	$(BIN)/python bench/nsys_step.py --launch --out build/profile $(ARGS)
 
 clean: ## remove what was built, demo results included; keeps .venv
-	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error.txt $(BUILT)
+	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find dgg kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
