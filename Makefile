@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -29,8 +30,9 @@ build: $(BUILT) ## compile the extension and install dgg, editable (again: make 
 
 # Always the pytest command: `python -m pytest` would put the repository root on sys.path, where
 # kernels/ shadows Hugging Face's library of that name.
-test: $(BUILT) $(TEST) ## run the tests
-	$(BIN)/pytest $(ARGS)
+# A file's tests stay together: they share what they have built.
+test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
