@@ -566,8 +566,8 @@ class Guidance:
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
         anchor_device: Storage device of the anchor; None is the parameter's.
-        process_group: Not supported yet; leave None.
-        backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
+        process_group: Refused: the hook does not reduce norms over ranks.
+        backend: ``"reference"``, ``"cpp"``, ``"triton"`` or None (the fastest).
 
     Attributes:
         param_groups: A dict per group of the optimizer with the guidance options; ``alpha`` and

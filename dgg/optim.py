@@ -1089,7 +1089,7 @@ class AdamW(Adam, torch.optim.AdamW):
             ``state[p]["master"]``; steps update it and write its rounding to the parameter.
         process_group: Group over whose ranks plain parameters are flat partitions of a whole, as
             some engines hand them over; norms are summed over it. DTensors need none.
-        backend: ``"reference"``, ``"cpp"`` or None (the fastest that can run).
+        backend: ``"reference"``, ``"cpp"``, ``"triton"`` or None (the fastest).
 
     Raises:
         TypeError: An argument or a trainable parameter has an unsupported type.
