@@ -159,18 +159,19 @@ class ReplaySlot:
         """Lets gradients flow into the slot instead of ``.grad``, without copying any.
 
         The gradients already in ``.grad`` are put aside and come back at the end; several
-        recordings before a step add up.
+        recordings before a step add up. Only gradients that are views of an engine's buckets are
+        copied.
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
-        present = [p.grad for p in params]
+        present = [_apart(p.grad) for p in params]
         before = dict(self._grads)
         self._open = True
         try:
             for p in params:
                 p.grad = self.get(p)
             yield
-            self._grads = {id(p): (p, p.grad) for p in params if p.grad is not None}
+            self._grads = {id(p): (p, _apart(p.grad)) for p in params if p.grad is not None}
         except BaseException:
             self._grads = before
             raise
@@ -178,6 +179,17 @@ class ReplaySlot:
             self._open = False
             for p, grad in zip(params, present, strict=True):
                 p.grad = grad
+
+
+def _apart(grad: Tensor | None) -> Tensor | None:
+    """Returns a gradient that no later backward pass writes into.
+
+    DistributedDataParallel(gradient_as_bucket_view=True) and FSDP1 make ``.grad`` a view of a
+    bucket that the next backward pass fills again; what autograd makes itself is no view.
+    """
+    if grad is None or sharding.is_dtensor(grad) or not grad._is_view():
+        return grad
+    return grad.clone()
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:
