@@ -258,6 +258,7 @@ class Rows:
         self.holders = list(params)
         self.params = [sharding.local(p) for p in params]
         self._sharded = any(map(sharding.is_dtensor, params))
+        self._shards = sharding.Shards(params) if self._sharded else None
         self.reduction = None
         if self._sharded or process_group is not None:
             self.reduction = sharding.Reduction(params, process_group) or None
@@ -278,6 +279,7 @@ class Rows:
         self._gathered = False
         self._constants: dict[object, Tensor] = {}
         self._dtypes = [p.dtype for p in self.params]
+        self._shapes = [p.shape for p in self.params]
         # Kernels see complex tensors as pairs of reals.
         self._state = {
             PARAM: _real_views(
@@ -440,7 +442,7 @@ class Rows:
         self._complete, self._now, self._gathered = False, None, False
         self.staged_now = False
         if self._sharded:
-            grads = [sharding.local(g) for g in grads]
+            grads = self._shards.of_grads(grads)
             replays = [sharding.local(r) for r in replays]
         if self.backend == "reference":
             self.grads, self.replays = _real_views(grads), _real_views(replays)
@@ -467,8 +469,10 @@ class Rows:
             return False
         if not all(map(Tensor.is_contiguous, present)):
             return False
-        rows = zip(self.params, grads, strict=True)
-        if any(g is not None and g.shape != p.shape for p, g in rows):
+        if self._complete:
+            if [g.shape for g in grads] != self._shapes:
+                return False
+        elif any(g is not None and g.shape != s for g, s in zip(grads, self._shapes, strict=True)):
             return False
         # A lazily negated gradient comes from the imaginary part of a conjugate, whose stride is
         # 2: only one of a single element is contiguous.
@@ -565,7 +569,7 @@ class Rows:
 
     def _versions_now(self) -> list[int]:
         if self._sharded:
-            return [sharding.version_of(p) for p in self.holders]
+            return self._shards.versions()
         return [p._version for p in self.params]
 
     def forget(self, *, anchors: bool = True) -> None:

@@ -891,7 +891,7 @@ class _RowCache:
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
         # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
-        if not all([sharding.local(p) is shard for p, shard in self._shards]):
+        if not all([p._local_tensor is shard for p, shard in self._shards]):
             return False
         return self._watch.unmoved() and self._unchanged_state(optimizer)
 

@@ -10,6 +10,7 @@ it, not over those that replicate it, so that nothing is counted twice.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,26 +109,78 @@ def place_of(param: Tensor) -> Place | None:
     return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
 
 
-def shard_of(whole: Tensor, param: Tensor) -> Tensor:
-    """Returns the part of a whole tensor that belongs to this rank's shard of ``param``."""
-    if not is_dtensor(param) or is_dtensor(whole):
-        return whole
+def box_of(param: Tensor) -> tuple[slice, ...]:
+    """Returns where this rank's shard lies in the whole parameter: a slice of every dimension."""
+    if not is_dtensor(param):
+        return tuple(slice(0, size) for size in param.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
-    for d, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
-        whole = whole.narrow(d, offset if size else 0, size)
-    return whole
+    # The offset of a shard without elements lies behind the end.
+    starts = [offset if size else 0 for size, offset in zip(shape, offsets, strict=True)]
+    return tuple(slice(a, a + size) for a, size in zip(starts, shape, strict=True))
+
+
+def shard_of(whole: Tensor, param: Tensor) -> Tensor:
+    """Returns the part of a whole tensor that belongs to this rank's shard of ``param``."""
+    if not is_dtensor(param) or is_dtensor(whole):
+        return whole
+    return whole[box_of(param)]
+
+
+class Shards:
+    """The shards of a list of parameters of which some are DTensors, and of their gradients.
+
+    What a step asks of every DTensor is asked here with one attribute each: a look at what a
+    tensor is costs as much as the update of a small one.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._all = all(map(is_dtensor, params))
+        self._params = list(params)
+        self._locals = [local(p) for p in params]
+        self._known: list[object] = []
+
+    def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns the local shards of gradients, a row each, checking how they are placed.
+
+        Raises:
+            RuntimeError: A gradient is not placed as its parameter is.
+        """
+        try:
+            specs, shards = [g._spec for g in grads], [g._local_tensor for g in grads]
+        except AttributeError:  # some are absent, or plain
+            specs, shards = [getattr(g, "_spec", None) for g in grads], [local(g) for g in grads]
+        # Engines give every gradient the spec of the step before, or one that is equal.
+        if len(specs) != len(self._known) or not all(map(operator.is_, specs, self._known)):
+            known = self._known or [None] * len(specs)
+            for param, grad, spec, seen in zip(self._params, grads, specs, known, strict=True):
+                if grad is None or (seen is not None and _same_placing(spec, seen)):
+                    continue
+                if not all_equal_dtensors(grad, param):
+                    raise RuntimeError("a gradient is not sharded as its parameter is")
+            self._known = specs
+        return shards
+
+    def versions(self) -> list[int]:
+        """Returns for every parameter what changes with each write that autograd knows of."""
+        if self._all:
+            both = zip(self._params, self._locals, strict=True)
+            return [param._version + shard._version for param, shard in both]
+        return [version_of(p) for p in self._params]
 
 
 class _Part(NamedTuple):
-    """What is summed together: rows, over which groups one after the other, counted how often."""
+    """What is summed together: rows, over which groups one after the other, counted how often.
 
-    rows: list[int]
+    ``rows`` are None if they are all there are.
+    """
+
+    rows: Tensor | None
     groups: list
-    weights: list[float]
+    weights: Tensor | None
 
 
 class Reduction:
@@ -154,7 +207,7 @@ class Reduction:
             sharding.setdefault(mesh, {})[row] = {d for d in dims if mesh.size(d) > 1}
         self._parts = []
         if process_group is not None and plain:
-            self._parts.append(_Part(plain, [process_group], [1.0] * len(plain)))
+            self._add(plain, len(params), [process_group], [1.0] * len(plain))
         for mesh, rows in sharding.items():
             dims = sorted(set().union(*rows.values()))
             if dims:
@@ -162,7 +215,17 @@ class Reduction:
                     1.0 / math.prod(mesh.size(d) for d in dims if d not in own)
                     for own in rows.values()
                 ]
-                self._parts.append(_Part(list(rows), _groups_of(mesh, dims), weights))
+                self._add(list(rows), len(params), _groups_of(mesh, dims), weights)
+
+    def _add(self, rows: list[int], count: int, groups: list, weights: list[float]) -> None:
+        even = all(weight == 1.0 for weight in weights)
+        self._parts.append(
+            _Part(
+                None if len(rows) == count else torch.tensor(rows, device="cpu"),
+                groups,
+                None if even else torch.tensor(weights, dtype=torch.float64, device="cpu"),
+            )
+        )
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -180,21 +243,38 @@ class Reduction:
         """
         import torch.distributed as dist
 
-        for rows, groups, weights in self._parts:
-            vector = squares[:, rows]
-            if any(weight != 1.0 for weight in weights):
-                vector = vector * torch.tensor(weights, dtype=vector.dtype).to(vector.device)
+        for number, (rows, groups, weights) in enumerate(self._parts):
+            if squares.device.type != "cpu":
+                # Copied there once: the numbers of a step stay on its device.
+                rows, weights = (x if x is None else x.to(squares.device) for x in (rows, weights))
+                self._parts[number] = _Part(rows, groups, weights)
+            vector = squares if rows is None else squares.index_select(1, rows)
+            if weights is not None:
+                vector = vector * weights
             if not per_tensor:
                 vector = vector.sum(dim=1)
             with _ranges.record("dgg.allreduce"):
                 for group in groups:
                     dist.all_reduce(vector, group=group)
             if per_tensor:
-                squares[:, rows] = vector
+                if vector is not squares:
+                    squares.index_copy_(1, self._rows(rows, squares), vector)
             else:
-                squares[:, rows] = 0.0
-                squares[:, rows[0]] = vector
+                self._only_first(squares, rows, vector)
         return squares
+
+    @staticmethod
+    def _rows(rows: Tensor | None, squares: Tensor) -> Tensor:
+        return torch.arange(squares.shape[1], device=squares.device) if rows is None else rows
+
+    @staticmethod
+    def _only_first(squares: Tensor, rows: Tensor | None, sums: Tensor) -> None:
+        if rows is None:
+            squares.zero_()
+            squares[:, 0] = sums
+        else:
+            squares.index_fill_(1, rows, 0.0)
+            squares.index_copy_(1, rows[:1], sums.unsqueeze(1))
 
 
 def _groups_of(mesh, dims: Sequence[int]) -> list:
@@ -203,6 +283,12 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
         part = mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]
         return [part._flatten().get_group()]
     return [mesh.get_group(d) for d in dims]
+
+
+def _same_placing(spec, other) -> bool:
+    return spec is other or (
+        spec is not None and spec.mesh is other.mesh and spec.placements == other.placements
+    )
 
 
 def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:

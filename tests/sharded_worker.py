@@ -293,6 +293,17 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     assert torch.equal(param.detach().full_tensor(), before)
     assert optimizer.param_groups[0]["draw_index"] == 1
 
+    # A gradient of the same local shape whose values are parts of a sum.
+    copied = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    partly = dgg.AdamW([copied], lr=0.1)
+    for _ in range(2):
+        copied.grad = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+        partly.step()
+    before = copied.detach().full_tensor()
+    copied.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    refused(ValueError, "is not sharded as the parameter is", partly.step)
+    assert torch.equal(copied.detach().full_tensor(), before)
+
     refused(ValueError, "not supported for DTensors", lambda: _anchored_elsewhere(param))
     inner = torch.optim.SGD([param], lr=0.1)
     guidance = dgg.Guidance(inner)
