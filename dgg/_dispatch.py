@@ -969,6 +969,7 @@ def guide_(
         return
     if rows.kernels is not None:
         rows.kernels.guide_(
+                places=rows.places,
             coefficients,
             flags,
             rows.kernels.hyper(groups, GUIDE_HYPER),

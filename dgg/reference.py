@@ -422,6 +422,7 @@ def guide_(
     grad_scale: float = 1.0,
     seed: int = 0,
     draw: int = 0,
+    places: Sequence[tuple[int, int, int]] = (),
 ) -> None:
     """Replaces every gradient by G, for an optimizer of someone else's.
 
@@ -443,12 +444,14 @@ def guide_(
         grad_scale: Divisor of the gradients.
         seed: Seed of the draws.
         draw: Draw index k.
+        places: As in `adam_`.
     """
     for row, grad in enumerate(grads):
         total = _total_gradient(
             row, params, grads, replays, anchors, coefficients, flags, indices,
             maximize=False, strength=-strength if maximize else strength, threshold=threshold,
             replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
+            places=places,
         )  # fmt: skip
         if total is not None:
             grad.copy_(total)

@@ -11,9 +11,27 @@ import torch.distributed as dist
 
 import dgg
 
+
+class Foreign:
+    """torch's AdamW under dgg.Guidance, with the face of a guided optimizer."""
+
+    def __init__(self, params, *, lr, betas, weight_decay, **options):
+        self.inner = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.guidance = dgg.Guidance(self.inner, **options)
+        self.replay, self.set_anchor = self.guidance.replay, self.guidance.set_anchor
+        self.param_groups, self.step = self.inner.param_groups, self.inner.step
+
+    @property
+    def state(self):
+        anchors = self.guidance.state_dict()["anchors"]
+        params = self.param_groups[0]["params"]
+        return {p: {**self.inner.state[p], "anchor": anchors[i]} for i, p in enumerate(params)}
+
+
 SHAPES = [(7, 5), (4,), (1, 8), (13, 3), (6, 6), ()]
 OPTIMIZERS = {
     "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "foreign": (Foreign, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
     "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
 }
 STEPS = 50
@@ -86,15 +104,17 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         names = ("dp", "tp")[: len(case["mesh"])]
         mesh = init_device_mesh("cpu", case["mesh"], mesh_dim_names=names)
 
-        def placements(row, case=case):
+        def place(tensor, row, mesh=mesh, case=case, names=names):
             wanted = case["placements"][row % len(case["placements"])]
+            if not wanted:
+                return tensor  # whole and plain on every rank
+            if wanted[0] in names:
+                mesh, wanted = mesh[wanted[0]], wanted[1:]
             # A vector has no second dimension to shard, a scalar none at all.
-            return [
+            placements = [
                 made[x] if x == "R" or int(x[1]) < len(SHAPES[row]) else Replicate() for x in wanted
             ]
-
-        def place(tensor, row, mesh=mesh, placements=placements):
-            return distribute_tensor(tensor, mesh, placements(row))
+            return distribute_tensor(tensor, mesh, placements)
 
         dtype = getattr(torch, case["dtype"])
         params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]
@@ -115,7 +135,10 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         }
         results.append(
             {
-                "params": [p.detach().full_tensor() for p in params],
+                "params": [
+                    p.full_tensor() if hasattr(p, "full_tensor") else p
+                    for p in [p.detach() for p in params]
+                ],
                 "state": state,
                 "collectives": [b - a for a, b in zip(counts, counts[1:], strict=False)],
             }
@@ -305,10 +328,20 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     assert torch.equal(copied.detach().full_tensor(), before)
 
     refused(ValueError, "not supported for DTensors", lambda: _anchored_elsewhere(param))
+
+    # So do anchors of dgg.Guidance, whose state goes to an equal one of another optimizer.
     inner = torch.optim.SGD([param], lr=0.1)
-    guidance = dgg.Guidance(inner)
-    param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
-    refused(TypeError, "is a DTensor", inner.step)
+    guidance = dgg.Guidance(inner, alpha=1.0)
+    guidance.set_anchor()
+    twin = torch.nn.Parameter(param.detach().clone())
+    other = dgg.Guidance(torch.optim.SGD([twin], lr=0.1), alpha=1.0)
+    other.load_state_dict(guidance.state_dict())
+    for _ in range(3):
+        for p, optimizer in ((param, guidance.optimizer), (twin, other.optimizer)):
+            p.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+            optimizer.step()
+    assert torch.equal(param.detach().full_tensor(), twin.detach().full_tensor())
+    assert bool(other.guidance_stats()["injected"])
     guidance.remove()
 
     # Whole tensors, of a checkpoint say, become shards.

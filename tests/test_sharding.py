@@ -24,6 +24,9 @@ COLUMNS = [["S1"], ["S0"]]
 MIXED = [["S0"], ["R"], ["S1"]]
 GRID = [["S0", "S1"], ["S0", "R"], ["R", "S0"], ["R", "R"]]
 HYBRID = [["R", "S0"]]
+# Beside plain tensors, and on several meshes in one optimizer.
+BESIDE_PLAIN = [["S0"], [], ["S1"]]
+MESHES = [["dp", "S0"], ["S0", "S1"], [], ["tp", "S1"]]
 
 
 def case(mesh, placements, dtype="float64", optimizer="adamw", granularity="step", scope="global"):
@@ -40,7 +43,12 @@ def cases_of(world):
     for granularity in ("tensor", "element"):
         cases.append(case((world,), COLUMNS, granularity=granularity))
         cases.append(case((world,), MIXED, optimizer="sgd", granularity=granularity))
+        cases.append(case((world,), MIXED, optimizer="foreign", granularity=granularity))
+    cases.append(case((world,), BESIDE_PLAIN, granularity="element"))
     cases.append(case((world,), MIXED, scope="tensor"))
+    cases.append(case((world,), MIXED, optimizer="foreign", scope="tensor"))
+    cases.append(case((world,), MIXED, optimizer="foreign", granularity="element"))
+    cases[-1]["options"].update(backend="reference")
     cases.append({**case((world,), ONE)})
     cases[-1]["options"].update(max_grad_norm=None, backend="reference")
     if world == 4:
@@ -48,6 +56,8 @@ def cases_of(world):
             cases.append(case((2, 2), GRID, granularity=granularity))
             cases.append(case((2, 2), HYBRID, granularity=granularity, optimizer="sgd"))
         cases.append(case((2, 2), GRID, "float32", scope="tensor"))
+        cases.append(case((2, 2), MESHES, granularity="element"))
+        cases.append(case((2, 2), MESHES, scope="tensor", granularity="tensor"))
     return cases
 
 
@@ -77,7 +87,7 @@ def test_trajectories_do_not_depend_on_sharding(world, tmp_path):
         if world == 1:
             assert set(counts) == {0}
         elif one["options"]["max_grad_norm"] is not None:
-            assert set(counts) == {1}, one
+            assert set(counts) == {3 if one["placements"] is MESHES else 1}, one
         else:
             # From the first anchor on about half of the steps inject; no other has a collective.
             assert set(counts[:5]) == {0} and set(counts) == {0, 1}
