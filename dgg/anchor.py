@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Anchors θ*: taking them from the weights or from named tensors, and checking them.
+"""Anchors θ*: taking them from the weights, from named tensors or from files, and checking them.
 
 Nothing here changes an optimizer; every check runs before the first byte is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +60,16 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     return sharding.like(made, param)
 
 
-def write(target: Tensor, source: Tensor) -> None:
-    """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard."""
+def write(target: Tensor, source: Tensor | Part | None) -> None:
+    """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard.
+
+    None stands for what is there already.
+    """
+    if source is None:
+        return
+    if isinstance(source, Part):
+        sharding.local(target).copy_(source.read())
+        return
     if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
         source = sharding.shard_of(source, target)
     elif sharding.is_dtensor(target):
@@ -65,35 +78,47 @@ def write(target: Tensor, source: Tensor) -> None:
 
 
 def check_source(
-    source: Tensor, param: Tensor, label: str, dtype: torch.dtype | None = None
+    source: Tensor | Part, param: Tensor, label: str, dtype: torch.dtype | None = None
 ) -> None:
     """Checks that ``source`` can become the anchor of ``param``, stored in ``dtype``.
+
+    Of a source in a file only name, shape and dtype are looked at: `check_values` once it is read.
 
     Raises:
         TypeError: Not a tensor, or not of a floating (for complex parameters: complex) dtype.
         ValueError: Another shape, or values that are not finite, or not in ``dtype``.
     """
-    if not isinstance(source, Tensor):
+    if not isinstance(source, (Tensor, Part)):
         raise TypeError(
             f"the anchor given for {label} is a {type(source).__name__}, not a tensor; "
             "pass a mapping from names to tensors, such as a state_dict"
         )
-    if source.shape != param.shape:
+    if tuple(source.shape) != tuple(param.shape):
         raise ValueError(
             f"the anchor given for {label} has shape {tuple(source.shape)}, the parameter has "
             f"{tuple(param.shape)}; pass the tensors of the same architecture"
         )
-    suitable = source.is_complex() if param.is_complex() else source.dtype in FLOAT_DTYPES
+    known = isinstance(source.dtype, torch.dtype)  # a file may hold what torch has no name for
+    suitable = known and (
+        source.dtype.is_complex if param.is_complex() else source.dtype in FLOAT_DTYPES
+    )
     if not suitable or source.layout != torch.strided:
         raise TypeError(
             f"the anchor given for {label} is {source.dtype} ({source.layout}); pass dense "
             "float32, bfloat16, float16 or float64 (for complex parameters: complex) tensors"
         )
+    if isinstance(source, Part):
+        return
     if source.device.type == "meta":
         raise ValueError(
             f"the anchor of {label} would be taken from the meta device, which holds no values; "
             "materialise the weights first (to_empty and load them)"
         )
+    check_values(source, label, dtype)
+
+
+def check_values(source: Tensor, label: str, dtype: torch.dtype | None = None) -> None:
+    """Raises a ValueError unless all values are finite, in ``dtype`` too."""
     if not finite(source):
         raise ValueError(
             f"the anchor of {label} would not be finite: it holds inf or NaN and would turn every "
@@ -119,23 +144,132 @@ def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+# What wrappers put into the names of parameters, wherever they stand.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
 def names_of_parameters(model: torch.nn.Module) -> dict[Tensor, list[str]]:
     """Returns all names of every parameter of ``model``, tied ones under each of their names.
 
-    Besides the plain names: names without the prefixes that wrappers add (``module.``,
-    ``_orig_mod.``), and without peft's adapter name, as adapter checkpoints are written.
+    Besides the plain names: names without what wrappers add (``module.``, ``_orig_mod.``, those
+    of FSDP and activation checkpointing), and those that peft gives an adapter's parameters, and
+    trained copies of modules, in the files it writes.
     """
-    adapters = list(getattr(model, "peft_config", None) or ())
+    adapters = list(getattr(_unwrapped(model), "peft_config", None) or ())
     names: dict[Tensor, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        variants = [name]
-        plain = name.replace("_orig_mod.", "").removeprefix("module.")
-        variants.append(plain)
-        for adapter in adapters:
-            variants.append(plain.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"))
         seen = names.setdefault(param, [])
-        seen.extend(v for v in variants if v not in seen)
+        seen.extend(v for v in variants(name, adapters) if v not in seen)
     return names
+
+
+def variants(name: str, adapters: Sequence[str] = ()) -> list[str]:
+    """Returns the names a parameter may have in a file, the likeliest first."""
+    plain = _plain_name(name)
+    found = [name, plain]
+    for adapter in adapters:
+        short = plain.replace(f".modules_to_save.{adapter}.", ".")
+        found.append(short.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"))
+    if adapters:
+        # An adapter within a model, and a model's own weights within peft's.
+        found += [f"base_model.model.{short}" for short in found[1:]]
+        inner = [n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in found]
+        found += [n for n in inner if ".lora_" not in n]
+    return found
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model inside of DDP's and torch.compile's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            None if hasattr(model, "peft_config") else getattr(model, "module", None)
+        )
+        if not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
+
+
+def _names_in_memory(stored: Sequence[str], model: torch.nn.Module | None) -> dict[str, str]:
+    """Returns the name in ``stored`` of every name that it has without wrappers, or in memory.
+
+    transformers writes some models (LLaVA's) under other names than their modules have.
+    """
+    found: dict[str, str | None] = {}
+
+    def add(name: str, origin: str) -> None:
+        # Two that would become one are neither.
+        found[name] = None if name in found and found[name] != origin else origin
+
+    for name in stored:
+        add(_plain_name(name), name)
+    inner = None if model is None else _unwrapped(model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    if "transformers" in sys.modules and hasattr(inner, "base_model_prefix"):
+        for name, origin in _renamed_by_transformers(stored, inner).items():
+            add(name, origin)
+    return {name: origin for name, origin in found.items() if origin is not None}
+
+
+def _renamed_by_transformers(stored: Sequence[str], model: torch.nn.Module) -> dict[str, str]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # an older one, which keeps the names of most models
+        return {}
+    every = get_model_conversion_mapping(model)
+    # Those that compute (merge experts, say) are not for us: such names stay missing.
+    renamings = [each for each in every if isinstance(each, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: name for name in stored}
+
+
+def find_names(
+    stored: Mapping[str, Any],
+    candidates: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    model: torch.nn.Module | None = None,
+) -> list[str]:
+    """Finds the name under which each parameter's anchor stands in a source.
+
+    Args:
+        stored: Named tensors, or a file's.
+        candidates: For each parameter the names it may have there.
+        labels: For each parameter how errors call it.
+        model: The model the parameters belong to, if known.
+
+    Raises:
+        KeyError: A parameter has no tensor.
+    """
+    prefixes = getattr(stored, "prefixes", ("",))
+    found: list[str | None] = [
+        next((p + n for p in prefixes for n in names if p + n in stored), None)
+        for names in candidates
+    ]
+    if None in found:
+        known = _names_in_memory([n for n in stored if isinstance(n, str)], model)
+        for place, names in enumerate(candidates):
+            if found[place] is None:
+                found[place] = next((known[n] for n in names if n in known), None)
+    missing = [label for label, name in zip(labels, found, strict=True) if name is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        have = ", ".join(map(str, list(stored)[:3])) or "nothing"
+        where = f" in {stored.path}" if isinstance(stored, Stored) else ""
+        raise KeyError(
+            f"no tensor for {len(missing)} of {len(found)} trainable parameters: {shown}; the "
+            f"names given{where} start with: {have}. Pass the state dict of the same model or "
+            "adapter, "
+            + ("" if model is not None else "pass model= if it is wrapped or peft's, ")
+            + "or freeze (requires_grad_(False)) what has no anchor"
+        )
+    return found
 
 
 def match_named(
@@ -144,39 +278,274 @@ def match_named(
     names: Sequence[Sequence[str]],
     labels: Sequence[str],
     dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
+    model: torch.nn.Module | None = None,
+) -> list[Tensor | Part]:
     """Finds the source of every parameter's anchor by name, and checks it.
 
     Args:
-        tensors: Named tensors: a model's or an adapter's state dict. Names of parameters that
-            the optimizer does not hold (frozen ones, buffers) are left alone.
+        tensors: Named tensors (a model's or an adapter's state dict), or those in a file. Names
+            of parameters that the optimizer does not hold (frozen ones, buffers) are left alone.
         params: The parameters to be anchored.
         names: For each parameter the names it may have in ``tensors``.
         labels: For each parameter how errors call it.
         dtypes: For each parameter the storage dtype of its anchor.
+        model: The model the parameters belong to, if known.
 
     Returns:
-        One source per parameter.
+        One source per parameter; of a file's the values are not looked at yet.
 
     Raises:
         KeyError: A parameter has no tensor.
         TypeError: A tensor's type does not fit.
         ValueError: A tensor's shape or values do not fit.
     """
-    sources, missing = [], []
-    for param, candidates, label, dtype in zip(params, names, labels, dtypes, strict=True):
-        found = next((name for name in candidates if name in tensors), None)
-        if found is None:
-            missing.append(label)
-            continue
-        check_source(tensors[found], param, label, dtype)
-        sources.append(tensors[found])
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        have = ", ".join(map(str, list(tensors)[:3])) or "nothing"
-        raise KeyError(
-            f"no tensor for {len(missing)} of {len(params)} trainable parameters: {shown}; the "
-            f"names given start with: {have}. Pass the state dict of the same model or adapter, "
-            "or freeze (requires_grad_(False)) what has no anchor"
-        )
+    sources = []
+    found = find_names(tensors, names, labels, model)
+    for param, name, label, dtype in zip(params, found, labels, dtypes, strict=True):
+        if isinstance(tensors, Stored):
+            source = Part(tensors, name, param, *tensors.kind(name))
+        else:
+            source = tensors[name]
+        check_source(source, param, label, dtype)
+        sources.append(source)
     return sources
+
+
+# -- files --------------------------------------------------------------------------------------
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+_MODEL_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+_FSDP_FOLDER = "pytorch_model_fsdp_0"
+_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+    "C64": torch.complex64, "C128": torch.complex128,
+}  # fmt: skip
+
+
+class Stored(Mapping):
+    """Named tensors in files: names are known, a tensor is read when it is asked for.
+
+    Attributes:
+        path: Where they are.
+        prefixes: What may stand before the names of parameters there.
+    """
+
+    prefixes: Sequence[str] = ("",)
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self._names: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], Any]:
+        """Returns a tensor's shape and dtype (a file's own name for one that torch lacks)."""
+        raise NotImplementedError
+
+    def read(self, name: str, param: Tensor) -> Tensor:
+        """Returns a tensor, of a DTensor parameter's only what belongs to its local shard."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self.kind(name)
+        return self.read(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+class Part(NamedTuple):
+    """The source of one anchor in a file, of a sharded one this rank's part; nothing is read."""
+
+    stored: Stored
+    name: str
+    param: Tensor
+    shape: tuple[int, ...]
+    dtype: Any
+    layout: torch.layout = torch.strided
+
+    def read(self) -> Tensor:
+        """Returns the values as a plain tensor on the CPU, good until the files are closed."""
+        return self.stored.read(self.name, self.param)
+
+
+class _Safetensors(Stored):
+    """Tensors of safetensors files, mapped into memory: only what is touched is read."""
+
+    def __init__(self, path: pathlib.Path, files: Mapping[str, pathlib.Path] | None = None) -> None:
+        super().__init__(path)
+        self._open: dict[pathlib.Path, Any] = {}
+        if files is None:
+            self._names = dict.fromkeys(self._file(path).keys(), path)
+        else:
+            self._names = dict(files)
+
+    def _file(self, path: pathlib.Path):
+        if path not in self._open:
+            try:
+                from safetensors import SafetensorError, safe_open
+            except ImportError as error:
+                raise ImportError(
+                    f"reading {str(path)!r} needs safetensors: pip install safetensors"
+                ) from error
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{str(self.path)!r} names the file {path.name}, which is not there; copy the "
+                    "whole directory that save_pretrained() wrote"
+                )
+            try:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{str(path)!r} is no whole safetensors file ({error}); save it again"
+                ) from None
+        return self._open[path]
+
+    def _slice(self, name: str):
+        file = self._file(self._names[name])
+        try:
+            return file.get_slice(name)
+        except Exception as error:
+            raise KeyError(
+                f"{self._names[name].name} has no tensor {name!r}, which {str(self.path)!r} says "
+                "is there; copy the whole directory that save_pretrained() wrote"
+            ) from error
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], Any]:
+        found = self._slice(name)
+        dtype = found.get_dtype()
+        return tuple(found.get_shape()), _DTYPES.get(dtype, dtype)
+
+    def read(self, name: str, param: Tensor) -> Tensor:
+        box = sharding.box_of(param)
+        if any(side.start == side.stop for side in box):
+            return torch.empty([side.stop - side.start for side in box], dtype=self.kind(name)[1])
+        return self._slice(name)[box]
+
+
+class _Distributed(Stored):
+    """Tensors of a checkpoint of torch.distributed.checkpoint, read without any collective."""
+
+    prefixes = ("", "model.", "module.", "state_dict.")
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__(path)
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self._reader = FileSystemReader(path)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self._names = {
+            name: entry
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], Any]:
+        entry = self._names[name]
+        return tuple(entry.size), entry.properties.dtype
+
+    def read(self, name: str, param: Tensor) -> Tensor:
+        from torch.distributed.checkpoint import DefaultLoadPlanner
+
+        local = sharding.local(param)
+        made = torch.empty(local.shape, dtype=self.kind(name)[1], device="cpu")
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({name: sharding.like(made, param)}, self._metadata, True)
+        plan = self._reader.prepare_local_plan(planner.create_local_plan())
+        self._reader.read_data(planner.finish_plan(plan), planner).wait()
+        return made
+
+
+def open_path(path: str | os.PathLike) -> Stored:
+    """Opens the named tensors that lie at a path; none is read yet.
+
+    Args:
+        path: A safetensors file or the index of several, a directory that ``save_pretrained``
+            wrote (of a model or an adapter), a checkpoint of the Trainer at the end of its
+            training, or a directory of torch.distributed.checkpoint.
+
+    Raises:
+        FileNotFoundError: There is nothing that can be read.
+        ImportError: safetensors is not installed.
+        ValueError: A file is broken or of a kind that is not read, or the checkpoint is one from
+            the middle of a training.
+    """
+    path = pathlib.Path(path)
+    _refuse_mid_task(path)
+    if path.is_file():
+        if path.name.endswith(".safetensors.index.json"):
+            return _indexed(path)
+        if path.suffix == ".safetensors":
+            return _Safetensors(path)
+        raise ValueError(
+            f"the anchor {str(path)!r} is no safetensors file; pass "
+            "torch.load(path, weights_only=True, mmap=True) of it instead, the tensors by name"
+        )
+    for name in (_ADAPTER_FILE, _MODEL_FILE):
+        if (path / name).is_file():
+            return _Safetensors(path / name)
+    if (path / _INDEX_FILE).is_file():
+        return _indexed(path / _INDEX_FILE)
+    for folder in (path, path / _FSDP_FOLDER):
+        if (folder / ".metadata").is_file():
+            return _Distributed(folder)
+    pickled = [name for name in _PICKLED if (path / name).is_file()]
+    if pickled:
+        raise ValueError(
+            f"the anchor {str(path)!r} has {pickled[0]}, which is pickled; save the model with "
+            "save_pretrained(), or pass torch.load(file, weights_only=True, mmap=True), the "
+            "tensors by name"
+        )
+    if path.is_dir() and any(path.glob("global_step*")) or (path / "zero_to_fp32.py").is_file():
+        raise ValueError(
+            f"the anchor {str(path)!r} is a DeepSpeed checkpoint, whose weights lie in pieces; "
+            "make one of them (python zero_to_fp32.py . model --safe_serialization), and pass that "
+            "directory"
+        )
+    raise FileNotFoundError(
+        f"no anchor at {str(path)!r}: no {_ADAPTER_FILE}, {_MODEL_FILE} or {_INDEX_FILE} there, "
+        "and no distributed checkpoint; pass what model.save_pretrained() wrote for the previous "
+        "task"
+    )
+
+
+def _indexed(index: pathlib.Path) -> Stored:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / file for name, file in files.items()}
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{str(index)!r} is no index of safetensors files ({error!r}); save the model again"
+        ) from None
+    return _Safetensors(index, files)
+
+
+def _refuse_mid_task(path: pathlib.Path) -> None:
+    """Raises a ValueError for weights that a Trainer saved before its training was over."""
+    inner = path.is_file() or path.name.startswith("pytorch_model_fsdp")
+    file = (path.parent if inner else path) / "trainer_state.json"
+    if not file.is_file():
+        return
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        done, wanted = int(state["global_step"]), int(state["max_steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read ({error!r}), so nobody knows whether these are the "
+            "weights at the end of a task; name the directory of the finished model"
+        ) from None
+    if done < wanted:
+        raise ValueError(
+            f"the anchor {str(path)!r} is a checkpoint from the middle of a training (step {done} "
+            f"of {wanted}): its weights are not those a task ended with. Name the directory of the "
+            "finished model (trainer.save_model() or model.save_pretrained()), or, if that "
+            "training ended early on purpose, load the tensors and pass them"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -250,18 +251,21 @@ def check_param(
 def plan_anchors(
     groups: Sequence[Mapping[str, Any]],
     known: Mapping[Tensor, Tensor | None],
-    tensors: Mapping[str, Tensor] | None,
+    tensors: Mapping[str, Tensor] | str | os.PathLike | None,
     model: torch.nn.Module | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
     weights: Callable[[Tensor], Tensor] = Tensor.detach,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Decides which parameters get an anchor, from what and into which memory; writes nothing.
+) -> list[tuple[Tensor, Tensor | anchor.Part | None, Tensor]]:
+    """Decides which parameters get an anchor, from what and into which memory.
+
+    Nothing that exists is written: of a file each tensor is read into the memory of its new
+    anchor; where there is an anchor to be overwritten it is read twice, to be looked at first.
 
     Args:
         groups: Parameter groups.
         known: Present anchor (or None) of every parameter that has state.
-        tensors: Named sources, or None for the present weights.
+        tensors: Named sources, the path of some, or None for the present weights.
         model: Maps names to parameters, or None if the groups know the names.
         dtype: Storage dtype or None for the parameter's.
         device: Storage device or None for the parameter's.
@@ -269,19 +273,21 @@ def plan_anchors(
 
     Returns:
         (parameter, source, target) of every parameter to anchor; a present anchor that fits is
-        its target again.
+        its target again. The source is None where the target has the values already.
 
     Raises:
+        FileNotFoundError: There is nothing at the path.
         KeyError: A trainable parameter has no tensor.
         TypeError: A wrong type.
         ValueError: A shape, value or name does not fit.
     """
     if tensors is None and model is not None:
         raise ValueError("model= maps the names of tensors to parameters; give both or neither")
-    if tensors is not None and not isinstance(tensors, Mapping):
+    if tensors is not None and not isinstance(tensors, (Mapping, str, os.PathLike)):
         raise TypeError(
-            f"set_anchor() takes a mapping from names to tensors, not {type(tensors).__name__}; "
-            "load the file first, e.g. safetensors.torch.load_file(path)"
+            "set_anchor() takes a mapping from names to tensors or the path of a file or "
+            f"directory of them, not {type(tensors).__name__}; pass a state_dict, or the path that "
+            "save_pretrained() wrote to"
         )
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
@@ -320,13 +326,22 @@ def plan_anchors(
             anchor.check_source(theta, p, label, wanted)
     else:
         names = _names_of(groups, model, params)
-        sources = anchor.match_named(tensors, params, names, labels, dtypes)
-    targets = []
-    for p, wanted in zip(params, dtypes, strict=True):
+        if not isinstance(tensors, Mapping):
+            tensors = anchor.open_path(tensors)
+        sources = anchor.match_named(tensors, params, names, labels, dtypes, model)
+    plan = []
+    for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
         old = known.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
-        targets.append(old if fits else anchor.allocate(p, wanted, device))
-    return list(zip(params, sources, targets, strict=True))
+        target = old if fits else anchor.allocate(p, wanted, device)
+        if isinstance(source, anchor.Part):
+            values = source.read()
+            anchor.check_values(values, label, wanted)
+            if not fits:
+                sharding.local(target).copy_(values)
+                source = None
+        plan.append((p, source, target))
+    return plan
 
 
 def _names_of(groups, model, params) -> list[list[str]]:
@@ -341,7 +356,74 @@ def _names_of(groups, model, params) -> list[list[str]]:
                 "model=, or build the optimizer from model.named_parameters()"
             )
         names.update(zip(group["params"], group["param_names"], strict=True))
-    return [[names[p]] for p in params]
+    return [anchor.variants(names[p]) for p in params]
+
+
+def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, given: bool) -> bool:
+    """Decides what ``set_anchor(task=...)`` does: True sets the anchor, False keeps what is.
+
+    Args:
+        task: Number of the task that is to be trained now.
+        groups: Parameter groups with ``task_index``.
+        draws: Steps made so far.
+        given: Whether tensors or a path are given, not the present weights.
+
+    Raises:
+        TypeError: ``task`` is no int.
+        ValueError: ``task`` is negative, over already, or not the next one.
+        RuntimeError: The anchor of a task in progress is gone, and nothing is given for it.
+    """
+    check_options({"task_index": task})
+    present = groups[0]["task_index"]
+    anchored = any(group["anchored"] for group in groups)
+    if present > task:
+        raise ValueError(
+            f"set_anchor(task={task}): this optimizer is in task {present}, beyond it. Resume from "
+            f"a checkpoint of task {task}, or of the end of task {task - 1}"
+            if task
+            else f"set_anchor(task=0): this optimizer is in task {present}, beyond it. Start with "
+            "a new optimizer, or resume from a checkpoint of task 0"
+        )
+    if present == task:
+        if anchored or (task == 0 and not given):
+            return False
+        if task and not given:
+            raise RuntimeError(
+                f"set_anchor(task={task}): this optimizer is in task {task} already and has no "
+                "anchor, and the weights of now need not be those the task began with. Name them: "
+                f"set_anchor(path_or_tensors_of_the_end_of_task_{task - 1}, model=model, "
+                f"task={task})"
+            )
+        return True
+    if present < task - 1 and (draws or anchored):
+        raise ValueError(
+            f"set_anchor(task={task}): this optimizer is in task {present}, so task {present + 1} "
+            f"would be left out. Load the state of the end of task {task - 1}, or start task "
+            f"{task} with a new optimizer"
+        )
+    return True
+
+
+def refuse_resumed(groups: Sequence[Mapping[str, Any]], draws: int, resumed: int | None) -> None:
+    """Raises where ``set_anchor()`` could replace a resumed anchor by the weights of mid-task.
+
+    Args:
+        groups: Parameter groups with ``task_index`` and ``anchored``.
+        draws: Steps made so far.
+        resumed: Steps that a fresh optimizer was resumed after, or None if it was not.
+
+    Raises:
+        RuntimeError: The optimizer has an anchor from a checkpoint and made no step since.
+    """
+    task = groups[0]["task_index"]
+    if resumed and draws == resumed and any(group["anchored"] for group in groups):
+        raise RuntimeError(
+            f"this optimizer was just resumed in task {task}, after {draws} steps and with that "
+            "task's anchor: set_anchor() would replace it by the weights of now, which in the "
+            "middle of a task are not those it began with. Say which task is trained now: "
+            f"set_anchor(task={task}) goes on with the resumed anchor, set_anchor(task={task + 1}) "
+            "begins the next task; or clear_anchor() first"
+        )
 
 
 class Engine:
@@ -354,6 +436,8 @@ class Engine:
     def __init__(self) -> None:
         self.options = Options()
         self.replay = ReplaySlot()
+        # Steps that a fresh optimizer was resumed after.
+        self.resumed: int | None = None
         self._words: tuple[int, int, int] | None = None
         self._last: dict[str, Any] | None = None
 
@@ -578,7 +662,7 @@ class Guidance:
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
         anchor_device: Storage device of the anchor; None is the parameter's.
-        process_group: Group over whose ranks plain parameters are partitioned; see `dgg.AdamW`.
+        process_group: Refused: the hook does not reduce norms over ranks.
         backend: ``"reference"``, ``"cpp"``, ``"triton"`` or None (the fastest).
 
     Attributes:
@@ -625,6 +709,7 @@ class Guidance:
                 f"{type(optimizer).__name__} is guided already; set its own options instead of "
                 "wrapping it again"
             )
+        refuse_process_group(process_group, "Guidance")
         check_backend(backend, optimizer.param_groups)
         self._backend = backend
         self._anchor_dtype = check_anchor_dtype(anchor_dtype)
@@ -655,31 +740,48 @@ class Guidance:
     @torch.no_grad()
     def set_anchor(
         self,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
         *,
         model: torch.nn.Module | None = None,
+        task: int | None = None,
     ) -> None:
-        """Sets θ* to the present weights or to named tensors; see `dgg.AdamW.set_anchor`.
+        """Sets θ* to the present weights, named tensors or those of files.
+
+        It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; what is resumed is loaded
+        by this class' `load_state_dict`.
 
         Args:
-            tensors: The previous task's weights by name; None takes the present weights.
+            tensors: The previous task's weights by name, or their path; None takes the present
+                weights.
             model: Maps names to parameters.
+            task: Number of the task that begins now, or goes on.
 
         Raises:
+            FileNotFoundError: There is nothing at the path.
             KeyError: A trainable parameter has no tensor.
+            RuntimeError: It would replace an anchor that was just resumed, or the anchor of a
+                task in progress is gone.
             TypeError: ``tensors`` or one of them is of the wrong type.
-            ValueError: A shape, value or name does not fit. After any error all is as it was.
+            ValueError: A shape, value or name does not fit, or ``task``. After any error all is as
+                it was.
         """
+        self._sync_groups()
+        draws = self.param_groups[0]["draw_index"]
+        marked = [{**group, "anchored": len(self._anchors)} for group in self.param_groups]
+        if task is not None:
+            if not begins_task(task, marked, draws, given=tensors is not None):
+                return
+        elif tensors is None:
+            refuse_resumed(marked, draws, self._engine.resumed)
         groups = self.optimizer.param_groups
         plan = plan_anchors(
             groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
         )
-        self._sync_groups()
         for param, source, target in plan:
             anchor.write(target, source)
             self._anchors[param] = target
         for group in self.param_groups:
-            group["task_index"] += 1
+            group["task_index"] = group["task_index"] + 1 if task is None else task
         self._rows = []
 
     def clear_anchor(self) -> None:
@@ -730,7 +832,6 @@ class Guidance:
                 f"{type(state_dict).__name__}; torch.load the file first"
             )
         if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
-        self.process_group = check_process_group(process_group, self._options)
             raise KeyError(
                 f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
                 "param_groups and params; pass what guidance.state_dict() returned"
@@ -739,7 +840,6 @@ class Guidance:
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
             raise ValueError(
-        self._shards: list[tuple[Tensor, Tensor]] = []
                 f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
                 f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
                 "optimizer it was saved with"
@@ -762,9 +862,12 @@ class Guidance:
                 )
             anchor.check_source(value, params[i], labels[i])
         self._anchors = {
-            params[i]: self._anchor_of(params[i], value)
+            params[i]: value.to(self._anchor_device or params[i].device, copy=True)
             for i, value in state_dict["anchors"].items()
         }
+        engine, mine = self._engine, self.param_groups[0]["draw_index"]
+        if mine in (0, engine.resumed):
+            engine.resumed = groups[0]["draw_index"]
         self.param_groups = [dict(group) for group in groups]
         self._rows = []
 
@@ -805,10 +908,13 @@ class Guidance:
             for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
                 if given is not None:
                     labels = labels or group_labels(groups)
+                    if sharding.is_dtensor(p):
+                        raise TypeError(
+                            f"{labels[i]} is a DTensor, whose gradient dgg.Guidance does not edit "
+                            "yet; use dgg.AdamW, dgg.Adam or dgg.SGD over sharded models"
+                        )
                     check_gradient(given, p, labels[i], kind)
-                    check_param(
-                        p, labels[i], stepped=True, elements=wide["granularity"] == "element"
-                    )
+                    check_param(p, labels[i], stepped=True)
             if p in self._anchors and self._anchors[p].shape != p.shape:
                 label = group_labels(groups)[i]
                 raise ValueError(
@@ -831,13 +937,11 @@ class Guidance:
             self._set_draw(draw + 1)
             return
         for p in params:
-            shard = sharding.local(p.grad)
-            if shard is None and slot and slot.get(p) is not None:
-                p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-            elif shard is not None and not _dispatch.is_dense(shard):
+            if p.grad is None and slot and slot.get(p) is not None:
+                p.grad = torch.zeros_like(p)
+            elif p.grad is not None and not _dispatch.is_dense(p.grad):
                 # An expanded gradient cannot be written in place.
-                shard = shard.clone(memory_format=torch.contiguous_format)
-                p.grad = sharding.like(shard, p)
+                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
         for places, rows in all_rows:
             replays = [slot.get(params[i]) for i in places] if slot else []
             rows.refresh(
@@ -882,11 +986,6 @@ class Guidance:
             engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
         self._set_draw(draw + 1)
         slot.clear()
-    def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
-        made = anchor.allocate(param, value.dtype, self._anchor_device)
-        anchor.write(made, value)
-        return made
-
 
     def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
         same = len(params) == len(self._rows_params) and all(
@@ -1007,7 +1106,6 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
         raise TypeError(
             f"anchor_device={device!r} must be a torch.device or its name; use 'cpu' or None (the "
             "parameter's device)"
-        same = same and all(p._local_tensor is shard for p, shard in self._shards)
         )
     try:
         found = torch.device(device)
@@ -1024,7 +1122,6 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
 
 def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """Returns the group over whose ranks plain parameters are partitioned, or None.
-                    process_group=self.process_group,
 
     Raises:
         TypeError: It is no process group.
@@ -1032,8 +1129,6 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """
     if process_group is None:
         return None
-        # Engines exchange the shard inside of a DTensor.
-        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
     if not (torch.distributed.is_available() and hasattr(process_group, "rank")):
         raise TypeError(
             f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None if "
@@ -1045,3 +1140,12 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
             "tensors begin; use norm_scope='global' and granularity='step' or 'tensor'"
         )
     return process_group
+
+
+def refuse_process_group(process_group, name: str) -> None:
+    """Raises a ValueError if a process group is given: the hook does not reduce its norms."""
+    if check_process_group(process_group, {}) is not None:
+        raise ValueError(
+            f"dgg.{name} does not support process_group=: it edits whole gradients; use dgg.AdamW, "
+            "dgg.Adam or dgg.SGD over partitions, or leave it None"
+        )

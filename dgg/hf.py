@@ -13,10 +13,8 @@ and reports. Importing this module imports transformers; ``import dgg`` does not
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pathlib
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -44,10 +42,6 @@ logger = logging.getLogger(__name__)
 # for every task in one process still count their tasks, and are not silently left unguided.
 _tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
-_ADAPTER_FILE = "adapter_model.safetensors"
-_MODEL_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-
 
 class GuidanceCallback(TrainerCallback, ExportableState):
     """Sets the anchor at task boundaries, sets alpha per task, logs the guidance.
@@ -74,8 +68,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             task number to alpha. None leaves the optimizer's own.
         task: Number of the first task this callback sees, from 0; None counts by itself.
         anchor: The anchor of the first task this callback sees, instead of the weights it begins
-            with: named tensors, or the path of a safetensors file or of a directory written by
-            ``save_pretrained`` (a model, an adapter, a Trainer checkpoint).
+            with: named tensors, or a path as `dgg.AdamW.set_anchor` takes it: a safetensors file
+            or a directory written by ``save_pretrained`` (a model, an adapter), a Trainer's last
+            checkpoint. A checkpoint from the middle of a training is refused.
         guide_first_task: Also guide task 0, towards the (pre-trained) weights it begins with.
 
     Raises:
@@ -86,7 +81,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             not the checkpoint's.
         RuntimeError: A training resumed in the middle of a guided task has lost its anchor, or
             no parameter of the optimizer receives a gradient.
-        FileNotFoundError: ``anchor`` is a path without safetensors.
+        FileNotFoundError: ``anchor`` is a path with nothing to read.
     """
 
     def __init__(
@@ -157,7 +152,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "checkpoint to keep them",
                     task,
                 )
-            self._set_anchor(opt, model)
+            self._set_anchor(opt, model, task)
         else:
             # An anchor set by hand before the first task stays.
             guided = _anchored(opt) > 0
@@ -168,16 +163,16 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 group["alpha"] = alpha
         self._task, self._guided = task, guided
 
-    def _set_anchor(self, opt, model: nn.Module) -> None:
+    def _set_anchor(self, opt, model: nn.Module, task: int) -> None:
         if self._given is None:
-            opt.set_anchor()
             self._origin = "the weights this training began with"
         elif isinstance(self._given, Mapping):
-            opt.set_anchor(self._given, model=model)
             self._origin = "the tensors given"
         else:
-            opt.set_anchor(_read_tensors(self._given), model=model)
             self._origin = str(self._given)
+        # The Trainer's state says where a task begins, whatever the optimizer has loaded.
+        given = self._given
+        opt._place_anchor(given, model=None if given is None else model, task=task)
 
     def _resume(self, opt, model: nn.Module, saved: Mapping[str, Any]) -> None:
         anchored = _anchored(opt)
@@ -206,9 +201,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "Resume from a checkpoint with optimizer.pt (save_only_model=False), or pass "
                     "GuidanceCallback(anchor=...) with the previous task's weights"
                 )
-            self._set_anchor(opt, model)
-            for group in opt.param_groups:
-                group["task_index"] = task
+            self._set_anchor(opt, model, task)
         self._task, self._guided = task, _anchored(opt) > 0
         alpha, inside = self._alpha_of(task), opt.param_groups[0]["alpha"]
         if alpha is not None and alpha != inside:
@@ -492,29 +485,6 @@ def _warn_of_ignored_lr(args, opt) -> None:
             args.learning_rate,
             rate,
         )
-
-
-def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads named tensors from a safetensors file, or a directory of ``save_pretrained``."""
-    from safetensors.torch import load_file
-
-    path = pathlib.Path(path)
-    if path.is_file():
-        files = [path]
-    elif (index := path / _INDEX_FILE).is_file() and not (path / _ADAPTER_FILE).is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [path / shard for shard in shards]
-    else:
-        files = [f for name in (_ADAPTER_FILE, _MODEL_FILE) if (f := path / name).is_file()][:1]
-    if not files:
-        raise FileNotFoundError(
-            f"anchor={str(path)!r}: no {_ADAPTER_FILE}, {_MODEL_FILE} or {_INDEX_FILE} there; "
-            "pass what model.save_pretrained() wrote for the previous task"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(load_file(file))
-    return tensors
 
 
 def _stand_before_loggers(callback: TrainerCallback) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -495,28 +496,86 @@ class _Guided:
     @torch.no_grad()
     def set_anchor(
         self,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
         *,
         model: torch.nn.Module | None = None,
+        task: int | None = None,
     ) -> None:
-        """Sets θ* at a task boundary: to the present weights, or to named tensors.
+        """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
 
         Every parameter that requires a gradient (or has state from an earlier task) gets an
         anchor, of its own shape, in ``anchor_dtype``. A second call overwrites the first anchor
         in place, so there is never more than one. Parameters that join later are guided from the
         next boundary on.
 
+        Scripts that run a process per task, and any script that is killed and resumed, say with
+        ``task=k`` which task is trained now; the anchor is θ before task k begins. Call it after
+        everything that is to be loaded has been loaded:
+
+        - a new optimizer, or one with the state of the end of task k - 1: the anchor is set;
+        - resumed in the middle of task k: the checkpoint's anchor is kept, nothing is read;
+        - ``task=0``: nothing is set, the first task has nothing to protect (unless ``tensors``
+          are given to guide it towards);
+        - any other state cannot be right and is an error.
+
+        Without ``task`` every call is a boundary, and counts as one; only a new optimizer that
+        has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
+
+        Of a path the names are checked first; then every tensor is read one at a time, of sharded
+        parameters each rank's own part only.
+
         Args:
-            tensors: The previous task's weights by name, such as a model's or a peft adapter's
-                state dict; None takes the present weights.
+            tensors: The previous task's weights: named tensors, such as a model's or a peft
+                adapter's state dict; or the path of a safetensors file (or of the index of
+                several), of a directory that ``save_pretrained`` wrote (of a model or an
+                adapter), of a Trainer's last checkpoint or of a checkpoint of
+                torch.distributed.checkpoint. None takes the present weights.
             model: Maps names to parameters; not needed if the optimizer was built from
                 ``named_parameters()``.
+            task: Number of the task that is trained now, from 0.
 
         Raises:
+            FileNotFoundError: There is nothing at the path.
             KeyError: A trainable parameter has no tensor.
+            RuntimeError: It would replace an anchor that was just resumed, or the anchor of a
+                task in progress is gone.
             TypeError: ``tensors`` or one of them is of the wrong type.
-            ValueError: A shape differs, values are not finite, or names are not known. After any
-                error the former anchor is as it was.
+            ValueError: A shape differs, values are not finite, names are not known, the path is
+                a Trainer's checkpoint from the middle of a training, or ``task`` is over already
+                or not the next one. After any error the former anchor is as it was.
+
+        Example:
+            >>> # train.py --task K, started anew after it was killed
+            >>> model.load_state_dict(resumed["model"] if resumed else weights_after_former_task)
+            >>> opt = dgg.AdamW(model.parameters(), seed=K)
+            >>> if resumed:
+            ...     opt.load_state_dict(resumed["optimizer"])
+            >>> opt.set_anchor(task=K)
+        """
+        draws = int(self.param_groups[0]["draw_index"])
+        if task is not None:
+            if not guidance.begins_task(task, self.param_groups, draws, given=tensors is not None):
+                return
+        elif tensors is None:
+            guidance.refuse_resumed(self.param_groups, draws, self._engine.resumed)
+        self._place_anchor(tensors, model=model, task=task)
+
+    @torch.no_grad()
+    def _place_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        task: int | None = None,
+    ) -> None:
+        """Does what `set_anchor` does without asking whether it can be right.
+
+        For frameworks that know by themselves where a task begins, as `dgg.hf` does.
+
+        Args:
+            tensors: As in `set_anchor`.
+            model: As in `set_anchor`.
+            task: Number of the task; None counts one up.
         """
         plan = guidance.plan_anchors(
             self.param_groups,
@@ -540,7 +599,7 @@ class _Guided:
             self.state[p]["anchor"] = target
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
-            group["task_index"] += 1
+            group["task_index"] = group["task_index"] + 1 if task is None else task
         self._rows = None
 
     def _has_master(self, param: Tensor) -> bool:
@@ -631,6 +690,7 @@ class _Guided:
                 one. After any error the optimizer is as it was.
         """
         anchors = self._checked_anchors(state_dict)
+        before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
         ours = [
             {name: group[name] for name in (*self._guidance, "anchored")}
@@ -662,6 +722,9 @@ class _Guided:
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
         self._normalise_steps()
+        # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
+        fresh = before[0] <= 1 or before[0] == before[1]
+        self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
         self._rows = None
 
     def _load_kept_back(self, state_dict: Mapping[str, Any], names: set[str]) -> None:

@@ -349,13 +349,25 @@ def test_anchor_given_as_tensors_and_full_model(tmp_path):
             assert torch.equal(found[name], param.detach() + offset)
 
 
-def test_anchor_from_sharded_files(tmp_path):
-    model = base_model()
-    model.save_pretrained(tmp_path, max_shard_size="4KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    tensors = dgg.hf._read_tensors(tmp_path)
-    for name, param in model.named_parameters():
-        assert torch.equal(tensors[name], param)
+def test_anchor_from_the_trainers_own_checkpoint(tmp_path):
+    """The last checkpoint of a training is as good as the finished model, one before is refused."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    first = trainer_for(lora(base_model()), task_data(1), tmp_path, [], **saving)
+    first.train()
+    for step in (3, STEPS):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        model = lora(base_model(), seed=5)
+        callback = GuidanceCallback(task=1, anchor=checkpoint)
+        second = trainer_for(model, task_data(3), tmp_path / "second", [callback], max_steps=1)
+        if step < STEPS:
+            with pytest.raises(ValueError, match=r"middle of a training \(step 3 of 6\).*finished"):
+                second.train()
+            assert not anchors(second)
+            assert dgg.unwrap(second.optimizer).param_groups[0]["task_index"] == 0
+        else:
+            second.train()
+            assert_same(anchors(second), trainable(first.model), "anchor")
+            assert dgg.unwrap(second.optimizer).param_groups[0]["task_index"] == 1
 
 
 GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "huggingface.md"

@@ -553,12 +553,12 @@ named_anchor(
     lambda tensors: dict(enumerate(tensors.values())),
 )  # fmt: skip
 named_anchor(
-    "as_a_list", TypeError, r"mapping from names to tensors, not list.*load_file",
+    "as_a_list", TypeError, r"mapping from names to tensors or the path.*not list; pass",
     lambda tensors: list(tensors.values()),
 )  # fmt: skip
 named_anchor(
-    "as_a_path", TypeError, r"mapping from names to tensors, not str; load the file first",
-    lambda tensors: "adapter_model.safetensors",
+    "at_no_path", FileNotFoundError, r"no anchor at 'task0/adapter'.*save_pretrained",
+    lambda tensors: "task0/adapter",
 )  # fmt: skip
 named_anchor(
     "of_another_model", KeyError, r"no tensor for 3 of 3.*state dict of the same model", nothing,
@@ -913,7 +913,11 @@ GUIDANCE_MISUSES = [
     (nested_guidance_replay, RuntimeError, r"replay\(\) blocks do not nest; leave the outer"),
     (replay_with_scaler, RuntimeError, r"replay\(\).*GradScaler.*use dgg\.AdamW, or bfloat16"),
     (alpha_out_of_range, ValueError, r"alpha=-1 must lie in \[0, 1\]"),
-    (lambda p, o, g: g.set_anchor([p[0]]), TypeError, r"mapping from names to tensors, not list"),
+    (
+        lambda p, o, g: g.set_anchor([p[0]]),
+        TypeError,
+        r"mapping from names to tensors or the path.*not list",
+    ),
     (lambda p, o, g: g.set_anchor({"a": p[0]}), KeyError, r"no tensor for 1 of 2.*'b'.*freeze"),
     (lambda p, o, g: g.set_anchor(model=torch.nn.Linear(1, 1)), ValueError, r"give both or nei"),
     (load_changed(lambda s: [s]), TypeError, r"what state_dict\(\) returned, not list"),
