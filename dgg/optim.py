@@ -11,6 +11,7 @@ import functools
 import operator
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,16 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
-from dgg import _device, _dispatch, _ranges, anchor, guidance, reference, sharding
+from dgg import (
+    _device,
+    _dispatch,
+    _ranges,
+    anchor,
+    guidance,
+    reference,
+    sharding,
+    zero,
+)  # fmt: skip
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -106,7 +116,9 @@ class _Guided:
         self._fused = bool(fused or foreach)
         self._guidance = {**options, "draw_index": 0, "task_index": 0}
         guidance.check_options(self._guidance)
+        self._given, self._driver, self._own = [], None, _nobody
         parent()
+        self._whole, self._own = self.param_groups, _first(self.param_groups)
         guidance.check_backend(self._backend, self.param_groups)
         guidance.check_precision(self._stochastic, self._master, self.param_groups)
         self._check_kernels(p for group in self.param_groups for p in group["params"])
@@ -147,7 +159,7 @@ class _Guided:
             "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
             "_state_dtype", "_stochastic", "_master", "_guidance",
         )  # fmt: skip
-        lost = self.process_group is not None or self._lost_group
+        lost = self.process_group is not None or self._driver is not None or self._lost_group
         kept = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **kept, "_lost_group": lost}
 
@@ -157,6 +169,11 @@ class _Guided:
         if "process_group" not in self.__dict__:  # a copy; loading keeps what there is
             self.process_group = None
         super().__setstate__(state)
+        # DeepSpeed steps groups one by one in a list of their own.
+        self._whole = self.param_groups
+        if "_given" not in self.__dict__:
+            self._given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
+            self._driver, self._own = None, _first(self.param_groups)
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
             for name, value in self._guidance.items():
@@ -208,6 +225,7 @@ class _Guided:
         for name in guidance.PER_GROUP:
             group.setdefault(name, self._guidance[name])
         group["anchored"] = 0
+        self._given += [weakref.ref(p) for p in group["params"]]
         self._rows = None
 
     # -- state ----------------------------------------------------------------------------------
@@ -261,6 +279,10 @@ class _Guided:
         self._step()
 
     def _step(self) -> None:
+        driver = self._driven_by()
+        if driver is not None:
+            driver.step(self)
+            return
         engine, groups = self._engine, self.param_groups
         engine.replay.check_closed()
         wide = engine.options.read(groups)
@@ -312,6 +334,26 @@ class _Guided:
         strength = hyper[0]["strength"]
         engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
         slot.clear()
+
+    def _driven_by(self) -> zero.Zero | None:
+        """Returns the engine that steps its own partitions in place of the parameters, if any."""
+        driver = self._driver
+        if driver is not None and driver.holder is not None:
+            return driver
+        params = self.param_groups[0]["params"]
+        if driver is None and (params[0] if params else None) is self._own():
+            return None
+        # The parameters were exchanged: look once by whom.
+        self._driver = zero.find(self)
+        if self._driver is None:
+            self._own = _first(self.param_groups)
+        return self._driver
+
+    def _skip_update(self, param: Tensor) -> None:
+        """Ends a step in which every element of ``param`` is padding and none is updated."""
+        step = self.state[param].get("step")
+        if step is not None:
+            step += 1
 
     def _take_up(self, replays, skipped: bool, *, elementwise: bool) -> _RowCache | None:
         """Takes up the gradients after a look at everything they rely on, unless it is skipped."""
@@ -577,6 +619,10 @@ class _Guided:
             model: As in `set_anchor`.
             task: Number of the task; None counts one up.
         """
+        driver = self._driven_by()
+        if driver is not None:
+            driver.place_anchor(self, tensors, model, task)
+            return
         plan = guidance.plan_anchors(
             self.param_groups,
             {
@@ -628,6 +674,10 @@ class _Guided:
 
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
+        driver = self._driven_by()
+        if driver is not None:
+            driver.clear_anchor(self)
+            return
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self.state:
@@ -643,6 +693,12 @@ class _Guided:
         ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up; the
         step (or `zero_grad`) consumes them.
         """
+        if self._driven_by() is not None:
+            raise RuntimeError(
+                "replay() cannot keep gradients apart under DeepSpeed's ZeRO, which reduces them "
+                "into partitions of its own in every backward pass: put the replayed examples into "
+                "the batch instead (dgg.ReplayBuffer.mix)"
+            )
         params = [p for group in self.param_groups for p in group["params"]]
         return self._engine.replay.record(params)
 
@@ -1319,6 +1375,9 @@ class SGD(_Guided, torch.optim.SGD):
         fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.holders]
         return flags | rows.flags(fresh, "fresh")
 
+    def _skip_update(self, param: Tensor) -> None:
+        self._fresh.discard(id(param))
+
     def _waits_for_scaler(self) -> bool:
         # A buffer is made by its first step, if that is not skipped.
         return self._rows is None or bool(self._fresh)
@@ -1356,6 +1415,15 @@ def unwrap(optimizer: Any) -> Any:
         f"no dgg optimizer inside {' > '.join(seen)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
         "framework (Trainer: optimizer_cls_and_kwargs=(dgg.AdamW, {...}))"
     )
+
+
+def _nobody() -> None:
+    return None
+
+
+def _first(groups: list[dict[str, Any]]) -> Callable[[], Tensor | None]:
+    params = groups[0]["params"] if groups else []
+    return weakref.ref(params[0]) if params else _nobody
 
 
 def _host(group: Mapping[str, Any], name: str) -> float | Tensor:
