@@ -662,7 +662,7 @@ class Guidance:
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
         anchor_device: Storage device of the anchor; None is the parameter's.
-        process_group: Refused: the hook does not reduce norms over ranks.
+        process_group: Group over whose ranks plain parameters are partitioned; see `dgg.AdamW`.
         backend: ``"reference"``, ``"cpp"``, ``"triton"`` or None (the fastest).
 
     Attributes:
@@ -709,7 +709,6 @@ class Guidance:
                 f"{type(optimizer).__name__} is guided already; set its own options instead of "
                 "wrapping it again"
             )
-        refuse_process_group(process_group, "Guidance")
         check_backend(backend, optimizer.param_groups)
         self._backend = backend
         self._anchor_dtype = check_anchor_dtype(anchor_dtype)
@@ -832,6 +831,7 @@ class Guidance:
                 f"{type(state_dict).__name__}; torch.load the file first"
             )
         if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
+        self.process_group = check_process_group(process_group, self._options)
             raise KeyError(
                 f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
                 "param_groups and params; pass what guidance.state_dict() returned"
@@ -840,6 +840,7 @@ class Guidance:
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
             raise ValueError(
+        self._shards: list[tuple[Tensor, Tensor]] = []
                 f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
                 f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
                 "optimizer it was saved with"
@@ -862,12 +863,12 @@ class Guidance:
                 )
             anchor.check_source(value, params[i], labels[i])
         self._anchors = {
-            params[i]: value.to(self._anchor_device or params[i].device, copy=True)
+            params[i]: self._anchor_of(params[i], value)
             for i, value in state_dict["anchors"].items()
         }
         engine, mine = self._engine, self.param_groups[0]["draw_index"]
-        if mine in (0, engine.resumed):
-            engine.resumed = groups[0]["draw_index"]
+        fresh = mine in (0, engine.resumed)
+        engine.resumed = groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]
         self._rows = []
 
@@ -908,13 +909,10 @@ class Guidance:
             for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
                 if given is not None:
                     labels = labels or group_labels(groups)
-                    if sharding.is_dtensor(p):
-                        raise TypeError(
-                            f"{labels[i]} is a DTensor, whose gradient dgg.Guidance does not edit "
-                            "yet; use dgg.AdamW, dgg.Adam or dgg.SGD over sharded models"
-                        )
                     check_gradient(given, p, labels[i], kind)
-                    check_param(p, labels[i], stepped=True)
+                    check_param(
+                        p, labels[i], stepped=True, elements=wide["granularity"] == "element"
+                    )
             if p in self._anchors and self._anchors[p].shape != p.shape:
                 label = group_labels(groups)[i]
                 raise ValueError(
@@ -937,11 +935,13 @@ class Guidance:
             self._set_draw(draw + 1)
             return
         for p in params:
-            if p.grad is None and slot and slot.get(p) is not None:
-                p.grad = torch.zeros_like(p)
-            elif p.grad is not None and not _dispatch.is_dense(p.grad):
+            shard = sharding.local(p.grad)
+            if shard is None and slot and slot.get(p) is not None:
+                p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
+            elif shard is not None and not _dispatch.is_dense(shard):
                 # An expanded gradient cannot be written in place.
-                p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+                shard = shard.clone(memory_format=torch.contiguous_format)
+                p.grad = sharding.like(shard, p)
         for places, rows in all_rows:
             replays = [slot.get(params[i]) for i in places] if slot else []
             rows.refresh(
@@ -986,6 +986,11 @@ class Guidance:
             engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
         self._set_draw(draw + 1)
         slot.clear()
+    def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
+        made = anchor.allocate(param, value.dtype, self._anchor_device)
+        anchor.write(made, value)
+        return made
+
 
     def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
         same = len(params) == len(self._rows_params) and all(
@@ -1106,6 +1111,7 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
         raise TypeError(
             f"anchor_device={device!r} must be a torch.device or its name; use 'cpu' or None (the "
             "parameter's device)"
+        same = same and all(p._local_tensor is shard for p, shard in self._shards)
         )
     try:
         found = torch.device(device)
@@ -1122,6 +1128,7 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
 
 def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """Returns the group over whose ranks plain parameters are partitioned, or None.
+                    process_group=self.process_group,
 
     Raises:
         TypeError: It is no process group.
@@ -1129,6 +1136,8 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """
     if process_group is None:
         return None
+        # Engines exchange the shard inside of a DTensor.
+        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
     if not (torch.distributed.is_available() and hasattr(process_group, "rank")):
         raise TypeError(
             f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None if "
@@ -1140,12 +1149,3 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
             "tensors begin; use norm_scope='global' and granularity='step' or 'tensor'"
         )
     return process_group
-
-
-def refuse_process_group(process_group, name: str) -> None:
-    """Raises a ValueError if a process group is given: the hook does not reduce its norms."""
-    if check_process_group(process_group, {}) is not None:
-        raise ValueError(
-            f"dgg.{name} does not support process_group=: it edits whole gradients; use dgg.AdamW, "
-            "dgg.Adam or dgg.SGD over partitions, or leave it None"
-        )
