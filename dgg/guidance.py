@@ -719,6 +719,7 @@ class Guidance:
             "replay_weight": replay_weight, "seed": seed, "draw_index": 0, "task_index": 0,
         }  # fmt: skip
         check_options(self._options)
+        self.process_group = check_process_group(process_group, self._options)
         self.optimizer = optimizer
         self.param_groups: list[dict[str, Any]] = []
         self._sync_groups()
@@ -727,6 +728,7 @@ class Guidance:
         self._rows: list[tuple[list[int], _dispatch.Rows]] = []
         self._rows_params: list[Tensor] = []
         self._watch: _dispatch.Watch | None = None
+        self._shards: list[tuple[Tensor, Tensor]] = []
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -831,7 +833,6 @@ class Guidance:
                 f"{type(state_dict).__name__}; torch.load the file first"
             )
         if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
-        self.process_group = check_process_group(process_group, self._options)
             raise KeyError(
                 f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
                 "param_groups and params; pass what guidance.state_dict() returned"
@@ -840,7 +841,6 @@ class Guidance:
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
             raise ValueError(
-        self._shards: list[tuple[Tensor, Tensor]] = []
                 f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
                 f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
                 "optimizer it was saved with"
@@ -871,6 +871,11 @@ class Guidance:
         engine.resumed = groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]
         self._rows = []
+
+    def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
+        made = anchor.allocate(param, value.dtype, self._anchor_device)
+        anchor.write(made, value)
+        return made
 
     def _before_step(self, optimizer, args, kwargs):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -986,16 +991,12 @@ class Guidance:
             engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
         self._set_draw(draw + 1)
         slot.clear()
-    def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
-        made = anchor.allocate(param, value.dtype, self._anchor_device)
-        anchor.write(made, value)
-        return made
-
 
     def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
         same = len(params) == len(self._rows_params) and all(
             old is new for old, new in zip(self._rows_params, params, strict=True)
         )
+        same = same and all(p._local_tensor is shard for p, shard in self._shards)
         if self._rows and same and self._watch is not None and self._watch.unmoved():
             return self._rows
         numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
@@ -1012,6 +1013,7 @@ class Guidance:
                     [numbers[i] for i in places],
                     places,
                     anchors=[self._anchors.get(params[i]) for i in places],
+                    process_group=self.process_group,
                 ),
             )
             for device, places in devices.items()
@@ -1019,6 +1021,8 @@ class Guidance:
         self._rows_params = params
         anchors = [self._anchors[p] for p in params if p in self._anchors]
         self._watch = _dispatch.Watch([*params, *anchors])
+        # Engines exchange the shard inside of a DTensor.
+        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         return self._rows
 
 
@@ -1111,7 +1115,6 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
         raise TypeError(
             f"anchor_device={device!r} must be a torch.device or its name; use 'cpu' or None (the "
             "parameter's device)"
-        same = same and all(p._local_tensor is shard for p, shard in self._shards)
         )
     try:
         found = torch.device(device)
@@ -1128,7 +1131,6 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
 
 def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """Returns the group over whose ranks plain parameters are partitioned, or None.
-                    process_group=self.process_group,
 
     Raises:
         TypeError: It is no process group.
@@ -1136,8 +1138,6 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
     """
     if process_group is None:
         return None
-        # Engines exchange the shard inside of a DTensor.
-        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
     if not (torch.distributed.is_available() and hasattr(process_group, "rank")):
         raise TypeError(
             f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None if "
