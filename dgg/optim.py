@@ -151,6 +151,8 @@ class _Guided:
         # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
         self._engine = guidance.Engine()
         self._rows: _RowCache | None = None
+        # The last gradients were partial sums of the ranks'.
+        self._partial = False
         self._skipped: Tensor | bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,6 +363,8 @@ class _Guided:
         grads = [p.grad for p in params]
         cache = self._rows
         valid = cache is not None and cache.valid(self, params, grads, replays)
+        if not valid or self._partial:
+            grads, replays = self._settled(params, grads, replays)
         if not valid or cache.unchecked:
             self._check_step(params, grads, replays)
         if not valid and not skipped:
@@ -372,10 +376,21 @@ class _Guided:
         try:
             cache.refresh(grads, replays, elementwise=elementwise)
         except (RuntimeError, KeyError):
-            # A gradient of another kind than at the steps before: say which, and what to do.
+            # A gradient of another kind than at the steps before: partial, or say which it is.
+            partial = self._partial
+            grads, replays = self._settled(params, grads, replays)
             self._check_step(params, grads, replays)
-            raise
+            if partial or not self._partial:
+                raise
+            cache.refresh(grads, replays, elementwise=elementwise)
         return cache
+
+    def _settled(self, params, grads, replays) -> tuple[list, list]:
+        """Sums partial gradients, and remembers that there are such."""
+        both = [*grads, *replays]
+        found = sharding.settled([*params, *params][: len(both)], both)
+        self._partial = not all(map(operator.is_, found, both))
+        return found[: len(grads)], found[len(grads) :]
 
     def _check_capture(self, device: torch.device, valid: bool) -> None:
         """Raises if a graph is being captured that would replay the wrong thing."""

@@ -300,6 +300,45 @@ def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:
     )
 
 
+def settled(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns gradients with partial ones of replicated parameters summed over their mesh.
+
+    Under sequence parallelism every rank has the norms' gradients of its part of the sequence. All
+    ranks of a mesh must bring the same ones: there is one collective per mesh and dtype for all.
+
+    Args:
+        params: Parameters; one may stand there twice.
+        grads: Gradient of each, or None. They are left as they are.
+    """
+    import torch.distributed as dist
+
+    grads = list(grads)
+    partial: dict[tuple, list[int]] = {}
+    for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is None or not (is_dtensor(grad) and is_dtensor(param)):
+            continue
+        dims = tuple(d for d, p in enumerate(grad.placements) if p.is_partial("sum"))
+        if (
+            dims
+            and grad.device_mesh == param.device_mesh
+            and all(
+                mine.is_replicate() if d in dims else mine == its
+                for d, (mine, its) in enumerate(zip(param.placements, grad.placements, strict=True))
+            )
+        ):
+            key = (param.device_mesh, dims, grad.dtype, grad.device)
+            partial.setdefault(key, []).append(place)
+    for (mesh, dims, *_), places in partial.items():
+        shards = [local(grads[i]).detach() for i in places]
+        vector = torch.cat([shard.reshape(-1) for shard in shards])
+        for group in _groups_of(mesh, dims):
+            dist.all_reduce(vector, group=group)
+        sums = vector.split([shard.numel() for shard in shards])
+        for i, shard, found in zip(places, shards, sums, strict=True):
+            grads[i] = like(found.view(shard.shape), params[i])
+    return grads
+
+
 def version_of(param: Tensor) -> int:
     """Returns a number that changes with every write that autograd knows of."""
     shard = local(param)
