@@ -466,22 +466,18 @@ def count_collectives(variant: ShardedVariant, group) -> list[dict[str, object]]
     """
     from torch.distributed.tensor.debug import CommDebugMode
 
-    def taken(kind, mode) -> int:
+    found = []
+    for kind in sorted(variant.shares()):
         # The step before matters: it may start what this one waits for.
         variant.fresh_gradients()
         variant.approach(kind)
         variant.fresh_gradients()
         before = group._get_sequence_number_for_group()
-        with mode:
+        with CommDebugMode() as debug, CollectiveCounter() as counter:
             variant()
-        return group._get_sequence_number_for_group() - before
-
-    found = []
-    for kind in sorted(variant.shares()):
-        counter, debug = CollectiveCounter(), CommDebugMode()
-        issued = {taken(kind, counter), taken(kind, debug)}
+        issued = group._get_sequence_number_for_group() - before
         counted = sum(counter.operations.values())
-        if issued != {counted} or debug.get_total_counts() != counted:
+        if not issued == counted == debug.get_total_counts():
             raise RuntimeError(
                 f"{variant.name} ({variant.setting.name}): the process group issued {issued} "
                 f"collectives a step, of which {counted} passed the dispatcher and CommDebugMode "
@@ -789,7 +785,6 @@ def main(arguments: list[str] | None = None) -> int:
         "settings": {
             "quick": options.quick, "ranks": ranks, "rounds": rounds, "seconds": options.seconds,
             "backend": "gloo", "threads_per_rank": 1, "max_norm": MAX_NORM,
-            "cores": len(os.sched_getaffinity(0)),
         },
         "cases": [],
     }  # fmt: skip
@@ -800,7 +795,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, flush=True)
 
     say(provenance_lines(results["provenance"]) + "\n")
-    cores = results["settings"]["cores"]
+    cores = results["provenance"]["cores"]
     if results["provenance"]["load_average"][0] > 0.5:
         say("This machine is not quiet: take the times as provisional.\n")
     for world in ranks:

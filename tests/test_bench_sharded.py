@@ -34,7 +34,7 @@ def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     options = ["--quick", "--rounds", "7", "--seconds", "3", "--out", str(out)]
     command = [sys.executable, str(BENCH / "sharded.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("sharded-cpu-*.json")
     return json.loads(path.read_text()), done.stdout, out
@@ -45,13 +45,13 @@ def entry_of(case, name, setting):
     return found
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_results_have_the_documented_fields(quick, bench):
     results, _, _ = quick
     assert results["schema"] == 1
     known = {"cpu", "cores", "torch", "dgg", "commit", "date", "load_average", "load_average_after"}
     assert known <= results["provenance"].keys()
-    assert results["settings"]["ranks"] == [2] and results["settings"]["cores"] > 0
+    assert results["settings"]["ranks"] == [2] and results["settings"]["threads_per_rank"] == 1
     assert [case["case"] for case in results["cases"]] == ["tiny6-2", "tiny12-2"]
     runs = {(name, setting.name) for name, setting in bench("sharded").RUNS}
     for case in results["cases"]:
