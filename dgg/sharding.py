@@ -76,8 +76,9 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
         )
     if elements and place_of(param) is None:
         raise ValueError(
-            f"{label} is placed as {param.placements}, sharded along several inner dimensions, "
-            "where granularity='element' cannot number its elements; use 'step' or 'tensor'"
+            f"{label} is placed as {param.placements}, sharded along several inner dimensions or "
+            "interleaved, where granularity='element' cannot number its elements; use 'step' or "
+            "'tensor'"
         )
 
 
@@ -85,10 +86,12 @@ def place_of(param: Tensor) -> Place | None:
     """Returns where a parameter's local elements lie in the whole one.
 
     None if they are no equal runs at equal distances: sharded along two dimensions that are not
-    the first.
+    the first, or interleaved.
     """
     if not is_dtensor(param):
         return Place(0, max(param.numel(), 1), max(param.numel(), 1))
+    if _interleaved(param):
+        return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(
@@ -109,10 +112,35 @@ def place_of(param: Tensor) -> Place | None:
     return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
 
 
+def _interleaved(param: Tensor) -> bool:
+    """Returns whether a shard is several separate pieces of a dimension; the same on all ranks.
+
+    FSDP2 over tensor parallelism shards what is sharded already and calls that strided: the later
+    mesh dimensions pick one of the pieces again, if they are as many.
+    """
+    for d, placement in enumerate(param.placements):
+        pieces = getattr(placement, "split_factor", 1)
+        if pieces > 1:
+            later = range(d + 1, len(param.placements))
+            same = [i for i in later if getattr(param.placements[i], "dim", None) == placement.dim]
+            if math.prod(param.device_mesh.size(i) for i in same) != pieces:
+                return True
+    return False
+
+
 def box_of(param: Tensor) -> tuple[slice, ...]:
-    """Returns where this rank's shard lies in the whole parameter: a slice of every dimension."""
+    """Returns where this rank's shard lies in the whole parameter: a slice of every dimension.
+
+    Raises:
+        ValueError: It lies in several pieces.
+    """
     if not is_dtensor(param):
         return tuple(slice(0, size) for size in param.shape)
+    if _interleaved(param):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} placed as {param.placements} has shards of "
+            "several separate pieces; give a DTensor, or redistribute it to Shard or Replicate"
+        )
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(
