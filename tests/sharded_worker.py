@@ -316,16 +316,28 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     assert torch.equal(param.detach().full_tensor(), before)
     assert optimizer.param_groups[0]["draw_index"] == 1
 
-    # A gradient of the same local shape whose values are parts of a sum.
-    copied = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-    partly = dgg.AdamW([copied], lr=0.1)
+    # A gradient of the same local shape whose values are parts of a sum is the sum; a parameter
+    # of which every rank has its own shard cannot have one.
+    copied = torch.nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
+    twin = torch.nn.Parameter(torch.zeros(3))
+    both = [dgg.SGD([x], lr=0.1, max_grad_norm=2.0) for x in (copied, twin)]
+    for step in range(4):
+        twin.grad = torch.ones(3) * world
+        copied.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+        if step % 2:
+            copied.grad = copied.grad.redistribute(mesh, [Replicate()])
+        for optimizer in both:
+            optimizer.step()
+    assert torch.equal(copied.detach().full_tensor(), twin.detach())
+    sharded = torch.nn.Parameter(distribute_tensor(torch.ones(world, 3), mesh, [Shard(0)]))
+    optimizer = dgg.AdamW([sharded], lr=0.1)
     for _ in range(2):
-        copied.grad = distribute_tensor(torch.ones(3), mesh, [Replicate()])
-        partly.step()
-    before = copied.detach().full_tensor()
-    copied.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
-    refused(ValueError, "is not sharded as the parameter is", partly.step)
-    assert torch.equal(copied.detach().full_tensor(), before)
+        sharded.grad = distribute_tensor(torch.ones(world, 3), mesh, [Shard(0)])
+        optimizer.step()
+    before = sharded.detach().full_tensor()
+    sharded.grad = DTensor.from_local(torch.ones(world, 3), mesh, [Partial()])
+    refused(ValueError, "is not sharded as the parameter is", optimizer.step)
+    assert torch.equal(sharded.detach().full_tensor(), before)
 
     refused(ValueError, "not supported for DTensors", lambda: _anchored_elsewhere(param))
 
