@@ -11,7 +11,6 @@ import functools
 import operator
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -116,7 +115,9 @@ class _Guided:
         self._fused = bool(fused or foreach)
         self._guidance = {**options, "draw_index": 0, "task_index": 0}
         guidance.check_options(self._guidance)
-        self._given, self._driver, self._own = [], None, _nobody
+        # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
+        # FSDP2's modules does), another one would keep what an engine exchanges alive.
+        self._given, self._driver, self._own = [], None, None
         parent()
         self._whole, self._own = self.param_groups, _first(self.param_groups)
         guidance.check_backend(self._backend, self.param_groups)
@@ -174,7 +175,7 @@ class _Guided:
         # DeepSpeed steps groups one by one in a list of their own.
         self._whole = self.param_groups
         if "_given" not in self.__dict__:
-            self._given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
+            self._given = [id(p) for group in self.param_groups for p in group["params"]]
             self._driver, self._own = None, _first(self.param_groups)
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
@@ -227,7 +228,7 @@ class _Guided:
         for name in guidance.PER_GROUP:
             group.setdefault(name, self._guidance[name])
         group["anchored"] = 0
-        self._given += [weakref.ref(p) for p in group["params"]]
+        self._given += map(id, group["params"])
         self._rows = None
 
     # -- state ----------------------------------------------------------------------------------
@@ -342,8 +343,7 @@ class _Guided:
         driver = self._driver
         if driver is not None and driver.holder is not None:
             return driver
-        params = self.param_groups[0]["params"]
-        if driver is None and (params[0] if params else None) is self._own():
+        if driver is None and _first(self.param_groups) == self._own:
             return None
         # The parameters were exchanged: look once by whom.
         self._driver = zero.find(self)
@@ -1432,13 +1432,9 @@ def unwrap(optimizer: Any) -> Any:
     )
 
 
-def _nobody() -> None:
-    return None
-
-
-def _first(groups: list[dict[str, Any]]) -> Callable[[], Tensor | None]:
+def _first(groups: list[dict[str, Any]]) -> int | None:
     params = groups[0]["params"] if groups else []
-    return weakref.ref(params[0]) if params else _nobody
+    return id(params[0]) if params else None
 
 
 def _host(group: Mapping[str, Any], name: str) -> float | Tensor:

@@ -183,7 +183,7 @@ class Zero:
             p.tensor is t for p, t in zip(self._partitions, tensors, strict=True)
         ):
             return
-        numbers = {id(p): j for j, ref in enumerate(optimizer._given) if (p := ref()) is not None}
+        numbers = {identity: j for j, identity in enumerate(optimizer._given)}
         names = getattr(holder, "param_names", None) or {}
         self._partitions = []
         for number, (tensor, group) in enumerate(self._layout.partitions(holder)):
@@ -628,7 +628,7 @@ def _refuse_unknown(optimizer) -> None:
 
     if optimizer.process_group is not None or not (dist.is_available() and dist.is_initialized()):
         return
-    given = {id(p) for ref in optimizer._given if (p := ref()) is not None}
+    given = set(optimizer._given)
     strange = [
         p
         for group in optimizer.param_groups
