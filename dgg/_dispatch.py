@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _device, _gather, _prefetch, reference, sharding
+from dgg import _device, _fsdp1, _gather, _prefetch, reference, sharding
 from dgg.reference import FLOAT_DTYPES
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -232,6 +232,7 @@ class Rows:
         anchored: Whether any row has an anchor.
         distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
         grads: Gradient of each row in the present step or None; see `refresh`.
+        places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
         replays: Replay gradient of each row or None; empty when there are none at all.
     """
 
@@ -251,6 +252,7 @@ class Rows:
         stochastic: bool = False,
         capturable: bool = False,
         process_group=None,
+        reduction=None,
     ) -> None:
         absent = [None] * len(params)
         self.backend = backend
@@ -259,10 +261,13 @@ class Rows:
         self.params = [sharding.local(p) for p in params]
         self._sharded = any(map(sharding.is_dtensor, params))
         self._shards = sharding.Shards(params) if self._sharded else None
-        self.reduction = None
-        if self._sharded or process_group is not None:
-            self.reduction = sharding.Reduction(params, process_group) or None
-        self.places = [sharding.place_of(p) for p in params] if self._sharded else []
+        self.reduction = reduction
+        runs = _fsdp1.runs(params)
+        if self._sharded or process_group is not None or runs:
+            self.reduction = sharding.Reduction(params, process_group, runs) or None
+        self.places = [sharding.place_of(p) for p in params] if self._sharded or runs else []
+        for row, run in runs.items():
+            self.places[row] = sharding.Place(run.start, *[max(params[row].numel(), 1)] * 2)
         self.groups = list(groups)
         self.indices = list(indices)
         self.device = self.params[0].device
@@ -964,12 +969,12 @@ def guide_(
                 grad_scale=scaling.divisor,
                 seed=draw.seed,
                 draw=draw.index,
+                places=rows.places,
             )
         rows.release()
         return
     if rows.kernels is not None:
         rows.kernels.guide_(
-                places=rows.places,
             coefficients,
             flags,
             rows.kernels.hyper(groups, GUIDE_HYPER),

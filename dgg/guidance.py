@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, _philox, _ranges, anchor, reference, sharding
+from dgg import _dispatch, _fsdp1, _philox, _ranges, anchor, reference, sharding
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -229,6 +229,7 @@ def check_param(
     """Checks that a parameter (trainable, or about to be stepped) is one the kernels can take."""
     if not stepped and not param.requires_grad:
         return
+    _fsdp1.check(param, label)
     if sharding.is_dtensor(param):
         sharding.check(param, label, elements=elements)
     if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:
@@ -256,6 +257,8 @@ def plan_anchors(
     dtype: torch.dtype | None,
     device: torch.device | None,
     weights: Callable[[Tensor], Tensor] = Tensor.detach,
+    *,
+    none: bool = False,
 ) -> list[tuple[Tensor, Tensor | anchor.Part | None, Tensor]]:
     """Decides which parameters get an anchor, from what and into which memory.
 
@@ -270,6 +273,7 @@ def plan_anchors(
         dtype: Storage dtype or None for the parameter's.
         device: Storage device or None for the parameter's.
         weights: What the optimizer steps for a parameter: itself, or its master weight.
+        none: Whether there may be nothing to anchor: other ranks have the parameters.
 
     Returns:
         (parameter, source, target) of every parameter to anchor; a present anchor that fits is
@@ -297,6 +301,8 @@ def plan_anchors(
         for p, label in zip(every, group_labels(groups), strict=True)
         if p.requires_grad or p in known
     ]
+    if not chosen and none:
+        return []
     if not chosen:
         raise ValueError(
             "set_anchor() found no trainable parameter in this optimizer; unfreeze "
@@ -479,6 +485,11 @@ class Engine:
         if self._words is None or self._words[:2] != (seed, draw):
             self._words = (seed, draw, _philox.step_word(seed, draw))
         return self._words[2]
+
+    @staticmethod
+    def measures(wide: Mapping[str, Any], injecting: bool) -> bool:
+        """Returns whether a step needs norms, so that `measure` sums them over ranks."""
+        return wide["max_grad_norm"] is not None or (injecting and wide["scaling"])
 
     def measure(
         self,

@@ -22,7 +22,9 @@ from torch.optim import optimizer as _torch_optimizer
 from dgg import (
     _device,
     _dispatch,
+    _fsdp1,
     _ranges,
+    _zero_redundancy,
     anchor,
     guidance,
     reference,
@@ -69,6 +71,8 @@ class _Guided:
     _columns: dict[str, str]
     # A copy cannot take the process group along.
     _lost_group = False
+    # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
+    _lost_share = False
     # Names of the hyper-parameters, in the order of the kernels' table.
     _hyper_names: tuple[str, ...]
 
@@ -84,6 +88,12 @@ class _Guided:
             )
         self._capturable = bool(options.pop("capturable"))
         self.process_group = guidance.check_process_group(options.pop("process_group"), options)
+        self._share = _zero_redundancy.builder()
+        if self._share is not None and (self.process_group is not None or self._capturable):
+            raise ValueError(
+                "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, whose "
+                "own process group is used and whose ranks synchronise in every step; leave both"
+            )
         fused, foreach = options.pop("fused"), options.pop("foreach")
         self._transient()
         self._backend = options.pop("backend")
@@ -121,7 +131,9 @@ class _Guided:
         parent()
         self._whole, self._own = self.param_groups, _first(self.param_groups)
         guidance.check_backend(self._backend, self.param_groups)
-        guidance.check_precision(self._stochastic, self._master, self.param_groups)
+        share = self._share
+        every = self.param_groups if share is None else [{"params": share.params()}]
+        guidance.check_precision(self._stochastic, self._master, every)
         self._check_kernels(p for group in self.param_groups for p in group["params"])
         self.defaults.update(self._guidance)
         # torch.optim sets this with fused=True only; our step always honours both attributes.
@@ -164,13 +176,17 @@ class _Guided:
         )  # fmt: skip
         lost = self.process_group is not None or self._driver is not None or self._lost_group
         kept = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **kept, "_lost_group": lost}
+        lost_share = self._share is not None or self._lost_share
+        return {
+            **super().__getstate__(), **kept, "_lost_group": lost, "_lost_share": lost_share,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copied, pickled or loaded state and starts without caches."""
         self._transient()
         if "process_group" not in self.__dict__:  # a copy; loading keeps what there is
             self.process_group = None
+        self.__dict__.setdefault("_share", None)
         super().__setstate__(state)
         # DeepSpeed steps groups one by one in a list of their own.
         self._whole = self.param_groups
@@ -306,8 +322,19 @@ class _Guided:
             engine.remember_skipped(groups[0]["params"][0].device)
             slot.clear()
             return
+        share = self._share
+        if share is not None:
+            every = [engine.flags(wide, groups, share.every_row(), draw)]
+            if len(cache.all_rows) > 1:
+                raise ValueError(
+                    "ZeroRedundancyOptimizer over parameters on several devices is not supported; "
+                    "build one per device"
+                )
         if not cache.all_rows:
+            if share is not None and engine.measures(wide, every[0] is not None):
+                share.join()
             self._advance(draw)
+            slot.clear()
             return
         for rows in cache.all_rows:
             if rows.has_masters:
@@ -317,7 +344,8 @@ class _Guided:
             slot.clear()
             return
         flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
-        injecting = any(x is not None for x in flags)
+        # Ranks that have nothing to inject themselves take part in the norms of those that do.
+        injecting = any(x is not None for x in (flags if share is None else every))
         found = engine.measure(wide, cache.all_rows, injecting, scaling)
         drawn = guidance.drawn(wide, draw, injecting)
         with _ranges.record("dgg.update"):
@@ -521,7 +549,7 @@ class _Guided:
                     )
         for number, group in enumerate(self.param_groups):
             present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
-            if present < group["anchored"]:
+            if present < group["anchored"] - self._others(number):
                 raise RuntimeError(
                     f"group {number} was anchored ({group['anchored']} parameters) but only "
                     f"{present} anchors are in the state: the resume lost them. Load a checkpoint "
@@ -529,7 +557,16 @@ class _Guided:
                     "task's weights, or give up guidance with clear_anchor()"
                 )
 
+    def _others(self, number: int) -> int:
+        """Returns how many parameters of a group are anchored on other ranks."""
+        return 0 if self._share is None else self._share.others(number, self.param_groups[number])
+
     def _make_rows(self, params, grads, replays) -> _RowCache:
+        if self._lost_share and self._share is None:
+            raise RuntimeError(
+                "this optimizer was copied out of a ZeroRedundancyOptimizer and has only one "
+                "rank's share of the parameters: build a new ZeroRedundancyOptimizer"
+            )
         if self._lost_group and self.process_group is None:
             raise RuntimeError(
                 "this optimizer was copied or unpickled, and its process group could not come "
@@ -650,6 +687,7 @@ class _Guided:
             self._anchor_dtype,
             self._anchor_device,
             self._stepped,
+            none=self._share is not None,
         )
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, source, target in plan:
@@ -661,6 +699,8 @@ class _Guided:
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
             group["task_index"] = group["task_index"] + 1 if task is None else task
+        if self._share is not None:
+            self._share.note_anchors(self.param_groups, anchored=True)
         self._rows = None
 
     def _has_master(self, param: Tensor) -> bool:
@@ -698,6 +738,8 @@ class _Guided:
                 if p in self.state:
                     self.state[p].pop("anchor", None)
             group["anchored"] = 0
+        if self._share is not None:
+            self._share.note_anchors(self.param_groups, anchored=False)
         self._rows = None
 
     # -- replay, statistics, gradients ----------------------------------------------------------
@@ -715,6 +757,9 @@ class _Guided:
                 "the batch instead (dgg.ReplayBuffer.mix)"
             )
         params = [p for group in self.param_groups for p in group["params"]]
+        if self._share is not None:
+            # A reduction over ranks sums the gradients of those who step the others, too.
+            params = self._share.params()
         return self._engine.replay.record(params)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -790,13 +835,27 @@ class _Guided:
             device = param.device if self._anchor_device is None else self._anchor_device
             # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
             self.state[param]["anchor"] = value.detach().to(device, copy=True)
-        for group in self.param_groups:
-            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if saved.get("anchored"):
+                self._anchor_empty(group)
+            present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            group["anchored"] = max(present, saved.get("anchored", 0))  # other ranks' included
         self._normalise_steps()
         # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
         fresh = before[0] <= 1 or before[0] == before[1]
         self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
         self._rows = None
+
+    def _anchor_empty(self, group: dict[str, Any]) -> None:
+        """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
+
+        A rank on which all is empty would not know otherwise that there are norms to be summed.
+        """
+        for param in group["params"]:
+            empty = _fsdp1.is_empty(param) and param.requires_grad
+            if empty and "anchor" not in self.state.get(param, ()):
+                self._init_state(param, group, before_first_step=True)
+                self.state[param]["anchor"] = torch.empty_like(param, requires_grad=False)
 
     def _load_kept_back(self, state_dict: Mapping[str, Any], names: set[str]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -853,6 +912,7 @@ class _Guided:
                     )
                 value = entry.get("anchor")
                 if value is None:
+                    present += _fsdp1.is_empty(param)
                     continue
                 anchor.check_source(value, param, f"parameter {place} of group {number}")
                 found[param] = value
@@ -860,7 +920,7 @@ class _Guided:
             check = {name: saved[name] for name in self._guidance if name in saved}
             guidance.check_agreement(number, check, saved_groups[0])
             guidance.check_options(check)
-            if present < saved.get("anchored", 0):
+            if present < saved.get("anchored", 0) - self._others(number):
                 raise RuntimeError(
                     f"the checkpoint's group {number} was anchored ({saved['anchored']} "
                     f"parameters) but carries {present} anchors: they were lost on the way. Save "
@@ -868,7 +928,7 @@ class _Guided:
                     "previous task's weights after loading one without guidance"
                 )
         mine = any("anchor" in entry for entry in self.state.values() if isinstance(entry, dict))
-        if mine and not found:
+        if mine and not found and not any(saved.get("anchored") for saved in saved_groups):
             raise ValueError(
                 "this optimizer has an anchor and the checkpoint carries none: loading would drop "
                 "it silently. Load first and call set_anchor() afterwards, or call clear_anchor() "
@@ -946,6 +1006,8 @@ class _RowCache:
             for i, state in enumerate(states)
             if i not in used or any((state or {}).get(name) is None for name in needed[i])
         ]
+        share = optimizer._share
+        numbers = range(len(params)) if share is None else share.numbers(params)
         devices: dict[torch.device, list[int]] = {}
         for i in usable:
             devices.setdefault(params[i].device, []).append(i)
@@ -959,7 +1021,7 @@ class _RowCache:
                     _dispatch.choose(optimizer._backend, device),
                     [params[i] for i in places],
                     [self._groups[i] for i in places],
-                    places,
+                    [numbers[i] for i in places],
                     masters=[
                         s.get("master") if optimizer._has_master(params[i]) else None
                         for i, s in zip(places, state, strict=True)
@@ -967,6 +1029,7 @@ class _RowCache:
                     stochastic=optimizer._stochastic,
                     capturable=optimizer._capturable,
                     process_group=optimizer.process_group,
+                    reduction=None if share is None else share.reduction,
                     **columns,
                 )
             )
@@ -1407,7 +1470,7 @@ def unwrap(optimizer: Any) -> Any:
 
     Args:
         optimizer: A dgg optimizer, or accelerate's, DeepSpeed's, Lightning's or Megatron's wrapper
-            around one, nested to any depth.
+            around one, or a ZeroRedundancyOptimizer (its local optimizer), nested to any depth.
 
     Raises:
         TypeError: There is no dgg optimizer inside.
@@ -1421,7 +1484,7 @@ def unwrap(optimizer: Any) -> Any:
         inner = next(
             (
                 found
-                for name in ("optimizer", "_optimizer", "basic_optimizer")
+                for name in ("optimizer", "_optimizer", "basic_optimizer", "optim")
                 if (found := getattr(inner, name, None)) is not None
             ),
             None,

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgg import _ranges
+from dgg import _fsdp1, _ranges
 
 
 class Place(NamedTuple):
@@ -221,12 +221,27 @@ class Reduction:
         params: Parameters of the rows, DTensors or plain ones.
         process_group: Over whose ranks plain parameters are partitioned, or None if every rank
             has all of them.
+        runs: What FSDP1's parameters are runs of, by row.
     """
 
-    def __init__(self, params: Sequence[Tensor], process_group=None) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        process_group=None,
+        runs: Mapping[int, _fsdp1.Run] | None = None,
+    ) -> None:
         sharding: dict[object, dict[int, set[int]]] = {}
         plain = []
+        flat: dict[object, list[int]] = {}
+        if runs and process_group is not None:
+            raise ValueError(
+                "process_group= does not go with parameters of FSDP1, whose own process group is "
+                "used; leave it None"
+            )
         for row, param in enumerate(params):
+            if runs and row in runs:
+                flat.setdefault(runs[row].group, []).append(row)
+                continue
             if not is_dtensor(param):
                 plain.append(row)
                 continue
@@ -236,6 +251,9 @@ class Reduction:
         self._parts = []
         if process_group is not None and plain:
             self._add(plain, len(params), [process_group], [1.0] * len(plain))
+        for group, rows in flat.items():
+            if group is not None:
+                self._add(rows, len(params), [group], [1.0] * len(rows))
         for mesh, rows in sharding.items():
             dims = sorted(set().union(*rows.values()))
             if dims:

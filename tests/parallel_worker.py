@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every rank of tests/test_parallel.py runs: torch's own wrappers of models and optimizers.
+
+A case trains over the ranks, each with its part of every batch, and in the same process without
+any wrapper on the joined batch, and compares the two. Cases of one engine run one after the other
+in one start of the processes; the first one to fail ends it.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import json
+import os
+import pickle
+import traceback
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dgg
+
+STEPS, BOUNDARIES, SAMPLES = 50, (5, 30), 12
+OPTIONS = {
+    "lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "alpha": 0.5, "strength": 0.7,
+    "max_grad_norm": 0.5, "replay_weight": 1.5, "seed": 2**63 + 9,
+}  # fmt: skip
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
+}
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """A vector, a scalar, tied and frozen parameters; sizes that no rank count divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 7), nn.LayerNorm(7)
+        self.still = nn.Linear(7, 7)
+        self.second = nn.Linear(7, 6, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(6, 7)
+        self.head.weight = self.first.weight
+        self.still.requires_grad_(False)
+
+    def forward(self, x):
+        hidden = self.norm(torch.tanh(self.first(x)))
+        return self.head(self.second(hidden + self.still(hidden) * self.scale))
+
+
+def network(dtype=torch.float64) -> nn.Module:
+    torch.manual_seed(7)
+    return Network().to(dtype)
+
+
+def batch(k: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1000 + k)
+    return torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
+
+
+def fit(model, optimizer, part, first=0, last=STEPS, *, replay=True, boundaries=BOUNDARIES):
+    """Trains on reproducible data; ``part`` takes this rank's samples of a batch."""
+    inner = dgg.unwrap(optimizer)
+    dtype = next(model.parameters()).dtype
+    for k in range(first, last):
+        x, old = part(batch(2 * k, dtype)), part(batch(2 * k + 1, dtype))
+        if k in boundaries:
+            inner.set_anchor()
+        if replay and k % 3 == 1:  # before the real gradient, and in two parts
+            with inner.replay():
+                (loss_of(model, old[::2]) / 2).backward()
+            with inner.replay():
+                (loss_of(model, old[1::2]) / 2).backward()
+        loss_of(model, x).backward()
+        if replay and k % 3 == 2:  # after it
+            with inner.replay():
+                loss_of(model, old).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def mine(x):
+    """Returns this rank's part of a batch."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def alone(steps=STEPS, dtype=torch.float64, **options):
+    """Returns model and optimizer of the run without any wrapper."""
+    replay = options.pop("replay", True)
+    model = network(dtype)
+    optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, **options})
+    fit(model, optimizer, lambda x: x, 0, steps, replay=replay)
+    return model, optimizer
+
+
+def assert_close(values, expected, dtype=torch.float64):
+    for mine_, theirs in zip(values, expected, strict=True):
+        torch.testing.assert_close(mine_.detach(), theirs.detach(), **TOLERANCES[dtype])
+
+
+def assert_same_on_all_ranks(tensors):
+    """Bit for bit."""
+    flat = torch.cat([x.detach().double().flatten() for x in tensors])
+    everywhere = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, flat)
+    assert all(torch.equal(x, flat) for x in everywhere)
+
+
+def assert_guided(optimizer, draws=STEPS):
+    """The run was no plain AdamW that happens to agree."""
+    inner = dgg.unwrap(optimizer)
+    (group,) = inner.param_groups
+    assert group["draw_index"] == draws and group["task_index"] == len(BOUNDARIES)
+    assert group["anchored"] > 0
+
+
+def refused(error, text, call):
+    try:
+        call()
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"{text!r} was not refused")
+
+
+# -- DistributedDataParallel ----------------------------------------------------------------------
+
+
+def ddp_trajectory(dtype=torch.float64, options=None, **ddp):
+    options = options or {}
+    expected, twin = alone(dtype=dtype, **options)
+    model = network(dtype)
+    wrapped = DistributedDataParallel(model, **ddp)
+    optimizer = dgg.AdamW(wrapped.parameters(), **{**OPTIONS, **options})
+    fit(wrapped, optimizer, mine)
+    assert_guided(optimizer)
+    assert_close(model.parameters(), expected.parameters(), dtype)
+    assert_same_on_all_ranks(model.parameters())
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        entry = optimizer.state.get(p, {})
+        assert entry.keys() == twin.state.get(q, {}).keys()
+        assert_close(entry.values(), twin.state.get(q, {}).values(), dtype)
+    return optimizer
+
+
+def ddp_single_bucket_of_one_tensor():
+    """A bucket that is as large as its only gradient is a view all the same."""
+    torch.manual_seed(3)
+    model = nn.Linear(6, 5, bias=False).double()
+    plain = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (wrapped, plain))
+    fit(wrapped, optimizer, mine)
+    fit(plain, twin, lambda x: x)
+    assert_close(model.parameters(), plain.parameters())
+
+
+def ddp_accumulation(**ddp):
+    """Two micro-batches a step, the first without a reduction; and gradients kept, not None."""
+    model, plain = network(), network()
+    wrapped = DistributedDataParallel(model, **ddp)
+    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (wrapped, plain))
+    for k in range(20):
+        x, old = batch(2 * k), batch(2 * k + 1)
+        if k == 3:
+            optimizer.set_anchor()
+            twin.set_anchor()
+        first, second = mine(x).chunk(2)
+        with wrapped.no_sync():
+            (loss_of(wrapped, first) / 2).backward()
+        if k % 2:  # in the middle of the accumulation
+            a, b = mine(old).chunk(2)
+            with optimizer.replay():
+                with wrapped.no_sync():
+                    (loss_of(wrapped, a) / 2).backward()
+                (loss_of(wrapped, b) / 2).backward()
+        (loss_of(wrapped, second) / 2).backward()
+        loss_of(plain, x).backward()
+        if k % 2:
+            with twin.replay():
+                loss_of(plain, old).backward()
+        for one in (optimizer, twin):
+            one.step()
+            one.zero_grad(set_to_none=k % 4 < 2)
+    assert_close(model.parameters(), plain.parameters())
+    assert_same_on_all_ranks(model.parameters())
+
+
+def ddp_unused_parameters(**ddp):
+    """A branch that not every step uses has no gradient and no part in any norm."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.branch = nn.Linear(6, 5), nn.Linear(5, 5)
+            self.side = True
+
+        def forward(self, x):
+            x = self.trunk(x)
+            return self.branch(x) if self.side else x
+
+    torch.manual_seed(3)
+    model = Branches().double()
+    plain = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, **ddp)
+    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (wrapped, plain))
+    for k in range(20):
+        model.side = plain.side = k % 4 != 2
+        fit(wrapped, optimizer, mine, k, k + 1, boundaries=(3,))
+        fit(plain, twin, lambda x: x, k, k + 1, boundaries=(3,))
+    assert_close(model.parameters(), plain.parameters())
+    steps = {float(optimizer.state[p]["step"]) for p in model.parameters()}
+    assert steps == {20.0, 15.0}
+
+
+def ddp_resume():
+    """The optimizer's state is the same on every rank and goes on bit for bit."""
+    straight, again = network(), network()
+    wrapped = DistributedDataParallel(straight)
+    optimizer = dgg.AdamW(wrapped.parameters(), **OPTIONS)
+    fit(wrapped, optimizer, mine, 0, 20)
+    saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
+    fit(wrapped, optimizer, mine, 20, STEPS)
+    again.load_state_dict(saved[0])
+    wrapped = DistributedDataParallel(again, gradient_as_bucket_view=True)
+    resumed = dgg.AdamW(wrapped.parameters(), **OPTIONS)
+    resumed.load_state_dict(copy.deepcopy(saved[1]))
+    fit(wrapped, resumed, mine, 20, STEPS)
+    assert all(map(torch.equal, straight.parameters(), again.parameters()))
+    # One process alone goes on from it as well.
+    expected, _ = alone()
+    lone = network()
+    lone.load_state_dict(saved[0])
+    optimizer = dgg.AdamW(lone.parameters(), **OPTIONS)
+    optimizer.load_state_dict(saved[1])
+    fit(lone, optimizer, lambda x: x, 20, STEPS)
+    assert_close(lone.parameters(), expected.parameters())
+
+
+# -- ZeroRedundancyOptimizer ----------------------------------------------------------------------
+
+
+def zero_redundancy(params, **options):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(params, **{"optimizer_class": dgg.AdamW, **OPTIONS, **options})
+
+
+def share_trajectory(dtype=torch.float64, build=network, view=False, **options):
+    expected, twin = alone(dtype=dtype, **options) if build is network else (None, None)
+    model = build(dtype)
+    if expected is None:
+        expected = build(dtype)
+        twin = dgg.AdamW(expected.parameters(), **{**OPTIONS, **options})
+        fit(expected, twin, lambda x: x)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+    optimizer = zero_redundancy(wrapped.parameters(), parameters_as_bucket_view=view, **options)
+    fit(wrapped, optimizer, mine)
+    assert_guided(optimizer)
+    assert_close(model.parameters(), expected.parameters(), dtype)
+    assert_same_on_all_ranks(model.parameters())
+    inner, names = dgg.unwrap(optimizer), dict(model.named_parameters())
+    for name, q in expected.named_parameters():
+        if names[name] in inner.state:
+            assert_close(inner.state[names[name]].values(), twin.state[q].values(), dtype)
+    assert inner.param_groups[0]["anchored"] == twin.param_groups[0]["anchored"]
+    assert optimizer.param_groups[0]["anchored"] == twin.param_groups[0]["anchored"]
+
+
+def one_tensor(dtype):
+    torch.manual_seed(3)
+    return nn.Linear(6, 5, bias=False).to(dtype)
+
+
+def share_of_nothing(**options):
+    """One parameter for all ranks: the others take part in the norms with nothing."""
+    share_trajectory(build=one_tensor, **options)
+
+
+def share_with_groups():
+    """Groups of their own alpha; the schedule of the outer optimizer reaches the inner one."""
+    model, plain = network(), network()
+
+    def groups(m):
+        named = [(n, p) for n, p in m.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for n, p in named if p.ndim == 2], "alpha": 0.7},
+            {"params": [p for n, p in named if p.ndim == 1], "weight_decay": 0.0},
+        ]
+
+    wrapped = DistributedDataParallel(model)
+    optimizer = zero_redundancy(groups(wrapped), granularity="tensor")
+    twin = dgg.AdamW(groups(plain), **OPTIONS, granularity="tensor")
+    for k in range(30):
+        for one in (optimizer, twin):
+            one.param_groups[0]["lr"] = 3e-3 * (1 - k / 40)
+            one.param_groups[1]["alpha"] = k / 40
+        fit(wrapped, optimizer, mine, k, k + 1)
+        fit(plain, twin, lambda x: x, k, k + 1)
+    assert_close(model.parameters(), plain.parameters())
+    assert [g["anchored"] for g in optimizer.param_groups] == [2, 5]
+
+
+def share_resume():
+    """A consolidated state: goes on bit for bit on these ranks, and in one process alone."""
+    straight, again = network(), network()
+    wrapped = DistributedDataParallel(straight)
+    optimizer = zero_redundancy(wrapped.parameters())
+    fit(wrapped, optimizer, mine, 0, 20)
+    optimizer.consolidate_state_dict(to=0)
+    # On the CPU its tensors are the optimizer's own.
+    saved = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    weights = copy.deepcopy(straight.state_dict())
+    trained = [p for p in straight.parameters() if p.requires_grad]
+    assert len(saved[0]["state"]) == len(trained)
+    assert all("anchor" in entry for entry in saved[0]["state"].values())
+    group = saved[0]["param_groups"][0]
+    assert (group["anchored"], group["draw_index"], group["task_index"]) == (len(trained), 20, 1)
+    fit(wrapped, optimizer, mine, 20, STEPS)
+
+    again.load_state_dict(weights)
+    wrapped = DistributedDataParallel(again)
+    resumed = zero_redundancy(wrapped.parameters())
+    resumed.load_state_dict(copy.deepcopy(saved[0]))
+    fit(wrapped, resumed, mine, 20, STEPS)
+    assert all(map(torch.equal, straight.parameters(), again.parameters()))
+
+    expected, _ = alone()
+    lone = network()
+    lone.load_state_dict(weights)
+    single = dgg.AdamW(lone.parameters(), **OPTIONS)
+    single.load_state_dict(copy.deepcopy(saved[0]))
+    fit(lone, single, lambda x: x, 20, STEPS)
+    assert_close(lone.parameters(), expected.parameters())
+
+    # A checkpoint whose anchors were lost is an error on the ranks that miss theirs.
+    for entry in saved[0]["state"].values():
+        del entry["anchor"]
+    lost = zero_redundancy(again.parameters())
+    lost.load_state_dict(saved[0])
+    loss_of(again, batch(0)).backward()
+    refused(RuntimeError, "the resume lost them", dgg.unwrap(lost).step)
+
+
+def share_anchor():
+    """Anchors by name, by every rank for its share; dropped again."""
+    model = network()
+    optimizer = zero_redundancy(model.parameters())
+    inner = dgg.unwrap(optimizer)
+    named = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    inner.set_anchor(named, model=model)
+    names = {p: n for n, p in model.named_parameters()}
+    held = [p for g in inner.param_groups for p in g["params"] if p.requires_grad]
+    assert held and all(torch.equal(inner.state[p]["anchor"], named[names[p]]) for p in held)
+    assert optimizer.param_groups[0]["anchored"] == sum(p.requires_grad for p in model.parameters())
+    inner.clear_anchor()
+    assert optimizer.param_groups[0]["anchored"] == 0
+
+
+def share_misuse():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = network()
+    partial = functools.partial(dgg.AdamW, process_group=dist.group.WORLD)
+    refused(
+        ValueError,
+        "do not go with ZeroRedundancyOptimizer",
+        lambda: zero_redundancy(model.parameters(), optimizer_class=partial),
+    )
+    # Its overlapped mode has functional optimizers of torch's only.
+    refused(
+        ValueError,
+        "no supported functional optimizer",
+        lambda: ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=dgg.AdamW, overlap_with_ddp=True
+        ),
+    )
+    optimizer = zero_redundancy(model.parameters())
+    copied = pickle.loads(pickle.dumps(dgg.unwrap(optimizer)))
+    for p in copied.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    refused(RuntimeError, "build a new ZeroRedundancyOptimizer", copied.step)
+    inner = dgg.unwrap(optimizer)
+    del optimizer
+    loss_of(model, batch(0)).backward()
+    refused(RuntimeError, "keep it, and step it", inner.step)
+    # An optimizer that somebody else builds is nobody's share.
+    assert dgg.AdamW(model.parameters())._share is None
+
+
+# -- FullyShardedDataParallel (FSDP1) -------------------------------------------------------------
+
+
+def fsdp1(model, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    settings = {"use_orig_params": True, "device_id": CPU, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is on its way out, that NO_SHARD is
+        return FullyShardedDataParallel(model, **settings)
+
+
+def wrapped_parts(model, **options):
+    """FSDP1 in FSDP1: the first layers are a unit of their own; tied weights stay in the outer."""
+    model.second = fsdp1(model.second, **options)
+    return fsdp1(model, **options)
+
+
+def whole_of(model) -> list:
+    """Returns all parameters of an FSDP1 model in full."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return [p.detach().clone() for p in model.parameters()]
+
+
+def run_trajectory(dtype=torch.float64, before=False, strategy=None, mesh=None, **options):
+    from torch.distributed.fsdp import ShardingStrategy
+
+    expected, _ = alone(dtype=dtype, **options)
+    model = network(dtype)
+    optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, **options}) if before else None
+    engine = {}
+    if strategy is not None:
+        engine["sharding_strategy"] = ShardingStrategy[strategy]
+    if mesh is not None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        engine["device_mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "fs"))
+    wrapped = wrapped_parts(model, **engine)
+    if optimizer is None:
+        optimizer = dgg.AdamW(wrapped.parameters(), **{**OPTIONS, **options})
+    fit(wrapped, optimizer, mine)
+    assert_guided(optimizer)
+    if strategy in (None, "SHARD_GRAD_OP", "FULL_SHARD"):
+        shapes = [p.shape for p in wrapped.parameters()]
+        assert shapes != [p.shape for p in expected.parameters()], "nothing was sharded"
+    assert_close(whole_of(wrapped), expected.parameters(), dtype)
+
+
+def run_resume(full: bool):
+    """FSDP's optimizer state dicts carry the anchor; full ones go into one process as well."""
+    from torch.distributed.fsdp import (
+        FullOptimStateDictConfig,
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        ShardedOptimStateDictConfig,
+        ShardedStateDictConfig,
+        StateDictType,
+    )
+
+    if full:
+        kind = (
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(rank0_only=False),
+            # Offloaded to the CPU, where they are, all would be views of one buffer.
+            FullOptimStateDictConfig(rank0_only=False, offload_to_cpu=False),
+        )
+    else:
+        kind = (
+            StateDictType.SHARDED_STATE_DICT,
+            ShardedStateDictConfig(),
+            ShardedOptimStateDictConfig(),
+        )
+
+    def build():
+        model = wrapped_parts(network())
+        FullyShardedDataParallel.set_state_dict_type(model, *kind)
+        return model, dgg.AdamW(model.parameters(), **OPTIONS)
+
+    model, optimizer = build()
+    fit(model, optimizer, mine, 0, 20)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    fit(model, optimizer, mine, 20, STEPS)
+
+    again, resumed = build()
+    again.load_state_dict(weights)
+    state = FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, copy.deepcopy(saved))
+    resumed.load_state_dict(state)
+    group = resumed.param_groups[0]
+    assert (group["draw_index"], group["task_index"]) == (20, 1)
+    fit(again, resumed, mine, 20, STEPS)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    if full:
+        names = dict(network().named_parameters())
+        entries = saved["state"]
+        assert {n for n, p in names.items() if p.requires_grad} == set(entries)
+        for name, entry in entries.items():
+            assert entry["anchor"].shape == names[name].shape and entry["step"] == 20
+
+
+# -- starting -------------------------------------------------------------------------------------
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=120),
+    )  # fmt: skip
+
+
+def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> None:
+    """Runs cases, name → (function, arguments), and writes for each what went wrong, or nothing.
+
+    A rank that failed does not meet the others in collectives any more: all end with it.
+    """
+    start(rank, world, folder)
+    outcomes = {}
+    for name, (function, arguments) in cases.items():
+        try:
+            globals()[function](**arguments)
+        except BaseException:
+            outcomes[name] = traceback.format_exc()
+        else:
+            outcomes[name] = ""
+        with open(os.path.join(folder, f"rank {rank}.json"), "w") as file:
+            json.dump(outcomes, file)
+        if outcomes[name]:
+            os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
