@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How long an optimizer step over sharded parameters takes, and what it sends.
 
-    python bench/sharded.py --out runs/sharded            # 1, 2 and 4 gloo ranks, 8 minutes
-    python bench/sharded.py --quick                       # 2 ranks, tiny lists: a minute
+    python bench/sharded.py --out runs/sharded            # 1, 2 and 4 gloo ranks: 15 minutes
+    python bench/sharded.py --quick                       # 2 ranks, tiny lists: half a minute
     python bench/sharded.py --ranks 2 --only small120     # what the target is stated for
 
 The parameters are DTensors, sharded along their first dimension, as FSDP2 makes them; every rank is
@@ -786,8 +786,9 @@ def main(arguments: list[str] | None = None) -> int:
             "quick": options.quick, "ranks": ranks, "rounds": rounds, "seconds": options.seconds,
             "backend": "gloo", "threads_per_rank": 1, "max_norm": MAX_NORM,
         },
-        "cases": [],
+        "cases": [], "complete": False,
     }  # fmt: skip
+    stem = f"sharded-cpu-{time.strftime('%Y-%m-%d', time.gmtime())}"
     lines: list[str] = []
 
     def say(line: str) -> None:
@@ -802,14 +803,17 @@ def main(arguments: list[str] | None = None) -> int:
         for case in run(world, names, rounds, options.seconds):
             results["cases"].append(case)
             say(case_table(case, cores, markdown=options.markdown))
+        # Whatever ends the run, what it has measured stays.
+        if options.out is not None:
+            write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False)
     results["provenance"]["load_average_after"] = os.getloadavg()
     results["targets"] = targets(results["cases"])
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
     results["model"] = scaling.model(results["cases"], quick=options.quick)
     say(scaling.page(results["model"], markdown=options.markdown))
+    results["complete"] = True
     if options.out is not None:
-        stem = f"sharded-cpu-{time.strftime('%Y-%m-%d', time.gmtime())}"
         for path in write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False):
             print(f"wrote {path}")
     return 0

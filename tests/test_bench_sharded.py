@@ -50,7 +50,7 @@ def entry_of(case, name, setting):
 
 def test_results_have_the_documented_fields(quick, bench):
     results, _, _ = quick
-    assert results["schema"] == 1
+    assert results["schema"] == 1 and results["complete"]
     known = {"cpu", "cores", "torch", "dgg", "commit", "date", "load_average", "load_average_after"}
     assert known <= results["provenance"].keys()
     assert results["settings"]["ranks"] == [2] and results["settings"]["threads_per_rank"] == 1
