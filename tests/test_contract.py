@@ -225,6 +225,7 @@ def scaled_loss(params, step):
     return sum((p * torch.randn(p.shape, generator=weights)).sum() for p in params)
 
 
+@pytest.mark.compat("one process", "mixed precision")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unscaled", [False, True], ids=["step", "unscale_"])

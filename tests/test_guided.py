@@ -99,6 +99,8 @@ def warm_moments(optimizer, params, generator):
                 state[key].copy_(0.5 + torch.rand(p.shape, generator=generator))
 
 
+@pytest.mark.compat("one process", "trajectory", "clipping", "replay", "norm_scope tensor")
+@pytest.mark.compat("one process", "mixed precision")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mix", MIXES, ids=lambda m: "-".join(str(d)[6:] for d in m if d))
 @pytest.mark.parametrize("guidance", GUIDANCE)
@@ -210,6 +212,7 @@ def test_zero_norms_give_no_guidance_and_no_nan(zero, scope, backend):
     assert opt.guidance_stats()["scale"].item() == 0.0
 
 
+@pytest.mark.compat("one process", "granularity tensor", "granularity element")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
 def test_masks_are_philox(granularity, backend):

@@ -100,6 +100,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.compat("one process", "resume")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "way"), WAYS)
 def test_goes_on_bit_for_bit_after_any_cut(kind, backend, way):
@@ -457,6 +458,7 @@ def test_without_gradient_untouched_and_in_no_norm(kind, backend):
         assert torch.equal(opt.state[params[1]][key], value)
 
 
+@pytest.mark.compat("one process", "frozen parts")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["adamw", "sgd-momentum", "sgd"])
 def test_frozen_and_unfrozen(kind, backend):
@@ -510,6 +512,7 @@ def test_only_empty_parameters(kind, backend):
         assert opt.state[p].get("step", 4) == 4
 
 
+@pytest.mark.compat("one process", "tied weights", "anchor by name")
 def test_tied_weights():
     """One parameter, one anchor, whichever of its names the checkpoint has."""
 
