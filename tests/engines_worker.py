@@ -1,0 +1,665 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every rank of tests/test_engines.py runs: models, torch's engines, training, probes.
+
+A case is a dict: which model, which engine with which options, which optimizer. `train` runs it on
+the ranks, `whole` unsharded in one process; both return the same named values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import gc
+import os
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import dgg
+
+STEPS, BOUNDARIES = 50, (5, 30)
+SAMPLES = 12  # equal parts for 1, 2, 3 and 4 ranks, whose mean is the whole batch's
+# What the process that forks the ranks imports, once for all.
+IMPORTS = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.debug", "torch.distributed.checkpoint.state_dict",
+    "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip",
+    "peft", "dgg",
+]  # fmt: skip
+GRANULARITIES = ("step", "tensor", "element")
+
+
+# -- models: name → (build, batch, loss) ----------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Tied embeddings, frozen parts; sizes that leave ranks with fewer elements or with none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 7)
+        self.first, self.norm, self.second = nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 7)
+        self.still = nn.Linear(7, 7)
+        self.gate = nn.Linear(8, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(7, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        hidden = self.norm(torch.tanh(self.first(x)))
+        y = self.second(hidden) + self.still(x) * self.scale
+        gate = self.gate(torch.cat([y, y.mean(dim=-1, keepdim=True)], dim=-1))
+        return self.head(y * torch.sigmoid(gate))
+
+
+def build_odd():
+    model = Odd()
+    model.still.requires_grad_(False)
+    model.second.bias.requires_grad_(False)
+    return model
+
+
+def words(k: int, dtype, vocabulary=11, length=4) -> dict:
+    generator = torch.Generator().manual_seed(1000 + k)
+    return {"x": torch.randint(vocabulary, (SAMPLES, length), generator=generator)}
+
+
+def next_word(model, batch):
+    logits = model(batch["x"])
+    logits = getattr(logits, "logits", logits)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        batch["x"][:, 1:].flatten(),
+    )
+
+
+class Block(nn.Module):
+    """A transformer block whose layers take what tensor parallelism shards."""
+
+    def __init__(self, width=18) -> None:
+        super().__init__()
+        # No bias on k: its gradient is zero up to rounding, which Adam would divide by itself.
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+        self.out, self.up, self.down = nn.Linear(16, 16), nn.Linear(16, width), nn.Linear(width, 16)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (
+            z.unflatten(-1, (-1, 4)).transpose(1, 2) for z in (self.q(y), self.k(y), self.v(y))
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def vectors(k: int, dtype) -> dict:
+    generator = torch.Generator().manual_seed(1000 + k)
+    shape = (SAMPLES, 4, 16)
+    x, y = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in "xy")
+    return {"x": x, "y": y}
+
+
+def regression(model, batch):
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def _exact_norms(model):
+    """Llama's norm computes in float32: replaced, so that float64 runs are float64 throughout."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                setattr(module, name, norm)
+    return model
+
+
+def build_tied():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=12, intermediate_size=14, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=8,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = _exact_norms(LlamaForCausalLM(config))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+IMAGE = 10  # the word that stands for a patch of the image
+
+
+def build_llava():
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, projection_dim=8,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=12, intermediate_size=14, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=11, max_position_embeddings=16, pad_token_id=None,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = _exact_norms(LlavaForConditionalGeneration(config)).eval()
+    targets = r".*language_model.*\.(q_proj|v_proj|up_proj|down_proj)"
+    # Rank 5: uneven on every number of ranks.
+    lora = LoraConfig(r=5, lora_alpha=10, lora_dropout=0.0, target_modules=targets)
+    return get_peft_model(model, lora)
+
+
+def pictures(k: int, dtype) -> dict:
+    generator = torch.Generator().manual_seed(1000 + k)
+    text = torch.randint(IMAGE, (SAMPLES, 5), generator=generator)
+    image = torch.full((SAMPLES, 4), IMAGE)
+    pixels = torch.randn((SAMPLES, 3, 8, 8), generator=generator, dtype=torch.float64).to(dtype)
+    return {"x": torch.cat([text[:, :1], image, text[:, 1:]], dim=1), "pixels": pixels}
+
+
+def answer(model, batch):
+    logits = model(input_ids=batch["x"], pixel_values=batch["pixels"]).logits
+    return F.cross_entropy(logits[:, 4:-1].flatten(0, 1), batch["x"][:, 5:].flatten())
+
+
+MODELS = {
+    "odd": (build_odd, words, next_word),
+    "block": (Block, vectors, regression),
+    # Tensor parallelism itself wants equal parts.
+    "wide block": (functools.partial(Block, 20), vectors, regression),
+    "tied": (build_tied, words, next_word),
+    "llava": (build_llava, pictures, answer),
+}
+
+
+def build(name: str, dtype) -> nn.Module:
+    torch.manual_seed(7)
+    return MODELS[name][0]().to(dtype)
+
+
+# -- engines --------------------------------------------------------------------------------------
+
+
+def units(model) -> list[nn.Module]:
+    """The modules that a user would shard one by one."""
+    if isinstance(model, Odd):
+        return [model.first, model.second, model.gate]
+    if isinstance(model, Block):
+        return [model.up, model.down]
+    return [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+
+
+def fsdp_options(case) -> dict:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    options = {}
+    if "reshard" in case:
+        options["reshard_after_forward"] = case["reshard"]
+    if "mixed" in case:
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, case["mixed"]), reduce_dtype=torch.float32
+        )
+    if case.get("offload"):
+        # Pinned memory needs an accelerator.
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    return options
+
+
+def fully_shard(model, case, mesh) -> None:
+    from torch.distributed.fsdp import fully_shard as shard
+
+    options = fsdp_options(case)
+    if not case.get("at once"):
+        for unit in units(model):
+            shard(unit, mesh=mesh, **options)
+    shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model: Block, mesh, sequence: bool) -> None:
+    """The usual plan; with ``sequence`` the norms work on parts of the sequence."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInputOutput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    where = Shard(1) if sequence else Replicate()
+    plan = {name: ColwiseParallel(input_layouts=where) for name in ("q", "k", "v", "up")}
+    plan |= {name: RowwiseParallel(output_layouts=where) for name in ("out", "down")}
+    if sequence:
+        plan |= {"norm1": SequenceParallel(), "norm2": SequenceParallel()}
+    parallelize_module(model, mesh, plan)
+    if sequence:
+        ends = PrepareModuleInputOutput(
+            input_layouts=Replicate(), desired_input_layouts=where, use_local_input=True,
+            output_layouts=where, desired_output_layouts=Replicate(), use_local_output=True,
+        )  # fmt: skip
+        parallelize_module(model, mesh, ends)
+
+
+def engine(case, model, world: int) -> tuple[int, int]:
+    """Applies the engine of a case; returns this rank's part of the batch and the parts' number."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    name = case["engine"]
+    rank = dist.get_rank()
+    if name == "fsdp2":
+        fully_shard(model, case, init_device_mesh("cpu", (world,)))
+        return rank, world
+    if name == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, case, mesh)
+        return rank, world
+    if name == "tp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        tensor_parallel(model, mesh, case["sequence"])
+        return 0, 1
+    assert name == "tp_fsdp"
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(model, mesh["tp"], case["sequence"])
+    fully_shard(model, case, mesh["dp"])
+    return mesh.get_local_rank("dp"), 2
+
+
+# -- training -------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}),
+    "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+}
+
+
+def optimizer_of(case, params):
+    cls, defaults = OPTIMIZERS[case.get("optimizer", "adamw")]
+    guidance = {
+        "alpha": 0.5, "strength": 0.7, "granularity": case.get("granularity", "step"),
+        "norm_scope": case.get("scope", "global"), "replay_weight": 1.5, "seed": 2**63 + 9,
+        "max_grad_norm": 0.2 if case.get("clip", "inside") == "inside" else None,
+    }  # fmt: skip
+    return cls(params, **defaults, **guidance)
+
+
+def part_of(batch: dict, part: int, parts: int) -> dict:
+    size = SAMPLES // parts
+    return {name: x[part * size : (part + 1) * size] for name, x in batch.items()}
+
+
+def fit(case, model, optimizer, backward, watch=contextlib.nullcontext) -> list:
+    """Trains; returns what ``watch`` gave at every step, and whether the step injected."""
+    clips = case.get("clip", "inside") == "outside"
+    seen = []
+    for k in range(STEPS):
+        if k in BOUNDARIES:
+            optimizer.set_anchor()
+        backward(model, k)
+        if k % 3 == 1:
+            with optimizer.replay():
+                backward(model, 5000 + k)
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        with watch() as found:
+            optimizer.step()
+        optimizer.zero_grad()
+        seen.append((found, bool(optimizer.guidance_stats()["injected"])))
+    return seen
+
+
+def full(x):
+    """A plain tensor of the whole, also of what is no tensor or sharded."""
+    x = x.detach() if isinstance(x, torch.Tensor) else torch.tensor(x)
+    # A copy: what is replicated is its own whole.
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
+
+
+def results(model, optimizer) -> dict:
+    """Named parameters, state, group numbers, and the elements that draws of a probe hit."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = {"params": {n: full(p) for n, p in named.items()}}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    found["frozen"] = {n: full(p) for n, p in frozen.items()}
+    found["state"] = {
+        n: {key: full(value) for key, value in optimizer.state[p].items()} for n, p in named.items()
+    }
+    group = optimizer.param_groups[0]
+    found["numbers"] = {key: group[key] for key in ("draw_index", "task_index", "anchored")}
+    found["masks"] = masks(named)
+    return found
+
+
+def masks(named: dict) -> dict:
+    """The draws of every element: it is pulled from 1 to its anchor 0 where b = 1, else stays.
+
+    Returns:
+        A number by name and element whose bit 4 · granularity + draw tells that draw.
+    """
+    params = list(named.values())
+    shards = [getattr(p, "_local_tensor", p) for p in params]
+    hits = [torch.zeros_like(p, requires_grad=False) for p in params]
+    for place, granularity in enumerate(GRANULARITIES):
+        probe = dgg.SGD(
+            params, lr=1.0, alpha=0.5, scaling=False, granularity=granularity, seed=2**40 + 5
+        )
+        with torch.no_grad():
+            for shard in shards:
+                shard.fill_(0.0)
+            probe.set_anchor()
+            for draw in range(4):
+                for p, shard in zip(params, shards, strict=True):
+                    shard.fill_(1.0)
+                    p.grad = torch.zeros_like(p)
+                probe.step()
+                for hit, shard in zip(hits, shards, strict=True):
+                    getattr(hit, "_local_tensor", hit).add_(
+                        (shard == 0.0).to(shard.dtype), alpha=2.0 ** (4 * place + draw)
+                    )
+    for p in params:
+        p.grad = None
+    return {name: full(hit) for name, hit in zip(named, hits, strict=True)}
+
+
+@functools.cache
+def _whole(items) -> dict:
+    case = dict(items)
+    dtype = getattr(torch, case.get("dtype", "float64"))
+    model = build(case["model"], dtype)
+    _, batch, loss = MODELS[case["model"]]
+
+    def backward(model, k):
+        if "mixed" not in case:
+            loss(model, batch(k, dtype)).backward()
+            return
+        # What FSDP does: rounded copies, each part's gradients summed in float32.
+        low, parts = getattr(torch, case["mixed"]), case["parts"]
+        for part in range(parts):
+            rounded = {n: p.to(low) for n, p in model.named_parameters()}
+
+            def call(x, rounded=rounded):
+                return torch.func.functional_call(model, rounded, (x,))
+
+            (loss(call, part_of(batch(k, dtype), part, parts)) / parts).backward()
+
+    optimizer = optimizer_of(case, model.parameters())
+    fit(case, model, optimizer, backward)
+    return results(model, optimizer)
+
+
+# What decides the unsharded run; the rest of a case says how it is sharded.
+DECIDES = ("model", "dtype", "optimizer", "granularity", "scope", "clip", "mixed", "parts")
+
+
+def whole(case) -> dict:
+    """The unsharded run."""
+    return _whole(tuple((key, case[key]) for key in DECIDES if key in case))
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts collectives and DTensor operations of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives, self.dtensor = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.collectives += function.namespace.startswith(("c10d", "_c10d"))
+        from torch.distributed.tensor import DTensor
+
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+        if any(isinstance(x, DTensor) for x in leaves):
+            self.dtensor.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def prepare(case, world):
+    """Returns the model in its engine, the optimizer, and this rank's part of the batches."""
+    dtype = getattr(torch, case.get("dtype", "float64"))
+    made = case.get("made", "after")
+    if made.startswith("meta"):
+        values = build(case["model"], dtype).state_dict()
+        with torch.device("meta"):
+            model = build(case["model"], dtype)
+    else:
+        model = build(case["model"], dtype)
+    optimizer = optimizer_of(case, model.parameters()) if made == "before" else None
+    part, parts = engine(case, model, world)
+    if made == "meta before":
+        optimizer = optimizer_of(case, model.parameters())
+    if made.startswith("meta"):
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+        )
+
+        model.to_empty(device="cpu")
+        set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+    if optimizer is None:
+        optimizer = optimizer_of(case, model.parameters())
+    elif made in ("before", "meta before"):
+        # What accelerate does: the parameters are exchanged under the optimizer.
+        optimizer.param_groups[0]["params"][:] = list(model.parameters())
+    return model, optimizer, part, parts
+
+
+def train(case, world) -> dict:
+    """Runs a case on the ranks."""
+    dtype = getattr(torch, case.get("dtype", "float64"))
+    _, batch, loss = MODELS[case["model"]]
+    model, optimizer, part, parts = prepare(case, world)
+    # Draws must not come from torch's generator: every rank has another one from here on.
+    torch.manual_seed(12345 + dist.get_rank())
+
+    def backward(model, k):
+        loss(model, part_of(batch(k, dtype), part, parts)).backward()
+
+    seen = fit(case, model, optimizer, backward, Watch)
+    params = [p for p in model.parameters() if p.requires_grad]
+    meshes = {p.device_mesh for p in params if hasattr(p, "device_mesh")}
+    placements = {
+        n: str(p.placements) for n, p in model.named_parameters() if hasattr(p, "placements")
+    }
+    return {
+        **results(model, optimizer),
+        "meshes": len(meshes),
+        "steps": [(w.collectives, w.dtensor, injected) for w, injected in seen],
+        "placements": placements,
+    }
+
+
+# -- probes of their own --------------------------------------------------------------------------
+
+
+def no_gradient(world) -> dict:
+    """One rank has no gradient at all on injecting and clipping steps; the others go on."""
+    case = {"model": "odd", "engine": "fsdp2"}
+    model, optimizer, part, parts = prepare(case, world)
+    _, batch, loss = MODELS["odd"]
+    params = [p for p in model.parameters() if p.requires_grad]
+    checked = 0
+    for k in range(12):
+        if k == 2:
+            optimizer.set_anchor()
+        loss(model, part_of(batch(k, torch.float64), part, parts)).backward()
+        absent = k % 2 == 1 and dist.get_rank() == world - 1
+        grads = [p.grad._local_tensor.clone() for p in params]
+        before = [p._local_tensor.clone() for p in params]
+        if absent:
+            for p in params:
+                p.grad = None
+        square = sum(0.0 if absent else g.square().sum() for g in grads) + torch.zeros(
+            (), dtype=torch.float64
+        )
+        dist.all_reduce(square)
+        optimizer.step()
+        stats = optimizer.guidance_stats()
+        clip = min(1.0, 0.2 / (float(square.sqrt()) + 1e-6))
+        assert abs(float(stats["clip"]) - clip) < 1e-6, (k, stats["clip"], clip)
+        if bool(stats["injected"]):
+            assert abs(float(stats["grad_norm"]) - float(square.sqrt())) < 1e-6
+            checked += k % 2
+        same = [torch.equal(p._local_tensor, x) for p, x in zip(params, before, strict=True)]
+        filled = [x.numel() > 0 for x in before]
+        assert not any(s != absent for s, f in zip(same, filled, strict=True) if f), (k, same)
+        optimizer.zero_grad()
+    assert checked >= 2, "too few of these steps injected"
+    return {"draw_index": optimizer.param_groups[0]["draw_index"]}
+
+
+def counted(world) -> dict:
+    """What CommDebugMode and a wrapped all_reduce count in steps that need norms or do not."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    found, original = {}, dist.all_reduce
+    for name, clip in (("clipping", "inside"), ("not clipping", "outside")):
+        case = {"model": "odd", "engine": "fsdp2", "clip": clip}
+        model, optimizer, part, parts = prepare(case, world)
+        _, batch, loss = MODELS["odd"]
+        counts = []
+        for k in range(24):
+            if k == 3:
+                optimizer.set_anchor()
+            loss(model, part_of(batch(k, torch.float64), part, parts)).backward()
+            calls = []
+
+            def counting(*args, calls=calls, **kwargs):
+                calls.append(args[0].numel() * args[0].element_size())
+                return original(*args, **kwargs)
+
+            dist.all_reduce = counting
+            try:
+                with CommDebugMode() as mode:
+                    optimizer.step()
+            finally:
+                dist.all_reduce = original
+            injected = bool(optimizer.guidance_stats()["injected"])
+            counts.append((injected, len(calls), mode.get_total_counts(), sum(calls)))
+            optimizer.zero_grad()
+        found[name] = counts
+    return found
+
+
+def on_meta(world) -> dict:
+    """An anchor needs values; materialising exchanges the parameters or keeps them."""
+    case = {"model": "odd", "engine": "fsdp2"}
+    with torch.device("meta"):
+        model = build("odd", torch.float64)
+    engine(case, model, world)
+    optimizer = optimizer_of(case, model.parameters())
+    try:
+        optimizer.set_anchor()
+    except ValueError as error:
+        refusal = str(error)
+    model.to_empty(device="cpu")
+    mine = optimizer.param_groups[0]["params"]
+    kept = [a is b for a, b in zip(mine, model.parameters(), strict=True)]
+    return {"refusal": refusal, "kept": kept}
+
+
+def _rss() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(world) -> dict:
+    """200 steps over 10 tasks: resident memory, live tensors and specs at the end of each."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    case = {"model": "block", "engine": "fsdp2", "granularity": "element", "at once": True}
+    model, optimizer, part, parts = prepare(case, world)
+    _, batch, loss = MODELS["block"]
+    found = []
+    for task in range(10):
+        for step in range(20):
+            k = 20 * task + step
+            loss(model, part_of(batch(k, torch.float64), part, parts)).backward()
+            if step % 4 == 1:
+                with optimizer.replay():
+                    loss(model, part_of(batch(k + 7, torch.float64), part, parts)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.set_anchor()
+        optimizer.guidance_stats()
+        gc.collect()
+        live = gc.get_objects()
+        tensors = sum(issubclass(type(x), torch.Tensor) for x in live)
+        specs = sum(issubclass(type(x), DTensorSpec) for x in live)
+        del live
+        found.append((_rss(), tensors, specs))
+    return {"tasks": found}
+
+
+def interleaved(world) -> dict:
+    """A shard of separate pieces has no place for draws per element, nor a box in the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.arange(float(4 * world))
+    placed = distribute_tensor(whole, mesh, [_StridedShard(0, split_factor=2)])
+    param = nn.Parameter(placed)
+    refusals = []
+    param.grad = torch.ones_like(param)
+    for call in (
+        dgg.AdamW([param], granularity="element").step,
+        lambda: dgg.AdamW([("w", param)]).set_anchor({"w": whole}),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            refusals.append(str(error))
+    # What needs neither goes on.
+    optimizer = dgg.SGD([param], lr=1.0, alpha=1.0, scaling=False)
+    optimizer.set_anchor()
+    optimizer.step()
+    return {"refusals": refusals, "stepped": full(param) == whole - 1.0}
+
+
+PROBES = {
+    "no_gradient": no_gradient,
+    "counted": counted,
+    "interleaved": interleaved,
+    "on_meta": on_meta,
+    "memory": memory,
+}
+
+
+def run(rank: int, world: int, folder: str, cases: dict[str, dict]) -> None:
+    """Runs all cases of a world size; rank 0 leaves results, or what went wrong, by name."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    limit = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    done = {}
+    for name, case in cases.items():
+        begun = time.process_time()
+        try:
+            found = PROBES[case["probe"]](world) if "probe" in case else train(case, world)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        errors = [None] * world
+        dist.all_gather_object(errors, found.get("error"))
+        failed = [f"rank {r}: {e}" for r, e in enumerate(errors) if e]
+        done[name] = {"error": "\n".join(failed)} if failed else found
+        done[name]["seconds"] = time.process_time() - begun
+    if rank == 0:
+        torch.save(done, os.path.join(folder, "results.pt"))
+    dist.barrier()
+    dist.destroy_process_group()

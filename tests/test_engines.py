@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch's own engines: FSDP2, HSDP, tensor parallelism and both together train as one process does.
+
+Real models under the real engines on gloo: 50 guided, clipped steps with replay gradients, every
+rank with its own part of the batch and its own seed of torch's generator. Parameters, moments and
+anchors agree with the unsharded run; the draws of every single element agree exactly; a step has
+at most one collective per mesh, none where no norm is needed, and no DTensor operation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import engines_worker as worker
+
+if not torch.distributed.is_available():
+    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
+
+TOLERANCES = {"float32": {"rtol": 1e-5, "atol": 1e-6}, "float64": {"rtol": 1e-10, "atol": 1e-10}}
+compat = pytest.mark.compat
+hugging_face = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "peft")),
+    reason="the models of this case are transformers' and peft's, which are not installed",
+)
+slow = pytest.mark.slow
+
+
+class Case:
+    """A case, the ranks it runs on, and the marks of the test that stands for it."""
+
+    def __init__(self, world: int, marks=(), **case) -> None:
+        self.world, self.marks, self.case = world, list(marks), case
+        if case.get("model") in ("tied", "llava"):
+            self.marks.append(hugging_face)
+
+    @property
+    def name(self) -> str:
+        given = [str(v) if isinstance(v, str) else f"{k}={v}" for k, v in self.case.items()]
+        return f"{self.world}: {' '.join(given)}"
+
+
+BASIC = ("trajectory", "replay", "clipping")
+CASES = [
+    # FSDP2: what it can be asked for.
+    Case(2, [compat("FSDP2", *BASIC, "tied weights", "frozen parts")], engine="fsdp2", model="odd"),
+    Case(2, [slow], engine="fsdp2", model="odd", dtype="float32", reshard=False),
+    Case(
+        2, [compat("FSDP2", "granularity tensor", "norm_scope tensor")],
+        engine="fsdp2", model="odd", granularity="tensor", scope="tensor", reshard=True,
+    ),
+    Case(
+        2, [compat("FSDP2", "granularity element", "clipping")],
+        engine="fsdp2", model="odd", granularity="element", optimizer="sgd", clip="outside",
+        made="before",
+    ),
+    Case(
+        2, [compat("FSDP2", "mixed precision")],
+        engine="fsdp2", model="odd", dtype="float32", mixed="bfloat16", parts=2,
+    ),
+    Case(2, [slow], engine="fsdp2", model="odd", dtype="float32", mixed="float32", parts=2),
+    Case(2, [compat("FSDP2", "CPU offload")], engine="fsdp2", model="odd", offload=True),
+    Case(2, [slow, compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta after"),
+    Case(2, [compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta before"),
+    Case(1, engine="fsdp2", model="odd", granularity="element"),
+    Case(3, [slow], engine="fsdp2", model="odd", granularity="element", dtype="float32"),
+    Case(4, [slow], engine="fsdp2", model="odd", granularity="element"),
+    # FSDP2: models.
+    *(
+        Case(world, [compat("FSDP2", "LoRA", "frozen parts")], engine="fsdp2", model="llava")
+        for world in (1, 2, 3)
+    ),
+    Case(
+        4, [compat("FSDP2", "LoRA", "frozen parts")],
+        engine="fsdp2", model="llava", granularity="element", dtype="float32",
+    ),
+    Case(2, [compat("FSDP2", "tied weights")], engine="fsdp2", model="tied", granularity="tensor"),
+    Case(3, [slow], engine="fsdp2", model="tied", granularity="element"),
+    # HSDP.
+    Case(
+        4, [compat("HSDP", *BASIC, "tied weights", "frozen parts", "granularity element")],
+        engine="hsdp", model="odd", granularity="element",
+    ),
+    Case(
+        4, [compat("HSDP", "granularity tensor", "norm_scope tensor", "clipping")],
+        engine="hsdp", model="odd", granularity="tensor", scope="tensor", optimizer="sgd",
+        clip="outside", dtype="float32",
+    ),
+    Case(4, [slow, compat("HSDP", "LoRA")], engine="hsdp", model="llava"),
+    Case(
+        4, [slow, compat("HSDP", "mixed precision")],
+        engine="hsdp", model="odd", dtype="float32", mixed="bfloat16", parts=4,
+    ),
+    Case(4, [slow, compat("HSDP", "CPU offload")], engine="hsdp", model="odd", offload=True),
+    Case(4, [slow, compat("HSDP", "meta init")], engine="hsdp", model="odd", made="meta after"),
+    # Tensor parallelism: norms are plain, or under sequence parallelism have partial gradients.
+    Case(
+        2, [compat("TP", *BASIC, "granularity element")],
+        engine="tp", model="block", sequence=True, granularity="element",
+    ),
+    Case(
+        2, [compat("TP", "granularity tensor", "norm_scope tensor")],
+        engine="tp", model="block", sequence=False, granularity="tensor", scope="tensor",
+        optimizer="sgd",
+    ),
+    Case(
+        2, [slow, compat("TP", "clipping")],
+        engine="tp", model="block", sequence=True, clip="outside", dtype="float32",
+    ),
+    Case(4, [slow, compat("TP", *BASIC)], engine="tp", model="wide block", sequence=True),
+    # Both.
+    Case(
+        4, [compat("TP + FSDP2", *BASIC, "granularity element")],
+        engine="tp_fsdp", model="block", sequence=True, granularity="element",
+    ),
+    Case(
+        4, [slow, compat("TP + FSDP2", "granularity tensor", "norm_scope tensor", "clipping")],
+        engine="tp_fsdp", model="block", sequence=False, granularity="tensor", scope="tensor",
+        optimizer="sgd",
+    ),
+    Case(
+        4, [slow, compat("TP + FSDP2", "clipping")],
+        engine="tp_fsdp", model="block", sequence=True, clip="outside", dtype="float32",
+    ),
+    Case(
+        4, [slow, compat("TP + FSDP2", "CPU offload")],
+        engine="tp_fsdp", model="block", sequence=True, offload=True,
+    ),
+    Case(
+        4, [slow, compat("TP + FSDP2", "meta init")],
+        engine="tp_fsdp", model="block", sequence=True, made="meta after",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # The models are so small that threads would only wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ran(request, tmp_path_factory):
+    """Returns the result of a case: all that are selected on as many ranks ran together."""
+    chosen = [item.callspec.params.get("case") for item in request.session.items
+              if hasattr(item, "callspec") and item.path == request.path]  # fmt: skip
+    done = {}
+
+    def result(case: Case) -> dict:
+        if case.name not in done:
+            together = [c for c in chosen if isinstance(c, Case) and c.world == case.world] or [
+                case
+            ]
+            folder = tmp_path_factory.mktemp("engines")
+            # Started from a process that has imported everything once.
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(worker.IMPORTS)
+            arguments = (case.world, str(folder), {c.name: c.case for c in together})
+            torch.multiprocessing.start_processes(
+                worker.run, arguments, nprocs=case.world, start_method="forkserver"
+            )
+            done.update(torch.load(folder / "results.pt"))
+        found = done[case.name]
+        assert "error" not in found, found["error"]
+        return found
+
+    return result
+
+
+def params_of(cases):
+    slowly = pytest.mark.timeout(600)  # the first one waits for all on as many ranks
+    return [pytest.param(c, id=c.name, marks=[*c.marks, slowly]) for c in cases]
+
+
+def probe(name, world=2, *marks):
+    return pytest.mark.parametrize("case", params_of([Case(world, marks, probe=name)]))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", params_of(CASES))
+def test_trains_as_one_process_does(case, ran):
+    found, expected = ran(case), worker.whole(case.case)
+    tolerance = TOLERANCES[case.case.get("dtype", "float64")]
+    assert found["params"].keys() == expected["params"].keys()
+    for kind in ("params", "frozen"):
+        torch.testing.assert_close(found[kind], expected[kind], **tolerance)
+    assert found["numbers"] == expected["numbers"]
+    assert found["numbers"]["task_index"] == 2
+    for name, state in expected["state"].items():
+        assert "anchor" in state
+        torch.testing.assert_close(found["state"][name], state, **tolerance)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", params_of(CASES))
+def test_every_element_draws_what_it_draws_unsharded(case, ran):
+    found, expected = ran(case)["masks"], worker.whole(case.case)["masks"]
+    assert found.keys() == expected.keys()
+    for name, draws in expected.items():
+        assert torch.equal(found[name], draws), name
+    # Draws of every granularity hit some and miss some, or this compared nothing.
+    every = torch.cat([draws.flatten() for draws in expected.values()]).long()
+    for place in range(len(worker.GRANULARITIES)):
+        hits = [(every >> (4 * place + draw)) & 1 for draw in range(4)]
+        assert 0 < torch.stack(hits).float().mean() < 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", params_of(CASES))
+def test_a_step_has_one_collective_per_mesh_where_norms_are_needed(case, ran):
+    found = ran(case)
+    sharded = case.world > 1
+    # Sequence parallelism leaves the sum of the norms' gradients to the optimizer.
+    partial = case.case["engine"] == "tp" and case.case["sequence"]
+    clips = case.case.get("clip", "inside") == "inside"
+    kinds = set()
+    for k, (collectives, dtensor, injected) in enumerate(found["steps"]):
+        kinds.add(injected)
+        assert collectives == sharded * ((clips or injected) * found["meshes"] + partial), k
+        # The first step makes state, the first after an anchor looks at all parameters again.
+        if k not in (0, *worker.BOUNDARIES):
+            assert not dtensor, (k, dtensor)
+    assert kinds == {True, False}
+
+
+def test_strided_shards_are_what_fsdp_over_tensor_parallelism_makes(ran):
+    """The case whose elements are hardest to number really occurs, with uneven shards."""
+    (case,) = [c for c in CASES if c.case["engine"] == "tp_fsdp" and slow not in c.marks]
+    placed = ran(case)["placements"]
+    assert (
+        placed["up.weight"].startswith("(_StridedShard") and worker.Block().up.weight.shape[0] == 18
+    )
+    assert placed["down.weight"] == "(Shard(dim=0), Shard(dim=1))"
+    assert placed["norm1.weight"] == "(Shard(dim=0), Replicate())"
+
+
+@pytest.mark.dist
+@probe("no_gradient")
+def test_a_rank_without_any_gradient_does_not_stop_the_others(case, ran):
+    """Norms, clipping and draws are checked on the ranks; here, that all steps came to an end."""
+    assert ran(case)["draw_index"] == 12
+
+
+@pytest.mark.dist
+@probe("counted")
+def test_collectives_as_torch_counts_them(case, ran):
+    found = ran(case)
+    for name, counts in found.items():
+        if name == "seconds":
+            continue
+        for injected, calls, counted, size in counts:
+            wanted = name == "clipping" or injected
+            # Three float64 squares.
+            assert (calls, counted, size) == (wanted, wanted, 24 * wanted), name
+        assert {injected for injected, *_ in counts} == {True, False}
+
+
+@pytest.mark.dist
+@probe("interleaved")
+def test_a_shard_of_separate_pieces_is_refused_where_its_elements_have_to_be_found(case, ran):
+    found = ran(case)
+    assert "granularity='element' cannot number its elements" in found["refusals"][0]
+    assert "several separate pieces" in found["refusals"][1]
+    assert bool(found["stepped"].all())
+
+
+@pytest.mark.dist
+@probe("on_meta")
+def test_an_anchor_needs_values_and_materialising_keeps_the_parameters(case, ran):
+    found = ran(case)
+    assert "is on the meta device and holds no values; materialise the model" in found["refusal"]
+    assert all(found["kept"])
+
+
+@pytest.mark.dist
+@probe("memory")
+def test_nothing_grows_over_many_steps_and_tasks(case, ran):
+    sizes, tensors, specs = zip(*ran(case)["tasks"], strict=True)
+    # Buffers of gloo and of the allocator settle during the first three tasks of ten.
+    assert len(set(tensors[3:])) == 1, tensors
+    assert len(set(specs[3:])) == 1, specs
+    # Pages come and go a few at a time; 140 steps that each kept one would take half of this.
+    assert sizes[-1] - sizes[3] < 140 * 2 * 4096, sizes
