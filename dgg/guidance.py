@@ -432,6 +432,24 @@ def refuse_resumed(groups: Sequence[Mapping[str, Any]], draws: int, resumed: int
         )
 
 
+def refuse_earlier(named: int | None, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises where a state of an earlier task would take the place of an anchor just set.
+
+    Args:
+        named: The task that a new optimizer's anchor was set for by number, or None.
+        saved: Groups of the state that is about to be loaded.
+
+    Raises:
+        ValueError: The state is of an earlier task.
+    """
+    task = saved[0].get("task_index", 0) if saved else 0
+    if named is not None and task < named:
+        raise ValueError(
+            f"set_anchor(task={named}) was called before a state of task {task} is loaded, whose "
+            f"anchor would take its place: load first, then call set_anchor(task={named})"
+        )
+
+
 class Engine:
     """Decides when to inject, measures what that needs, and remembers it.
 
@@ -442,8 +460,9 @@ class Engine:
     def __init__(self) -> None:
         self.options = Options()
         self.replay = ReplaySlot()
-        # Steps that a fresh optimizer was resumed after.
+        # Steps that a fresh optimizer was resumed after; the task that was named with the anchor.
         self.resumed: int | None = None
+        self.named: int | None = None
         self._words: tuple[int, int, int] | None = None
         self._last: dict[str, Any] | None = None
 
@@ -794,6 +813,7 @@ class Guidance:
             self._anchors[param] = target
         for group in self.param_groups:
             group["task_index"] = group["task_index"] + 1 if task is None else task
+        self._engine.named = task
         self._rows = []
 
     def clear_anchor(self) -> None:
@@ -865,6 +885,8 @@ class Guidance:
                 )
             check_agreement(number, group, groups[0])
             check_options(group)
+        if self.param_groups[0]["draw_index"] == 0:
+            refuse_earlier(self._engine.named, groups)
         labels = group_labels(self.optimizer.param_groups)
         for i, value in state_dict["anchors"].items():
             if i not in range(len(params)):
@@ -878,6 +900,7 @@ class Guidance:
             for i, value in state_dict["anchors"].items()
         }
         engine, mine = self._engine, self.param_groups[0]["draw_index"]
+        engine.named = None
         fresh = mine in (0, engine.resumed)
         engine.resumed = groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]

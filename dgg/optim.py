@@ -653,6 +653,7 @@ class _Guided:
         elif tensors is None:
             guidance.refuse_resumed(self.param_groups, draws, self._engine.resumed)
         self._place_anchor(tensors, model=model, task=task)
+        self._engine.named = task
 
     @torch.no_grad()
     def _place_anchor(
@@ -807,6 +808,8 @@ class _Guided:
         """
         anchors = self._checked_anchors(state_dict)
         before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
+        if before[0] <= 1:
+            guidance.refuse_earlier(self._engine.named, state_dict["param_groups"])
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
         ours = [
             {name: group[name] for name in (*self._guidance, "anchored")}

@@ -573,6 +573,34 @@ def test_a_resumed_anchor_is_not_replaced(kind):
     assert last.param_groups[0]["task_index"] == 2
 
 
+@pytest.mark.parametrize("kind", ["optimizer", "guidance"])
+def test_a_state_of_an_earlier_task_is_loaded_before(kind):
+    """Afterwards its anchor would silently take the place of the one that was just set."""
+    model = Tied()
+    guide, opt = made(kind, model)
+    saved = {}
+    for task in (1, 2):
+        guide.set_anchor(task=task)
+        stepped(model, opt)
+        saved[task] = copy.deepcopy(guide.state_dict())
+    late, _ = made(kind, model)
+    late.set_anchor(task=2)
+    theta = {p: x.clone() for p, x in state_of(late, model).items()}
+    with pytest.raises(
+        ValueError, match=r"state of task 1 is loaded.*then call set_anchor\(task=2"
+    ):
+        late.load_state_dict(copy.deepcopy(saved[1]))
+    assert all(torch.equal(x, theta[p]) for p, x in state_of(late, model).items())
+    assert late.param_groups[0]["task_index"] == 2 and late.param_groups[0]["draw_index"] == 0
+    # One of the same task is what resuming means; without a number it is a template.
+    late.load_state_dict(copy.deepcopy(saved[2]))
+    other, _ = made(kind, model)
+    other.set_anchor()
+    other.set_anchor()
+    other.load_state_dict(copy.deepcopy(saved[1]))
+    assert other.param_groups[0]["task_index"] == 1
+
+
 def test_a_lost_anchor_is_named_or_an_error(tmp_path):
     source, model = Tied(1), Tied(2)
     opt = dgg.AdamW(model.named_parameters())
