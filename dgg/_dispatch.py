@@ -776,53 +776,24 @@ def coefficients(
     return function(squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
 
 
-def adam_(
-    rows: Rows,
-    coefficients: Tensor,
-    flags: Tensor,
-    groups: Sequence[dict],
-    draw: Draw,
-    scaling: Scaling,
-    *,
-    look_ahead: bool,
-    replay_weight: float,
-) -> None:
-    """Runs `reference.adam_` on these rows: all groups in one call, parameters in place.
+class Rule(NamedTuple):
+    """An update rule as the backends know it.
 
-    Args:
-        rows: The rows, refreshed with this step's gradients.
-        coefficients: float64 [4 + n].
-        flags: uint8 [n].
-        groups: Hyper-parameters of every group, the names in ADAM_HYPER.
-        draw: The draw of the step.
-        scaling: Divisor of the gradients, and whether to change anything.
-        look_ahead: Also measure the distances after the update.
-        replay_weight: w.
+    Attributes:
+        name: Of its function in `reference`; the operators' names begin with it.
+        state: Columns of the lists that the reference takes after the gradients.
+        hyper: Hyper-parameters in the order of the kernels' table.
+        optional: The one that makes the rule read and write its optional state.
     """
-    state = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP)
-    _update(
-        "adam_", state, ADAM_HYPER, rows, coefficients, flags, groups, draw, scaling, look_ahead,
-        replay_weight,
-    )  # fmt: skip
+
+    name: str
+    state: tuple[int, ...]
+    hyper: tuple[str, ...]
+    optional: str
 
 
-def sgd_(
-    rows: Rows,
-    coefficients: Tensor,
-    flags: Tensor,
-    groups: Sequence[dict],
-    draw: Draw,
-    scaling: Scaling,
-    *,
-    look_ahead: bool,
-    replay_weight: float,
-) -> None:
-    """Runs `reference.sgd_` on these rows; arguments as in `adam_`, names in SGD_HYPER."""
-    state = (EXP_AVG, ANCHOR)
-    _update(
-        "sgd_", state, SGD_HYPER, rows, coefficients, flags, groups, draw, scaling, look_ahead,
-        replay_weight,
-    )  # fmt: skip
+ADAM = Rule("adam_", (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP), ADAM_HYPER, "amsgrad")
+SGD = Rule("sgd_", (EXP_AVG, ANCHOR), SGD_HYPER, "momentum")
 
 
 def draw_flags(
@@ -859,13 +830,31 @@ def draw_flags(
     )
 
 
-# What makes a rule read and write its optional state.
-_OPTIONAL_STATE = {"adam_": "amsgrad", "sgd_": "momentum"}
+def update_(
+    rule: Rule,
+    rows: Rows,
+    coefficients: Tensor,
+    flags: Tensor,
+    groups: Sequence[dict],
+    draw: Draw,
+    scaling: Scaling,
+    *,
+    look_ahead: bool,
+    replay_weight: float,
+) -> None:
+    """Runs an update rule on these rows: all groups in one call, parameters in place.
 
-
-def _update(
-    name, state, hyper, rows, coefficients, flags, groups, draw, scaling, look_ahead, replay_weight
-) -> None:  # fmt: skip
+    Args:
+        rule: `ADAM` or `SGD`.
+        rows: The rows, refreshed with this step's gradients.
+        coefficients: float64 [4 + n].
+        flags: uint8 [n].
+        groups: Hyper-parameters of every group, the names in ``rule.hyper``.
+        draw: The draw of the step.
+        scaling: Divisor of the gradients, and whether to change anything.
+        look_ahead: Also measure the distances after the update.
+        replay_weight: w.
+    """
     if rows.kernels is not None:
         # Anchors that are not here come again for the next step's distances, beside its forward
         # and backward pass.
@@ -874,14 +863,14 @@ def _update(
         variant = _device.ANCHOR if draw.injecting or here else 0
         variant |= _device.ELEMENTS if draw.elements else 0
         variant |= _device.LOOK_AHEAD if here else 0
-        if any(group[_OPTIONAL_STATE[name]] for group in groups):
+        if any(group[rule.optional] for group in groups):
             variant |= _device.STATE
         variant |= _device.STOCHASTIC if rows.stochastic else 0
         rows.kernels.update_(
-            name,
+            rule.name,
             coefficients,
             flags,
-            rows.kernels.hyper(groups, hyper),
+            rows.kernels.hyper(groups, rule.hyper),
             rows.distances,
             grad_scale=scaling.grad_scale,
             found_inf=scaling.found_inf,
@@ -896,13 +885,13 @@ def _update(
         if away and look_ahead:
             rows.kernels.measure_ahead(rows.distances)
     elif rows.backend == "cpp":
-        getattr(torch.ops.dgg, name[:-1] + "_table_")(
+        getattr(torch.ops.dgg, rule.name + "table_")(
             rows._table,
             rows._grad_addresses,
             rows._replay_addresses,
             coefficients,
             flags,
-            _hyper_table(rows, groups, hyper),
+            _hyper_table(rows, groups, rule.hyper),
             rows.distances,
             replay_weight=replay_weight,
             grad_scale=scaling.divisor,
@@ -913,15 +902,15 @@ def _update(
         )
     else:
         for number, group in enumerate(groups):
-            getattr(reference, name)(
+            getattr(reference, rule.name)(
                 rows._state[PARAM],
                 *_of_group(rows, number),
-                *(rows._state[column] for column in state),
+                *(rows._state[column] for column in rule.state),
                 rows.distances,
                 coefficients,
                 flags,
                 rows.indices,
-                **{key: group[key] for key in hyper},
+                **{key: group[key] for key in rule.hyper},
                 look_ahead=look_ahead,
                 places=[rows._place(row) for row in range(len(rows.params))] if rows.places else (),
                 copies=rows._state[COPY] if rows.has_masters else (),

@@ -73,8 +73,7 @@ class _Guided:
     _lost_group = False
     # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
     _lost_share = False
-    # Names of the hyper-parameters, in the order of the kernels' table.
-    _hyper_names: tuple[str, ...]
+    _rule: _dispatch.Rule
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -366,6 +365,9 @@ class _Guided:
         engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
         slot.clear()
 
+    def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
+        _dispatch.update_(self._rule, rows, *args, **kwargs)
+
     def _driven_by(self) -> zero.Zero | None:
         """Returns the engine that steps its own partitions in place of the parameters, if any."""
         driver = self._driver
@@ -444,7 +446,7 @@ class _Guided:
         if rows.anchored:
             gates = [
                 _dispatch.draw_flags(
-                    rows, flags, hyper, self._hyper_names, draw, wide["seed"], wide["granularity"]
+                    rows, flags, hyper, self._rule.hyper, draw, wide["seed"], wide["granularity"]
                 )
             ]
         injecting = rows.anchored
@@ -1170,7 +1172,7 @@ class Adam(_Guided, torch.optim.Adam):
         RuntimeError: The named backend cannot run here.
     """
 
-    _hyper_names = _dispatch.ADAM_HYPER
+    _rule = _dispatch.ADAM
     _columns = {
         "exp_avg": "exp_avgs",
         "exp_avg_sq": "exp_avg_sqs",
@@ -1251,9 +1253,6 @@ class Adam(_Guided, torch.optim.Adam):
             "strength": _host(group, "strength"),
             "threshold": guidance.threshold(group["alpha"]),
         }
-
-    def _update_(self, *args, **kwargs) -> None:
-        _dispatch.adam_(*args, **kwargs)
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -1370,7 +1369,7 @@ class SGD(_Guided, torch.optim.SGD):
         RuntimeError: The named backend cannot run here.
     """
 
-    _hyper_names = _dispatch.SGD_HYPER
+    _rule = _dispatch.SGD
     _columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
 
     def __init__(
@@ -1464,7 +1463,7 @@ class SGD(_Guided, torch.optim.SGD):
         return self._rows is None or bool(self._fresh)
 
     def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
-        _dispatch.sgd_(rows, *args, **kwargs)
+        super()._update_(rows, *args, **kwargs)
         self._fresh.difference_update(map(id, rows.holders))
 
 
