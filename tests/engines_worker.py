@@ -294,6 +294,8 @@ def optimizer_of(case, params):
         "norm_scope": case.get("scope", "global"), "replay_weight": 1.5, "seed": 2**63 + 9,
         "max_grad_norm": 0.2 if case.get("clip", "inside") == "inside" else None,
     }  # fmt: skip
+    if "storage" in case:
+        guidance[case["storage"]] = True
     return cls(params, **defaults, **guidance)
 
 
@@ -402,7 +404,7 @@ def _whole(items) -> dict:
 
 
 # What decides the unsharded run; the rest of a case says how it is sharded.
-DECIDES = ("model", "dtype", "optimizer", "granularity", "scope", "clip", "mixed", "parts")
+DECIDES = "model dtype optimizer granularity scope clip mixed parts storage".split()
 
 
 def whole(case) -> dict:
@@ -448,7 +450,15 @@ def prepare(case, world):
         )
 
         model.to_empty(device="cpu")
-        set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+        if case["engine"] != "fsdp2":
+            # torch cannot distribute whole tensors over strided shards.
+            source = build(case["model"], dtype)
+            engine(case, source, world)
+            for p, q in zip(model.parameters(), source.parameters(), strict=True):
+                p._local_tensor.copy_(q._local_tensor)
+        else:
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(model, values, options=options)
     if optimizer is None:
         optimizer = optimizer_of(case, model.parameters())
     elif made in ("before", "meta before"):

@@ -19,7 +19,12 @@ import engines_worker as worker
 if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
-TOLERANCES = {"float32": {"rtol": 1e-5, "atol": 1e-6}, "float64": {"rtol": 1e-10, "atol": 1e-10}}
+TOLERANCES = {
+    "float32": {"rtol": 1e-5, "atol": 1e-6},
+    "float64": {"rtol": 1e-10, "atol": 1e-10},
+    # Two ranks add the same two gradients as the unsharded run: nothing may differ, not a rounding.
+    "bfloat16": {"rtol": 0.0, "atol": 0.0},
+}
 compat = pytest.mark.compat
 hugging_face = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "peft")),
@@ -61,6 +66,16 @@ CASES = [
         engine="fsdp2", model="odd", dtype="float32", mixed="bfloat16", parts=2,
     ),
     Case(2, [slow], engine="fsdp2", model="odd", dtype="float32", mixed="float32", parts=2),
+    Case(
+        2, [compat("FSDP2", "mixed precision")],
+        engine="fsdp2", model="odd", dtype="bfloat16", mixed="bfloat16", parts=2,
+        storage="master_weights",
+    ),
+    Case(
+        2, [slow, compat("FSDP2", "mixed precision")],
+        engine="fsdp2", model="odd", dtype="bfloat16", mixed="bfloat16", parts=2,
+        storage="stochastic_rounding", granularity="element", optimizer="sgd",
+    ),
     Case(2, [compat("FSDP2", "CPU offload")], engine="fsdp2", model="odd", offload=True),
     Case(2, [slow, compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta after"),
     Case(2, [compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta before"),
@@ -108,6 +123,10 @@ CASES = [
     Case(
         2, [slow, compat("TP", "clipping")],
         engine="tp", model="block", sequence=True, clip="outside", dtype="float32",
+    ),
+    Case(
+        2, [slow, compat("TP", "meta init")],
+        engine="tp", model="block", sequence=True, made="meta before",
     ),
     Case(4, [slow, compat("TP", *BASIC)], engine="tp", model="wide block", sequence=True),
     # Both.
