@@ -150,6 +150,7 @@ def test_files_that_are_left_out_are_named(tmp_path):
     assert not found.cells
     (line,) = found.absent
     assert "test_marked.py" in line and "no_such_library" in line
+    compatibility.check(found, [Reason(("DDP",), ("LoRA",), REFUSED, "its test may be there")])
 
 
 def test_a_file_that_does_not_import_is_an_error(tmp_path):
