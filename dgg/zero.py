@@ -506,13 +506,16 @@ def _named_sources(
     members = partition.members
     labels = [f"parameter {m.name!r}" for m in members]
     known = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
-    # Also of what other ranks have, so that all ranks agree on what is missing.
     found = anchor.find_names(tensors, known, labels, model)
-    for f in partition.fragments:
-        source = tensors[found[f.member]]
-        whole = torch.empty(members[f.member].shape, dtype=partition.tensor.dtype, device="meta")
-        anchor.check_source(source, whole, labels[f.member], dtype)
-        yield source.detach().reshape(-1)[f.base : f.base + f.count]
+    fragments = {f.member: f for f in partition.fragments}
+    for number, (member, name, label) in enumerate(zip(members, found, labels, strict=True)):
+        # What other ranks have a fragment of is checked, too: all ranks raise or none.
+        source = tensors[name]
+        whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
+        anchor.check_source(source, whole, label, dtype)
+        if number in fragments:
+            f = fragments[number]
+            yield source.detach().reshape(-1)[f.base : f.base + f.count]
 
 
 # -- what DeepSpeed's optimizers look like -------------------------------------------------------

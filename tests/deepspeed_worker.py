@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import os
 import pathlib
+import pickle
 import sys
 
 import torch
@@ -18,6 +20,8 @@ import dgg
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 STEPS = 50
 BOUNDARIES = (4, 30)
+# After more steps some weight's rounding to 16 bits falls the other way.
+STEPS_16_BITS = 20
 
 
 def start(rank: int, world: int, folder: str) -> None:
@@ -36,9 +40,38 @@ def start(rank: int, world: int, folder: str) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=120),
     )
+    import deepspeed.accelerator
+    import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed would compile a collective of its own for the CPU, for minutes; gloo has it too.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It refuses float16 on CPUs without instructions for it; torch computes it on every CPU.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+
+
+def on_ranks(function):
+    """Makes of a function what a rank runs: with the process group around it."""
+
+    @functools.wraps(function)
+    def run(rank: int, world: int, folder: str, *arguments) -> None:
+        start(rank, world, folder)
+        function(rank, world, folder, *arguments)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    return run
+
+
+@on_ranks
+def run_several(rank: int, world: int, folder: str, names: list[str]) -> None:
+    """Runs several of these functions in one start and notes which came to their end."""
+    for name in names:
+        globals()[name].__wrapped__(rank, world, folder)
+        dist.barrier()
+        if rank == 0:
+            pathlib.Path(folder, f"{name} done").touch()
 
 
 def network(dtype=torch.float32) -> torch.nn.Module:
@@ -52,14 +85,16 @@ def network(dtype=torch.float32) -> torch.nn.Module:
     return model.to(dtype)
 
 
-def groups(model) -> list[dict]:
+def groups(model, *, tiny: bool = True) -> list[dict]:
     """Three groups: matrices, vectors, and one of a single element; with a frozen parameter."""
     named = list(model.named_parameters())
     last = named[-1][1]
+    if not tiny:
+        return groups(model)[:1] + [{"params": [p for _, p in named if p.dim() == 1], "lr": 1e-2}]
     return [
         {"params": [p for _, p in named if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for _, p in named if p.dim() == 1 and p is not last], "lr": 1e-2},
-        {"params": [last], "alpha": 1.0, "strength": 0.4},
+        {"params": [last], "alpha": 0.2, "strength": 0.4},
     ]
 
 
@@ -70,10 +105,10 @@ RULES = {
 GUIDANCE = {"alpha": 0.5, "strength": 0.7, "seed": 2**63 + 9}
 
 
-def build(model, rule: str, options: dict):
+def build(model, rule: str, options: dict, *, tiny: bool = True):
     """Returns the optimizer of a case."""
     cls, defaults = RULES[rule]
-    return cls(groups(model), **{**defaults, **GUIDANCE, **options})
+    return cls(groups(model, tiny=tiny), **{**defaults, **GUIDANCE, **options})
 
 
 def batch(k: int) -> torch.Tensor:
@@ -86,15 +121,12 @@ def loss_of(model, x: torch.Tensor) -> torch.Tensor:
     return (model(x.to(next(model.parameters()).dtype)).float() - x.sum(1, True)).square().mean()
 
 
-def alone(rule="adamw", options=None, clip=None, dtype=torch.float32, first=0, last=STEPS):
+def alone(rule="adamw", options=None, clip=None, last=STEPS):
     """The run without DeepSpeed, by the same optimizer, that clips for itself."""
-    model = network(dtype)
-    options = {"max_grad_norm": clip, **(options or {})}
-    if dtype != torch.float32:
-        options["master_weights"] = True
-    optimizer = build(model, rule, options)
+    model = network()
+    optimizer = build(model, rule, {"max_grad_norm": clip, **(options or {})})
     stats = []
-    for k in range(first, last):
+    for k in range(last):
         if k in BOUNDARIES:
             optimizer.set_anchor()
         loss_of(model, batch(k)).backward()
@@ -122,15 +154,18 @@ def engine_of(model, optimizer, configuration):
 
 
 def whole_weights(engine) -> list[torch.Tensor]:
-    """Returns every parameter's weights, float32 where ZeRO has them so."""
+    """Returns every parameter whole; of a 16-bit model what ZeRO steps in its place."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return [
-        (safe_get_full_fp32_param(p) if p.requires_grad else p.detach()).clone().cpu()
-        if p.requires_grad or not hasattr(p, "ds_id")
-        else torch.empty(0)
-        for p in engine.module.parameters()
-    ]
+    params = list(engine.module.parameters())
+    if params[0].dtype != torch.float32:
+        params = [p for p in params if p.requires_grad]
+        return [safe_get_full_fp32_param(p).detach().clone() for p in params]
+    if hasattr(params[0], "ds_id"):
+        with deepspeed.zero.GatheredParameters(params):
+            return [p.detach().clone() for p in params]
+    return [p.detach().clone() for p in params]
 
 
 class OurCollectives:
@@ -163,9 +198,9 @@ def train(engine, optimizer, first=0, last=STEPS):
     return results
 
 
+@on_ranks
 def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """Runs every case; rank 0 leaves the results in ``folder``."""
-    start(rank, world, folder)
     results = []
     for case in cases:
         model = network()
@@ -174,8 +209,9 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         assert dgg.unwrap(engine) is optimizer and dgg.unwrap(engine.optimizer) is optimizer
         # The constructor neither steps nor draws.
         assert optimizer.param_groups[0]["draw_index"] == 0
-        steps = train(engine, optimizer)
-        assert {group["draw_index"] for group in optimizer.param_groups} == {STEPS}
+        last = STEPS if case["dtype"] is None else STEPS_16_BITS
+        steps = train(engine, optimizer, last=last)
+        assert {group["draw_index"] for group in optimizer.param_groups} == {last}
         # Every rank knows the same.
         facts = [
             [float(x) for x in s.values() if x is not None and x.numel() == 1] for _, s in steps
@@ -187,5 +223,413 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         engine.destroy()
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+@on_ranks
+def run_checkpoints(rank: int, world: int, folder: str, cases: list[dict]) -> None:
+    """Saves in the middle of a task, goes on, and goes on again from the file: the same bits."""
+    results = []
+    for number, case in enumerate(cases):
+        saved = os.path.join(folder, f"saved {number}")
+
+        def made(case=case):
+            model = network()
+            optimizer = build(model, case["rule"], case["options"], tiny=False)
+            return engine_of(model, optimizer, config(**case["config"])), optimizer
+
+        engine, optimizer = made()
+        train(engine, optimizer, 0, 4)
+        boundary = whole_weights(engine)
+        train(engine, optimizer, 4, 8)
+        engine.save_checkpoint(saved, tag="middle")
+        train(engine, optimizer, 8, 14)
+        expected = whole_weights(engine)
+        engine.destroy()
+        engine, optimizer = made()
+        engine.load_checkpoint(saved, tag="middle")
+        group = optimizer.param_groups[0]
+        assert (group["draw_index"], group["task_index"]) == (8, 1), group
+        steps = train(engine, optimizer, 8, 14)
+        assert any(bool(stats["injected"]) for _, stats in steps)
+        found = whole_weights(engine)
+        assert all(map(torch.equal, found, expected)), case
+        engine.destroy()
+        results.append({"weights": expected, "boundary": boundary})
+    if rank == 0:
+        torch.save(results, os.path.join(folder, "results.pt"))
+
+
+@on_ranks
+def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list[dict]) -> None:
+    """Another number of ranks: what DeepSpeed refuses, and what its universal format leaves out."""
+    before = torch.load(os.path.join(saved, "results.pt"))
+    messages, results = [], []
+    for number, case in enumerate(cases):
+        model = network()
+        optimizer = build(model, case["rule"], case["options"], tiny=False)
+        engine = engine_of(model, optimizer, config(**case["config"]))
+        try:
+            engine.load_checkpoint(os.path.join(saved, f"saved {number}"), tag="middle")
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        else:
+            messages.append("loaded")
+        engine.destroy()
+
+        def universal(number=number, case=case):
+            changes = {**case["config"], "checkpoint": {"load_universal": True}}
+            model = network()
+            optimizer = build(model, case["rule"], case["options"], tiny=False)
+            engine = engine_of(model, optimizer, config(**changes))
+            engine.load_checkpoint(os.path.join(saved, f"saved {number}"), tag="universal")
+            return engine, optimizer
+
+        engine, optimizer = universal()
+        loaded = whole_weights(engine)
+        try:
+            train(engine, optimizer, 8, 9)
+        except RuntimeError as error:
+            messages.append(str(error))
+        else:
+            messages.append("stepped without an anchor")
+        assert all(map(torch.equal, whole_weights(engine), loaded))
+        engine.destroy()
+        engine, optimizer = universal()
+        names = [name for name, _ in engine.module.named_parameters()]
+        boundary = dict(zip(names, before[number]["boundary"], strict=True))
+        optimizer.set_anchor(boundary, task=1)
+        assert optimizer.param_groups[0]["draw_index"] == 8
+        train(engine, optimizer, 8, 14)
+        results.append(whole_weights(engine))
+        engine.destroy()
+    if rank == 0:
+        torch.save({"messages": messages, "weights": results}, os.path.join(folder, "results.pt"))
+
+
+@on_ranks
+def run_accelerate(rank: int, world: int, folder: str, stages: list[int]) -> None:
+    """The same training through accelerate's plugin; clipping is the configuration's."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+    results = []
+    for stage in stages:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        plugin = DeepSpeedPlugin(hf_ds_config=config(stage))
+        accelerator = Accelerator(deepspeed_plugin=plugin)
+        assert accelerator.distributed_type == DistributedType.DEEPSPEED
+        model = network()
+        made = build(model, "adamw", {})
+        model, wrapped = accelerator.prepare(model, made)
+        optimizer = dgg.unwrap(wrapped)
+        assert optimizer is made
+        for k in range(STEPS):
+            if k in BOUNDARIES:
+                optimizer.set_anchor()
+            accelerator.backward(loss_of(model, batch(k)))
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            wrapped.step()
+            wrapped.zero_grad()
+        assert optimizer.param_groups[0]["draw_index"] == STEPS
+        results.append(whole_weights(model))
+        model.destroy()
+    if rank == 0:
+        torch.save(results, os.path.join(folder, "results.pt"))
+
+
+VOCAB, LENGTH = 24, 8
+
+
+def language_model() -> torch.nn.Module:
+    """A tiny Llama, the same every time."""
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def task_data(stride: int) -> list[dict]:
+    """Sequences that count in steps of ``stride``."""
+    starts = torch.arange(64) % VOCAB
+    rows = (starts[:, None] + stride * torch.arange(LENGTH)) % VOCAB
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+class Stop(Exception):
+    """Ends a training in the middle."""
+
+
+def trainer_of(model, task: int, out: str, stage: int | None, *, size: int, steps=10, die=False):
+    """A Trainer of one task: under DeepSpeed if there is a stage, else alone on larger batches."""
+    import transformers
+
+    from dgg.hf import GuidanceCallback
+
+    class Die(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise Stop
+
+    arguments = transformers.TrainingArguments(
+        output_dir=out, per_device_train_batch_size=size, max_steps=steps, max_grad_norm=0.5,
+        logging_steps=1, save_strategy="steps", save_steps=5, report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=3, dataloader_pin_memory=False, lr_scheduler_type="constant",
+        learning_rate=5e-3,
+        deepspeed=None if stage is None else str(DOCS / f"deepspeed_zero{stage}.json"),
+    )  # fmt: skip
+    options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5}
+    return transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=task_data(1 + task),
+        optimizer_cls_and_kwargs=(dgg.AdamW, options),
+        callbacks=[GuidanceCallback(task=task), *([Die()] if die else [])],
+    )
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    """Returns the trained weights, whole, by their names in the model."""
+    from types import SimpleNamespace
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, whole_weights(SimpleNamespace(module=model)), strict=True))
+
+
+def two_tasks(folder: str, stage: int | None, size: int):
+    """Trains two tasks, each by a Trainer of its own; the second goes on from a checkpoint."""
+    first = trainer_of(language_model(), 0, os.path.join(folder, "first"), stage, size=size)
+    first.train()
+    state = weights_of(first)
+    logs = []
+    for name in ("second", "interrupted"):
+        if name == "interrupted" and stage is None:
+            break
+        out = os.path.join(folder, name)
+        model = language_model()
+        model.load_state_dict(state, strict=False)
+        second = trainer_of(model, 1, out, stage, size=size, die=name == "interrupted")
+        if name == "interrupted":
+            try:
+                second.train()
+            except Stop:
+                pass
+            model = language_model()
+            second = trainer_of(model, 1, out, stage, size=size)
+            second.train(resume_from_checkpoint=True)
+        else:
+            second.train()
+        logs.append((weights_of(second), second.state.log_history))
+        optimizer = dgg.unwrap(second.optimizer)
+        assert optimizer.param_groups[0]["draw_index"] == 10
+        assert optimizer.param_groups[0]["task_index"] == 1
+    return logs
+
+
+@on_ranks
+def run_trainer(rank: int, world: int, folder: str, stages: list[int]) -> None:
+    """Two tasks through the Trainer, with the documented configurations."""
+    for stage in stages:
+        logs = two_tasks(os.path.join(folder, f"stage {stage}"), stage, 4)
+        if rank == 0:
+            torch.save(logs, os.path.join(folder, f"results {stage}.pt"))
+
+
+def alone_in_16_bits(dtype: torch.dtype, clip: float, scale: float = 1.0):
+    """The mixed run without DeepSpeed: 16-bit model, the optimizer steps float32 copies of it."""
+    model, copies = network(dtype), network()
+    copies.load_state_dict(model.state_dict())
+    optimizer = build(copies, "adamw", {})
+    pairs = [
+        (p, q)
+        for p, q in zip(model.parameters(), copies.parameters(), strict=True)
+        if p.requires_grad
+    ]
+    for k in range(STEPS_16_BITS):
+        if k in BOUNDARIES:
+            optimizer.set_anchor()
+        (loss_of(model, batch(k)) * scale).backward()
+        for p, q in pairs:
+            q.grad = p.grad.float()
+        norm = torch.stack([q.grad.double().norm() for _, q in pairs]).norm().float() / scale
+        factor = 1.0 / (torch.clamp((norm + 1e-6) / clip, min=1.0) * scale)
+        for _, q in pairs:
+            q.grad.mul_(factor)
+        optimizer.step()
+        with torch.no_grad():
+            for p, q in pairs:
+                p.copy_(q)
+        model.zero_grad()
+    return [q.detach() for _, q in pairs]
+
+
+@on_ranks
+def run_loss_scaling(rank: int, world: int, folder: str) -> None:
+    """float16 with a scale that first overflows, then grows: skipped steps and the norm."""
+    half = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
+    for stage in (2, 3):
+        model = network()
+        optimizer = build(model, "adamw", {"alpha": 1.0})
+        engine = engine_of(model, optimizer, config(stage, fp16=half))
+        optimizer.set_anchor()
+        handed, scales = [], []
+
+        def keep(opt, args, kwargs, handed=handed):
+            grads = [p.grad for group in opt.param_groups for p in group["params"]]
+            handed.extend(g.double().square().sum() for g in grads if g is not None)
+
+        optimizer.register_step_pre_hook(keep)
+        taken = 0
+        for k in range(30):
+            handed.clear()
+            before = optimizer.param_groups[0]["draw_index"]
+            scale = engine.optimizer.loss_scale
+            engine.backward(loss_of(engine, batch(k)))
+            engine.step()
+            scales.append(engine.optimizer.loss_scale / scale)
+            if engine.optimizer.overflow:
+                # DeepSpeed skips without a call: no draw is used up.
+                assert not handed and optimizer.param_groups[0]["draw_index"] == before
+                continue
+            taken += 1
+            norm = torch.stack(handed).sum()
+            dist.all_reduce(norm)
+            stats = optimizer.guidance_stats()
+            torch.testing.assert_close(
+                stats["grad_norm"].double(), norm.sqrt(), rtol=1e-6, atol=0, msg=f"step {k}"
+            )
+        # It shrank, and it grew in steps that were taken.
+        assert 0 < taken < 30 and 0.5 in scales and 2.0 in scales, scales
+        assert optimizer.param_groups[0]["draw_index"] == taken
+        engine.destroy()
+
+
+def refused(error, text, call) -> None:
+    """Checks that a call raises this error with this text."""
+    try:
+        call()
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"{text!r} was not refused")
+
+
+@on_ranks
+def run_misuses(rank: int, world: int, folder: str) -> None:
+    """What cannot be had says so on every rank, and changes nothing."""
+
+    def engine_with(options, configuration, dtype=torch.float32):
+        model = network(dtype)
+        optimizer = build(model, "adamw", options)
+        return engine_of(model, optimizer, configuration), optimizer
+
+    def step(engine):
+        engine.backward(loss_of(engine, batch(0)))
+        engine.step()
+
+    for stage in (1, 2, 3):
+        engine, optimizer = engine_with({}, config(stage))
+        refused(RuntimeError, "dgg.ReplayBuffer.mix", optimizer.replay)
+        step(engine)
+        refused(RuntimeError, "dgg.ReplayBuffer.mix", optimizer.replay)
+        copied = pickle.loads(pickle.dumps(optimizer)) if stage < 3 else None
+        if copied is not None:
+            for group in copied.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            refused(RuntimeError, "set optimizer.process_group", copied.step)
+
+        # By name: every rank has its part of the whole tensors.
+        named = {n: torch.randn(p.shape) for n, p in network().named_parameters()}
+        optimizer.set_anchor(named, model=engine.module)
+        optimizer.set_anchor(named)
+        assert optimizer.param_groups[0]["task_index"] == 2
+        pieces = [p for p in optimizer._driver._partitions]
+        for piece in pieces:
+            for f in piece.fragments:
+                whole = named[piece.members[f.member].name].flatten()
+                found = optimizer.state[piece.tensor]["anchor"][f.start : f.start + f.count]
+                assert torch.equal(found, whole[f.base : f.base + f.count])
+        values = [optimizer.state[piece.tensor]["anchor"].clone() for piece in pieces]
+        lacking = {n: x for n, x in named.items() if n != "5.bias"}
+        refused(KeyError, "5.bias", lambda o=optimizer, t=lacking: o.set_anchor(t))
+        wrong = {**named, "0.weight": torch.zeros(3)}
+        refused(ValueError, "0.weight", lambda o=optimizer, t=wrong: o.set_anchor(t))
+        for piece, value in zip(pieces, values, strict=True):
+            assert torch.equal(optimizer.state[piece.tensor]["anchor"], value)
+        step(engine)
+        optimizer.clear_anchor()
+        assert not any("anchor" in entry for entry in optimizer.state.values())
+        step(engine)
+        assert not bool(optimizer.guidance_stats()["injected"])
+        engine.destroy()
+
+    bf16 = {"bf16": {"enabled": True}}
+    group = {"process_group": dist.group.WORLD}
+    for options, error, text, changes, dtype in (
+        ({"stochastic_rounding": True}, ValueError, "stochastic_rounding", bf16, torch.bfloat16),
+        (group, ValueError, "its own process group is used", {}, torch.float32),
+    ):
+        engine, optimizer = engine_with(options, config(2, **changes), dtype)
+        refused(error, text, optimizer.set_anchor)
+        refused(error, text, lambda e=engine: step(e))
+        engine.destroy()
+
+    unmeasured = config(2, gradient_clipping=0.0, zero={"compute_grad_norm": False})
+    engine, optimizer = engine_with({"alpha": 1.0}, unmeasured)
+    step(engine)
+    optimizer.set_anchor()
+    refused(RuntimeError, "compute_grad_norm", lambda: step(engine))
+    engine.destroy()
+
+    # DeepSpeed's own errors for the two settings that the documented files have.
+    untested = {k: v for k, v in config(2).items() if k != "zero_allow_untested_optimizer"}
+    refused(AssertionError, "zero_allow_untested_optimizer", lambda: engine_with({}, untested))
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    forced = {k: v for k, v in config(2, zero=offload).items() if "force" not in k}
+    refused(Exception, "zero_force_ds_cpu_optimizer", lambda: engine_with({}, forced))
+
+    # Partitions of an engine that nobody knows.
+    optimizer = dgg.AdamW(network().parameters(), alpha=1.0)
+    flat = torch.zeros(5, requires_grad=True)
+    flat.grad = torch.ones(5)
+    optimizer.param_groups[0]["params"] = [flat]
+    refused(RuntimeError, "process_group=", optimizer.step)
+    refused(RuntimeError, "process_group=", optimizer.set_anchor)
+    assert not flat.any()
+    optimizer.process_group = dist.group.WORLD
+    optimizer.step()
+    assert flat.any()
+
+
+@on_ranks
+def run_padding(rank: int, world: int, folder: str) -> None:
+    """ZeRO-3 leaves the padding of its partitions as the memory was: NaN there harms nothing."""
+    model = network()
+    optimizer = build(model, "adamw", {})
+    engine = engine_of(model, optimizer, config(3))
+    poisoned = 0
+    for number, params in enumerate(engine.optimizer.fp16_groups):
+        offset = 0
+        for p in params:
+            size = p.partition_numel()
+            real = min(max(p.ds_numel - rank * size, 0), size)
+            padding = engine.optimizer.fp32_partitioned_groups_flat[number].data
+            padding[offset + real : offset + size] = float("nan")
+            poisoned += size - real
+            offset += size
+    total = torch.tensor(poisoned)
+    dist.all_reduce(total)
+    assert total > 0
+    train(engine, optimizer, 0, 14)
+    state = optimizer.state.values()
+    assert all(bool(entry["anchor"].isfinite().all()) for entry in state)
+    weights = whole_weights(engine)
+    if rank == 0:
+        torch.save(weights, os.path.join(folder, "padding.pt"))

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""DeepSpeed's ZeRO 1, 2 and 3 around dgg's optimizers: really run, on several gloo processes.
+
+Every case runs 50 guided, clipped steps with three groups, uneven sizes, a frozen layer and, from
+two ranks on, partitions that are all padding; it must agree with the same optimizer alone in one
+process. The configurations are those of docs/.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import deepspeed_worker as worker
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.dist]
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "loss_scale": 128.0}}
+OURS = {"gradient_clipping": 0.0}
+SMALL = {"sub_group_size": 20}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def case(stage, *features, rule="adamw", world=2, dtype=None, options=None, zero=None, **changes):
+    """A case with its marks for the compatibility table."""
+    made = {
+        "rule": rule, "options": options or {}, "dtype": dtype, "world": world,
+        "config": {"stage": stage, "zero": zero or {}, **changes},
+    }  # fmt: skip
+    name = "-".join(
+        [f"zero{stage}", f"{world}ranks", rule]
+        + [f"{k}={v}" for k, v in (options or {}).items()]
+        + list(zero or {})
+        + list(changes)
+    )
+    marks = pytest.mark.compat(f"DeepSpeed ZeRO-{stage}", *features) if features else ()
+    return pytest.param(made, id=name, marks=marks)
+
+
+ALL = (1, 2, 3)
+CASES = [
+    *(case(s, "trajectory", "clipping", "frozen parts", world=w) for w in ALL for s in ALL),
+    *(case(s, "granularity tensor", options={"granularity": "tensor"}) for s in (1, 2)),
+    case(3, "granularity tensor", options={"granularity": "tensor"}, zero=SMALL),
+    *(case(s, "granularity element", options={"granularity": "element"}) for s in ALL),
+    *(case(s, "norm_scope tensor", options={"norm_scope": "tensor"}) for s in (1, 2)),
+    case(
+        3,
+        "norm_scope tensor",
+        options={"norm_scope": "tensor", "granularity": "element"},
+        zero=SMALL,
+    ),
+    *(case(s, "clipping", options={"max_grad_norm": 0.5}, **OURS) for s in ALL),
+    case(2, rule="sgd", options={"granularity": "element", "backend": "reference"}),
+    case(3, rule="sgd", options={"granularity": "tensor"}, zero=SMALL),
+    case(2, options={"granularity": "element"}, zero={"round_robin_gradients": True}),
+    case(3, options={"scaling": False}, **OURS),
+    *(case(s, "CPU offload", zero=OFFLOAD) for s in (1, 2)),
+    case(3, "CPU offload", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}),
+    *(case(s, "mixed precision", dtype="bfloat16", **BF16) for s in ALL),
+    case(1, dtype="bfloat16", data_types={"grad_accum_dtype": "fp32"}, **BF16),
+    *(case(s, "mixed precision", dtype="float16", **FP16) for s in (2, 3)),
+]
+_ran: dict[int, dict] = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # As the ranks have: with more threads 16-bit products are rounded elsewhere.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def spawn(function, world, folder, *arguments):
+    torch.multiprocessing.spawn(function, args=(world, str(folder), *arguments), nprocs=world)
+
+
+@pytest.fixture
+def result(request, tmp_path_factory):
+    """What the case left; the first test of a rank count runs all its cases in one start."""
+    wanted = request.getfixturevalue("one")
+    world = wanted["world"]
+    if world not in _ran:
+        cases = [c for p in CASES if (c := p.values[0])["world"] == world]
+        folder = tmp_path_factory.mktemp(f"{world} ranks")
+        spawn(worker.run_cases, world, folder, cases)
+        results = torch.load(folder / "results.pt")
+        _ran[world] = {json.dumps(c): r for c, r in zip(cases, results, strict=True)}
+    return _ran[world][json.dumps(wanted)]
+
+
+def assert_weights(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("one", CASES)
+def test_training_is_that_of_one_process(one, result):
+    if one["dtype"] is not None:
+        dtype = getattr(torch, one["dtype"])
+        scale = 128.0 if dtype == torch.float16 else 1.0
+        assert_weights(result["weights"], worker.alone_in_16_bits(dtype, 0.5, scale))
+        return
+    clip = one["config"].get("gradient_clipping", 0.5) or None
+    options = {"max_grad_norm": clip, **one["options"]}
+    model, _, expected = worker.alone(one["rule"], options)
+    assert_weights(result["weights"], list(model.parameters()))
+    groups = 4 if "sub_group_size" in one["config"]["zero"] else 3
+    measured = options.get("scaling", True)
+    for (collectives, found), alone in zip(result["steps"], expected, strict=True):
+        assert torch.equal(found["injected"], alone["injected"])
+        most = groups if options.get("norm_scope") == "tensor" else 1
+        wanted = most if bool(found["injected"]) and measured and one["world"] > 1 else 0
+        assert collectives == wanted
+        assert (found["scale"] == 0).all() == (alone["scale"] == 0).all()
+        if found["distance"] is not None:
+            torch.testing.assert_close(found["scale"], alone["scale"], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found["distance"], alone["distance"], rtol=1e-4, atol=1e-6)
+    injected = [bool(found["injected"]) for _, found in result["steps"]]
+    # Draws per step leave steps out; before the first anchor there is nothing to inject.
+    assert not any(injected[: worker.BOUNDARIES[0]]) and any(injected)
+    if options.get("granularity", "step") == "step":
+        assert not all(injected[worker.BOUNDARIES[0] :])
+
+
+RESUMED = [{"rule": "adamw", "options": {}, "config": {"stage": stage}} for stage in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    spawn(worker.run_checkpoints, 2, folder, RESUMED)
+    return folder
+
+
+@pytest.mark.compat("DeepSpeed ZeRO-1", "resume")
+@pytest.mark.compat("DeepSpeed ZeRO-2", "resume")
+@pytest.mark.compat("DeepSpeed ZeRO-3", "resume")
+def test_resumed_training_is_the_same_bit_for_bit(saved):
+    # The ranks have compared them.
+    assert len(torch.load(saved / "results.pt")) == len(RESUMED)
+
+
+@pytest.mark.compat("DeepSpeed ZeRO-1", "!resume on other ranks", "anchor by name")
+@pytest.mark.compat("DeepSpeed ZeRO-2", "!resume on other ranks", "anchor by name")
+@pytest.mark.compat("DeepSpeed ZeRO-3", "!resume on other ranks", "anchor by name")
+def test_other_rank_counts_need_the_anchor_named_again(saved, tmp_path):
+    for number in range(len(RESUMED)):
+        folder = saved / f"saved {number}"
+        command = [
+            sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal",
+            "--input_folder", str(folder / "middle"), "--output_folder", str(folder / "universal"),
+            "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state",
+        ]  # fmt: skip
+        env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    spawn(worker.resume_on_others, 3, tmp_path, str(saved), RESUMED)
+    found = torch.load(tmp_path / "results.pt")
+    for plain, universal in zip(found["messages"][::2], found["messages"][1::2], strict=True):
+        assert plain != "loaded", plain
+        assert "the resume lost them" in universal and "set_anchor(tensors)" in universal
+    for mine, theirs in zip(found["weights"], torch.load(saved / "results.pt"), strict=True):
+        assert_weights(mine, theirs["weights"])
+
+
+SEVERAL = ["run_misuses", "run_loss_scaling", "run_padding"]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    folder, error = tmp_path_factory.mktemp("several"), None
+    try:
+        spawn(worker.run_several, 2, folder, SEVERAL)
+    except torch.multiprocessing.ProcessRaisedException as raised:
+        error = raised
+
+    def came_to_its_end(name):
+        if not (folder / f"{name} done").exists():
+            raise error
+        return folder
+
+    return came_to_its_end
+
+
+@pytest.mark.compat("DeepSpeed ZeRO-1", "!replay", "anchor by name")
+@pytest.mark.compat("DeepSpeed ZeRO-2", "!replay", "anchor by name")
+@pytest.mark.compat("DeepSpeed ZeRO-3", "!replay", "anchor by name")
+def test_misuses_are_refused_with_the_remedy(several):
+    several("run_misuses")
+
+
+def test_skipped_steps_draw_nothing_and_norms_are_of_what_is_handed_over(several):
+    several("run_loss_scaling")
+
+
+def test_padding_counts_nowhere(several):
+    folder = several("run_padding")
+    model, _, _ = worker.alone(clip=0.5, last=14)
+    assert_weights(torch.load(folder / "padding.pt"), list(model.parameters()))
+
+
+@pytest.mark.compat("accelerate DeepSpeed", "trajectory", "clipping", "frozen parts")
+def test_accelerate(tmp_path):
+    pytest.importorskip("accelerate")
+    spawn(worker.run_accelerate, 2, tmp_path, [2, 3])
+    model, _, _ = worker.alone(clip=0.5)
+    for weights in torch.load(tmp_path / "results.pt"):
+        assert_weights(weights, list(model.parameters()))
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("trainers")
+    spawn(worker.run_trainer, 2, folder, [2, 3])
+    return folder, worker.two_tasks(str(folder / "alone"), None, 8)[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.compat("Trainer DeepSpeed", "trajectory", "clipping", "resume")
+def test_trainer(stage, trainers):
+    folder, (weights, log_alone) = trainers
+    (through, log), (resumed, _) = torch.load(folder / f"results {stage}.pt")
+    assert_weights(list(through.values()), [weights[name] for name in through])
+    assert all(torch.equal(resumed[name], x) for name, x in through.items())
+    for key in ("guidance/injected", "guidance/scale", "guidance/distance", "guidance/task"):
+        mine = [entry[key] for entry in log if key in entry]
+        assert mine == pytest.approx([e[key] for e in log_alone if key in e], rel=1e-4), key
+    assert {entry["guidance/task"] for entry in log} == {1}
