@@ -151,6 +151,11 @@ class ReplaySlot:
                 "leave the block before the step"
             )
 
+    def exchange(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Puts other tensors in place of the replay gradients of ``params``."""
+        for p, grad in zip(params, grads, strict=True):
+            self._grads[id(p)] = (p, grad)
+
     def clear(self) -> None:
         """Drops all replay gradients."""
         self._grads.clear()
@@ -934,6 +939,17 @@ class Guidance:
             group["draw_index"] = draw
 
     @torch.no_grad()
+    def _settle(self, params: Sequence[Tensor]) -> None:
+        """Sums partial gradients, in ``.grad``, where the other optimizer wants them too."""
+        slot = self._engine.replay
+        replayed = [p for p in params if slot.get(p) is not None] if slot else []
+        both = [*(p.grad for p in params), *map(slot.get, replayed)]
+        found = sharding.settled([*params, *replayed], both)
+        for p, given, whole in zip(params, both, found, strict=False):
+            if whole is not given:
+                p.grad = whole
+        slot.exchange(replayed, found[len(params) :])
+
     def _edit(self) -> None:
         self._sync_groups()
         engine, slot = self._engine, self._engine.replay
@@ -942,6 +958,7 @@ class Guidance:
         draw = wide["draw_index"]
         groups = self.optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
+        self._settle(params)
         labels = None
         for i, p in enumerate(params):
             r = slot.get(p) if slot else None

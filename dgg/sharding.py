@@ -359,6 +359,8 @@ def settled(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Te
     import torch.distributed as dist
 
     grads = list(grads)
+    if not (dist.is_available() and dist.is_initialized()):
+        return grads
     partial: dict[tuple, list[int]] = {}
     for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is None or not (is_dtensor(grad) and is_dtensor(param)):
