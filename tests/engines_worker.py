@@ -279,10 +279,38 @@ def engine(case, model, world: int) -> tuple[int, int]:
     return mesh.get_local_rank("dp"), 2
 
 
+class Foreign:
+    """torch's AdamW under dgg.Guidance, with the face of a guided optimizer."""
+
+    def __init__(self, params, *, lr, betas, weight_decay, eps, **options) -> None:
+        self.inner = torch.optim.AdamW(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, foreach=False
+        )
+        self.guidance = dgg.Guidance(self.inner, **options)
+        self.step, self.zero_grad = self.inner.step, self.inner.zero_grad
+        self.replay, self.set_anchor = self.guidance.replay, self.guidance.set_anchor
+        self.guidance_stats = self.guidance.guidance_stats
+
+    @property
+    def param_groups(self):
+        return self.guidance.param_groups
+
+    @property
+    def state(self):
+        anchors = self.guidance.state_dict()["anchors"]
+        params = self.inner.param_groups[0]["params"]
+        return {
+            p: {**self.inner.state[p], "anchor": anchors[i]}
+            for i, p in enumerate(params)
+            if i in anchors
+        }
+
+
 # -- training -------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}),
+    "foreign": (Foreign, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}),
     "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
 }
 
@@ -341,7 +369,7 @@ def results(model, optimizer) -> dict:
         n: {key: full(value) for key, value in optimizer.state[p].items()} for n, p in named.items()
     }
     group = optimizer.param_groups[0]
-    found["numbers"] = {key: group[key] for key in ("draw_index", "task_index", "anchored")}
+    found["numbers"] = {key: group[key] for key in ("draw_index", "task_index")}
     found["masks"] = masks(named)
     return found
 
