@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import gc
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dgg
 
-STEPS, BOUNDARIES, SAMPLES = 50, (5, 30), 12
+STEPS, BOUNDARIES, SAMPLES = 50, (5, 30), 24
 OPTIONS = {
     "lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "alpha": 0.5, "strength": 0.7,
     "max_grad_norm": 0.5, "replay_weight": 1.5, "seed": 2**63 + 9,
@@ -501,11 +502,257 @@ def run_resume(full: bool):
             assert entry["anchor"].shape == names[name].shape and entry["step"] == 20
 
 
+def run_clipping():
+    """FSDP1's own clip_grad_norm_ before the step, instead of the step's."""
+    dtype = torch.float32  # the only one it takes
+    model, plain = wrapped_parts(network(dtype)), network(dtype)
+    optimizer, twin = (
+        dgg.AdamW(m.parameters(), **{**OPTIONS, "max_grad_norm": None}) for m in (model, plain)
+    )
+    for k in range(20):
+        x = batch(k, dtype)
+        for one, m, part in ((optimizer, model, mine(x)), (twin, plain, x)):
+            if k == 5:
+                one.set_anchor()
+            loss_of(m, part).backward()
+            if m is model:
+                m.clip_grad_norm_(0.05)
+            else:
+                nn.utils.clip_grad_norm_(m.parameters(), 0.05)
+            one.step()
+            one.zero_grad()
+    assert_close(whole_of(model), plain.parameters(), dtype)
+
+
+def run_misuse():
+    flat = fsdp1(nn.Linear(6, 7), use_orig_params=False)
+    refused(ValueError, "use_orig_params=True", lambda: dgg.AdamW(flat.parameters()))
+    model = wrapped_parts(network())
+    optimizer = dgg.AdamW(model.parameters(), process_group=dist.group.WORLD)
+    loss_of(model, batch(0)).backward()
+    refused(ValueError, "whose own process group is used", optimizer.step)
+    # Somebody keeps the parameters and drops what knows of what they are parts.
+    model = fsdp1(nn.Linear(6, 7))
+    params = list(model.parameters())
+    del model
+    gc.collect()
+    optimizer = dgg.AdamW(params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    refused(RuntimeError, "are not to be found", optimizer.step)
+
+
+# -- accelerate -----------------------------------------------------------------------------------
+
+
+def accelerator_of(plugin=None, **settings):
+    """Returns a new Accelerator; accelerate keeps its settings in process-wide singletons."""
+    import accelerate
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    if plugin is not None:
+        # Over CPUs accelerate drops a plugin for FSDP without a word: it believes in GPUs here.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="no_wrap", **plugin
+        )
+        settings["fsdp_plugin"] = plugin
+    made = accelerate.Accelerator(cpu=True, **settings)
+    assert made.num_processes == dist.get_world_size()
+    expected = DistributedType.MULTI_CPU if plugin is None else DistributedType.FSDP
+    assert made.distributed_type == expected, made.distributed_type
+    return made
+
+
+CLIP = 0.05
+
+
+def accelerated(accelerator, model, optimizer, first, last):
+    """Trains with two micro-batches a step, clipped by accelerate; returns the norms it found."""
+    inner, norms = dgg.unwrap(optimizer), []
+    for k in range(first, last):
+        if k in BOUNDARIES:
+            inner.set_anchor()
+        for half in mine(batch(k)).chunk(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, half))
+                if accelerator.sync_gradients:
+                    norms.append(accelerator.clip_grad_norm_(model.parameters(), CLIP))
+                optimizer.step()
+                optimizer.zero_grad()
+    return [float(getattr(n, "full_tensor", lambda n=n: n)()) for n in norms]
+
+
+def accelerate_run(folder, plugin=None):
+    """Two micro-batches a step, clipped by accelerate, saved in between and loaded again."""
+    options = {**OPTIONS, "max_grad_norm": None}
+    plain = network()
+    twin = dgg.AdamW(plain.parameters(), **options)
+    norms = []
+    for k in range(STEPS):
+        if k in BOUNDARIES:
+            twin.set_anchor()
+        loss_of(plain, batch(k)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), CLIP)))
+        twin.step()
+        twin.zero_grad()
+    assert max(norms) > CLIP
+
+    def build():
+        accelerator = accelerator_of(plugin, gradient_accumulation_steps=2)
+        model = network()
+        optimizer = dgg.AdamW(model.parameters(), **options)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def full(model):
+        return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+
+    accelerator, model, optimizer = build()
+    found = accelerated(accelerator, model, optimizer, 0, 20)
+    accelerator.save_state(os.path.join(folder, "state"))
+    found += accelerated(accelerator, model, optimizer, 20, STEPS)
+    assert_guided(optimizer)
+    assert len(found) == STEPS
+    torch.testing.assert_close(found, norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(full(model), [p.detach() for p in plain.parameters()])
+    inner = dgg.unwrap(optimizer)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        if not p.requires_grad:
+            continue
+        anchor = inner.state[p]["anchor"]
+        if plugin is not None:
+            assert anchor.placements == p.placements and anchor.device_mesh == p.device_mesh
+            anchor = anchor.full_tensor()
+        torch.testing.assert_close(anchor, twin.state[q]["anchor"])
+
+    accelerator, again, resumed = build()
+    if plugin is not None:
+        # accelerate loads into what is there, and in a new optimizer there is no anchor.
+        if plugin["state_dict_type"] == "SHARDED_STATE_DICT":
+            load = functools.partial(accelerator.load_state, os.path.join(folder, "state"))
+            refused(RuntimeError, "prepare_for_load", load)
+            accelerator, again, resumed = build()
+        dgg.unwrap(resumed).prepare_for_load()
+    accelerator.load_state(os.path.join(folder, "state"))
+    group = dgg.unwrap(resumed).param_groups[0]
+    assert (group["draw_index"], group["task_index"]) == (20, 1)
+    accelerated(accelerator, again, resumed, 20, STEPS)
+    assert all(map(torch.equal, full(again), full(model)))
+
+
+def accelerate_anchor_before_prepare():
+    """prepare() exchanges the parameters under the optimizer: an anchor set before is lost."""
+    accelerator = accelerator_of({})
+    model = network()
+    optimizer = dgg.AdamW(model.parameters(), **OPTIONS)
+    optimizer.set_anchor()
+    model, wrapped = accelerator.prepare(model, optimizer)
+    accelerator.backward(loss_of(model, batch(0)))
+    refused(RuntimeError, "anchors are in the state", wrapped.step)
+
+
+# -- the Trainer ----------------------------------------------------------------------------------
+
+VOCABULARY, LENGTH, TASK_STEPS = 24, 8, 6
+
+
+def language_model():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def counting(stride):
+    """Sequences that count in steps of ``stride``: every stride is another task."""
+    rows = (torch.arange(64)[:, None] + stride * torch.arange(LENGTH)) % VOCABULARY
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+def trainer_for(model, task, out, world, **over):
+    import transformers
+
+    import dgg.hf
+
+    settings = {
+        "output_dir": out, "per_device_train_batch_size": 4 // world, "max_steps": TASK_STEPS,
+        "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "logging_steps": 2,
+        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
+        "dataloader_pin_memory": False, "ddp_backend": "gloo" if world > 1 else None, **over,
+    }  # fmt: skip
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(**settings),
+        train_dataset=counting(1 + 2 * task),
+        # Of gradients that are but rounding Adam with a small eps makes whole steps.
+        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}),
+        callbacks=[dgg.hf.GuidanceCallback(task=task)],
+    )
+
+
+def two_tasks(out, world, fresh=lambda: None, **over):
+    """Two tasks, the second saved in its middle; returns its Trainer."""
+    model = language_model()
+    fresh()
+    trainer_for(model, 0, os.path.join(out, "0"), world, **over).train()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fresh()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_for(model, 1, os.path.join(out, "1"), world, **saving, **over)
+    trainer.train()
+    return trainer, start
+
+
+def trainer_run(folder, fsdp=None):
+    """Two tasks over the ranks; resumed in the middle of the second, bit for bit."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def fresh():
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    world = dist.get_world_size()
+    trainer, start = two_tasks(folder, world, fresh)
+    optimizer = dgg.unwrap(trainer.optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(optimizer.state[p]["anchor"], start[name])
+    assert dgg.hf.is_active(trainer)
+    assert_same_on_all_ranks(trainer.model.parameters())
+
+    fresh()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    out = os.path.join(folder, "again")
+    again = trainer_for(language_model(), 1, out, world, **saving)
+    again.train(resume_from_checkpoint=os.path.join(folder, "1", "checkpoint-3"))
+    names = dict(again.model.named_parameters())
+    resumed = dgg.unwrap(again.optimizer)
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, names[name]), name
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, resumed.state[names[name]][key]), (name, key)
+    if dist.get_rank() == 0:
+        torch.save(trainer.model.state_dict(), os.path.join(folder, "weights.pt"))
+
+
 # -- starting -------------------------------------------------------------------------------------
 
 
 def start(rank: int, world: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
+        ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group(
@@ -523,6 +770,8 @@ def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> No
     outcomes = {}
     for name, (function, arguments) in cases.items():
         try:
+            if "folder" in arguments:
+                arguments = {**arguments, "folder": os.path.join(folder, str(len(outcomes)))}
             globals()[function](**arguments)
         except BaseException:
             outcomes[name] = traceback.format_exc()

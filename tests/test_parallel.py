@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Wrappers on several processes: DDP, ZeroRedundancyOptimizer, FSDP1, accelerate, the Trainer.
+
+All of them for real, over gloo. Every case compares 50 guided, clipped steps with replay gradients
+over the ranks with the same steps in one process on the joined batch; see parallel_worker.py. The
+cases of several engines share one start of the processes, which costs more than all of them.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import parallel_worker as worker
+
+pytest.importorskip("accelerate")
+if not torch.distributed.is_available():
+    pytest.skip("torch was built without torch.distributed", allow_module_level=True)
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+
+def case(engine, function, *features, label="", **arguments):
+    """A case: its engine's row of the compatibility table and the columns it proves."""
+    name = f"{function}{label and ' '}{label}"
+    marks = [pytest.mark.compat(engine, *features)] if features else []
+    return pytest.param(name, marks=marks, id=name), (function, arguments)
+
+
+VIEW = {"gradient_as_bucket_view": True}
+DDP = [
+    case("DDP", "ddp_trajectory", "trajectory", "clipping", "replay", "tied weights",
+         "frozen parts"),
+    case("DDP", "ddp_trajectory", "trajectory", "clipping", "replay", label="bucket views", **VIEW),
+    case("DDP", "ddp_trajectory", "trajectory", "granularity element", "granularity tensor",
+         label="static graph, float32", dtype=torch.float32, static_graph=True,
+         options={"granularity": "element"}, **VIEW),
+    case("DDP", "ddp_trajectory", "norm_scope tensor", "granularity tensor", label="per tensor",
+         options={"norm_scope": "tensor", "granularity": "tensor"}),
+    case("DDP", "ddp_single_bucket_of_one_tensor", "replay"),
+    case("DDP", "ddp_accumulation", "replay"),
+    case("DDP", "ddp_accumulation", "replay", label="bucket views", **VIEW),
+    case("DDP", "ddp_unused_parameters", "trajectory"),
+    case("DDP", "ddp_unused_parameters", "trajectory", label="bucket views", **VIEW),
+    case("DDP", "ddp_resume", "resume", "resume on other ranks"),
+]  # fmt: skip
+ZERO = "ZeroRedundancyOptimizer"
+SHARES = [
+    case(ZERO, "share_trajectory", "trajectory", "clipping", "replay", "tied weights",
+         "frozen parts"),
+    case(ZERO, "share_trajectory", "granularity tensor", "replay", label="bucket views",
+         granularity="tensor", view=True),
+    case(ZERO, "share_trajectory", "granularity element", label="elements",
+         granularity="element"),
+    case(ZERO, "share_trajectory", "norm_scope tensor", label="norms per tensor, float32",
+         norm_scope="tensor", dtype=torch.float32),
+    case(ZERO, "share_of_nothing", "trajectory", "clipping"),
+    case(ZERO, "share_of_nothing", "granularity tensor", label="unclipped", granularity="tensor",
+         max_grad_norm=None),
+    case(ZERO, "share_with_groups", "trajectory"),
+    case(ZERO, "share_resume", "resume", "resume on other ranks"),
+    case(ZERO, "share_anchor", "anchor by name"),
+    case(ZERO, "share_misuse"),
+]  # fmt: skip
+RUNS = [
+    case("FSDP1", "run_trajectory", "trajectory", "clipping", "replay", "tied weights",
+         "frozen parts"),
+    case("FSDP1", "run_trajectory", "granularity tensor", label="made before",
+         granularity="tensor", before=True),
+    case("FSDP1", "run_trajectory", "granularity element", label="elements",
+         granularity="element"),
+    case("FSDP1", "run_trajectory", "norm_scope tensor", label="norms per tensor",
+         norm_scope="tensor"),
+    case("FSDP1", "run_trajectory", "trajectory", label="SHARD_GRAD_OP, float32",
+         strategy="SHARD_GRAD_OP", dtype=torch.float32),
+    case("FSDP1", "run_trajectory", "trajectory", label="NO_SHARD", strategy="NO_SHARD"),
+    case("FSDP1", "run_clipping", "clipping"),
+    case("FSDP1", "run_resume", "resume", label="full", full=True),
+    case("FSDP1", "run_resume", "resume", label="sharded", full=False),
+    case("FSDP1", "run_misuse"),
+]  # fmt: skip
+FOUR = [
+    case("DDP", "ddp_trajectory", "trajectory", label="on four"),
+    case(ZERO, "share_trajectory", "trajectory", label="on four", granularity="tensor"),
+    case("FSDP1", "run_trajectory", "granularity element", label="on four",
+         granularity="element"),
+    case("FSDP1", "run_trajectory", "trajectory", label="HYBRID_SHARD", strategy="HYBRID_SHARD",
+         mesh=(2, 2)),
+]  # fmt: skip
+ACCELERATE = [
+    case("accelerate DDP", "accelerate_run", "trajectory", "clipping", "resume", folder=""),
+    case("accelerate FSDP2", "accelerate_run", "trajectory", "clipping", "resume",
+         label="FSDP2 sharded", folder="", plugin={"state_dict_type": "SHARDED_STATE_DICT"}),
+    case("accelerate FSDP2", "accelerate_run", "trajectory", "resume", label="FSDP2 full",
+         folder="", plugin={"state_dict_type": "FULL_STATE_DICT"}),
+    case("accelerate FSDP2", "accelerate_anchor_before_prepare"),
+]  # fmt: skip
+
+
+def spawn(world, folder, cases):
+    """Runs cases on ``world`` ranks; returns what went wrong in each, by rank."""
+    error = None
+    try:
+        torch.multiprocessing.spawn(
+            worker.run_cases, args=(world, str(folder), cases), nprocs=world
+        )
+    except (torch.multiprocessing.ProcessRaisedException,
+            torch.multiprocessing.ProcessExitedException) as found:  # fmt: skip
+        error = found
+    outcomes = []
+    for rank in range(world):
+        file = folder / f"rank {rank}.json"
+        outcomes.append(json.loads(file.read_text()) if file.exists() else {})
+    found = {}
+    for name in cases:
+        by_rank = [outcome.get(name) for outcome in outcomes]
+        wrong = [f"rank {rank}:\n{text}" for rank, text in enumerate(by_rank) if text]
+        if not wrong and None in by_rank:
+            wrong = [f"not run to its end on all ranks ({error}); see the case that failed"]
+        found[name] = "\n".join(wrong)
+    return found
+
+
+def outcomes_of(cases, world):
+    @pytest.fixture(scope="module")
+    def outcomes(tmp_path_factory):
+        named = {param.values[0]: arguments for param, arguments in cases}
+        assert len(named) == len(cases)
+        return spawn(world, tmp_path_factory.mktemp("ranks"), named)
+
+    return outcomes
+
+
+def params_of(cases):
+    return pytest.mark.parametrize("name", [param for param, _ in cases])
+
+
+replicas, shards = outcomes_of(DDP + SHARES, 2), outcomes_of(RUNS + ACCELERATE, 2)
+four = outcomes_of(FOUR, 4)
+
+
+@params_of(DDP)
+def test_distributed_data_parallel(name, replicas):
+    assert not replicas[name], replicas[name]
+
+
+@params_of(SHARES)
+def test_zero_redundancy_optimizer(name, replicas):
+    assert not replicas[name], replicas[name]
+
+
+@params_of(RUNS)
+def test_fsdp1(name, shards):
+    assert not shards[name], shards[name]
+
+
+@pytest.mark.slow
+@params_of(FOUR)
+def test_on_four_ranks(name, four):
+    assert not four[name], four[name]
+
+
+@params_of(ACCELERATE)
+def test_accelerate(name, shards):
+    assert not shards[name], shards[name]
+
+
+@pytest.mark.compat("Trainer DDP", "trajectory", "clipping", "resume")
+def test_trainer(tmp_path, monkeypatch):
+    """Two tasks over two ranks: resumed bit for bit, and the same as in one process."""
+    pytest.importorskip("transformers")
+    outcome = spawn(2, tmp_path, {"trainer": ("trainer_run", {"folder": ""})})
+    assert not outcome["trainer"], outcome["trainer"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone, _ = worker.two_tasks(str(tmp_path / "alone"), 1)
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in torch.load(tmp_path / "0" / "weights.pt").items():
+        torch.testing.assert_close(
+            value, alone.model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name
+        )

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""dgg in trl's SFTTrainer: two tasks of text, tokenized by a tokenizer made here, no downloads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import dgg
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+from dgg.hf import GuidanceCallback, is_active  # noqa: E402
+
+WORDS = [f"w{number}" for number in range(20)]
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # The models are so small that threads would only wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 3, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def texts(stride):
+    """Prompts and completions that count in steps of ``stride``: every stride is another task."""
+    rows = [
+        [WORDS[(start + stride * place) % len(WORDS)] for place in range(8)] for start in range(40)
+    ]
+    return datasets.Dataset.from_list(
+        [{"prompt": " ".join(row[:3]), "completion": " " + " ".join(row[3:])} for row in rows]
+    )
+
+
+def trainer_for(network, stride, out, callbacks, *, peft_config=None, **over):
+    settings = {
+        "output_dir": str(out), "per_device_train_batch_size": 4, "max_steps": STEPS,
+        "gradient_accumulation_steps": 2, "logging_steps": 2, "save_strategy": "no",
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0, "bf16": False,
+        "dataloader_pin_memory": False, "gradient_checkpointing": False, **over,
+    }  # fmt: skip
+    return trl.SFTTrainer(
+        network,
+        trl.SFTConfig(**settings),
+        train_dataset=texts(stride),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "alpha": 0.5, "seed": 3}),
+        callbacks=callbacks,
+    )
+
+
+def trainable(network):
+    return {n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_tasks(tmp_path, lora):
+    """The second task is anchored where it begins, and resumes bit for bit in its middle."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    first = trainer_for(
+        model(), 1, tmp_path / "0", [GuidanceCallback()], peft_config=config if lora else None
+    )
+    first.train()
+    assert not is_active(first)
+    start = trainable(first.model)
+    assert any("lora" in name for name in start) == lora
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    second = trainer_for(first.model, 3, tmp_path / "1", [GuidanceCallback(task=1)], **saving)
+    second.train()
+    assert is_active(second)
+    optimizer = dgg.unwrap(second.optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["task_index"], group["draw_index"]) == (1, STEPS)
+    names = {n: p for n, p in second.model.named_parameters() if p.requires_grad}
+    assert names.keys() == start.keys()
+    for name, p in names.items():
+        assert torch.equal(optimizer.state[p]["anchor"], start[name]), name
+    entries = [e for e in second.state.log_history if "guidance/injected" in e]
+    assert entries and entries[-1]["guidance/injected"] > 0
+    assert entries[-1]["guidance/distance"] > 0
+
+    fresh = peft.get_peft_model(model(), config) if lora else model()
+    again = trainer_for(fresh, 3, tmp_path / "again", [GuidanceCallback(task=1)], **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
+    for name, value in trainable(again.model).items():
+        assert torch.equal(value, names[name]), name
