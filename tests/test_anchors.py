@@ -627,9 +627,15 @@ def server():
     """Makes processes that need not import torch anew: a dozen of them would take a minute."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["dgg", "safetensors.torch", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-         "torch.distributed.tensor.parallel"]
-    )  # fmt: skip
+        [
+            "dgg",
+            "safetensors.torch",
+            "torch._dynamo",  # which torch.optim imports when an optimizer is used
+            "torch.distributed.checkpoint",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor.parallel",
+        ]
+    )
     return context
 
 
