@@ -47,14 +47,14 @@ FEATURES = (
 TITLES = {"trajectory": "same trajectory as unsharded", "norm_scope tensor": "norm per tensor"}
 
 MOST_WORDS = 12
-REFUSED, UNSUPPORTED, ABSENT = "refused", "not supported", "n/a"
+REFUSED, UNSUPPORTED, ABSENT, BELOW = "refused", "not supported", "n/a", "not tested here"
 
 
 class Reason(NamedTuple):
     """Why cells are not tested by a test that succeeds.
 
-    ``kind`` is REFUSED (with an error that a marked test looks at), UNSUPPORTED or ABSENT (there
-    is no such thing).
+    ``kind`` is REFUSED (with an error that a marked test looks at), UNSUPPORTED, ABSENT (there is
+    no such thing) or BELOW (another row or column tests what decides it; gives way to a test).
     """
 
     engines: tuple[str, ...]
@@ -82,6 +82,12 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         ("TP",), ("mixed precision",), ABSENT,
         "the engine has none of its own; see one process",
+    ),
+    Reason(
+        ("accelerate DDP", "accelerate FSDP2", "accelerate DeepSpeed", "Trainer DDP",
+         "Trainer DeepSpeed"),
+        ("granularity tensor", "granularity element", "norm_scope tensor"), BELOW,
+        "the step decides it, on what the engine below hands over",
     ),
     Reason(
         ZERO, ("replay",), REFUSED,
@@ -196,7 +202,7 @@ def check(
     why: dict[tuple[str, str], Reason] = {}
     whole = not found.absent  # else a mark that is missed may be in a file that is left out
     for reason in reasons:
-        if reason.kind not in (REFUSED, UNSUPPORTED, ABSENT):
+        if reason.kind not in (REFUSED, UNSUPPORTED, ABSENT, BELOW):
             problems.append(f"{reason.kind!r} is no kind of reason")
         if len(reason.why.split()) > MOST_WORDS:
             problems.append(f"{reason.why!r} has more than {MOST_WORDS} words")
@@ -212,7 +218,7 @@ def check(
         name = " × ".join(key)
         if whole and reason.kind == REFUSED and not cell.refused:
             problems.append(f"{name}: refused, it is said, but no test is marked with '!{key[1]}'")
-        if reason.kind != REFUSED and (cell.tested or cell.refused):
+        if reason.kind in (UNSUPPORTED, ABSENT) and (cell.tested or cell.refused):
             problems.append(f"{name}: {reason.kind}, it is said, but {sorted(cell[0] | cell[1])}")
     for engine in ENGINES:
         for feature in FEATURES:
@@ -244,7 +250,7 @@ def render(found: Found, reasons: Iterable[Reason] = REASONS, *, strict: bool = 
         text = " ".join(letters[file] for file in sorted(cell.tested))
         said = [f"skipped here: {reason}" for reason in sorted(cell.skipped)]
         reason = why.get((engine, feature))
-        if reason is not None:
+        if reason is not None and not (reason.kind == BELOW and cell.tested):
             tests = ", ".join(f"`{file}`" for file in sorted(cell.refused))
             said.insert(0, f"{reason.kind}: {reason.why}" + (f" ({tests})" if tests else ""))
         numbers = [notes.setdefault(note, len(notes) + 1) for note in said]
