@@ -650,7 +650,9 @@ class _Guided:
         """
         draws = int(self.param_groups[0]["draw_index"])
         if task is not None:
-            if not guidance.begins_task(task, self.param_groups, draws, given=tensors is not None):
+            driver = self._driven_by()
+            groups = self.param_groups if driver is None else driver.marked(self)
+            if not guidance.begins_task(task, groups, draws, given=tensors is not None):
                 return
         elif tensors is None:
             guidance.refuse_resumed(self.param_groups, draws, self._engine.resumed)

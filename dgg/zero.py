@@ -418,6 +418,13 @@ class Zero:
             "the previous task's weights, or give up guidance with clear_anchor()"
         )
 
+    def marked(self, optimizer) -> list[dict[str, Any]]:
+        """Returns the groups, of which none is anchored if a resume brought no anchor at all."""
+        self._take_up(optimizer, self.holder)
+        if any("anchor" in optimizer.state.get(p.tensor, ()) for p in self._partitions):
+            return optimizer._whole
+        return [{**group, "anchored": 0} for group in optimizer._whole]
+
     def place_anchor(
         self,
         optimizer,

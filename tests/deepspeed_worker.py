@@ -281,7 +281,11 @@ def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list
             model = network()
             optimizer = build(model, case["rule"], case["options"], tiny=False)
             engine = engine_of(model, optimizer, config(**changes))
+            kept = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
             engine.load_checkpoint(os.path.join(saved, f"saved {number}"), tag="universal")
+            # Under ZeRO-3 DeepSpeed gives every group the settings of the first.
+            for group, (lr, decay) in zip(optimizer.param_groups, kept, strict=True):
+                group.update(lr=lr, weight_decay=decay)
             return engine, optimizer
 
         engine, optimizer = universal()
