@@ -26,6 +26,7 @@ from dgg import (
     _ranges,
     _zero_redundancy,
     anchor,
+    checkpoint,
     guidance,
     reference,
     sharding,
@@ -73,6 +74,8 @@ class _Guided:
     _lost_group = False
     # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
     _lost_share = False
+    # The state is room for a checkpoint that is yet to be loaded.
+    _awaits_load = False
     _rule: _dispatch.Rule
 
     # -- construction ---------------------------------------------------------------------------
@@ -171,7 +174,7 @@ class _Guided:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
         names = (
             "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
-            "_state_dtype", "_stochastic", "_master", "_guidance",
+            "_state_dtype", "_stochastic", "_master", "_guidance", "_awaits_load",
         )  # fmt: skip
         lost = self.process_group is not None or self._driver is not None or self._lost_group
         kept = {name: getattr(self, name) for name in names}
@@ -301,6 +304,9 @@ class _Guided:
         if driver is not None:
             driver.step(self)
             return
+        if self._rows is None and not self.state and checkpoint.making_template():
+            self._make_template()
+            return
         engine, groups = self._engine, self.param_groups
         engine.replay.check_closed()
         wide = engine.options.read(groups)
@@ -380,6 +386,18 @@ class _Guided:
         if self._driver is None:
             self._own = _first(self.param_groups)
         return self._driver
+
+    def _make_template(self) -> None:
+        """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.
+
+        Nothing else: no step is counted, no draw consumed, no momentum begun.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._check_step(params, [p.grad for p in params], [])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._init_state(p, group)
 
     def _skip_update(self, param: Tensor) -> None:
         """Ends a step in which every element of ``param`` is padding and none is updated."""
@@ -549,6 +567,12 @@ class _Guided:
                         "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
                         "build a new optimizer"
                     )
+        if self._awaits_load:
+            raise RuntimeError(
+                "prepare_for_load() has made room in this optimizer for a checkpoint that was not "
+                "loaded: load it (set_optimizer_state_dict, set_state_dict or load_state_dict), or "
+                "give it up with clear_anchor() or set_anchor()"
+            )
         for number, group in enumerate(self.param_groups):
             present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
             if present < group["anchored"] - self._others(number):
@@ -706,7 +730,7 @@ class _Guided:
             group["task_index"] = group["task_index"] + 1 if task is None else task
         if self._share is not None:
             self._share.note_anchors(self.param_groups, anchored=True)
-        self._rows = None
+        self._awaits_load, self._rows = False, None
 
     def _has_master(self, param: Tensor) -> bool:
         return self._master and param.dtype in (torch.bfloat16, torch.float16)
@@ -745,7 +769,7 @@ class _Guided:
             group["anchored"] = 0
         if self._share is not None:
             self._share.note_anchors(self.param_groups, anchored=False)
-        self._rows = None
+        self._awaits_load, self._rows = False, None
 
     # -- replay, statistics, gradients ----------------------------------------------------------
 
@@ -810,6 +834,7 @@ class _Guided:
             ValueError: Groups or shapes differ, or it carries no anchor while this optimizer has
                 one. After any error the optimizer is as it was.
         """
+        state_dict = self._completed(state_dict)
         anchors = self._checked_anchors(state_dict)
         before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
         if before[0] <= 1:
@@ -833,15 +858,17 @@ class _Guided:
         }
         super().load_state_dict(stripped)
         self._load_kept_back(state_dict, kept_back - {"anchor"})
+        self._shard_moments()
         for group, flags, mine, saved in zip(
             self.param_groups, kept, ours, state_dict["param_groups"], strict=True
         ):
             group.update({k: v for k, v in flags.items() if v is not None or k in group})
             group.update({k: v for k, v in mine.items() if k not in saved})
         for param, value in anchors.items():
-            device = param.device if self._anchor_device is None else self._anchor_device
             # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
-            self.state[param]["anchor"] = value.detach().to(device, copy=True)
+            made = anchor.allocate(param, value.dtype, self._anchor_device)
+            anchor.write(made, value.detach())
+            self.state[param]["anchor"] = made
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if saved.get("anchored"):
                 self._anchor_empty(group)
@@ -851,7 +878,7 @@ class _Guided:
         # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
         fresh = before[0] <= 1 or before[0] == before[1]
         self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
-        self._rows = None
+        self._awaits_load, self._rows = False, None
 
     def _anchor_empty(self, group: dict[str, Any]) -> None:
         """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
@@ -876,7 +903,54 @@ class _Guided:
                         dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
                     self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
 
-    def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+    def _completed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.
+
+        Of flattened ones they put empty dicts where the checkpoint has nothing, and they leave out
+        frozen parameters, whose prepared room the load has filled all the same.
+        """
+        self._check_form(state_dict)
+        state = {
+            key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
+            if isinstance(entry, Mapping)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for place, (param, key) in enumerate(
+                zip(group["params"], saved["params"], strict=True)
+            ):
+                entry = state.get(key)
+                if entry is not None and entry.keys() < state_dict["state"][key].keys():
+                    self._check_partial(entry, place)
+                if entry is None and self._awaits_load and not param.requires_grad:
+                    room = self.state.get(param, {})
+                    if "anchor" in room and anchor.finite(room["anchor"]):
+                        state[key] = dict(room)
+        return {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
+
+    def _check_partial(self, entry: Mapping[str, Any], place: int) -> None:
+        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name in self._columns]
+        missing = [name for name in missing if entry and name not in entry]
+        if missing:
+            raise ValueError(
+                f"the checkpoint carries no {', '.join(missing)} of parameter {place}, but other "
+                "state of it: it is not this optimizer's, or parts of it were lost on the way"
+            )
+
+    def _shard_moments(self) -> None:
+        """Shards what came as whole tensors: what torch's helpers find no room for."""
+        for param, entry in self.state.items():
+            if not sharding.is_dtensor(param) or not isinstance(entry, dict):
+                continue
+            for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
+                value = entry[name]
+                if isinstance(value, Tensor) and not sharding.is_dtensor(value):
+                    made = anchor.allocate(param, value.dtype, None)
+                    anchor.write(made, value.detach())
+                    entry[name] = made
+
+    def _check_form(self, state_dict: Mapping[str, Any]) -> None:
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"load_state_dict() takes what an optimizer's state_dict() returned, not "
@@ -896,9 +970,12 @@ class _Guided:
                 f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
                 "the optimizer over the same groups first (add_param_group() and freezing included)"
             )
+
+    def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        saved_groups = state_dict["param_groups"]
         found: dict[Tensor, Tensor] = {}
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
-            present = 0
+            present, filled, frozen = 0, 0, 0
             for place, (param, key) in enumerate(
                 zip(group["params"], saved["params"], strict=False)
             ):
@@ -918,23 +995,44 @@ class _Guided:
                         "master_weights=True over 16-bit parameters"
                     )
                 value = entry.get("anchor")
-                if value is None:
+                if value is None or self._unfilled(value, saved):
                     present += _fsdp1.is_empty(param)
+                    frozen += not param.requires_grad
                     continue
                 anchor.check_source(value, param, f"parameter {place} of group {number}")
                 found[param] = value
                 present += 1
+                filled += value.numel() > 0
             check = {name: saved[name] for name in self._guidance if name in saved}
             guidance.check_agreement(number, check, saved_groups[0])
             guidance.check_options(check)
-            if present < saved.get("anchored", 0) - self._others(number):
+            missing = saved.get("anchored", 0) - self._others(number) - present
+            if missing > 0:
                 raise RuntimeError(
                     f"the checkpoint's group {number} was anchored ({saved['anchored']} "
-                    f"parameters) but carries {present} anchors: they were lost on the way. Save "
-                    "and load the whole state_dict(), or call set_anchor(tensors) with the "
-                    "previous task's weights after loading one without guidance"
+                    f"parameters) but carries {present} anchors: they were lost on the way. "
+                    + (
+                        "torch's checkpoint helpers leave out the state of frozen parameters: "
+                        "requires_grad_(True) while it is loaded, or prepare_for_load() with a "
+                        "distributed checkpoint"
+                        if missing <= frozen
+                        else "A new optimizer has no room for them where a distributed checkpoint "
+                        "or torch's set_optimizer_state_dict fills what is there: call "
+                        "prepare_for_load(checkpoint) first, before get_optimizer_state_dict. "
+                        "Otherwise save and load the whole state_dict(), or call "
+                        "set_anchor(tensors) with the previous task's weights after loading one "
+                        "without guidance"
+                    )
+                )
+            if filled > saved.get("anchored", filled):
+                raise ValueError(
+                    f"the checkpoint's group {number} has {saved['anchored']} anchored parameters, "
+                    f"but {filled} anchors came with it: they are not the checkpoint's but this "
+                    "optimizer's, as they stood in the template of a partial load. Call "
+                    "prepare_for_load(checkpoint) or clear_anchor() before the template is made"
                 )
         mine = any("anchor" in entry for entry in self.state.values() if isinstance(entry, dict))
+        mine = mine and not self._awaits_load
         if mine and not found and not any(saved.get("anchored") for saved in saved_groups):
             raise ValueError(
                 "this optimizer has an anchor and the checkpoint carries none: loading would drop "
@@ -942,6 +1040,107 @@ class _Guided:
                 "before loading"
             )
         return found
+
+    def _unfilled(self, value: Any, saved: Mapping[str, Any]) -> bool:
+        """Returns whether an anchor is prepared room into which nothing was loaded."""
+        if not self._awaits_load or not isinstance(value, Tensor):
+            return False
+        if sharding.local(value).numel() == 0:  # which only the group can tell
+            return not saved.get("anchored", 1)
+        return not anchor.finite(value)
+
+    @torch.no_grad()
+    def prepare_for_load(
+        self,
+        checkpoint: Any = None,
+        *,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
+
+        torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
+        without this a guided checkpoint is refused when it is loaded. Call it before
+        ``get_optimizer_state_dict`` or ``get_state_dict`` make the template. It counts as no task
+        and sets no anchor: until the checkpoint is loaded, `step` raises.
+
+        Args:
+            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
+                it holds finds room, in the dtypes it was saved in. None makes room for an anchor of
+                every trainable parameter, in ``anchor_dtype``, beside the other state.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+
+        Raises:
+            FileNotFoundError: There is no distributed checkpoint in the directory.
+            KeyError: The checkpoint holds state, but of no parameter of this optimizer.
+            RuntimeError: The optimizer is driven by an engine with checkpoints of its own.
+            TypeError: ``checkpoint`` is no distributed checkpoint.
+            ValueError: It holds master weights, which this optimizer would not keep.
+
+        Example:
+            >>> opt = dgg.AdamW(model.parameters())
+            >>> opt.prepare_for_load(path, model=model)
+            >>> weights, state = get_state_dict(model, opt)
+            >>> dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            >>> set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
+        """
+        if self._driven_by() is not None or self._share is not None:
+            raise RuntimeError(
+                "prepare_for_load() is for torch.distributed.checkpoint over FSDP2 and other "
+                "DTensors; DeepSpeed and ZeroRedundancyOptimizer load their own checkpoints"
+            )
+        every = [(p, group) for group in self.param_groups for p in group["params"]]
+        if checkpoint is None:
+            held = [
+                {name: None for name in (*self._kept(p, group), "anchor")}
+                if p.requires_grad or p in self.state
+                else {}
+                for p, group in every
+            ]
+        else:
+            held = self._held_by(checkpoint, model)
+        for number, ((p, _), names) in enumerate(zip(every, held, strict=True)):
+            if "master" in names and not self._has_master(p):
+                raise ValueError(
+                    f"the checkpoint has a master weight of parameter {number}, which this "
+                    "optimizer would not keep; build it with master_weights=True over 16-bit "
+                    "parameters"
+                )
+        for (p, _), names in zip(every, held, strict=True):
+            if not names:
+                self.state.pop(p, None)
+                continue
+            state = self.state[p]
+            for name in state.keys() - names:
+                del state[name]
+            if "step" in names:
+                state["step"] = self._step_scalar(p, state.get("step", 0.0))
+            self._make_state(p, [name for name in names if name not in ("step", "anchor")])
+            if "anchor" in names:
+                dtype = names["anchor"] or anchor.storage_dtype(
+                    self._stepped(p), self._anchor_dtype, "a parameter"
+                )
+                state["anchor"] = anchor.allocate(p, dtype, self._anchor_device)
+                # No weights are NaN: what is not overwritten will be noticed.
+                sharding.local(state["anchor"]).fill_(float("nan"))
+        for group in self.param_groups:
+            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+        self._awaits_load, self._rows = True, None
+
+    def _kept(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        """Returns the keys of the state that a step keeps of a parameter, anchors apart."""
+        step = ("step",) if "step" in self._columns else ()
+        master = ("master",) if self._has_master(param) else ()
+        return (*step, *self._needed(group), *master)
+
+    def _held_by(self, source: Any, model) -> list[dict[str, torch.dtype | None]]:
+        known = {} if model is None else anchor.names_of_parameters(model)
+        names: list[list[str]] = []
+        for group in self.param_groups:
+            own = group.get("param_names", [None] * len(group["params"]))
+            for p, name in zip(group["params"], own, strict=True):
+                names.append([*known.get(p, []), *([] if name is None else anchor.variants(name))])
+        return checkpoint.find(checkpoint.held_by(source, {*self._columns, "master"}), names)
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
@@ -1456,6 +1655,19 @@ class SGD(_Guided, torch.optim.SGD):
             return flags
         fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.holders]
         return flags | rows.flags(fresh, "fresh")
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict, as `dgg.AdamW` does; buffers that no step has begun stay so."""
+        super().load_state_dict(state_dict)
+        # Torch's checkpoint helpers save buffers of zeros before the first step.
+        if all(saved.get("draw_index", 1) == 0 for saved in state_dict["param_groups"]):
+            self._fresh.update(
+                id(p)
+                for p, entry in self.state.items()
+                if isinstance(entry.get("momentum_buffer"), Tensor)
+                and not sharding.local(entry["momentum_buffer"]).any()
+            )
 
     def _skip_update(self, param: Tensor) -> None:
         self._fresh.discard(id(param))

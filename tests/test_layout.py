@@ -28,6 +28,7 @@ FLOORS = {
     "reference": 1,
     "sharding": 1,
     "_gather": 0,
+    "checkpoint": 0,
     "_philox": 0,
     "_ranges": 0,
     "replay": 0,
