@@ -316,6 +316,11 @@ def plan_anchors(
     params, labels = [p for p, _ in chosen], [label for _, label in chosen]
     for p, label in chosen:
         check_param(p, label, stepped=True)
+        if tensors is not None and _fsdp1.is_one(p):
+            raise ValueError(
+                f"{label} is FSDP1's, and anchors by name are not cut into its runs: load the "
+                "tensors into the model and call set_anchor() before the next task is trained"
+            )
         if device is not None and device != p.device and sharding.is_dtensor(p):
             raise ValueError(
                 f"anchor_device={str(device)!r} is not supported for DTensors, and {label} is one "
