@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import anchor_script  # noqa: E402
 import anchor_worker as worker  # noqa: E402
+import ranks  # noqa: E402
 
 SCRIPT = pathlib.Path(anchor_script.__file__)
 
@@ -625,18 +626,7 @@ def script(folder, task, *options):
 @pytest.fixture(scope="module")
 def server():
     """Makes processes that need not import torch anew: a dozen of them would take a minute."""
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "dgg",
-            "safetensors.torch",
-            "torch._dynamo",  # which torch.optim imports when an optimizer is used
-            "torch.distributed.checkpoint",
-            "torch.distributed.fsdp",
-            "torch.distributed.tensor.parallel",
-        ]
-    )
-    return context
+    return ranks.server()
 
 
 def process(server, *arguments, dies=False):
@@ -733,9 +723,7 @@ def test_shards_read_their_own_part(world, engines, tmp_path, server):
     broken = {**tensors_of(source), "last.bias": torch.full((5,), torch.nan)}
     (tmp_path / "broken").mkdir()
     save_file(broken, tmp_path / "broken" / "model.safetensors")
-    torch.multiprocessing.start_processes(
-        worker.run, (world, str(tmp_path), engines), world, start_method="forkserver"
-    )
+    ranks.run(worker.run, world, world, str(tmp_path), engines)
     for engine in engines:
         for rank in range(world):
             found = torch.load(tmp_path / f"{engine} {rank}.pt")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ranks
 import sharded_worker as worker
 
 if not torch.distributed.is_available():
@@ -62,7 +63,7 @@ def cases_of(world):
 
 
 def spawn(function, world, folder, *arguments):
-    torch.multiprocessing.spawn(function, args=(world, str(folder), *arguments), nprocs=world)
+    ranks.run(function, world, world, str(folder), *arguments)
 
 
 @pytest.mark.timeout(300)
