@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -761,6 +762,7 @@ class Guidance:
         check_options(self._options)
         self.process_group = check_process_group(process_group, self._options)
         self.optimizer = optimizer
+        self._given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.param_groups: list[dict[str, Any]] = []
         self._sync_groups()
         self._anchors: dict[Tensor, Tensor] = {}
@@ -955,6 +957,15 @@ class Guidance:
                 p.grad = whole
         slot.exchange(replayed, found[len(params) :])
 
+    def _refuse_partitions(self, params: Sequence[Tensor]) -> None:
+        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in self._given for p in params)
+        if "deepspeed" in sys.modules and any(strange):
+            raise RuntimeError(
+                "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
+                "them one by one, of which dgg.Guidance would take wrong norms; use dgg.AdamW, "
+                "dgg.Adam or dgg.SGD, which know it"
+            )
+
     def _edit(self) -> None:
         self._sync_groups()
         engine, slot = self._engine, self._engine.replay
@@ -963,6 +974,7 @@ class Guidance:
         draw = wide["draw_index"]
         groups = self.optimizer.param_groups
         params = [p for group in groups for p in group["params"]]
+        self._refuse_partitions(params)
         self._settle(params)
         labels = None
         for i, p in enumerate(params):

@@ -592,6 +592,13 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     refused(RuntimeError, "compute_grad_norm", lambda: step(engine))
     engine.destroy()
 
+    model = network()
+    inner = torch.optim.AdamW(groups(model)[:2], lr=1e-2)
+    dgg.Guidance(inner, alpha=1.0)
+    engine = engine_of(model, inner, config(2))
+    refused(RuntimeError, "use dgg.AdamW", lambda: step(engine))
+    engine.destroy()
+
     # DeepSpeed's own errors for the two settings that the documented files have.
     untested = {k: v for k, v in config(2).items() if k != "zero_allow_untested_optimizer"}
     refused(AssertionError, "zero_allow_untested_optimizer", lambda: engine_with({}, untested))
