@@ -531,6 +531,13 @@ def run_misuse():
     optimizer = dgg.AdamW(model.parameters(), process_group=dist.group.WORLD)
     loss_of(model, batch(0)).backward()
     refused(ValueError, "whose own process group is used", optimizer.step)
+    named = {name: torch.zeros(p.shape) for name, p in network().named_parameters()}
+    optimizer = dgg.AdamW(model.parameters())
+    refused(
+        ValueError,
+        "load the tensors into the model",
+        functools.partial(optimizer.set_anchor, named, model=model),
+    )
     # Somebody keeps the parameters and drops what knows of what they are parts.
     model = fsdp1(nn.Linear(6, 7))
     params = list(model.parameters())
@@ -677,8 +684,10 @@ def counting(stride):
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer_for(model, task, out, world, **over):
+def trainer_for(model, task, out, world, guide_first_task=False, **over):
     import transformers
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
 
     import dgg.hf
 
@@ -688,13 +697,18 @@ def trainer_for(model, task, out, world, **over):
         "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
         "dataloader_pin_memory": False, "ddp_backend": "gloo" if world > 1 else None, **over,
     }  # fmt: skip
+    arguments = transformers.TrainingArguments(**settings)
+    if over.get("fsdp"):
+        # As in accelerator_of.
+        assert arguments.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return transformers.Trainer(
         model,
-        transformers.TrainingArguments(**settings),
+        arguments,
         train_dataset=counting(1 + 2 * task),
         # Of gradients that are but rounding Adam with a small eps makes whole steps.
         optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}),
-        callbacks=[dgg.hf.GuidanceCallback(task=task)],
+        callbacks=[dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task)],
     )
 
 
@@ -742,6 +756,44 @@ def trainer_run(folder, fsdp=None):
             assert torch.equal(value, resumed.state[names[name]][key]), (name, key)
     if dist.get_rank() == 0:
         torch.save(trainer.model.state_dict(), os.path.join(folder, "weights.pt"))
+
+
+def one_task(out, world, **over):
+    """A task guided towards the weights it begins with; returns its Trainer."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "guide_first_task": True}
+    trainer = trainer_for(language_model(), 0, out, world, **saving, **over)
+    trainer.train()
+    return trainer
+
+
+def trainer_fsdp2(folder):
+    """One guided task over shards; resuming it has no room for the anchor, and says so."""
+    import dgg.hf
+
+    world = dist.get_world_size()
+    accelerator_of()
+    sharded = {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+    }  # fmt: skip
+    trainer = one_task(folder, world, **copy.deepcopy(sharded))
+    optimizer = dgg.unwrap(trainer.optimizer)
+    assert dgg.hf.is_active(trainer)
+    start = dict(language_model().named_parameters())
+    for name, p in trainer.model.named_parameters():
+        anchor = optimizer.state[p]["anchor"]
+        assert anchor.placements == p.placements and anchor.device_mesh == p.device_mesh
+        assert torch.equal(anchor.full_tensor(), start[name])
+    weights = {n: p.full_tensor().detach() for n, p in trainer.model.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save(weights, os.path.join(folder, "weights.pt"))
+    saving = {"save_strategy": "steps", "save_steps": 3, "guide_first_task": True}
+    again = trainer_for(language_model(), 0, folder, world, **saving, **sharded)
+    load = functools.partial(again.train, os.path.join(folder, "checkpoint-3"))
+    refused(RuntimeError, "prepare_for_load", load)
 
 
 # -- starting -------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ RUNS = [
     case("FSDP1", "run_clipping", "clipping"),
     case("FSDP1", "run_resume", "resume", label="full", full=True),
     case("FSDP1", "run_resume", "resume", label="sharded", full=False),
-    case("FSDP1", "run_misuse"),
+    case("FSDP1", "run_misuse", "!anchor by name"),
 ]  # fmt: skip
 FOUR = [
     case("DDP", "ddp_trajectory", "trajectory", label="on four"),
@@ -167,20 +167,41 @@ def test_accelerate(name, shards):
     assert not shards[name], shards[name]
 
 
-@pytest.mark.compat("Trainer DDP", "trajectory", "clipping", "resume")
-def test_trainer(tmp_path, monkeypatch):
-    """Two tasks over two ranks: resumed bit for bit, and the same as in one process."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     pytest.importorskip("transformers")
-    outcome = spawn(2, tmp_path, {"trainer": ("trainer_run", {"folder": ""})})
-    assert not outcome["trainer"], outcome["trainer"]
+    folder = tmp_path_factory.mktemp("trained")
+    cases = {"DDP": ("trainer_run", {"folder": ""}), "FSDP2": ("trainer_fsdp2", {"folder": ""})}
+    return folder, spawn(2, folder, cases)
+
+
+def assert_as_in_one_process(saved, run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone, _ = worker.two_tasks(str(tmp_path / "alone"), 1)
+        expected = run().model.state_dict()
     finally:
         torch.set_num_threads(threads)
-    for name, value in torch.load(tmp_path / "0" / "weights.pt").items():
-        torch.testing.assert_close(
-            value, alone.model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name
-        )
+    for name, value in torch.load(saved).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.compat("Trainer DDP", "trajectory", "clipping", "resume")
+def test_trainer(trained, tmp_path, monkeypatch):
+    """Two tasks over two ranks: resumed bit for bit, and the same as in one process."""
+    folder, outcome = trained
+    assert not outcome["DDP"], outcome["DDP"]
+    assert_as_in_one_process(
+        folder / "0" / "weights.pt", lambda: worker.two_tasks(str(tmp_path), 1)[0], monkeypatch
+    )
+
+
+@pytest.mark.compat("Trainer FSDP2", "trajectory", "clipping", "!resume")
+def test_trainer_fsdp2(trained, tmp_path, monkeypatch):
+    """A guided task over shards is that of one process; its resume has no room for anchors."""
+    folder, outcome = trained
+    assert not outcome["FSDP2"], outcome["FSDP2"]
+    assert_as_in_one_process(
+        folder / "1" / "weights.pt", lambda: worker.one_task(str(tmp_path), 1), monkeypatch
+    )
