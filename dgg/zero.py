@@ -254,6 +254,7 @@ class Zero:
     def _begin(self, optimizer, holder) -> _Now:
         engine, groups = optimizer._engine, optimizer._whole
         engine.replay.check_closed()
+        self._part_steps(optimizer)
         wide = engine.options.read(groups)
         hyper = [optimizer._hyper(group) for group in groups]
         draw = wide["draw_index"]
@@ -276,6 +277,17 @@ class Zero:
         for group in groups:
             group["draw_index"] = draw + 1
         return _Now(wide, hyper, draw, flags, grad_norm, coefficients, [])
+
+    def _part_steps(self, optimizer) -> None:
+        # DeepSpeed's universal loader gives all sub-groups one and the same tensor.
+        seen: set[int] = set()
+        for partition in self._partitions:
+            entry = optimizer.state.get(partition.tensor) or {}
+            step = entry.get("step")
+            if isinstance(step, Tensor):
+                if id(step) in seen:
+                    step = entry["step"] = step.clone()
+                seen.add(id(step))
 
     def _update(self, optimizer, holder, number: int) -> None:
         now, partition = self._now, self._partitions[number]
