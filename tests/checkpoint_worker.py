@@ -653,10 +653,13 @@ def run_trial(rank, world, folder, root, progress):
     shown = of_the_docs()
     tell = (lambda what: os.write(progress, what)) if rank == 0 else (lambda what: None)
     case = "sgd, momentum" if "sgd" in root else "adamw"
-    model, optimizer = build(case)
+    place, ending, engine = root, "", "FSDP2"
+    if world == 1:
+        place, ending, engine = f"{root}/checkpoint.pt", "_alone", "one process"
+    model, optimizer = build(case, engine)
     model.spare.requires_grad_(False)
     tell(b"t")
-    step = shown["resume"](root, model, optimizer)
+    step = shown[f"resume{ending}"](place, model, optimizer)
     tell(b"r%d." % step)
     for task in range(step // PER_TASK, TASKS):
         optimizer.set_anchor(task=task)
@@ -665,7 +668,7 @@ def run_trial(rank, world, folder, root, progress):
             step += 1
             if step % EVERY == 0:
                 tell(b"s")
-                shown["save"](root, step, model, optimizer)
+                shown[f"save{ending}"](place, step, model, optimizer)
                 tell(b"e")
     end = snapshot(model, optimizer)
     if rank == 0:

@@ -200,3 +200,23 @@ def test_killed_and_resumed_twenty_times(ranks, uninterrupted, tmp_path):
         kills, within = kills + more, within + inside
     print(f"{kills} kills, {within} in the middle of a save")
     assert kills >= 20 and within >= 5
+
+
+@pytest.mark.compat("one process", "resume")
+def test_killed_and_resumed_alone(ranks, tmp_path):
+    whole, root = tmp_path / "whole", tmp_path / "adamw"
+    for folder in (whole, root):
+        folder.mkdir()
+    ranks.run(worker.run_trial, 1, whole / "run", str(whole), "progress")
+    chance = random.Random(7)
+    for number in range(5):
+        kill = {"save": chance.randint(1, 3), "fraction": chance.random(), "order": [0]}
+        if number == 4:
+            kill = None
+        run = root / f"run {number}"
+        answer = ranks.run(worker.run_trial, 1, run, str(root), "progress", kill=kill)
+        assert answer["killed"] == (number < 4) or (root / "end").exists()
+        if not answer["killed"]:
+            break
+    wrong = worker.differences(torch.load(root / "end"), torch.load(whole / "end"))
+    assert not wrong, wrong
