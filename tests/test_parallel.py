@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import parallel_worker as worker
+import ranks
 
 pytest.importorskip("accelerate")
 if not torch.distributed.is_available():
@@ -103,9 +104,7 @@ def spawn(world, folder, cases):
     """Runs cases on ``world`` ranks; returns what went wrong in each, by rank."""
     error = None
     try:
-        torch.multiprocessing.spawn(
-            worker.run_cases, args=(world, str(folder), cases), nprocs=world
-        )
+        ranks.run(worker.run_cases, world, world, str(folder), cases)
     except (torch.multiprocessing.ProcessRaisedException,
             torch.multiprocessing.ProcessExitedException) as found:  # fmt: skip
         error = found
