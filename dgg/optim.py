@@ -599,6 +599,7 @@ class _Guided:
                 "along: set optimizer.process_group before the step, or its norms would be those "
                 "of this rank alone"
             )
+        self._warn_if_idle(params, grads, replays)
         place = 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -607,6 +608,19 @@ class _Guided:
                 place += 1
         self._rows = _RowCache(self, params)
         return self._rows
+
+    def _warn_if_idle(self, params, grads, replays) -> None:
+        """Warns at a first step without any gradient: the model trains other parameters."""
+        if self._rows is not None or any(self.state.values()):
+            return
+        waiting = [p for p in params if p.requires_grad and sharding.local(p).numel()]
+        if waiting and all(g is None for g in (*grads, *replays)):
+            warnings.warn(
+                f"the first step found no gradient in any of {len(waiting)} parameters and changed "
+                "nothing. If the model was sharded or wrapped (fully_shard, an adapter) after the "
+                "optimizer was made, it trains other parameters: make the optimizer afterwards",
+                stacklevel=7,
+            )
 
     def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
         return rows.constant_flags(0) if flags is None else flags

@@ -13,6 +13,7 @@ import copy
 import gc
 import inspect
 import math
+import warnings
 import weakref
 
 import pytest
@@ -728,3 +729,20 @@ def test_steps_leave_nothing_behind(backend):
     run(20)
     before = run(20)
     assert run(100) - before < 50
+
+
+def test_a_first_step_without_any_gradient_warns():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = dgg.AdamW([param])
+    with pytest.warns(
+        UserWarning, match="no gradient in any of 1 parameters.*make the opt"
+    ) as found:
+        opt.step()
+    assert found[0].filename == __file__
+    param.grad = torch.ones(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        opt.zero_grad()
+        opt.step()  # later it is nothing to wonder about
+        dgg.AdamW([torch.nn.Parameter(torch.ones(3), requires_grad=False)]).step()
