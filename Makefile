@@ -18,7 +18,7 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow lint format demo bench gpu profile clean distclean
+.PHONY: help venv build test test-slow lint format demo bench bench-sharded table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -53,6 +53,12 @@ demo: $(BUILT) ## continual instruction tuning, small; writes build/demo
 bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
 	$(BIN)/python bench/step.py $(ARGS)
 
+bench-sharded: $(BUILT) $(TEST) ## time sharded steps on 1, 2 and 4 ranks, count what they send
+	$(BIN)/python bench/sharded.py $(ARGS)
+
+table: $(BUILT) $(TEST) ## write the README's compatibility table from the marks of the tests
+	$(BIN)/python -P tests/compatibility.py --write README.md
+
 # No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
 gpu: ## build, test and measure on this machine's GPU with its own $(PYTHON); under 8 minutes
 	$(PYTHON) bench/gpu.py $(ARGS)
@@ -78,8 +84,10 @@ $(RUN): $(MADE) requirements/run.txt
 	$(PIP) install -r requirements/run.txt
 	@touch $@
 
-$(TEST): $(RUN) requirements/test.txt
+# DeepSpeed has no wheel and must not bring another torch along.
+$(TEST): $(RUN) requirements/test.txt requirements/deepspeed.txt
 	$(PIP) install -r requirements/test.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --no-deps -r requirements/deepspeed.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt
