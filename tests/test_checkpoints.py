@@ -125,7 +125,7 @@ def test_on_a_part_of_the_ranks(ranks, tmp_path):
 def test_other_layouts(ranks, tmp_path):
     ranks.run(worker.run_engines, 4, tmp_path)
     for engine in ("HSDP", "TP", "TP + FSDP2"):
-        arguments = (str(tmp_path), ONE, ["nested", "flat"], "FSDP2", engine)
+        arguments = (str(tmp_path), ONE, ["nested"], "FSDP2", engine)
         ranks.run(worker.resume_all, 2, tmp_path / engine, *arguments)
 
 
