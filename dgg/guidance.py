@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, _fsdp1, _philox, _ranges, anchor, reference, sharding
+from dgg import _dispatch, _fsdp1, _philox, _ranges, anchor, checkpoint, reference, sharding
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -924,6 +924,8 @@ class Guidance:
         return made
 
     def _before_step(self, optimizer, args, kwargs):
+        if not optimizer.state and checkpoint.making_template():
+            return None  # no step of the training: it counts no draw
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._edit()

@@ -491,3 +491,21 @@ def test_moved_memory_is_noticed(how, backend):
     expected = [p.grad + 0.5 * (p.detach() - anchors[i]) for i, p in enumerate(params)]
     opt.step()
     torch.testing.assert_close([p.grad for p in params], expected)
+
+
+def test_checkpoint_helpers_consume_no_draw():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    torch.manual_seed(3)
+    model = torch.nn.Linear(4, 3)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guidance = dgg.Guidance(opt, alpha=1.0)
+    guidance.set_anchor()
+    before = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, opt)  # makes the state by a step with zero gradients
+    assert guidance.param_groups[0]["draw_index"] == 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    assert guidance.param_groups[0]["draw_index"] == 1
