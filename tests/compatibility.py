@@ -80,10 +80,6 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(("TP",), ("CPU offload",), ABSENT, "the engine has none"),
     Reason(
-        ("TP",), ("mixed precision",), ABSENT,
-        "the engine has none of its own; see one process",
-    ),
-    Reason(
         ("accelerate DDP", "accelerate FSDP2", "accelerate DeepSpeed", "Trainer DDP",
          "Trainer DeepSpeed"),
         ("granularity tensor", "granularity element", "norm_scope tensor"), BELOW,

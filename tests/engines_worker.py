@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import dgg
 
 STEPS, BOUNDARIES = 50, (5, 30)
+VOCABULARY, RANK = 11, 5  # uneven on every number of ranks
 SAMPLES = 12  # equal parts for 1, 2, 3 and 4 ranks, whose mean is the whole batch's
 # What the process that forks the ranks imports, once for all.
 IMPORTS = [
@@ -42,12 +43,12 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(11, 7)
+        self.embed = nn.Embedding(VOCABULARY, 7)
         self.first, self.norm, self.second = nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 7)
         self.still = nn.Linear(7, 7)
         self.gate = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.ones(1))
-        self.head = nn.Linear(7, 11, bias=False)
+        self.head = nn.Linear(7, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, x):
@@ -65,9 +66,9 @@ def build_odd():
     return model
 
 
-def words(k: int, dtype, vocabulary=11, length=4) -> dict:
+def words(k: int, dtype) -> dict:
     generator = torch.Generator().manual_seed(1000 + k)
-    return {"x": torch.randint(vocabulary, (SAMPLES, length), generator=generator)}
+    return {"x": torch.randint(VOCABULARY, (SAMPLES, 4), generator=generator)}
 
 
 def next_word(model, batch):
@@ -98,6 +99,50 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class Words(nn.Module):
+    """A block between an embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Embedding(VOCABULARY, 16), Block()
+        self.head = nn.Linear(16, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.block(self.embed(x)))
+
+
+def build_words():
+    model = Words()
+    # Parts of all kinds: sharded by columns and by rows, replicated, only some of a layer.
+    for frozen in ("v", "norm1"):
+        model.block.get_submodule(frozen).requires_grad_(False)
+    model.block.down.weight.requires_grad_(False)
+    return model
+
+
+def with_lora(model, **options):
+    from peft import LoraConfig, get_peft_model
+
+    layers = ["q", "v", "out", "up", "down"]
+    return get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=10, target_modules=layers, **options)
+    )
+
+
+def build_lora_block():
+    return with_lora(Block())
+
+
+def build_lora_words():
+    """All kinds at once: pairs, biases, one norm and the shared weight are trained."""
+    model = with_lora(Words(), bias="lora_only")
+    (words,) = (module for module in model.modules() if isinstance(module, Words))
+    words.embed.requires_grad_(True)
+    words.block.norm2.requires_grad_(True)
+    return model
+
+
 def vectors(k: int, dtype) -> dict:
     generator = torch.Generator().manual_seed(1000 + k)
     shape = (SAMPLES, 4, 16)
@@ -123,7 +168,7 @@ def build_tied():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=11, hidden_size=12, intermediate_size=14, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=12, intermediate_size=14, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=8,
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -159,8 +204,7 @@ def build_llava():
     )  # fmt: skip
     model = _exact_norms(LlavaForConditionalGeneration(config)).eval()
     targets = r".*language_model.*\.(q_proj|v_proj|up_proj|down_proj)"
-    # Rank 5: uneven on every number of ranks.
-    lora = LoraConfig(r=5, lora_alpha=10, lora_dropout=0.0, target_modules=targets)
+    lora = LoraConfig(r=RANK, lora_alpha=10, lora_dropout=0.0, target_modules=targets)
     return get_peft_model(model, lora)
 
 
@@ -182,6 +226,9 @@ MODELS = {
     "block": (Block, vectors, regression),
     # Tensor parallelism itself wants equal parts.
     "wide block": (functools.partial(Block, 20), vectors, regression),
+    "words block": (build_words, words, next_word),
+    "lora block": (build_lora_block, vectors, regression),
+    "lora words": (build_lora_words, words, next_word),
     "tied": (build_tied, words, next_word),
     "llava": (build_llava, pictures, answer),
 }
@@ -195,12 +242,16 @@ def build(name: str, dtype) -> nn.Module:
 # -- engines --------------------------------------------------------------------------------------
 
 
+def blocks(model) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def units(model) -> list[nn.Module]:
     """The modules that a user would shard one by one."""
     if isinstance(model, Odd):
         return [model.first, model.second, model.gate]
-    if isinstance(model, Block):
-        return [model.up, model.down]
+    for block in blocks(model):
+        return [block.up, block.down]
     return [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
 
 
@@ -230,8 +281,13 @@ def fully_shard(model, case, mesh) -> None:
     shard(model, mesh=mesh, **options)
 
 
-def tensor_parallel(model: Block, mesh, sequence: bool) -> None:
-    """The usual plan; with ``sequence`` the norms work on parts of the sequence."""
+def tensor_parallel(model, mesh, sequence: bool) -> None:
+    """The usual plan; with ``sequence`` the norms work on parts of the sequence.
+
+    A LoRA pair beside a layer sharded by columns is sharded by columns, both of them, and gives
+    the layer's part of the columns; beside one sharded by rows A is sharded by rows as well.
+    Between A and B all ranks have all of the few values.
+    """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -241,18 +297,48 @@ def tensor_parallel(model: Block, mesh, sequence: bool) -> None:
         parallelize_module,
     )
 
-    where = Shard(1) if sequence else Replicate()
-    plan = {name: ColwiseParallel(input_layouts=where) for name in ("q", "k", "v", "up")}
-    plan |= {name: RowwiseParallel(output_layouts=where) for name in ("out", "down")}
+    (block,) = blocks(model)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    where, every = Shard(1) if sequence else Replicate(), Replicate()
+    plan = {}
+    for name in ("q", "k", "v", "up", "out", "down"):
+        rows = name in ("out", "down")
+        layer = (
+            RowwiseParallel(output_layouts=where) if rows else ColwiseParallel(input_layouts=where)
+        )
+        if not hasattr(block.get_submodule(name), "lora_A"):
+            plan[name] = layer
+            continue
+        plan[f"{name}.base_layer"] = layer
+        plan[f"{name}.lora_A.default"] = (
+            RowwiseParallel(output_layouts=every)
+            if rows
+            else ColwiseParallel(input_layouts=where, output_layouts=every)
+        )
+        plan[f"{name}.lora_B.default"] = ColwiseParallel(
+            input_layouts=every, output_layouts=where if rows else Shard(-1)
+        )
     if sequence:
         plan |= {"norm1": SequenceParallel(), "norm2": SequenceParallel()}
-    parallelize_module(model, mesh, plan)
+    parallelize_module(block, mesh, plan)
     if sequence:
         ends = PrepareModuleInputOutput(
             input_layouts=Replicate(), desired_input_layouts=where, use_local_input=True,
             output_layouts=where, desired_output_layouts=Replicate(), use_local_output=True,
         )  # fmt: skip
-        parallelize_module(model, mesh, ends)
+        parallelize_module(block, mesh, ends)
+    for outer in (module for module in model.modules() if isinstance(module, Words)):
+        words_plan = {
+            "embed": RowwiseParallel(input_layouts=every),
+            "head": ColwiseParallel(output_layouts=every),
+        }
+        parallelize_module(outer, mesh, words_plan)
+        # Each of them made a parameter of its own, both sharded by words: shared again.
+        assert outer.head.weight.placements == outer.embed.weight.placements == (Shard(0),)
+        outer.head.weight = outer.embed.weight
+    # What SequenceParallel makes is trainable, whatever it was made from.
+    for name, p in model.named_parameters():
+        p.requires_grad_(trainable[name])
 
 
 def engine(case, model, world: int) -> tuple[int, int]:
@@ -324,6 +410,8 @@ def optimizer_of(case, params):
     }  # fmt: skip
     if "storage" in case:
         guidance[case["storage"]] = True
+    if "state_dtype" in case:
+        guidance["state_dtype"] = getattr(torch, case["state_dtype"])
     return cls(params, **defaults, **guidance)
 
 
@@ -359,7 +447,7 @@ def full(x):
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
 
 
-def results(model, optimizer) -> dict:
+def results(model, optimizer, *, probe=True) -> dict:
     """Named parameters, state, group numbers, and the elements that draws of a probe hit."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = {"params": {n: full(p) for n, p in named.items()}}
@@ -370,7 +458,8 @@ def results(model, optimizer) -> dict:
     }
     group = optimizer.param_groups[0]
     found["numbers"] = {key: group[key] for key in ("draw_index", "task_index")}
-    found["masks"] = masks(named)
+    if probe:
+        found["masks"] = masks(named)
     return found
 
 
@@ -432,7 +521,7 @@ def _whole(items) -> dict:
 
 
 # What decides the unsharded run; the rest of a case says how it is sharded.
-DECIDES = "model dtype optimizer granularity scope clip mixed parts storage".split()
+DECIDES = "model dtype optimizer granularity scope clip mixed parts storage state_dtype".split()
 
 
 def whole(case) -> dict:
@@ -521,6 +610,61 @@ def train(case, world) -> dict:
 
 
 # -- probes of their own --------------------------------------------------------------------------
+
+
+def followed(world, **case) -> dict:
+    """An unsharded twin follows, fed with the whole of the gradients that the shards are fed with.
+
+    In bfloat16 the ranks' partial sums are rounded one by one, unlike the sums of an unsharded
+    run, so two runs with gradients of their own do not agree to the last bits; their steps do.
+    """
+    dtype = getattr(torch, case.get("dtype", "float64"))
+    _, batch, loss = MODELS[case["model"]]
+    model, optimizer, part, parts = prepare(case, world)
+    named = dict(model.named_parameters())
+    start = {name: full(p) for name, p in named.items()}
+    copies = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    twin = optimizer_of(case, copies.values())
+    torch.manual_seed(12345 + dist.get_rank())
+    computed, injected = set(), []
+    (block,) = blocks(model)
+    block.up.register_forward_hook(lambda *found: computed.add(str(found[-1].dtype)))
+
+    def backward(k):
+        """Leaves gradients, and the twin its own, wherever a replay() block puts them."""
+        loss(model, part_of(batch(k, dtype), part, parts)).backward()
+        for name, p in named.items():
+            assert copies[name].grad is None
+            copies[name].grad = full(p.grad)
+
+    # Nothing adds up between two runs that take the same gradients: fewer steps show the same.
+    for k in range(20):
+        if k in (2, 10):
+            optimizer.set_anchor()
+            twin.set_anchor()
+        backward(k)
+        if k % 3 == 1:
+            with optimizer.replay(), twin.replay():
+                backward(5000 + k)
+        for opt in (optimizer, twin):
+            opt.step()
+            opt.zero_grad()
+        stats = [opt.guidance_stats() for opt in (optimizer, twin)]
+        injected.append([bool(one["injected"]) for one in stats])
+    found = results(model, optimizer, probe=False)
+    ranks = [None] * world
+    dist.all_gather_object(ranks, found)
+    followed_by = {
+        "params": {name: full(p) for name, p in copies.items()},
+        "state": {
+            name: {key: full(value) for key, value in twin.state[p].items()}
+            for name, p in copies.items()
+        },
+    }
+    return {
+        "ranks": ranks, "twin": followed_by, "start": start,
+        "computed": computed, "injected": injected,
+    }  # fmt: skip
 
 
 def no_gradient(world) -> dict:
@@ -675,6 +819,7 @@ PROBES = {
     "interleaved": interleaved,
     "on_meta": on_meta,
     "memory": memory,
+    "followed": followed,
 }
 
 
@@ -689,7 +834,9 @@ def run(rank: int, world: int, folder: str, cases: dict[str, dict]) -> None:
     for name, case in cases.items():
         begun = time.process_time()
         try:
-            found = PROBES[case["probe"]](world) if "probe" in case else train(case, world)
+            options = {key: value for key, value in case.items() if key != "probe"}
+            probe = PROBES.get(case.get("probe"))
+            found = probe(world, **options) if probe else train(case, world)
         except Exception:
             found = {"error": traceback.format_exc()}
         errors = [None] * world
