@@ -86,6 +86,22 @@ REASONS: tuple[Reason, ...] = (
         "the step decides it, on what the engine below hands over",
     ),
     Reason(
+        ("FSDP1",), ("anchor by name",), REFUSED,
+        "whole tensors are not cut into runs; load them into the model",
+    ),
+    Reason(
+        ("FSDP1",), ("CPU offload",), BELOW,
+        "torch pins memory for it, which needs an accelerator",
+    ),
+    Reason(
+        ("Trainer FSDP2",), ("resume",), REFUSED,
+        "in a guided task: it loads before there is room for anchors",
+    ),
+    Reason(
+        ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2"), ("meta init",), ABSENT,
+        "it partitions optimizer state, not parameters; see ZeRO-3",
+    ),
+    Reason(
         ZERO, ("replay",), REFUSED,
         "every backward is reduced into its own partitions; mix the batches",
     ),

@@ -60,6 +60,26 @@ def network(dtype=torch.float64) -> nn.Module:
     return Network().to(dtype)
 
 
+def untied(dtype=torch.float64) -> nn.Module:
+    """Of a model on the meta device FSDP1 makes the parts of every module on its own."""
+    model = network(dtype)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    return model
+
+
+def adapted(dtype=torch.float64) -> nn.Module:
+    """The same model, frozen, with adapters of low rank at two layers."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["still", "second"], init_lora_weights=False)
+    return peft.get_peft_model(network(dtype), config)
+
+
+def named_anchors(build=network, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """Anchors other than the weights, by the names of the model without wrappers."""
+    return {n: p.detach() * 0.5 + 0.1 for n, p in build(dtype).named_parameters()}
+
+
 def batch(k: int, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1000 + k)
     return torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64).to(dtype)
@@ -69,25 +89,58 @@ def loss_of(model, x):
     return model(x).square().mean()
 
 
-def fit(model, optimizer, part, first=0, last=STEPS, *, replay=True, boundaries=BOUNDARIES):
+def fit(
+    model, optimizer, part, first=0, last=STEPS, *, replay=True, boundaries=BOUNDARIES,
+    anchors=None, backward=torch.Tensor.backward,
+):  # fmt: skip
     """Trains on reproducible data; ``part`` takes this rank's samples of a batch."""
     inner = dgg.unwrap(optimizer)
     dtype = next(model.parameters()).dtype
     for k in range(first, last):
         x, old = part(batch(2 * k, dtype)), part(batch(2 * k + 1, dtype))
         if k in boundaries:
-            inner.set_anchor()
+            inner.set_anchor(anchors, model=model if anchors else None)
         if replay and k % 3 == 1:  # before the real gradient, and in two parts
             with inner.replay():
-                (loss_of(model, old[::2]) / 2).backward()
+                backward(loss_of(model, old[::2]) / 2)
             with inner.replay():
-                (loss_of(model, old[1::2]) / 2).backward()
-        loss_of(model, x).backward()
+                backward(loss_of(model, old[1::2]) / 2)
+        backward(loss_of(model, x))
         if replay and k % 3 == 2:  # after it
             with inner.replay():
-                loss_of(model, old).backward()
+                backward(loss_of(model, old))
         optimizer.step()
         optimizer.zero_grad()
+
+
+def fit_both(model, optimizer, other, twin, *, autocast=False, gradients=None, **over):
+    """Trains ``model`` over the ranks and ``other`` on the very gradients that it has.
+
+    In low precision the same training has other gradients over other batches, and soon others
+    altogether; what a step makes of them is to be the same.
+    """
+    backward = over.pop("backward", torch.Tensor.backward)
+    dtype = next(model.parameters()).dtype
+    trained = 0
+    for k in range(STEPS):
+        if k in BOUNDARIES:
+            dgg.unwrap(optimizer).set_anchor()
+            twin.set_anchor()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, mine(batch(k, dtype)))
+        backward(loss)
+        found = gradients(model) if gradients else [p.grad for p in model.parameters()]
+        for p, grad in zip(other.parameters(), found, strict=True):
+            p.grad = None if grad is None or not p.requires_grad else whole(grad).clone()
+            trained += p.grad is not None and bool(p.grad.any())
+        for one in (optimizer, twin):
+            one.step()
+            one.zero_grad()
+    assert trained > 5 * STEPS  # all but the frozen ones, nearly always
+
+
+def whole(tensor):
+    return getattr(tensor, "full_tensor", lambda: tensor)().detach()
 
 
 def mine(x):
@@ -95,12 +148,12 @@ def mine(x):
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def alone(steps=STEPS, dtype=torch.float64, **options):
+def alone(steps=STEPS, dtype=torch.float64, build=network, anchors=None, **options):
     """Returns model and optimizer of the run without any wrapper."""
     replay = options.pop("replay", True)
-    model = network(dtype)
+    model = build(dtype)
     optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, **options})
-    fit(model, optimizer, lambda x: x, 0, steps, replay=replay)
+    fit(model, optimizer, lambda x: x, 0, steps, replay=replay, anchors=anchors)
     return model, optimizer
 
 
@@ -137,13 +190,14 @@ def refused(error, text, call):
 # -- DistributedDataParallel ----------------------------------------------------------------------
 
 
-def ddp_trajectory(dtype=torch.float64, options=None, **ddp):
+def ddp_trajectory(dtype=torch.float64, options=None, build=network, named=False, **ddp):
     options = options or {}
-    expected, twin = alone(dtype=dtype, **options)
-    model = network(dtype)
+    anchors = named_anchors(build, dtype) if named else None
+    expected, twin = alone(dtype=dtype, build=build, anchors=anchors, **options)
+    model = build(dtype)
     wrapped = DistributedDataParallel(model, **ddp)
     optimizer = dgg.AdamW(wrapped.parameters(), **{**OPTIONS, **options})
-    fit(wrapped, optimizer, mine)
+    fit(wrapped, optimizer, mine, anchors=anchors)
     assert_guided(optimizer)
     assert_close(model.parameters(), expected.parameters(), dtype)
     assert_same_on_all_ranks(model.parameters())
@@ -151,7 +205,34 @@ def ddp_trajectory(dtype=torch.float64, options=None, **ddp):
         entry = optimizer.state.get(p, {})
         assert entry.keys() == twin.state.get(q, {}).keys()
         assert_close(entry.values(), twin.state.get(q, {}).values(), dtype)
-    return optimizer
+
+
+def low_precision(optimizer_of, view=False, dtype=torch.float32, **options):
+    """float32 weights under autocast, or bfloat16 weights with masters."""
+    model, other = network(dtype), network(dtype)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+    optimizer = optimizer_of(wrapped.parameters(), **options)
+    twin = dgg.AdamW(other.parameters(), **{**OPTIONS, **options})
+    fit_both(wrapped, optimizer, other, twin, autocast=dtype == torch.float32)
+    assert_guided(optimizer)
+    assert_same_on_all_ranks(model.parameters())
+    inner, held = dgg.unwrap(optimizer), 0
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        if dtype == torch.float32:
+            assert_close([p], [q], dtype)
+        entry, expected = inner.state.get(p, {}), twin.state.get(q, {})
+        if not entry:
+            continue  # frozen, or another rank's share
+        held += 1
+        assert entry.keys() == expected.keys()
+        assert_close(entry.values(), expected.values(), torch.float32)
+        if dtype == torch.bfloat16:
+            assert torch.equal(p, entry["master"].to(dtype))
+    assert held
+
+
+def ddp_low_precision(**options):
+    low_precision(lambda params, **o: dgg.AdamW(params, **{**OPTIONS, **o}), **options)
 
 
 def ddp_single_bucket_of_one_tensor():
@@ -258,12 +339,8 @@ def zero_redundancy(params, **options):
 
 
 def share_trajectory(dtype=torch.float64, build=network, view=False, **options):
-    expected, twin = alone(dtype=dtype, **options) if build is network else (None, None)
+    expected, twin = alone(dtype=dtype, build=build, **options)
     model = build(dtype)
-    if expected is None:
-        expected = build(dtype)
-        twin = dgg.AdamW(expected.parameters(), **{**OPTIONS, **options})
-        fit(expected, twin, lambda x: x)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
     optimizer = zero_redundancy(wrapped.parameters(), parameters_as_bucket_view=view, **options)
     fit(wrapped, optimizer, mine)
@@ -276,6 +353,10 @@ def share_trajectory(dtype=torch.float64, build=network, view=False, **options):
             assert_close(inner.state[names[name]].values(), twin.state[q].values(), dtype)
     assert inner.param_groups[0]["anchored"] == twin.param_groups[0]["anchored"]
     assert optimizer.param_groups[0]["anchored"] == twin.param_groups[0]["anchored"]
+
+
+def share_low_precision(**options):
+    low_precision(zero_redundancy, **options)
 
 
 def one_tensor(dtype):
@@ -426,11 +507,14 @@ def whole_of(model) -> list:
         return [p.detach().clone() for p in model.parameters()]
 
 
-def run_trajectory(dtype=torch.float64, before=False, strategy=None, mesh=None, **options):
+def run_trajectory(
+    dtype=torch.float64, before=False, strategy=None, mesh=None, build=network,
+    **options,
+):  # fmt: skip
     from torch.distributed.fsdp import ShardingStrategy
 
-    expected, _ = alone(dtype=dtype, **options)
-    model = network(dtype)
+    expected, _ = alone(dtype=dtype, build=build, **options)
+    model = build(dtype)
     optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, **options}) if before else None
     engine = {}
     if strategy is not None:
@@ -439,7 +523,7 @@ def run_trajectory(dtype=torch.float64, before=False, strategy=None, mesh=None, 
         from torch.distributed.device_mesh import init_device_mesh
 
         engine["device_mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "fs"))
-    wrapped = wrapped_parts(model, **engine)
+    wrapped = (fsdp1 if build is adapted else wrapped_parts)(model, **engine)
     if optimizer is None:
         optimizer = dgg.AdamW(wrapped.parameters(), **{**OPTIONS, **options})
     fit(wrapped, optimizer, mine)
@@ -500,6 +584,74 @@ def run_resume(full: bool):
         assert {n for n, p in names.items() if p.requires_grad} == set(entries)
         for name, entry in entries.items():
             assert entry["anchor"].shape == names[name].shape and entry["step"] == 20
+
+
+def run_low_precision():
+    """MixedPrecision: bfloat16 within the model, float32 between the ranks and in the step."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = wrapped_parts(network(torch.float32), mixed_precision=policy)
+    other = network(torch.float32)
+    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (model, other))
+
+    def gradients(m):
+        with FullyShardedDataParallel.summon_full_params(m, writeback=False, with_grads=True):
+            return [None if p.grad is None else p.grad.clone() for p in m.parameters()]
+
+    fit_both(model, optimizer, other, twin, gradients=gradients)
+    assert_guided(optimizer)
+    assert_close(whole_of(model), other.parameters(), torch.float32)
+
+
+def run_meta():
+    """Made on the meta device, sharded, and only then given its weights."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    expected, _ = alone(build=untied)
+    with torch.device("meta"):
+        model = untied()
+    model = wrapped_parts(model, param_init_fn=lambda m: m.to_empty(device=CPU, recurse=False))
+    optimizer = dgg.AdamW(model.parameters(), **OPTIONS)
+    FullyShardedDataParallel.set_state_dict_type(model, StateDictType.FULL_STATE_DICT)
+    model.load_state_dict(untied().state_dict())
+    fit(model, optimizer, mine)
+    assert_guided(optimizer)
+    assert_close(whole_of(model), expected.parameters())
+
+
+def run_resume_elsewhere(world):
+    """Saved in full by all ranks, resumed by groups of ``world``; each has all of the data."""
+    from torch.distributed.fsdp import (
+        FullOptimStateDictConfig,
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        StateDictType,
+    )
+
+    kind = (
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(rank0_only=False),
+        FullOptimStateDictConfig(rank0_only=False, offload_to_cpu=False),
+    )
+
+    def build(**engine):
+        model = wrapped_parts(network(), **engine)
+        FullyShardedDataParallel.set_state_dict_type(model, *kind)
+        return model, dgg.AdamW(model.parameters(), **OPTIONS)
+
+    model, optimizer = build()
+    fit(model, optimizer, mine, 0, 20)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    group, _ = dist.new_subgroups(world)
+    model, optimizer = build(process_group=group)
+    model.load_state_dict(weights)
+    state = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved, group=group)
+    optimizer.load_state_dict(state)
+    fit(model, optimizer, lambda x: x.chunk(world)[dist.get_rank(group)], 20, STEPS)
+    assert_guided(optimizer)
+    assert_close(whole_of(model), alone()[0].parameters())
 
 
 def run_clipping():
@@ -651,6 +803,54 @@ def accelerate_run(folder, plugin=None):
     assert all(map(torch.equal, full(again), full(model)))
 
 
+def accelerate_trajectory(plugin=None, build=network, named=False):
+    """Replay by accelerator.backward, clipped in the step."""
+    anchors = named_anchors(build) if named else None
+    expected, _ = alone(build=build, anchors=anchors)
+    accelerator = accelerator_of(plugin)
+    model = build()
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    fit(model, optimizer, mine, anchors=anchors, backward=accelerator.backward)
+    assert_guided(optimizer)
+    assert_close(map(whole, model.parameters()), expected.parameters())
+
+
+def accelerate_low_precision(plugin=None):
+    accelerator = accelerator_of(plugin, mixed_precision="bf16")
+    model, other = network(torch.float32), network(torch.float32)
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    twin = dgg.AdamW(other.parameters(), **OPTIONS)
+    seen = []
+    inner = accelerator.unwrap_model(model)
+    inner.second.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    fit_both(model, optimizer, other, twin, backward=accelerator.backward)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_guided(optimizer)
+    assert_close(map(whole, model.parameters()), other.parameters(), torch.float32)
+
+
+def accelerate_keep(kept, plugin=None):
+    """Saves what other ranks resume; ``kept`` is a folder that outlives these."""
+    accelerator = accelerator_of(plugin)
+    model = network()
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    fit(model, optimizer, mine, 0, 20, backward=accelerator.backward)
+    accelerator.save_state(kept)
+
+
+def accelerate_resume_elsewhere(kept, plugin=None):
+    accelerator = accelerator_of(plugin)
+    model = network()
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    if plugin is not None:
+        dgg.unwrap(optimizer).prepare_for_load()
+    accelerator.load_state(kept)
+    fit(model, optimizer, mine, 20, STEPS, backward=accelerator.backward)
+    assert_guided(optimizer)
+    assert_close(map(whole, model.parameters()), alone()[0].parameters())
+
+
 def accelerate_anchor_before_prepare():
     """prepare() exchanges the parameters under the optimizer: an anchor set before is lost."""
     accelerator = accelerator_of({})
@@ -665,6 +865,8 @@ def accelerate_anchor_before_prepare():
 # -- the Trainer ----------------------------------------------------------------------------------
 
 VOCABULARY, LENGTH, TASK_STEPS = 24, 8, 6
+# Of gradients that are but rounding Adam with a small eps makes whole steps.
+TRAINER_OPTIONS = {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}
 
 
 def language_model():
@@ -678,13 +880,22 @@ def language_model():
     return transformers.LlamaForCausalLM(config)
 
 
+def adapted_language_model():
+    import peft
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    return peft.get_peft_model(language_model(), config)
+
+
 def counting(stride):
     """Sequences that count in steps of ``stride``: every stride is another task."""
     rows = (torch.arange(64)[:, None] + stride * torch.arange(LENGTH)) % VOCABULARY
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer_for(model, task, out, world, guide_first_task=False, **over):
+def trainer_for(model, task, out, world, guide_first_task=False, anchor=None, **over):
     import transformers
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -706,9 +917,10 @@ def trainer_for(model, task, out, world, guide_first_task=False, **over):
         model,
         arguments,
         train_dataset=counting(1 + 2 * task),
-        # Of gradients that are but rounding Adam with a small eps makes whole steps.
-        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}),
-        callbacks=[dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task)],
+        optimizer_cls_and_kwargs=(dgg.AdamW, TRAINER_OPTIONS),
+        callbacks=[
+            dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task, anchor=anchor)
+        ],
     )
 
 
@@ -756,6 +968,58 @@ def trainer_run(folder, fsdp=None):
             assert torch.equal(value, resumed.state[names[name]][key]), (name, key)
     if dist.get_rank() == 0:
         torch.save(trainer.model.state_dict(), os.path.join(folder, "weights.pt"))
+
+
+def trainer_beside(folder, build=language_model, named=False, **over):
+    """A guided task over the ranks, and another optimizer that takes the same gradients."""
+    import transformers
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    model, other = build(), build()
+    anchors = {n: p.detach() + 0.1 * named for n, p in other.named_parameters()}
+
+    class Beside(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            self.of = dict(zip(model.parameters(), other.parameters(), strict=True))
+            groups = dgg.unwrap(optimizer).param_groups
+            self.twin = dgg.AdamW(
+                [{**g, "params": [self.of[p] for p in g["params"]]} for g in groups],
+                **TRAINER_OPTIONS,
+            )
+            self.twin.clear_anchor()
+            self.twin.set_anchor(anchors, model=other)
+
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            for group, theirs in zip(self.twin.param_groups, optimizer.param_groups, strict=True):
+                group["lr"] = theirs["lr"]
+            for p, q in self.of.items():
+                q.grad = None if p.grad is None else p.grad.clone()
+            assert any(q.grad is not None and q.grad.any() for q in other.parameters())
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.twin.step()
+
+    trainer = trainer_for(
+        model, 0, folder, dist.get_world_size(), guide_first_task=not named,
+        anchor=anchors if named else None, **over,
+    )  # fmt: skip
+    beside = Beside()
+    trainer.add_callback(beside)
+    trainer.train()
+    assert dgg.hf.is_active(trainer)
+    assert trainer.accelerator.mixed_precision == ("bf16" if over.get("bf16") else "no")
+    assert_same_on_all_ranks(model.parameters())
+    assert_close(model.parameters(), other.parameters(), torch.float32)
+    inner, names, moved = dgg.unwrap(trainer.optimizer), dict(model.named_parameters()), 0
+    for name, p in names.items():
+        if p.requires_grad:
+            assert torch.equal(inner.state[p]["anchor"], anchors[name])
+            moved += 1
+        else:
+            assert p not in inner.state
+    assert moved and inner.param_groups[0]["draw_index"] == TASK_STEPS
 
 
 def one_task(out, world, **over):
@@ -824,6 +1088,9 @@ def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> No
         try:
             if "folder" in arguments:
                 arguments = {**arguments, "folder": os.path.join(folder, str(len(outcomes)))}
+            if "kept" in arguments:
+                kept = os.path.join(os.path.dirname(folder), "kept", arguments["kept"])
+                arguments = {**arguments, "kept": kept}
             globals()[function](**arguments)
         except BaseException:
             outcomes[name] = traceback.format_exc()

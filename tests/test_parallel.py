@@ -46,6 +46,10 @@ DDP = [
     case("DDP", "ddp_unused_parameters", "trajectory"),
     case("DDP", "ddp_unused_parameters", "trajectory", label="bucket views", **VIEW),
     case("DDP", "ddp_resume", "resume", "resume on other ranks"),
+    case("DDP", "ddp_trajectory", "anchor by name", label="named", named=True),
+    case("DDP", "ddp_low_precision", "mixed precision", label="autocast"),
+    case("DDP", "ddp_low_precision", "mixed precision", label="bfloat16", dtype=torch.bfloat16,
+         master_weights=True, view=True),
 ]  # fmt: skip
 ZERO = "ZeroRedundancyOptimizer"
 SHARES = [
@@ -64,6 +68,9 @@ SHARES = [
     case(ZERO, "share_resume", "resume", "resume on other ranks"),
     case(ZERO, "share_anchor", "anchor by name"),
     case(ZERO, "share_misuse"),
+    case(ZERO, "share_low_precision", "mixed precision", label="autocast"),
+    case(ZERO, "share_low_precision", "mixed precision", label="bfloat16", dtype=torch.bfloat16,
+         master_weights=True, view=True),
 ]  # fmt: skip
 RUNS = [
     case("FSDP1", "run_trajectory", "trajectory", "clipping", "replay", "tied weights",
@@ -81,6 +88,9 @@ RUNS = [
     case("FSDP1", "run_resume", "resume", label="full", full=True),
     case("FSDP1", "run_resume", "resume", label="sharded", full=False),
     case("FSDP1", "run_misuse", "!anchor by name"),
+    case("FSDP1", "run_low_precision", "mixed precision"),
+    case("FSDP1", "run_meta", "meta init"),
+    case("FSDP1", "run_resume_elsewhere", "resume on other ranks", world=1),
 ]  # fmt: skip
 FOUR = [
     case("DDP", "ddp_trajectory", "trajectory", label="on four"),
@@ -89,14 +99,50 @@ FOUR = [
          granularity="element"),
     case("FSDP1", "run_trajectory", "trajectory", label="HYBRID_SHARD", strategy="HYBRID_SHARD",
          mesh=(2, 2)),
+    case("FSDP1", "run_resume_elsewhere", "resume on other ranks", label="by two", world=2),
 ]  # fmt: skip
+SHARDED = {"state_dict_type": "SHARDED_STATE_DICT"}
 ACCELERATE = [
-    case("accelerate DDP", "accelerate_run", "trajectory", "clipping", "resume", folder=""),
+    case("accelerate DDP", "accelerate_run", "trajectory", "clipping", "resume", "tied weights",
+         "frozen parts", folder=""),
     case("accelerate FSDP2", "accelerate_run", "trajectory", "clipping", "resume",
-         label="FSDP2 sharded", folder="", plugin={"state_dict_type": "SHARDED_STATE_DICT"}),
+         "tied weights", "frozen parts", label="FSDP2 sharded", folder="", plugin=SHARDED),
     case("accelerate FSDP2", "accelerate_run", "trajectory", "resume", label="FSDP2 full",
          folder="", plugin={"state_dict_type": "FULL_STATE_DICT"}),
     case("accelerate FSDP2", "accelerate_anchor_before_prepare"),
+]  # fmt: skip
+ELSEWHERE = []
+for engine, label, over in (
+    ("accelerate DDP", "DDP", {}),
+    ("accelerate FSDP2", "FSDP2", {"plugin": SHARDED}),
+):
+    ACCELERATE += [
+        case(engine, "accelerate_trajectory", "trajectory", "clipping", "replay", label=label,
+             **over),
+        case(engine, "accelerate_trajectory", "anchor by name", label=f"{label} named", named=True,
+             **over),
+        case(engine, "accelerate_low_precision", "mixed precision", label=label, **over),
+        case(engine, "accelerate_keep", label=label, kept=label, **over),
+    ]  # fmt: skip
+    ELSEWHERE += [
+        case(engine, "accelerate_resume_elsewhere", "resume on other ranks", label=label,
+             kept=label, **over),
+    ]  # fmt: skip
+
+
+# What needs peft or transformers, whose import takes longer than all of these.
+LORA = ("LoRA", "frozen parts")
+LIBRARIES = [
+    case("DDP", "ddp_trajectory", *LORA, label="LoRA", build=worker.adapted),
+    case(ZERO, "share_trajectory", *LORA, label="LoRA", build=worker.adapted),
+    case("FSDP1", "run_trajectory", *LORA, label="LoRA", build=worker.adapted),
+    case("accelerate DDP", "accelerate_trajectory", *LORA, label="DDP LoRA", build=worker.adapted),
+    case("accelerate FSDP2", "accelerate_trajectory", *LORA, label="FSDP2 LoRA",
+         build=worker.adapted, plugin=SHARDED),
+    case("Trainer DDP", "trainer_beside", *LORA, label="LoRA", folder="",
+         build=worker.adapted_language_model),
+    case("Trainer DDP", "trainer_beside", "mixed precision", label="bf16", folder="", bf16=True),
+    case("Trainer DDP", "trainer_beside", "anchor by name", label="named", folder="", named=True),
 ]  # fmt: skip
 
 
@@ -138,6 +184,7 @@ def params_of(cases):
 
 replicas, shards = outcomes_of(DDP + SHARES, 2), outcomes_of(RUNS + ACCELERATE, 2)
 four = outcomes_of(FOUR, 4)
+one = outcomes_of(ELSEWHERE, 1)
 
 
 @params_of(DDP)
@@ -166,12 +213,25 @@ def test_accelerate(name, shards):
     assert not shards[name], shards[name]
 
 
+@params_of(ELSEWHERE)
+def test_accelerate_on_other_ranks(name, shards, one):
+    """What two ranks have saved is resumed by one."""
+    assert not one[name], one[name]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    pytest.importorskip("peft")
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("trained")
     cases = {"DDP": ("trainer_run", {"folder": ""}), "FSDP2": ("trainer_fsdp2", {"folder": ""})}
+    cases |= {param.values[0]: arguments for param, arguments in LIBRARIES}
     return folder, spawn(2, folder, cases)
+
+
+@params_of(LIBRARIES)
+def test_with_libraries(name, trained):
+    assert not trained[1][name], trained[1][name]
 
 
 def assert_as_in_one_process(saved, run, monkeypatch):
