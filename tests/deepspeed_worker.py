@@ -85,15 +85,63 @@ def network(dtype=torch.float32) -> torch.nn.Module:
     return model.to(dtype)
 
 
+class Tied(torch.nn.Module):
+    """The numbers of a batch as words; the embedding is the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed, self.middle = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 6)
+        self.head, self.out = torch.nn.Linear(6, 11, bias=False), torch.nn.Linear(11, 1)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = (x * 2).round().long() % 11
+        return self.out(self.head(self.middle(self.embed(words)).tanh())).mean(1)
+
+
+def lora() -> torch.nn.Module:
+    """Adapters around two layers and a trained last layer; all else is frozen."""
+    import peft
+
+    model = network()
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["0", "4"], modules_to_save=["5"])
+    )
+
+
+def model_in_init() -> torch.nn.Module:
+    """The network, partitioned by ZeRO-3 while it is made: no rank ever has it whole."""
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config(3)):
+        model = network()
+    assert all(p.numel() == 0 and p.ds_numel > 0 for p in model.parameters())
+    return model
+
+
+MODELS = {"network": network, "lora": lora, "tied": Tied, "zero.Init": model_in_init}
+
+
 def groups(model, *, tiny: bool = True) -> list[dict]:
-    """Three groups: matrices, vectors, and one of a single element; with a frozen parameter."""
+    """Three groups: matrices, vectors, and one of a single element; with a frozen parameter.
+
+    Of a model with adapters two: LoRA's B with a rate of its own, and everything else.
+    """
     named = list(model.named_parameters())
+    if hasattr(model, "peft_config"):
+        ours = [p for name, p in named if "lora_B" in name]
+        rest = [p for name, p in named if "lora_B" not in name]
+        return [{"params": rest, "weight_decay": 0.1}, {"params": ours, "lr": 4e-2}]
     last = named[-1][1]
+    # What ZeRO-3 has partitioned is flat itself.
+    flat = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) == 1]
+    matrices = [p for _, p in named if all(p is not q for q in flat)]
     if not tiny:
-        return groups(model)[:1] + [{"params": [p for _, p in named if p.dim() == 1], "lr": 1e-2}]
+        return groups(model)[:1] + [{"params": flat, "lr": 1e-2}]
     return [
-        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for _, p in named if p.dim() == 1 and p is not last], "lr": 1e-2},
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [p for p in flat if p is not last], "lr": 1e-2},
         {"params": [last], "alpha": 0.2, "strength": 0.4},
     ]
 
@@ -121,9 +169,9 @@ def loss_of(model, x: torch.Tensor) -> torch.Tensor:
     return (model(x.to(next(model.parameters()).dtype)).float() - x.sum(1, True)).square().mean()
 
 
-def alone(rule="adamw", options=None, clip=None, last=STEPS):
+def alone(rule="adamw", options=None, clip=None, last=STEPS, model="network"):
     """The run without DeepSpeed, by the same optimizer, that clips for itself."""
-    model = network()
+    model = MODELS["network" if model == "zero.Init" else model]()
     optimizer = build(model, rule, {"max_grad_norm": clip, **(options or {})})
     stats = []
     for k in range(last):
@@ -203,7 +251,7 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """Runs every case; rank 0 leaves the results in ``folder``."""
     results = []
     for case in cases:
-        model = network()
+        model = MODELS[case["model"]]()
         optimizer = build(model, case["rule"], case["options"])
         engine = engine_of(model, optimizer, config(**case["config"]))
         assert dgg.unwrap(engine) is optimizer and dgg.unwrap(engine.optimizer) is optimizer
@@ -311,33 +359,52 @@ def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list
 
 
 @on_ranks
-def run_accelerate(rank: int, world: int, folder: str, stages: list[int]) -> None:
+def run_accelerate(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """The same training through accelerate's plugin; clipping is the configuration's."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-    results = []
-    for stage in stages:
+    def prepared(case):
         AcceleratorState._reset_state(reset_partial_state=True)
-        plugin = DeepSpeedPlugin(hf_ds_config=config(stage))
-        accelerator = Accelerator(deepspeed_plugin=plugin)
+        plugin = DeepSpeedPlugin(hf_ds_config=config(case["stage"]))
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=case["precision"])
         assert accelerator.distributed_type == DistributedType.DEEPSPEED
-        model = network()
+        model = MODELS[case["model"]]()
         made = build(model, "adamw", {})
         model, wrapped = accelerator.prepare(model, made)
-        optimizer = dgg.unwrap(wrapped)
-        assert optimizer is made
-        for k in range(STEPS):
+        assert dgg.unwrap(wrapped) is made
+        return accelerator, model, wrapped
+
+    def run(accelerator, model, wrapped, first, last):
+        for k in range(first, last):
             if k in BOUNDARIES:
-                optimizer.set_anchor()
+                dgg.unwrap(wrapped).set_anchor()
             accelerator.backward(loss_of(model, batch(k)))
             accelerator.clip_grad_norm_(model.parameters(), 0.5)
             wrapped.step()
             wrapped.zero_grad()
-        assert optimizer.param_groups[0]["draw_index"] == STEPS
-        results.append(whole_weights(model))
-        model.destroy()
+        assert dgg.unwrap(wrapped).param_groups[0]["draw_index"] == last
+        return whole_weights(model)
+
+    results = []
+    for number, case in enumerate(cases):
+        saved = os.path.join(folder, f"saved {number}")
+        last = STEPS if case["precision"] == "no" else STEPS_16_BITS
+        made = prepared(case)
+        if case["resumed"]:
+            # In the middle of a guided task.
+            run(*made, 0, 8)
+            made[0].save_state(saved)
+            expected = run(*made, 8, 14)
+            made[1].destroy()
+            made = prepared(case)
+            made[0].load_state(saved)
+            assert all(map(torch.equal, run(*made, 8, 14), expected)), case
+            results.append(run(*made, 14, last))
+        else:
+            results.append(run(*made, 0, last))
+        made[1].destroy()
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
 
@@ -345,17 +412,22 @@ def run_accelerate(rank: int, world: int, folder: str, stages: list[int]) -> Non
 VOCAB, LENGTH = 24, 8
 
 
-def language_model() -> torch.nn.Module:
-    """A tiny Llama, the same every time."""
+def language_model(adapters: bool = False) -> torch.nn.Module:
+    """A tiny Llama with tied embeddings, the same every time; frozen but for adapters or not."""
+    import peft
     import transformers
 
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
+    model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+            tie_word_embeddings=True,
         )
     )  # fmt: skip
+    if not adapters:
+        return model
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
 
 
 def task_data(stride: int) -> list[dict]:
@@ -369,8 +441,8 @@ class Stop(Exception):
     """Ends a training in the middle."""
 
 
-def trainer_of(model, task: int, out: str, stage: int | None, *, size: int, steps=10, die=False):
-    """A Trainer of one task: under DeepSpeed if there is a stage, else alone on larger batches."""
+def trainer_of(model, task: int, out: str, deepspeed, *, size: int, steps=10, die=False):
+    """A Trainer of one task: under DeepSpeed if there is a configuration, else alone."""
     import transformers
 
     from dgg.hf import GuidanceCallback
@@ -385,7 +457,7 @@ def trainer_of(model, task: int, out: str, stage: int | None, *, size: int, step
         logging_steps=1, save_strategy="steps", save_steps=5, report_to=[], use_cpu=True,
         disable_tqdm=True, seed=3, dataloader_pin_memory=False, lr_scheduler_type="constant",
         learning_rate=5e-3,
-        deepspeed=None if stage is None else str(DOCS / f"deepspeed_zero{stage}.json"),
+        deepspeed=deepspeed,
     )  # fmt: skip
     options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5}
     return transformers.Trainer(
@@ -406,9 +478,11 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
     return dict(zip(names, whole_weights(SimpleNamespace(module=model)), strict=True))
 
 
-def two_tasks(folder: str, stage: int | None, size: int):
+def two_tasks(folder: str, stage: int | None, size: int, adapters: bool):
     """Trains two tasks, each by a Trainer of its own; the second goes on from a checkpoint."""
-    first = trainer_of(language_model(), 0, os.path.join(folder, "first"), stage, size=size)
+    path = None if stage is None else str(DOCS / f"deepspeed_zero{stage}.json")
+    model = language_model(adapters)
+    first = trainer_of(model, 0, os.path.join(folder, "first"), path, size=size)
     first.train()
     state = weights_of(first)
     logs = []
@@ -416,16 +490,18 @@ def two_tasks(folder: str, stage: int | None, size: int):
         if name == "interrupted" and stage is None:
             break
         out = os.path.join(folder, name)
-        model = language_model()
+        model = language_model(adapters)
         model.load_state_dict(state, strict=False)
-        second = trainer_of(model, 1, out, stage, size=size, die=name == "interrupted")
+        second = trainer_of(model, 1, out, path, size=size, die=name == "interrupted")
         if name == "interrupted":
             try:
                 second.train()
             except Stop:
                 pass
-            model = language_model()
-            second = trainer_of(model, 1, out, stage, size=size)
+            model = language_model(adapters)
+            # What it was before: a checkpoint of adapters has only them.
+            model.load_state_dict(state, strict=False)
+            second = trainer_of(model, 1, out, path, size=size)
             second.train(resume_from_checkpoint=True)
         else:
             second.train()
@@ -437,12 +513,26 @@ def two_tasks(folder: str, stage: int | None, size: int):
 
 
 @on_ranks
-def run_trainer(rank: int, world: int, folder: str, stages: list[int]) -> None:
+def run_trainer(rank: int, world: int, folder: str, adapters: bool) -> None:
     """Two tasks through the Trainer, with the documented configurations."""
-    for stage in stages:
-        logs = two_tasks(os.path.join(folder, f"stage {stage}"), stage, 4)
+    for stage in (2, 3):
+        logs = two_tasks(os.path.join(folder, f"stage {stage}"), stage, 4, adapters)
         if rank == 0:
             torch.save(logs, os.path.join(folder, f"results {stage}.pt"))
+    if adapters:
+        return
+
+    # An optimizer of DeepSpeed's own in the place of ours.
+    block = {"optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}}}
+    out = os.path.join(folder, "block")
+    trainer = trainer_of(language_model(), 0, out, config(2, **block), size=4)
+    message = "trained"
+    try:
+        trainer.train()
+    except TypeError as error:
+        message = str(error)
+    if rank == 0:
+        torch.save((message, trainer.state.global_step), os.path.join(folder, "block.pt"))
 
 
 def alone_in_16_bits(dtype: torch.dtype, clip: float, scale: float = 1.0):

@@ -8,6 +8,7 @@ process. The configurations are those of docs/.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import deepspeed_worker as worker
+import ranks
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
@@ -31,14 +33,17 @@ SMALL = {"sub_group_size": 20}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
-def case(stage, *features, rule="adamw", world=2, dtype=None, options=None, zero=None, **changes):
+def case(
+    stage, *features, rule="adamw", world=2, dtype=None, options=None, zero=None, model="network",
+    **changes,
+):  # fmt: skip
     """A case with its marks for the compatibility table."""
     made = {
-        "rule": rule, "options": options or {}, "dtype": dtype, "world": world,
+        "rule": rule, "options": options or {}, "dtype": dtype, "world": world, "model": model,
         "config": {"stage": stage, "zero": zero or {}, **changes},
     }  # fmt: skip
     name = "-".join(
-        [f"zero{stage}", f"{world}ranks", rule]
+        [f"zero{stage}", f"{world}ranks", rule, model]
         + [f"{k}={v}" for k, v in (options or {}).items()]
         + list(zero or {})
         + list(changes)
@@ -70,6 +75,9 @@ CASES = [
     *(case(s, "mixed precision", dtype="bfloat16", **BF16) for s in ALL),
     case(1, dtype="bfloat16", data_types={"grad_accum_dtype": "fp32"}, **BF16),
     *(case(s, "mixed precision", dtype="float16", **FP16) for s in (2, 3)),
+    *(case(s, "LoRA", "frozen parts", model="lora") for s in ALL),
+    *(case(s, "tied weights", model="tied") for s in ALL),
+    case(3, "meta init", model="zero.Init"),
 ]
 _ran: dict[int, dict] = {}
 
@@ -84,7 +92,7 @@ def one_thread():
 
 
 def spawn(function, world, folder, *arguments):
-    torch.multiprocessing.spawn(function, args=(world, str(folder), *arguments), nprocs=world)
+    ranks.run(function, world, world, str(folder), *arguments)
 
 
 @pytest.fixture
@@ -115,7 +123,7 @@ def test_training_is_that_of_one_process(one, result):
         return
     clip = one["config"].get("gradient_clipping", 0.5) or None
     options = {"max_grad_norm": clip, **one["options"]}
-    model, _, expected = worker.alone(one["rule"], options)
+    model, _, expected = worker.alone(one["rule"], options, model=one["model"])
     assert_weights(result["weights"], list(model.parameters()))
     groups = 4 if "sub_group_size" in one["config"]["zero"] else 3
     measured = options.get("scaling", True)
@@ -212,27 +220,78 @@ def test_padding_counts_nowhere(several):
     assert_weights(torch.load(folder / "padding.pt"), list(model.parameters()))
 
 
-@pytest.mark.compat("accelerate DeepSpeed", "trajectory", "clipping", "frozen parts")
-def test_accelerate(tmp_path):
-    pytest.importorskip("accelerate")
-    spawn(worker.run_accelerate, 2, tmp_path, [2, 3])
-    model, _, _ = worker.alone(clip=0.5)
-    for weights in torch.load(tmp_path / "results.pt"):
-        assert_weights(weights, list(model.parameters()))
+ACCELERATE = [
+    ("zero2", {"stage": 2, "resumed": True}, ["trajectory", "clipping", "frozen parts", "resume"]),
+    ("zero3", {"stage": 3, "resumed": True}, ["trajectory", "clipping", "frozen parts", "resume"]),
+    ("zero2-bf16", {"stage": 2, "precision": "bf16"}, ["mixed precision"]),
+    ("zero3-bf16", {"stage": 3, "precision": "bf16"}, ["mixed precision"]),
+    ("zero2-lora", {"stage": 2, "model": "lora"}, ["LoRA"]),
+    ("zero3-tied", {"stage": 3, "model": "tied"}, ["tied weights"]),
+    ("zero3-init", {"stage": 3, "model": "zero.Init"}, ["meta init"]),
+]
+PLAIN = {"precision": "no", "model": "network", "resumed": False}
 
 
 @pytest.fixture(scope="module")
-def trainers(tmp_path_factory):
+def accelerated(tmp_path_factory):
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("accelerate")
+    spawn(worker.run_accelerate, 2, folder, [{**PLAIN, **c} for _, c, _ in ACCELERATE])
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(i, id=name, marks=pytest.mark.compat("accelerate DeepSpeed", *features))
+        for i, (name, _, features) in enumerate(ACCELERATE)
+    ],
+)
+def test_accelerate(number, accelerated):
+    one = {**PLAIN, **ACCELERATE[number][1]}
+    if one["precision"] == "bf16":
+        expected = worker.alone_in_16_bits(torch.bfloat16, 0.5)
+    else:
+        expected = list(worker.alone(clip=0.5, model=one["model"])[0].parameters())
+    assert_weights(accelerated[number], expected)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns where the ranks' results are, with adapters or not, and what one process has."""
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("trainers")
-    spawn(worker.run_trainer, 2, folder, [2, 3])
-    return folder, worker.two_tasks(str(folder / "alone"), None, 8)[0]
+
+    @functools.cache
+    def run(adapters):
+        folder = tmp_path_factory.mktemp("trainers")
+        spawn(worker.run_trainer, 2, folder, adapters)
+        return folder, worker.two_tasks(str(folder / "alone"), None, 8, adapters)[0]
+
+    return run
+
+
+BOTH = ("trajectory", "clipping", "resume")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.compat("Trainer DeepSpeed", "trajectory", "clipping", "resume")
-def test_trainer(stage, trainers):
-    folder, (weights, log_alone) = trainers
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param(
+            False, id="all", marks=pytest.mark.compat("Trainer DeepSpeed", *BOTH, "tied weights")
+        ),
+        pytest.param(
+            True,
+            id="lora",
+            marks=[
+                pytest.mark.compat("Trainer DeepSpeed", *BOTH, "LoRA", "frozen parts"),
+                pytest.mark.slow,
+            ],
+        ),
+    ],
+)
+def test_trainer(stage, adapters, trained):
+    folder, (weights, log_alone) = trained(adapters)
     (through, log), (resumed, _) = torch.load(folder / f"results {stage}.pt")
     assert_weights(list(through.values()), [weights[name] for name in through])
     assert all(torch.equal(resumed[name], x) for name, x in through.items())
@@ -240,3 +299,9 @@ def test_trainer(stage, trainers):
         mine = [entry[key] for entry in log if key in entry]
         assert mine == pytest.approx([e[key] for e in log_alone if key in e], rel=1e-4), key
     assert {entry["guidance/task"] for entry in log} == {1}
+
+
+def test_an_optimizer_block_for_the_trainer_is_an_error_that_names_it(trained):
+    message, steps = torch.load(trained(False)[0] / "block.pt")
+    assert "'optimizer' block in a DeepSpeed configuration" in message
+    assert "remove the block" in message and steps == 0
