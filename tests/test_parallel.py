@@ -182,24 +182,24 @@ def params_of(cases):
     return pytest.mark.parametrize("name", [param for param, _ in cases])
 
 
-replicas, shards = outcomes_of(DDP + SHARES, 2), outcomes_of(RUNS + ACCELERATE, 2)
+two = outcomes_of(DDP + SHARES + RUNS, 2)
 four = outcomes_of(FOUR, 4)
 one = outcomes_of(ELSEWHERE, 1)
 
 
 @params_of(DDP)
-def test_distributed_data_parallel(name, replicas):
-    assert not replicas[name], replicas[name]
+def test_distributed_data_parallel(name, two):
+    assert not two[name], two[name]
 
 
 @params_of(SHARES)
-def test_zero_redundancy_optimizer(name, replicas):
-    assert not replicas[name], replicas[name]
+def test_zero_redundancy_optimizer(name, two):
+    assert not two[name], two[name]
 
 
 @params_of(RUNS)
-def test_fsdp1(name, shards):
-    assert not shards[name], shards[name]
+def test_fsdp1(name, two):
+    assert not two[name], two[name]
 
 
 @pytest.mark.slow
@@ -208,25 +208,26 @@ def test_on_four_ranks(name, four):
     assert not four[name], four[name]
 
 
-@params_of(ACCELERATE)
-def test_accelerate(name, shards):
-    assert not shards[name], shards[name]
-
-
-@params_of(ELSEWHERE)
-def test_accelerate_on_other_ranks(name, shards, one):
-    """What two ranks have saved is resumed by one."""
-    assert not one[name], one[name]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("trained")
     cases = {"DDP": ("trainer_run", {"folder": ""}), "FSDP2": ("trainer_fsdp2", {"folder": ""})}
-    cases |= {param.values[0]: arguments for param, arguments in LIBRARIES}
+    cases |= {param.values[0]: arguments for param, arguments in ACCELERATE + LIBRARIES}
     return folder, spawn(2, folder, cases)
+
+
+@params_of(ACCELERATE)
+def test_accelerate(name, trained):
+    assert not trained[1][name], trained[1][name]
+
+
+@pytest.mark.slow
+@params_of(ELSEWHERE)
+def test_accelerate_on_other_ranks(name, trained, one):
+    """What two ranks have saved is resumed by one."""
+    assert not one[name], one[name]
 
 
 @params_of(LIBRARIES)
