@@ -161,6 +161,7 @@ def test_resumed_training_is_the_same_bit_for_bit(saved):
     assert len(torch.load(saved / "results.pt")) == len(RESUMED)
 
 
+@pytest.mark.slow
 @pytest.mark.compat("DeepSpeed ZeRO-1", "!resume on other ranks", "anchor by name")
 @pytest.mark.compat("DeepSpeed ZeRO-2", "!resume on other ranks", "anchor by name")
 @pytest.mark.compat("DeepSpeed ZeRO-3", "!resume on other ranks", "anchor by name")
@@ -240,6 +241,7 @@ def accelerated(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [
