@@ -302,16 +302,13 @@ class Reduction:
             with _ranges.record("dgg.allreduce"):
                 for group in groups:
                     dist.all_reduce(vector, group=group)
-            if per_tensor:
-                if vector is not squares:
-                    squares.index_copy_(1, self._rows(rows, squares), vector)
+            if per_tensor and rows is not None:
+                squares.index_copy_(1, rows, vector)
+            elif per_tensor:
+                squares.copy_(vector)
             else:
                 self._only_first(squares, rows, vector)
         return squares
-
-    @staticmethod
-    def _rows(rows: Tensor | None, squares: Tensor) -> Tensor:
-        return torch.arange(squares.shape[1], device=squares.device) if rows is None else rows
 
     @staticmethod
     def _only_first(squares: Tensor, rows: Tensor | None, sums: Tensor) -> None:
