@@ -283,8 +283,10 @@ class Stages:
     ):
         # Settings of its own: those of the project want a newer pytest and its plugins.
         settings = self.work / "pytest.ini"
-        markers = "gpu: needs a GPU\n    dist: several processes\n    slow: left out by default"
-        settings.write_text(f"[pytest]\nmarkers =\n    {markers}\n", encoding="utf-8")
+        marks = ("gpu: needs a GPU", "dist: several processes", "slow: left out by default",
+                 "compat: a cell of the compatibility table")  # fmt: skip
+        listed = "".join(f"    {mark}\n" for mark in marks)
+        settings.write_text(f"[pytest]\nmarkers =\n{listed}", encoding="utf-8")
         files = [
             path for path in sorted((ROOT / "tests").glob("test_*.py"))
             if "mark.gpu" in path.read_text(encoding="utf-8")

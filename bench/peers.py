@@ -541,6 +541,19 @@ def _guided_step(params, grads, anchors, moments, step, max_norm, optimizer):
         param.copy_(theta)
 
 
+def _deepspeed_kernels(name: str) -> None:
+    """Refuses kernels that DeepSpeed would first compile: minutes that nobody asked for.
+
+    A compilation that was once interrupted leaves a lock behind for which torch waits forever.
+    """
+    from deepspeed.git_version_info import installed_ops
+
+    if not installed_ops.get(name):
+        raise Unavailable(
+            f"its kernels are not built; install DeepSpeed with DS_BUILD_{name.upper()}=1"
+        )
+
+
 class DeepSpeedCpuAdam(Variant):
     """DeepSpeed's AdamW for CPUs, where it is installed; it has neither guidance nor clipping."""
 
@@ -552,12 +565,15 @@ class DeepSpeedCpuAdam(Variant):
         if workload.optimizer != "adamw" or setting.clipped:
             raise Unavailable("it is a plain AdamW")
         try:
+            _deepspeed_kernels("cpu_adam")
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             self.optimizer = DeepSpeedCPUAdam(
                 self.params, **_arguments(workload), adamw_mode=True, fp32_optimizer_states=False
             )
-        except Exception as error:  # it compiles its kernels here, with whatever result
+        except Unavailable:
+            raise
+        except Exception as error:  # not installed, or built for another torch
             raise Unavailable(f"{type(error).__name__}: {error}") from error
         for row, param in enumerate(self.params):
             moments = (moment[row] for moment in workload.moments)
@@ -589,6 +605,8 @@ class _ForeignAdamW(Variant):
             self.optimizer = self._build()
             for row, param in enumerate(self.params):
                 self._seed_state(param, *(moment[row] for moment in workload.moments))
+        except Unavailable:
+            raise
         except Exception as error:  # not installed, or built for another torch: all one here
             first = (str(error).splitlines() or [""])[0]
             raise Unavailable(f"{type(error).__name__}: {first}") from error
@@ -628,6 +646,7 @@ class DeepSpeedFusedAdam(_ForeignAdamW):
     name = "DeepSpeed FusedAdam"
 
     def _build(self):
+        _deepspeed_kernels("fused_adam")
         from deepspeed.ops.adam import FusedAdam
 
         return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))

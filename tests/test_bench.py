@@ -37,7 +37,7 @@ def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     options = ["--preset", "smoke", "--only", "float32-1e3", "--threads", "1", "--out", str(out)]
     command = [sys.executable, str(BENCH / "step.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("step-cpu-*.json")
     return json.loads(path.read_text()), done.stdout, out
@@ -91,6 +91,18 @@ def test_guided_variants_pass_their_verification(bench, name, alpha):
         pytest.skip(str(reason))
     assert bench("round_robin").verify(variant, verifier) <= 1
     assert variant.verified
+
+
+def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
+    """It would take minutes, and wait forever for the lock of a compilation once interrupted."""
+    builder = pytest.importorskip("deepspeed.ops.op_builder.builder", reason="no DeepSpeed")
+    compiled = []
+    monkeypatch.setattr(builder.OpBuilder, "jit_load", lambda self, *_: compiled.append(self))
+    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"cpu_adam": False})
+    plain = bench("workload").PLAIN
+    with pytest.raises(bench("peers").Unavailable, match="DS_BUILD_CPU_ADAM=1"):
+        _variant(bench, "DeepSpeedCPUAdam", plain)
+    assert not compiled
 
 
 @pytest.mark.parametrize("mistake", ["no guidance", "scale", "clip"])
@@ -520,6 +532,7 @@ def test_gpu_command_rehearsed(rehearsed):
     assert results["step"]["cases"] and results["training"]["cases"]
     assert "rehearsal" in path.with_suffix(".md").read_text()
     assert path.with_name("gpu.log").exists() and "| step | ok |" in printed
+    assert "PytestUnknownMarkWarning" not in printed
 
 
 def test_training_step_on_a_cpu(rehearsed):
