@@ -1,0 +1,831 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The step of the guided optimizers, their anchor and their replay: all but the base optimizer.
+
+Until an anchor is set each class *is* the torch.optim class it derives from, with one fused pass
+as its step. The flow of a step goes one way: here → `_dispatch` → a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as _torch_optimizer
+
+from dgg import (
+    _device,
+    _dispatch,
+    _ranges,
+    _zero_redundancy,
+    anchor,
+    checkpoint,
+    guidance,
+    sharding,
+    zero,
+)  # fmt: skip
+from dgg._loading import Loading
+from dgg._row_cache import RowCache
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step with the hooks and the profile's range that torch.optim gives it.
+
+    torch.optim would wrap the step itself, in a range for the profiler that costs as much as the
+    update of a hundred tiny tensors; here only a step with hooks or under a profiler pays for it.
+    """
+    wrapped = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def hooked(self, *args, **kwargs):
+        if type(self).step is hooked and (
+            torch.autograd.profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _torch_optimizer._global_optimizer_pre_hooks
+            or _torch_optimizer._global_optimizer_post_hooks
+        ):
+            return wrapped(self, *args, **kwargs)
+        # A subclass with a step of its own has torch's hooks around that one.
+        result = step(self, *args, **kwargs)
+        self._optimizer_step_code()
+        return result
+
+    hooked.hooked = True  # torch.optim leaves it as it is
+    return hooked
+
+
+class Guided(Loading):
+    """What the guided optimizers share; stands before the torch.optim class in their bases."""
+
+    # State key → list of the kernels.
+    _columns: dict[str, str]
+    # A copy cannot take the process group along.
+    _lost_group = False
+    # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
+    _lost_share = False
+    _rule: _dispatch.Rule
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
+        """Checks the guidance arguments, then lets torch.optim check and take the others."""
+        name = type(self).__name__
+        if options.pop("differentiable"):
+            raise ValueError(
+                f"dgg.{name} does not support differentiable=True: the fused step writes in place "
+                f"and records no graph; use torch.optim.{name} to differentiate through a step"
+            )
+        self._capturable = bool(options.pop("capturable"))
+        self.process_group = guidance.check_process_group(options.pop("process_group"), options)
+        self._share = _zero_redundancy.builder()
+        if self._share is not None and (self.process_group is not None or self._capturable):
+            raise ValueError(
+                "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, whose "
+                "own process group is used and whose ranks synchronise in every step; leave both"
+            )
+        fused, foreach = options.pop("fused"), options.pop("foreach")
+        self._transient()
+        self._backend = options.pop("backend")
+        self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
+        self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
+        if self._capturable and self._anchor_device is not None:
+            raise ValueError(
+                f"capturable=True does not go with anchor_device={str(self._anchor_device)!r}: "
+                "anchors are brought to the device for draws that the host knows, those of a "
+                "captured step only the device knows; leave anchor_device None"
+            )
+        self._state_dtype = guidance.check_state_dtype(options.pop("state_dtype"))
+        self._stochastic = options.pop("stochastic_rounding")
+        self._master = options.pop("master_weights")
+        if not (fused or foreach) and (fused is False or foreach is False):
+            # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is;
+            # beside a True of the other it only says which of the fast ways it is (torchtitan).
+            if self._backend not in (None, "reference"):
+                raise ValueError(
+                    f"fused={fused}, foreach={foreach} ask for an unfused step and "
+                    f"backend={self._backend!r} for a fused one; drop either"
+                )
+            self._backend = "reference"
+        if (fused or foreach) and self._backend == "reference":
+            raise ValueError(
+                f"fused={fused}, foreach={foreach} ask for a fused step and backend='reference' "
+                "for an unfused one; drop either"
+            )
+        self._fused = bool(fused or foreach)
+        self._guidance = {**options, "draw_index": 0, "task_index": 0}
+        guidance.check_options(self._guidance)
+        # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
+        # FSDP2's modules does), another one would keep what an engine exchanges alive.
+        self._given, self._driver, self._own = [], None, None
+        parent()
+        self._whole, self._own = self.param_groups, _first(self.param_groups)
+        guidance.check_backend(self._backend, self.param_groups)
+        share = self._share
+        every = self.param_groups if share is None else [{"params": share.params()}]
+        guidance.check_precision(self._stochastic, self._master, every)
+        self._check_kernels(p for group in self.param_groups for p in group["params"])
+        self.defaults.update(self._guidance)
+        # torch.optim sets this with fused=True only; our step always honours both attributes.
+        self._step_supports_amp_scaling = True
+
+    def _check_kernels(self, params: Iterable[Tensor]) -> None:
+        """Raises unless fused and captured steps can be had where the parameters are."""
+        devices = [d for d in dict.fromkeys(p.device for p in params) if d.type != "meta"]
+        if self._capturable and len(devices) > 1:
+            raise ValueError(
+                f"capturable=True needs all parameters on one device, they are on {devices}; use "
+                "an optimizer per device, or leave it False"
+            )
+        for device in devices:
+            backend = _dispatch.choose(self._backend, device)
+            if self._fused and backend == "reference":
+                raise RuntimeError(
+                    f"foreach=True or fused=True cannot be met on {str(device)!r}, the fused "
+                    f"kernels miss: {_dispatch.unavailable('cpp', device)}"
+                )
+            if self._capturable and not _dispatch.launches(backend, device):
+                raise ValueError(
+                    f"capturable=True needs kernels that run on a GPU; on {str(device)!r} the step "
+                    f"is the {backend!r} backend's, which no graph can capture: leave it False"
+                )
+
+    def _transient(self) -> None:
+        # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
+        self._engine = guidance.Engine()
+        self._rows: RowCache | None = None
+        # The last gradients were partial sums of the ranks'.
+        self._partial = False
+        self._skipped: Tensor | bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy or a pickle needs: torch's three entries and the settings."""
+        names = (
+            "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
+            "_state_dtype", "_stochastic", "_master", "_guidance", "_awaits_load",
+        )  # fmt: skip
+        lost = self.process_group is not None or self._driver is not None or self._lost_group
+        kept = {name: getattr(self, name) for name in names}
+        lost_share = self._share is not None or self._lost_share
+        return {
+            **super().__getstate__(), **kept, "_lost_group": lost, "_lost_share": lost_share,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes up a copied, pickled or loaded state and starts without caches."""
+        self._transient()
+        if "process_group" not in self.__dict__:  # a copy; loading keeps what there is
+            self.process_group = None
+        self.__dict__.setdefault("_share", None)
+        super().__setstate__(state)
+        # DeepSpeed steps groups one by one in a list of their own.
+        self._whole = self.param_groups
+        if "_given" not in self.__dict__:
+            self._given = [id(p) for group in self.param_groups for p in group["params"]]
+            self._driver, self._own = None, _first(self.param_groups)
+        self._step_supports_amp_scaling = True
+        for group in self.param_groups:
+            for name, value in self._guidance.items():
+                group.setdefault(name, value)
+            group.setdefault("anchored", 0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
+
+        Args:
+            param_group: ``{"params": ..., "lr": ..., "alpha": ..., "strength": ...}``; the other
+                guidance options belong to the whole optimizer.
+
+        Raises:
+            TypeError: A trainable parameter has a dtype that cannot be optimized.
+            ValueError: A guidance option is out of range or not one of a group, or a parameter
+                is given twice.
+        """
+        wide = self.param_groups[0] if self.param_groups else self._guidance
+        if isinstance(param_group, dict):
+            for name in guidance.WIDE:
+                if name in param_group and param_group[name] != wide[name]:
+                    raise ValueError(
+                        f"{name} is one setting for the whole optimizer ({wide[name]!r}); a group "
+                        f"cannot have its own ({param_group[name]!r}). Per group: alpha, strength"
+                    )
+            options = {n: param_group[n] for n in guidance.PER_GROUP if n in param_group}
+            guidance.check_options(options)
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            seen: set[int] = set()
+            for place, param in enumerate(group["params"]):
+                names = group.get("param_names")
+                label = f"parameter {names[place]!r}" if names else f"parameter {place}"
+                guidance.check_param(param, f"{label} of group {before}")
+                if id(param) in seen:
+                    raise ValueError(
+                        f"{label} of group {before} is in the group twice and would be updated by "
+                        "two threads at once; pass every parameter once"
+                    )
+                seen.add(id(param))
+        except (TypeError, ValueError):
+            del self.param_groups[before:]
+            raise
+        for name in guidance.WIDE:
+            group[name] = wide[name]
+        for name in guidance.PER_GROUP:
+            group.setdefault(name, self._guidance[name])
+        group["anchored"] = 0
+        self._given += map(id, group["params"])
+        self._rows = None
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """The state by parameter: torch.optim's keys and ``anchor``.
+
+        Whoever changes the state reads it here first, so that a step need not look at thousands
+        of tensors that nobody touched.
+        """
+        self._state_read = True
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self._state_read = True
+        self.__dict__["state"] = value
+
+    # -- the step -------------------------------------------------------------------------------
+
+    @_hooked
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step: G of the guided gradients, then the base optimizer.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError: A gradient is sparse or of an unsupported dtype.
+            ValueError: An option in the groups is out of range.
+            RuntimeError: The anchor that the groups promise is missing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad(), _ranges.record("dgg.step"):
+            if torch.compiler.is_compiling():
+                self._uncompiled_step()
+            else:
+                # Not through the decorated one: its wrapper costs as much as a small kernel.
+                self._step()
+        return loss
+
+    @torch._disable_dynamo
+    def _uncompiled_step(self) -> None:
+        self._step()
+
+    def _step(self) -> None:
+        driver = self._driven_by()
+        if driver is not None:
+            driver.step(self)
+            return
+        if self._rows is None and not self.state and checkpoint.making_template():
+            self._make_template()
+            return
+        engine, groups = self._engine, self.param_groups
+        engine.replay.check_closed()
+        wide = engine.options.read(groups)
+        # Before any state is made, since it can raise.
+        hyper = [self._hyper(group) for group in groups]
+        draw = 0 if self._capturable else wide["draw_index"]
+        slot, cache = engine.replay, self._rows
+        params = [p for group in groups for p in group["params"]] if slot else []
+        replays = [slot.get(p) for p in params]
+        scaling, self._skipped = self._scaler_state(replays)
+        skipped = self._skipped is True
+        if cache is not None and cache.launched:
+            self._check_capture(cache.all_rows[0].device, True)
+        if cache is None or slot or skipped or not cache.gather(self):
+            cache = self._take_up(replays, skipped, elementwise=wide["granularity"] == "element")
+        if skipped:
+            self._advance(draw)
+            engine.remember_skipped(groups[0]["params"][0].device)
+            slot.clear()
+            return
+        share = self._share
+        if share is not None:
+            every = [engine.flags(wide, groups, share.every_row(), draw)]
+            if len(cache.all_rows) > 1:
+                raise ValueError(
+                    "ZeroRedundancyOptimizer over parameters on several devices is not supported; "
+                    "build one per device"
+                )
+        if not cache.all_rows:
+            if share is not None and engine.measures(wide, every[0] is not None):
+                share.join()
+            self._advance(draw)
+            slot.clear()
+            return
+        for rows in cache.all_rows:
+            if rows.has_masters:
+                rows.take_up_changes()
+        if self._capturable:
+            self._captured_step(wide, hyper, cache.all_rows, scaling)
+            slot.clear()
+            return
+        flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
+        # Ranks that have nothing to inject themselves take part in the norms of those that do.
+        injecting = any(x is not None for x in (flags if share is None else every))
+        found = engine.measure(wide, cache.all_rows, injecting, scaling)
+        drawn = guidance.drawn(wide, draw, injecting)
+        with _ranges.record("dgg.update"):
+            for rows, row_flags, row_found in zip(cache.all_rows, flags, found, strict=True):
+                ahead = wide["scaling"] and engine.flags(wide, groups, rows, draw + 1) is not None
+                self._update_(
+                    rows,
+                    row_found,
+                    self._final_flags(rows, row_flags),
+                    hyper,
+                    drawn,
+                    scaling,
+                    look_ahead=ahead,
+                    replay_weight=float(wide["replay_weight"]),
+                )
+        self._advance(draw)
+        strength = hyper[0]["strength"]
+        engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
+        slot.clear()
+
+    def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
+        _dispatch.update_(self._rule, rows, *args, **kwargs)
+
+    def _driven_by(self) -> zero.Zero | None:
+        """Returns the engine that steps its own partitions in place of the parameters, if any."""
+        driver = self._driver
+        if driver is not None and driver.holder is not None:
+            return driver
+        if driver is None and _first(self.param_groups) == self._own:
+            return None
+        # The parameters were exchanged: look once by whom.
+        self._driver = zero.find(self)
+        if self._driver is None:
+            self._own = _first(self.param_groups)
+        return self._driver
+
+    def _skip_update(self, param: Tensor) -> None:
+        """Ends a step in which every element of ``param`` is padding and none is updated."""
+        step = self.state[param].get("step")
+        if step is not None:
+            step += 1
+
+    def _take_up(self, replays, skipped: bool, *, elementwise: bool) -> RowCache | None:
+        """Takes up the gradients after a look at everything they rely on, unless it is skipped."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        cache = self._rows
+        valid = cache is not None and cache.valid(self, params, grads, replays)
+        if not valid or self._partial:
+            grads, replays = self._settled(params, grads, replays)
+        if not valid or cache.unchecked:
+            self._check_step(params, grads, replays)
+        if not valid and not skipped:
+            cache = self._make_rows(params, grads, replays)
+        if cache is not None and cache.launched:
+            self._check_capture(params[0].device, valid)
+        if skipped:
+            return None
+        try:
+            cache.refresh(grads, replays, elementwise=elementwise)
+        except (RuntimeError, KeyError):
+            # A gradient of another kind than at the steps before: partial, or say which it is.
+            partial = self._partial
+            grads, replays = self._settled(params, grads, replays)
+            self._check_step(params, grads, replays)
+            if partial or not self._partial:
+                raise
+            cache.refresh(grads, replays, elementwise=elementwise)
+        return cache
+
+    def _settled(self, params, grads, replays) -> tuple[list, list]:
+        """Sums partial gradients, and remembers that there are such."""
+        both = [*grads, *replays]
+        found = sharding.settled([*params, *params][: len(both)], both)
+        self._partial = not all(map(operator.is_, found, both))
+        return found[: len(grads)], found[len(grads) :]
+
+    def _check_capture(self, device: torch.device, valid: bool) -> None:
+        """Raises if a graph is being captured that would replay the wrong thing."""
+        if not _device.capturing(device):
+            return
+        if not self._capturable:
+            raise RuntimeError(
+                "this step is being captured into a CUDA graph, whose replays would repeat its "
+                "draw, learning rate and step count; build the optimizer with capturable=True"
+            )
+        if not valid:
+            raise RuntimeError(
+                "the first step cannot be captured, it makes the state; run a warm-up step before "
+                "the capture, as torch.cuda.graph() asks for"
+            )
+
+    def _captured_step(self, wide, hyper, all_rows, scaling: _dispatch.Scaling) -> None:
+        """A step that decides everything on the device, so that a graph of it can be replayed."""
+        (rows,) = all_rows
+        draw = self._draw_on(rows.device)
+        flags = self._final_flags(rows, rows.constant_flags(0)).clone()
+        gates = None
+        if rows.anchored:
+            gates = [
+                _dispatch.draw_flags(
+                    rows, flags, hyper, self._rule.hyper, draw, wide["seed"], wide["granularity"]
+                )
+            ]
+        injecting = rows.anchored
+        (found,) = self._engine.measure(wide, all_rows, injecting, scaling, gates)
+        drawn = guidance.drawn(wide, 0, injecting)._replace(index_tensor=draw)
+        with _ranges.record("dgg.update"):
+            self._update_(
+                rows, found, flags, hyper, drawn, scaling, look_ahead=False,
+                replay_weight=float(wide["replay_weight"]),
+            )  # fmt: skip
+        draw.add_(1)
+        strength = hyper[0]["strength"]
+        self._engine.remember(wide, rows, flags, found, strength, scaling.found_inf)
+
+    def _draw_on(self, device: torch.device) -> Tensor:
+        """Returns the draw index as an int64 tensor on ``device``, the same in all groups."""
+        value = self.param_groups[0]["draw_index"]
+        if not (isinstance(value, Tensor) and value.device == device):
+            value = torch.full((), int(value), dtype=torch.int64, device=device)
+        for group in self.param_groups:
+            group["draw_index"] = value
+        return value
+
+    def _advance(self, draw: int) -> None:
+        if self._capturable:
+            self._draw_on(self.param_groups[0]["params"][0].device).add_(1)
+            return
+        for group in self.param_groups:
+            group["draw_index"] = draw + 1
+
+    def _scaler_state(self, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
+        """Returns the scaling and whether to skip (a tensor if only the device knows)."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found is None:
+            return _dispatch.Scaling(), False
+        if replays and found is not None and scale is None:
+            raise RuntimeError(
+                "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
+                "gradients; do not call it beside replay(): dgg clips in the step itself, set "
+                "max_grad_norm on the optimizer"
+            )
+        devices = dict.fromkeys(p.device for g in self.param_groups for p in g["params"])
+        launched = all(
+            _dispatch.launches(_dispatch.choose(self._backend, device), device)
+            for device in devices
+        )
+        scaling, skip = guidance.read_scaler(
+            scale, found, next(iter(devices)) if launched else None
+        )
+        present = [r for r in replays if r is not None and r.numel()]
+        if launched:
+            if present and scaling.found_inf is not None:
+                largest = torch.stack(torch._foreach_norm(present, float("inf")))
+                infinite = largest.isfinite().all().logical_not()
+                scaling = scaling._replace(
+                    found_inf=scaling.found_inf.reshape(()) + infinite.to(torch.float32)
+                )
+            if scaling.found_inf is not None and self._waits_for_scaler():
+                skip = bool(scaling.found_inf)
+            return scaling, skip or (False if scaling.found_inf is None else scaling.found_inf)
+        if found is not None and not skip and not all(anchor.finite(r) for r in present):
+            skip = True
+            warnings.warn(
+                "the step is skipped because the replay gradients are inf or NaN, which GradScaler "
+                "does not see: it will not lower its scale by itself; lower it with "
+                "scaler.update(new_scale)",
+                stacklevel=5,
+            )
+        return scaling, skip
+
+    def _waits_for_scaler(self) -> bool:
+        """Whether this one step must know on the host if it is skipped."""
+        return False
+
+    def _check_step(self, params, grads, replays) -> None:
+        """Checks everything a step relies on, before anything is changed."""
+        labels = None
+        group_of = [group for group in self.param_groups for _ in group["params"]]
+        for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            replay = replays[place] if replays else None
+            if grad is None and replay is None:
+                continue
+            labels = labels or guidance.group_labels(self.param_groups)
+            label = labels[place]
+            guidance.check_param(
+                param,
+                label,
+                stepped=True,
+                elements=self.param_groups[0]["granularity"] == "element",
+            )
+            for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
+                if given is not None:
+                    guidance.check_gradient(given, param, label, kind)
+            for name in (*self._needed(group_of[place]), "anchor", "master"):
+                value = self.state.get(param, {}).get(name)
+                if value is not None and value.shape != param.shape:
+                    raise ValueError(
+                        f"{label} has shape {tuple(param.shape)}, its {name} "
+                        f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
+                        "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
+                        "build a new optimizer"
+                    )
+        if self._awaits_load:
+            raise RuntimeError(
+                "prepare_for_load() has made room in this optimizer for a checkpoint that was not "
+                "loaded: load it (set_optimizer_state_dict, set_state_dict or load_state_dict), or "
+                "give it up with clear_anchor() or set_anchor()"
+            )
+        for number, group in enumerate(self.param_groups):
+            present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            if present < group["anchored"] - self._others(number):
+                raise RuntimeError(
+                    f"group {number} was anchored ({group['anchored']} parameters) but only "
+                    f"{present} anchors are in the state: the resume lost them. Load a checkpoint "
+                    "that has them, set them again with set_anchor(tensors) of the previous "
+                    "task's weights, or give up guidance with clear_anchor()"
+                )
+
+    def _others(self, number: int) -> int:
+        """Returns how many parameters of a group are anchored on other ranks."""
+        return 0 if self._share is None else self._share.others(number, self.param_groups[number])
+
+    def _make_rows(self, params, grads, replays) -> RowCache:
+        if self._lost_share and self._share is None:
+            raise RuntimeError(
+                "this optimizer was copied out of a ZeroRedundancyOptimizer and has only one "
+                "rank's share of the parameters: build a new ZeroRedundancyOptimizer"
+            )
+        if self._lost_group and self.process_group is None:
+            raise RuntimeError(
+                "this optimizer was copied or unpickled, and its process group could not come "
+                "along: set optimizer.process_group before the step, or its norms would be those "
+                "of this rank alone"
+            )
+        self._warn_if_idle(params, grads, replays)
+        place = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if grads[place] is not None or (replays and replays[place] is not None):
+                    self._init_state(p, group)
+                place += 1
+        self._rows = RowCache(self, params)
+        return self._rows
+
+    def _warn_if_idle(self, params, grads, replays) -> None:
+        """Warns at a first step without any gradient: the model trains other parameters."""
+        if self._rows is not None or any(self.state.values()):
+            return
+        waiting = [p for p in params if p.requires_grad and sharding.local(p).numel()]
+        if waiting and all(g is None for g in (*grads, *replays)):
+            warnings.warn(
+                f"the first step found no gradient in any of {len(waiting)} parameters and changed "
+                "nothing. If the model was sharded or wrapped (fully_shard, an adapter) after the "
+                "optimizer was made, it trains other parameters: make the optimizer afterwards",
+                stacklevel=7,
+            )
+
+    def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
+        return rows.constant_flags(0) if flags is None else flags
+
+    # -- the anchor -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        task: int | None = None,
+    ) -> None:
+        """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
+
+        Every parameter that requires a gradient (or has state from an earlier task) gets an
+        anchor, of its own shape, in ``anchor_dtype``. A second call overwrites the first anchor
+        in place, so there is never more than one. Parameters that join later are guided from the
+        next boundary on.
+
+        Scripts that run a process per task, and any script that is killed and resumed, say with
+        ``task=k`` which task is trained now; the anchor is θ before task k begins. Call it after
+        everything that is to be loaded has been loaded:
+
+        - a new optimizer, or one with the state of the end of task k - 1: the anchor is set;
+        - resumed in the middle of task k: the checkpoint's anchor is kept, nothing is read;
+        - ``task=0``: nothing is set, the first task has nothing to protect (unless ``tensors``
+          are given to guide it towards);
+        - any other state cannot be right and is an error.
+
+        Without ``task`` every call is a boundary, and counts as one; only a new optimizer that
+        has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
+
+        Of a path the names are checked first; then every tensor is read one at a time, of sharded
+        parameters each rank's own part only.
+
+        Args:
+            tensors: The previous task's weights: named tensors, such as a model's or a peft
+                adapter's state dict; or the path of a safetensors file (or of the index of
+                several), of a directory that ``save_pretrained`` wrote (of a model or an
+                adapter), of a Trainer's last checkpoint or of a checkpoint of
+                torch.distributed.checkpoint. None takes the present weights.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+            task: Number of the task that is trained now, from 0.
+
+        Raises:
+            FileNotFoundError: There is nothing at the path.
+            KeyError: A trainable parameter has no tensor.
+            RuntimeError: It would replace an anchor that was just resumed, or the anchor of a
+                task in progress is gone.
+            TypeError: ``tensors`` or one of them is of the wrong type.
+            ValueError: A shape differs, values are not finite, names are not known, the path is
+                a Trainer's checkpoint from the middle of a training, or ``task`` is over already
+                or not the next one. After any error the former anchor is as it was.
+
+        Example:
+            >>> # train.py --task K, started anew after it was killed
+            >>> model.load_state_dict(resumed["model"] if resumed else weights_after_former_task)
+            >>> opt = dgg.AdamW(model.parameters(), seed=K)
+            >>> if resumed:
+            ...     opt.load_state_dict(resumed["optimizer"])
+            >>> opt.set_anchor(task=K)
+        """
+        draws = int(self.param_groups[0]["draw_index"])
+        if task is not None:
+            driver = self._driven_by()
+            groups = self.param_groups if driver is None else driver.marked(self)
+            if not guidance.begins_task(task, groups, draws, given=tensors is not None):
+                return
+        elif tensors is None:
+            guidance.refuse_resumed(self.param_groups, draws, self._engine.resumed)
+        self._place_anchor(tensors, model=model, task=task)
+        self._engine.named = task
+
+    @torch.no_grad()
+    def _place_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        task: int | None = None,
+    ) -> None:
+        """Does what `set_anchor` does without asking whether it can be right.
+
+        For frameworks that know by themselves where a task begins, as `dgg.hf` does.
+
+        Args:
+            tensors: As in `set_anchor`.
+            model: As in `set_anchor`.
+            task: Number of the task; None counts one up.
+        """
+        driver = self._driven_by()
+        if driver is not None:
+            driver.place_anchor(self, tensors, model, task)
+            return
+        plan = guidance.plan_anchors(
+            self.param_groups,
+            {
+                p: entry.get("anchor")
+                for p, entry in self.state.items()
+                if isinstance(entry, dict) and entry
+            },
+            tensors,
+            model,
+            self._anchor_dtype,
+            self._anchor_device,
+            self._stepped,
+            none=self._share is not None,
+        )
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p, source, target in plan:
+            anchor.write(target, source)
+            # Together with the moments: Adam would take a state that holds an anchor alone for
+            # initialised, and checkpoints made before the first step would miss the moments.
+            self._init_state(p, groups[p], before_first_step=True)
+            self.state[p]["anchor"] = target
+        for group in self.param_groups:
+            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            group["task_index"] = group["task_index"] + 1 if task is None else task
+        if self._share is not None:
+            self._share.note_anchors(self.param_groups, anchored=True)
+        self._awaits_load, self._rows = False, None
+
+    def _has_master(self, param: Tensor) -> bool:
+        return self._master and param.dtype in (torch.bfloat16, torch.float16)
+
+    def _stepped(self, param: Tensor) -> Tensor:
+        """Returns what a step updates for ``param``: its master weight, or the parameter."""
+        if not self._has_master(param):
+            return param.detach()
+        master = self.state.get(param, {}).get("master")
+        return param.detach().float() if master is None else master
+
+    def _make_state(self, param: Tensor, names: Iterable[str]) -> None:
+        """Makes what is missing of ``names``: moments of zeros, and the master weight."""
+        state = self.state[param]
+        for name in names:
+            if state.get(name) is not None:
+                continue
+            if name == "master":
+                state[name] = param.detach().to(torch.float32, copy=True)
+                continue
+            dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
+            state[name] = torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            )
+
+    def clear_anchor(self) -> None:
+        """Drops the anchor: from here on the optimizer is torch.optim's again."""
+        driver = self._driven_by()
+        if driver is not None:
+            driver.clear_anchor(self)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    self.state[p].pop("anchor", None)
+            group["anchored"] = 0
+        if self._share is not None:
+            self._share.note_anchors(self.param_groups, anchored=False)
+        self._awaits_load, self._rows = False, None
+
+    # -- replay, statistics, gradients ----------------------------------------------------------
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Lets the gradients of the block become r, beside ``.grad`` and without a copy.
+
+        ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up; the
+        step (or `zero_grad`) consumes them.
+        """
+        if self._driven_by() is not None:
+            raise RuntimeError(
+                "replay() cannot keep gradients apart under DeepSpeed's ZeRO, which reduces them "
+                "into partitions of its own in every backward pass: put the replayed examples into "
+                "the batch instead (dgg.ReplayBuffer.mix)"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._share is not None:
+            # A reduction over ranks sums the gradients of those who step the others, too.
+            params = self._share.params()
+        return self._engine.replay.record(params)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, those of `replay` too.
+
+        Args:
+            set_to_none: As in torch.optim; the replay gradients are dropped in either case.
+        """
+        self._engine.replay.clear()
+        super().zero_grad(set_to_none)
+
+    def guidance_stats(self) -> dict[str, Tensor | None]:
+        """Returns what the last step did, as tensors on the device: no synchronisation.
+
+        Returns:
+            ``injected`` (bool), ``scale`` (s with the first group's strength; one value per
+            tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖), ``distance`` (‖θ - θ*‖) and
+            ``clip`` (c); None for what that step had no need to measure.
+        """
+        return self._engine.statistics()
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
+        return bool(self._skipped)
+
+    def _step_scalar(self, param: Tensor, step: Any) -> Tensor:
+        """Returns ``step`` as a float32 scalar: beside the parameter if launches write it."""
+        device = param.device
+        if not _dispatch.launches(_dispatch.choose(self._backend, device), device):
+            device = torch.device("cpu")
+        if isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (
+            torch.float32,
+            0,
+            device,
+        ):
+            return step
+        # Filled there: a copy of a number on the host would be waited for.
+        return torch.full((), float(step), dtype=torch.float32, device=device)
+
+
+def _first(groups: list[dict[str, Any]]) -> int | None:
+    params = groups[0]["params"] if groups else []
+    return id(params[0]) if params else None

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loading the state of the guided optimizers: nothing lost, nothing cast, or an error.
+
+torch.optim would cast anchors to the parameters' dtype, and torch.distributed.checkpoint leaves out
+what the template it fills has no room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _fsdp1, anchor, checkpoint, guidance, sharding
+
+_FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
+
+
+class Loading:
+    """What `dgg._guided.Guided` does about checkpoints; stands between it and torch.optim."""
+
+    # The state is room for a checkpoint that is yet to be loaded.
+    _awaits_load = False
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of the torch.optim class it replaces.
+
+        Moments follow torch's policy; an anchor keeps the dtype it was saved in. How the step is
+        carried out (foreach, fused, backend) stays as constructed, whatever the checkpoint says.
+
+        Args:
+            state_dict: From ``state_dict()``.
+
+        Raises:
+            KeyError: It is no optimizer's state dict.
+            RuntimeError: The checkpoint says it is anchored but anchors are missing.
+            TypeError: It is no mapping, or an anchor in it is no floating tensor.
+            ValueError: Groups or shapes differ, or it carries no anchor while this optimizer has
+                one. After any error the optimizer is as it was.
+        """
+        state_dict = self._completed(state_dict)
+        anchors = self._checked_anchors(state_dict)
+        before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
+        if before[0] <= 1:
+            guidance.refuse_earlier(self._engine.named, state_dict["param_groups"])
+        kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
+        ours = [
+            {name: group[name] for name in (*self._guidance, "anchored")}
+            for group in self.param_groups
+        ]
+        # torch casts all floating state to the parameter's dtype, which would round an anchor, a
+        # master weight and moments that are kept in another dtype.
+        kept_back = {"anchor", "master"}
+        if self._state_dtype is not None:
+            kept_back |= self._columns.keys() - {"step"}
+        stripped = dict(state_dict)
+        stripped["state"] = {
+            key: {k: v for k, v in entry.items() if k not in kept_back}
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        super().load_state_dict(stripped)
+        self._load_kept_back(state_dict, kept_back - {"anchor"})
+        self._shard_moments()
+        for group, flags, mine, saved in zip(
+            self.param_groups, kept, ours, state_dict["param_groups"], strict=True
+        ):
+            group.update({k: v for k, v in flags.items() if v is not None or k in group})
+            group.update({k: v for k, v in mine.items() if k not in saved})
+        for param, value in anchors.items():
+            # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
+            made = anchor.allocate(param, value.dtype, self._anchor_device)
+            anchor.write(made, value.detach())
+            self.state[param]["anchor"] = made
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if saved.get("anchored"):
+                self._anchor_empty(group)
+            present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+            group["anchored"] = max(present, saved.get("anchored", 0))  # other ranks' included
+        self._normalise_steps()
+        # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
+        fresh = before[0] <= 1 or before[0] == before[1]
+        self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
+        self._awaits_load, self._rows = False, None
+
+    def _anchor_empty(self, group: dict[str, Any]) -> None:
+        """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
+
+        A rank on which all is empty would not know otherwise that there are norms to be summed.
+        """
+        for param in group["params"]:
+            empty = _fsdp1.is_empty(param) and param.requires_grad
+            if empty and "anchor" not in self.state.get(param, ()):
+                self._init_state(param, group, before_first_step=True)
+                self.state[param]["anchor"] = torch.empty_like(param, requires_grad=False)
+
+    def _load_kept_back(self, state_dict: Mapping[str, Any], names: set[str]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                for name in names & state_dict["state"].get(key, {}).keys():
+                    value = state_dict["state"][key][name]
+                    if value is None:
+                        continue
+                    dtype = torch.float32
+                    if name != "master":
+                        dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
+                    self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+
+    def _completed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.
+
+        Of flattened ones they put empty dicts where the checkpoint has nothing, and they leave out
+        frozen parameters, whose prepared room the load has filled all the same.
+        """
+        self._check_form(state_dict)
+        state = {
+            key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
+            if isinstance(entry, Mapping)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for place, (param, key) in enumerate(
+                zip(group["params"], saved["params"], strict=True)
+            ):
+                entry = state.get(key)
+                if entry is not None and entry.keys() < state_dict["state"][key].keys():
+                    self._check_partial(entry, place)
+                if entry is None and self._awaits_load and not param.requires_grad:
+                    room = self.state.get(param, {})
+                    if "anchor" in room and anchor.finite(room["anchor"]):
+                        state[key] = dict(room)
+        return {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
+
+    def _check_partial(self, entry: Mapping[str, Any], place: int) -> None:
+        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name in self._columns]
+        missing = [name for name in missing if entry and name not in entry]
+        if missing:
+            raise ValueError(
+                f"the checkpoint carries no {', '.join(missing)} of parameter {place}, but other "
+                "state of it: it is not this optimizer's, or parts of it were lost on the way"
+            )
+
+    def _shard_moments(self) -> None:
+        """Shards what came as whole tensors: what torch's helpers find no room for."""
+        for param, entry in self.state.items():
+            if not sharding.is_dtensor(param) or not isinstance(entry, dict):
+                continue
+            for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
+                value = entry[name]
+                if isinstance(value, Tensor) and not sharding.is_dtensor(value):
+                    made = anchor.allocate(param, value.dtype, None)
+                    anchor.write(made, value.detach())
+                    entry[name] = made
+
+    def _check_form(self, state_dict: Mapping[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"load_state_dict() takes what an optimizer's state_dict() returned, not "
+                f"{type(state_dict).__name__}; torch.load the file first"
+            )
+        if not state_dict.keys() >= {"state", "param_groups"}:
+            raise KeyError(
+                f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
+                "and param_groups; pass what optimizer.state_dict() returned (of a whole "
+                "checkpoint the optimizer's entry)"
+            )
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in saved_groups]
+        mine = [len(group["params"]) for group in self.param_groups]
+        if sizes != mine:
+            raise ValueError(
+                f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
+                "the optimizer over the same groups first (add_param_group() and freezing included)"
+            )
+
+    def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        saved_groups = state_dict["param_groups"]
+        found: dict[Tensor, Tensor] = {}
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+            present, filled, frozen = 0, 0, 0
+            for place, (param, key) in enumerate(
+                zip(group["params"], saved["params"], strict=False)
+            ):
+                entry = state_dict["state"].get(key, {})
+                for name in self._columns.keys() & entry.keys() - {"step", "anchor"}:
+                    shape = getattr(entry[name], "shape", param.shape)
+                    if shape != param.shape:
+                        raise ValueError(
+                            f"the checkpoint's {name} of parameter {place} of group {number} has "
+                            f"shape {tuple(shape)}, the parameter has {tuple(param.shape)}; load "
+                            "it into the same architecture"
+                        )
+                if "master" in entry and not self._has_master(param):
+                    raise ValueError(
+                        f"the checkpoint has a master weight of parameter {place} of group "
+                        f"{number}, which this optimizer would not keep; build it with "
+                        "master_weights=True over 16-bit parameters"
+                    )
+                value = entry.get("anchor")
+                if value is None or self._unfilled(value, saved):
+                    present += _fsdp1.is_empty(param)
+                    frozen += not param.requires_grad
+                    continue
+                anchor.check_source(value, param, f"parameter {place} of group {number}")
+                found[param] = value
+                present += 1
+                filled += value.numel() > 0
+            check = {name: saved[name] for name in self._guidance if name in saved}
+            guidance.check_agreement(number, check, saved_groups[0])
+            guidance.check_options(check)
+            missing = saved.get("anchored", 0) - self._others(number) - present
+            if missing > 0:
+                raise RuntimeError(
+                    f"the checkpoint's group {number} was anchored ({saved['anchored']} "
+                    f"parameters) but carries {present} anchors: they were lost on the way. "
+                    + (
+                        "torch's checkpoint helpers leave out the state of frozen parameters: "
+                        "requires_grad_(True) while it is loaded, or prepare_for_load() with a "
+                        "distributed checkpoint"
+                        if missing <= frozen
+                        else "A new optimizer has no room for them where a distributed checkpoint "
+                        "or torch's set_optimizer_state_dict fills what is there: call "
+                        "prepare_for_load(checkpoint) first, before get_optimizer_state_dict. "
+                        "Otherwise save and load the whole state_dict(), or call "
+                        "set_anchor(tensors) with the previous task's weights after loading one "
+                        "without guidance"
+                    )
+                )
+            if filled > saved.get("anchored", filled):
+                raise ValueError(
+                    f"the checkpoint's group {number} has {saved['anchored']} anchored parameters, "
+                    f"but {filled} anchors came with it: they are not the checkpoint's but this "
+                    "optimizer's, as they stood in the template of a partial load. Call "
+                    "prepare_for_load(checkpoint) or clear_anchor() before the template is made"
+                )
+        mine = any("anchor" in entry for entry in self.state.values() if isinstance(entry, dict))
+        mine = mine and not self._awaits_load
+        if mine and not found and not any(saved.get("anchored") for saved in saved_groups):
+            raise ValueError(
+                "this optimizer has an anchor and the checkpoint carries none: loading would drop "
+                "it silently. Load first and call set_anchor() afterwards, or call clear_anchor() "
+                "before loading"
+            )
+        return found
+
+    def _unfilled(self, value: Any, saved: Mapping[str, Any]) -> bool:
+        """Returns whether an anchor is prepared room into which nothing was loaded."""
+        if not self._awaits_load or not isinstance(value, Tensor):
+            return False
+        if sharding.local(value).numel() == 0:  # which only the group can tell
+            return not saved.get("anchored", 1)
+        return not anchor.finite(value)
+
+    @torch.no_grad()
+    def prepare_for_load(
+        self,
+        checkpoint: Any = None,
+        *,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
+
+        torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
+        without this a guided checkpoint is refused when it is loaded. Call it before
+        ``get_optimizer_state_dict`` or ``get_state_dict`` make the template. It counts as no task
+        and sets no anchor: until the checkpoint is loaded, `step` raises.
+
+        Args:
+            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
+                it holds finds room, in the dtypes it was saved in. None makes room for an anchor of
+                every trainable parameter, in ``anchor_dtype``, beside the other state.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+
+        Raises:
+            FileNotFoundError: There is no distributed checkpoint in the directory.
+            KeyError: The checkpoint holds state, but of no parameter of this optimizer.
+            RuntimeError: The optimizer is driven by an engine with checkpoints of its own.
+            TypeError: ``checkpoint`` is no distributed checkpoint.
+            ValueError: It holds master weights, which this optimizer would not keep.
+
+        Example:
+            >>> opt = dgg.AdamW(model.parameters())
+            >>> opt.prepare_for_load(path, model=model)
+            >>> weights, state = get_state_dict(model, opt)
+            >>> dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            >>> set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
+        """
+        if self._driven_by() is not None or self._share is not None:
+            raise RuntimeError(
+                "prepare_for_load() is for torch.distributed.checkpoint over FSDP2 and other "
+                "DTensors; DeepSpeed and ZeroRedundancyOptimizer load their own checkpoints"
+            )
+        every = [(p, group) for group in self.param_groups for p in group["params"]]
+        if checkpoint is None:
+            held = [
+                {name: None for name in (*self._kept(p, group), "anchor")}
+                if p.requires_grad or p in self.state
+                else {}
+                for p, group in every
+            ]
+        else:
+            held = self._held_by(checkpoint, model)
+        for number, ((p, _), names) in enumerate(zip(every, held, strict=True)):
+            if "master" in names and not self._has_master(p):
+                raise ValueError(
+                    f"the checkpoint has a master weight of parameter {number}, which this "
+                    "optimizer would not keep; build it with master_weights=True over 16-bit "
+                    "parameters"
+                )
+        for (p, _), names in zip(every, held, strict=True):
+            if not names:
+                self.state.pop(p, None)
+                continue
+            state = self.state[p]
+            for name in state.keys() - names:
+                del state[name]
+            if "step" in names:
+                state["step"] = self._step_scalar(p, state.get("step", 0.0))
+            self._make_state(p, [name for name in names if name not in ("step", "anchor")])
+            if "anchor" in names:
+                dtype = names["anchor"] or anchor.storage_dtype(
+                    self._stepped(p), self._anchor_dtype, "a parameter"
+                )
+                state["anchor"] = anchor.allocate(p, dtype, self._anchor_device)
+                # No weights are NaN: what is not overwritten will be noticed.
+                sharding.local(state["anchor"]).fill_(float("nan"))
+        for group in self.param_groups:
+            group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
+        self._awaits_load, self._rows = True, None
+
+    def _kept(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        """Returns the keys of the state that a step keeps of a parameter, anchors apart."""
+        step = ("step",) if "step" in self._columns else ()
+        master = ("master",) if self._has_master(param) else ()
+        return (*step, *self._needed(group), *master)
+
+    def _held_by(self, source: Any, model) -> list[dict[str, torch.dtype | None]]:
+        known = {} if model is None else anchor.names_of_parameters(model)
+        names: list[list[str]] = []
+        for group in self.param_groups:
+            own = group.get("param_names", [None] * len(group["params"]))
+            for p, name in zip(group["params"], own, strict=True):
+                names.append([*known.get(p, []), *([] if name is None else anchor.variants(name))])
+        return checkpoint.find(checkpoint.held_by(source, {*self._columns, "master"}), names)
+
+    def _normalise_steps(self) -> None:
+        """Gives ``step`` and the draw index the form that the kernels write."""
+        for param, entry in self.state.items():
+            if isinstance(entry, dict) and entry.get("step") is not None:
+                entry["step"] = self._step_scalar(param, entry["step"])
+        draw = self.param_groups[0]["draw_index"]
+        if isinstance(draw, Tensor) and not self._capturable:
+            for group in self.param_groups:
+                group["draw_index"] = int(draw)
+
+    def _make_template(self) -> None:
+        """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.
+
+        Nothing else: no step is counted, no draw consumed, no momentum begun.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._check_step(params, [p.grad for p in params], [])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._init_state(p, group)
