@@ -8,9 +8,13 @@ holds no process group, so its children are as clean as new ones.
 
 from __future__ import annotations
 
+import datetime
+import functools
+import os
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 _IMPORTS = [
     "dgg",
@@ -36,3 +40,38 @@ def run(function: Callable, world: int, *arguments) -> None:
     torch.multiprocessing.start_processes(
         function, args=arguments, nprocs=world, start_method="forkserver"
     )
+
+
+def join(rank: int, world: int, folder: str) -> None:
+    """Makes the process group, as a launcher's process would find it; meets in ``folder``."""
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world), LOCAL_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    limit = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def leave() -> None:
+    """Ends the process group once all ranks are here, so that none still talks to another.
+
+    A rank that failed does not come: the others must not wait for it here, so this stands behind
+    the work and in no ``finally``.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_group(function: Callable) -> Callable:
+    """Makes of ``function(rank, world, folder, ...)`` what a rank runs: with the group around."""
+
+    @functools.wraps(function)
+    def wrapped(rank: int, world: int, folder: str, *arguments) -> None:
+        join(rank, world, folder)
+        function(rank, world, folder, *arguments)
+        leave()
+
+    return wrapped

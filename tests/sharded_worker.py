@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dgg
+import ranks
 
 
 class Foreign:
@@ -82,16 +83,9 @@ def whole(dtype, name, options):
     return [p.detach() for p in params], optimizer
 
 
-def start(rank: int, world: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-
-
+@ranks.in_group
 def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """Runs every case on DTensors; rank 0 leaves the gathered results in ``folder``."""
-    start(rank, world, folder)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -145,8 +139,6 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         )
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def network(dtype=torch.float64):
@@ -174,9 +166,9 @@ def fit(model, optimizer, first: int, last: int) -> None:
 FSDP_OPTIONS = {"lr": 3e-2, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
 
 
+@ranks.in_group
 def run_fsdp(rank: int, world: int, folder: str, made_before: bool) -> None:
     """FSDP2 over a real model: trains, saves a distributed checkpoint in the middle."""
-    start(rank, world, folder)
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -201,13 +193,11 @@ def run_fsdp(rank: int, world: int, folder: str, made_before: bool) -> None:
     weights, state = get_state_dict(model, optimizer, options=options)
     if rank == 0:
         torch.save({"model": weights, "optimizer": state}, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
+@ranks.in_group
 def resume_fsdp(rank: int, world: int, folder: str, saved: str) -> None:
     """Goes on from the checkpoint of `run_fsdp`, on any number of ranks, with a fresh optimizer."""
-    start(rank, world, folder)
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -231,13 +221,11 @@ def resume_fsdp(rank: int, world: int, folder: str, saved: str) -> None:
     weights, state = get_state_dict(model, optimizer, options=options)
     if rank == 0:
         torch.save({"model": weights, "optimizer": state}, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
+@ranks.in_group
 def run_partitions(rank: int, world: int, folder: str) -> None:
     """Plain local partitions of one flat vector, as some engines hand them over."""
-    start(rank, world, folder)
     options = {"lr": 3e-3, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
     flat = torch.cat([x.flatten() for x in initial(torch.float64)])
     bounds = [0, *(len(flat) * (r + 1) // world + 3 * (r + 1 < world) for r in range(world))]
@@ -283,13 +271,11 @@ def run_partitions(rank: int, world: int, folder: str) -> None:
             assert "flat partition" in str(error)
         else:
             raise AssertionError(f"{wrong} over flat partitions was accepted")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
+@ranks.in_group
 def run_misuses(rank: int, world: int, folder: str) -> None:
     """DTensors that cannot be stepped, and gradients that do not fit them."""
-    start(rank, world, folder)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -361,8 +347,6 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     source = torch.arange(16.0).view(4, 4)
     named.set_anchor({"weight": source})
     assert torch.equal(named.state[param]["anchor"].full_tensor(), source)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _anchored_elsewhere(param):
