@@ -130,6 +130,7 @@ class Uploads:
         self.device = device
         self._sent: dict[str, tuple[Tensor, Tensor]] = {}
         self._captured: list[Tensor] = []
+        self._replaced: list[Tensor] = []
         self._capturable = capturable
         self._spare: dict[str, Tensor] = {}
 
@@ -164,6 +165,11 @@ class Uploads:
         target.copy_(staged, non_blocking=True)
         if inside:
             self._captured.append(staged)
+            if known is not None:
+                # Pinned memory that was used on the stream under capture must not be freed in it:
+                # torch would record an event there, which becomes part of the graph, and ask it
+                # later on.
+                self._replaced.append(known[0])
         elif self._capturable:
             self._spare[name] = self._pinned(values)
         self._sent[name] = staged, target
@@ -259,6 +265,9 @@ class Kernels:
         """
         windows = self.windows
         windows.follow()
+        # A new anchor drops all of these, at any time.
+        used = [x for launch in self.launches for x in launch.tensors]
+        windows.lend([self.table, distances, self._none, *used])
         with windows.aside():
             # Every row counts as present: which gradients the next step brings is not known yet.
             present = self.table[:, self._columns[0]].contiguous()

@@ -11,7 +11,7 @@ through them in the opposite order of the pass before, which finds the last two 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,6 +85,8 @@ class Windows:
             self._stream = torch.Stream(device)
             for buffer in self._buffers:
                 buffer.record_stream(self._stream)
+            # Their memory may have been another tensor's, which work under way still reads.
+            self.follow()
         # Of each buffer: when it was filled, and when it was last read.
         self._filled: list[torch.Event | None] = [None] * len(self._buffers)
         self._read: list[torch.Event | None] = [None] * len(self._buffers)
@@ -141,6 +143,12 @@ class Windows:
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
             self._stream.wait_event(self._mark(current))
+
+    def lend(self, tensors: Iterable[Tensor]) -> None:
+        """Has the memory of tensors that work on the side stream uses reused only after it."""
+        if self._stream is not None:
+            for x in tensors:
+                x.record_stream(self._stream)
 
     def leave(self) -> None:
         """Notes work on the side stream that `join` is to wait for."""
