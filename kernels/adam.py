@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from dgg.kernels.chunks import (
+    AGAIN,
     ANCHOR,
     BLOCK,
     CHUNK,
@@ -12,6 +13,7 @@ from dgg.kernels.chunks import (
     COPY,
     GROUP,
     NUMEL,
+    ONCE,
     PARAM,
     STATE,
     STEP,
@@ -78,32 +80,33 @@ def _adam_chunk(
         drawn = drawn_of(
             own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
-        p = read(p_pointer, offset, count, None, T, FAST)
+        p = read(p_pointer, offset, count, None, T, FAST, ONCE)
         h, _ = read_gradient(
-            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
-        )
-        m = read(m_pointer, offset, count, None, T, FAST)
-        v = read(v_pointer, offset, count, None, T, FAST)
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
+            FAST, ONCE,
+        )  # fmt: skip
+        m = read(m_pointer, offset, count, None, T, FAST, ONCE)
+        v = read(v_pointer, offset, count, None, T, FAST, ONCE)
         x = None
         if AMSGRAD:
-            x = read(x_pointer, offset, count, amsgrad, T, FAST)
+            x = read(x_pointer, offset, count, amsgrad, T, FAST, ONCE)
         a = None
         if HAS_ANCHOR:
-            a = read(a_pointer, offset, count, reading, T, FAST)
+            a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
         p, m, v, x = adam(
             p, total, m, v, x, amsgrad,
             l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
         )  # fmt: skip
-        write(m_pointer, offset, count, None, narrow(m, M), FAST)
-        write(v_pointer, offset, count, None, narrow(v, V), FAST)
+        write(m_pointer, offset, count, None, narrow(m, M), FAST, ONCE)
+        write(v_pointer, offset, count, None, narrow(v, V), FAST, ONCE)
         if AMSGRAD:
-            write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST)
+            write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST, ONCE)
         words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
         stored = rounded(p, words, P)
-        write(p_pointer, offset, count, None, stored, FAST)
+        write(p_pointer, offset, count, None, stored, FAST, AGAIN)
         if HAS_COPY:
-            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
+            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
         if LOOK_AHEAD:
             # As stored: what the next step's norm pass would see.
             lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)

@@ -55,9 +55,21 @@ CHUNK = 8192
 BLOCK = 1024
 
 # Partial sums that are added at one time when rows are summed, and the number of chunks from
-# which the last program would take so long over it that a launch of its own is faster.
+# which a launch of its own does that. The last program could do it for any number in the same
+# order, but alone, a tile after another, each a chain of trips to memory, while every other
+# multiprocessor is idle: 448 rows of 44 chunks (rank 64 on a 7B model) are 14 tiles. In a launch of
+# their own the tiles are done at once, and lists of that length keep the device busy for so long
+# that what a launch costs the host is hidden.
 TILE = 1024
 SEPARATE = 8192
+
+# Whether a stream is wanted again soon; what is not makes room in the cache first. As in
+# csrc/launch.cuh: an update reads everything for the last time of its step, and writes parameters
+# for the next forward pass, but moments for a step before which a whole training step has been
+# through the cache. A norm pass leaves what it reads to the update behind it, and the gradient edit
+# its results, and parameters, to the optimizer behind it.
+AGAIN = tl.constexpr("")
+ONCE = tl.constexpr("evict_first")
 
 _DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
 
@@ -235,41 +247,41 @@ def where_of(offset, count, present, FAST: tl.constexpr):
 
 
 @triton.jit
-def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr):
+def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr, REUSE: tl.constexpr):
     """Elements as the arithmetic wants them, 0 beyond the end and where `present` is false.
 
-    `present` is None where that is certain.
+    `present` is None where that is certain. REUSE is AGAIN or ONCE.
     """
     here = where_of(offset, count, present, FAST)
     if here is None:
-        x = tl.load(pointer + offset)
+        x = tl.load(pointer + offset, eviction_policy=REUSE)
     else:
-        x = tl.load(pointer + offset, mask=here, other=0.0)
+        x = tl.load(pointer + offset, mask=here, other=0.0, eviction_policy=REUSE)
     return widen(x, T)
 
 
 @triton.jit
-def write(pointer, offset, count, present, x, FAST: tl.constexpr):
+def write(pointer, offset, count, present, x, FAST: tl.constexpr, REUSE: tl.constexpr):
     """Stores what has the tensor's dtype already; see `read`."""
     here = where_of(offset, count, present, FAST)
     if here is None:
-        tl.store(pointer + offset, x)
+        tl.store(pointer + offset, x, eviction_policy=REUSE)
     else:
-        tl.store(pointer + offset, x, mask=here)
+        tl.store(pointer + offset, x, mask=here, eviction_policy=REUSE)
 
 
 @triton.jit
 def read_gradient(
     g_pointer, r_pointer, grad, replay, offset, count, replay_weight,
-    T: tl.constexpr, HAS_REPLAY: tl.constexpr, FAST: tl.constexpr,
+    T: tl.constexpr, HAS_REPLAY: tl.constexpr, FAST: tl.constexpr, REUSE: tl.constexpr,
 ):  # fmt: skip
     """The h and g of equation (1), for a row that has at least one of g and r."""
     if HAS_REPLAY:
-        g = read(g_pointer, offset, count, grad != 0, T, FAST)
-        r = read(r_pointer, offset, count, replay != 0, T, FAST)
+        g = read(g_pointer, offset, count, grad != 0, T, FAST, REUSE)
+        r = read(r_pointer, offset, count, replay != 0, T, FAST, REUSE)
         h = real_gradient(g, r, replay_weight, replay != 0)
     else:
-        g = read(g_pointer, offset, count, None, T, FAST)
+        g = read(g_pointer, offset, count, None, T, FAST, REUSE)
         h = g
     return h, g
 

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from dgg.kernels.chunks import (
+    AGAIN,
     ANCHOR,
     BLOCK,
     CHUNK,
@@ -12,6 +13,7 @@ from dgg.kernels.chunks import (
     GROUP,
     INDEX,
     NUMEL,
+    ONCE,
     PARAM,
     bits,
     chunk_of,
@@ -72,15 +74,16 @@ def _guide_chunk(
             own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
         h, _ = read_gradient(
-            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
-        )
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
+            FAST, ONCE,
+        )  # fmt: skip
         p = None
         a = None
         if HAS_ANCHOR:
-            p = read(p_pointer, offset, count, guided, T, FAST)
-            a = read(a_pointer, offset, count, guided, T, FAST)
+            p = read(p_pointer, offset, count, guided, T, FAST, AGAIN)
+            a = read(a_pointer, offset, count, guided, T, FAST, ONCE)
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
-        write(g_pointer, offset, count, None, narrow(total, G), FAST)
+        write(g_pointer, offset, count, None, narrow(total, G), FAST, AGAIN)
 
 
 @kernel

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from dgg.kernels.chunks import (
+    AGAIN,
     ANCHOR,
     BLOCK,
     CHUNK,
@@ -54,8 +55,9 @@ def _add_gradients(
     ):
         offset = place + tl.arange(0, BLOCK)
         h, g = read_gradient(
-            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
-        )
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
+            FAST, AGAIN,
+        )  # fmt: skip
         if HAS_REPLAY:
             total = add_squares(total, h, offset, count, FAST)
         real = add_squares(real, g, offset, count, FAST)
@@ -77,8 +79,8 @@ def _add_differences(
         loop_unroll_factor=AHEAD if FAST else 1,
     ):
         offset = place + tl.arange(0, BLOCK)
-        p = read(p_pointer, offset, count, None, T, FAST)
-        a = read(a_pointer, offset, count, None, T, FAST)
+        p = read(p_pointer, offset, count, None, T, FAST, AGAIN)
+        a = read(a_pointer, offset, count, None, T, FAST, AGAIN)
         lanes = add_squares(lanes, p - a, offset, count, FAST)
     return lanes
 
@@ -288,18 +290,20 @@ def coefficients_kernel(
     tl.store(out + 1, grad)
     tl.store(out + 2, distance)
     tl.store(out + 3, total)
-    for begin in tl.range(0, n, BLOCK):
-        offset = begin + tl.arange(0, BLOCK)
+    scale = tl.full([], 1.0, tl.float64)
+    if SCALING and not PER_TENSOR:
+        scale = _scale(clip, grad, distance)
+    # An element a thread: roots and quotients in float64 are calls, and what lives across many of
+    # them would be spilled.
+    for begin in tl.range(0, n, BLOCK // 4):
+        offset = begin + tl.arange(0, BLOCK // 4)
         here = offset < n
-        scale = tl.full([BLOCK], 1.0, tl.float64)
-        if SCALING:
-            if PER_TENSOR:
-                own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
-                gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
-                scale = _scale(clip, own, gap)
-            else:
-                scale = scale * _scale(clip, grad, distance)
-        tl.store(out + SCALES + offset, scale, mask=here)
+        scales = tl.zeros([BLOCK // 4], tl.float64) + scale
+        if SCALING and PER_TENSOR:
+            own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
+            gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
+            scales = _scale(clip, own, gap)
+        tl.store(out + SCALES + offset, scales, mask=here)
 
 
 def coefficients_launch(

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from dgg.kernels.chunks import (
+    AGAIN,
     ANCHOR,
     BLOCK,
     CHUNK,
@@ -12,6 +13,7 @@ from dgg.kernels.chunks import (
     COPY,
     GROUP,
     NUMEL,
+    ONCE,
     PARAM,
     STATE,
     TILE,
@@ -74,26 +76,27 @@ def _sgd_chunk(
         drawn = drawn_of(
             own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
-        p = read(p_pointer, offset, count, None, T, FAST)
+        p = read(p_pointer, offset, count, None, T, FAST, ONCE)
         h, _ = read_gradient(
-            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY, FAST
-        )
+            g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
+            FAST, ONCE,
+        )  # fmt: skip
         b = None
         if MOMENTUM:
             # A new buffer is set, not read.
-            b = read(b_pointer, offset, count, remembering & (fresh == 0), T, FAST)
+            b = read(b_pointer, offset, count, remembering & (fresh == 0), T, FAST, ONCE)
         a = None
         if HAS_ANCHOR:
-            a = read(a_pointer, offset, count, reading, T, FAST)
+            a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
         total = guided_gradient(h, p, a, factor, pull, guided, drawn)
         p, b = sgd(p, total, b, l2, lr, momentum, undamped, nesterov, fresh)
         if MOMENTUM:
-            write(b_pointer, offset, count, remembering, narrow(b, M), FAST)
+            write(b_pointer, offset, count, remembering, narrow(b, M), FAST, ONCE)
         words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
         stored = rounded(p, words, P)
-        write(p_pointer, offset, count, None, stored, FAST)
+        write(p_pointer, offset, count, None, stored, FAST, AGAIN)
         if HAS_COPY:
-            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST)
+            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
         if LOOK_AHEAD:
             # As stored: what the next step's norm pass would see.
             lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)
