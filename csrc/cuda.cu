@@ -80,7 +80,9 @@ bool is_here(const Tensor& tensor) {
 
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // Not the macro made for this: torch 2.11 and 2.13 call it by different names.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "dgg: torch has no current stream for CUDA device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 #endif
