@@ -161,7 +161,8 @@ struct Body {
         param.template load<kOnce>(params[b], i);
       } else if constexpr (kReadsParam) {
         params[b] = {};
-        if (reads_anchor) param.template load<kOnce>(params[b], i);
+        // The optimizer behind the edit reads it next.
+        if (reads_anchor) param.template load<kAgain>(params[b], i);
       }
       if (!K::kReplay || grad) {
         grad.template load<kOnce>(grads[b], i);
