@@ -16,25 +16,36 @@ import pytest
 import torch
 
 import cases
+import rows
 from cases import BF16, F16, F32, F64
 from dgg import _device, _philox, kernels, reference
-from test_cpp import (
+from rows import (
     ADAM,
     ADAM_CASES,
     DRAW,
     DTYPES,
+    ELEMENTS,
+    FIRST,
+    FULL,
+    GUIDE,
+    HYPER,
+    INJECT,
     SEED,
     SGD,
     SGD_CASES,
+    SIGNED_SEED,
     SITUATIONS,
     THRESHOLD,
     Problem,
-    _assert_rounding,
-    _assert_same_step,
-    _bits,
-    _options,
-    _reference,
-)  # fmt: skip
+    addresses,
+    assert_same_step,
+    bits,
+    numbers_of,
+    reference_groups,
+    reference_step,
+    states_of,
+    variant_of,
+)
 
 CPU = torch.device("cpu")
 MISSING = kernels.unavailable(CPU)
@@ -48,29 +59,9 @@ pytestmark = [
 
 CHUNK = 256
 EDGES = [1, 3, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
-COPY_SLOT = 56  # place of the copy's dtype code
-INDEX, BASE, STRETCH, STRIDE, COPY = 9, 10, 11, 12, 13  # columns of the table
+STRETCH, STRIDE = 11, 12  # columns of the table
 
-INJECT, ELEMENTS = reference.INJECT, reference.INJECT_ELEMENTS
-GUIDE = dict(maximize=False, strength=0.7, threshold=THRESHOLD)
 LAUNCHES = {"adam": "adam_launch_", "sgd": "sgd_launch_", "guide": "guide_launch_"}
-
-
-def state_count(name, hyper):
-    """Returns how many moments a row has."""
-    if name == "adam":
-        return 3 if hyper["amsgrad"] else 2
-    return 1 if name == "sgd" and hyper["momentum"] != 0 else 0
-
-
-def as_flags(problem, flags):
-    """Returns flags for every row, given one for all or a list."""
-    rows = flags if isinstance(flags, list) else [flags] * len(problem.params)
-    return torch.tensor(rows, dtype=torch.uint8)
-
-
-def addresses(tensors):
-    return torch.tensor([0 if x is None else x.data_ptr() or 1 for x in tensors], dtype=torch.int64)
 
 
 def cut(problem, table, chunk=CHUNK):
@@ -78,33 +69,20 @@ def cut(problem, table, chunk=CHUNK):
 
 
 def call(
-    name, problem, hyper, flags, *, chunk=CHUNK, table=None, look_ahead=False, copies=None,
-    stochastic=False, grad_scale=None, found_inf=None, draw_index=None, replay_weight=1.0,
-    seed=SEED, draw=DRAW, distances=None,
+    name, problem, hyper, flags, *, chunk=CHUNK, table=None, look_ahead=False, stochastic=False,
+    grad_scale=None, found_inf=None, draw_index=None, replay_weight=1.0, seed=SIGNED_SEED,
+    draw=DRAW, distances=None,
 ):  # fmt: skip
     """Runs one kernel on a problem; `hyper` is one set of numbers or a list of those."""
-    hyper = hyper if isinstance(hyper, list) else [hyper]
-    states = max(state_count(name, group) for group in hyper)
     if table is None:
-        table = problem.table(states, stepped=name == "adam")
-    flags = as_flags(problem, flags)
-    variant = 0
-    if (flags & (INJECT | ELEMENTS)).any() or look_ahead:
-        variant |= _device.ANCHOR
-    if (flags & ELEMENTS).any():
-        variant |= _device.ELEMENTS
-    if look_ahead:
-        variant |= _device.LOOK_AHEAD
-    if any(group.get("amsgrad") or group.get("momentum") for group in hyper):
-        variant |= _device.STATE
+        table = problem.table(states_of(name, hyper), stepped=name == "adam")
+    flags, numbers = problem.flags(flags), numbers_of(hyper)
+    extra = _device.LOOK_AHEAD if look_ahead else 0
     if stochastic:
-        variant |= _device.STOCHASTIC
-    if copies is not None:
-        variant |= _device.COPY
-        table = table.clone()
-        table[:, COPY] = addresses(copies)
-        table[:, 8] += torch.tensor([DTYPES.index(x.dtype) << COPY_SLOT for x in copies])
-    numbers = torch.tensor([[float(v) for v in group.values()] for group in hyper], dtype=F64)
+        extra |= _device.STOCHASTIC
+    if any(copy is not None for copy in problem.copies):
+        extra |= _device.COPY
+    variant = variant_of(hyper if isinstance(hyper, list) else [hyper], flags, extra)
     grads, replays = addresses(problem.grads), addresses(problem.replays)
     if grad_scale is not None:
         grad_scale = torch.tensor(grad_scale)
@@ -149,66 +127,27 @@ def call_coefficients(squares, **options):
     return out
 
 
-def oracle(name, exact, hyper, flags, **options):
-    """Runs the reference, row by row where flags differ."""
-    grads, replays = exact.grads, exact.replays
-    for row, flag in enumerate(as_flags(exact, flags).tolist()):
-        only = range(row, row + 1) if isinstance(flags, list) else range(len(exact.params))
-        exact.grads = [g if place in only else None for place, g in enumerate(grads)]
-        exact.replays = [r if place in only else None for place, r in enumerate(replays)]
-        _reference(name, exact, hyper, flag, **options)
-        if not isinstance(flags, list):
-            break
-    exact.grads, exact.replays = grads, replays
-
-
 # Updates
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("case", ADAM_CASES)
 def test_adam(case, situation):
-    hyper, how = {**ADAM, **ADAM_CASES[case]}, SITUATIONS[situation]
-    problem = Problem([0, *EDGES], replay=how["replay"])
-    exact = problem.exact()
-    options = _options(how)
-    scale = options.pop("grad_scale")
-    call("adam", problem, hyper, how["flags"], grad_scale=scale, **options)
-    _reference("adam", exact, hyper, how["flags"], grad_scale=scale, **options)
-    _assert_same_step(problem, exact, state_count("adam", hyper), f"{case}, {situation}")
-    assert [s.item() for s in problem.steps] == [s.item() for s in exact.steps]
-    assert (problem.distances == -1).all()
+    rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, [0, *EDGES])
 
 
-@pytest.mark.parametrize("first", [0, reference.FIRST_STEP])
+@pytest.mark.parametrize("first", [0, FIRST])
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("case", SGD_CASES)
 def test_sgd(case, situation, first):
-    hyper, how = {**SGD, **SGD_CASES[case]}, SITUATIONS[situation]
-    problem = Problem([0, *EDGES[3:]], replay=how["replay"])
-    if first:  # what lies in a new buffer must not matter
-        for buffer in problem.states[0]:
-            buffer.fill_(float("nan"))
-    exact = problem.exact()
-    options = _options(how)
-    scale = options.pop("grad_scale")
-    call("sgd", problem, hyper, how["flags"] | first, grad_scale=scale, **options)
-    _reference("sgd", exact, hyper, how["flags"] | first, grad_scale=scale, **options)
-    _assert_same_step(problem, exact, state_count("sgd", hyper), f"{case}, {situation}")
+    hyper = {**SGD, **SGD_CASES[case]}
+    rows.check_update(call, "sgd", hyper, situation, [0, *EDGES[3:]], first)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_guide(situation, maximize):
-    hyper, how = {**GUIDE, "maximize": maximize}, SITUATIONS[situation]
-    problem = Problem([0, *EDGES], replay=how["replay"])
-    exact = problem.exact()
-    options = _options(how)
-    scale = options.pop("grad_scale")
-    call("guide", problem, hyper, how["flags"], grad_scale=scale, **options)
-    _reference("guide", exact, hyper, how["flags"], grad_scale=scale, **options)
-    for ours, theirs in zip(problem.grads, exact.grads, strict=True):
-        _assert_rounding(ours, theirs, situation)
+    rows.check_update(call, "guide", {**GUIDE, "maximize": maximize}, situation, [0, *EDGES])
 
 
 def test_guide_without_guidance_leaves_every_bit():
@@ -217,9 +156,9 @@ def test_guide_without_guidance_leaves_every_bit():
     problem.anchors[2] = None
     # A NaN with a payload comes back with another one from any arithmetic.
     problem.grads[0].view(torch.int32)[3] = 0x7FA00001
-    before = _bits(problem.grads[:1]), _bits(problem.grads[2:])
+    before = bits(problem.grads[:1]), bits(problem.grads[2:])
     call("guide", problem, {**GUIDE, "threshold": 2**32}, [0, INJECT, INJECT])
-    assert (_bits(problem.grads[:1]), _bits(problem.grads[2:])) == before
+    assert (bits(problem.grads[:1]), bits(problem.grads[2:])) == before
 
 
 def hyper_of(optimizer):
@@ -240,12 +179,12 @@ def test_every_optimizer_with_every_mix(optimizer, mix):
     name, hyper = hyper_of(optimizer)
     param, grad, anchor = mix
     kind = (param, grad, grad, param, anchor or param)
-    problem = Problem([65, CHUNK, CHUNK + 9], dtypes=[kind] * 3, replay=False)
+    problem = Problem([65, CHUNK, CHUNK + 9], kind, replay=False)
     exact = problem.exact()
     flags = [0, INJECT, ELEMENTS]
     call(name, problem, hyper, flags, look_ahead=True)
-    oracle(name, exact, hyper, flags, look_ahead=True)
-    _assert_same_step(problem, exact, state_count(name, hyper), f"{optimizer}, {mix}")
+    reference_step(name, exact, hyper, flags, look_ahead=True)
+    assert_same_step(name, problem, exact, hyper, f"{optimizer}, {mix}")
     torch.testing.assert_close(
         problem.distances,
         torch.stack([
@@ -279,8 +218,8 @@ def test_a_whole_step(optimizer, guidance):
     )
     torch.testing.assert_close(problem.coefficients, exact.coefficients, rtol=1e-6, atol=0)
     call(name, problem, hyper, flags)
-    _reference(name, exact, hyper, flags)
-    _assert_same_step(problem, exact, state_count(name, hyper), f"{optimizer}, {guidance}")
+    reference_step(name, exact, hyper, flags)
+    assert_same_step(name, problem, exact, hyper, f"{optimizer}, {guidance}")
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
@@ -290,38 +229,20 @@ def test_dtype_combinations(name):
         tuple(DTYPES[(p + shift) % 4] for shift in (0, turn, 3 * turn, turn + 1, 2 * turn))
         for p, turn in itertools.product(range(4), repeat=2)
     ]
-    problem = Problem([37] * len(kinds), dtypes=kinds)
-    exact = problem.exact()
-    hyper = {"adam": {**ADAM, "amsgrad": True}, "sgd": SGD, "guide": {**GUIDE, "maximize": True}}[
-        name
-    ]
-    options = {"replay_weight": 0.6, "grad_scale": 4.0}
-    look_ahead = {} if name == "guide" else {"look_ahead": True}
-    call(name, problem, hyper, ELEMENTS, **options, **look_ahead)
-    _reference(name, exact, hyper, ELEMENTS, **options, **look_ahead)
-    states = state_count(name, hyper)
-    written = problem.grads if name == "guide" else problem.tensors(states)
-    expected = exact.grads if name == "guide" else exact.tensors(states)
-    for place, (ours, theirs) in enumerate(zip(written, expected, strict=True)):
-        kind = kinds[place % len(kinds)]
-        if ours.dtype == F64 and kind[0] != F64:
-            # Stored wider than the arithmetic is.
-            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-        else:
-            _assert_rounding(ours, theirs, f"{name}, tensor {place}, dtypes {kind}")
+    rows.check_dtypes(call, call_norms, name, kinds, 37, ELEMENTS)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_chunks_as_they_are_used(dtype):
     # The real chunk has several blocks; here are whole chunks, whole blocks and a ragged end.
     sizes = [_device.CHUNK + 1024 + 5, 1024, 1023, 2049]
-    problem = Problem(sizes, dtypes=[(dtype,) * 5] * 4, replay=False)
+    problem = Problem(sizes, (dtype,) * 5, replay=False)
     exact = problem.exact()
     unknown = torch.full_like(problem.distances, -1.0)
-    hyper = {**ADAM, "amsgrad": True}
+    hyper = FULL["adam"]
     call("adam", problem, hyper, ELEMENTS, chunk=_device.CHUNK, look_ahead=True)
-    _reference("adam", exact, hyper, ELEMENTS)
-    _assert_same_step(problem, exact, 3, "real chunks")
+    reference_step("adam", exact, hyper, ELEMENTS)
+    assert_same_step("adam", problem, exact, hyper, "real chunks")
     squares = call_norms(problem, 7, chunk=_device.CHUNK, distances=unknown)
     assert torch.equal(squares[2], problem.distances)
     expected = [g.double().square().sum().item() for g in problem.grads]
@@ -333,18 +254,14 @@ def test_chunks_as_they_are_used(dtype):
 def test_misaligned_views_give_the_same_bits(name, dtype):
     """Aligned tensors and views into the middle of others take different walks."""
     sizes = [1, 7, 40, CHUNK, CHUNK + 9, 2 * CHUNK]
-    hyper = {"adam": {**ADAM, "amsgrad": True}, "sgd": SGD, "guide": GUIDE}[name]
     options = {"replay_weight": 0.6} | ({} if name == "guide" else {"look_ahead": True})
     results = []
     for offset in (0, 1, 3):
-        problem = Problem(sizes, dtypes=[(dtype,) * 5] * len(sizes), offset=offset)
-        call(name, problem, hyper, ELEMENTS, **options)
+        problem = Problem(sizes, (dtype,) * 5, offset=offset)
+        call(name, problem, FULL[name], ELEMENTS, **options)
         results.append([*problem.tensors(3), *problem.grads, problem.distances])
-        if offset:
-            for buffer in problem.buffers:
-                assert (buffer[:offset] == -77).all() and (buffer[-offset:] == -77).all()
-        else:
-            assert all(x.data_ptr() % 16 == 0 for x in problem.buffers)
+        problem.assert_guards()
+        assert offset or all(x.data_ptr() % 16 == 0 for x in results[0])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -352,18 +269,7 @@ def test_misaligned_views_give_the_same_bits(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_where_they_are(dtype, bad):
-    problem = Problem([40, 40], dtypes=[(dtype,) * 5] * 2, replay=False)
-    problem.grads[0][7] = bad
-    problem.params[1][11] = bad
-    exact = problem.exact()
-    hyper = {**ADAM, "amsgrad": True}
-    call("adam", problem, hyper, INJECT)
-    _reference("adam", exact, hyper, INJECT)
-    for ours, theirs in zip(problem.tensors(3), exact.tensors(3), strict=True):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert torch.equal(ours.isinf(), theirs.isinf())
-    assert problem.params[0].isnan().sum() == 1
-    assert problem.states[2][0].isfinite().sum() == 39
+    rows.check_nan_and_infinity(call, dtype, bad)
 
 
 def plain(**changes):
@@ -398,21 +304,7 @@ def test_half_conversions_are_exact_for_every_value(dtype):
 
 
 def test_rows_without_gradient_are_untouched():
-    problem = Problem([9, CHUNK + 9, 9, 0])
-    problem.grads[1] = problem.replays[1] = None
-    problem.grads[2] = None  # a replay gradient only: stepped with w r
-    problem.replays[0] = None
-    exact = problem.exact()
-    before = _bits([problem.params[1], *(state[1] for state in problem.states), problem.steps[1]])
-    problem.distances[1] = 5.0
-    call("adam", problem, ADAM, INJECT, replay_weight=0.6, look_ahead=True)
-    _reference("adam", exact, ADAM, INJECT, replay_weight=0.6, look_ahead=True)
-    after = _bits([problem.params[1], *(state[1] for state in problem.states), problem.steps[1]])
-    assert before == after
-    assert problem.distances[1] == 5.0
-    assert problem.distances[3] == 0.0
-    assert [s.item() for s in problem.steps] == [s.item() for s in exact.steps]
-    _assert_same_step(problem, exact, 2, "replay only")
+    rows.check_rows_without_gradient(call, CHUNK + 9)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
@@ -433,32 +325,24 @@ def test_a_launch_of_empty_tensors(name):
 
 def test_groups_have_their_own_numbers():
     problem = Problem([9, CHUNK + 9], replay=False)
-    groups = [ADAM, {**ADAM, "lr": 0.2, "beta2": 0.7, "strength": 0.0, "amsgrad": True}]
-    table = problem.table(3)
-    table[1, 7] = 1
+    groups = [ADAM, {**FULL["adam"], "lr": 0.2, "beta2": 0.7, "strength": 0.0}]
+    problem.groups = [0, 1]
     exact = problem.exact()
-    call("adam", problem, groups, INJECT, table=table)
-    grads = exact.grads
-    for row, group in enumerate(groups):
-        exact.grads = [g if place == row else None for place, g in enumerate(grads)]
-        _reference("adam", exact, group, INJECT)
-    _assert_same_step(problem, exact, 3, "two groups")
+    call("adam", problem, groups, INJECT)
+    reference_groups("adam", exact, groups, INJECT)
+    assert_same_step("adam", problem, exact, FULL["adam"], "two groups")
 
 
 def test_momentum_in_one_group_only():
     problem = Problem([9, CHUNK + 9], replay=False)
     groups = [SGD, {**SGD, "momentum": 0.0}]
-    table = problem.table(1)
-    table[1, 7] = 1
-    untouched = _bits([problem.states[0][1]])
+    problem.groups = [0, 1]
+    untouched = bits([problem.states[0][1]])
     exact = problem.exact()
-    call("sgd", problem, groups, INJECT, table=table)
-    grads = exact.grads
-    for row, group in enumerate(groups):
-        exact.grads = [g if place == row else None for place, g in enumerate(grads)]
-        _reference("sgd", exact, group, INJECT)
-    _assert_same_step(problem, exact, 1, "two groups")
-    assert _bits([problem.states[0][1]]) == untouched
+    call("sgd", problem, groups, INJECT)
+    reference_groups("sgd", exact, groups, INJECT)
+    assert_same_step("sgd", problem, exact, SGD, "two groups")
+    assert bits([problem.states[0][1]]) == untouched
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
@@ -466,28 +350,27 @@ def test_momentum_in_one_group_only():
 def test_found_inf_changes_nothing(name, found):
     problem = Problem([9, CHUNK + 9])
     twin = problem.copy()
-    twin.steps = [s.clone() for s in problem.steps]
     for each in (problem, twin):
         each.distances.fill_(3.0)
-    hyper = {"adam": ADAM, "sgd": SGD, "guide": GUIDE}[name]
+    hyper = HYPER[name]
     everything = [*problem.tensors(3), *problem.grads, *problem.steps, problem.distances]
-    before = _bits(everything)
+    before = bits(everything)
     look_ahead = {} if name == "guide" else {"look_ahead": True}
     call(name, problem, hyper, ELEMENTS, found_inf=torch.tensor([found]), **look_ahead)
     if found == 0:
         call(name, twin, hyper, ELEMENTS, **look_ahead)
-        before = _bits([*twin.tensors(3), *twin.grads, *twin.steps, twin.distances])
-    assert _bits(everything) == before
+        before = bits([*twin.tensors(3), *twin.grads, *twin.steps, twin.distances])
+    assert bits(everything) == before
 
 
 @pytest.mark.parametrize("step", [0, 1, 999, 2**20, 2**24 - 2])
 def test_bias_corrections(step):
-    problem = Problem([33], dtypes=[(F64,) * 5], replay=False)
+    problem = Problem([33], (F64,) * 5, replay=False)
     hyper = {**ADAM, "beta1": 0.9, "beta2": 0.9999}
     problem.steps[0].fill_(float(step))
     exact = problem.exact()
     call("adam", problem, hyper, INJECT)
-    _reference("adam", exact, hyper, INJECT)
+    reference_step("adam", exact, hyper, INJECT)
     # A correction of 1 - 0.9999 carries the rounding of 0.9999, ten thousand times larger.
     torch.testing.assert_close(problem.params[0], exact.params[0], rtol=1e-12, atol=1e-12)
     assert problem.steps[0].item() == step + 1
@@ -504,22 +387,21 @@ def test_elements_beyond_2_to_the_33():
         table[0, column] -= skipped * 4
     table[0, 6] = table[0, STRETCH] = table[0, STRIDE] = skipped + CHUNK + 40
     grads = addresses(problem.grads) - skipped * 4
-    hyper = torch.tensor([[float(v) for v in ADAM.values()]], dtype=F64)
     kernels.adam_launch_(
         table, torch.zeros(1, dtype=torch.int32),
         torch.tensor([[0, number], [0, number + 1]], dtype=torch.int32),
         torch.tensor([0, 2], dtype=torch.int32), torch.zeros(3, 2, dtype=F64),
         torch.zeros(1, dtype=torch.int32), grads, torch.empty(0, dtype=torch.int64),
-        problem.coefficients, as_flags(problem, ELEMENTS), hyper, problem.distances,
-        None, None, None, dtypes=0, replay_weight=1.0, seed=SEED, draw=DRAW,
+        problem.coefficients, problem.flags(ELEMENTS), numbers_of(ADAM), problem.distances,
+        None, None, None, dtypes=0, replay_weight=1.0, seed=SIGNED_SEED, draw=DRAW,
         variant=_device.ANCHOR | _device.ELEMENTS, chunk=CHUNK,
     )  # fmt: skip
     elements = torch.arange(skipped, skipped + CHUNK + 40)
-    drawn = _philox.element_words(SEED % 2**64, DRAW, problem.indices[0], elements) < THRESHOLD
+    drawn = _philox.element_words(SEED, DRAW, problem.indices[0], elements) < THRESHOLD
     assert 30 < drawn.sum() < 150
     exact.anchors = [torch.where(drawn, exact.anchors[0], exact.params[0])]
-    _reference("adam", exact, ADAM, INJECT)
-    _assert_same_step(problem, exact, 2, "far away")
+    reference_step("adam", exact, ADAM, INJECT)
+    assert_same_step("adam", problem, exact, ADAM, "far away")
 
 
 def test_a_variant_that_contradicts_itself_is_refused():
@@ -528,7 +410,7 @@ def test_a_variant_that_contradicts_itself_is_refused():
     with pytest.raises(ValueError, match="LOOK_AHEAD need ANCHOR"):
         kernels.adam_launch_(
             problem.table(2), *part.tensors, addresses(problem.grads), addresses([]),
-            problem.coefficients, as_flags(problem, 0), torch.zeros(1, 10, dtype=F64),
+            problem.coefficients, problem.flags(0), torch.zeros(1, 10, dtype=F64),
             problem.distances, None, None, None, dtypes=0, replay_weight=1.0, seed=0, draw=0,
             variant=_device.LOOK_AHEAD,
         )  # fmt: skip
@@ -561,30 +443,24 @@ def test_element_masks(shard, dtype, counted):
     """What is injected is exactly what the words say: the gradient becomes the mask."""
     count, *place = SHARDS[shard]
     problem = lone(*(torch.full((count,), x, dtype=dtype) for x in (1.0, 0.0, 0.0)))
-    table = problem.table(0)
-    table[0, BASE : STRIDE + 1] = torch.tensor(place)
+    problem.shards = [place]
     draw = 2**32 + 3
     index = torch.tensor(draw) if counted else None
     hyper = {**GUIDE, "strength": 1.0}
-    call("guide", problem, hyper, ELEMENTS, table=table, draw=0 if counted else draw,
+    call("guide", problem, hyper, ELEMENTS, draw=0 if counted else draw,
          draw_index=index)  # fmt: skip
-    words = _philox.element_words(SEED % 2**64, draw, 7, unsharded(shard))
+    words = _philox.element_words(SEED, draw, 7, unsharded(shard))
     assert torch.equal(problem.grads[0], (words < THRESHOLD).to(dtype))
     assert 0.2 < problem.grads[0].double().mean() < 0.4
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_certain_element_draws(alpha):
-    hyper = {**ADAM, "threshold": _philox.threshold(alpha)}
-    problem = Problem([CHUNK + 3], replay=False)
-    other = problem.copy()
-    call("adam", problem, hyper, ELEMENTS)
-    call("adam", other, hyper, INJECT if alpha else 0)
-    assert torch.equal(problem.params[0], other.params[0])
+    rows.check_certain_element_draws(call, alpha, CHUNK + 3)
 
 
 def test_lowest_and_highest_thresholds():
-    words = _philox.element_words(SEED % 2**64, DRAW, 7, torch.arange(CHUNK))
+    words = _philox.element_words(SEED, DRAW, 7, torch.arange(CHUNK))
     for threshold in (1, int(words.min()) + 1, int(words.max()), int(words.max()) + 1, 2**32 - 1):
         problem = lone(*(torch.full((CHUNK,), x) for x in (1.0, 0.0, 0.0)))
         call("guide", problem, {**GUIDE, "strength": 1.0, "threshold": threshold}, ELEMENTS)
@@ -607,7 +483,7 @@ def test_stochastic_rounding(shard, name):
     param, grad = (torch.randn(count, generator=generator) for _ in range(2))
     param[5:9] = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.4e38])
     words = _philox.block(
-        SEED % 2**64,
+        SEED,
         ((index := unsharded(shard)) // 4 & 0xFFFFFFFF, index // 4 >> 32, 0 * index + DRAW,
          0 * index + 0xC0000000 + 7),
     )  # fmt: skip
@@ -616,11 +492,8 @@ def test_stochastic_rounding(shard, name):
     # As a copy of float32 master weights, which hold the number that is rounded.
     problem = lone(param.clone(), grad.clone(), param.clone())
     problem.states = [[torch.rand(count, generator=generator)] for _ in range(3)]
-    copy = torch.zeros(count, dtype=BF16)
-    hyper = {**ADAM, "amsgrad": True} if name == "adam" else SGD
-    table = problem.table(state_count(name, hyper), stepped=name == "adam")
-    table[0, BASE : STRIDE + 1] = torch.tensor(place)
-    call(name, problem, hyper, INJECT, table=table, copies=[copy], stochastic=True)
+    problem.shards, problem.copies = [place], [copy := torch.zeros(count, dtype=BF16)]
+    call(name, problem, FULL[name], INJECT, stochastic=True)
     expected = rounded_by_words(problem.params[0], words)
     assert torch.equal(copy.isnan(), expected.isnan())
     numbers = ~expected.isnan()
@@ -630,9 +503,8 @@ def test_stochastic_rounding(shard, name):
     if name == "sgd":  # the parameter itself; what is rounded is known exactly
         narrow = param.to(BF16)
         problem = lone(narrow.clone(), grad)
-        table = problem.table(0)
-        table[0, BASE : STRIDE + 1] = torch.tensor(place)
-        call("sgd", problem, plain(), 0, table=table, stochastic=True)
+        problem.shards = [place]
+        call("sgd", problem, plain(), 0, stochastic=True)
         expected = rounded_by_words(narrow.float() - grad, words)
         assert torch.equal(problem.params[0][numbers], expected[numbers])
         assert torch.equal(problem.params[0].isnan(), expected.isnan())
@@ -643,17 +515,14 @@ def test_stochastic_rounding(shard, name):
 def test_copies_of_master_weights(kinds, offset):
     master, dtype = kinds
     sizes = [5, CHUNK + 9, 0]
-    problem = Problem(sizes, dtypes=[(master,) * 5] * 3, replay=False)
-    copies = [torch.full((n + 2 * offset,), -77.0, dtype=dtype) for n in sizes]
-    views = [x[offset : offset + n] for x, n in zip(copies, sizes, strict=True)]
+    kind = (*(master,) * 5, dtype)
+    problem = Problem(sizes, kind, replay=False, copies=True, offset=offset)
     exact = problem.exact()
-    call("adam", problem, ADAM, INJECT, copies=views, look_ahead=True)
-    _reference("adam", exact, ADAM, INJECT)
-    _assert_same_step(problem, exact, 2, "master weights")
-    for param, view, copy in zip(problem.params, views, copies, strict=True):
-        assert torch.equal(view, param.to(dtype))
-        if offset:
-            assert copy[0] == copy[-1] == -77
+    call("adam", problem, ADAM, INJECT, look_ahead=True)
+    reference_step("adam", exact, ADAM, INJECT)
+    assert_same_step("adam", problem, exact, ADAM, "master weights")
+    for param, copy in zip(problem.params, problem.copies, strict=True):
+        assert torch.equal(copy, param.to(dtype))
     # The distance is that of the master weights.
     squares = call_norms(problem, 4, distances=torch.full_like(problem.distances, -1.0))
     assert torch.equal(squares[2], problem.distances)
@@ -673,32 +542,32 @@ def test_draws_on_the_device(granularity):
         [[9.0, float(t), 8.0, s] for t, s in zip(thresholds, strengths, strict=True)], dtype=F64
     )
     flags = torch.full((n,), 3, dtype=torch.uint8)
-    flags[1::3] |= reference.FIRST_STEP
+    flags[1::3] |= FIRST
     gate = torch.tensor([7], dtype=torch.uint8)
 
     def draw_flags():
         kernels.draw_flags_launch(
-            table, hyper, torch.tensor(draw), flags, gate, seed=SEED,
+            table, hyper, torch.tensor(draw), flags, gate, seed=SIGNED_SEED,
             granularity=_device.GRANULARITIES[granularity], threshold_column=1, strength_column=3,
         )  # fmt: skip
 
     draw_flags()
     own = thresholds[table[:, 7]]
     if granularity == "step":
-        injected = (_philox.step_word(SEED % 2**64, draw) < own).long() * INJECT
+        injected = (_philox.step_word(SEED, draw) < own).long() * INJECT
     elif granularity == "tensor":
-        words = _philox.tensor_words(SEED % 2**64, draw, table[:, INDEX])
+        words = _philox.tensor_words(SEED, draw, torch.tensor(problem.indices))
         injected = (words < own).long() * INJECT
     else:
         injected = torch.where(own == 2**32, INJECT, torch.where(own > 0, ELEMENTS, 0))
     injected[(table[:, 4] == 0) | (table[:, 7] == 3)] = 0
     expected = injected.to(torch.uint8)
-    expected[1::3] |= reference.FIRST_STEP
+    expected[1::3] |= FIRST
     assert torch.equal(flags, expected)
     assert injected.any() and gate.item() == 1
     table[:, 4] = 0
     draw_flags()
-    assert gate.item() == 0 and set(flags.tolist()) == {0, reference.FIRST_STEP}
+    assert gate.item() == 0 and set(flags.tolist()) == {0, FIRST}
 
 
 # Norms and coefficients
@@ -707,35 +576,18 @@ def test_draws_on_the_device(granularity):
 @pytest.mark.parametrize("which", range(1, 8))
 @pytest.mark.parametrize("replay", [False, True])
 def test_norms(which, replay):
-    sizes = [0, *EDGES, 7, 7, 7]
-    problem = Problem(sizes, replay=replay)
-    problem.anchors[3] = None
-    problem.grads[-1] = None  # with replay: a replay gradient only
-    problem.grads[-2] = None
-    if replay:
-        problem.replays[-2] = problem.replays[4] = None
-    problem.distances[5], problem.distances[6] = 123.0, float("nan")
-    exact = problem.exact()
-    squares = call_norms(problem, which, replay_weight=0.6, grad_scale=4.0)
-    expected = reference.norms(
-        exact.params, exact.grads, exact.replays, exact.anchors, exact.distances,
-        replay_weight=0.6, grad_scale=4.0, which=which,
-    )  # fmt: skip
-    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0, equal_nan=True)
-    torch.testing.assert_close(
-        problem.distances, exact.distances, rtol=1e-6, atol=0, equal_nan=True
-    )
+    rows.check_norms(call_norms, which, replay, EDGES)
 
 
 @pytest.mark.parametrize(
     "dtypes", [(F32,) * 5, (BF16,) * 5, (BF16, F32, F16, F32, F16), (F64,) * 5]
 )
 def test_gradient_norm_does_not_depend_on_what_else_is_computed(dtypes):
-    problem = Problem([33, 2 * CHUNK + 3], dtypes=[dtypes] * 2)
+    problem = Problem([33, 2 * CHUNK + 3], dtypes)
     replays = problem.replays
     seen = set()
     for which, problem.replays in itertools.product((2, 3, 6, 7), (replays, [])):
-        seen.add(_bits([call_norms(problem, which, replay_weight=0.6)[1]]))
+        seen.add(bits([call_norms(problem, which, replay_weight=0.6)[1]]))
     assert len(seen) == 1
 
 
@@ -749,12 +601,7 @@ def test_closed_gate_leaves_the_total_norm(gate):
 
 
 def test_norms_overflow_to_infinity_and_keep_nan():
-    problem = Problem([5, 5, 5], replay=False)
-    problem.grads[0][2] = 1e30
-    problem.grads[1][2] = float("nan")
-    squares = call_norms(problem, 7)
-    assert squares[0, 0] == squares[1, 0] == float("inf")
-    assert squares[0, 1].isnan() and squares[:, 2].isfinite().all()
+    rows.check_overflowing_norms(call_norms)
 
 
 @pytest.mark.parametrize(
@@ -789,32 +636,15 @@ def test_rows_of_many_chunks(sizes, separate, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_look_ahead_is_the_next_norm_pass(dtype, name):
-    sizes = [0, *EDGES]
-    problem = Problem(sizes, dtypes=[(dtype,) * 5] * len(sizes), replay=False)
-    problem.anchors[2] = None
-    flags = [0, INJECT, ELEMENTS] * 3
-    call(name, problem, ADAM if name == "adam" else SGD, flags, look_ahead=True)
-    unknown = torch.full_like(problem.distances, -1.0)
-    squares = call_norms(problem, 4, distances=unknown)
-    assert problem.distances[2] == unknown[2] == -1
-    anchored = torch.tensor([x is not None for x in problem.anchors])
-    assert torch.equal(problem.distances[anchored], squares[2][anchored])
-    assert torch.equal(problem.distances, unknown)
+    rows.check_look_ahead(call, call_norms, name, dtype, EDGES, [0, INJECT, ELEMENTS] * 3)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 0.1, 1e9])
 @pytest.mark.parametrize("scaling", [True, False])
 @pytest.mark.parametrize("per_tensor", [True, False])
 def test_coefficients(per_tensor, scaling, max_grad_norm):
-    nan, inf = float("nan"), float("inf")
     many = torch.rand(3, 2100, generator=torch.Generator().manual_seed(0), dtype=F64)
-    for squares in (
-        [[4.0, 9.0, 1.0], [4.0, 0.0, 1.0], [16.0, 3.0, 0.0]],
-        [[4.0, 9.0, 1.0], [0.0, 0.0, 0.0], [16.0, 3.0, 0.0]],
-        [[4.0, 9.0, 1.0], [4.0, 9.0, 1.0], [0.0, 0.0, 0.0]],
-        [[nan, 9.0, 1.0], [4.0, nan, 1.0], [9.0, 3.0, inf]],
-        many,
-    ):
+    for squares in (*rows.SQUARES, many):
         squares = torch.as_tensor(squares, dtype=F64)
         options = dict(max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
         torch.testing.assert_close(
