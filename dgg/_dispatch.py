@@ -122,6 +122,26 @@ def choose(backend: str | None, device: torch.device) -> str:
     return next((name for name in candidates if unavailable(name, device) is None), "reference")
 
 
+def choose_for(backend: str | None, param: Tensor) -> str:
+    """Returns the backend for ``param``: the one of `choose`, if it can reach the values.
+
+    Of what keeps its values in other tensors (float8 weights of a library) only plain torch
+    operations know what to do.
+
+    Raises:
+        TypeError: The named backend cannot reach the values.
+    """
+    if not sharding.keeps_values_elsewhere(param):
+        return choose(backend, param.device)
+    if backend not in (None, "reference"):
+        kind = type(sharding.local(param)).__name__
+        raise TypeError(
+            f"backend={backend!r} cannot step a {kind}, which keeps its values in other tensors; "
+            "use backend=None or 'reference'"
+        )
+    return "reference"
+
+
 def launches(backend: str, device: torch.device) -> bool:
     """Returns whether the backend works on ``device`` by launches that nobody waits for."""
     return backend == "triton" or (backend == "cpp" and device.type != "cpu")
@@ -158,6 +178,11 @@ def show_config() -> str:
 def real_view(x: Tensor) -> Tensor:
     """Returns a complex tensor as its real view, any other as it is."""
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _nowhere(x: Tensor) -> int | None:
+    """Returns what stands for the address of an empty tensor, None if ``x`` is not empty."""
+    return None if x.numel() else _NOWHERE
 
 
 def is_dense(x: Tensor) -> bool:
@@ -465,12 +490,12 @@ class Rows:
             addresses, present, dtypes = list(map(Tensor.data_ptr, grads)), grads, self._dtypes
             self._complete = True
             if 0 in addresses:
-                addresses = [address or _NOWHERE for address in addresses]
+                addresses = [a or _nowhere(g) for a, g in zip(addresses, grads, strict=True)]
         except TypeError:  # some are None
-            addresses = [0 if g is None else g.data_ptr() or _NOWHERE for g in grads]
+            addresses = [0 if g is None else g.data_ptr() or _nowhere(g) for g in grads]
             present = [g for g in grads if g is not None]
             dtypes = [d for d, g in zip(self._dtypes, grads, strict=True) if g is not None]
-        if [g.dtype for g in present] != dtypes:
+        if None in addresses or [g.dtype for g in present] != dtypes:
             return False
         if not all(map(Tensor.is_contiguous, present)):
             return False
@@ -516,7 +541,10 @@ class Rows:
                 self._kept.append(plain)
                 if place == 0 and plain.data_ptr() != real_view(grads[row]).data_ptr():
                     self._grad_copies.append((real_view(grads[row].detach()), plain))
-                addresses[place].append(plain.data_ptr() or _NOWHERE)
+                address = plain.data_ptr() or _nowhere(plain)
+                if address is None:
+                    raise RuntimeError(f"a gradient is a {type(x).__name__} without memory")
+                addresses[place].append(address)
             self._table[row, DTYPES] = self._dtype_codes(row, *pair)
         self._grad_addresses = _int64(addresses[0])
         self._replay_addresses = _int64(addresses[1]) if replays else _NO_ADDRESSES

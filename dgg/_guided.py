@@ -537,6 +537,7 @@ class Guided(Loading):
                 stepped=True,
                 elements=self.param_groups[0]["granularity"] == "element",
             )
+            _dispatch.choose_for(self._backend, param)
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
                     guidance.check_gradient(given, param, label, kind)
@@ -551,19 +552,34 @@ class Guided(Loading):
                     )
         if self._awaits_load:
             raise RuntimeError(
-                "prepare_for_load() has made room in this optimizer for a checkpoint that was not "
-                "loaded: load it (set_optimizer_state_dict, set_state_dict or load_state_dict), or "
-                "give it up with clear_anchor() or set_anchor()"
+                "prepare_for_load(), or a load that failed, has made room in this optimizer for a "
+                "checkpoint that was not loaded: load it (set_optimizer_state_dict, "
+                "set_state_dict or load_state_dict), or give it up with clear_anchor() or "
+                "set_anchor()"
             )
-        for number, group in enumerate(self.param_groups):
-            present = sum("anchor" in self.state.get(p, ()) for p in group["params"])
-            if present < group["anchored"] - self._others(number):
-                raise RuntimeError(
-                    f"group {number} was anchored ({group['anchored']} parameters) but only "
-                    f"{present} anchors are in the state: the resume lost them. Load a checkpoint "
-                    "that has them, set them again with set_anchor(tensors) of the previous "
-                    "task's weights, or give up guidance with clear_anchor()"
-                )
+        self._check_anchored(params)
+
+    def _check_anchored(self, params: list[Tensor]) -> None:
+        """Raises if anchors that the groups promise are not there."""
+        groups = self.param_groups
+        present = [sum("anchor" in self.state.get(p, ()) for p in g["params"]) for g in groups]
+        promised = [group["anchored"] - self._others(n) for n, group in enumerate(groups)]
+        missing = [here < there for here, there in zip(present, promised, strict=True)]
+        if not any(missing):
+            return
+        # Somebody has taken parameters out of a group, or into another: none goes unguided.
+        if self._rows is not None and sum(promised) - sum(present) == self._rows.taken_out(params):
+            for n, group in enumerate(groups):
+                group["anchored"] = present[n] + self._others(n)
+            return
+        number = missing.index(True)
+        raise RuntimeError(
+            f"group {number} was anchored ({groups[number]['anchored']} parameters) but only "
+            f"{present[number]} anchors are in the state: the resume lost them, or parameters or "
+            "state were exchanged. Load a checkpoint that has them, set them again with "
+            "set_anchor(tensors) of the previous task's weights (at a task boundary: set_anchor() "
+            "after the exchange), or give up guidance with clear_anchor()"
+        )
 
     def _others(self, number: int) -> int:
         """Returns how many parameters of a group are anchored on other ranks."""
@@ -609,6 +625,7 @@ class Guided(Loading):
 
     # -- the anchor -----------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made there no later step could write
     @torch.no_grad()
     def set_anchor(
         self,
@@ -679,6 +696,7 @@ class Guided(Loading):
         self._place_anchor(tensors, model=model, task=task)
         self._engine.named = task
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
         self,

@@ -61,17 +61,18 @@ class RowCache:
         ]
         share = optimizer._share
         numbers = range(len(params)) if share is None else share.numbers(params)
-        devices: dict[torch.device, list[int]] = {}
+        parts: dict[tuple[torch.device, str], list[int]] = {}
         for i in usable:
-            devices.setdefault(params[i].device, []).append(i)
-        for device, places in devices.items():
+            backend = _dispatch.choose_for(optimizer._backend, params[i])
+            parts.setdefault((params[i].device, backend), []).append(i)
+        for (_, backend), places in parts.items():
             state = [states[i] or {} for i in places]
             columns = {
                 column: [s.get(name) for s in state] for name, column in optimizer._columns.items()
             }
             self.all_rows.append(
                 _dispatch.Rows(
-                    _dispatch.choose(optimizer._backend, device),
+                    backend,
                     [params[i] for i in places],
                     [self._groups[i] for i in places],
                     [numbers[i] for i in places],
@@ -99,6 +100,7 @@ class RowCache:
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         self._lists = [list(group["params"]) for group in optimizer.param_groups]
+        self._sizes = [len(members) for members in self._lists]
         self._singles = [
             (number, place, p)
             for number, members in enumerate(self._lists)
@@ -136,6 +138,8 @@ class RowCache:
         """Returns whether nothing was exchanged since: parameters, memory, state, groups."""
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
+        if [len(group["params"]) for group in optimizer.param_groups] != self._sizes:
+            return False
         if self._needed != [optimizer._needed(group) for group in optimizer.param_groups]:
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
@@ -144,6 +148,20 @@ class RowCache:
         if not all([p._local_tensor is shard for p, shard in self._shards]):
             return False
         return self._watch.unmoved() and self._unchanged_state(optimizer)
+
+    def taken_out(self, params: list[Tensor]) -> int | None:
+        """Returns how many anchored parameters are not among ``params`` any more.
+
+        None if others have joined them in the meantime.
+        """
+        before, now = set(map(id, self.params)), set(map(id, params))
+        if now - before:
+            return None
+        return sum(
+            id(p) not in now
+            for p, entry in zip(self._keys, self._entries, strict=True)
+            if isinstance(entry, dict) and "anchor" in entry
+        )
 
     def _unchanged_state(self, optimizer: Guided) -> bool:
         self._unlooked += 1

@@ -49,14 +49,15 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     """Returns uninitialised memory for an anchor with the parameter's shape and strides."""
     device = param.device if device is None else device
     pinned = device.type == "cpu" and param.device.type == "cuda"
-    made = torch.empty_like(
-        sharding.local(param.detach()),
-        dtype=dtype,
-        device=device,
-        memory_format=torch.preserve_format,
-        requires_grad=False,
-        pin_memory=pinned,
-    )
+    with torch.inference_mode(False):  # what is made there nobody could write later
+        made = torch.empty_like(
+            sharding.local(param.detach()),
+            dtype=dtype,
+            device=device,
+            memory_format=torch.preserve_format,
+            requires_grad=False,
+            pin_memory=pinned,
+        )
     return sharding.like(made, param)
 
 

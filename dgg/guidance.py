@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dgg import _dispatch, _fsdp1, _philox, _ranges, anchor, checkpoint, reference, sharding
 
@@ -87,7 +88,10 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
             return  # reading it would wait for the device
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+        raise TypeError(
+            f"{name}={value!r} must be a number, not {type(value).__name__}; pass a Python float "
+            "or int"
+        )
     inside = low < value if above else low <= value
     if not (inside and value <= high and math.isfinite(value)):
         bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
@@ -127,6 +131,10 @@ class Options:
                 check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
             self._checked = present
         return first
+
+
+# Parameters whose gradients an open replay() block of some optimizer records.
+_recorded: set[int] = set()
 
 
 class ReplaySlot:
@@ -171,9 +179,16 @@ class ReplaySlot:
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
+        mine = set(map(id, params))
+        if not mine.isdisjoint(_recorded):
+            raise RuntimeError(
+                "a replay() block of another optimizer over the same parameters is open and would "
+                "get no gradient of theirs; leave it first, and give each block its own backward()"
+            )
         present = [_apart(p.grad) for p in params]
         before = dict(self._grads)
         self._open = True
+        _recorded.update(mine)
         try:
             for p in params:
                 p.grad = self.get(p)
@@ -184,6 +199,7 @@ class ReplaySlot:
             raise
         finally:
             self._open = False
+            _recorded.difference_update(mine)
             for p, grad in zip(params, present, strict=True):
                 p.grad = grad
 
@@ -210,6 +226,11 @@ def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradien
         raise TypeError(
             f"the {kind} of {label} is {grad.layout}; dgg needs dense gradients: build the module "
             "with sparse=False, or give that parameter to torch.optim.SparseAdam"
+        )
+    if sharding.keeps_values_elsewhere(grad) and not sharding.keeps_values_elsewhere(param):
+        raise TypeError(
+            f"the {kind} of {label} is a {type(sharding.local(grad)).__name__}, which keeps its "
+            "values in other tensors; make it a plain tensor before the step"
         )
     if not sharding.all_equal_dtensors(grad, param):
         raise ValueError(
@@ -243,10 +264,11 @@ def check_param(
             f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
             "float16, float64 (and complex) parameters: freeze it or convert it"
         )
-    if stepped and param.device.type == "meta":
+    if stepped and (param.device.type == "meta" or isinstance(sharding.local(param), FakeTensor)):
+        where = "on the meta device" if param.device.type == "meta" else "a FakeTensor"
         raise ValueError(
-            f"{label} is on the meta device and holds no values; materialise the model "
-            "(to_empty and load the weights) before the first step or anchor"
+            f"{label} is {where} and holds no values; materialise the model (to_empty and load the "
+            "weights), which gives it new parameters, and make the optimizer afterwards"
         )
     if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(
@@ -780,6 +802,7 @@ class Guidance:
             first = self.param_groups[0] if self.param_groups else self._options
             self.param_groups.append({**first, **{n: self._options[n] for n in PER_GROUP}})
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
         self,
@@ -858,6 +881,7 @@ class Guidance:
             "params": len(params),
         }
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` returned; anchors keep the dtype they were saved in.
@@ -1070,15 +1094,16 @@ class Guidance:
         if self._rows and same and self._watch is not None and self._watch.unmoved():
             return self._rows
         numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
-        devices: dict[torch.device, list[int]] = {}
+        parts: dict[tuple[torch.device, str], list[int]] = {}
         for i, p in enumerate(params):
             if p.dtype.to_real() in anchor.FLOAT_DTYPES:
-                devices.setdefault(p.device, []).append(i)
+                backend = _dispatch.choose_for(self._backend, p)
+                parts.setdefault((p.device, backend), []).append(i)
         self._rows = [
             (
                 places,
                 _dispatch.Rows(
-                    _dispatch.choose(self._backend, device),
+                    backend,
                     [params[i] for i in places],
                     [numbers[i] for i in places],
                     places,
@@ -1086,7 +1111,7 @@ class Guidance:
                     process_group=self.process_group,
                 ),
             )
-            for device, places in devices.items()
+            for (_, backend), places in parts.items()
         ]
         self._rows_params = params
         anchors = [self._anchors[p] for p in params if p in self._anchors]

@@ -42,6 +42,14 @@ def local(x: Tensor | None) -> Tensor | None:
     return x._local_tensor if is_dtensor(x) else x
 
 
+def keeps_values_elsewhere(x: Tensor) -> bool:
+    """Returns whether ``x`` (of a DTensor the shard) has no memory of its own.
+
+    So it is with what dispatches to Python: fake tensors, float8 and quantised weights.
+    """
+    return torch._C._dispatch_keys(local(x)).has(torch._C.DispatchKey.Python)
+
+
 def like(shard: Tensor, param: Tensor) -> Tensor:
     """Returns a local tensor as a DTensor placed as ``param`` is; as it is for a plain one."""
     if not is_dtensor(param):

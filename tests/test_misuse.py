@@ -16,10 +16,12 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dgg
-from cases import BACKENDS, make_params, set_grads
+from cases import BACKENDS, F32, make_params, set_grads
 from dgg import _dispatch
 
 # torch warns of what dgg refuses right after.
@@ -391,6 +393,12 @@ def alpha_tensor_scheduled_in_place(v):
     v.grads()
     v.extra_steps = 1
     alpha.fill_(3.0)
+    return v.opt.step
+
+
+@misuse(TypeError, r"gradient of parameter 'b' is a TwoTensor.*make it a plain", repair=nothing)
+def gradient_without_memory(v):
+    v.params[1].grad = TwoTensor(torch.ones(5), torch.ones(5))
     return v.opt.step
 
 
@@ -809,6 +817,82 @@ def test_meta_parameters():
     for wrong in (guidance.set_anchor, other.step):
         with pytest.raises(ValueError, match=r"parameter 'w' is on the meta device.*materialise"):
             wrong()
+
+
+def test_fake_parameters():
+    """As memory estimators step them: there is nothing that a kernel could read."""
+    with FakeTensorMode():
+        p = Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        opt = dgg.AdamW([("w", p)])
+        other = torch.optim.SGD([("w", p)], lr=0.1)
+        guidance = dgg.Guidance(other)
+        for wrong in (opt.step, opt.set_anchor, guidance.set_anchor, other.step):
+            with pytest.raises(ValueError, match=r"'w' is a FakeTensor and holds no values"):
+                wrong()
+    assert not opt.state
+    assert opt.param_groups[0]["draw_index"] == 0
+
+
+GUIDED = {"alpha": 1.0, "strength": 0.3, "scaling": False}
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_values_kept_in_other_tensors(foreign):
+    """Weights of a subclass, such as float8 ones, are stepped beside plain ones by plain torch."""
+    start, plain = make_params([(5,), (5,), (3,)], F32), make_params([(5,), (5,), (3,)], F32)
+    pair = Parameter(TwoTensor(start[0].detach(), start[1].detach()))
+
+    def optimizer(params, backend):
+        if not foreign:
+            return dgg.SGD(params, lr=0.1, momentum=0.9, backend=backend, **GUIDED)
+        opt = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=False)
+        opt.set_anchor = dgg.Guidance(opt, backend=backend, **GUIDED).set_anchor
+        return opt
+
+    opt, twin = optimizer([pair, start[2]], None), optimizer(plain, "reference")
+    for step in range(4):
+        if step == 1:
+            opt.set_anchor()
+            twin.set_anchor()
+        set_grads(plain, torch.Generator().manual_seed(step))
+        pair.grad = TwoTensor(plain[0].grad.clone(), plain[1].grad.clone())
+        start[2].grad = plain[2].grad.clone()
+        opt.step()
+        twin.step()
+    for mine, expected in zip((pair.a, pair.b, start[2]), plain, strict=True):
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_named_backend_refuses_what_it_cannot_reach(backend):
+    pair = Parameter(TwoTensor(torch.ones(5), torch.ones(5)))
+    pair.grad = TwoTensor(torch.ones(5), torch.ones(5))
+    opt = dgg.AdamW([pair], backend=backend)
+    with pytest.raises(TypeError, match=r"cannot step a TwoTensor.*backend=None or 'reference'"):
+        opt.step()
+    assert not opt.state
+    assert torch.equal(pair.a, torch.ones(5))
+
+
+def test_replay_of_two_optimizers_over_one_parameter():
+    """One inside the other: the outer one would get nothing, silently."""
+    shared, own = make_params([(4,), (3,)], F32)
+    first, second = dgg.SGD([shared], lr=0.1), dgg.SGD([shared, own], lr=0.1)
+    third = dgg.SGD([own], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"another optimizer.*own backward"):  # noqa: SIM117
+        with first.replay():
+            with second.replay():
+                pass
+    with first.replay(), third.replay():
+        (shared.sum() + own.sum()).backward()
+    first.step()
+    third.step()
+    start = make_params([(4,), (3,)], F32)
+    assert torch.equal(shared, start[0] - 0.1)
+    assert torch.equal(own, start[1] - 0.1)
+    with second.replay():
+        pass
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

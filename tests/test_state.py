@@ -434,6 +434,91 @@ def test_group_added_after_a_task(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state_too", [False, True])
+def test_parameter_taken_out_of_its_group(state_too, backend):
+    """A pruned head: the others go on as if it had no gradient."""
+    runs = []
+    for pruned in (True, False):
+        params, opt = build("adamw", backend)
+        advance(params, opt, range(5))
+        gone = params.pop(2)
+        if pruned:
+            del opt.param_groups[0]["params"][2]
+            if state_too:
+                del opt.state[gone]
+        advance(params, opt, range(5, 10))
+        runs.append((params, opt))
+    for p, q in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(p, q)
+    if state_too:  # torch cannot save the state of what is in no group
+        rest = make_params(SHAPES[:2] + SHAPES[3:], F32)
+        _, resumed = build("adamw", backend, rest)
+        resumed.load_state_dict(runs[0][1].state_dict())
+        assert resumed.param_groups[0]["anchored"] == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameter_moved_to_another_group(backend):
+    """It follows that group's settings, as in torch, and keeps its anchor."""
+    runs = []
+    for moved in (True, False):
+        params = make_params([(3,), (7, 5), (5,)], F32)
+        cls, hyper = OPTIMIZERS["adamw"]
+        fast, slow = {"lr": hyper["lr"]}, {"lr": hyper["lr"] / 3}
+        groups = [{"params": params[:2], **fast}, {"params": params[2:], **slow}]
+        if not moved:
+            groups = [{"params": [p], **fast} for p in params[:2]] + groups[1:]
+        opt = cls(groups, backend=backend, **{**hyper, **OPTIONS})
+        advance(params, opt, range(5))
+        if moved:  # to the same place in the order of all
+            opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
+        else:
+            opt.param_groups[1].update(slow)
+        advance(params, opt, range(5, 10))
+        runs.append(params)
+        assert [g["anchored"] for g in opt.param_groups] == ([1, 2] if moved else [1, 1, 1])
+    for p, q in zip(*runs, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exchanged_parameter_needs_a_boundary(backend):
+    """A head that was replaced would go unguided where an anchor was promised."""
+    params, opt = build("adamw", backend)
+    advance(params, opt, range(5))
+    params[1] = opt.param_groups[0]["params"][1] = Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"only 4 anchors.*exchanged.*set_anchor\(\) after the"):
+        advance(params, opt, range(5, 6))
+    opt.set_anchor()
+    advance(params, opt, range(5, 7))
+    assert "anchor" in opt.state[params[1]]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_boundary_in_inference_mode(foreign):
+    """As after an evaluation: what is made there must be writable later."""
+    runs = []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        params = make_params(SHAPES, F32)
+        if foreign:
+            opt = torch.optim.SGD(params, lr=0.1)
+            guide = dgg.Guidance(opt, **OPTIONS)
+        else:
+            guide = opt = dgg.AdamW(params, lr=0.1, **OPTIONS)
+        for task in range(4):
+            saved = copy.deepcopy(guide.state_dict())
+            with mode():
+                if task == 2:
+                    guide.load_state_dict(saved)
+                guide.set_anchor()
+            assert not any(x.is_inference() for s in opt.state.values() for x in s.values())
+            advance(params, opt, range(3 * task, 3 * task + 3), boundary=None)
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradient_untouched_and_in_no_norm(kind, backend):
     """As if the optimizer had the other parameter only."""
