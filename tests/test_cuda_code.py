@@ -6,6 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -87,14 +88,13 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _compile(unit: str, machine: int, folder: pathlib.Path, only: list[str] | None) -> pathlib.Path:
+def _compile(unit: str, machine: int, folder: pathlib.Path) -> pathlib.Path:
+    """A few kernels for one machine."""
     target = folder / f"{unit}-{machine}.cubin"
-    source = ROOT / "csrc" / f"cuda_{unit}.cu"
-    if only:
-        # Not with -D: nvcc takes commas there for the ends of definitions.
-        part = folder / f"{unit}-{machine}.cu"
-        part.write_text(f'#define DGG_ONLY {", ".join(only)}\n#include "{source}"\n')
-        source = part
+    source = folder / f"{unit}-{machine}.cu"
+    # Not with -D: nvcc takes commas there for the ends of definitions.
+    whole = ROOT / "csrc" / f"cuda_{unit}.cu"
+    source.write_text(f'#define DGG_ONLY {", ".join(FEW[unit])}\n#include "{whole}"\n')
     command = [NVCC, *build.cuda_flags(), f"-arch=sm_{machine}", "--cubin"]
     _run([*command, "-o", str(target), str(source)])
     return target
@@ -106,15 +106,23 @@ def _groups_at_once(loads: int) -> int:
 
 
 class Walk:
-    """One walk over a chunk, of streams with so many bytes an element."""
+    """One walk over a chunk, of streams with so many bytes an element.
 
-    def __init__(self, reads: list[int], writes: list[int]) -> None:
+    Attributes:
+        loads: 128-bit loads.
+        stores: 128-bit stores.
+        once: How many of each are to leave the cache first: all but the streams in `again`.
+    """
+
+    def __init__(self, reads: list[int], writes: list[int], again: tuple[int, int]) -> None:
         # 128 bits of the narrowest type, and at least a quad.
         elements = 8 if min(reads + writes) == 2 else 4
         loads = elements * sum(reads) // 16
         groups = _groups_at_once(loads)
         self.loads = groups * loads
         self.stores = groups * elements * sum(writes) // 16
+        kept = [groups * elements * size // 16 for size in again]
+        self.once = (self.loads - kept[0], self.stores - kept[1])
 
 
 class Kernel:
@@ -127,6 +135,7 @@ class Kernel:
         draws: It draws for every element.
         loads: 128-bit loads.
         stores: 128-bit stores.
+        once: How many of the loads and of the stores make room in the cache first.
         registers: Registers of a thread.
         local: Bytes of stack and local memory, and instructions that access it.
     """
@@ -140,6 +149,9 @@ class Kernel:
         # LD and ST without G would be accesses to memory of a kind that the compiler did not know.
         self.loads = len(re.findall(r"\bLDG?\.[A-Z0-9.]*128", code))
         self.stores = len(re.findall(r"\bSTG?\.[A-Z0-9.]*128", code))
+        self.once = tuple(
+            len(re.findall(rf"\b{op}G?\.E\.EF\.[A-Z0-9.]*128", code)) for op in ("LD", "ST")
+        )
         self.unknown = len(re.findall(r"\b(?:LD|ST)\.E\b", code))
         self.registers = int(re.search(r"REG:(\d+)", usage).group(1))
         self.local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
@@ -151,22 +163,25 @@ class Kernel:
         yes = [x == "true" for x in self.kind]
         if self.unit == "norms":
             _, param, grad, anchor = sizes[:4]
-            walks = [Walk([grad], [])]
-            walks += [Walk([grad, grad], [])] if yes[4] else []
-            return walks + ([Walk([param, anchor], [])] if param else [])
+            reads = [[grad]] + [[grad, grad]] * yes[4] + [[param, anchor]] * (param > 0)
+            # The update wants them again.
+            return [Walk(each, [], (sum(each), 0)) for each in reads]
         _, param, grad, moment, anchor, copy = sizes[:6]
         guided, replayed, _, state = yes[6:10]
         reads = [grad] * (2 if replayed else 1) + ([anchor] if guided else [])
         if self.unit == "guide":
-            return [Walk(reads + ([param] if guided else []), [grad])]
+            return [Walk(reads + [param] * guided, [grad], (param * guided, grad))]
         moments = [moment] * {"adam": 2 + state, "sgd": int(state)}[self.unit]
         copies = [copy] if copy else []
-        return [Walk([*reads, param, *moments], [param, *moments, *copies])]
+        return [
+            Walk([*reads, param, *moments], [param, *moments, *copies], (0, param + sum(copies)))
+        ]
 
 
-def _kernels(unit: str, cubin: pathlib.Path) -> list[Kernel]:
-    code = _run([CUOBJDUMP, "--dump-sass", str(cubin)])
-    usage = _run([CUOBJDUMP, "--dump-resource-usage", str(cubin)])
+def _kernels(unit: str, compiled: pathlib.Path, machine: int) -> list[Kernel]:
+    dump = [CUOBJDUMP, "--gpu-architecture", f"sm_{machine}", str(compiled)]
+    code = _run([*dump, "--dump-sass"])
+    usage = _run([*dump, "--dump-resource-usage"])
     usages = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", usage))
     parts = re.split(r"Function : (\S+)\n", code)[1:]
     mangled, texts = parts[::2], parts[1::2]
@@ -192,6 +207,9 @@ def _check(kernel: Kernel, machine: int) -> None:
     small = kernel.unit == "guide" or (kernel.unit == "sgd" and kernel.kind[9] == "false")
     expected = {stores, 2 * stores, 4 * stores} if small else {stores}
     assert kernel.stores in expected, f"{what}: {kernel.stores} for {stores}"
+    once = [sum(w.once[place] for w in walks) for place in range(2)]
+    copies = kernel.stores // stores if stores else 1
+    assert kernel.once == (once[0], copies * once[1]), f"{what}: {kernel.once} for {once}"
     blocks = min(REGISTERS // (-(-kernel.registers // 8) * 8 * THREADS), 1536 // THREADS)
     if kernel.draws or (kernel.unit != "norms" and kernel.kind[7] == "true"):
         # Philox is more work than its share of the memory's time, and a replay gradient more
@@ -202,28 +220,19 @@ def _check(kernel: Kernel, machine: int) -> None:
     assert flight >= IN_FLIGHT, f"{what}: {kernel.registers} registers leave {flight} bytes"
 
 
-def _compiled(jobs, folder) -> dict[tuple[str, int], pathlib.Path]:
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(
-            zip(
-                [job[:2] for job in jobs],
-                pool.map(lambda job: _compile(job[0], job[1], folder, job[2]), jobs),
-                strict=True,
-            )
-        )
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    jobs = [(unit, machine, only) for unit, only in FEW.items() for machine in MACHINES]
-    return _compiled(jobs, tmp_path_factory.mktemp("few"))
+    folder = tmp_path_factory.mktemp("few")
+    jobs = list(itertools.product(FEW, MACHINES))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(jobs, pool.map(lambda job: _compile(*job, folder), jobs), strict=True))
 
 
 @needs_tools
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("unit", FEW)
 def test_machine_code(few, unit, machine):
-    kernels = _kernels(unit, few[unit, machine])
+    kernels = _kernels(unit, few[unit, machine], machine)
     assert len([kernel for kernel in kernels if kernel.kind]) == len(FEW[unit])
     for kernel in kernels:
         _check(kernel, machine)
@@ -234,7 +243,7 @@ def test_machine_code(few, unit, machine):
 def test_bytes_of_a_step(few, machine):
     """The table of design.md: 28 bytes a parameter, 32 guided, half of that in bfloat16."""
     kernels = {}
-    for kernel in _kernels("adam", few["adam", machine]):
+    for kernel in _kernels("adam", few["adam", machine], machine):
         kernels[", ".join(kernel.kind)] = kernel
     plain = kernels["float, float, float, float, float, void, false, false, false, false"]
     guided = kernels["float, float, float, float, float, void, true, false, false, false"]
@@ -247,18 +256,6 @@ def test_bytes_of_a_step(few, machine):
     # The same for eight elements.
     assert (plain.loads / 2, plain.stores / 2) == (4, 3)
     assert (guided.loads, guided.stores) == (5, 3)
-
-
-@pytest.mark.slow
-@needs_tools
-@pytest.mark.parametrize("unit", FEW)
-def test_machine_code_of_all_kernels(tmp_path, unit):
-    compiled = _compiled([(unit, machine, None) for machine in ALL_MACHINES], tmp_path)
-    for (_, machine), cubin in compiled.items():
-        kernels = _kernels(unit, cubin)
-        assert len(kernels) > 10
-        for kernel in kernels:
-            _check(kernel, machine)
 
 
 @needs_nvcc
@@ -282,20 +279,40 @@ def _assert_stable(library: pathlib.Path) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.slow
-@needs_tools
-def test_library(tmp_path):
-    """The whole build: machine code for every architecture, PTX, size, and what it links to."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder in which everything was built once, for every architecture, as it is released."""
+    folder = tmp_path_factory.mktemp("whole")
     env = {**os.environ, "DGG_CUDA": "1", "DGG_CPP": "1"}
     env.pop("TORCH_CUDA_ARCH_LIST", None)
     command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "setup.py", "-q",
-               "build_ext", "--build-lib", str(tmp_path / "lib"),
-               "--build-temp", str(tmp_path / "temp")]  # fmt: skip
+               "build_ext", "--build-lib", str(folder / "lib"),
+               "--build-temp", str(folder / "temp")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    (library,) = (tmp_path / "lib" / "dgg").glob("_C_cuda*.so")
-    assert not list((tmp_path / "lib" / "dgg").glob("_build_error*"))
-    assert sum(f.stat().st_size for f in (tmp_path / "lib" / "dgg").glob("*.so")) < 10 * 2**20
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the build, in the first of these tests
+@needs_tools
+@pytest.mark.parametrize("machine", ALL_MACHINES)
+@pytest.mark.parametrize("unit", FEW)
+def test_machine_code_of_all_kernels(whole, unit, machine):
+    kernels = _kernels(unit, whole / "temp" / "cuda" / f"cuda_{unit}.o", machine)
+    assert len(kernels) > 10
+    for kernel in kernels:
+        _check(kernel, machine)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_tools
+def test_library(whole):
+    """Machine code for every architecture, PTX, size, and what it links to."""
+    (library,) = (whole / "lib" / "dgg").glob("_C_cuda*.so")
+    assert not list((whole / "lib" / "dgg").glob("_build_error*"))
+    assert sum(f.stat().st_size for f in (whole / "lib" / "dgg").glob("*.so")) < 10 * 2**20
 
     known = set(re.findall(r"sm_(\d+)", _run([NVCC, "--list-gpu-code"])))
     expected = [machine for machine in ALL_MACHINES if str(machine) in known]
