@@ -16,19 +16,27 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+# All that the ranks of any test need: the server starts once, whatever test comes first. What is
+# not installed is passed over.
 _IMPORTS = [
     "dgg",
+    "peft",
     "safetensors.torch",
     "torch._dynamo",  # which torch.optim imports when an optimizer is used
-    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.testing",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava",
 ]
 
 
 def server():
     """Returns a multiprocessing context whose processes begin with the imports done."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the imports come
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
     return context

@@ -108,7 +108,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
             placements = [
                 made[x] if x == "R" or int(x[1]) < len(SHAPES[row]) else Replicate() for x in wanted
             ]
-            return distribute_tensor(tensor, mesh, placements)
+            # Every rank has made the same tensor: nothing needs to be sent.
+            return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
         dtype = getattr(torch, case["dtype"])
         params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]

@@ -22,7 +22,10 @@ from dgg import _device, _dispatch, _gather, _prefetch
 
 CPU = torch.device("cpu")
 MISSING = _dispatch.unavailable("triton", CPU)
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}")
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}"),
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 
 SHAPES = [(7, 5), (0,), (300,)]
 RULES = {
