@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -27,9 +28,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import witness
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -43,11 +46,17 @@ LIMITS = {
     "tests": (120, 0),
     "step": (230, 60),
     "training": (80, 45),
-    "sanitizer": (60, 20),
+    "sanitizer": (150, 20),
 }
 BUDGET = 460
 # The benchmark begins no case so close to its limit.
 LAST_CASE = 30
+# A test that takes longer hangs: the slowest compiles a few kernels while other tests do, too.
+PATIENCE = 75
+# Processes that share the tests, most of whose time is compilation, and what each needs.
+MOST_PARTS, PART_BYTES = 12, 6 * 2**30
+# How often a part of the tests, or the benchmark, goes on after the device was lost.
+RESTARTS = 5
 
 _ENVIRONMENT = """
 import importlib.metadata, json, platform
@@ -72,8 +81,11 @@ for name in ("pytest", "setuptools", "pip"):
 print("FOUND " + json.dumps(found))
 """
 _CONFIG = """
-import json, dgg, dgg.kernels
-print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config()}))
+import json, torch, dgg, dgg.kernels
+from dgg import _dispatch
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+missing = {name: _dispatch.unavailable(name, device) for name in ("cpp", "triton")}
+print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config(), "missing": missing}))
 """
 
 
@@ -89,6 +101,7 @@ class Stages:
         outputs: Folders the results are written to.
         budget: Seconds for everything.
         rehearsal: Go through the stages on the CPU with tiny sizes; nothing found is a result.
+        commit: Commit of the sources, where no repository tells it.
     """
 
     def __init__(
@@ -98,6 +111,7 @@ class Stages:
         *,
         budget: float = BUDGET,
         rehearsal: bool = False,
+        commit: str | None = None,
     ) -> None:
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
         self.site, self.work = build / "site", build / "work"
@@ -108,7 +122,8 @@ class Stages:
             "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rehearsal": rehearsal,
-            "commit": _commit(),
+            "commit": commit or _commit(),
+            "sources": sources_digest(),
             "stages": {},
         }
         self.pages: list[str] = []
@@ -120,7 +135,8 @@ class Stages:
     def run(self, name: str, function: Callable[[], dict], later: Sequence[str]) -> None:
         """Runs one stage within its share of what is left, and writes the results."""
         left = self.end - time.monotonic() - sum(LIMITS[stage][1] for stage in later)
-        self.limit = min(LIMITS[name][0], left)
+        # A rehearsal runs beside other tests, on few cores.
+        self.limit = min(LIMITS[name][0] * (2 if self.rehearsal else 1), left)
         begin = time.monotonic()
         self.say(f"\n## {name} (at most {max(0, self.limit):.0f} s)")
         if self.limit < 5:
@@ -142,23 +158,31 @@ class Stages:
     ) -> tuple[int | None, str]:
         """Runs a command; returns its exit code (None: it was stopped at its limit) and output."""
         limit = self.limit if limit is None else limit
-        environment = {**os.environ, **self._variables(), **more}
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            cwd=self.work, env=environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        timer = _After(limit, process)
-        lines = []
-        with timer:
+        process = self._start(command, more, stdout=subprocess.PIPE)
+        lines: list[str] = []
+
+        def read() -> None:
             for line in process.stdout:
                 lines.append(line)
                 self._log.write(line)
                 if show:
                     print(line, end="", flush=True)
-            code = process.wait()
+
+        # Apart: a process that hangs in the driver may keep its output open after its end.
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        code = _wait(process, limit)
+        reader.join(10)
         self._log.flush()
-        return (None if timer.fired else code), "".join(lines)
+        return code, "".join(lines)
+
+    def _start(self, command: Sequence[object], more: dict, stdout) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=self.work, env={**os.environ, **self._variables(), **more}, text=True,
+            errors="replace", stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
 
     def _variables(self) -> dict[str, str]:
         paths = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -272,74 +296,113 @@ class Stages:
         libraries = {p.name: p.stat().st_size for p in self.site.glob("dgg/*.so")}
         self.say(found["config"])
         result = {"how": words, "notes": notes, "libraries": libraries, **found}
+        for name, reason in found["missing"].items() if not self.rehearsal else ():
+            if reason is not None and not (name == "cpp" and words != "with CUDA"):
+                notes.append(f"{name} cannot run: {reason}")
         if notes:
             # Something can be measured, but not everything.
-            reason = f"built {words} only; {' | '.join(notes)}"
+            reason = f"built {words}; {' | '.join(notes)}"
             return {**result, "status": "failed", "reason": reason}
         return {**result, "summary": f"{words}: {', '.join(libraries)}"}
 
-    def _pytest(
-        self, report: pathlib.Path, more: Sequence[str], prefix=(), limit=None, **variables
-    ):
+    def _pytest(self, more: Sequence[object]) -> list[object]:
+        """Returns the command that runs tests which need a GPU."""
         # Settings of its own: those of the project want a newer pytest and its plugins.
         settings = self.work / "pytest.ini"
         marks = ("gpu: needs a GPU", "dist: several processes", "slow: left out by default",
                  "compat: a cell of the compatibility table")  # fmt: skip
         listed = "".join(f"    {mark}\n" for mark in marks)
         settings.write_text(f"[pytest]\nmarkers =\n{listed}", encoding="utf-8")
+        shutil.copy2(witness.__file__, self.work)
         files = [
             path for path in sorted((ROOT / "tests").glob("test_*.py"))
             if "mark.gpu" in path.read_text(encoding="utf-8")
         ]  # fmt: skip
-        report.unlink(missing_ok=True)
-        command = [
-            *prefix, sys.executable, "-m", "pytest", "-c", settings, "--rootdir", self.work,
-            "-p", "no:cacheprovider", "-v", "-ra", "--continue-on-collection-errors",
-            f"--junitxml={report}", *more, *files,
+        return [
+            sys.executable, "-m", "pytest", "-c", settings, "--rootdir", self.work,
+            "-p", "no:cacheprovider", "-p", "witness", "-v", "-ra",
+            "--continue-on-collection-errors", *more, *files,
         ]  # fmt: skip
-        return self.command(command, limit=limit, **variables)
 
     def run_tests(self) -> dict:
-        """Runs the tests that are marked `gpu`."""
+        """Runs the tests that are marked `gpu`, shared out to several processes."""
         if not self.environment.get("pytest"):
             raise Failed("pytest is not installed here: the GPU tests were not run")
-        report = self.work / "tests.xml"
-        code, output = self._pytest(
-            report, ["-m", "gpu", *(["--collect-only"] if self.rehearsal else [])]
-        )
-        # Who is stopped writes no report; the output still says how far it came.
-        found = junit(report) if report.exists() else verbose_counts(output)
-        self.say(_tail(output, 25))
-        self.pages.append("### Tests\n\n```\n" + _tail(output, 25) + "\n```\n")
-        if code == 5:
-            raise Failed("no test is marked gpu")
-        if code != 0:
-            what = "stopped at its limit" if code is None else f"pytest's exit code is {code}"
+        folder = self.work / "tests"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        command = self._pytest(["-m", "gpu", *(["--collect-only"] if self.rehearsal else [])])
+        parts = self._parts()
+        share = [
+            Part(folder, (number, parts), lambda output, more: self._start(command, more, output))
+            for number in range(parts)
+        ]
+        end = time.monotonic() + self.limit
+        for part in share:
+            part.start()
+        while any([part.running() for part in share]) and time.monotonic() < end:
+            time.sleep(0.2)
+        stopped = [part for part in share if part.stop()]
+        for part in share:
+            self._log.write(part.output())
+        found = summarise(record for part in share for record in witness.records(part.path))
+        tails = [_tail(part.output(), 12) for part in share if part.failed or part in stopped]
+        words = [f"{found[name]} {name}" for name in ("passed", "failed", "skipped")]
+        page = [", ".join(words)]
+        page += [f"FAILED {failure['name']}: {failure['message']}" for failure in found["failures"]]
+        page += [f"{n} skipped: {reason}" for reason, n in found["skip_reasons"].items()]
+        self.say("\n".join([*page, *tails]))
+        self.pages.append("### Tests\n\n```\n" + "\n".join(page) + "\n```\n")
+        reasons = [part.failed for part in share if part.failed]
+        if stopped:
+            reasons.append("stopped at its limit; not all tests were run")
+        if found["failed"]:
             names = ", ".join(failure["name"] for failure in found["failures"][:10])
-            what += f"; {found['passed']} passed, {found['failed']} failed: "
-            return {**found, "status": "failed", "reason": what + (names or _tail(output, 3))}
-        return {**found, "summary": f"{found.get('passed')} passed, {found.get('skipped')} skipped"}
+            reasons.append(f"{found['passed']} passed, {found['failed']} failed: {names}")
+        if reasons:
+            return {**found, "status": "failed", "reason": "; ".join(dict.fromkeys(reasons))}
+        if not self.rehearsal and not found["passed"]:
+            raise Failed("no test was run: none is marked gpu, or all were skipped")
+        return {**found, "summary": f"{found['passed']} passed, {found['skipped']} skipped"}
+
+    def _parts(self) -> int:
+        """Returns how many processes share the tests."""
+        if self.rehearsal:
+            return 1
+        fitting = int(self.environment.get("memory") or 0) // PART_BYTES
+        return max(1, min(MOST_PARTS, 3 * (os.cpu_count() or 1) // 4, fitting))
 
     def run_step(self) -> dict:
         """Runs bench/step.py; its results stand under "step"."""
         folder = self.build / "step"
         shutil.rmtree(folder, ignore_errors=True)
-        command = [
-            sys.executable, ROOT / "bench" / "step.py", "--markdown", "--out", folder,
-            "--deadline", max(5.0, self.limit - LAST_CASE),
-        ]  # fmt: skip
+        command = [sys.executable, ROOT / "bench" / "step.py", "--markdown", "--out", folder]
         command += ["--preset", "smoke", "--only", "tiny"] if self.rehearsal else []
         command += [] if self.rehearsal else ["--device", "cuda"]
-        code, output = self.command(command, show=True)
+        end, lost, more = time.monotonic() + self.limit, [], []
+        for _ in range(1 + RESTARTS):
+            left = end - time.monotonic()
+            limits = ["--deadline", max(5.0, left - LAST_CASE)]
+            code, output = self.command([*command, *limits, *more], limit=max(5.0, left), show=True)
+            files = sorted(folder.glob("*.json"))
+            if code != witness.LOST or not files:
+                break
+            # An implementation that breaks the device is left out, the others go on.
+            lost = json.loads(files[0].read_text(encoding="utf-8"))["lost"]
+            more = ["--resume", files[0]]
         found = self._take("step", folder, code, output)
         cases, skipped = len(found["cases"]), len(found["skipped"])
         missed = [t["what"] for t in found["targets"] if t["met"] is False]
         judged = [t for t in found["targets"] if t["met"] is not None]
-        return {
-            "missed": missed,
-            "summary": f"{cases} cases, {skipped} skipped; "
-            f"{len(judged) - len(missed)} of {len(judged)} targets met",
-        }
+        summary = (
+            f"{cases} cases, {skipped} skipped; "
+            f"{len(judged) - len(missed)} of {len(judged)} targets met"
+        )
+        if lost:
+            names = ", ".join(f"{x['name']} ({x['setting']}) in {x['case']}" for x in lost)
+            reason = f"the device was lost by {names}; {summary}"
+            return {"status": "failed", "reason": reason, "missed": missed}
+        return {"missed": missed, "summary": summary}
 
     def run_training(self) -> dict:
         """Runs bench/training_step.py; its results stand under "training"."""
@@ -350,6 +413,8 @@ class Stages:
             "--deadline", max(5.0, self.limit - 15),
         ]  # fmt: skip
         command += ["--preset", "smoke"] if self.rehearsal else ["--device", "cuda"]
+        for lost in self.results.get("step", {}).get("lost", []):
+            command += ["--without", lost["name"]]
         code, output = self.command(command, show=True)
         found = self._take("training", folder, code, output)
         return {"summary": f"{len(found['cases'])} models"}
@@ -375,77 +440,166 @@ class Stages:
             return {"status": "not run", "reason": "compute-sanitizer is not installed here"}
         if not self.environment.get("pytest"):
             return {"status": "not run", "reason": "pytest is not installed here"}
+        # Not API errors: torch asks the driver for functions that need not be there.
         prefix = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", "--target-processes",
-                  "all"]  # fmt: skip
+                  "all", "--report-api-errors", "no"]  # fmt: skip
+        # What lost the device is looked at, too: here it is said which access it was.
+        lost = self.results["stages"].get("tests", {}).get("lost", [])[:3]
+        report = self.work / "sanitizer.jsonl"
+        report.unlink(missing_ok=True)
         # Without torch's cache every tensor is an allocation of its own, with an end to run over.
-        code, output = self._pytest(
-            self.work / "sanitizer.xml", ["-m", "gpu", "-k", "overrun"], prefix,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        code, output = self.command(
+            [*prefix, *self._pytest(["-m", "gpu"])], PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            DGG_WITNESS=str(report), DGG_ONLY="\n".join(["overrun", *lost]),
         )  # fmt: skip
         refused = re.search(r"Device not supported|Unable to find|LibraryNotLoaded", output)
         if refused:
             return {"status": "not run", "reason": f"compute-sanitizer: {refused[0]}"}
+        found = summarise(witness.records(report))
+        summaries = [int(number) for number in re.findall(r"ERROR SUMMARY: (\d+) error", output)]
+        counted = {"errors": sum(summaries), "passed": found["passed"], "skipped": found["skipped"]}
         if code is None:
-            raise Failed("stopped at its limit")
-        errors = re.search(r"ERROR SUMMARY: (\d+) error", output)
-        if code != 0 or errors is None or errors[1] != "0":
-            raise Failed(f"exit code {code}: {_tail(output)}")
-        return {"errors": 0, "summary": "memcheck: 0 errors"}
+            reason = f"stopped at its limit; {found['passed']} tests had passed"
+            return {**counted, "status": "failed", "reason": reason}
+        if code != 0 or not summaries or any(summaries):
+            kept = [line for line in output.splitlines() if line.startswith("=========")][:60]
+            self.pages.append("### Memory check\n\n```\n" + "\n".join(kept) + "\n```\n")
+            words = f"{sum(summaries)} errors, exit code {code}, {found['failed']} tests failed"
+            return {**counted, "status": "failed", "reason": f"{words}: {_tail(output)}"}
+        return {**counted, "summary": f"memcheck: 0 errors, {found['passed']} tests"}
 
 
-def junit(report: pathlib.Path) -> dict:
-    """Returns passed, failed, skipped and the failures of a JUnit report."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, reasons = [], {}
-    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        bad = [child for child in case if child.tag in ("failure", "error")]
-        skipped = case.find("skipped")
-        if bad:
-            counts["failed"] += 1
-            message = (bad[0].get("message") or "").strip().splitlines() or [""]
-            failures.append({"name": name, "message": message[0][:300]})
-        elif skipped is not None:
-            counts["skipped"] += 1
-            reason = skipped.get("message") or ""
-            reasons[reason] = reasons.get(reason, 0) + 1
+class Part:
+    """A share of the tests, run by one process after the other until none is left.
+
+    Args:
+        folder: Where its files go.
+        number: Which part, and of how many.
+        launch: (file for the output, environment) → a process that runs the tests.
+
+    Attributes:
+        path: What the witness writes.
+        failed: Why the part was given up, or None.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        number: tuple[int, int],
+        launch: Callable[..., subprocess.Popen],
+    ) -> None:
+        self.path = folder / f"{number[0]}.jsonl"
+        self.failed: str | None = None
+        self._printed = folder / f"{number[0]}.log"
+        self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{number[0]}/{number[1]}"}
+        self._launch, self._starts = launch, 0
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Starts a process for the tests that are left."""
+        self._starts += 1
+        with self._printed.open("a", encoding="utf-8") as output:
+            self._process = self._launch(output, self._more)
+        self._begun = time.time()
+
+    def running(self) -> bool:
+        """Looks after the process; returns whether there is more to wait for."""
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        written = self.path.stat().st_mtime if self.path.exists() else 0.0
+        quiet = time.time() - max(written, self._begun)
+        if code is None and quiet < PATIENCE:
+            return True
+        open_test = witness.unfinished(witness.records(self.path))
+        # Python and pytest take their time, too, before the first test and behind the last.
+        if code is None and open_test is None and quiet < 3 * PATIENCE:
+            return True
+        if code is None:
+            _kill(self._process)
+            how = f"no end after {quiet:.0f} s"
+        elif code in (0, 1, 5):
+            self._process = None
+            return False
         else:
-            counts["passed"] += 1
-    return {**counts, "failures": failures, "skip_reasons": reasons}
+            how = f"its process ended with exit code {code}"
+        self._process = None
+        if open_test is not None:
+            self._note(test=open_test, outcome="failed", message=how, seconds=0, lost=how)
+        elif code != witness.LOST:
+            self.failed = f"pytest: {how}"
+            return False
+        if self._starts > RESTARTS:
+            self.failed = f"the device was lost {self._starts} times"
+            return False
+        self.start()
+        return True
+
+    def stop(self) -> bool:
+        """Ends what still runs; returns whether it did."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        _kill(self._process)
+        return True
+
+    def output(self) -> str:
+        """Returns what the processes printed."""
+        exists = self._printed.exists()
+        return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
+
+    def _note(self, **record: object) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            # A line of its own: the process may have been stopped in the middle of one.
+            file.write("\n" + json.dumps(record) + "\n")
 
 
-def verbose_counts(output: str) -> dict:
-    """Returns the same of the output of a `pytest -v` that was stopped."""
-    results = re.findall(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED)", output, re.MULTILINE)
-    bad = [name for name, state in results if state in ("FAILED", "ERROR")]
+def summarise(found: Iterable[dict]) -> dict:
+    """Returns what witnesses say: counts, failures, reasons of skips, the slowest tests."""
+    ends = {record["test"]: record for record in found if "test" in record}
+    by = {name: [] for name in ("passed", "failed", "skipped")}
+    for record in ends.values():
+        by[record["outcome"]].append(record)
+    reasons: dict[str, int] = {}
+    for record in by["skipped"]:
+        reasons[record["message"]] = reasons.get(record["message"], 0) + 1
+    slowest = sorted(ends.values(), key=lambda record: -record["seconds"])[:10]
     return {
-        "passed": sum(state == "PASSED" for _, state in results),
-        "failed": len(bad),
-        "skipped": sum(state == "SKIPPED" for _, state in results),
-        "failures": [{"name": name, "message": "see the log"} for name in bad],
-        "skip_reasons": {},
+        **{name: len(records) for name, records in by.items()},
+        "failures": [{"name": r["test"], "message": r["message"]} for r in by["failed"]],
+        "skip_reasons": reasons,
+        "lost": [record["test"] for record in ends.values() if record.get("lost")],
+        "slowest": [{"name": r["test"], "seconds": r["seconds"]} for r in slowest],
     }
 
 
-class _After:
-    """Ends a process and its children after a time."""
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """Returns the exit code, or None if the process had to be ended."""
+    try:
+        return process.wait(max(0.1, seconds))
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return None
 
-    def __init__(self, seconds: float, process: subprocess.Popen) -> None:
-        import threading
 
-        self.fired, self._process = False, process
-        self._timer = threading.Timer(max(0.1, seconds), self._fire)
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # One that hangs in the driver does not end.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
 
-    def _fire(self) -> None:
-        self.fired = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
 
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_) -> None:
-        self._timer.cancel()
+def sources_digest() -> str:
+    """Returns a digest of what is built and run, for machines without the repository."""
+    digest = hashlib.sha256()
+    for name in (*SOURCES, "bench", "tests"):
+        place = ROOT / name
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".toml"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def slug(name: str) -> str:
@@ -498,6 +652,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder that gets the results too; default: $OUT",
     )  # fmt: skip
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--commit", help="commit of the sources, where no repository tells it")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument(
         "--rehearse", action="store_true",
@@ -512,8 +667,9 @@ def main(arguments: list[str] | None = None) -> int:
     outputs = [] if options.rehearse else [ROOT / "bench" / "results"]
     outputs += [pathlib.Path(options.out).resolve()] if options.out else []
     stages = Stages(
-        options.build.resolve(), outputs, budget=options.budget, rehearsal=options.rehearse
-    )
+        options.build.resolve(), outputs, budget=options.budget, rehearsal=options.rehearse,
+        commit=options.commit,
+    )  # fmt: skip
     functions = {
         "environment": stages.find_environment, "build": stages.build_package,
         "tests": stages.run_tests, "step": stages.run_step, "training": stages.run_training,

@@ -28,10 +28,26 @@ from typing import NamedTuple
 
 import torch
 
+from witness import lost_device
+
 _FALLBACK_CACHE = 32 * 2**20
 # Kept between what is profiled and what is not: far more than the clocks of host and device
 # disagree by.
 _GUARD_SECONDS = 3e-4
+
+
+class DeviceLost(RuntimeError):
+    """A kernel took the process's access to the device with it; nothing can be run any more.
+
+    Args:
+        name: The implementation that ran it.
+        setting: Its setting.
+        reason: What CUDA says.
+    """
+
+    def __init__(self, name: str, setting: str, reason: str) -> None:
+        super().__init__(f"{name} ({setting}): {reason}")
+        self.name, self.setting, self.reason = name, setting, reason
 
 
 class Kernels(NamedTuple):
@@ -112,6 +128,10 @@ class Cpu:
     def release(self) -> None:
         """Gives unused memory back, so that the next case finds it."""
 
+    def lost(self) -> str | None:
+        """Returns why nothing can be run on the device any more, or None."""
+        return None
+
     def free_bytes(self) -> int:
         """Returns the memory that can be taken without swapping."""
         meminfo = pathlib.Path("/proc/meminfo")
@@ -170,6 +190,10 @@ class Gpu(Cpu):
     def release(self) -> None:
         """Empties torch's cache of memory."""
         torch.cuda.empty_cache()
+
+    def lost(self) -> str | None:
+        """Returns why nothing can be run on the device any more, or None."""
+        return lost_device()
 
     def temporary_bytes(self, function: Callable[[], object]) -> int | None:
         """Returns what one call allocates at its peak, beyond what was there."""

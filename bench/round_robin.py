@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from machine import Cpu, Kernels, Streams
+from machine import Cpu, DeviceLost, Kernels, Streams
 from peers import IMPLEMENTATIONS, Unavailable, Variant
 from workload import Setting, VerificationError, Verifier, Workload
 
@@ -103,6 +103,7 @@ class _Timed:
         self.waits: str | None = None
         self.temporary_bytes: int | None = None
         self.turn = 0
+        self.running = False  # it is its turn
 
     def kinds(self) -> list[tuple[bool, bool]]:
         return sorted(self.variant.shares())
@@ -172,6 +173,7 @@ def run_case(
     Raises:
         VerificationError: A variant computes something else than the reference.
         MemoryError: The case does not fit.
+        DeviceLost: A variant made the device unusable.
     """
     elements = sum(torch.Size(shape).numel() for shape in case.shapes)
     needed = Workload.bytes_needed(elements, case.dtype, case.optimizer, spare=case.spare)
@@ -198,11 +200,19 @@ def run_case(
         except Exception as error:  # a kernel that does not compile, say
             if not forgiving:
                 raise
+            if (lost := device.lost()) is not None:
+                raise DeviceLost(name, setting.name, lost) from error
             absent.append(_absent(name, setting, error, True, log))
             continue
         timed.append(_Timed(variant, error))
-    rounds = _measure(case, timed, work, device, streams)
-    profiled = _profile(case, timed, work, device)
+    try:
+        rounds = _measure(case, timed, work, device, streams)
+        profiled = _profile(case, timed, work, device)
+    except Exception as error:
+        running = next((entry.variant for entry in timed if entry.running), None)
+        if running is None or (lost := device.lost()) is None:
+            raise
+        raise DeviceLost(running.name, running.setting.name, lost) from error
     if not work.finite():
         raise FloatingPointError(f"{case.name}: parameters or moments are not finite after the run")
     return {
@@ -230,11 +240,12 @@ def _absent(name: str, setting: Setting, error: Exception, wrong: bool, log) -> 
 
 def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
     for entry in timed:
-        times = []
+        times, entry.running = [], True
         for _ in range(3):
             work.fresh_gradients()
             times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
+        entry.running = False
         affordable = SLOW * case.seconds / (min(times) * len(device.probes))
         if affordable < case.rounds:
             entry.stride = max(1, case.rounds // max(MIN_SAMPLES, int(affordable)))
@@ -252,6 +263,7 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
             turn = [e for e in timed if number % e.stride == 0]
             order.shuffle(turn)
             for entry in turn:
+                entry.running = True
                 for probe in device.probes:
                     if device.stratified:
                         entry.approach()
@@ -260,6 +272,7 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
                         device.evict()
                     entry.run(probe)
                 entry.turn += 1
+                entry.running = False
             if streams is not None:
                 device.evict()
                 streams.run(device)
@@ -278,9 +291,11 @@ def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
             device.evict()
 
     for entry in timed:
+        entry.running = True
         entry.waits = device.waits(entry.variant)
         entry.temporary_bytes = device.temporary_bytes(entry.variant)
         entry.variant.seek(0)
+        entry.running = False
     calls, owners = [], []
     for entry in timed:
         if entry.variant.name in ("for-loop", "dgg reference") and len(work.params) > MANY_TENSORS:

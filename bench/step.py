@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -30,7 +31,7 @@ import time
 import torch
 
 from gpu_targets import backend_table, gpu_targets
-from machine import Cpu, Streams, open_device, provenance
+from machine import Cpu, DeviceLost, Streams, open_device, provenance
 from parameter_lists import count, llava_7b_full, llava_7b_lora, many_tiny, one_tensor
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
@@ -44,6 +45,7 @@ from step_report import (
     targets_table,
     write,
 )
+from witness import LOST
 from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
 
 SCHEMA = 2
@@ -214,8 +216,9 @@ def cases_of(preset: str) -> list[Case]:
 
 
 def run(
-    cases: list[Case], device: Cpu, *, stream_elements: int, say, deadline=math.inf, keep=None
-) -> dict[str, object]:
+    cases: list[Case], device: Cpu, *, stream_elements: int, say, deadline=math.inf, keep=None,
+    before: dict[str, object] | None = None,
+) -> dict[str, object]:  # fmt: skip
     """Runs cases and returns the results without targets.
 
     Args:
@@ -225,10 +228,25 @@ def run(
         say: Takes lines to print.
         deadline: `time.perf_counter` after which no case is begun.
         keep: Called with the results after every case.
+        before: Results of a run that lost the device: its cases are not run again, and what lost it
+            runs in none.
+
+    Raises:
+        DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
     """
+    before = before or {}
+    lost = [*before.get("lost", [])]
     results: dict[str, object] = {
-        "schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": [],
+        "schema": SCHEMA, "provenance": provenance(device), "cases": [*before.get("cases", [])],
+        "skipped": [], "lost": lost,
     }  # fmt: skip
+    done = {case["case"] for case in results["cases"]}
+    culprits = {entry["name"] for entry in lost}
+    cases = [
+        dataclasses.replace(case, runs=[run for run in case.runs if run[0] not in culprits])
+        for case in cases
+        if case.name not in done
+    ]
     say(provenance_lines(results["provenance"]) + "\n")
     if results["provenance"]["load_average"][0] > 0.5 and device.name == "cpu":
         say("This machine is not quiet: take the times as provisional.\n")
@@ -252,6 +270,24 @@ def run(
             reason = str(error).splitlines()[0]
             results["skipped"].append({"case": case.name, "reason": reason})
             say(f"{case.name} skipped: {reason}\n")
+            continue
+        except DeviceLost as error:
+            lost.append(
+                {"name": error.name, "setting": error.setting, "case": case.name,
+                 "reason": error.reason}
+            )  # fmt: skip
+            say(f"{case.name}: THE DEVICE WAS LOST by {error}\n")
+            if keep is not None:
+                keep(results)
+            raise
+        except Exception as error:
+            if keep is None:
+                raise
+            # One case of many: time on a GPU is rare.
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            results["skipped"].append({"case": case.name, "reason": reason, "wrong": True})
+            say(f"{case.name} FAILED: {reason}\n")
+            keep(results)
             continue
         entry["memory_bandwidth"] = own.bandwidth() if own else overall
         entry["wall_seconds"] = time.perf_counter() - begin
@@ -292,6 +328,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--deadline", type=float, default=math.inf, help="begin no case after so many seconds"
     )
+    parser.add_argument(
+        "--resume", type=pathlib.Path,
+        help="results of a run that lost the device: go on without what lost it",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
@@ -306,6 +346,9 @@ def main(arguments: list[str] | None = None) -> int:
         device = open_device(options.device)
     except ValueError as error:
         parser.error(str(error))
+    before = None
+    if options.resume is not None:
+        before = json.loads(options.resume.read_text(encoding="utf-8"))
     smoke = preset == "smoke"
     settings = {
         "preset": preset,
@@ -333,7 +376,12 @@ def main(arguments: list[str] | None = None) -> int:
             results = run(
                 cases, device, stream_elements=elements, say=say,
                 deadline=began + options.deadline, keep=keep if preset == "gpu" else None,
+                before=before,
             )  # fmt: skip
+        except DeviceLost as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            # Nothing can be tidied up on a device that is lost, and trying may hang.
+            os._exit(LOST)
         except VerificationError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -350,7 +398,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:
         for path in write(options.out, results, "\n".join(say.lines) + "\n", stem):
             print(f"wrote {path}")
-    return int(any(missing["wrong"] for case in results["cases"] for missing in case["not_run"]))
+    wrong = [missing["wrong"] for case in results["cases"] for missing in case["not_run"]]
+    wrong += [skipped.get("wrong", False) for skipped in results["skipped"]]
+    return int(any(wrong))
 
 
 def judge(results: dict[str, object], preset: str) -> list[dict]:

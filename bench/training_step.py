@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import gc
 import math
+import os
 import pathlib
 import sys
 import time
@@ -29,9 +30,10 @@ from torch import Tensor
 import dgg
 from dgg import _dispatch
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
-from machine import Cpu, open_device, provenance
+from machine import Cpu, DeviceLost, open_device, provenance
 from peers import injections
 from step_report import provenance_lines, table, write
+from witness import LOST
 
 SCHEMA = 1
 LR, CLIP = 1e-4, 1.0
@@ -275,9 +277,27 @@ def summary(
 
 
 def run_model(
-    model: Model, device: Cpu, wanted: Sequence[Variant], say, *, deadline: float = math.inf
+    model: Model,
+    device: Cpu,
+    wanted: Sequence[Variant],
+    say,
+    *,
+    deadline: float = math.inf,
+    keep: Callable[[dict], object] = lambda found: None,
 ) -> dict[str, object]:
-    """Measures all variants on one model; those begun too late or too large are left out."""
+    """Measures all variants on one model; those begun too late or too large are left out.
+
+    Args:
+        model: What is trained.
+        device: Where.
+        wanted: The variants.
+        say: Takes lines to print.
+        deadline: `time.perf_counter` after which no variant is begun.
+        keep: Called with what is known after every block.
+
+    Raises:
+        DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
+    """
     built = make(model.shape, device.device, model.dtype, model.rank)
     data = batch(model.shape, device.device, model.dtype, model.text)
     trained = [p for p in built.parameters() if p.requires_grad]
@@ -294,6 +314,13 @@ def run_model(
     }
     blocks: dict[Variant, list] = {}
     memory: dict[Variant, dict] = {}
+
+    def known() -> dict[str, object]:
+        found["variants"] = [
+            summary(variant, times, memory[variant]) for variant, times in blocks.items() if times
+        ]
+        return found
+
     for variant in [*wanted, *reversed(wanted)]:
         label = f"{variant.name}, alpha={variant.alpha}"
         if variant in blocks and not blocks[variant]:
@@ -315,6 +342,9 @@ def run_model(
             reason = first if large else f"{type(error).__name__}: {first}"
             found["not_run"].append({"name": label, "reason": reason, "wrong": not large})
             say(f"  {label} not run: {reason}")
+            if (lost := device.lost()) is not None:
+                keep(known())
+                raise DeviceLost(variant.name, f"alpha={variant.alpha}", lost) from error
             for p in trained:
                 p.grad = None
         else:
@@ -322,10 +352,8 @@ def run_model(
             memory.setdefault(variant, used)
         gc.collect()
         device.release()
-    found["variants"] = [
-        summary(variant, times, memory[variant]) for variant, times in blocks.items() if times
-    ]
-    return found
+        keep(known())
+    return known()
 
 
 def case_table(case: dict, *, markdown: bool) -> str:
@@ -371,6 +399,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and table")
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument(
+        "--without", action="append", default=[], metavar="NAME",
+        help="leave out the variants whose names begin so, which lost the device elsewhere",
+    )  # fmt: skip
+    parser.add_argument(
         "--deadline", type=float, default=math.inf, help="begin nothing after so many seconds"
     )
     options = parser.parse_args(arguments)
@@ -391,6 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     say(provenance_lines(results["provenance"]) + "\n")
     wanted, missing = variants(device, 5 if options.preset == "smoke" else 10)
+    for name in options.without:
+        missing.append({"name": name, "reason": "left out: it lost the device elsewhere"})
+        wanted = [variant for variant in wanted if not variant.name.startswith(name)]
     date = results["provenance"]["date"][:10]
     for model in models(device, options.preset):
         if options.only not in model.name:
@@ -398,15 +433,27 @@ def main(arguments: list[str] | None = None) -> int:
         if time.perf_counter() - begin > options.deadline:
             say(f"{model.name} skipped: no time was left for it\n")
             continue
-        found = run_model(model, device, wanted, say, deadline=begin + options.deadline)
+
+        def keep(found: dict) -> None:
+            partial = {**results, "cases": [*results["cases"], found]}
+            if options.out is not None:
+                stem = f"training-{options.device}-{date}"
+                text = "\n".join([*lines, case_table(found, markdown=True)]) + "\n"
+                write(options.out, partial, text, stem, drawn=False)
+
+        limit = begin + options.deadline
+        try:
+            found = run_model(model, device, wanted, say, deadline=limit, keep=keep)
+        except DeviceLost as error:
+            print(f"error: the device was lost by {error}", file=sys.stderr, flush=True)
+            # Nothing can be tidied up on a device that is lost, and trying may hang.
+            os._exit(LOST)
         found["not_run"] += missing
+        keep(found)
         results["cases"].append(found)
         say(case_table(found, markdown=True))
         gc.collect()
         device.release()
-        if options.out is not None:
-            stem = f"training-{options.device}-{date}"
-            write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False)
     missing = [entry for case in results["cases"] for entry in case["not_run"]]
     return int(any(entry.get("wrong") for entry in missing))
 

@@ -759,26 +759,6 @@ def test_the_repository_root_is_on_no_path_of_a_stage(stages):
     assert code == 0 and repr(str(BENCH.parent)) not in output
 
 
-def test_test_reports_are_read(bench, tmp_path):
-    report = tmp_path / "tests.xml"
-    report.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="a"/>'
-        '<testcase classname="t" name="b"><failure message="assert 1 == 2&#10;more"/></testcase>'
-        '<testcase classname="t" name="c"><skipped message="one GPU"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    found = bench("gpu").junit(report)
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
-    assert found["failures"] == [{"name": "t::b", "message": "assert 1 == 2"}]
-    assert found["skip_reasons"] == {"one GPU": 1}
-    stopped = (
-        "../t.py::a[x-1] PASSED [ 1%]\n../t.py::b SKIPPED (one GPU)\n../t.py::c FAILED\n../t.py::d"
-    )
-    found = bench("gpu").verbose_counts(stopped)
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
-    assert found["failures"][0]["name"] == "../t.py::c"
-
-
 def test_device_names_make_file_names(bench):
     slug = bench("gpu").slug
     assert slug("NVIDIA H200") == "h200"
