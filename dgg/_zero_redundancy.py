@@ -134,12 +134,24 @@ class Reduction:
 
 
 def builder() -> Share | None:
-    """Returns the share, if the caller is being built by a ZeroRedundancyOptimizer."""
+    """Returns the share, if the caller is being built by a ZeroRedundancyOptimizer.
+
+    Raises:
+        ValueError: Its parameters are on several devices.
+    """
     module = sys.modules.get(_MODULE)
     frame = sys._getframe(1) if module is not None else None
     while frame is not None:
         whole = frame.f_locals.get("self")
         if isinstance(whole, module.ZeroRedundancyOptimizer):
-            return Share(whole)
+            share = Share(whole)
+            # Of all ranks' parameters, so that every rank raises and none waits for the others.
+            devices = sorted({str(p.device) for p in share.params()})
+            if len(devices) > 1:
+                raise ValueError(
+                    f"ZeroRedundancyOptimizer over parameters on several devices ({devices}) is "
+                    "not supported; build one per device"
+                )
+            return share
         frame = frame.f_back
     return None

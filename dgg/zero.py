@@ -26,6 +26,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Member(NamedTuple):
     """A parameter of which a partition may have a fragment.
 
     Attributes:
-        index: Its number in the unsharded optimizer, counted over all groups; -1 if unknown.
+        index: Its number in the unsharded optimizer, counted over all groups.
         name: Its name in the model, or None.
         param: The model's parameter.
         shape: Its unsharded shape.
@@ -168,11 +169,16 @@ class Zero:
         self._rows: dict[int, tuple[_dispatch.Watch, list, _FragmentRows]] = {}
         self._now: _Now | None = None
         self._take_up(optimizer, holder)
+        self._drop_orphans(optimizer)
 
     @property
     def holder(self):
         """DeepSpeed's optimizer, or None if it is gone."""
         return self._holder()
+
+    def tensors(self) -> list[Tensor]:
+        """Returns this rank's partitions."""
+        return [p.tensor for p in self._partitions]
 
     # -- partitions -----------------------------------------------------------------------------
 
@@ -184,6 +190,18 @@ class Zero:
         ):
             return
         numbers = {identity: j for j, identity in enumerate(optimizer._given)}
+        strange = sum(
+            id(param) not in numbers
+            for number in range(len(tensors))
+            for param, *_ in self._layout.pieces(holder, number)
+        )
+        if strange:
+            raise RuntimeError(
+                f"DeepSpeed's engine trains {strange} parameters that this optimizer was not built "
+                "with, so their draws are not known: the parameters in its groups were exchanged "
+                "before deepspeed.initialize, or it has been in another engine. Build a new "
+                "optimizer over model.parameters() for every engine"
+            )
         names = getattr(holder, "param_names", None) or {}
         self._partitions = []
         for number, (tensor, group) in enumerate(self._layout.partitions(holder)):
@@ -191,10 +209,24 @@ class Zero:
             for param, shape, start, base, count in self._layout.pieces(holder, number):
                 if count > 0:
                     fragments.append(Fragment(len(members), start, count, base))
-                members.append(Member(numbers.get(id(param), -1), names.get(param), param, shape))
+                members.append(Member(numbers[id(param)], names.get(param), param, shape))
             self._partitions.append(Partition(tensor, group, members, fragments))
         self._census = _Census(self._partitions)
         self._rows = {}
+
+    def _drop_orphans(self, optimizer) -> None:
+        """Drops the state of parameters that partitions took the place of: nothing can save it."""
+        mine = {id(p.tensor) for p in self._partitions}
+        orphans = [p for p in optimizer.state if id(p) not in mine]
+        for p in orphans:
+            del optimizer.state[p]
+        if orphans:
+            warnings.warn(
+                f"the optimizer had state of {len(orphans)} parameters before DeepSpeed's ZeRO put "
+                "partitions in their place, and ZeRO takes none of it along: it is dropped. Call "
+                "set_anchor() after deepspeed.initialize, and resume moments with load_checkpoint",
+                stacklevel=6,
+            )
 
     def _rows_of(self, optimizer, number: int) -> _FragmentRows | None:
         """Returns the rows of a partition, or None if all of it is padding."""
@@ -224,7 +256,13 @@ class Zero:
             RuntimeError: The anchor that the groups promise is missing, or DeepSpeed does
                 something that is not known here.
         """
-        holder = self.holder
+        try:
+            self._step(optimizer, self.holder)
+        except BaseException:
+            _put_back(optimizer, self._layout)
+            raise
+
+    def _step(self, optimizer, holder) -> None:
         self._take_up(optimizer, holder)
         number_of = {id(p.tensor): number for number, p in enumerate(self._partitions)}
         called = [
@@ -235,9 +273,10 @@ class Zero:
         ]
         if None in called or not called:
             raise RuntimeError(
-                f"{type(holder).__name__} asks to step a tensor that is none of its partitions; "
-                "this release of DeepSpeed is not known to dgg: use the one that "
-                "docs/deepspeed.md names"
+                f"{type(holder).__name__} asks to step a tensor that is none of its partitions: "
+                "either the optimizer was handed to a second engine (build a new one for every "
+                "deepspeed.initialize), or this release of DeepSpeed is not known to dgg (use the "
+                "one that docs/deepspeed.md names)"
             )
         if 0 in called:
             self._now = self._begin(optimizer, holder)
@@ -412,6 +451,8 @@ class Zero:
             # Stages 1 and 2 unscale by the scale of after the step's update, which may have grown.
             norm = _local_of_step(holder, "scaled_global_grad_norm") / holder.loss_scale
         norm = torch.as_tensor(norm).double()
+        # Older releases say -1 where gradients are inf or NaN; the square of that would look fine.
+        norm = torch.where(norm < 0, torch.nan, norm)
         if holder.clip_grad > 0.0:
             norm = norm / torch.clamp((norm + 1e-6) / holder.clip_grad, min=1.0)
         return norm
@@ -624,9 +665,25 @@ def find(optimizer) -> Zero | None:
     if "deepspeed" in sys.modules:
         holder = next(filter(_partitions, _holders(optimizer)), None)
     if holder is not None:
-        return Zero(optimizer, holder)
+        try:
+            return Zero(optimizer, holder)
+        except BaseException:
+            _put_back(optimizer, _LAYOUTS.get(type(holder).__name__))
+            raise
     _refuse_unknown(optimizer)
     return None
+
+
+def _put_back(optimizer, layout: type | None) -> None:
+    """Makes the groups what they are between steps, after an error in one.
+
+    DeepSpeed would leave them as they were for its call of ``step()``, and whoever then saves what
+    there is would save no more than that.
+    """
+    optimizer.param_groups = optimizer._whole
+    if layout is _Stage3:
+        for group in optimizer.param_groups:
+            group["params"] = []
 
 
 def _partitions(holder) -> bool:
@@ -684,6 +741,9 @@ def _refuse(optimizer, holder) -> None:
         "NVMe offload keeps partitions where they cannot be measured; use offload device cpu": (
             getattr(holder, "swap_optimizer", False)
             or getattr(holder, "params_in_nvme_and_cpu", False)
+        ),
+        "zenflow steps selected columns with an optimizer of its own; leave it out": (
+            getattr(holder, "zenflow", False)
         ),
         "torch_autocast with float16 scales the loss inside every sub-step; use bfloat16, or "
         "DeepSpeed's fp16": getattr(holder, "torch_autocast_gradscaler", None) is not None,

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
+import gc
 import json
 import logging
 import os
 import pathlib
 import pickle
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
 
 import dgg
+import ranks
+from dgg import zero
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 STEPS = 50
@@ -24,44 +27,25 @@ BOUNDARIES = (4, 30)
 STEPS_16_BITS = 20
 
 
-def start(rank: int, world: int, folder: str) -> None:
-    """Makes the process group; DeepSpeed takes the one that is there."""
-    os.environ.update(
-        GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(os.path.join(folder, "store"), world),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    import deepspeed.accelerator
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # DeepSpeed would compile a collective of its own for the CPU, for minutes; gloo has it too.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It refuses float16 on CPUs without instructions for it; torch computes it on every CPU.
-    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-
-
 def on_ranks(function):
-    """Makes of a function what a rank runs: with the process group around it."""
+    """Makes of a function what a rank runs: with the group and a DeepSpeed that it needs."""
 
     @functools.wraps(function)
-    def run(rank: int, world: int, folder: str, *arguments) -> None:
-        start(rank, world, folder)
-        function(rank, world, folder, *arguments)
-        dist.barrier()
-        dist.destroy_process_group()
+    def prepared(rank: int, world: int, folder: str, *arguments) -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed.accelerator
+        import deepspeed.ops
+        from deepspeed.utils import logger
 
-    return run
+        logger.setLevel(logging.ERROR)
+        # It would compile a collective of its own for the CPU, for minutes; gloo has it too.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It refuses float16 on CPUs without instructions for it; torch computes it on every CPU.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+        function(rank, world, folder, *arguments)
+
+    return ranks.in_group(prepared)
 
 
 @on_ranks
@@ -169,10 +153,10 @@ def loss_of(model, x: torch.Tensor) -> torch.Tensor:
     return (model(x.to(next(model.parameters()).dtype)).float() - x.sum(1, True)).square().mean()
 
 
-def alone(rule="adamw", options=None, clip=None, last=STEPS, model="network"):
+def alone(rule="adamw", options=None, clip=None, last=STEPS, model="network", *, tiny=True):
     """The run without DeepSpeed, by the same optimizer, that clips for itself."""
     model = MODELS["network" if model == "zero.Init" else model]()
-    optimizer = build(model, rule, {"max_grad_norm": clip, **(options or {})})
+    optimizer = build(model, rule, {"max_grad_norm": clip, **(options or {})}, tiny=tiny)
     stats = []
     for k in range(last):
         if k in BOUNDARIES:
@@ -358,52 +342,107 @@ def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list
         torch.save({"messages": messages, "weights": results}, os.path.join(folder, "results.pt"))
 
 
-@on_ranks
-def run_accelerate(rank: int, world: int, folder: str, cases: list[dict]) -> None:
-    """The same training through accelerate's plugin; clipping is the configuration's."""
+def accelerated(case: dict, **changes):
+    """Returns the accelerator of a case, the model and the optimizer that it has prepared."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-    def prepared(case):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        plugin = DeepSpeedPlugin(hf_ds_config=config(case["stage"]))
-        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=case["precision"])
-        assert accelerator.distributed_type == DistributedType.DEEPSPEED
-        model = MODELS[case["model"]]()
-        made = build(model, "adamw", {})
-        model, wrapped = accelerator.prepare(model, made)
-        assert dgg.unwrap(wrapped) is made
-        return accelerator, model, wrapped
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = DeepSpeedPlugin(hf_ds_config=config(case["stage"], zero=case["zero"], **changes))
+    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=case["precision"])
+    assert accelerator.distributed_type == DistributedType.DEEPSPEED
+    model = MODELS[case["model"]]()
+    # DeepSpeed's universal checkpoints cannot have a group of which a rank has only padding.
+    made = build(model, "adamw", case["options"], tiny=not case["resumed"])
+    model, wrapped = accelerator.prepare(model, made)
+    assert dgg.unwrap(wrapped) is made
+    return accelerator, model, wrapped
 
-    def run(accelerator, model, wrapped, first, last):
-        for k in range(first, last):
-            if k in BOUNDARIES:
-                dgg.unwrap(wrapped).set_anchor()
-            accelerator.backward(loss_of(model, batch(k)))
-            accelerator.clip_grad_norm_(model.parameters(), 0.5)
-            wrapped.step()
-            wrapped.zero_grad()
-        assert dgg.unwrap(wrapped).param_groups[0]["draw_index"] == last
-        return whole_weights(model)
 
+def train_accelerated(accelerator, model, wrapped, first, last, *, named=False):
+    """Trains; returns the weights. ``named``: anchors are whole tensors by name."""
+    for k in range(first, last):
+        if k in BOUNDARIES:
+            names = [name for name, _ in model.module.named_parameters()]
+            present = dict(zip(names, whole_weights(model), strict=True)) if named else None
+            dgg.unwrap(wrapped).set_anchor(present)
+        accelerator.backward(loss_of(model, batch(k)))
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        wrapped.step()
+        wrapped.zero_grad()
+    assert dgg.unwrap(wrapped).param_groups[0]["draw_index"] == last
+    return whole_weights(model)
+
+
+@on_ranks
+def resume_accelerate_on_others(
+    rank: int, world: int, folder: str, saved: str, cases: list[dict]
+) -> None:
+    """Another number of ranks through accelerate: refused, or without an anchor until it is named.
+
+    ``saved`` has the checkpoint of every case, and a universal one beside it.
+    """
+    messages, results = [], []
+    for number, case in enumerate(cases):
+        made = accelerated(case)
+        try:
+            made[0].load_state(os.path.join(saved, f"saved {number}"))
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        else:
+            messages.append("loaded")
+        made[1].destroy()
+        made = accelerated(case, checkpoint={"load_universal": True})
+        optimizer = dgg.unwrap(made[2])
+        kept = [(g["lr"], g["weight_decay"], g["alpha"]) for g in optimizer.param_groups]
+        made[0].load_state(os.path.join(saved, f"universal {number}"))
+        for group, (lr, decay, alpha) in zip(optimizer.param_groups, kept, strict=True):
+            group.update(lr=lr, weight_decay=decay, alpha=alpha)
+        loaded = whole_weights(made[1])
+        try:
+            train_accelerated(*made, 8, 9)
+        except RuntimeError as error:
+            messages.append(str(error))
+        else:
+            messages.append("stepped without an anchor")
+        assert all(map(torch.equal, whole_weights(made[1]), loaded))
+        made[1].destroy()
+        made = accelerated(case, checkpoint={"load_universal": True})
+        optimizer = dgg.unwrap(made[2])
+        made[0].load_state(os.path.join(saved, f"universal {number}"))
+        for group, (lr, decay, alpha) in zip(optimizer.param_groups, kept, strict=True):
+            group.update(lr=lr, weight_decay=decay, alpha=alpha)
+        former = alone(clip=0.5, last=BOUNDARIES[0], tiny=False)[0]
+        optimizer.set_anchor(former.state_dict(), task=1)
+        results.append(train_accelerated(*made, 8, 14))
+        made[1].destroy()
+    if rank == 0:
+        torch.save({"messages": messages, "weights": results}, os.path.join(folder, "results.pt"))
+
+
+@on_ranks
+def run_accelerate(rank: int, world: int, folder: str, cases: list[dict]) -> None:
+    """The same training through accelerate's plugin; clipping is the configuration's."""
     results = []
     for number, case in enumerate(cases):
         saved = os.path.join(folder, f"saved {number}")
         last = STEPS if case["precision"] == "no" else STEPS_16_BITS
-        made = prepared(case)
+        made = accelerated(case)
+        train = functools.partial(train_accelerated, named=case["named"])
+        refused(RuntimeError, "dgg.ReplayBuffer.mix", dgg.unwrap(made[2]).replay)
         if case["resumed"]:
             # In the middle of a guided task.
-            run(*made, 0, 8)
+            train(*made, 0, 8)
             made[0].save_state(saved)
-            expected = run(*made, 8, 14)
+            expected = train(*made, 8, 14)
             made[1].destroy()
-            made = prepared(case)
+            made = accelerated(case)
             made[0].load_state(saved)
-            assert all(map(torch.equal, run(*made, 8, 14), expected)), case
-            results.append(run(*made, 14, last))
+            assert all(map(torch.equal, train(*made, 8, 14), expected)), case
+            results.append(train(*made, 14, last))
         else:
-            results.append(run(*made, 0, last))
+            results.append(train(*made, 0, last))
         made[1].destroy()
     if rank == 0:
         torch.save(results, os.path.join(folder, "results.pt"))
@@ -441,8 +480,14 @@ class Stop(Exception):
     """Ends a training in the middle."""
 
 
-def trainer_of(model, task: int, out: str, deepspeed, *, size: int, steps=10, die=False):
-    """A Trainer of one task: under DeepSpeed if there is a configuration, else alone."""
+def trainer_of(
+    model, task: int, out: str, deepspeed, *, size: int, die=False, options=None, anchor=None,
+    collate=None, **settings,
+):  # fmt: skip
+    """A Trainer of one task: under DeepSpeed if there is a configuration, else alone.
+
+    ``model`` may be a function that makes it: it is called when the Trainer's arguments are there.
+    """
     import transformers
 
     from dgg.hf import GuidanceCallback
@@ -453,19 +498,21 @@ def trainer_of(model, task: int, out: str, deepspeed, *, size: int, steps=10, di
                 raise Stop
 
     arguments = transformers.TrainingArguments(
-        output_dir=out, per_device_train_batch_size=size, max_steps=steps, max_grad_norm=0.5,
+        output_dir=out, per_device_train_batch_size=size, max_steps=10, max_grad_norm=0.5,
         logging_steps=1, save_strategy="steps", save_steps=5, report_to=[], use_cpu=True,
         disable_tqdm=True, seed=3, dataloader_pin_memory=False, lr_scheduler_type="constant",
         learning_rate=5e-3,
         deepspeed=deepspeed,
+        **settings,
     )  # fmt: skip
-    options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5}
+    options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5, **(options or {})}
     return transformers.Trainer(
-        model,
+        model if isinstance(model, torch.nn.Module) else model(),
         arguments,
+        data_collator=collate,
         train_dataset=task_data(1 + task),
         optimizer_cls_and_kwargs=(dgg.AdamW, options),
-        callbacks=[GuidanceCallback(task=task), *([Die()] if die else [])],
+        callbacks=[GuidanceCallback(task=task, anchor=anchor), *([Die()] if die else [])],
     )
 
 
@@ -507,18 +554,128 @@ def two_tasks(folder: str, stage: int | None, size: int, adapters: bool):
             second.train()
         logs.append((weights_of(second), second.state.log_history))
         optimizer = dgg.unwrap(second.optimizer)
+        if stage is not None:
+            refused(RuntimeError, "dgg.ReplayBuffer.mix", optimizer.replay)
         assert optimizer.param_groups[0]["draw_index"] == 10
         assert optimizer.param_groups[0]["task_index"] == 1
     return logs
 
 
+def one_task(folder: str, case: dict, stage: int | None, size: int):
+    """Trains one guided task through the Trainer; returns its weights and what it logged."""
+    model, anchor = language_model(), None
+    if case["named"]:
+        anchor = {name: 0.9 * p.detach() for name, p in language_model().named_parameters()}
+    if case["init"] and stage is not None:
+        import transformers
+
+        pretrained = os.path.join(folder, "pretrained")
+        if dist.get_rank() == 0:
+            model.save_pretrained(pretrained)
+        dist.barrier()
+        model = functools.partial(transformers.LlamaForCausalLM.from_pretrained, pretrained)
+    path = None if stage is None else config(stage, zero=case["zero"])
+    out = os.path.join(folder, "out")
+    trainer = trainer_of(model, 1, out, path, size=size, options=case["options"], anchor=anchor)
+    if case["init"] and stage is not None:
+        assert all(p.numel() == 0 and p.ds_numel > 0 for p in trainer.model.parameters())
+    trainer.train()
+    return weights_of(trainer), trainer.state.log_history
+
+
+def mixed_task(folder: str, stage: int) -> None:
+    """Trains in bfloat16 through the Trainer and by DeepSpeed's engine alone: the same bits."""
+    from transformers import default_data_collator
+
+    seen = []
+
+    def collate(rows):
+        seen.append(default_data_collator(rows))
+        return seen[-1]
+
+    mixed = config(stage, bf16={"enabled": True})
+    trainer = trainer_of(
+        language_model(), 1, os.path.join(folder, "out"), mixed, size=4, bf16=True, collate=collate
+    )
+    trainer.train()
+    expected = weights_of(trainer)
+    decayed = trainer.get_decay_parameter_names(language_model())
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=True)
+    trainer.model_wrapped.destroy()
+
+    model = language_model()
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = dgg.AdamW(groups, lr=5e-3, eps=1e-3, alpha=0.5, seed=5)
+    engine = engine_of(model, optimizer, mixed)
+    optimizer.set_anchor()
+    world = dist.get_world_size()
+    injected = 0
+    for rows in seen[:10]:
+        # The Trainer's loss is the mean over all ranks' tokens, times the ranks that average it.
+        count = torch.tensor(world * rows["labels"].numel())
+        loss = engine(**rows, num_items_in_batch=count).loss * world
+        engine.backward(loss)
+        engine.step()
+        injected += int(optimizer.guidance_stats()["injected"])
+    assert 0 < injected < 10
+    for (name, _), mine in zip(named, whole_weights(engine), strict=True):
+        assert torch.equal(mine, expected[name]), name
+    engine.destroy()
+
+
+@on_ranks
+def run_trainer_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
+    """One task of every case through the Trainer."""
+    results = []
+    for number, case in enumerate(cases):
+        inside = os.path.join(folder, f"case {number}")
+        if case["mixed"]:
+            mixed_task(inside, case["stage"])
+            results.append(None)
+        else:
+            results.append(one_task(inside, case, case["stage"], 4))
+    if rank == 0:
+        torch.save(results, os.path.join(folder, "results.pt"))
+
+
+@on_ranks
+def resume_trainer_on_others(rank: int, world: int, folder: str, saved: str) -> None:
+    """A Trainer on another number of ranks than its checkpoint was written by."""
+    messages = []
+    for stage in (2, 3):
+        path = str(DOCS / f"deepspeed_zero{stage}.json")
+        out = os.path.join(folder, f"stage {stage}")
+        trainer = trainer_of(language_model(), 1, out, path, size=4)
+        checkpoint = os.path.join(saved, f"stage {stage}", "second", "checkpoint-5")
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        else:
+            messages.append("trained")
+        assert trainer.state.global_step == 0
+    if rank == 0:
+        torch.save(messages, os.path.join(folder, "messages.pt"))
+
+
 @on_ranks
 def run_trainer(rank: int, world: int, folder: str, adapters: bool) -> None:
     """Two tasks through the Trainer, with the documented configurations."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    reports = logging.getLogger("dgg.hf")
+    reports.setLevel(logging.INFO)
+    reports.addHandler(handler)
     for stage in (2, 3):
+        said.clear()
         logs = two_tasks(os.path.join(folder, f"stage {stage}"), stage, 4, adapters)
         if rank == 0:
-            torch.save(logs, os.path.join(folder, f"results {stage}.pt"))
+            torch.save((*logs, said), os.path.join(folder, f"results {stage}.pt"))
     if adapters:
         return
 
@@ -567,10 +724,11 @@ def alone_in_16_bits(dtype: torch.dtype, clip: float, scale: float = 1.0):
 def run_loss_scaling(rank: int, world: int, folder: str) -> None:
     """float16 with a scale that first overflows, then grows: skipped steps and the norm."""
     half = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
-    for stage in (2, 3):
+    for stage, micro in ((2, 1), (3, 1), (1, 2), (2, 2), (3, 2)):
         model = network()
         optimizer = build(model, "adamw", {"alpha": 1.0})
-        engine = engine_of(model, optimizer, config(stage, fp16=half))
+        changes = {"fp16": half, "gradient_accumulation_steps": micro}
+        engine = engine_of(model, optimizer, config(stage, **changes))
         optimizer.set_anchor()
         handed, scales = [], []
 
@@ -584,8 +742,10 @@ def run_loss_scaling(rank: int, world: int, folder: str) -> None:
             handed.clear()
             before = optimizer.param_groups[0]["draw_index"]
             scale = engine.optimizer.loss_scale
-            engine.backward(loss_of(engine, batch(k)))
-            engine.step()
+            for part in range(micro):
+                assert not handed
+                engine.backward(loss_of(engine, batch(30 * part + k)))
+                engine.step()
             scales.append(engine.optimizer.loss_scale / scale)
             if engine.optimizer.overflow:
                 # DeepSpeed skips without a call: no draw is used up.
@@ -601,6 +761,163 @@ def run_loss_scaling(rank: int, world: int, folder: str) -> None:
         # It shrank, and it grew in steps that were taken.
         assert 0 < taken < 30 and 0.5 in scales and 2.0 in scales, scales
         assert optimizer.param_groups[0]["draw_index"] == taken
+        engine.destroy()
+
+
+@on_ranks
+def run_accumulation(rank: int, world: int, folder: str) -> None:
+    """Two backward passes a step are one step, one draw and one ‖g‖ of their mean."""
+    twin = network()
+    alone = build(twin, "adamw", {"max_grad_norm": 0.5})
+    stats = []
+    for k in range(14):
+        if k in BOUNDARIES:
+            alone.set_anchor()
+        for part in range(2):
+            (loss_of(twin, batch(2 * k + part)) / 2).backward()
+        alone.step()
+        alone.zero_grad()
+        stats.append(alone.guidance_stats())
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage, section in ((1, {}), (2, {}), (3, {}), (2, offload), (3, offload)):
+        model = network()
+        optimizer = build(model, "adamw", {})
+        twice = config(stage, zero=section, gradient_accumulation_steps=2)
+        engine = engine_of(model, optimizer, twice)
+        for k in range(14):
+            if k in BOUNDARIES:
+                optimizer.set_anchor()
+            for part in range(2):
+                engine.backward(loss_of(engine, batch(2 * k + part)))
+                engine.step()
+                assert optimizer.param_groups[0]["draw_index"] == k + part
+            found = optimizer.guidance_stats()
+            assert torch.equal(found["injected"], stats[k]["injected"])
+            torch.testing.assert_close(found["scale"], stats[k]["scale"], rtol=1e-4, atol=1e-6)
+        for mine, theirs in zip(whole_weights(engine), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-6)
+        engine.destroy()
+    assert any(bool(x["injected"]) for x in stats)
+
+
+def tensors_alive() -> tuple[int, int]:
+    """Returns how many tensors there are in this process, and their bytes."""
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    found = [x for x in gc.get_objects() if type(x) in kinds]
+    return len(found), sum(x.numel() * x.element_size() for x in found)
+
+
+@on_ranks
+def run_boundaries(rank: int, world: int, folder: str) -> None:
+    """Many tasks in one process, with one engine or a new one, and two engines at once."""
+    for stage in (1, 2, 3):
+        model = network()
+        optimizer = build(model, "adamw", {"alpha": 1.0})
+        engine = engine_of(model, optimizer, config(stage))
+        alive = []
+        for task in range(12):
+            for k in range(2):
+                engine.backward(loss_of(engine, batch(2 * task + k)))
+                engine.step()
+            optimizer.set_anchor()
+            alive.append(tensors_alive() if task in (3, 11) else None)
+        assert alive[3] == alive[11] is not None, alive
+        assert optimizer.param_groups[0]["task_index"] == 12
+
+        # The next task in an engine of its own: it takes a new optimizer.
+        left = whole_weights(engine)
+        engine.destroy()
+        optimizer = build(model, "adamw", {"alpha": 1.0})
+        engine = engine_of(model, optimizer, config(stage))
+        assert all(map(torch.equal, whole_weights(engine), left))
+        optimizer.set_anchor(task=12)
+        assert [g["task_index"] for g in optimizer.param_groups] == [12] * 3
+        train(engine, optimizer, 5, 8)
+        assert not torch.equal(whole_weights(engine)[0], left[0])
+        assert float(optimizer.guidance_stats()["distance"]) > 0
+        engine.destroy()
+        # DeepSpeed's own errors: it takes the former engine's partitions for parameters.
+        again = functools.partial(engine_of, model, optimizer, config(stage))
+        refused((KeyError, IndexError), "", again)
+
+    # Two at once, of different stages: each finds its own engine.
+    pairs = []
+    for rule, stage in (("adamw", 2), ("sgd", 3)):
+        model = network()
+        optimizer = build(model, rule, {})
+        pairs.append((rule, engine_of(model, optimizer, config(stage)), optimizer))
+    for k in range(8):
+        for _, engine, optimizer in pairs:
+            train(engine, optimizer, k, k + 1)
+    for rule, engine, _ in pairs:
+        expected = alone(rule, clip=0.5, last=8)[0].parameters()
+        for mine, theirs in zip(whole_weights(engine), expected, strict=True):
+            torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-6)
+    for _, engine, _ in pairs:
+        engine.destroy()
+
+
+@on_ranks
+def run_without_states(rank: int, world: int, folder: str) -> None:
+    """Weights loaded without the optimizer's state, and state that was there before the engine."""
+
+    def made(stage, options=None):
+        model = network()
+        optimizer = build(model, "adamw", {"alpha": 1.0, **(options or {})}, tiny=False)
+        return engine_of(model, optimizer, config(stage)), optimizer
+
+    for stage in (1, 2, 3):
+        saved = os.path.join(folder, f"weights {stage}")
+        engine, optimizer = made(stage)
+        train(engine, optimizer, 0, 6)
+        engine.save_checkpoint(saved)
+        expected = whole_weights(engine)
+        engine.destroy()
+
+        engine, optimizer = made(stage)
+        engine.load_checkpoint(saved, load_optimizer_states=False)
+        assert all(map(torch.equal, whole_weights(engine), expected))
+        for group in optimizer.param_groups:
+            assert (group["draw_index"], group["task_index"], group["anchored"]) == (0, 0, 0)
+        assert not any("anchor" in entry for entry in optimizer.state.values())
+        optimizer.set_anchor()
+        train(engine, optimizer, 6, 8)
+        assert float(optimizer.guidance_stats()["distance"]) > 0
+        # What is anchored already keeps its anchor, and measures from there.
+        kept = [entry["anchor"].clone() for entry in optimizer.state.values()]
+        engine.load_checkpoint(saved, load_optimizer_states=False)
+        assert all(
+            torch.equal(entry["anchor"], x)
+            for entry, x in zip(optimizer.state.values(), kept, strict=True)
+        )
+        train(engine, optimizer, 8, 9)
+        assert float(optimizer.guidance_stats()["distance"]) == 0
+        engine.destroy()
+
+        # An anchor before the engine is on parameters that the optimizer will not step.
+        model = network()
+        optimizer = build(model, "adamw", {"alpha": 1.0}, tiny=False)
+        optimizer.set_anchor()
+        engine = engine_of(model, optimizer, config(stage))
+        before = whole_weights(engine)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            refused(RuntimeError, "set_anchor(tensors)", lambda e=engine: train(e, None, 0, 1))
+        assert any("set_anchor() after deepspeed.initialize" in str(x.message) for x in heard)
+        assert all(map(torch.equal, whole_weights(engine), before))
+        # Even now all that there is can be saved, and is all.
+        optimizer.set_anchor()
+        engine.save_checkpoint(os.path.join(folder, f"early {stage}"), tag="x")
+        anchors = [entry["anchor"] for entry in optimizer.state.values()]
+        engine.destroy()
+        engine, optimizer = made(stage)
+        engine.load_checkpoint(os.path.join(folder, f"early {stage}"), tag="x")
+        found = [entry["anchor"] for entry in optimizer.state.values()]
+        assert len(found) == 2 and all(map(torch.equal, found, anchors))
+        # DeepSpeed's sign for a norm that is none.
+        engine.optimizer._global_grad_norm = -1.0
+        assert zero.Zero._grad_norm(engine.optimizer).isnan()
         engine.destroy()
 
 
@@ -734,3 +1051,169 @@ def run_padding(rank: int, world: int, folder: str) -> None:
     weights = whole_weights(engine)
     if rank == 0:
         torch.save(weights, os.path.join(folder, "padding.pt"))
+
+
+def with_experts() -> tuple[list[dict], torch.nn.Module]:
+    """Returns the groups of a model with experts on every rank, and the model."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    experts = MoE(8, torch.nn.Linear(8, 8), num_experts=2, ep_size=2, k=1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), experts)
+    made = split_params_into_different_moe_groups_for_optimizer(
+        [{"params": list(model.parameters()), "name": "all"}]
+    )
+    return made, model
+
+
+class EveryRankIsTensorParallel:
+    """What DeepSpeed asks about model parallel ranks: all are, so none is data parallel."""
+
+    def __init__(self) -> None:
+        self._alone = [dist.new_group([r]) for r in range(dist.get_world_size())]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_group(self):
+        return dist.group.WORLD
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_group(self):
+        return self._alone[dist.get_rank()]
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+
+@on_ranks
+def run_refusals(rank: int, world: int, folder: str) -> None:
+    """What DeepSpeed can do and dgg cannot: an error before anything is changed."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.utils import groups as parallel_groups
+
+    def check(engine, optimizer, text, error=RuntimeError, call=None):
+        before = [p.detach().clone() for p in engine.module.parameters()]
+        groups_before = [{**group, "params": None} for group in optimizer.param_groups]
+        held = list(optimizer.state)
+        for attempt in (optimizer.set_anchor, *([call] if call else [])):
+            refused(error, text, attempt)
+            assert all(map(torch.equal, engine.module.parameters(), before)), text
+            assert [{**group, "params": None} for group in optimizer.param_groups] == groups_before
+            assert list(map(id, optimizer.state)) == list(map(id, held)), text
+        engine.destroy()
+
+    def stepping(engine, weight=1.0):
+        def step():
+            engine.backward(loss_of(engine, batch(0)) * weight)
+            engine.step()
+
+        return step
+
+    for stage in (1, 2):
+        made, model = with_experts()
+        optimizer = dgg.AdamW(made)
+        check(engine_of(model, optimizer, config(stage)), optimizer, "expert parameters (MoE)")
+
+    for stage in (1, 2, 3):
+        # No CPU has what it needs, so the constructor would have refused it already.
+        model = network()
+        optimizer = build(model, "adamw", {})
+        optimizer._capturable = True
+        engine = engine_of(model, optimizer, config(stage))
+        check(engine, optimizer, "capturable=True does not go", ValueError, stepping(engine))
+
+        # The engine's parameters are others than those the optimizer was built with.
+        model, other = network(), network()
+        optimizer = build(model, "adamw", {"granularity": "tensor"})
+        instead = dict(zip(model.parameters(), other.parameters(), strict=True))
+        for group in optimizer.param_groups:
+            group["params"] = [instead[p] for p in group["params"]]
+        engine = engine_of(other, optimizer, config(stage))
+        check(engine, optimizer, "8 parameters that this optimizer was not built with")
+
+    # ZenFlow has a class of its own for stage 2 only; it wants a block it makes no optimizer of.
+    zenflow = {
+        "topk_ratio": 0.1, "update_interval": 4, "select_strategy": "step", "select_interval": 4,
+        "overlap_step": False,
+    }  # fmt: skip
+    block = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0}}
+    changes = {"offload_optimizer": {"device": "cpu"}, "zenflow": zenflow, "overlap_comm": False}
+    for stage, text in ((2, "without zenflow"), (3, "zenflow steps selected columns")):
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+        optimizer = dgg.AdamW(model.parameters())
+        engine = engine_of(model, optimizer, config(stage, zero=changes, optimizer=block))
+        check(engine, optimizer, text)
+
+    # What DeepSpeed itself refuses, here or always.
+    for error, text, zero_changes in (
+        (
+            AssertionError,
+            "DeepSpeedCPUAdam",
+            {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        ),
+        (
+            AssertionError,
+            "SuperOffload only supports",
+            {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+        ),
+        (
+            RuntimeError,
+            "async_io",
+            {"offload_optimizer": {"device": "nvme", "nvme_path": folder}},
+        ),
+        (Exception, "MiCS ZeRO-3 sharding has been removed", {"mics_shard_size": 2}),
+    ):
+        model = network()
+        made = functools.partial(engine_of, model, build(model, "adamw", {}))
+        refused(error, text, lambda m=made, z=zero_changes: m(config(3, zero=z)))
+    # So what dgg says of NVMe is seen only by an engine that claims to have it.
+    model = network()
+    optimizer = build(model, "adamw", {})
+    engine = engine_of(model, optimizer, config(3))
+    engine.optimizer.swap_optimizer = True
+    check(engine, optimizer, "use offload device cpu")
+
+    # Elastic checkpoints need a count of steps in the groups, which torch's classes have not.
+    elastic = config(2, zero={"elastic_checkpoint": True})
+    model = network()
+    optimizer = build(model, "adamw", {}, tiny=False)
+    engine = engine_of(model, optimizer, elastic)
+    train(engine, optimizer, 0, 1)
+    engine.save_checkpoint(os.path.join(folder, "elastic"), tag="x")
+    engine.destroy()
+    model = network()
+    optimizer = build(model, "adamw", {}, tiny=False)
+    engine = engine_of(model, optimizer, elastic)
+    load = functools.partial(engine.load_checkpoint, os.path.join(folder, "elastic"), tag="x")
+    refused(AssertionError, "", load)
+    engine.destroy()
+
+    layers = [torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)]
+    model = PipelineModule(layers, num_stages=2, loss_fn=lambda x, y: (x - y).square().mean())
+    optimizer = dgg.AdamW(model.parameters())
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config(1))[0]
+    check(engine, optimizer, "model parallel ranks beside ZeRO")
+
+    # DeepSpeed keeps these for the whole process.
+    for stage in (1, 2, 3):
+        model = network()
+        optimizer = build(model, "adamw", {})
+        engine = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config(stage), mpu=EveryRankIsTensorParallel()
+        )[0]
+        check(engine, optimizer, "model parallel ranks beside ZeRO", call=stepping(engine))
+        parallel_groups.mpu = None
+    for stage in (1, 2, 3):
+        model = network()
+        optimizer = build(model, "adamw", {})
+        half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+        engine = engine_of(model, optimizer, config(stage, **half))
+        # Small, since DeepSpeed never lowers the scale of a step that overflows.
+        check(engine, optimizer, "torch_autocast with float16", call=stepping(engine, 1e-4))

@@ -20,6 +20,7 @@ import torch
 
 import deepspeed_worker as worker
 import ranks
+from dgg import _dispatch
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
@@ -161,6 +162,24 @@ def test_resumed_training_is_the_same_bit_for_bit(saved):
     assert len(torch.load(saved / "results.pt")) == len(RESUMED)
 
 
+def convert(source, target):
+    """Converts a checkpoint to DeepSpeed's universal format."""
+    command = [
+        sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder", str(source), "--output_folder", str(target),
+        "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state",
+    ]  # fmt: skip
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def assert_needs_anchor(messages):
+    for plain, universal in zip(messages[::2], messages[1::2], strict=True):
+        assert plain != "loaded", plain
+        assert "the resume lost them" in universal and "set_anchor(tensors)" in universal
+
+
 @pytest.mark.slow
 @pytest.mark.compat("DeepSpeed ZeRO-1", "!resume on other ranks", "anchor by name")
 @pytest.mark.compat("DeepSpeed ZeRO-2", "!resume on other ranks", "anchor by name")
@@ -168,24 +187,19 @@ def test_resumed_training_is_the_same_bit_for_bit(saved):
 def test_other_rank_counts_need_the_anchor_named_again(saved, tmp_path):
     for number in range(len(RESUMED)):
         folder = saved / f"saved {number}"
-        command = [
-            sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal",
-            "--input_folder", str(folder / "middle"), "--output_folder", str(folder / "universal"),
-            "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state",
-        ]  # fmt: skip
-        env = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        convert(folder / "middle", folder / "universal")
     spawn(worker.resume_on_others, 3, tmp_path, str(saved), RESUMED)
     found = torch.load(tmp_path / "results.pt")
-    for plain, universal in zip(found["messages"][::2], found["messages"][1::2], strict=True):
-        assert plain != "loaded", plain
-        assert "the resume lost them" in universal and "set_anchor(tensors)" in universal
+    assert_needs_anchor(found["messages"])
     for mine, theirs in zip(found["weights"], torch.load(saved / "results.pt"), strict=True):
         assert_weights(mine, theirs["weights"])
 
 
-SEVERAL = ["run_misuses", "run_loss_scaling", "run_padding"]
+# The last one leaves settings behind that DeepSpeed keeps for the whole process.
+SEVERAL = [
+    "run_misuses", "run_loss_scaling", "run_padding", "run_accumulation", "run_boundaries",
+    "run_without_states", "run_refusals",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +229,22 @@ def test_skipped_steps_draw_nothing_and_norms_are_of_what_is_handed_over(several
     several("run_loss_scaling")
 
 
+def test_accumulated_passes_are_one_step(several):
+    several("run_accumulation")
+
+
+def test_many_tasks_grow_nothing_and_a_new_engine_takes_a_new_optimizer(several):
+    several("run_boundaries")
+
+
+def test_weights_without_state_and_state_before_the_engine(several):
+    several("run_without_states")
+
+
+def test_what_is_not_supported_is_refused_before_anything_is_changed(several):
+    several("run_refusals")
+
+
 def test_padding_counts_nowhere(several):
     folder = several("run_padding")
     model, _, _ = worker.alone(clip=0.5, last=14)
@@ -222,15 +252,31 @@ def test_padding_counts_nowhere(several):
 
 
 ACCELERATE = [
-    ("zero2", {"stage": 2, "resumed": True}, ["trajectory", "clipping", "frozen parts", "resume"]),
-    ("zero3", {"stage": 3, "resumed": True}, ["trajectory", "clipping", "frozen parts", "resume"]),
+    (
+        "zero2",
+        {"stage": 2, "resumed": True},
+        ["trajectory", "clipping", "frozen parts", "resume", "!replay"],
+    ),
+    (
+        "zero3",
+        {"stage": 3, "resumed": True},
+        ["trajectory", "clipping", "frozen parts", "resume", "!replay"],
+    ),
     ("zero2-bf16", {"stage": 2, "precision": "bf16"}, ["mixed precision"]),
     ("zero3-bf16", {"stage": 3, "precision": "bf16"}, ["mixed precision"]),
     ("zero2-lora", {"stage": 2, "model": "lora"}, ["LoRA"]),
     ("zero3-tied", {"stage": 3, "model": "tied"}, ["tied weights"]),
     ("zero3-init", {"stage": 3, "model": "zero.Init"}, ["meta init"]),
+    ("zero2-tensor", {"stage": 2, "options": {"granularity": "tensor"}}, ["granularity tensor"]),
+    ("zero3-element", {"stage": 3, "options": {"granularity": "element"}}, ["granularity element"]),
+    ("zero3-norms", {"stage": 3, "options": {"norm_scope": "tensor"}}, ["norm_scope tensor"]),
+    ("zero2-offload", {"stage": 2, "zero": OFFLOAD}, ["CPU offload"]),
+    ("zero3-named", {"stage": 3, "named": True}, ["anchor by name"]),
 ]
-PLAIN = {"precision": "no", "model": "network", "resumed": False}
+PLAIN = {
+    "precision": "no", "model": "network", "resumed": False, "options": {}, "zero": {},
+    "named": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +284,7 @@ def accelerated(tmp_path_factory):
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("accelerate")
     spawn(worker.run_accelerate, 2, folder, [{**PLAIN, **c} for _, c, _ in ACCELERATE])
-    return torch.load(folder / "results.pt")
+    return folder
 
 
 @pytest.mark.slow
@@ -254,8 +300,25 @@ def test_accelerate(number, accelerated):
     if one["precision"] == "bf16":
         expected = worker.alone_in_16_bits(torch.bfloat16, 0.5)
     else:
-        expected = list(worker.alone(clip=0.5, model=one["model"])[0].parameters())
-    assert_weights(accelerated[number], expected)
+        options, tiny = one["options"], not one["resumed"]
+        made = worker.alone(options=options, clip=0.5, model=one["model"], tiny=tiny)[0]
+        expected = list(made.parameters())
+    assert_weights(torch.load(accelerated / "results.pt")[number], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.compat("accelerate DeepSpeed", "!resume on other ranks", "anchor by name")
+def test_accelerate_on_other_rank_counts_needs_the_anchor_named_again(accelerated, tmp_path):
+    cases = [{**PLAIN, **c} for _, c, _ in ACCELERATE if c.get("resumed")]
+    for number in range(len(cases)):
+        saved, made = accelerated / f"saved {number}", accelerated / f"universal {number}"
+        convert(saved / "pytorch_model", made / "pytorch_model")
+    spawn(worker.resume_accelerate_on_others, 3, tmp_path, str(accelerated), cases)
+    found = torch.load(tmp_path / "results.pt")
+    assert_needs_anchor(found["messages"])
+    expected = list(worker.alone(clip=0.5, last=14, tiny=False)[0].parameters())
+    for mine in found["weights"]:
+        assert_weights(mine, expected)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +335,7 @@ def trained(tmp_path_factory):
     return run
 
 
-BOTH = ("trajectory", "clipping", "resume")
+BOTH = ("trajectory", "clipping", "resume", "!replay")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -294,13 +357,70 @@ BOTH = ("trajectory", "clipping", "resume")
 )
 def test_trainer(stage, adapters, trained):
     folder, (weights, log_alone) = trained(adapters)
-    (through, log), (resumed, _) = torch.load(folder / f"results {stage}.pt")
+    (through, log), (resumed, _), said = torch.load(folder / f"results {stage}.pt")
     assert_weights(list(through.values()), [weights[name] for name in through])
     assert all(torch.equal(resumed[name], x) for name, x in through.items())
     for key in ("guidance/injected", "guidance/scale", "guidance/distance", "guidance/task"):
         mine = [entry[key] for entry in log if key in entry]
         assert mine == pytest.approx([e[key] for e in log_alone if key in e], rel=1e-4), key
     assert {entry["guidance/task"] for entry in log} == {1}
+    # Once in each of the trainings: what is at work, though ZeRO-3's groups are empty then.
+    lines = [line for line in said if "(backend " in line]
+    backend = _dispatch.choose(None, torch.device("cpu"))
+    assert all(line.startswith(f"dgg.AdamW (backend {backend}), task ") for line in lines)
+    assert ["partitions of this rank" in line for line in lines] == [False, True, True, True]
+
+
+TRAINED = [
+    ("zero2-tensor", {"stage": 2, "options": {"granularity": "tensor"}}, ["granularity tensor"]),
+    ("zero3-element", {"stage": 3, "options": {"granularity": "element"}}, ["granularity element"]),
+    ("zero3-norms", {"stage": 3, "options": {"norm_scope": "tensor"}}, ["norm_scope tensor"]),
+    ("zero2-offload", {"stage": 2, "zero": OFFLOAD}, ["CPU offload"]),
+    ("zero3-init", {"stage": 3, "init": True}, ["meta init"]),
+    ("zero3-named", {"stage": 3, "named": True}, ["anchor by name"]),
+    ("zero2-bf16", {"stage": 2, "mixed": True}, ["mixed precision"]),
+    ("zero3-bf16", {"stage": 3, "mixed": True}, ["mixed precision"]),
+]
+USUAL = {"options": {}, "zero": {}, "init": False, "named": False, "mixed": False}
+
+
+@pytest.fixture(scope="module")
+def trained_cases(tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("trainer cases")
+    spawn(worker.run_trainer_cases, 2, folder, [{**USUAL, **c} for _, c, _ in TRAINED])
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(i, id=name, marks=pytest.mark.compat("Trainer DeepSpeed", *features))
+        for i, (name, _, features) in enumerate(TRAINED)
+    ],
+)
+def test_trainer_options(number, trained_cases, tmp_path):
+    one = {**USUAL, **TRAINED[number][1]}
+    if one["mixed"]:
+        # The ranks have compared it with DeepSpeed's engine, bit for bit.
+        assert trained_cases[number] is None
+        return
+    weights, log = trained_cases[number]
+    expected, log_alone = worker.one_task(str(tmp_path), one, None, 8)
+    assert_weights(list(weights.values()), [expected[name] for name in weights])
+    for key in ("guidance/injected", "guidance/scale", "guidance/distance"):
+        mine = [entry[key] for entry in log if key in entry]
+        assert mine == pytest.approx([e[key] for e in log_alone if key in e], rel=1e-4), key
+    assert any(entry.get("guidance/injected") for entry in log)
+
+
+@pytest.mark.slow
+@pytest.mark.compat("Trainer DeepSpeed", "!resume on other ranks")
+def test_a_trainer_on_other_rank_counts_is_refused(trained, tmp_path):
+    spawn(worker.resume_trainer_on_others, 3, tmp_path, str(trained(False)[0]))
+    for message in torch.load(tmp_path / "messages.pt"):
+        assert "world size" in message or "size mismatch" in message, message
 
 
 def test_an_optimizer_block_for_the_trainer_is_an_error_that_names_it(trained):
