@@ -48,7 +48,9 @@ def _load_library(pattern: str, note: str) -> str | None:
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
-        return f"{libraries[0].name} cannot be loaded ({error}); reinstall dgg for this torch"
+        # Torch says which library it is; what is wrong with it says the error behind that.
+        reason = error.__cause__ or error
+        return f"{libraries[0].name} cannot be loaded ({reason}); reinstall dgg for this torch"
     return None
 
 

@@ -329,3 +329,25 @@ def test_reference_functions_take_none_and_empty_lists():
     )
     assert squares.tolist() == [[12.0, 0.0], [12.0, 0.0], [3.0, 0.0]]
     assert distances.tolist() == [3.0, -1.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_are_guided_and_not_their_product(backend):
+    """With LoRA: factors of the same product, turned in the rank's space, are pulled back."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((4, 9), (7, 4)))
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+    params = [torch.nn.Parameter(x.clone()) for x in (a, b)]
+    opt = dgg.SGD(params, lr=0.1, alpha=1.0, strength=0.5, scaling=False, backend=backend)
+    opt.set_anchor()
+    turned = [turn.T @ a, b @ turn]
+    torch.testing.assert_close(turned[1] @ turned[0], b @ a)
+    with torch.no_grad():
+        for p, t in zip(params, turned, strict=True):
+            p.copy_(t)
+            p.grad = torch.zeros_like(p)
+            p.grad.view(-1)[0] = 1e-30  # not zero, which would leave guidance out
+    opt.step()
+    for p, t, anchor in zip(params, turned, (a, b), strict=True):
+        assert (t - anchor).norm() > 1
+        torch.testing.assert_close(p.detach(), t - 0.1 * 0.5 * (t - anchor))

@@ -12,7 +12,12 @@ never misused. Every row runs with AdamW and with SGD, on every backend that is 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -817,6 +822,35 @@ def test_meta_parameters():
     for wrong in (guidance.set_anchor, other.step):
         with pytest.raises(ValueError, match=r"parameter 'w' is on the meta device.*materialise"):
             wrong()
+
+
+@pytest.mark.parametrize("broken", ["text", "missing symbol"])
+def test_a_library_that_does_not_load(broken, tmp_path):
+    """As after an upgrade of torch: the reference runs, and the reason is shown."""
+    root = pathlib.Path(dgg.__file__).parent
+    shutil.copytree(root, tmp_path / "dgg", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    kernels = pathlib.Path(importlib.util.find_spec("dgg.kernels").origin).parent
+    shutil.copytree(kernels, tmp_path / "dgg" / "kernels", dirs_exist_ok=True)
+    library = tmp_path / "dgg" / "_C.abi3.so"
+    library.write_text("no library")
+    if broken == "missing symbol":
+        source = tmp_path / "broken.c"
+        source.write_text("void gone_since(void); void (*needed)(void) = gone_since;")
+        compiler = shutil.which("cc") or pytest.skip("needs a C compiler, there is none")
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch, dgg; "
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3); "
+        "dgg.SGD([p], lr=0.5).step(); print(p.tolist(), dgg.__file__); print(dgg.show_config())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"[0.5, 0.5, 0.5] {tmp_path}"), done.stdout
+    reason = "gone_since" if broken == "missing symbol" else "_C.abi3.so"
+    assert re.search(f"cpp .*cannot be loaded .*{reason}.*reinstall dgg", done.stdout), done.stdout
+    assert "default: reference on cpu" in done.stdout
 
 
 def test_fake_parameters():

@@ -519,6 +519,66 @@ def test_boundary_in_inference_mode(foreign):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_groups(backend):
+    """The Trainer's group without weight decay is empty for a model without biases."""
+    runs = []
+    for empty in (True, False):
+        params = make_params(SHAPES, F32)
+        cls, hyper = OPTIMIZERS["adamw"]
+        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+        if empty:
+            groups = [{"params": []}, groups[0], {"params": []}, groups[1]]
+        opt = cls(groups, backend=backend, **{**hyper, **OPTIONS})
+        advance(params, opt, range(5))
+        state = copy.deepcopy(opt.state_dict())
+        opt = cls(groups, backend=backend, **{**hyper, **OPTIONS})
+        opt.load_state_dict(state)
+        advance(params, opt, range(5, 8))
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_groups_are_used_again_for_the_next_optimizer():
+    """A new optimizer per task over the same list: torch.optim has put its options into them."""
+    p, q = make_params([(3,), (4,)], F32)
+    groups = [{"params": [p], "lr": 0.1, "alpha": 0.3}, {"params": [q]}]
+    first = dgg.AdamW(groups, lr=0.2, seed=1, max_grad_norm=2.0)
+    first.set_anchor()
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    first.step()
+    second = dgg.AdamW(groups, lr=0.5, seed=2)
+    for group in second.param_groups:
+        assert (group["seed"], group["max_grad_norm"]) == (2, None)
+        assert (group["draw_index"], group["task_index"], group["anchored"]) == (0, 0, 0)
+    assert [g["lr"] for g in second.param_groups] == [0.1, 0.2]  # as torch.optim leaves them
+    assert [g["alpha"] for g in second.param_groups] == [0.3, 0.2]
+    assert [g["draw_index"] for g in first.param_groups] == [1, 1]
+    first.step()
+    second.step()
+    first.add_param_group({**first.param_groups[0], "params": make_params([(2,)], F32)})
+    assert first.param_groups[2]["draw_index"] == 2
+    assert first.param_groups[2]["seed"] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pickle_from_before_an_option_was_there(backend):
+    """What its groups lack is as constructed."""
+    runs = []
+    for old in (True, False):
+        params, opt = build("adamw", backend)
+        advance(params, opt, range(2), boundary=None)
+        if old:
+            for name in ("alpha", "strength", "norm_scope", "max_grad_norm", "seed", "anchored"):
+                del opt.param_groups[0][name]
+        params, opt = pickle.loads(pickle.dumps((params, opt)))
+        advance(params, opt, range(2, 8))
+        runs.append((params, opt))
+    same(*runs[0], *runs[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradient_untouched_and_in_no_norm(kind, backend):
     """As if the optimizer had the other parameter only."""
