@@ -7,13 +7,17 @@ what the template it fills has no room for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dgg import _fsdp1, anchor, checkpoint, guidance, sharding
+
+# What ranks say to each other begins with it.
+_ROOM = "dgg: room for a state dict"
 
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -266,9 +270,11 @@ class Loading:
         """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
 
         torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
-        without this a guided checkpoint is refused when it is loaded. Call it before
-        ``get_optimizer_state_dict`` or ``get_state_dict`` make the template. It counts as no task
-        and sets no anchor: until the checkpoint is loaded, `step` raises.
+        without this a guided checkpoint is refused when it is loaded, unless it is known who loads
+        it: accelerate, the Trainer, a ``Stateful`` and torch's ``set_optimizer_state_dict`` need no
+        call (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or
+        ``get_state_dict`` make the template. It counts as no task and sets no anchor: until the
+        checkpoint is loaded, `step` raises.
 
         Args:
             checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
@@ -306,14 +312,19 @@ class Loading:
             ]
         else:
             held = self._held_by(checkpoint, model)
-        for number, ((p, _), names) in enumerate(zip(every, held, strict=True)):
+        self._make_room(held)
+
+    def _make_room(self, held: Sequence[Mapping[str, torch.dtype | None]]) -> None:
+        """Makes the state of every parameter that ``held`` says, anchors without any value."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, (p, names) in enumerate(zip(params, held, strict=True)):
             if "master" in names and not self._has_master(p):
                 raise ValueError(
                     f"the checkpoint has a master weight of parameter {number}, which this "
                     "optimizer would not keep; build it with master_weights=True over 16-bit "
                     "parameters"
                 )
-        for (p, _), names in zip(every, held, strict=True):
+        for p, names in zip(params, held, strict=True):
             if not names:
                 self.state.pop(p, None)
                 continue
@@ -341,13 +352,18 @@ class Loading:
         return (*step, *self._needed(group), *master)
 
     def _held_by(self, source: Any, model) -> list[dict[str, torch.dtype | None]]:
+        held = checkpoint.held_by(source, {*self._columns, "master"})
+        return checkpoint.find(held, self._names(model))
+
+    def _names(self, model) -> list[list[str]]:
+        """Returns the names that every parameter may have in a checkpoint."""
         known = {} if model is None else anchor.names_of_parameters(model)
         names: list[list[str]] = []
         for group in self.param_groups:
             own = group.get("param_names", [None] * len(group["params"]))
             for p, name in zip(group["params"], own, strict=True):
                 names.append([*known.get(p, []), *([] if name is None else anchor.variants(name))])
-        return checkpoint.find(checkpoint.held_by(source, {*self._columns, "master"}), names)
+        return names
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
@@ -362,11 +378,112 @@ class Loading:
     def _make_template(self) -> None:
         """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.
 
-        Nothing else: no step is counted, no draw consumed, no momentum begun.
+        Nothing else: no step is counted, no draw consumed, no momentum begun. Where it is known
+        what will be loaded and that has anchors, it is room for just that.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._check_step(params, [p.grad for p in params], [])
+        if self._awaits_load:
+            return  # room was made, for a checkpoint that holds no state
+        source = checkpoint.source() if self._share is None else None
+        if source is not None and source.broadcast:
+            anchored = self._make_room_together(source)
+        else:
+            self._check_template()
+            anchored = source is not None and self._make_room_for(source)
+        if anchored and source.checkpoint is None:
+            return  # of what a state dict does not hold there is to be no state
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and not self.state.get(p):
                     self._init_state(p, group)
+
+    def _check_template(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._check_step(params, [p.grad for p in params], [])
+
+    def _make_room_for(self, source: checkpoint.Source) -> bool:
+        """Makes room for what will be loaded, if that has anchors, which it returns."""
+        if source.checkpoint is None:
+            held = self._held_in(source)
+        else:
+            try:
+                held = self._held_by(source.checkpoint, source.model)
+            except Exception:
+                # Torch reads it next, and what is wrong with it is an error on all ranks.
+                return False
+        anchored = any("anchor" in names for names in held)
+        if anchored:
+            self._make_room(held)
+        return anchored
+
+    def _held_in(self, source: checkpoint.Source) -> list[dict[str, torch.dtype | None]]:
+        """Returns what the state dict of a source holds of every parameter.
+
+        Raises:
+            KeyError: It holds nothing of a parameter that is trained, and that is an error.
+            ValueError: A shape is not the parameter's.
+        """
+        entries = checkpoint.entries_in(source.given or {}, {*self._columns, "master"})
+        names = self._names(source.model)
+        some = {name: entry for name, entry in entries.items() if entry}
+        try:
+            found = checkpoint.find(some, names)
+        except KeyError:
+            found = [{} for _ in names]
+        params = [p for group in self.param_groups for p in group["params"]]
+        by_name = not all(name.isdigit() for name in entries)
+        held = []
+        for number, (p, entry, mine) in enumerate(zip(params, found, names, strict=True)):
+            label = f"parameter {number} ({', '.join(mine[:1])})"
+            if source.strict and by_name and p.requires_grad and not {*mine} & entries.keys():
+                raise KeyError(
+                    f"the state dict holds nothing of {label}, which is trained: is it another "
+                    "model's? StateDictOptions(strict=False) loads the others"
+                )
+            for key, value in entry.items():
+                shape = getattr(value, "shape", p.shape)
+                if key != "step" and shape != p.shape:
+                    raise ValueError(
+                        f"the state dict's {key} of {label} has shape {tuple(shape)}, the "
+                        f"parameter has {tuple(p.shape)}; load it into the same architecture"
+                    )
+            held.append({key: getattr(value, "dtype", None) for key, value in entry.items()})
+        return held
+
+    def _make_room_together(self, source: checkpoint.Source) -> bool:
+        """Makes room on every rank for what rank 0 was given; returns whether it has anchors.
+
+        Raises on all ranks if any of them cannot: none is left waiting for the others.
+        """
+        # In the group and from the rank that torch takes for the tensors.
+        rank, world = dist.get_rank(), dist.get_world_size()
+        held: list[dict[str, torch.dtype | None]] = []
+        wrong: Exception | None = None
+        try:
+            self._check_template()
+            if rank == 0:
+                held = self._held_in(source)
+        except Exception as error:
+            wrong = error
+        # No dict, which torch would take for its own message where a rank has state already.
+        told: list[Any] = [(_ROOM, held)]
+        dist.broadcast_object_list(told, src=0)
+        if not (isinstance(told[0], tuple) and len(told[0]) == 2 and told[0][0] == _ROOM):
+            raise RuntimeError(
+                "the optimizer has state on rank 0 and none here: call prepare_for_load() on all "
+                "ranks or on none before a state dict is loaded with broadcast_from_rank0=True"
+            )
+        held = told[0][1]
+        anchored = any("anchor" in names for names in held)
+        if anchored and wrong is None:
+            try:
+                self._make_room(held)
+            except Exception as error:
+                wrong = error
+        everywhere: list[str | None] = [None] * world
+        dist.all_gather_object(everywhere, None if wrong is None else str(wrong))
+        if wrong is not None:
+            raise wrong
+        for other, text in enumerate(everywhere):
+            if text is not None:
+                raise RuntimeError(f"rank {other} cannot load: {text}")
+        return anchored

@@ -1,21 +1,50 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Distributed checkpoints: what one holds of an optimizer, and whether torch's helper is at work.
+"""Distributed checkpoints: what one holds of an optimizer, and who asks for room for it.
 
 torch.distributed.checkpoint fills a template, and what the template has no room for is left out.
-The template of a new optimizer is made by a step with zero gradients.
+The template of a new optimizer is made by a step with zero gradients, which is told by who calls.
+So is what the template will be filled from, where that can be known.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 
 _HELPERS = "torch.distributed.checkpoint.state_dict"
+
+
+# Who asks for a template to load a distributed checkpoint into it: module, function, and the local
+# variable that has the checkpoint. Whatever is not as named here is not recognised.
+_LOADERS = (
+    ("accelerate.utils.fsdp_utils", "load_fsdp_optimizer", "ckpt_dir"),
+    ("torch.distributed.checkpoint.state_dict_loader", "load", "storage_reader"),
+)
+
+
+class Source(NamedTuple):
+    """What a template will be filled from.
+
+    Attributes:
+        model: Has the names of the parameters.
+        checkpoint: Directory or StorageReader of a distributed checkpoint; None for a state dict.
+        given: The state dict that this rank was given, which may be None.
+        broadcast: The state dict of rank 0 is everybody's.
+        strict: Parameters that are trained and not in it are an error.
+    """
+
+    model: torch.nn.Module
+    checkpoint: Any
+    given: Any = None
+    broadcast: bool = False
+    strict: bool = False
 
 
 def making_template() -> bool:
@@ -24,14 +53,94 @@ def making_template() -> bool:
     Told by who calls: a learning rate of 0 is legitimate (warm-up), and whether all gradients are 0
     ranks would not agree on.
     """
-    helper = getattr(sys.modules.get(_HELPERS), "_init_optim_state", None)
-    code = getattr(helper, "__code__", None)
-    frame = sys._getframe(1) if code is not None else None
+    return _caller(sys._getframe(1), _code(_HELPERS, "_init_optim_state")) is not None
+
+
+def source() -> Source | None:
+    """Returns what the template being made will be filled from; None where nobody can know.
+
+    Known are a state dict that torch's helper is to load, if it loads by what is there; accelerate,
+    and with it the Trainer, that load a directory; and a ``Stateful`` in ``dcp.load``.
+    """
+    frame = _caller(sys._getframe(1), _code(_HELPERS, "_init_optim_state"))
+    frame = None if frame is None else frame.f_back
+    if frame is None or not isinstance(model := frame.f_locals.get("model"), torch.nn.Module):
+        return None
+    if frame.f_code is _code(_HELPERS, "_load_optim_state_dict"):
+        return _given(model, frame.f_locals)
+    if frame.f_code is not _code(_HELPERS, "_get_optim_state_dict"):
+        return None
+    codes = {_code(module, name): local for module, name, local in _LOADERS}
     while frame is not None:
-        if frame.f_code is code:
-            return True
+        local = codes.get(frame.f_code)
+        if local is not None:
+            found = frame.f_locals.get(local)
+            known = isinstance(found, (str, os.PathLike)) or hasattr(found, "read_metadata")
+            return Source(model, found) if known else None
         frame = frame.f_back
-    return False
+    return None
+
+
+def _given(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
+    info, given = local.get("info"), local.get("state_dict")
+    whole, broadcast, strict, flat_parameters = (
+        getattr(info, name, None)
+        for name in ("full_state_dict", "broadcast_from_rank0", "strict", "fsdp_modules")
+    )
+    if flat_parameters is None or flat_parameters:  # of FSDP1, which loads in its own way
+        return None
+    if whole and broadcast:
+        return Source(model, None, given, True, bool(strict))
+    # Otherwise only of whole and of flattened ones is taken just what there is room for.
+    if isinstance(given, Mapping) and given and (whole or "state" not in given):
+        return Source(model, None, given)
+    return None
+
+
+def _code(module: str, name: str) -> CodeType | None:
+    function = getattr(sys.modules.get(module), name, None)
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+
+
+def _caller(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
+    """Returns the innermost frame that runs a function, from ``frame`` outwards."""
+    while code is not None and frame is not None:
+        if frame.f_code is code:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Returns what a state dict of torch's helpers, nested or flattened, holds.
+
+    Args:
+        state_dict: By names, or by the numbers of the parameters.
+        keys: State keys to look for.
+
+    Returns:
+        Name of a parameter (or its number) → state key → value; of parameters without any of the
+        keys as well.
+
+    Raises:
+        TypeError: It is no such state dict.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state", {}), Mapping):
+        raise TypeError(
+            "no optimizer's state dict: pass what get_optimizer_state_dict() returned, not "
+            f"{type(state_dict).__name__}"
+        )
+    if "state" in state_dict:
+        for name, entry in state_dict["state"].items():
+            entry = entry if isinstance(entry, Mapping) else {}
+            found[str(name)] = {key: value for key, value in entry.items() if key in keys}
+        return found
+    for path, value in state_dict.items():
+        head, _, key = path.rpartition(".")
+        if path.startswith("state.") and key in keys:
+            found.setdefault(head.removeprefix("state."), {})[key] = value
+    return found
 
 
 def held_by(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:

@@ -29,6 +29,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as helpers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -215,13 +216,35 @@ def save_as(form: str, path: str, case: str, model, optimizer, group=None) -> No
     dcp.save(saved, checkpoint_id=path, process_group=group)
 
 
+class Weights:
+    """A ``Stateful``: dcp.load() asks it for the template, and gives it what was loaded."""
+
+    def __init__(self, case, model, optimizer):
+        self.of, self.options = (model, optimizer), options_of("nested", case)
+
+    def state_dict(self):
+        return get_model_state_dict(self.of[0], options=self.options)
+
+    def load_state_dict(self, found):
+        set_model_state_dict(self.of[0], found, options=self.options)
+
+
+class State(Weights):
+    def state_dict(self):
+        return get_optimizer_state_dict(*self.of, options=self.options)
+
+    def load_state_dict(self, found):
+        set_optimizer_state_dict(*self.of, found, options=self.options)
+
+
 def load_from(form, path, case, model, optimizer, *, prepare=True, group=None, planner=None):
     """Resumes as docs/checkpoints.md says."""
     options = options_of(form, case)
+    if form == "stateful":
+        of = case, model, optimizer
+        dcp.load({"model": Weights(*of), "optimizer": State(*of)}, checkpoint_id=path)
+        return
     if form in ("full", "broadcast"):
-        # Torch cannot load into an optimizer without any state, such as SGD without momentum.
-        if prepare and (form == "broadcast" or case == "sgd"):
-            optimizer.prepare_for_load()
         empty = form == "broadcast" and dist.get_rank() > 0
         saved = {"model": {}, "optimizer": {}}
         if not empty:
@@ -390,14 +413,6 @@ def run_refusals(rank, world, folder):
     model, optimizer = build(case, seed=11)
     load_from("full", f"{folder}/guided full", case, model, optimizer)
     assert not differences(snapshot(model, optimizer), guided)
-    # From rank 0 the others get only what they have room for.
-    model, optimizer = build(case, seed=11)
-    unprepared = contextlib.nullcontext()
-    if rank > 0:
-        unprepared = refused(RuntimeError, "call prepare_for_load(checkpoint) first")
-    saved = {} if rank > 0 else torch.load(f"{folder}/guided full", weights_only=True)["optimizer"]
-    with unprepared:
-        set_optimizer_state_dict(model, optimizer, saved, options=options_of("broadcast", case))
     # Flattened and without an anchor, where this optimizer has one.
     model, optimizer = build(case, seed=11)
     optimizer.set_anchor()
@@ -462,6 +477,126 @@ def run_refusals(rank, world, folder):
         dcp.load(saved, storage_reader=reader)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         assert not differences(snapshot(model, optimizer), guided)
+
+
+def run_by_itself(rank, world, folder):
+    """Room is made where a load asks for it; what is wrong there is wrong on all ranks."""
+    case = "adamw"
+    model, optimizer = build(case)
+    train(case, model, optimizer, 0, 2)
+    unguided = copy.deepcopy(
+        get_optimizer_state_dict(model, optimizer, options=options_of("full", case))
+    )
+    start = snapshot(model, optimizer)
+    train(case, model, optimizer, 2, 5)
+    guided = snapshot(model, optimizer)
+    taken = {
+        form: get_optimizer_state_dict(model, optimizer, options=options_of(form, case))
+        for form in ("full", "flat")
+    }
+    from_0 = {"full_state_dict": True, "broadcast_from_rank0": True}
+    options = {"flat": {"flatten_optimizer_state_dict": True}, "full": {"full_state_dict": True}}
+
+    def load(given, **settings):
+        model, optimizer = build(case, seed=11)
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        state = copy.deepcopy(given)
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**settings))
+        found = snapshot(model, optimizer)
+        assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+        return {**found, "weights": guided["weights"]}, model, optimizer
+
+    def only_on_0(given):
+        return given if rank == 0 else None
+
+    for form, settings in options.items():
+        found, *_ = load(taken[form], **settings)
+        assert not differences(found, guided), form
+    found, *_ = load(only_on_0(taken["full"]), **from_0)
+    assert not differences(found, guided)
+    # Without guidance all is as with torch.optim, parameters without state included.
+    for settings in (options["full"], from_0):
+        given = unguided if settings is not from_0 else only_on_0(unguided)
+        found, *again = load(given, strict=False, **settings)
+        without_extras(found, start)
+        assert not differences({**found, "weights": start["weights"]}, start)
+        fit(*again, 5, 6)
+
+    # Wrong in some way that rank 0 alone can see.
+    lost = copy.deepcopy(taken["full"])
+    del lost["state"]["0.weight"]["anchor"]
+    smaller = copy.deepcopy(taken["full"])
+    smaller["state"]["0.weight"]["exp_avg"] = torch.zeros(1, 6, dtype=F64)
+    another = copy.deepcopy(taken["full"])
+    another["state"] = {f"inner.{name}": entry for name, entry in another["state"].items()}
+    part = copy.deepcopy(taken["full"])
+    del part["state"]["0.weight"]
+    broken = {
+        "they were lost on the way": (lost, RuntimeError),
+        "exp_avg of parameter 1 (0.weight) has shape (1, 6)": (smaller, ValueError),
+        "holds nothing of parameter 0 (spare)": (another, KeyError),
+        "holds nothing of parameter 1 (0.weight)": (part, KeyError),
+        "no optimizer's state dict": ([1], TypeError),
+    }
+    for text, (given, error) in broken.items():
+        with refused(error if rank == 0 or given is lost else RuntimeError, text):
+            load(only_on_0(given), **from_0)
+        dist.barrier()
+    # A rank that cannot take it.
+    model, optimizer = build(case, seed=11)
+    if rank == 1:
+        optimizer.param_groups[0]["anchored"] = 3
+    with refused(RuntimeError, "the resume lost them"):
+        state = only_on_0(copy.deepcopy(taken["full"]))
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**from_0))
+    # Of no state there is no room to be made, however often torch asks for it.
+    model, optimizer = build("sgd")
+    fit(model, optimizer, 0, 2)
+    save_as("nested", f"{folder}/no state", "sgd", model, optimizer)
+    expected = snapshot(model, optimizer)
+    model, optimizer = build("sgd", seed=11)
+    load_from("nested", f"{folder}/no state", "sgd", model, optimizer)
+    assert not differences(snapshot(model, optimizer), expected)
+    fit(model, optimizer, 2, 3)
+    # dcp.load() that asks for the template itself. One that calls its variables otherwise is not
+    # understood, and nothing is lost.
+    for other in ("adamw, two groups", "adamw, bf16", "adamw, master", "sgd", case):
+        model, optimizer = build(other)
+        train(other, model, optimizer, 0, 5)
+        save_as("nested", f"{folder}/{other}", other, model, optimizer)
+        expected = snapshot(model, optimizer)
+        model, optimizer = build(other, seed=11)
+        load_from("stateful", f"{folder}/{other}", other, model, optimizer)
+        wrong = differences(snapshot(model, optimizer), expected)
+        assert not wrong, f"{other}: {wrong}"
+    held = [("torch.distributed.checkpoint.state_dict_loader", "load", "reader")]
+    with changed(dgg.checkpoint, "_LOADERS", held), refused(RuntimeError, "lost on the way"):
+        load_from("stateful", f"{folder}/{case}", case, *build(case, seed=11))
+    with changed(dgg.checkpoint, "source", lambda: None):
+        state, (model, optimizer) = only_on_0(copy.deepcopy(taken["full"])), build(case, seed=11)
+        lost = refused(RuntimeError, "lost on the way") if rank else contextlib.nullcontext()
+        with lost:
+            set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**from_0))
+        dist.barrier()
+        with refused(RuntimeError, "lost on the way"):
+            load(taken["flat"], **options["flat"])
+    # A directory that is damaged: torch says so, on all ranks.
+    dist.barrier()
+    if rank == 0:
+        pathlib.Path(folder, case, ".metadata").write_bytes(b"")
+    dist.barrier()
+    with refused(dcp.CheckpointException, "metadata"):
+        load_from("stateful", f"{folder}/{case}", case, *build(case, seed=11))
+
+
+@contextlib.contextmanager
+def changed(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def build_trained(steps):

@@ -66,7 +66,10 @@ class Reason(NamedTuple):
 # True: a cell with neither test nor reason is an error.
 STRICT = True
 
-ZERO = ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+WITH_ZERO = (
+    "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3", "accelerate DeepSpeed",
+    "Trainer DeepSpeed",
+)  # fmt: skip
 REPLICATED = ("DDP", "ZeroRedundancyOptimizer", "accelerate DDP", "Trainer DDP")
 
 REASONS: tuple[Reason, ...] = (
@@ -80,68 +83,27 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(("TP",), ("CPU offload",), ABSENT, "the engine has none"),
     Reason(
-        ("accelerate DDP", "accelerate FSDP2", "accelerate DeepSpeed", "Trainer DDP",
-         "Trainer FSDP2", "Trainer DeepSpeed"),
-        ("granularity tensor", "granularity element", "norm_scope tensor"), BELOW,
-        "the step decides it, on what the engine below hands over",
-    ),
-    Reason(
-        ("accelerate FSDP2", "Trainer FSDP2", "accelerate DeepSpeed", "Trainer DeepSpeed"),
-        ("CPU offload", "meta init"), BELOW,
-        "the wrapper only switches it on; see the engine below",
-    ),
-    Reason(
-        ("Trainer FSDP2",),
-        ("mixed precision", "LoRA", "tied weights", "frozen parts", "anchor by name"), BELOW,
-        "accelerate prepares the same model; see accelerate FSDP2",
-    ),
-    Reason(
-        ("Trainer DDP",), ("tied weights",), BELOW,
-        "accelerate prepares the same model; see accelerate DDP",
-    ),
-    Reason(
-        ("Trainer DDP",), ("resume on other ranks",), BELOW,
-        "its optimizer.pt is whole on every rank; see resume",
-    ),
-    Reason(
-        ("accelerate DeepSpeed", "Trainer DeepSpeed"),
-        ("mixed precision", "resume on other ranks", "anchor by name"), BELOW,
-        "DeepSpeed's own, unchanged; see the engine below",
-    ),
-    Reason(
         ("Trainer DDP", "Trainer FSDP2"), ("replay",), UNSUPPORTED,
         "its training step has one backward pass; mix the batches",
-    ),
-    Reason(
-        ("accelerate DeepSpeed", "Trainer DeepSpeed"), ("replay",), BELOW,
-        "refused by the engine below; mix the batches",
-    ),
-    Reason(
-        ("Trainer FSDP2",), ("resume on other ranks",), BELOW,
-        "refused as a resume on the same ranks is",
     ),
     Reason(
         ("FSDP1",), ("anchor by name",), REFUSED,
         "whole tensors are not cut into runs; load them into the model",
     ),
     Reason(
-        ("FSDP1",), ("CPU offload",), BELOW,
+        ("FSDP1", "Trainer FSDP2"), ("CPU offload",), BELOW,
         "torch pins memory for it, which needs an accelerator",
-    ),
-    Reason(
-        ("Trainer FSDP2",), ("resume",), REFUSED,
-        "in a guided task: it loads before there is room for anchors",
     ),
     Reason(
         ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2"), ("meta init",), ABSENT,
         "it partitions optimizer state, not parameters; see ZeRO-3",
     ),
     Reason(
-        ZERO, ("replay",), REFUSED,
+        WITH_ZERO, ("replay",), REFUSED,
         "every backward is reduced into its own partitions; mix the batches",
     ),
     Reason(
-        ZERO, ("resume on other ranks",), REFUSED,
+        WITH_ZERO, ("resume on other ranks",), REFUSED,
         "its universal checkpoints carry no anchor; name it again",
     ),
 )  # fmt: skip

@@ -9,7 +9,6 @@ in one start of the processes; the first one to fail ends it.
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
 import gc
 import json
@@ -20,10 +19,13 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import dgg
+import ranks
 
 STEPS, BOUNDARIES, SAMPLES = 50, (5, 30), 24
 OPTIONS = {
@@ -460,6 +462,17 @@ def share_misuse():
         "do not go with ZeroRedundancyOptimizer",
         lambda: zero_redundancy(model.parameters(), optimizer_class=partial),
     )
+    refused(
+        ValueError,
+        "do not go with ZeroRedundancyOptimizer",
+        lambda: zero_redundancy(model.parameters(), capturable=True),
+    )
+    elsewhere = torch.nn.Parameter(torch.empty(3, device="meta", dtype=torch.float64))
+    refused(
+        ValueError,
+        "several devices (['cpu', 'meta']) is not supported",
+        lambda: zero_redundancy([*model.parameters(), elsewhere]),
+    )
     # Its overlapped mode has functional optimizers of torch's only.
     refused(
         ValueError,
@@ -789,13 +802,6 @@ def accelerate_run(folder, plugin=None):
         torch.testing.assert_close(anchor, twin.state[q]["anchor"])
 
     accelerator, again, resumed = build()
-    if plugin is not None:
-        # accelerate loads into what is there, and in a new optimizer there is no anchor.
-        if plugin["state_dict_type"] == "SHARDED_STATE_DICT":
-            load = functools.partial(accelerator.load_state, os.path.join(folder, "state"))
-            refused(RuntimeError, "prepare_for_load", load)
-            accelerator, again, resumed = build()
-        dgg.unwrap(resumed).prepare_for_load()
     accelerator.load_state(os.path.join(folder, "state"))
     group = dgg.unwrap(resumed).param_groups[0]
     assert (group["draw_index"], group["task_index"]) == (20, 1)
@@ -803,13 +809,20 @@ def accelerate_run(folder, plugin=None):
     assert all(map(torch.equal, full(again), full(model)))
 
 
-def accelerate_trajectory(plugin=None, build=network, named=False):
+def accelerate_trajectory(plugin=None, build=network, named=False, policy=None, **options):
     """Replay by accelerator.backward, clipped in the step."""
     anchors = named_anchors(build) if named else None
-    expected, _ = alone(build=build, anchors=anchors)
+    expected, _ = alone(build=build, anchors=anchors, **options)
+    if policy == "offload":
+        # Pinned memory, which is torch's default, needs an accelerator.
+        plugin = {**plugin, "cpu_offload": CPUOffloadPolicy(pin_memory=False)}
     accelerator = accelerator_of(plugin)
     model = build()
-    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    if policy == "meta" and dist.get_rank() > 0:
+        for p in model.parameters():
+            p.detach().fill_(float("nan"))  # only rank 0 has weights to give
+    options = {**OPTIONS, **options}
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **options))
     fit(model, optimizer, mine, anchors=anchors, backward=accelerator.backward)
     assert_guided(optimizer)
     assert_close(map(whole, model.parameters()), expected.parameters())
@@ -843,12 +856,47 @@ def accelerate_resume_elsewhere(kept, plugin=None):
     accelerator = accelerator_of(plugin)
     model = network()
     model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
-    if plugin is not None:
-        dgg.unwrap(optimizer).prepare_for_load()
     accelerator.load_state(kept)
     fit(model, optimizer, mine, 20, STEPS, backward=accelerator.backward)
     assert_guided(optimizer)
     assert_close(map(whole, model.parameters()), alone()[0].parameters())
+
+
+def accelerate_unguided(folder, plugin):
+    """What was saved before there was an anchor resumes as ever; what is broken is refused."""
+    path = os.path.join(folder, "state")
+    accelerator = accelerator_of(plugin)
+    model = network()
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    fit(model, optimizer, mine, 0, 4, backward=accelerator.backward)
+    accelerator.save_state(path)
+    fit(model, optimizer, mine, 4, 20, backward=accelerator.backward)
+    accelerator = accelerator_of(plugin)
+    again = network()
+    again, resumed = accelerator.prepare(again, dgg.AdamW(again.parameters(), **OPTIONS))
+    accelerator.load_state(path)
+    assert dgg.unwrap(resumed).param_groups[0]["draw_index"] == 4
+    fit(again, resumed, mine, 4, 20, backward=accelerator.backward)
+    assert all(map(torch.equal, map(whole, again.parameters()), map(whole, model.parameters())))
+
+    accelerator.save_state(path)
+    dist.barrier()
+    sharded, full = os.path.join(path, "optimizer_0"), os.path.join(path, "optimizer.bin")
+    if dist.get_rank() == 0:
+        if os.path.exists(full):
+            saved = torch.load(full)
+            del saved["state"]["first.weight"]["anchor"]
+            torch.save(saved, full)
+        else:
+            os.truncate(os.path.join(sharded, ".metadata"), 100)
+    dist.barrier()
+    accelerator = accelerator_of(plugin)
+    model = network()
+    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    error, text = dcp.CheckpointException, "metadata"
+    if os.path.exists(full):
+        error, text = RuntimeError, "they were lost on the way"
+    refused(error, text, functools.partial(accelerator.load_state, path))
 
 
 def accelerate_anchor_before_prepare():
@@ -869,15 +917,28 @@ VOCABULARY, LENGTH, TASK_STEPS = 24, 8, 6
 TRAINER_OPTIONS = {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}
 
 
-def language_model():
+def language_model(tied=False):
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+def tied_language_model():
+    model = language_model(tied=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+def frozen_language_model():
+    model = language_model()
+    model.model.layers[0].requires_grad_(False)
+    return model
 
 
 def adapted_language_model():
@@ -895,7 +956,9 @@ def counting(stride):
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def trainer_for(model, task, out, world, guide_first_task=False, anchor=None, **over):
+def trainer_for(
+    model, task, out, world, guide_first_task=False, anchor=None, options=None, **over
+):  # fmt: skip
     import transformers
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -917,66 +980,127 @@ def trainer_for(model, task, out, world, guide_first_task=False, anchor=None, **
         model,
         arguments,
         train_dataset=counting(1 + 2 * task),
-        optimizer_cls_and_kwargs=(dgg.AdamW, TRAINER_OPTIONS),
+        optimizer_cls_and_kwargs=(dgg.AdamW, {**TRAINER_OPTIONS, **(options or {})}),
         callbacks=[
             dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task, anchor=anchor)
         ],
     )
 
 
-def two_tasks(out, world, fresh=lambda: None, **over):
-    """Two tasks, the second saved in its middle; returns its Trainer."""
-    model = language_model()
-    fresh()
-    trainer_for(model, 0, os.path.join(out, "0"), world, **over).train()
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    fresh()
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    trainer = trainer_for(model, 1, os.path.join(out, "1"), world, **saving, **over)
-    trainer.train()
-    return trainer, start
-
-
-def trainer_run(folder, fsdp=None):
-    """Two tasks over the ranks; resumed in the middle of the second, bit for bit."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def fresh():
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-
-    world = dist.get_world_size()
-    trainer, start = two_tasks(folder, world, fresh)
-    optimizer = dgg.unwrap(trainer.optimizer)
-    group = optimizer.param_groups[0]
-    assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
-    for name, p in trainer.model.named_parameters():
-        assert torch.equal(optimizer.state[p]["anchor"], start[name])
-    assert dgg.hf.is_active(trainer)
-    assert_same_on_all_ranks(trainer.model.parameters())
-
-    fresh()
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    out = os.path.join(folder, "again")
-    again = trainer_for(language_model(), 1, out, world, **saving)
-    again.train(resume_from_checkpoint=os.path.join(folder, "1", "checkpoint-3"))
-    names = dict(again.model.named_parameters())
-    resumed = dgg.unwrap(again.optimizer)
-    for name, p in trainer.model.named_parameters():
-        assert torch.equal(p, names[name]), name
-        for key, value in optimizer.state[p].items():
-            assert torch.equal(value, resumed.state[names[name]][key]), (name, key)
-    if dist.get_rank() == 0:
-        torch.save(trainer.model.state_dict(), os.path.join(folder, "weights.pt"))
-
-
-def trainer_beside(folder, build=language_model, named=False, **over):
-    """A guided task over the ranks, and another optimizer that takes the same gradients."""
-    import transformers
+def fresh():
+    """Forgets what accelerate keeps for the process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+SHARDING = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+def fsdp(**more):
+    """Returns the arguments of a Trainer that shards; it writes into them."""
+    return {"fsdp": True, "fsdp_config": {**SHARDING, **more}}
+
+
+def two_tasks(out, world, over=dict):
+    """Two tasks, the second saved in its middle; returns its Trainer and the weights between."""
+    model = language_model()
+    fresh()
+    trainer_for(model, 0, os.path.join(out, "0"), world, **over()).train()
+    start = {n: whole(p).clone() for n, p in model.named_parameters()}
+    if over is not dict:
+        model = begun(start)  # accelerate finds no layers in a model that it has sharded
+    fresh()
+    trainer = trainer_for(model, 1, os.path.join(out, "1"), world, **SAVING, **over())
+    trainer.train()
+    return trainer, start
+
+
+def begun(start):
+    model = language_model()
+    model.load_state_dict(start)
+    return model
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(out, start, world, over):
+    """The second task, which ends in its middle after it was saved."""
+    import transformers
+
+    class Kill(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    fresh()
+    trainer = trainer_for(begun(start), 1, out, world, **SAVING, **over())
+    trainer.add_callback(Kill())
+    refused(Killed, "", trainer.train)
+
+
+def trainer_run(kept, sharded=None):
+    """Two tasks over the ranks; killed in the middle of the second, resumed bit for bit."""
+    world, over = dist.get_world_size(), dict if sharded is None else lambda: fsdp(**sharded)
+    trainer, start = two_tasks(kept, world, over)
+    optimizer = dgg.unwrap(trainer.optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
+    for name, p in trainer.model.named_parameters():
+        anchor = optimizer.state[p]["anchor"]
+        if sharded is not None:
+            assert anchor.placements == p.placements and anchor.device_mesh == p.device_mesh
+        assert torch.equal(whole(anchor), start[name])
+    assert dgg.hf.is_active(trainer)
+    weights = {n: whole(p) for n, p in trainer.model.named_parameters()}
+    assert_same_on_all_ranks(weights.values())
+
+    out = os.path.join(kept, "again")
+    killed(out, start, world, over)
+    assert sorted(os.listdir(out)) == ["checkpoint-3"]
+    fresh()
+    again = trainer_for(language_model(), 1, out, world, **SAVING, **over())
+    again.train(resume_from_checkpoint=os.path.join(out, "checkpoint-3"))
+    names = dict(again.model.named_parameters())
+    resumed = dgg.unwrap(again.optimizer)
+    assert resumed.param_groups[0]["draw_index"] == TASK_STEPS
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(weights[name], whole(names[name])), name
+        assert optimizer.state[p].keys() == resumed.state[names[name]].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(whole(value), whole(resumed.state[names[name]][key])), (name, key)
+    if dist.get_rank() == 0:
+        torch.save(weights, os.path.join(kept, "weights.pt"))
+
+
+def trainer_resume_elsewhere(kept, sharded=None):
+    """On other ranks from the middle of the second task to its end."""
+    world, over = dist.get_world_size(), dict if sharded is None else lambda: fsdp(**sharded)
+    fresh()
+    out = os.path.join(kept, f"on {world}")
+    trainer = trainer_for(language_model(), 1, out, world, **over())
+    trainer.train(resume_from_checkpoint=os.path.join(kept, "1", "checkpoint-3"))
+    group = dgg.unwrap(trainer.optimizer).param_groups[0]
+    assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
+    expected = torch.load(os.path.join(kept, "weights.pt"))
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(whole(p), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def trainer_beside(
+    folder, build=language_model, named=False, sharded=None, options=None, **over
+):  # fmt: skip
+    """A guided task over the ranks, and another optimizer that takes the same gradients."""
+    import transformers
+
+    fresh()
+    if sharded is not None:
+        over |= fsdp(**sharded)
+    options = {**TRAINER_OPTIONS, **(options or {})}
     model, other = build(), build()
     anchors = {n: p.detach() + 0.1 * named for n, p in other.named_parameters()}
 
@@ -985,8 +1109,7 @@ def trainer_beside(folder, build=language_model, named=False, **over):
             self.of = dict(zip(model.parameters(), other.parameters(), strict=True))
             groups = dgg.unwrap(optimizer).param_groups
             self.twin = dgg.AdamW(
-                [{**g, "params": [self.of[p] for p in g["params"]]} for g in groups],
-                **TRAINER_OPTIONS,
+                [{**g, "params": [self.of[p] for p in g["params"]]} for g in groups], **options
             )
             self.twin.clear_anchor()
             self.twin.set_anchor(anchors, model=other)
@@ -995,7 +1118,7 @@ def trainer_beside(folder, build=language_model, named=False, **over):
             for group, theirs in zip(self.twin.param_groups, optimizer.param_groups, strict=True):
                 group["lr"] = theirs["lr"]
             for p, q in self.of.items():
-                q.grad = None if p.grad is None else p.grad.clone()
+                q.grad = None if p.grad is None else whole(p.grad).clone()
             assert any(q.grad is not None and q.grad.any() for q in other.parameters())
 
         def on_optimizer_step(self, args, state, control, **kwargs):
@@ -1003,78 +1126,30 @@ def trainer_beside(folder, build=language_model, named=False, **over):
 
     trainer = trainer_for(
         model, 0, folder, dist.get_world_size(), guide_first_task=not named,
-        anchor=anchors if named else None, **over,
+        anchor=anchors if named else None, options=options, **over,
     )  # fmt: skip
+    if sharded is not None:
+        plugin, meta = trainer.accelerator.state.fsdp_plugin, "cpu_ram_efficient_loading"
+        assert getattr(plugin, meta) == sharded.get(meta, False)
     beside = Beside()
     trainer.add_callback(beside)
     trainer.train()
     assert dgg.hf.is_active(trainer)
     assert trainer.accelerator.mixed_precision == ("bf16" if over.get("bf16") else "no")
-    assert_same_on_all_ranks(model.parameters())
-    assert_close(model.parameters(), other.parameters(), torch.float32)
+    assert all(hasattr(p, "full_tensor") == (sharded is not None) for p in model.parameters())
+    assert_same_on_all_ranks(map(whole, model.parameters()))
+    assert_close(map(whole, model.parameters()), other.parameters(), torch.float32)
     inner, names, moved = dgg.unwrap(trainer.optimizer), dict(model.named_parameters()), 0
     for name, p in names.items():
         if p.requires_grad:
-            assert torch.equal(inner.state[p]["anchor"], anchors[name])
+            assert torch.equal(whole(inner.state[p]["anchor"]), anchors[name])
             moved += 1
         else:
             assert p not in inner.state
     assert moved and inner.param_groups[0]["draw_index"] == TASK_STEPS
 
 
-def one_task(out, world, **over):
-    """A task guided towards the weights it begins with; returns its Trainer."""
-    saving = {"save_strategy": "steps", "save_steps": 3, "guide_first_task": True}
-    trainer = trainer_for(language_model(), 0, out, world, **saving, **over)
-    trainer.train()
-    return trainer
-
-
-def trainer_fsdp2(folder):
-    """One guided task over shards; resuming it has no room for the anchor, and says so."""
-    import dgg.hf
-
-    world = dist.get_world_size()
-    accelerator_of()
-    sharded = {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "state_dict_type": "SHARDED_STATE_DICT",
-        },
-    }  # fmt: skip
-    trainer = one_task(folder, world, **copy.deepcopy(sharded))
-    optimizer = dgg.unwrap(trainer.optimizer)
-    assert dgg.hf.is_active(trainer)
-    start = dict(language_model().named_parameters())
-    for name, p in trainer.model.named_parameters():
-        anchor = optimizer.state[p]["anchor"]
-        assert anchor.placements == p.placements and anchor.device_mesh == p.device_mesh
-        assert torch.equal(anchor.full_tensor(), start[name])
-    weights = {n: p.full_tensor().detach() for n, p in trainer.model.named_parameters()}
-    if dist.get_rank() == 0:
-        torch.save(weights, os.path.join(folder, "weights.pt"))
-    saving = {"save_strategy": "steps", "save_steps": 3, "guide_first_task": True}
-    again = trainer_for(language_model(), 0, folder, world, **saving, **sharded)
-    load = functools.partial(again.train, os.path.join(folder, "checkpoint-3"))
-    refused(RuntimeError, "prepare_for_load", load)
-
-
 # -- starting -------------------------------------------------------------------------------------
-
-
-def start(rank: int, world: int, folder: str) -> None:
-    os.environ.update(
-        GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
-        ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )  # fmt: skip
 
 
 def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> None:
@@ -1082,7 +1157,8 @@ def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> No
 
     A rank that failed does not meet the others in collectives any more: all end with it.
     """
-    start(rank, world, folder)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    ranks.join(rank, world, folder)
     outcomes = {}
     for name, (function, arguments) in cases.items():
         try:
@@ -1100,5 +1176,4 @@ def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> No
             json.dump(outcomes, file)
         if outcomes[name]:
             os._exit(1)
-    dist.barrier()
-    dist.destroy_process_group()
+    ranks.leave()

@@ -105,6 +105,7 @@ def test_saved_and_resumed(before, after, ranks, saved, tmp_path):
     "function",
     [
         pytest.param(worker.run_refusals, marks=pytest.mark.compat("FSDP2", "resume")),
+        pytest.param(worker.run_by_itself, marks=pytest.mark.compat("FSDP2", "resume")),
         worker.run_frozen,
         worker.run_helper,
         worker.run_async,

@@ -111,25 +111,6 @@ ACCELERATE = [
          folder="", plugin={"state_dict_type": "FULL_STATE_DICT"}),
     case("accelerate FSDP2", "accelerate_anchor_before_prepare"),
 ]  # fmt: skip
-ELSEWHERE = []
-for engine, label, over in (
-    ("accelerate DDP", "DDP", {}),
-    ("accelerate FSDP2", "FSDP2", {"plugin": SHARDED}),
-):
-    ACCELERATE += [
-        case(engine, "accelerate_trajectory", "trajectory", "clipping", "replay", label=label,
-             **over),
-        case(engine, "accelerate_trajectory", "anchor by name", label=f"{label} named", named=True,
-             **over),
-        case(engine, "accelerate_low_precision", "mixed precision", label=label, **over),
-        case(engine, "accelerate_keep", label=label, kept=label, **over),
-    ]  # fmt: skip
-    ELSEWHERE += [
-        case(engine, "accelerate_resume_elsewhere", "resume on other ranks", label=label,
-             kept=label, **over),
-    ]  # fmt: skip
-
-
 # What needs peft or transformers, whose import takes longer than all of these.
 LORA = ("LoRA", "frozen parts")
 LIBRARIES = [
@@ -143,7 +124,74 @@ LIBRARIES = [
          build=worker.adapted_language_model),
     case("Trainer DDP", "trainer_beside", "mixed precision", label="bf16", folder="", bf16=True),
     case("Trainer DDP", "trainer_beside", "anchor by name", label="named", folder="", named=True),
+    case("Trainer FSDP2", "trainer_beside", *LORA, label="FSDP2 LoRA", folder="", sharded={},
+         build=worker.adapted_language_model),
 ]  # fmt: skip
+# What a start of its own runs, with the slow tests.
+KINDS = {
+    "elements": (("granularity element",), {"granularity": "element"}),
+    "tensors": (
+        ("granularity tensor", "norm_scope tensor"),
+        {"granularity": "tensor", "norm_scope": "tensor"},
+    ),
+}
+MORE = [
+    case("accelerate FSDP2", "accelerate_unguided", "resume", label=form, folder="",
+         plugin={"state_dict_type": f"{form}_STATE_DICT"})
+    for form in ("SHARDED", "FULL")
+] + [
+    case("accelerate FSDP2", "accelerate_trajectory", "meta init", label="FSDP2 meta",
+         policy="meta", build=worker.untied, plugin={**SHARDED, "cpu_ram_efficient_loading": True}),
+    case("accelerate FSDP2", "accelerate_trajectory", "CPU offload", label="FSDP2 offload",
+         policy="offload", plugin=SHARDED),
+    case("Trainer FSDP2", "trainer_beside", "mixed precision", label="FSDP2 bf16", folder="",
+         sharded={}, bf16=True),
+    case("Trainer FSDP2", "trainer_beside", "anchor by name", label="FSDP2 named", folder="",
+         sharded={}, named=True),
+    case("Trainer FSDP2", "trainer_beside", "meta init", label="FSDP2 meta", folder="",
+         sharded={"cpu_ram_efficient_loading": True}),
+    case("Trainer FSDP2", "trainer_run", "resume", label="full", kept="Trainer FSDP2 full",
+         sharded={"state_dict_type": "FULL_STATE_DICT"}),
+]  # fmt: skip
+ELSEWHERE = []
+for engine, label, over in (
+    ("accelerate DDP", "DDP", {}),
+    ("accelerate FSDP2", "FSDP2", {"plugin": SHARDED}),
+):
+    ACCELERATE += [
+        case(engine, "accelerate_trajectory", "trajectory", "clipping", "replay", label=label,
+             **over),
+        case(engine, "accelerate_trajectory", "anchor by name", label=f"{label} named", named=True,
+             **over),
+        case(engine, "accelerate_low_precision", "mixed precision", label=label, **over),
+        case(engine, "accelerate_keep", label=label, kept=label, **over),
+    ]  # fmt: skip
+    MORE += [
+        case(engine, "accelerate_trajectory", *features, label=f"{label} {kind}", **options, **over)
+        for kind, (features, options) in KINDS.items()
+    ]
+    ELSEWHERE += [
+        case(engine, "accelerate_resume_elsewhere", "resume on other ranks", label=label,
+             kept=label, **over),
+    ]  # fmt: skip
+for engine, label, over in (
+    ("Trainer DDP", "DDP", {}),
+    ("Trainer FSDP2", "FSDP2", {"sharded": {}}),
+):
+    MORE += [
+        case(engine, "trainer_beside", "tied weights", label=f"{label} tied", folder="",
+             build=worker.tied_language_model, **over),
+        case(engine, "trainer_beside", "frozen parts", label=f"{label} frozen", folder="",
+             build=worker.frozen_language_model, **over),
+    ] + [
+        case(engine, "trainer_beside", *features, label=f"{label} {kind}", folder="",
+             options=options, **over)
+        for kind, (features, options) in KINDS.items()
+    ]  # fmt: skip
+    ELSEWHERE += [
+        case(engine, "trainer_resume_elsewhere", "resume on other ranks", label=label,
+             kept=engine, **over),
+    ]  # fmt: skip
 
 
 def spawn(world, folder, cases):
@@ -185,6 +233,7 @@ def params_of(cases):
 two = outcomes_of(DDP + SHARES + RUNS, 2)
 four = outcomes_of(FOUR, 4)
 one = outcomes_of(ELSEWHERE, 1)
+more = outcomes_of(MORE, 2)
 
 
 @params_of(DDP)
@@ -213,7 +262,10 @@ def trained(tmp_path_factory):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("trained")
-    cases = {"DDP": ("trainer_run", {"folder": ""}), "FSDP2": ("trainer_fsdp2", {"folder": ""})}
+    cases = {
+        "DDP": ("trainer_run", {"kept": "Trainer DDP"}),
+        "FSDP2": ("trainer_run", {"kept": "Trainer FSDP2", "sharded": {}}),
+    }
     cases |= {param.values[0]: arguments for param, arguments in ACCELERATE + LIBRARIES}
     return folder, spawn(2, folder, cases)
 
@@ -225,8 +277,8 @@ def test_accelerate(name, trained):
 
 @pytest.mark.slow
 @params_of(ELSEWHERE)
-def test_accelerate_on_other_ranks(name, trained, one):
-    """What two ranks have saved is resumed by one."""
+def test_on_other_ranks(name, trained, one):
+    """What two ranks have saved in the middle of a task is resumed by one."""
     assert not one[name], one[name]
 
 
@@ -235,33 +287,42 @@ def test_with_libraries(name, trained):
     assert not trained[1][name], trained[1][name]
 
 
-def assert_as_in_one_process(saved, run, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+@pytest.mark.slow
+@params_of(MORE)
+def test_more_of_accelerate_and_the_trainer(name, more):
+    assert not more[name], more[name]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory):
+    """The weights that the Trainer's two tasks end with on one rank."""
+    pytest.importorskip("transformers")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = run().model.state_dict()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            trainer, _ = worker.two_tasks(str(tmp_path_factory.mktemp("one")), 1)
     finally:
         torch.set_num_threads(threads)
-    for name, value in torch.load(saved).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    return trainer.model.state_dict()
 
 
-@pytest.mark.compat("Trainer DDP", "trajectory", "clipping", "resume")
-def test_trainer(trained, tmp_path, monkeypatch):
-    """Two tasks over two ranks: resumed bit for bit, and the same as in one process."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.compat(f"Trainer {name}", "trajectory", "clipping", "resume"),
+        )
+        for name in ("DDP", "FSDP2")
+    ],
+)
+def test_trainer(name, trained, in_one_process):
+    """Two tasks over two ranks: killed and resumed bit for bit, and the same as in one process."""
     folder, outcome = trained
-    assert not outcome["DDP"], outcome["DDP"]
-    assert_as_in_one_process(
-        folder / "0" / "weights.pt", lambda: worker.two_tasks(str(tmp_path), 1)[0], monkeypatch
-    )
-
-
-@pytest.mark.compat("Trainer FSDP2", "trajectory", "clipping", "!resume")
-def test_trainer_fsdp2(trained, tmp_path, monkeypatch):
-    """A guided task over shards is that of one process; its resume has no room for anchors."""
-    folder, outcome = trained
-    assert not outcome["FSDP2"], outcome["FSDP2"]
-    assert_as_in_one_process(
-        folder / "1" / "weights.pt", lambda: worker.one_task(str(tmp_path), 1), monkeypatch
-    )
+    assert not outcome[name], outcome[name]
+    found = torch.load(folder.parent / "kept" / f"Trainer {name}" / "weights.pt")
+    assert found.keys() <= in_one_process.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, in_one_process[name], rtol=1e-5, atol=1e-6, msg=name)
