@@ -2,7 +2,8 @@
 """Everything that needs a GPU, in one command: build, tests, memory check, benchmarks, report.
 
     python3 bench/gpu.py                        # what `make gpu` runs; under 8 minutes
-    python3 bench/gpu.py --stages build,step    # single stages
+    python3 bench/gpu.py --stages build,step    # single stages; the build lasts for later calls
+    python3 bench/gpu.py --stages profile       # what a LoRA step runs; not among the usual stages
     python3 bench/gpu.py --out results          # results there too (default: $OUT if set)
 
 For a machine with a GPU and whatever torch >= 2.10, Triton >= 3.4 and Python >= 3.10 it has; no
@@ -12,7 +13,7 @@ would shadow another library). No setting of the GPU is touched.
 
 Each stage is a process of its own with a time limit; its result is written at once, and one that
 fails does not stop the others. Exit code: 0 if all went well, 1 if a stage failed, 2 without a GPU.
-The results are bench/results/<device>-<date>.json and .md.
+The results are bench/results/<device>-<date>.json and .md; those of single stages say which.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 import witness
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 SOURCES = ("dgg", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE",
            "MANIFEST.in")  # fmt: skip
@@ -47,7 +49,10 @@ LIMITS = {
     "step": (230, 60),
     "training": (80, 45),
     "sanitizer": (150, 20),
+    "profile": (90, 20),
 }
+# What runs unless stages are named.
+USUAL = ("environment", "build", "tests", "step", "training", "sanitizer")
 BUDGET = 460
 # The benchmark begins no case so close to its limit.
 LAST_CASE = 30
@@ -118,6 +123,8 @@ class Stages:
         self.end = time.monotonic() + budget
         self.limit = 0.0
         self.environment: dict = {}
+        # Names of the stages, where they are not the usual ones: no run replaces another's results.
+        self.part: list[str] = []
         self.results: dict = {
             "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -201,7 +208,8 @@ class Stages:
 
     def write(self) -> None:
         """Writes what is known so far."""
-        stem = slug(self.environment.get("name") or "unknown") + "-" + self.results["date"][:10]
+        parts = [slug(self.environment.get("name") or "unknown"), self.results["date"][:10]]
+        stem = "-".join([*parts, *self.part])
         for folder in self.outputs:
             with contextlib.suppress(OSError):  # a read-only checkout
                 folder.mkdir(parents=True, exist_ok=True)
@@ -418,6 +426,28 @@ class Stages:
         code, output = self.command(command, show=True)
         found = self._take("training", folder, code, output)
         return {"summary": f"{len(found['cases'])} models"}
+
+    def run_profile(self) -> dict:
+        """Profiles LoRA steps with bench/nsys_step.py; trace or report go to the results."""
+        folder = self.build / "profile"
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, ROOT / "bench" / "nsys_step.py", "--launch", "--out", folder]
+        command += ["--shape", "tiny", "--device", "cpu"] if self.rehearsal else []
+        code, output = self.command(command, show=True)
+        made = sorted(path for path in folder.glob("step*") if path.is_file())
+        for target in self.outputs:
+            if target == RESULTS:
+                continue
+            target.mkdir(parents=True, exist_ok=True)
+            for path in made:
+                # Larger ones are left where they are.
+                if path.stat().st_size < 16 * 2**20:
+                    shutil.copy2(path, target / path.name)
+        self.pages.append(f"### Profile\n\n{output}\n")
+        if code != 0:
+            what = "stopped at its limit" if code is None else f"exit code {code}"
+            raise Failed(f"{what}: {_tail(output)}")
+        return {"summary": ", ".join(path.name for path in made)}
 
     def _take(self, name: str, folder: pathlib.Path, code: int | None, output: str) -> dict:
         files = sorted(folder.glob("*.json"))
@@ -645,7 +675,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the stages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--stages", default=",".join(LIMITS), help=f"comma-separated, of {', '.join(LIMITS)}"
+        "--stages", default=",".join(USUAL), help=f"comma-separated, of {', '.join(LIMITS)}"
     )
     parser.add_argument(
         "--out", type=pathlib.Path, default=os.environ.get("OUT"),
@@ -664,16 +694,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
     if options.rehearse and options.out is None:
         parser.error("--rehearse needs --out: what it writes is no result")
-    outputs = [] if options.rehearse else [ROOT / "bench" / "results"]
+    outputs = [] if options.rehearse else [RESULTS]
     outputs += [pathlib.Path(options.out).resolve()] if options.out else []
     stages = Stages(
         options.build.resolve(), outputs, budget=options.budget, rehearsal=options.rehearse,
         commit=options.commit,
     )  # fmt: skip
+    if set(wanted) | {"environment"} != set(USUAL):
+        stages.part = [name for name in LIMITS if name in wanted and name != "environment"]
     functions = {
         "environment": stages.find_environment, "build": stages.build_package,
         "tests": stages.run_tests, "step": stages.run_step, "training": stages.run_training,
-        "sanitizer": stages.run_sanitizer,
+        "sanitizer": stages.run_sanitizer, "profile": stages.run_profile,
     }  # fmt: skip
     # The others need to know where they are.
     names = [name for name in LIMITS if name in wanted or name == "environment"]

@@ -329,7 +329,8 @@ class _EagerGuidance(Variant):
 
     def _scalar(self, value: Tensor) -> Tensor | float:
         # On a CPU reading a number costs nothing and spares a pass; on a GPU it would synchronise.
-        return value.item() if self._on_host else value
+        # There torch._foreach_mul_ falls back to a kernel per tensor for a number of another dtype.
+        return value.item() if self._on_host else value.to(self.workload.dtype)
 
     def _clip(self, grad_norm: Tensor) -> Tensor:
         if not self.setting.clipped:
@@ -406,8 +407,8 @@ class ForeachGuidance(_EagerGuidance):
                 torch._foreach_add_(grads, differences, alpha=scale.item())
             else:
                 if self.setting.clipped:
-                    torch._foreach_mul_(grads, clip)
-                torch._foreach_mul_(differences, scale)
+                    torch._foreach_mul_(grads, self._scalar(clip))
+                torch._foreach_mul_(differences, self._scalar(scale))
                 torch._foreach_add_(grads, differences)
             del differences
         elif self.setting.clipped:
@@ -437,7 +438,7 @@ class ForeachGuidanceTypical(_EagerGuidance):
             grads = [p.grad for p in params]
             differences = torch._foreach_sub(params, anchors)
             scale = torch.clamp(_total_norm(grads) / _total_norm(differences), max=1.0)
-            torch._foreach_mul_(differences, scale)
+            torch._foreach_mul_(differences, scale if self._on_host else self._scalar(scale))
             torch._foreach_add_(grads, differences)
             del differences
         self.optimizer.step()

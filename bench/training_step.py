@@ -102,7 +102,9 @@ def _foreach(params: Sequence[Tensor], alpha, seed):
                 torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, wide)))
                 for x in (grads, differences)
             ]
-            torch._foreach_mul_(differences, torch.clamp(norms[0] / norms[1], max=1.0))
+            scale = torch.clamp(norms[0] / norms[1], max=1.0)
+            # Of their dtype, or there is a kernel for every tensor.
+            torch._foreach_mul_(differences, scale.to(differences[0].dtype))
             torch._foreach_add_(grads, differences)
             del differences
         optimizer.step()

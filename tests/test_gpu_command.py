@@ -257,6 +257,21 @@ def test_training_results_are_kept_before_the_device_is_lost(bench, broken):
     assert missing["wrong"] and "misaligned" in missing["reason"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["for-loop", "foreach + fused", "foreach + clip_grad_norm_ + fused"]
+)
+def test_peers_compute_the_step_where_numbers_stay_on_the_device(bench, name, dtype):
+    peers, workload, robin = bench("peers"), bench("workload"), bench("round_robin")
+    shapes = [(7,), (3, 5), (64,)]
+    work = workload.Workload(shapes, dtype, "adamw", torch.device("cpu"))
+    variant = peers.IMPLEMENTATIONS[name](work, workload.GUIDED)
+    variant._on_host = False
+    assert robin.verify(variant, workload.Verifier(work)) <= 1
+    # Another dtype would cost torch's foreach functions a kernel for every tensor.
+    assert variant._scalar(torch.ones((), dtype=torch.float64)).dtype == dtype
+
+
 # -- the stages -----------------------------------------------------------------------------------
 
 
@@ -304,6 +319,45 @@ def test_memory_checks_are_read(command, tmp_path, monkeypatch, printed, code, s
     assert found["status"] == status
     assert words in (found.get("reason") or found["summary"])
     assert given["DGG_ONLY"].splitlines() == ["overrun", "../tests/test_gpu.py::test_x[cpp-1]"]
+
+
+def test_a_profile_is_one_of_the_stages_that_are_asked_for(command, tmp_path, monkeypatch):
+    assert set(command.LIMITS) - set(command.USUAL) == {"profile"}
+    out = tmp_path / "out"
+    stages = command.Stages(tmp_path / "build", [command.RESULTS, out], rehearsal=True)
+    before = set(command.RESULTS.iterdir())
+
+    def run(words, **options):
+        folder = tmp_path / "build" / "profile"
+        folder.mkdir()
+        (folder / "step-trace.json.gz").write_bytes(b"trace")
+        with (folder / "step.nsys-rep").open("wb") as file:
+            file.truncate(16 * 2**20)
+        return 0, "| range |"
+
+    monkeypatch.setattr(stages, "command", run)
+    assert stages.run_profile()["summary"] == "step-trace.json.gz, step.nsys-rep"
+    assert [path.name for path in out.iterdir()] == ["step-trace.json.gz"]
+    assert set(command.RESULTS.iterdir()) == before
+    assert "| range |" in stages.page()
+
+
+def test_single_stages_do_not_replace_the_results_of_all(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    found = {"name": "NVIDIA H200", "torch": "2", "cuda": "13", "available": True}
+
+    def find(self):
+        self.environment = found
+        return {}
+
+    monkeypatch.setattr(command.Stages, "find_environment", find)
+    for name in ("build_package", "run_tests", "run_step", "run_training", "run_sanitizer"):
+        monkeypatch.setattr(command.Stages, name, lambda self: {})
+    monkeypatch.delenv("OUT", raising=False)
+    for stages in ([], ["--stages", "tests,build"]):
+        assert command.main(["--build", str(tmp_path / "build"), *stages]) == 0
+    names = sorted(path.stem[:4] + path.stem[15:] for path in (tmp_path / "results").glob("*.json"))
+    assert names == ["h200", "h200-build-tests"]
 
 
 def test_results_say_which_sources_they_are_of(command, tmp_path):
