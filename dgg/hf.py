@@ -311,7 +311,14 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 logger.info("%s", self._describe(opt))
 
     def _describe(self, opt) -> str:
-        devices = {p.device for group in opt.param_groups for p in group["params"]}
+        driver = opt._driven_by()
+        # DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
+        tensors = (
+            [p for group in opt.param_groups for p in group["params"]]
+            if driver is None
+            else driver.tensors()
+        )
+        devices = {p.device for p in tensors}
         backends = sorted({_dispatch.choose(opt._backend, device) for device in devices})
         text = f"dgg.{type(opt).__name__} (backend {', '.join(backends)}), task {self._task}: "
         if not self._guided:
@@ -319,8 +326,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
         size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
         alphas = sorted({float(group["alpha"]) for group in opt.param_groups})
+        pieces = "tensors" if driver is None else "partitions of this rank"
         return text + (
-            f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} tensors "
+            f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} {pieces} "
             f"({size:.1f} MiB): {self._origin}"
         )
 
