@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import dgg
+import ranks
 from dgg import anchor
 
 
@@ -67,14 +66,9 @@ def shard(model: torch.nn.Module, engine: str, world: int) -> None:
         fully_shard(layer, mesh=mesh)
 
 
+@ranks.in_group
 def run(rank: int, world: int, folder: str, engines: tuple[str, ...]) -> None:
     """Sets the anchor from every kind of path; leaves the gathered anchors in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
     import torch.distributed.checkpoint as dcp
 
     root = pathlib.Path(folder)
@@ -123,4 +117,3 @@ def run(rank: int, world: int, folder: str, engines: tuple[str, ...]) -> None:
             assert not shown.numel()
         torch.save(results, root / f"{engine} {rank}.pt")
         dist.barrier()
-    dist.destroy_process_group()

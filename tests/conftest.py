@@ -8,7 +8,9 @@ Triton's interpreter, which has to be chosen before they are imported.
 from __future__ import annotations
 
 import collections
+import importlib
 import os
+import pathlib
 
 import pytest
 import torch
@@ -19,7 +21,34 @@ if not torch.accelerator.is_available():
 import dgg
 from dgg._dispatch import BACKENDS
 
+BENCH = pathlib.Path(__file__).parents[1] / "bench"
 _ran: collections.Counter[str] = collections.Counter()
+
+# Whole files go to processes side by side. Those that take the longest begin first, so that no
+# process ends with one of them alone; the others follow in their usual order.
+LONGEST_FIRST = [
+    "test_engines.py", "test_checkpoints.py", "test_triton.py", "test_parallel.py",
+    "test_bench.py", "test_deepspeed.py", "test_cuda_host.py", "test_sharding.py",
+    "test_triton_code.py", "test_demo.py", "test_cuda_code.py", "test_hf.py", "test_launched.py",
+    "test_bench_sharded.py", "test_guided.py", "test_misuse.py", "test_anchors.py", "test_cpp.py",
+    "test_trl.py",
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_thread():
+    """Where models are so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports modules of bench/, which is no package, as its scripts themselves do."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +88,15 @@ def quick_interpreter():
     interpreter._patch_lang = original
 
 
+def pytest_configure(config):
+    # xdist would begin with the files of the most tests, which are the quick ones.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU, torch.cuda.is_available() is False here")

@@ -8,7 +8,6 @@ the ranks, `whole` unsharded in one process; both return the same named values.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import gc
 import os
@@ -21,17 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import dgg
+import ranks
 
 STEPS, BOUNDARIES = 50, (5, 30)
 VOCABULARY, RANK = 11, 5  # uneven on every number of ranks
 SAMPLES = 12  # equal parts for 1, 2, 3 and 4 ranks, whose mean is the whole batch's
-# What the process that forks the ranks imports, once for all.
-IMPORTS = [
-    "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
-    "torch.distributed.tensor.debug", "torch.distributed.checkpoint.state_dict",
-    "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip",
-    "peft", "dgg",
-]  # fmt: skip
 GRANULARITIES = ("step", "tensor", "element")
 
 
@@ -823,13 +816,9 @@ PROBES = {
 }
 
 
+@ranks.in_group
 def run(rank: int, world: int, folder: str, cases: dict[str, dict]) -> None:
     """Runs all cases of a world size; rank 0 leaves results, or what went wrong, by name."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    limit = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     done = {}
     for name, case in cases.items():
         begun = time.process_time()
@@ -846,5 +835,3 @@ def run(rank: int, world: int, folder: str, cases: dict[str, dict]) -> None:
         done[name]["seconds"] = time.process_time() - begun
     if rank == 0:
         torch.save(done, os.path.join(folder, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -18,18 +18,15 @@ CLASSES = [dgg.AdamW, dgg.Adam, dgg.SGD]
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
+def fresh_accelerate(one_thread):
     # accelerate keeps its settings in process-wide singletons.
     def reset():
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     reset()
     yield
     reset()
-    torch.set_num_threads(before)
 
 
 def tiny():

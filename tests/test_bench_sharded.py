@@ -5,7 +5,6 @@ No test looks at how long anything took.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import pathlib
@@ -22,13 +21,6 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 pytestmark = pytest.mark.timeout(600)
 
 BENCH = pathlib.Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports modules of bench/, which is no package, as sharded.py itself does."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

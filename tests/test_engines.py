@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import engines_worker as worker
+import ranks
 
 if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -25,6 +26,7 @@ TOLERANCES = {
     # Two ranks add the same two gradients as the unsharded run: nothing may differ, not a rounding.
     "bfloat16": {"rtol": 0.0, "atol": 0.0},
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 compat = pytest.mark.compat
 hugging_face = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "peft")),
@@ -47,184 +49,153 @@ class Case:
         return f"{self.world}: {' '.join(given)}"
 
 
+ENGINES = {"FSDP2": "fsdp2", "HSDP": "hsdp", "TP": "tp", "TP + FSDP2": "tp_fsdp"}
+
+
+def row(engine: str, world: int, *features: str, slowly: bool = False, **case) -> Case:
+    """Returns a case that stands for these columns of the engine's row in the README's table."""
+    marks = [compat(engine, *features)] if features else []
+    return Case(world, [*marks, *[slow] * slowly], engine=ENGINES[engine], **case)
+
+
 BASIC = ("trajectory", "replay", "clipping")
 CASES = [
     # FSDP2: what it can be asked for.
-    Case(2, [compat("FSDP2", *BASIC, "tied weights", "frozen parts")], engine="fsdp2", model="odd"),
-    Case(2, [slow], engine="fsdp2", model="odd", dtype="float32", reshard=False),
-    Case(
-        2, [compat("FSDP2", "granularity tensor", "norm_scope tensor")],
-        engine="fsdp2", model="odd", granularity="tensor", scope="tensor", reshard=True,
+    row("FSDP2", 2, *BASIC, "tied weights", "frozen parts", model="odd"),
+    row("FSDP2", 2, model="odd", dtype="float32", reshard=False, slowly=True),
+    row(
+        "FSDP2", 2, "granularity tensor", "norm_scope tensor",
+        model="odd", granularity="tensor", scope="tensor", reshard=True,
     ),
-    Case(
-        2, [compat("FSDP2", "granularity element", "clipping")],
-        engine="fsdp2", model="odd", granularity="element", optimizer="sgd", clip="outside",
-        made="before",
+    row(
+        "FSDP2", 2, "granularity element", "clipping",
+        model="odd", granularity="element", optimizer="sgd", clip="outside", made="before",
     ),
-    Case(
-        2, [compat("FSDP2", "mixed precision")],
-        engine="fsdp2", model="odd", dtype="float32", mixed="bfloat16", parts=2,
+    row("FSDP2", 2, "mixed precision", model="odd", dtype="float32", mixed="bfloat16", parts=2),
+    row("FSDP2", 2, model="odd", dtype="float32", mixed="float32", parts=2, slowly=True),
+    row(
+        "FSDP2", 2, "mixed precision",
+        model="odd", dtype="bfloat16", mixed="bfloat16", parts=2, storage="master_weights",
     ),
-    Case(2, [slow], engine="fsdp2", model="odd", dtype="float32", mixed="float32", parts=2),
-    Case(
-        2, [compat("FSDP2", "mixed precision")],
-        engine="fsdp2", model="odd", dtype="bfloat16", mixed="bfloat16", parts=2,
-        storage="master_weights",
+    row(
+        "FSDP2", 2, "mixed precision",
+        model="odd", dtype="bfloat16", mixed="bfloat16", parts=2, storage="stochastic_rounding",
+        granularity="element", optimizer="sgd", slowly=True,
     ),
-    Case(
-        2, [slow, compat("FSDP2", "mixed precision")],
-        engine="fsdp2", model="odd", dtype="bfloat16", mixed="bfloat16", parts=2,
-        storage="stochastic_rounding", granularity="element", optimizer="sgd",
-    ),
-    Case(2, [slow, compat("FSDP2", "CPU offload")], engine="fsdp2", model="odd", offload=True),
-    Case(2, [slow, compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta after"),
-    Case(2, [slow, compat("FSDP2", "meta init")], engine="fsdp2", model="odd", made="meta before"),
-    Case(
-        2, [compat("FSDP2", "CPU offload", "meta init")],
-        engine="fsdp2", model="odd", offload=True, made="meta before",
-    ),
-    Case(1, engine="fsdp2", model="odd", granularity="element"),
-    Case(3, [slow], engine="fsdp2", model="odd", granularity="element", dtype="float32"),
-    Case(4, [slow], engine="fsdp2", model="odd", granularity="element"),
+    row("FSDP2", 2, "CPU offload", model="odd", offload=True, slowly=True),
+    row("FSDP2", 2, "meta init", model="odd", made="meta after", slowly=True),
+    row("FSDP2", 2, "meta init", model="odd", made="meta before", slowly=True),
+    row("FSDP2", 2, "CPU offload", "meta init", model="odd", offload=True, made="meta before"),
+    row("FSDP2", 1, model="odd", granularity="element"),
+    row("FSDP2", 3, model="odd", granularity="element", dtype="float32"),
+    row("FSDP2", 4, model="odd", granularity="element", slowly=True),
     # dgg.Guidance over torch's own optimizer.
-    Case(2, engine="fsdp2", model="odd", granularity="element", optimizer="foreign"),
-    Case(2, [slow], engine="tp", model="block", sequence=True, optimizer="foreign"),
+    row("FSDP2", 2, model="odd", granularity="element", optimizer="foreign"),
+    row("TP", 2, model="block", sequence=True, optimizer="foreign", slowly=True),
     # FSDP2: models.
-    *(
-        Case(world, [compat("FSDP2", "LoRA", "frozen parts")], engine="fsdp2", model="llava")
-        for world in (1, 2, 3)
+    row("FSDP2", 2, "LoRA", "frozen parts", model="llava"),
+    *(row("FSDP2", n, "LoRA", "frozen parts", model="llava", slowly=True) for n in (1, 3)),
+    row(
+        "FSDP2", 4, "LoRA", "frozen parts",
+        model="llava", granularity="element", dtype="float32", slowly=True,
     ),
-    Case(
-        4, [slow, compat("FSDP2", "LoRA", "frozen parts")],
-        engine="fsdp2", model="llava", granularity="element", dtype="float32",
-    ),
-    Case(2, [compat("FSDP2", "tied weights")], engine="fsdp2", model="tied", granularity="tensor"),
-    Case(3, [slow], engine="fsdp2", model="tied", granularity="element"),
+    row("FSDP2", 2, "tied weights", model="tied", granularity="tensor"),
+    row("FSDP2", 3, model="tied", granularity="element", slowly=True),
     # HSDP.
-    Case(
-        4,
-        [
-            compat("HSDP", *BASIC, "tied weights", "frozen parts"),
-            compat("HSDP", "granularity element", "norm_scope tensor", "CPU offload"),
-            compat("HSDP", "meta init"),
-        ],
-        engine="hsdp", model="odd", granularity="element", scope="tensor", offload=True,
-        made="meta after",
+    row(
+        "HSDP", 4, *BASIC, "tied weights", "frozen parts", "granularity element",
+        "norm_scope tensor", "CPU offload", "meta init",
+        model="odd", granularity="element", scope="tensor", offload=True, made="meta after",
     ),
-    Case(
-        4, [compat("HSDP", "LoRA", "frozen parts", "granularity tensor")],
-        engine="hsdp", model="llava", granularity="tensor",
+    row(
+        "HSDP", 4, "LoRA", "frozen parts", "granularity tensor",
+        model="llava", granularity="tensor",
     ),
-    Case(
-        4, [slow, compat("HSDP", "granularity element", "norm_scope tensor")],
-        engine="hsdp", model="odd", granularity="element", scope="tensor",
+    row(
+        "HSDP", 4, "granularity element", "norm_scope tensor",
+        model="odd", granularity="element", scope="tensor", slowly=True,
     ),
-    Case(
-        4, [slow, compat("HSDP", "granularity tensor", "clipping")],
-        engine="hsdp", model="odd", granularity="tensor", optimizer="sgd", clip="outside",
-        dtype="float32",
+    row(
+        "HSDP", 4, "granularity tensor", "clipping",
+        model="odd", granularity="tensor", optimizer="sgd", clip="outside", dtype="float32",
+        slowly=True,
     ),
-    Case(
-        4, [compat("HSDP", "mixed precision")],
-        engine="hsdp", model="odd", dtype="float32", mixed="bfloat16", parts=4,
-    ),
-    Case(4, [slow, compat("HSDP", "CPU offload")], engine="hsdp", model="odd", offload=True),
-    Case(4, [slow, compat("HSDP", "meta init")], engine="hsdp", model="odd", made="meta after"),
+    row("HSDP", 4, "mixed precision", model="odd", dtype="float32", mixed="bfloat16", parts=4),
+    row("HSDP", 4, "CPU offload", model="odd", offload=True, slowly=True),
+    row("HSDP", 4, "meta init", model="odd", made="meta after", slowly=True),
     # Tensor parallelism: norms are plain, or under sequence parallelism have partial gradients.
-    Case(
-        2, [compat("TP", *BASIC, "granularity element")],
-        engine="tp", model="block", sequence=True, granularity="element",
+    row(
+        "TP", 2, *BASIC, "granularity element",
+        model="block", sequence=True, granularity="element",
     ),
-    Case(
-        2, [slow, compat("TP", "granularity tensor", "norm_scope tensor")],
-        engine="tp", model="block", sequence=False, granularity="tensor", scope="tensor",
-        optimizer="sgd",
+    row(
+        "TP", 2, "granularity tensor", "norm_scope tensor",
+        model="block", sequence=False, granularity="tensor", scope="tensor", optimizer="sgd",
+        slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "clipping")],
-        engine="tp", model="block", sequence=True, clip="outside", dtype="float32",
+    row(
+        "TP", 2, "clipping",
+        model="block", sequence=True, clip="outside", dtype="float32", slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "meta init")],
-        engine="tp", model="block", sequence=True, made="meta before",
+    row("TP", 2, "meta init", model="block", sequence=True, made="meta before", slowly=True),
+    row("TP", 4, *BASIC, model="wide block", sequence=True, slowly=True),
+    row(
+        "TP", 2, *BASIC, "LoRA", "tied weights", "frozen parts", "granularity tensor",
+        "norm_scope tensor",
+        model="lora words", sequence=False, granularity="tensor", scope="tensor",
     ),
-    Case(4, [slow, compat("TP", *BASIC)], engine="tp", model="wide block", sequence=True),
-    Case(
-        2,
-        [
-            compat("TP", *BASIC, "LoRA", "tied weights", "frozen parts"),
-            compat("TP", "granularity tensor", "norm_scope tensor"),
-        ],
-        engine="tp", model="lora words", sequence=False, granularity="tensor", scope="tensor",
+    row(
+        "TP", 2, "LoRA", "tied weights", "frozen parts",
+        model="lora words", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "LoRA", "tied weights", "frozen parts")],
-        engine="tp", model="lora words", sequence=True, granularity="element",
+    row(
+        "TP", 2, "tied weights", "frozen parts",
+        model="words block", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "tied weights", "frozen parts")],
-        engine="tp", model="words block", sequence=True, granularity="element",
+    row(
+        "TP", 2, "tied weights", "frozen parts", "norm_scope tensor",
+        model="words block", sequence=False, scope="tensor", optimizer="sgd", slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "tied weights", "frozen parts", "norm_scope tensor")],
-        engine="tp", model="words block", sequence=False, scope="tensor", optimizer="sgd",
+    row(
+        "TP", 2, "LoRA", "frozen parts",
+        model="lora block", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        2, [slow, compat("TP", "LoRA", "frozen parts")],
-        engine="tp", model="lora block", sequence=True, granularity="element",
-    ),
-    Case(
-        2, [slow, compat("TP", "LoRA", "frozen parts", "granularity tensor")],
-        engine="tp", model="lora block", sequence=False, granularity="tensor", dtype="float32",
+    row(
+        "TP", 2, "LoRA", "frozen parts", "granularity tensor",
+        model="lora block", sequence=False, granularity="tensor", dtype="float32", slowly=True,
     ),
     # Both.
-    Case(
-        4, [slow, compat("TP + FSDP2", "tied weights", "frozen parts")],
-        engine="tp_fsdp", model="words block", sequence=True, granularity="element",
+    row(
+        "TP + FSDP2", 4, "tied weights", "frozen parts",
+        model="words block", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "LoRA", "frozen parts")],
-        engine="tp_fsdp", model="lora block", sequence=True, granularity="element",
+    row(
+        "TP + FSDP2", 4, "LoRA", "frozen parts",
+        model="lora block", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        4,
-        [
-            compat("TP + FSDP2", *BASIC, "granularity element"),
-            compat("TP + FSDP2", "LoRA", "tied weights", "frozen parts"),
-        ],
-        engine="tp_fsdp", model="lora words", sequence=True, granularity="element",
+    row(
+        "TP + FSDP2", 4, *BASIC, "granularity element", "LoRA", "tied weights", "frozen parts",
+        model="lora words", sequence=True, granularity="element",
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", *BASIC, "granularity element")],
-        engine="tp_fsdp", model="block", sequence=True, granularity="element",
+    row(
+        "TP + FSDP2", 4, *BASIC, "granularity element",
+        model="block", sequence=True, granularity="element", slowly=True,
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "granularity tensor", "norm_scope tensor", "clipping")],
-        engine="tp_fsdp", model="block", sequence=False, granularity="tensor", scope="tensor",
-        optimizer="sgd",
+    row(
+        "TP + FSDP2", 4, "granularity tensor", "norm_scope tensor", "clipping",
+        model="block", sequence=False, granularity="tensor", scope="tensor", optimizer="sgd",
+        slowly=True,
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "clipping")],
-        engine="tp_fsdp", model="block", sequence=True, clip="outside", dtype="float32",
+    row(
+        "TP + FSDP2", 4, "clipping",
+        model="block", sequence=True, clip="outside", dtype="float32", slowly=True,
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "CPU offload")],
-        engine="tp_fsdp", model="block", sequence=True, offload=True,
-    ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "meta init")],
-        engine="tp_fsdp", model="block", sequence=True, made="meta after",
+    row("TP + FSDP2", 4, "CPU offload", model="block", sequence=True, offload=True, slowly=True),
+    row(
+        "TP + FSDP2", 4, "meta init",
+        model="block", sequence=True, made="meta after", slowly=True,
     ),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # The models are so small that threads would only wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -240,13 +211,8 @@ def ran(request, tmp_path_factory):
                 case
             ]
             folder = tmp_path_factory.mktemp("engines")
-            # Started from a process that has imported everything once.
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(worker.IMPORTS)
-            arguments = (case.world, str(folder), {c.name: c.case for c in together})
-            torch.multiprocessing.start_processes(
-                worker.run, arguments, nprocs=case.world, start_method="forkserver"
-            )
+            cases = {c.name: c.case for c in together}
+            ranks.run(worker.run, case.world, case.world, str(folder), cases)
             done.update(torch.load(folder / "results.pt"))
         found = done[case.name]
         assert "error" not in found, found["error"]
@@ -348,20 +314,20 @@ def test_shards_are_what_tensor_parallelism_with_and_without_fsdp_makes(ran):
 
 BFLOAT16 = {"model": "block", "probe": "followed"}
 FOLLOWED = [
-    Case(
-        2, [compat("TP", "mixed precision")],
-        **BFLOAT16, engine="tp", sequence=True, dtype="bfloat16", storage="master_weights",
+    row(
+        "TP", 2, "mixed precision",
+        **BFLOAT16, sequence=True, dtype="bfloat16", storage="master_weights",
         state_dtype="float32",
     ),
-    Case(
-        4, [compat("TP + FSDP2", "mixed precision")],
-        **BFLOAT16, engine="tp_fsdp", sequence=True, dtype="float32", mixed="bfloat16",
+    row(
+        "TP + FSDP2", 4, "mixed precision",
+        **BFLOAT16, sequence=True, dtype="float32", mixed="bfloat16",
         granularity="element",
     ),
-    Case(
-        4, [slow, compat("TP + FSDP2", "mixed precision")],
-        **BFLOAT16, engine="tp_fsdp", sequence=False, dtype="bfloat16", mixed="bfloat16",
-        storage="master_weights", state_dtype="float32",
+    row(
+        "TP + FSDP2", 4, "mixed precision",
+        **BFLOAT16, sequence=False, dtype="bfloat16", mixed="bfloat16",
+        storage="master_weights", state_dtype="float32", slowly=True,
     ),
 ]  # fmt: skip
 

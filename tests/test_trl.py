@@ -20,15 +20,7 @@ from dgg.hf import GuidanceCallback, is_active  # noqa: E402
 
 WORDS = [f"w{number}" for number in range(20)]
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # The models are so small that threads would only wait for each other.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokenizer():
