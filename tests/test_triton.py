@@ -656,8 +656,8 @@ def test_coefficients(per_tensor, scaling, max_grad_norm):
 # The package
 
 
-def run_python(code, **environment):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+def run_python(code):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=120
     )
@@ -675,9 +675,13 @@ def test_reasons_for_being_unavailable(monkeypatch):
     assert imported == "False"  # by importing dgg alone
     assert "TRITON_INTERPRET=1" in cpu
     assert cuda == "None" if torch.cuda.is_available() else "no device" in cuda
-    _, cpu, cuda = run_python(code, TRITON_INTERPRET="1").splitlines()
-    assert cpu == "None"
-    assert "the interpreter cannot read 'cuda' memory" in cuda
+    # The same in the interpreter, before the kernels are declared.
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, f"{kernels.__name__}.update", raising=False)
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert kernels.unavailable(CPU) is None
+        cuda = kernels.unavailable(torch.device("cuda", 0))
+        assert "the interpreter cannot read 'cuda' memory" in cuda
 
     import triton
 
