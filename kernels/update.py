@@ -105,13 +105,22 @@ def one_word(draw, stream, seed):
 
 
 @triton.jit
-def unsharded_index(place, base, stretch, stride, numel):
-    """Row-major index in the unsharded parameter of elements of a shard; all int64."""
+def unsharded_index(first, offset, base, stretch, stride, numel):
+    """Row-major index in the unsharded parameter, int64, of elements of a shard.
+
+    They are `offset`, less than 2^30, behind the place `first`; all others are int64. There is one
+    quotient of 64 bits, a call, for all of them: with one each, registers would be spilled.
+    """
     if stretch >= numel:
-        index = base + place
+        index = base + first + offset
     else:
-        turn = place // stretch
-        index = base + turn * stride + (place - turn * stretch)
+        turn = first // stretch
+        rest = first - turn * stretch
+        # The end of a stretch that is longer is all that elements so near can come to.
+        short = tl.minimum(stretch, 1 << 30)
+        near = tl.maximum(rest - (stretch - short), 0).to(tl.uint32) + offset.to(tl.uint32)
+        turns = (near // short.to(tl.uint32)).to(tl.int64)
+        index = base + turn * stride + rest + offset + turns * (stride - stretch)
     return index
 
 
@@ -143,23 +152,22 @@ def element_words(
     the words of two neighbouring counters, so that none has to go to another thread.
     """
     if not QUADS:
-        place = first + tl.arange(0, BLOCK)
-        index = unsharded_index(place, base, stretch, stride, numel)
+        index = unsharded_index(first, tl.arange(0, BLOCK), base, stretch, stride, numel)
         w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
         lane = index & 3
         words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     elif PACK == 8:
-        place = first + 8 * tl.arange(0, BLOCK // 8)
-        index = unsharded_index(place, base, stretch, stride, numel)
+        place = 8 * tl.arange(0, BLOCK // 8)
+        index = unsharded_index(first, place, base, stretch, stride, numel)
         w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
-        index = unsharded_index(place + 4, base, stretch, stride, numel)
+        index = unsharded_index(first, place + 4, base, stretch, stride, numel)
         w4, w5, w6, w7 = words_of_index(index, draw, stream, seed)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
         words = tl.reshape(tl.join(even, odd), [BLOCK])
     else:
-        place = first + 4 * tl.arange(0, BLOCK // 4)
-        index = unsharded_index(place, base, stretch, stride, numel)
+        place = 4 * tl.arange(0, BLOCK // 4)
+        index = unsharded_index(first, place, base, stretch, stride, numel)
         w0, w1, w2, w3 = words_of_index(index, draw, stream, seed)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
     return words
