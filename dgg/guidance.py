@@ -711,7 +711,8 @@ class Guidance:
     parameters once more on the steps that inject; its anchors live here, not in the other's state
     (many optimizers take a state that is not empty for an initialised one), so save
     ``guidance.state_dict()`` beside ``optimizer.state_dict()``. `replay` does not go together with
-    a GradScaler, which cannot unscale what it does not see.
+    a GradScaler, which cannot unscale what it does not see. Torch copies and pickles optimizers
+    without their hooks: a copy is not guided, make a new guidance over it.
 
     Args:
         optimizer: The optimizer to guide.
@@ -795,6 +796,13 @@ class Guidance:
         self._shards: list[tuple[Tensor, Tensor]] = []
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def __reduce_ex__(self, protocol):
+        """Refuses to be copied or pickled, since the hook would stay behind."""
+        raise TypeError(
+            "a Guidance can be neither copied nor pickled, its hook belongs to one optimizer: copy "
+            "the optimizer, make a Guidance over the copy and load_state_dict() into it"
+        )
 
     def _sync_groups(self) -> None:
         # Groups may be added to the optimizer at any time; they start with group 0's options.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -138,8 +138,17 @@ class ReplayBuffer:
             The number of examples kept.
 
         Raises:
+            TypeError: if the data set is a mapping, or nothing that has examples.
             ValueError: if the task is there already or the data set is empty.
         """
+        if isinstance(dataset, Mapping) or not (
+            hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+        ):
+            raise TypeError(
+                f"a data set is a sequence or an iterable of examples, not "
+                f"{type(dataset).__name__}; of a dict of splits pass one, such as "
+                'dataset["train"]'
+            )
         if task is None:
             task = len(self._kept)
         _check_task(task)
@@ -154,8 +163,16 @@ class ReplayBuffer:
             self._kept[task] = [_own(dataset[k]) for k in chosen]
             self._seen[task] = total
         else:
-            for example in dataset:
-                self.add(example, task)
+            deck, before = self._deck, self._rng.getstate()
+            try:
+                for example in dataset:
+                    self.add(example, task)
+            except BaseException:
+                self._kept.pop(task, None)
+                self._seen.pop(task, None)
+                self._deck = deck
+                self._rng.setstate(before)
+                raise
             if task not in self._kept:
                 raise ValueError(f"the data set of task {task!r} is empty")
         self._deck = []

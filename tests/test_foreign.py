@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -509,3 +510,24 @@ def test_checkpoint_helpers_consume_no_draw():
     model(torch.ones(2, 4)).sum().backward()
     opt.step()
     assert guidance.param_groups[0]["draw_index"] == 1
+
+
+def test_a_copy_needs_a_guidance_of_its_own():
+    """Torch copies optimizers without their hooks, and a copied guidance would guide nothing."""
+    model = torch.nn.Linear(4, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guidance = dgg.Guidance(opt, alpha=1.0, strength=0.5, scaling=False)
+    guidance.set_anchor()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for wrong in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"neither copied nor pickled.*load_state_dict\(\)"):
+            wrong(guidance)
+    twin, other = copy.deepcopy((model, opt))
+    again = dgg.Guidance(other)
+    again.load_state_dict(guidance.state_dict())
+    for m, o in ((model, opt), (twin, other)):
+        m.weight.grad = torch.ones_like(m.weight)
+        before = m.weight.detach().clone()
+        o.step()
+        torch.testing.assert_close(m.weight.detach(), before - 0.1 * (1 + 0.5 * 1.0))

@@ -245,6 +245,21 @@ def test_a_data_set_that_fails_leaves_no_task():
     assert "a" not in buffer
 
 
+def test_a_stream_that_fails_changes_nothing():
+    def broken():
+        yield from range(5)
+        raise OSError("disk")
+
+    buffer, twin = _filled(), _filled()
+    for each in (buffer, twin):
+        each.sample(2)  # in the middle of a deck
+    with pytest.raises(OSError, match="disk"):
+        buffer.add_task(broken(), "b")
+    assert "b" not in buffer
+    assert buffer.state_dict() == twin.state_dict()
+    assert buffer.sample(9) == twin.sample(9)
+
+
 def _filled():
     buffer = ReplayBuffer(3)
     buffer.add_task(range(3), "a")
@@ -266,6 +281,8 @@ def _filled():
         (lambda: _filled().share(-1, 0.5), ValueError, "batch_size"),
         (lambda: _filled().add_task(range(3), "a"), ValueError, "already"),
         (lambda: _filled().add_task([], "b"), ValueError, "empty"),
+        (lambda: _filled().add_task({"train": [1]}), TypeError, "not dict; of a dict of splits"),
+        (lambda: _filled().add_task(5), TypeError, "not int"),
         (lambda: _filled().add_task(iter([]), "b"), ValueError, "empty"),
         (lambda: _filled().add(1, []), TypeError, "hashable"),
         (lambda: _filled().examples("b"), KeyError, "no task 'b'"),
