@@ -69,6 +69,11 @@ def untied(dtype=torch.float64) -> nn.Module:
     return model
 
 
+def within(dtype=torch.float64) -> nn.Module:
+    """accelerate does not find parameters of the outermost module when it hands weights out."""
+    return nn.Sequential(untied(dtype))
+
+
 def adapted(dtype=torch.float64) -> nn.Module:
     """The same model, frozen, with adapters of low rank at two layers."""
     import peft
@@ -1159,8 +1164,12 @@ def run_cases(rank: int, world: int, folder: str, cases: dict[str, tuple]) -> No
     """
     os.environ["ACCELERATE_USE_CPU"] = "true"
     ranks.join(rank, world, folder)
+    environment = dict(os.environ)
     outcomes = {}
     for name, (function, arguments) in cases.items():
+        # accelerate and transformers leave there what they were told, for whoever comes next.
+        os.environ.clear()
+        os.environ.update(environment)
         try:
             if "folder" in arguments:
                 arguments = {**arguments, "folder": os.path.join(folder, str(len(outcomes)))}

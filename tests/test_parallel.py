@@ -141,7 +141,7 @@ MORE = [
     for form in ("SHARDED", "FULL")
 ] + [
     case("accelerate FSDP2", "accelerate_trajectory", "meta init", label="FSDP2 meta",
-         policy="meta", build=worker.untied, plugin={**SHARDED, "cpu_ram_efficient_loading": True}),
+         policy="meta", build=worker.within, plugin={**SHARDED, "cpu_ram_efficient_loading": True}),
     case("accelerate FSDP2", "accelerate_trajectory", "CPU offload", label="FSDP2 offload",
          policy="offload", plugin=SHARDED),
     case("Trainer FSDP2", "trainer_beside", "mixed precision", label="FSDP2 bf16", folder="",
