@@ -688,6 +688,62 @@ def test_every_mix_of_dtypes_is_the_reference_rounded(name, guidance, mix, backe
     check_against_the_reference(name, guidance, mix, backend, shapes=shapes, steps=3)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("guidance", ["step", "tensor-norms", "element-draws"])
+def test_gradients_are_edited_as_the_reference_does(guidance, dtype, backend):
+    """`dgg.Guidance` round an optimizer of torch's; beside it the reference, on the CPU."""
+    shapes = CHUNKY if ON_GPU else [(3,), (), (0,), (65,)]
+    runs = []
+    for name, device in ((backend, DEVICE), ("reference", torch.device("cpu"))):
+        params = on_device(shapes, dtype, device=device)
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        guide = dgg.Guidance(optimizer, seed=5, backend=name, **GUIDANCE[guidance])
+        guide.set_anchor()
+        edited = []
+        # lr is 0 at the step: what G was stands in the gradients.
+        optimizer.param_groups[0]["lr"] = 0.0
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            move(params, generator)
+            give(params, generator, missing=(step % 3,))
+            if step % 2:
+                values = [torch.randn(p.shape, generator=generator) for p in params]
+                with guide.replay():
+                    for p, value in zip(params, values, strict=True):
+                        p.grad = value.to(p.device, p.dtype)
+            optimizer.step()
+            edited += [p.grad.cpu().clone() for p in params if p.grad is not None]
+        assert guide.guidance_stats()["injected"] is not None
+        runs.append(edited)
+    for mine, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}],
+                         ids=lambda o: next(iter(o)))  # fmt: skip
+@pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
+def test_rounding_of_bfloat16_is_that_of_the_reference(kind, options, backend):
+    cls, hyper = OPTIMIZERS[kind]
+    runs = []
+    for name, device in ((backend, DEVICE), ("reference", torch.device("cpu"))):
+        params = on_device([(300, 70), (8193,)] if ON_GPU else [(65,)], BF16, device=device)
+        optimizer = cls(
+            params, alpha=0.5, seed=8, max_grad_norm=1.0, state_dtype=F32, anchor_dtype=F32,
+            backend=name, **hyper, **options,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(6)
+        for step in range(4):
+            if step == 1:
+                optimizer.set_anchor()
+            give(params, generator)
+            optimizer.step()
+        runs.append([p.detach().cpu() for p in params])
+    for mine, theirs in zip(*runs, strict=True):
+        # A float32 rounding apart before the last rounding, which may then fall on either side.
+        assert (mine != theirs).sum().item() <= 0.01 * mine.numel()
+        torch.testing.assert_close(mine, theirs)
+
+
 @real_gpu
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
