@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Triton's own way from a launch to a compiled kernel, with a driver that starts nothing.
+
+test_triton_code.py compiles what it has recorded; here Triton binds the arguments, looks into its
+cache and compiles as it does on an H100. A process of its own, without the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+class Utils:
+    """Takes every kernel for loaded."""
+
+    def load_binary(self, name, kernel, shared, device):
+        return 1, name, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
+                "warpSize": 32}  # fmt: skip
+
+
+class Driver:
+    """What Triton asks of a driver, without a GPU."""
+
+    utils = Utils()
+
+    def __init__(self):
+        self.started = []
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.started.append(metadata.name)
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def main():
+    """Launches every kernel, some with other numbers; prints what was started and compiled."""
+    import torch
+    import triton
+
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    from dgg.kernels import adam, guide, norms, sgd
+
+    from dgg import kernels
+
+    def ints(*shape, dtype=torch.int64):
+        return torch.zeros(*shape, dtype=dtype)
+
+    def doubles(*shape):
+        return torch.zeros(*shape, dtype=torch.float64)
+
+    given = {"grad_scale": torch.ones(1), "found_inf": torch.ones(1), "draw_index": ints(1)}
+    for rows, chunks, numbers, extra in (
+        (2, 3, {"seed": 7, "draw": 0}, dict.fromkeys(given)),
+        # Another size, and numbers that need other types if they are looked at: compiled already.
+        (17, 16, {"seed": -(2**63), "draw": 2**32 - 1}, dict.fromkeys(given)),
+        (1, 1, {"seed": 1, "draw": 1}, dict.fromkeys(given)),
+        (2, 3, {"seed": 7, "draw": 0}, given),
+    ):
+        int32 = torch.int32
+        common = (
+            ints(rows, 14), ints(rows, dtype=int32), ints(chunks, 2, dtype=int32),
+            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(1, dtype=int32), ints(rows),
+            ints(0),
+        )  # fmt: skip
+        flags, which = ints(rows, dtype=torch.uint8), {"dtypes": 0, "replay_weight": 0.5}
+        coefficients = doubles(4 + rows)
+        kernels.norms_launch(
+            *common, doubles(rows), doubles(3, rows), None, extra["grad_scale"], which=7, **which
+        )
+        for name, hypers in (("adam", 10), ("sgd", 8)):
+            getattr(kernels, f"{name}_launch_")(
+                *common, coefficients, flags, doubles(1, hypers), doubles(rows), *extra.values(),
+                variant=7, **which, **numbers,
+            )  # fmt: skip
+        table, first, cut, starts, _, counter, *addresses = common
+        kernels.guide_launch_(
+            table, first, cut, starts, counter, *addresses, coefficients, flags, doubles(1, 3),
+            *extra.values(), variant=3, **which, **numbers,
+        )  # fmt: skip
+        kernels.coefficients_launch(
+            doubles(3, rows), coefficients, max_grad_norm=1.0, scaling=True, per_tensor=False
+        )
+        kernels.draw_flags_launch(
+            table, doubles(1, 10), ints(1), flags, ints(1, dtype=torch.uint8),
+            seed=numbers["seed"], granularity=2, threshold_column=9, strength_column=8,
+        )  # fmt: skip
+    functions = (
+        norms.norms_kernel, norms.coefficients_kernel, adam.adam_kernel, sgd.sgd_kernel,
+        guide.guide_kernel, guide.draw_flags_kernel,
+    )  # fmt: skip
+    compiled = {f.__name__: len(next(iter(f.device_caches.values()))[0]) for f in functions}
+    print(json.dumps({"started": driver.started, "compiled": compiled}))
+
+
+@pytest.mark.slow  # six kernels are compiled
+def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+        "import test_triton_launch; test_triton_launch.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["compiled"] == {
+        # The fourth launch has numbers on the device, where the others have none.
+        "norms_kernel": 2, "adam_kernel": 2, "sgd_kernel": 2, "guide_kernel": 2,
+        "coefficients_kernel": 1, "draw_flags_kernel": 1,
+    }  # fmt: skip
+    for name in found["compiled"]:
+        assert found["started"].count(name) == 4
