@@ -85,8 +85,27 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"dgg::{name}", lambda *_args, **_kwargs: None)
 
 
+def _refuse_on_gpus() -> torch.library.Library:
+    """Says what to call instead; torch would list the dispatch keys that there are."""
+    library = torch.library.Library("dgg", "IMPL", "CUDA")
+
+    def refuse(name):
+        def run(*_args, **_kwargs):
+            raise NotImplementedError(
+                f"dgg::{name} takes tensors on the CPU. On a GPU dgg.AdamW, Adam, SGD and Guidance "
+                f"launch kernels of their own; dgg.reference.{name} takes tensors of any device"
+            )
+
+        return run
+
+    for name in ("norms", "coefficients", "adam_", "sgd_", "guide_"):
+        library.impl(name, refuse(name))
+    return library
+
+
 if _cpp_error is None:
     _register_fakes()
+    _refusals = _refuse_on_gpus()  # they last as long as this does
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
