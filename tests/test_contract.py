@@ -9,10 +9,14 @@ leaks, many small parameters.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import copy
 import gc
 import inspect
 import math
+import pathlib
+import types
 import warnings
 import weakref
 
@@ -746,3 +750,40 @@ def test_a_first_step_without_any_gradient_warns():
         opt.zero_grad()
         opt.step()  # later it is nothing to wonder about
         dgg.AdamW([torch.nn.Parameter(torch.ones(3), requires_grad=False)]).step()
+
+
+def test_launches_go_to_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be the one that the tensors are on."""
+    chunks = pytest.importorskip("dgg.kernels.chunks")
+    outside, inside = [], 0
+    for path in pathlib.Path(chunks.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded = [
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.With)
+            and any(ast.unparse(item).startswith("on_device_of(") for item in block.items)
+            for node in ast.walk(block)
+        ]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                if node in guarded:
+                    inside += 1
+                else:
+                    outside.append(f"{path.name}:{node.lineno}")
+    assert not outside
+    assert inside >= 6
+
+    entered = []
+
+    class Module:
+        def device(device):
+            entered.append(device)
+            return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    there = types.SimpleNamespace(device=torch.device("cuda", 1))
+    with chunks.on_device_of(there):
+        assert entered == [torch.device("cuda", 1)]
+    with chunks.on_device_of(torch.ones(1)):
+        assert len(entered) == 1
