@@ -83,3 +83,13 @@ def in_group(function: Callable) -> Callable:
         leave()
 
     return wrapped
+
+
+def refused(error: type[Exception], text: str, call: Callable) -> None:
+    """Asserts, on a rank, that a call raises this error with this text in its message."""
+    try:
+        call()
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise AssertionError(f"{text!r} was not refused")
