@@ -4,6 +4,7 @@
     python3 bench/gpu.py                        # what `make gpu` runs; under 8 minutes
     python3 bench/gpu.py --stages build,step    # single stages; the build lasts for later calls
     python3 bench/gpu.py --stages profile       # what a LoRA step runs; not among the usual stages
+    python3 bench/gpu.py --stages build,step --limit 480 --budget 560   # all cases, ten minutes
     python3 bench/gpu.py --out results          # results there too (default: $OUT if set)
 
 For a machine with a GPU and whatever torch >= 2.10, Triton >= 3.4 and Python >= 3.10 it has; no
@@ -107,6 +108,7 @@ class Stages:
         budget: Seconds for everything.
         rehearsal: Go through the stages on the CPU with tiny sizes; nothing found is a result.
         commit: Commit of the sources, where no repository tells it.
+        most: Seconds that any stage may take, in place of LIMITS.
     """
 
     def __init__(
@@ -117,11 +119,12 @@ class Stages:
         budget: float = BUDGET,
         rehearsal: bool = False,
         commit: str | None = None,
+        most: float | None = None,
     ) -> None:
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
         self.site, self.work = build / "site", build / "work"
         self.end = time.monotonic() + budget
-        self.limit = 0.0
+        self.limit, self.most = 0.0, most
         self.environment: dict = {}
         # Names of the stages, where they are not the usual ones: no run replaces another's results.
         self.part: list[str] = []
@@ -143,7 +146,8 @@ class Stages:
         """Runs one stage within its share of what is left, and writes the results."""
         left = self.end - time.monotonic() - sum(LIMITS[stage][1] for stage in later)
         # A rehearsal runs beside other tests, on few cores.
-        self.limit = min(LIMITS[name][0] * (2 if self.rehearsal else 1), left)
+        most = self.most or LIMITS[name][0] * (2 if self.rehearsal else 1)
+        self.limit = min(most, left)
         begin = time.monotonic()
         self.say(f"\n## {name} (at most {max(0, self.limit):.0f} s)")
         if self.limit < 5:
@@ -691,6 +695,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="commit of the sources, where no repository tells it")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument(
+        "--limit", type=float, help="seconds that any stage may take; default: each has its own"
+    )
+    parser.add_argument(
         "--rehearse", action="store_true",
         help="go through the stages on a CPU with tiny sizes, to test this script; needs --out",
     )  # fmt: skip
@@ -704,7 +711,7 @@ def main(arguments: list[str] | None = None) -> int:
     outputs += [pathlib.Path(options.out).resolve()] if options.out else []
     stages = Stages(
         options.build.resolve(), outputs, budget=options.budget, rehearsal=options.rehearse,
-        commit=options.commit,
+        commit=options.commit, most=options.limit,
     )  # fmt: skip
     if set(wanted) | {"environment"} != set(USUAL):
         stages.part = [name for name in LIMITS if name in wanted and name != "environment"]

@@ -342,6 +342,13 @@ def test_a_profile_is_one_of_the_stages_that_are_asked_for(command, tmp_path, mo
     assert "| range |" in stages.page()
 
 
+def test_a_stage_alone_may_take_longer(command, tmp_path):
+    stages = command.Stages(tmp_path / "build", [], budget=1000, most=480.0)
+    limits = []
+    stages.run("step", lambda: limits.append(stages.limit) or {}, [])
+    assert limits == [480.0] and command.LIMITS["step"][0] < 480
+
+
 def test_single_stages_do_not_replace_the_results_of_all(command, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     found = {"name": "NVIDIA H200", "torch": "2", "cuda": "13", "available": True}
