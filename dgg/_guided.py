@@ -208,7 +208,7 @@ class Guided(Loading):
                 is given twice.
         """
         wide = self.param_groups[0] if self.param_groups else self._guidance
-        if isinstance(param_group, dict) and "draw_index" in param_group:
+        if isinstance(param_group, dict) and "anchored" in param_group:
             # A dict that was a group before, since torch.optim keeps the one it is given. What
             # belonged to that optimizer as a whole does not come along, nor is it changed there.
             param_group = {k: v for k, v in param_group.items() if k not in guidance.WIDE}
