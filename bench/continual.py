@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         _parser().error("--out is needed")
     preset = PRESETS[options.preset]
     out: Path = options.out
-    began = time.perf_counter()
+    # What runs is what is loaded now, whatever is committed meanwhile.
+    began, origin = time.perf_counter(), _provenance()
     jobs = _tuning_jobs(options) if options.tune else _jobs(preset, options)
     _prepare(out, jobs, options.resume)
     todo = [job for job in jobs if not _result_path(out, job).exists()]
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         if not _work(todo, out, options.resume, workers, quiet=options.quiet):
             return 1
     results = [json.loads(_result_path(out, job).read_text(encoding="utf-8")) for job in jobs]
-    _report(results, jobs, out, options, time.perf_counter() - began)
+    _report(results, jobs, out, options, time.perf_counter() - began, origin)
     return 0
 
 
@@ -327,7 +328,7 @@ def _write(path: Path, text: str) -> None:
 # --------------------------------------------------------------------------------------- report
 
 
-def _report(results, jobs: list[Job], out: Path, options, seconds: float) -> None:
+def _report(results, jobs: list[Job], out: Path, options, seconds: float, origin) -> None:
     from minivqa import report
 
     for result in results:
@@ -340,7 +341,7 @@ def _report(results, jobs: list[Job], out: Path, options, seconds: float) -> Non
         "workers": options.workers,
         "resumed": options.resume,
         "wall_seconds": round(seconds, 1),
-        **_provenance(),
+        **origin,
     }
     data = {"config": config, "results": results}
     _write(out / "results.json", json.dumps(data, indent=1) + "\n")
