@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-JOBS ?= 2
+# One more than two cores: tests of several ranks wait for each other a good part of their time.
+JOBS ?= 3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check

@@ -25,12 +25,13 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench"
 _ran: collections.Counter[str] = collections.Counter()
 
 # Whole files go to processes side by side. Those that take the longest begin first, so that no
-# process ends with one of them alone; the others follow in their usual order.
+# process ends with one of them alone, and files that start ranks of their own alternate with others
+# that keep to one core; the rest follow in their usual order.
 LONGEST_FIRST = [
-    "test_engines.py", "test_checkpoints.py", "test_triton.py", "test_parallel.py",
-    "test_bench.py", "test_deepspeed.py", "test_cuda_host.py", "test_sharding.py",
-    "test_triton_code.py", "test_demo.py", "test_cuda_code.py", "test_hf.py", "test_launched.py",
-    "test_bench_sharded.py", "test_guided.py", "test_misuse.py", "test_anchors.py", "test_cpp.py",
+    "test_engines.py", "test_triton.py", "test_checkpoints.py", "test_triton_code.py",
+    "test_cuda_host.py", "test_deepspeed.py", "test_demo.py", "test_cuda_code.py",
+    "test_parallel.py", "test_bench.py", "test_bench_sharded.py", "test_sharding.py", "test_hf.py",
+    "test_launched.py", "test_anchors.py", "test_guided.py", "test_misuse.py", "test_cpp.py",
     "test_trl.py",
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 def case(
     stage, *features, rule="adamw", world=2, dtype=None, options=None, zero=None, model="network",
-    **changes,
+    slowly=False, **changes,
 ):  # fmt: skip
     """A case with its marks for the compatibility table."""
     made = {
@@ -49,35 +49,48 @@ def case(
         + list(zero or {})
         + list(changes)
     )
-    marks = pytest.mark.compat(f"DeepSpeed ZeRO-{stage}", *features) if features else ()
-    return pytest.param(made, id=name, marks=marks)
+    marks = [pytest.mark.compat(f"DeepSpeed ZeRO-{stage}", *features)] if features else []
+    return pytest.param(made, id=name, marks=[*marks, *[pytest.mark.slow] * slowly])
 
 
 ALL = (1, 2, 3)
 CASES = [
-    *(case(s, "trajectory", "clipping", "frozen parts", world=w) for w in ALL for s in ALL),
-    *(case(s, "granularity tensor", options={"granularity": "tensor"}) for s in (1, 2)),
+    *(
+        case(s, "trajectory", "clipping", "frozen parts", world=w, slowly=w not in (2, s))
+        for w in ALL
+        for s in ALL
+    ),
+    *(
+        case(s, "granularity tensor", options={"granularity": "tensor"}, slowly=s == 1)
+        for s in (1, 2)
+    ),
     case(3, "granularity tensor", options={"granularity": "tensor"}, zero=SMALL),
-    *(case(s, "granularity element", options={"granularity": "element"}) for s in ALL),
-    *(case(s, "norm_scope tensor", options={"norm_scope": "tensor"}) for s in (1, 2)),
+    *(
+        case(s, "granularity element", options={"granularity": "element"}, slowly=s == 1)
+        for s in ALL
+    ),
+    *(
+        case(s, "norm_scope tensor", options={"norm_scope": "tensor"}, slowly=s == 1)
+        for s in (1, 2)
+    ),
     case(
         3,
         "norm_scope tensor",
         options={"norm_scope": "tensor", "granularity": "element"},
         zero=SMALL,
     ),
-    *(case(s, "clipping", options={"max_grad_norm": 0.5}, **OURS) for s in ALL),
+    *(case(s, "clipping", options={"max_grad_norm": 0.5}, slowly=s != 2, **OURS) for s in ALL),
     case(2, rule="sgd", options={"granularity": "element", "backend": "reference"}),
-    case(3, rule="sgd", options={"granularity": "tensor"}, zero=SMALL),
-    case(2, options={"granularity": "element"}, zero={"round_robin_gradients": True}),
+    case(3, rule="sgd", options={"granularity": "tensor"}, zero=SMALL, slowly=True),
+    case(2, options={"granularity": "element"}, zero={"round_robin_gradients": True}, slowly=True),
     case(3, options={"scaling": False}, **OURS),
-    *(case(s, "CPU offload", zero=OFFLOAD) for s in (1, 2)),
+    *(case(s, "CPU offload", zero=OFFLOAD, slowly=s == 1) for s in (1, 2)),
     case(3, "CPU offload", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}),
-    *(case(s, "mixed precision", dtype="bfloat16", **BF16) for s in ALL),
-    case(1, dtype="bfloat16", data_types={"grad_accum_dtype": "fp32"}, **BF16),
-    *(case(s, "mixed precision", dtype="float16", **FP16) for s in (2, 3)),
-    *(case(s, "LoRA", "frozen parts", model="lora") for s in ALL),
-    *(case(s, "tied weights", model="tied") for s in ALL),
+    *(case(s, "mixed precision", dtype="bfloat16", slowly=s != 3, **BF16) for s in ALL),
+    case(1, dtype="bfloat16", data_types={"grad_accum_dtype": "fp32"}, slowly=True, **BF16),
+    *(case(s, "mixed precision", dtype="float16", slowly=s == 3, **FP16) for s in (2, 3)),
+    *(case(s, "LoRA", "frozen parts", model="lora", slowly=s == 1) for s in ALL),
+    *(case(s, "tied weights", model="tied", slowly=s == 1) for s in ALL),
     case(3, "meta init", model="zero.Init"),
 ]
 _ran: dict[int, dict] = {}
@@ -96,13 +109,18 @@ def spawn(function, world, folder, *arguments):
     ranks.run(function, world, world, str(folder), *arguments)
 
 
+def _cased(item):
+    return item.path.name == "test_deepspeed.py" and "one" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture
 def result(request, tmp_path_factory):
-    """What the case left; the first test of a rank count runs all its cases in one start."""
+    """What the case left; the first test of a rank count runs all that are wanted in one start."""
     wanted = request.getfixturevalue("one")
     world = wanted["world"]
     if world not in _ran:
-        cases = [c for p in CASES if (c := p.values[0])["world"] == world]
+        every = [i.callspec.params.get("one") for i in request.session.items if _cased(i)]
+        cases = [one for one in every if one["world"] == world]
         folder = tmp_path_factory.mktemp(f"{world} ranks")
         spawn(worker.run_cases, world, folder, cases)
         results = torch.load(folder / "results.pt")
@@ -197,16 +215,18 @@ def test_other_rank_counts_need_the_anchor_named_again(saved, tmp_path):
 
 # The last one leaves settings behind that DeepSpeed keeps for the whole process.
 SEVERAL = [
-    "run_misuses", "run_loss_scaling", "run_padding", "run_accumulation", "run_boundaries",
-    "run_without_states", "run_refusals",
+    "run_misuses", "run_loss_scaling", "run_padding", "run_accumulation", "run_without_states",
 ]  # fmt: skip
+SLOW = ["run_boundaries", "run_refusals"]
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
+def several(request, tmp_path_factory):
+    """Runs what ``SEVERAL`` or ``SLOW`` names in one start, and tells how each of them ended."""
+    names = {"several": SEVERAL, "slow": SLOW}[getattr(request, "param", "several")]
     folder, error = tmp_path_factory.mktemp("several"), None
     try:
-        spawn(worker.run_several, 2, folder, SEVERAL)
+        spawn(worker.run_several, 2, folder, names)
     except torch.multiprocessing.ProcessRaisedException as raised:
         error = raised
 
@@ -233,6 +253,8 @@ def test_accumulated_passes_are_one_step(several):
     several("run_accumulation")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("several", ["slow"], indirect=True)
 def test_many_tasks_grow_nothing_and_a_new_engine_takes_a_new_optimizer(several):
     several("run_boundaries")
 
@@ -241,6 +263,8 @@ def test_weights_without_state_and_state_before_the_engine(several):
     several("run_without_states")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("several", ["slow"], indirect=True)
 def test_what_is_not_supported_is_refused_before_anything_is_changed(several):
     several("run_refusals")
 
