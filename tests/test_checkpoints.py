@@ -89,7 +89,7 @@ def saved(ranks, tmp_path_factory):
                 pytest.mark.compat(
                     "FSDP2", "resume" if len({*pair}) == 1 else "resume on other ranks"
                 ),
-                *([] if pair in ((2, 2), (2, 3), (3, 2), (1, 2)) else [pytest.mark.slow]),
+                *([] if pair in ((2, 2), (3, 2)) else [pytest.mark.slow]),
             ],
         )
         for pair in itertools.product((1, 2, 3), repeat=2)

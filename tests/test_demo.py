@@ -121,6 +121,7 @@ def _kill_after_first_checkpoints(out, names):
     return checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process group")
 def test_killed_and_resumed(smoke, tmp_path):
     names = ("guidance_replay", "l2sp")

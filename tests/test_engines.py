@@ -109,7 +109,7 @@ CASES = [
     ),
     row(
         "HSDP", 4, "LoRA", "frozen parts", "granularity tensor",
-        model="llava", granularity="tensor",
+        model="llava", granularity="tensor", slowly=True,
     ),
     row(
         "HSDP", 4, "granularity element", "norm_scope tensor",
@@ -120,7 +120,10 @@ CASES = [
         model="odd", granularity="tensor", optimizer="sgd", clip="outside", dtype="float32",
         slowly=True,
     ),
-    row("HSDP", 4, "mixed precision", model="odd", dtype="float32", mixed="bfloat16", parts=4),
+    row(
+        "HSDP", 4, "mixed precision",
+        model="odd", dtype="float32", mixed="bfloat16", parts=4, slowly=True,
+    ),
     row("HSDP", 4, "CPU offload", model="odd", offload=True, slowly=True),
     row("HSDP", 4, "meta init", model="odd", made="meta after", slowly=True),
     # Tensor parallelism: norms are plain, or under sequence parallelism have partial gradients.

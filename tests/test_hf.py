@@ -168,6 +168,7 @@ def second_task(root, **over):
 # -- two tasks, interruption, resume -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.compat("one process", "LoRA", "resume", "anchor by name")
 def test_process_per_task_resumed_bit_for_bit(tmp_path):
     """A second process goes on from the first one's adapter, is killed, and a third resumes it."""
