@@ -56,7 +56,7 @@ def case(
 ALL = (1, 2, 3)
 CASES = [
     *(
-        case(s, "trajectory", "clipping", "frozen parts", world=w, slowly=w != 2 and (w, s) != (1, 1))
+        case(s, "trajectory", "clipping", "frozen parts", world=w, slowly=w == 3 or w == 1 != s)
         for w in ALL
         for s in ALL
     ),
