@@ -186,15 +186,6 @@ def assert_guided(optimizer, draws=STEPS):
     assert group["anchored"] > 0
 
 
-def refused(error, text, call):
-    try:
-        call()
-    except error as found:
-        assert text in str(found), found
-    else:
-        raise AssertionError(f"{text!r} was not refused")
-
-
 # -- DistributedDataParallel ----------------------------------------------------------------------
 
 
@@ -440,7 +431,7 @@ def share_resume():
     lost = zero_redundancy(again.parameters())
     lost.load_state_dict(saved[0])
     loss_of(again, batch(0)).backward()
-    refused(RuntimeError, "the resume lost them", dgg.unwrap(lost).step)
+    ranks.refused(RuntimeError, "the resume lost them", dgg.unwrap(lost).step)
 
 
 def share_anchor():
@@ -463,12 +454,12 @@ def share_misuse():
 
     model = network()
     partial = functools.partial(dgg.AdamW, process_group=dist.group.WORLD)
-    refused(
+    ranks.refused(
         ValueError,
         "do not go with ZeroRedundancyOptimizer",
         lambda: zero_redundancy(model.parameters(), optimizer_class=partial),
     )
-    refused(
+    ranks.refused(
         ValueError,
         "do not go with ZeroRedundancyOptimizer",
         lambda: zero_redundancy(model.parameters(), capturable=True),
@@ -476,13 +467,13 @@ def share_misuse():
     elsewhere = torch.nn.Parameter(torch.empty(3, device="meta", dtype=torch.float64))
     # torch tells kinds of devices apart itself, but not two GPUs.
     with mock.patch.object(ZeroRedundancyOptimizer, "_verify_same_dense_param_type"):
-        refused(
+        ranks.refused(
             ValueError,
             "several devices (['cpu', 'meta']) is not supported",
             lambda: zero_redundancy([*model.parameters(), elsewhere]),
         )
     # Its overlapped mode has functional optimizers of torch's only.
-    refused(
+    ranks.refused(
         ValueError,
         "no supported functional optimizer",
         lambda: ZeroRedundancyOptimizer(
@@ -493,11 +484,11 @@ def share_misuse():
     copied = pickle.loads(pickle.dumps(dgg.unwrap(optimizer)))
     for p in copied.param_groups[0]["params"]:
         p.grad = torch.zeros_like(p)
-    refused(RuntimeError, "build a new ZeroRedundancyOptimizer", copied.step)
+    ranks.refused(RuntimeError, "build a new ZeroRedundancyOptimizer", copied.step)
     inner = dgg.unwrap(optimizer)
     del optimizer
     loss_of(model, batch(0)).backward()
-    refused(RuntimeError, "keep it, and step it", inner.step)
+    ranks.refused(RuntimeError, "keep it, and step it", inner.step)
     # An optimizer that somebody else builds is nobody's share.
     assert dgg.AdamW(model.parameters())._share is None
 
@@ -699,14 +690,14 @@ def run_clipping():
 
 def run_misuse():
     flat = fsdp1(nn.Linear(6, 7), use_orig_params=False)
-    refused(ValueError, "use_orig_params=True", lambda: dgg.AdamW(flat.parameters()))
+    ranks.refused(ValueError, "use_orig_params=True", lambda: dgg.AdamW(flat.parameters()))
     model = wrapped_parts(network())
     optimizer = dgg.AdamW(model.parameters(), process_group=dist.group.WORLD)
     loss_of(model, batch(0)).backward()
-    refused(ValueError, "whose own process group is used", optimizer.step)
+    ranks.refused(ValueError, "whose own process group is used", optimizer.step)
     named = {name: torch.zeros(p.shape) for name, p in network().named_parameters()}
     optimizer = dgg.AdamW(model.parameters())
-    refused(
+    ranks.refused(
         ValueError,
         "load the tensors into the model",
         functools.partial(optimizer.set_anchor, named, model=model),
@@ -719,7 +710,7 @@ def run_misuse():
     optimizer = dgg.AdamW(params)
     for p in params:
         p.grad = torch.zeros_like(p)
-    refused(RuntimeError, "are not to be found", optimizer.step)
+    ranks.refused(RuntimeError, "are not to be found", optimizer.step)
 
 
 # -- accelerate -----------------------------------------------------------------------------------
@@ -904,7 +895,7 @@ def accelerate_unguided(folder, plugin):
     error, text = dcp.CheckpointException, "metadata"
     if os.path.exists(full):
         error, text = RuntimeError, "they were lost on the way"
-    refused(error, text, functools.partial(accelerator.load_state, path))
+    ranks.refused(error, text, functools.partial(accelerator.load_state, path))
 
 
 def accelerate_anchor_before_prepare():
@@ -915,7 +906,7 @@ def accelerate_anchor_before_prepare():
     optimizer.set_anchor()
     model, wrapped = accelerator.prepare(model, optimizer)
     accelerator.backward(loss_of(model, batch(0)))
-    refused(RuntimeError, "anchors are in the state", wrapped.step)
+    ranks.refused(RuntimeError, "anchors are in the state", wrapped.step)
 
 
 # -- the Trainer ----------------------------------------------------------------------------------
@@ -1048,7 +1039,7 @@ def killed(out, start, world, over):
     fresh()
     trainer = trainer_for(begun(start), 1, out, world, **SAVING, **over())
     trainer.add_callback(Kill())
-    refused(Killed, "", trainer.train)
+    ranks.refused(Killed, "", trainer.train)
 
 
 def trainer_run(kept, sharded=None):
