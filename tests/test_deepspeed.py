@@ -25,7 +25,12 @@ from dgg import _dispatch
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.dist]
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.dist,
+    # As the ranks have: with more threads 16-bit products are rounded elsewhere.
+    pytest.mark.usefixtures("one_thread"),
+]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 128.0}}
@@ -94,15 +99,6 @@ CASES = [
     case(3, "meta init", model="zero.Init"),
 ]
 _ran: dict[int, dict] = {}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # As the ranks have: with more threads 16-bit products are rounded elsewhere.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def spawn(function, world, folder, *arguments):
