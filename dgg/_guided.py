@@ -484,15 +484,22 @@ class Guided(Loading):
     def _scaler_state(self, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
         """Returns the scaling and whether to skip (a tensor if only the device knows)."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is None and found is None:
+        seen = scale is not None or found is not None
+        if not seen and not replays:
             return _dispatch.Scaling(), False
-        if replays and found is not None and scale is None:
+        if replays and scale is None and (seen or guidance.unscaled_unseen()):
             raise RuntimeError(
                 "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
                 "gradients; do not call it beside replay(): dgg clips in the step itself, set "
-                "max_grad_norm on the optimizer"
+                "max_grad_norm on the optimizer. (Of a wrapper, ZeroRedundancyOptimizer say, "
+                "GradScaler.step() calls it too: use bfloat16 without a scaler there)"
             )
-        devices = dict.fromkeys(p.device for g in self.param_groups for p in g["params"])
+        if not seen:
+            return _dispatch.Scaling(), False
+        params = [p for g in self.param_groups for p in g["params"]]
+        if scale is not None:
+            guidance.refuse_scaler(params, self.process_group)
+        devices = dict.fromkeys(p.device for p in params)
         launched = all(
             _dispatch.launches(_dispatch.choose(self._backend, device), device)
             for device in devices

@@ -53,7 +53,12 @@ def making_template() -> bool:
     Told by who calls: a learning rate of 0 is legitimate (warm-up), and whether all gradients are 0
     ranks would not agree on.
     """
-    return _caller(sys._getframe(1), _code(_HELPERS, "_init_optim_state")) is not None
+    return called_by(_HELPERS, "_init_optim_state")
+
+
+def called_by(module: str, *names: str) -> bool:
+    """Returns whether a function (of a class: ``names`` are both) is being run further out."""
+    return _caller(sys._getframe(1), _code(module, *names)) is not None
 
 
 def source() -> Source | None:
@@ -97,8 +102,10 @@ def _given(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
     return None
 
 
-def _code(module: str, name: str) -> CodeType | None:
-    function = getattr(sys.modules.get(module), name, None)
+def _code(module: str, *names: str) -> CodeType | None:
+    function: Any = sys.modules.get(module)
+    for name in names:
+        function = getattr(function, name, None)
     return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
 
 

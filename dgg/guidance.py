@@ -686,6 +686,33 @@ def read_scaler(
     return _dispatch.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
 
 
+def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
+    """Raises if a GradScaler that lets the step unscale has seen a part of the gradients only.
+
+    Of DTensors torch sums over the ranks what it finds, of FSDP1's runs only unscale_() does: each
+    rank would skip or step its part of the weights, and change its scale, by a verdict of its own.
+
+    Raises:
+        RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
+    """
+    if process_group is not None or any(map(_fsdp1.is_one, params)):
+        raise RuntimeError(
+            "a GradScaler would look for inf and NaN in this rank's part of the gradients alone: "
+            "call scaler.unscale_(optimizer) before scaler.step(optimizer), of a scaler that sums "
+            "over the ranks what it finds "
+            "(torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler)"
+        )
+
+
+def unscaled_unseen() -> bool:
+    """Returns whether a GradScaler calls the step that has unscaled ``.grad`` without a word.
+
+    So it does where the optimizer it is given, a wrapper say, does not unscale by itself. Told by
+    who calls; asked only where there are replay gradients, which it cannot have seen.
+    """
+    return checkpoint.called_by("torch.amp.grad_scaler", "GradScaler", "_maybe_opt_step")
+
+
 def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns how errors call each parameter: its name, or its place and shape."""
     labels = []
@@ -1029,11 +1056,13 @@ class Guidance:
                 )
         # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
         scale, found = (getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf"))
-        if found is not None and slot:
+        if slot and (found is not None or unscaled_unseen()):
             raise RuntimeError(
                 "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
                 "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
             )
+        if scale is not None:
+            refuse_scaler(params, self.process_group)
         all_rows = self._current_rows(params)
         launched = all_rows and all(rows.kernels is not None for _, rows in all_rows)
         scaling, skip = read_scaler(scale, found, params[0].device if launched else None)

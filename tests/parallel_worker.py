@@ -449,6 +449,37 @@ def share_anchor():
     assert optimizer.param_groups[0]["anchored"] == 0
 
 
+def share_loss_scaling():
+    """A step that GradScaler skips is not called, on no rank, and has no draw."""
+    model, plain = network(), network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = zero_redundancy(wrapped.parameters())
+    twin = dgg.AdamW(plain.parameters(), **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for k in range(12):
+        if k == 2:
+            for one in (dgg.unwrap(optimizer), twin):
+                one.set_anchor()
+        scaler.scale(loss_of(wrapped, mine(batch(k)))).backward()
+        loss_of(plain, batch(k)).backward()
+        if k == 6:
+            model.scale.grad.fill_(torch.inf)
+        else:
+            twin.step()
+        scaler.step(optimizer)
+        scaler.update()
+        for one in (optimizer, twin):
+            one.zero_grad()
+    assert optimizer.param_groups[0]["draw_index"] == 11 and scaler.get_scale() == 4.0
+    assert_close(model.parameters(), plain.parameters())
+    # It unscales what stands in .grad; nobody tells it of r, nor the optimizer of the scale.
+    with dgg.unwrap(optimizer).replay():
+        scaler.scale(loss_of(wrapped, batch(0))).backward()
+    scaler.scale(loss_of(wrapped, batch(1))).backward()
+    ranks.refused(RuntimeError, "cannot reach the replay", lambda: scaler.step(optimizer))
+    assert_close(model.parameters(), plain.parameters())
+
+
 def share_misuse():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -685,6 +716,51 @@ def run_clipping():
                 nn.utils.clip_grad_norm_(m.parameters(), 0.05)
             one.step()
             one.zero_grad()
+    assert_close(whole_of(model), plain.parameters(), dtype)
+
+
+def run_loss_scaling():
+    """What one rank finds in its runs all skip: the scaler sums that over them in unscale_()."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    dtype = torch.float32
+    model, plain = wrapped_parts(network(dtype)), network(dtype)
+    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (model, plain))
+    scalers = [
+        ShardedGradScaler(device="cpu", init_scale=8.0),
+        torch.amp.GradScaler("cpu", init_scale=8.0),
+    ]
+    for k in range(12):
+        x = batch(k, dtype)
+        for scaler, one, m, part in zip(
+            scalers, (optimizer, twin), (model, plain), (mine(x), x), strict=True
+        ):
+            if k == 2:
+                one.set_anchor()
+            scaler.scale(loss_of(m, part)).backward()
+            if k == 6 and (m is plain or dist.get_rank() == 1):
+                grads = [p.grad for p in m.parameters() if p.grad is not None and p.numel()]
+                grads[0].view(-1)[0] = torch.inf
+            scaler.unscale_(one)
+            scaler.step(one)
+            assert one.last_step_skipped == (k == 6)
+            scaler.update()
+            assert scaler.get_scale() == (8.0 if k < 6 else 4.0)
+            one.zero_grad()
+    assert optimizer.param_groups[0]["draw_index"] == 12
+    assert_close(whole_of(model), plain.parameters(), dtype)
+    # Otherwise every rank would have its own verdict, and its own scale from then on.
+    for one in (optimizer, torch.optim.AdamW(model.parameters(), fused=True)):
+        if one is not optimizer:
+            dgg.Guidance(one)
+        scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
+        scaler.scale(loss_of(model, batch(0, dtype))).backward()
+        ranks.refused(
+            RuntimeError,
+            "scaler.unscale_(optimizer) before scaler.step(optimizer)",
+            functools.partial(scaler.step, one),
+        )
+        one.zero_grad()
     assert_close(whole_of(model), plain.parameters(), dtype)
 
 

@@ -1014,6 +1014,15 @@ def replay_with_scaler(params, opt, guidance):
         del opt.grad_scale, opt.found_inf
 
 
+def replay_under_scaler(params, opt, guidance):
+    """Of an optimizer that does not unscale by itself the scaler says nothing."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with guidance.replay():
+        scaler.scale(params[0].sum()).backward()
+    scaler.scale(params[0].sum()).backward()
+    scaler.step(opt)
+
+
 def alpha_out_of_range(params, opt, guidance):
     right = guidance.param_groups[0]["alpha"]
     guidance.param_groups[0]["alpha"] = -1
@@ -1030,6 +1039,7 @@ GUIDANCE_MISUSES = [
     (step_in_replay, RuntimeError, r"step\(\) inside a replay\(\) block.*leave the block"),
     (nested_guidance_replay, RuntimeError, r"replay\(\) blocks do not nest; leave the outer"),
     (replay_with_scaler, RuntimeError, r"replay\(\).*GradScaler.*use dgg\.AdamW, or bfloat16"),
+    (replay_under_scaler, RuntimeError, r"replay\(\).*GradScaler.*use dgg\.AdamW, or bfloat16"),
     (alpha_out_of_range, ValueError, r"alpha=-1 must lie in \[0, 1\]"),
     (
         lambda p, o, g: g.set_anchor([p[0]]),
