@@ -349,6 +349,7 @@ class Guided(Loading):
         flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
         # Ranks that have nothing to inject themselves take part in the norms of those that do.
         injecting = any(x is not None for x in (flags if share is None else every))
+        injecting = injecting or engine.joins(wide, groups, cache.all_rows, self.process_group)
         found = engine.measure(wide, cache.all_rows, injecting, scaling)
         drawn = guidance.drawn(wide, draw, injecting)
         with _ranges.record("dgg.update"):

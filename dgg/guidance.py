@@ -505,7 +505,7 @@ class Engine:
         """Returns the uint8 flags of every row at draw ``draw``; None if none injects."""
         if not rows.anchored:
             return None
-        limits = [threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups]
+        limits = _limits(groups)
         if not any(limits):
             return None
         granularity, seed = wide["granularity"], wide["seed"]
@@ -531,6 +531,19 @@ class Engine:
         if len(set(by_group)) == 1:
             return rows.constant_flags(by_group[0])
         return rows.flags([by_group[group] for group in rows.groups], f"flags {draw % 2}")
+
+    @staticmethod
+    def joins(wide: Mapping[str, Any], groups, all_rows, process_group) -> bool:
+        """Returns whether a rank takes part in norms without knowing if any rank injects.
+
+        Draws per tensor are those of this rank's tensors; of partitions others may have more.
+        """
+        return (
+            process_group is not None
+            and wide["granularity"] == "tensor"
+            and any(rows.anchored for rows in all_rows)
+            and any(_limits(groups))
+        )
 
     def _step_word(self, seed: int, draw: int) -> int:
         # The look-ahead asks at step k for k + 1, which the next step asks for again.
@@ -644,6 +657,11 @@ class Engine:
         if last["clipped"]:
             stats["clip"] = found[reference.CLIP].float()
         return stats
+
+
+def _limits(groups: Sequence[Mapping[str, Any]]) -> list:
+    """Returns the threshold of every group's draws; 0 where nothing can be injected."""
+    return [threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups]
 
 
 def threshold(alpha: float | Tensor) -> int | Tensor:
@@ -1090,6 +1108,7 @@ class Guidance:
         only = [rows for _, rows in all_rows]
         flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
         injecting = any(x is not None for x in flags)
+        injecting = injecting or engine.joins(wide, self.param_groups, only, self.process_group)
         found = engine.measure(wide, only, injecting, scaling)
         neutral = not injecting and wide["max_grad_norm"] is None and not slot and scale is None
         if neutral:

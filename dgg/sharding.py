@@ -75,8 +75,15 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
         elements: Draws are made per element.
 
     Raises:
-        ValueError: It has partial sums, or per-element draws have no place in its sharding.
+        ValueError: It has partial sums, lies on other ranks, or per-element draws have no place in
+            its sharding.
     """
+    if param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{label} lies on {param.device_mesh}, of which this rank is no part, so that norms "
+            "over it cannot be had here; give every rank's optimizer the parameters of its own "
+            "meshes"
+        )
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
             f"{label} is placed as {param.placements}: partial sums are no values to step; "
@@ -329,10 +336,20 @@ class Reduction:
 
 
 def _groups_of(mesh, dims: Sequence[int]) -> list:
-    """Returns the groups over which to sum one after the other: a single one where it can be."""
-    if len(dims) > 1 and mesh.mesh_dim_names:
-        part = mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]
-        return [part._flatten().get_group()]
+    """Returns the groups over which to sum one after the other: a single one where it can be.
+
+    A new group is made by all ranks of the world, which count the groups they make: on a mesh over
+    a part of it, others would not take part, and wait for these ranks in the next group of theirs.
+    """
+    import torch.distributed as dist
+
+    world = dist.get_world_size()
+    if len(dims) > 1 and mesh.size() == world:
+        if mesh.mesh_dim_names:
+            part = mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]
+            return [part._flatten().get_group()]
+        if math.prod(mesh.size(d) for d in dims) == world:
+            return [dist.group.WORLD]
     return [mesh.get_group(d) for d in dims]
 
 
@@ -384,8 +401,9 @@ def settled(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Te
     for (mesh, dims, *_), places in partial.items():
         shards = [local(grads[i]).detach() for i in places]
         vector = torch.cat([shard.reshape(-1) for shard in shards])
-        for group in _groups_of(mesh, dims):
-            dist.all_reduce(vector, group=group)
+        with _ranges.record("dgg.allreduce"):
+            for group in _groups_of(mesh, dims):
+                dist.all_reduce(vector, group=group)
         sums = vector.split([shard.numel() for shard in shards])
         for i, shard, found in zip(places, shards, sums, strict=True):
             grads[i] = like(found.view(shard.shape), params[i])

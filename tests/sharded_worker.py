@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import dgg
 import ranks
+from dgg import _ranges
 
 
 class Foreign:
@@ -95,14 +96,14 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     results = []
     for case in cases:
-        names = ("dp", "tp")[: len(case["mesh"])]
+        names = ("dp", "tp")[: len(case["mesh"])] if case.get("named", True) else None
         mesh = init_device_mesh("cpu", case["mesh"], mesh_dim_names=names)
 
         def place(tensor, row, mesh=mesh, case=case, names=names):
             wanted = case["placements"][row % len(case["placements"])]
             if not wanted:
                 return tensor  # whole and plain on every rank
-            if wanted[0] in names:
+            if wanted[0] in (names or ()):
                 mesh, wanted = mesh[wanted[0]], wanted[1:]
             # A vector has no second dimension to shard, a scalar none at all.
             placements = [
@@ -266,12 +267,136 @@ def run_partitions(rank: int, world: int, folder: str) -> None:
 
 
 @ranks.in_group
-def run_misuses(rank: int, world: int, folder: str) -> None:
-    """DTensors that cannot be stepped, and gradients that do not fit them."""
+def run_uneven_partitions(rank: int, world: int, folder: str) -> None:
+    """Ranks with other numbers of partitions draw for tensors that others do not know of."""
+    count = 2 * world - rank
+    for guided in (False, True):
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in range(count)]
+        options = {
+            "alpha": 0.3, "granularity": "tensor", "process_group": dist.group.WORLD,
+        }  # fmt: skip
+        if guided:
+            inner = torch.optim.SGD(params, lr=0.1)
+            optimizer, step = dgg.Guidance(inner, **options), inner.step
+        else:
+            optimizer = dgg.SGD(params, lr=0.1, **options)
+            step = optimizer.step
+        injected = []
+        for k in range(20):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + k)
+            if k == 1:
+                optimizer.set_anchor()
+            step()
+            stats = optimizer.guidance_stats()
+            injected.append(bool(stats["injected"]))
+            if injected[-1]:
+                total = 4 * sum(2 * world - r for r in range(world))
+                torch.testing.assert_close(stats["grad_norm"], torch.tensor(total**0.5 * (1.0 + k)))
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, injected)
+        assert any(len({*of_ranks}) > 1 for of_ranks in zip(*everywhere, strict=True))
+
+
+@ranks.in_group
+def run_part_of_the_world(rank: int, world: int, folder: str) -> None:
+    """A mesh of two sharding dimensions without the last rank, which takes no step."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "tp"))
+    if rank < 4:
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(6, 6), mesh, [Shard(0), Shard(1)]))
+        optimizer = dgg.AdamW([param], max_grad_norm=1.0)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        clip = optimizer.guidance_stats()["clip"]
+        torch.testing.assert_close(clip, torch.tensor(1.0 / 6.0), rtol=1e-5, atol=0.0)
+    # All ranks have made as many groups: they still find each other in the next one.
+    group = dist.new_group([0, world - 1])
+    if rank in (0, world - 1):
+        ones = torch.ones(1)
+        dist.all_reduce(ones, group=group)
+        assert ones == 2
+
+
+@ranks.in_group
+def run_ranges(rank: int, world: int, folder: str) -> None:
+    """Every collective of a step stands in a range of its own, where somebody listens."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (world,))
+    options = {"lr": 0.1, "alpha": 0.5, "seed": 3}
+
+    def sharded():
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        return param, dgg.AdamW([param], **options), lambda: torch.ones_like(param)
+
+    def summed():
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+        grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+        return param, dgg.AdamW([param], **options), lambda: grad
+
+    def partitioned():
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = dgg.AdamW([param], **options, process_group=dist.group.WORLD)
+        return param, optimizer, lambda: torch.ones(3)
+
+    def shared():
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = ZeroRedundancyOptimizer([param], dgg.AdamW, **options)
+        return param, optimizer, lambda: torch.ones(3)
+
+    for make in (sharded, summed, partitioned, shared):
+        param, optimizer, grad = make()
+        inner = dgg.unwrap(optimizer)
+        inner.set_anchor()
+        counts = set()
+        for _ in range(8):
+            param.grad = grad()
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                optimizer.step()
+            names = [event.name for event in profile.events()]
+            inside = names.count("dgg.allreduce")
+            injected = torch.tensor([float(bool(inner.guidance_stats()["injected"]))])
+            dist.all_reduce(injected, op=dist.ReduceOp.MAX)
+            assert inside == (1 if make is summed else int(injected)), (make.__name__, names)
+            sent = [name for name in names if name.startswith("c10d::") and "reduce" in name]
+            # ZeroRedundancyOptimizer sends the weights besides.
+            assert make is shared or len(sent) == inside, names
+            counts.add(inside)
+        assert counts == ({1} if make is summed else {0, 1})
+    assert _ranges.record("dgg.allreduce") is _ranges.record("dgg.step")  # the one that is nothing
+
+
+@ranks.in_group
+def run_misuses(rank: int, world: int, folder: str) -> None:
+    """DTensors that cannot be stepped, and gradients that do not fit them."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    # Each rank's part of the norms would be another's whole.
+    meshes = [DeviceMesh("cpu", [place]) for place in range(world)]
+    elsewhere = [
+        torch.nn.Parameter(distribute_tensor(torch.ones(4), one, [Shard(0)], src_data_rank=None))
+        for one in meshes
+    ]
+    ranks.refused(ValueError, "this rank is no part", lambda: dgg.AdamW(elsewhere))
+    dgg.AdamW(elsewhere[rank : rank + 1])
+
+    # GradScaler knows of no other partitions.
+    part = torch.nn.Parameter(torch.ones(4))
+    optimizer = dgg.AdamW([part], process_group=dist.group.WORLD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(part.sum()).backward()
+    ranks.refused(RuntimeError, "unscale_(optimizer) before", lambda: scaler.step(optimizer))
+    assert torch.equal(part.detach(), torch.ones(4))
 
     partial = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
     ranks.refused(ValueError, "partial sums are no values to step", lambda: dgg.AdamW([partial]))

@@ -57,6 +57,7 @@ def cases_of(world):
             cases.append(case((2, 2), GRID, granularity=granularity))
             cases.append(case((2, 2), HYBRID, granularity=granularity, optimizer="sgd"))
         cases.append(case((2, 2), GRID, "float32", scope="tensor"))
+        cases.append({**case((2, 2), GRID), "named": False})
         cases.append(case((2, 2), MESHES, granularity="element"))
         cases.append(case((2, 2), MESHES, scope="tensor", granularity="tensor"))
     return cases
@@ -142,6 +143,16 @@ def test_fsdp2_trains_as_one_process_and_resumes_on_other_ranks(made_before, tmp
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("function", [worker.run_partitions, worker.run_misuses])
+@pytest.mark.parametrize(
+    "function",
+    [
+        worker.run_partitions, worker.run_uneven_partitions, worker.run_ranges, worker.run_misuses,
+    ],
+)  # fmt: skip
 def test_on_two_ranks(function, tmp_path):
     spawn(function, 2, tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_a_mesh_over_a_part_of_the_world_needs_nobody_else(tmp_path):
+    spawn(worker.run_part_of_the_world, 5, tmp_path)
