@@ -667,7 +667,8 @@ class Guided(Loading):
         has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
 
         Of a path the names are checked first; then every tensor is read one at a time, of sharded
-        parameters each rank's own part only.
+        parameters each rank's own part only. All ranks call it; if one fails, none has changed
+        anything and the others say what it was.
 
         Args:
             tensors: The previous task's weights: named tensors, such as a model's or a peft
@@ -682,8 +683,8 @@ class Guided(Loading):
         Raises:
             FileNotFoundError: There is nothing at the path.
             KeyError: A trainable parameter has no tensor.
-            RuntimeError: It would replace an anchor that was just resumed, or the anchor of a
-                task in progress is gone.
+            RuntimeError: It would replace an anchor that was just resumed, the anchor of a task in
+                progress is gone, or another rank failed.
             TypeError: ``tensors`` or one of them is of the wrong type.
             ValueError: A shape differs, values are not finite, names are not known, the path is
                 a Trainer's checkpoint from the middle of a training, or ``task`` is over already
@@ -730,20 +731,26 @@ class Guided(Loading):
         if driver is not None:
             driver.place_anchor(self, tensors, model, task)
             return
-        plan = guidance.plan_anchors(
-            self.param_groups,
-            {
-                p: entry.get("anchor")
-                for p, entry in self.state.items()
-                if isinstance(entry, dict) and entry
-            },
-            tensors,
-            model,
-            self._anchor_dtype,
-            self._anchor_device,
-            self._stepped,
-            none=self._share is not None,
-        )
+        if self._share is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            others = sharding.peers(params, self.process_group)
+        else:
+            others = self._share.peers()
+        with sharding.on_all_or_none(others):
+            plan = guidance.plan_anchors(
+                self.param_groups,
+                {
+                    p: entry.get("anchor")
+                    for p, entry in self.state.items()
+                    if isinstance(entry, dict) and entry
+                },
+                tensors,
+                model,
+                self._anchor_dtype,
+                self._anchor_device,
+                self._stepped,
+                none=self._share is not None,
+            )
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, source, target in plan:
             anchor.write(target, source)

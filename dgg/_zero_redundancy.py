@@ -82,6 +82,10 @@ class Share:
         """Sums squares over the shares."""
         return Reduction(self._optimizer().process_group)
 
+    def peers(self) -> list:
+        """Returns the groups whose ranks have the other shares."""
+        return [self._optimizer().process_group]
+
     def join(self) -> None:
         """Takes part in the other ranks' sum with nothing of its own."""
         device = self.params()[0].device

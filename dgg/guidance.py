@@ -878,8 +878,8 @@ class Guidance:
         Raises:
             FileNotFoundError: There is nothing at the path.
             KeyError: A trainable parameter has no tensor.
-            RuntimeError: It would replace an anchor that was just resumed, or the anchor of a
-                task in progress is gone.
+            RuntimeError: It would replace an anchor that was just resumed, the anchor of a task in
+                progress is gone, or another rank failed.
             TypeError: ``tensors`` or one of them is of the wrong type.
             ValueError: A shape, value or name does not fit, or ``task``. After any error all is as
                 it was.
@@ -893,9 +893,11 @@ class Guidance:
         elif tensors is None:
             refuse_resumed(marked, draws, self._engine.resumed)
         groups = self.optimizer.param_groups
-        plan = plan_anchors(
-            groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
-        )
+        every = [p for group in groups for p in group["params"]]
+        with sharding.on_all_or_none(sharding.peers(every, self.process_group)):
+            plan = plan_anchors(
+                groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
+            )
         for param, source, target in plan:
             anchor.write(target, source)
             self._anchors[param] = target

@@ -9,9 +9,10 @@ it, not over those that replicate it, so that nothing is counted twice.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -351,6 +352,53 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
         if math.prod(mesh.size(d) for d in dims) == world:
             return [dist.group.WORLD]
     return [mesh.get_group(d) for d in dims]
+
+
+def peers(params: Sequence[Tensor], process_group=None) -> list:
+    """Returns the groups over which ranks hold parts or copies of these; the same order on all.
+
+    Args:
+        params: Parameters.
+        process_group: Over whose ranks plain ones are partitioned, or None.
+
+    Raises:
+        RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
+    """
+    found = [] if process_group is None else [process_group]
+    runs = _fsdp1.runs(params).values()
+    meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
+    found += [group for group in dict.fromkeys(run.group for run in runs) if group is not None]
+    return found + [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+
+
+@contextlib.contextmanager
+def on_all_or_none(groups: Sequence) -> Iterator[None]:
+    """Lets no rank go on from a block in which another one failed.
+
+    Otherwise ranks would go on with different states, and wait for each other at the next step.
+
+    Args:
+        groups: Process groups, one after the other; all ranks come here.
+
+    Raises:
+        RuntimeError: Another rank failed, and this says why. A rank that failed itself raises what
+            it had to.
+    """
+    import torch.distributed as dist
+
+    wrong, said = None, None
+    try:
+        yield
+    except Exception as error:
+        wrong, said = error, f"rank {dist.get_rank()}: {error}" if groups else None
+    for group in groups:
+        everywhere: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, said, group=group)
+        said = said or next(filter(None, everywhere), None)
+    if wrong is not None:
+        raise wrong
+    if said is not None:
+        raise RuntimeError(f"another rank failed, so no rank has changed anything: {said}")
 
 
 def _same_placing(spec, other) -> bool:

@@ -496,14 +496,36 @@ class Zero:
         Raises:
             FileNotFoundError: There is nothing at the path.
             KeyError: A parameter has no tensor.
+            RuntimeError: Another rank failed.
             TypeError: A wrong type.
             ValueError: A shape or a value does not fit. After any error all is as it was.
         """
+        self._take_up(optimizer, self.holder)
+        with sharding.on_all_or_none([self.holder.dp_process_group]):
+            plan = self._plan(optimizer, tensors, model)
+        groups = optimizer._whole
+        for partition, sources, target in plan:
+            # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
+            target.zero_()
+            for f, source in zip(partition.fragments, sources, strict=True):
+                _cut(target, f).copy_(source)
+            optimizer._init_state(partition.tensor, groups[partition.group], before_first_step=True)
+            optimizer.state[partition.tensor]["anchor"] = target
+        for number, group in enumerate(groups):
+            group["anchored"] = sum(p.group == number for p in self._partitions)
+            group["task_index"] = group["task_index"] + 1 if task is None else task
+
+    def _plan(
+        self,
+        optimizer,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+        model: torch.nn.Module | None,
+    ) -> list[tuple[Partition, list[Tensor], Tensor]]:
+        """Returns of every partition what its fragments' anchors are and the memory for them."""
         if tensors is None and model is not None:
             raise ValueError("model= maps the names of tensors to parameters; give both or neither")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
-        self._take_up(optimizer, self.holder)
         if isinstance(tensors, (str, os.PathLike)):
             tensors = anchor.open_path(tensors)
         elif tensors is not None and not isinstance(tensors, Mapping):
@@ -528,17 +550,7 @@ class Zero:
             if not fits:
                 old = anchor.allocate(partition.tensor, wanted, optimizer._anchor_device)
             plan.append((partition, sources, old))
-        groups = optimizer._whole
-        for partition, sources, target in plan:
-            # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
-            target.zero_()
-            for f, source in zip(partition.fragments, sources, strict=True):
-                _cut(target, f).copy_(source)
-            optimizer._init_state(partition.tensor, groups[partition.group], before_first_step=True)
-            optimizer.state[partition.tensor]["anchor"] = target
-        for number, group in enumerate(groups):
-            group["anchored"] = sum(p.group == number for p in self._partitions)
-            group["task_index"] = group["task_index"] + 1 if task is None else task
+        return plan
 
     def clear_anchor(self, optimizer) -> None:
         """Drops the anchors of all partitions."""

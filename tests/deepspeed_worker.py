@@ -955,6 +955,15 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
         ranks.refused(KeyError, "5.bias", lambda o=optimizer, t=lacking: o.set_anchor(t))
         wrong = {**named, "0.weight": torch.zeros(3)}
         ranks.refused(ValueError, "0.weight", lambda o=optimizer, t=wrong: o.set_anchor(t))
+        # The weights of one rank's partition are nobody else's to see.
+        weights = next(x for piece in pieces if piece.fragments for x in [piece.tensor.data])
+        first = weights[0].clone()
+        if rank == 1:
+            weights[0] = torch.nan
+        error = (ValueError, "inf or NaN") if rank == 1 else (RuntimeError, "rank 1: ")
+        ranks.refused(*error, optimizer.set_anchor)
+        weights[0] = first
+        assert optimizer.param_groups[0]["task_index"] == 2
         for piece, value in zip(pieces, values, strict=True):
             assert torch.equal(optimizer.state[piece.tensor]["anchor"], value)
         step(engine)

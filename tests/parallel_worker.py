@@ -445,6 +445,16 @@ def share_anchor():
     held = [p for g in inner.param_groups for p in g["params"] if p.requires_grad]
     assert held and all(torch.equal(inner.state[p]["anchor"], named[names[p]]) for p in held)
     assert optimizer.param_groups[0]["anchored"] == sum(p.requires_grad for p in model.parameters())
+    # The name of a parameter that only one rank steps.
+    mine = next(names[p] for p in held)
+    chosen = [mine]
+    dist.broadcast_object_list(chosen, src=0)
+    del named[chosen[0]]
+    error = (KeyError, "no tensor for 1 of") if dist.get_rank() == 0 else (RuntimeError, "rank 0: ")
+    before = [inner.state[p]["anchor"].clone() for p in held]
+    ranks.refused(*error, lambda: inner.set_anchor(named, model=model))
+    assert all(torch.equal(inner.state[p]["anchor"], a) for p, a in zip(held, before, strict=True))
+    assert inner.param_groups[0]["task_index"] == 1
     inner.clear_anchor()
     assert optimizer.param_groups[0]["anchored"] == 0
 
@@ -768,6 +778,15 @@ def run_misuse():
     flat = fsdp1(nn.Linear(6, 7), use_orig_params=False)
     ranks.refused(ValueError, "use_orig_params=True", lambda: dgg.AdamW(flat.parameters()))
     model = wrapped_parts(network())
+    optimizer = dgg.AdamW(model.parameters())
+    held = next(p for p in model.parameters() if p.requires_grad and p.numel())
+    kept = held.detach().clone()
+    if dist.get_rank() == 1:
+        held.detach().fill_(torch.inf)
+    error = (ValueError, "inf or NaN") if dist.get_rank() == 1 else (RuntimeError, "rank 1: ")
+    ranks.refused(*error, optimizer.set_anchor)
+    assert optimizer.param_groups[0]["anchored"] == optimizer.param_groups[0]["task_index"] == 0
+    held.detach().copy_(kept)
     optimizer = dgg.AdamW(model.parameters(), process_group=dist.group.WORLD)
     loss_of(model, batch(0)).backward()
     ranks.refused(ValueError, "whose own process group is used", optimizer.step)

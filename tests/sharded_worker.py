@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 
@@ -318,6 +319,41 @@ def run_part_of_the_world(rank: int, world: int, folder: str) -> None:
         ones = torch.ones(1)
         dist.all_reduce(ones, group=group)
         assert ones == 2
+
+
+@ranks.in_group
+def run_failing_ranks(rank: int, world: int, folder: str) -> None:
+    """What one rank alone can see to be wrong with an anchor leaves all with what they had."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    options = {"lr": 0.1, "alpha": 1.0}
+    sharded = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    part = torch.nn.Parameter(torch.ones(3))
+    foreign = torch.optim.SGD([sharded], lr=0.1)
+    for param, optimizer, inner in (
+        (sharded, dgg.AdamW([sharded], **options), None),
+        (part, dgg.AdamW([part], **options, process_group=dist.group.WORLD), None),
+        (sharded, dgg.Guidance(foreign, alpha=1.0), foreign),
+    ):
+        local = getattr(param, "_local_tensor", param).detach()
+        optimizer.set_anchor()
+        local.add_(1.0)
+        good = local.clone()
+        if rank == 1:
+            local.view(-1)[0] = torch.nan
+        error, text = (ValueError, "holds inf or NaN") if rank == 1 else (RuntimeError, "rank 1: ")
+        for task in (None, 2):
+            ranks.refused(error, text, functools.partial(optimizer.set_anchor, task=task))
+        assert optimizer.param_groups[0]["task_index"] == 1
+        local.copy_(good)
+        param.grad = torch.ones_like(param)
+        (inner or optimizer).step()
+        distance = 3**0.5 * (2.0 if param is sharded else world**0.5)
+        torch.testing.assert_close(optimizer.guidance_stats()["distance"], torch.tensor(distance))
+        optimizer.set_anchor()
+        assert optimizer.param_groups[0]["task_index"] == 2
 
 
 @ranks.in_group

@@ -146,7 +146,8 @@ def test_fsdp2_trains_as_one_process_and_resumes_on_other_ranks(made_before, tmp
 @pytest.mark.parametrize(
     "function",
     [
-        worker.run_partitions, worker.run_uneven_partitions, worker.run_ranges, worker.run_misuses,
+        worker.run_partitions, worker.run_uneven_partitions, worker.run_failing_ranks,
+        worker.run_ranges, worker.run_misuses,
     ],
 )  # fmt: skip
 def test_on_two_ranks(function, tmp_path):
