@@ -736,7 +736,7 @@ class Guided(Loading):
             others = sharding.peers(params, self.process_group)
         else:
             others = self._share.peers()
-        with sharding.on_all_or_none(others):
+        with sharding.on_all_or_none(others, guidance.settings_of(self.param_groups)):
             plan = guidance.plan_anchors(
                 self.param_groups,
                 {

@@ -483,6 +483,12 @@ def refuse_earlier(named: int | None, saved: Sequence[Mapping[str, Any]]) -> Non
         )
 
 
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the optimizer-wide options as plain values, by which ranks can be compared."""
+    first = {name: groups[0][name] for name in WIDE}
+    return {name: x.item() if isinstance(x, Tensor) else x for name, x in first.items()}
+
+
 class Engine:
     """Decides when to inject, measures what that needs, and remembers it.
 
@@ -894,7 +900,8 @@ class Guidance:
             refuse_resumed(marked, draws, self._engine.resumed)
         groups = self.optimizer.param_groups
         every = [p for group in groups for p in group["params"]]
-        with sharding.on_all_or_none(sharding.peers(every, self.process_group)):
+        peers = sharding.peers(every, self.process_group)
+        with sharding.on_all_or_none(peers, settings_of(self.param_groups)):
             plan = plan_anchors(
                 groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
             )

@@ -372,33 +372,51 @@ def peers(params: Sequence[Tensor], process_group=None) -> list:
 
 
 @contextlib.contextmanager
-def on_all_or_none(groups: Sequence) -> Iterator[None]:
-    """Lets no rank go on from a block in which another one failed.
+def on_all_or_none(groups: Sequence, settings: Mapping[str, object]) -> Iterator[None]:
+    """Lets no rank go on from a block in which another one failed, or with settings of its own.
 
     Otherwise ranks would go on with different states, and wait for each other at the next step.
 
     Args:
         groups: Process groups, one after the other; all ranks come here.
+        settings: What has to be the same on all ranks.
 
     Raises:
         RuntimeError: Another rank failed, and this says why. A rank that failed itself raises what
             it had to.
+        ValueError: A setting differs.
     """
     import torch.distributed as dist
 
-    wrong, said = None, None
+    wrong: Exception | None = None
     try:
         yield
     except Exception as error:
-        wrong, said = error, f"rank {dist.get_rank()}: {error}" if groups else None
+        wrong = error
+    said = None
     for group in groups:
-        everywhere: list[str | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, said, group=group)
-        said = said or next(filter(None, everywhere), None)
+        if said is None and wrong is not None:
+            said = f"rank {dist.get_rank()}: {wrong}"
+        everywhere: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, (said, settings), group=group)
+        said = next((text for text, _ in everywhere if text is not None), None)
+        if said is None:
+            wrong = _difference([others for _, others in everywhere])
     if wrong is not None:
         raise wrong
     if said is not None:
         raise RuntimeError(f"another rank failed, so no rank has changed anything: {said}")
+
+
+def _difference(settings: Sequence[Mapping[str, object]]) -> ValueError | None:
+    for name in settings[0]:
+        values = list(dict.fromkeys(mine[name] for mine in settings))[:4]
+        if len(values) > 1:
+            return ValueError(
+                f"{name} is {values} on these ranks; give all ranks the same, or each would make "
+                "other draws and steps than the others"
+            )
+    return None
 
 
 def _same_placing(spec, other) -> bool:

@@ -501,9 +501,10 @@ class Zero:
             ValueError: A shape or a value does not fit. After any error all is as it was.
         """
         self._take_up(optimizer, self.holder)
-        with sharding.on_all_or_none([self.holder.dp_process_group]):
-            plan = self._plan(optimizer, tensors, model)
         groups = optimizer._whole
+        others = [self.holder.dp_process_group]
+        with sharding.on_all_or_none(others, guidance.settings_of(groups)):
+            plan = self._plan(optimizer, tensors, model)
         for partition, sources, target in plan:
             # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
             target.zero_()

@@ -352,6 +352,11 @@ def run_failing_ranks(rank: int, world: int, folder: str) -> None:
         (inner or optimizer).step()
         distance = 3**0.5 * (2.0 if param is sharded else world**0.5)
         torch.testing.assert_close(optimizer.guidance_stats()["distance"], torch.tensor(distance))
+        # The seeds of ranks are often their numbers.
+        seeds = optimizer.param_groups[0]["seed"]
+        optimizer.param_groups[0]["seed"] += rank
+        ranks.refused(ValueError, "seed is [0, 1] on these ranks", optimizer.set_anchor)
+        optimizer.param_groups[0]["seed"] = seeds
         optimizer.set_anchor()
         assert optimizer.param_groups[0]["task_index"] == 2
 
