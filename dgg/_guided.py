@@ -556,6 +556,15 @@ class Guided(Loading):
                         "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
                         "build a new optimizer"
                     )
+            entry = self.state.get(param, {})
+            held = entry.get("anchor")
+            if held is not None and any(
+                anchor.is_alias(held, theta) for theta in (param, entry.get("master", param))
+            ):
+                raise ValueError(
+                    f"the anchor in the state of {label} is the parameter's own memory: it would "
+                    "move along and guide nothing; call set_anchor(), which copies"
+                )
         if self._awaits_load:
             raise RuntimeError(
                 "prepare_for_load(), or a load that failed, has made room in this optimizer for a "

@@ -372,9 +372,13 @@ def plan_anchors(
             tensors = anchor.open_path(tensors)
         sources = anchor.match_named(tensors, params, names, labels, dtypes, model)
     plan = []
-    for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
+    for p, theta, source, label, wanted in zip(
+        params, stepped, sources, labels, dtypes, strict=True
+    ):
         old = known.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
+        # Somebody may have put the weights themselves there.
+        fits = fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta)
         target = old if fits else anchor.allocate(p, wanted, device)
         if isinstance(source, anchor.Part):
             values = source.read()

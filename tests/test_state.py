@@ -322,6 +322,23 @@ def test_anchor_owns_its_memory():
     assert opt.guidance_stats()["distance"] > 0
 
 
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_a_boundary_replaces_an_anchor_that_is_the_weight_itself(master_weights):
+    (p,) = params = make_params([(5,)], BF16 if master_weights else F32)
+    opt = dgg.SGD(params, lr=0.5, alpha=1.0, master_weights=master_weights)
+    opt.set_anchor()
+    weight = opt.state[p]["master"] if master_weights else p.data
+    opt.state[p]["anchor"] = weight
+    set_grads(params, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="own memory"):
+        opt.step()
+    opt.set_anchor()
+    assert torch.equal(opt.state[p]["anchor"], weight)
+    opt.step()
+    opt.step()
+    assert opt.guidance_stats()["distance"] > 0
+
+
 def test_a_boundary_after_loading_leaves_the_checkpoint_alone():
     """The state dict may be another running optimizer's (best-model bookkeeping, two branches)."""
     params, opt = build("adamw", None)
