@@ -105,6 +105,21 @@ def test_import_is_cheap_beyond_torch(tmp_path):
     assert not heavy & set(modules.split()), "optional packages are imported where they are used"
 
 
+def test_everything_but_triton_works_without_triton(tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+        "import torch, dgg, dgg.kernels\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "opt = dgg.AdamW([p]); opt.set_anchor(); opt.step(); opt.step()\n"
+        "try: dgg.AdamW([p], backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(dgg.show_config())"
+    )
+    refused, *config = run_python(code, cwd=tmp_path).splitlines()
+    assert refused.startswith("backend='triton' cannot run") and "pip install triton" in refused
+    assert [line for line in config if "triton" in line and "pip install triton" in line]
+
+
 def test_no_standard_library_names():
     clashes = [relative(p) for p in PYTHON_SOURCES if p.stem in sys.stdlib_module_names]
     assert not clashes
