@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -461,6 +462,9 @@ def test_trainer_clips_before_the_step(tmp_path):
     by_hand(hand, opt, clip_first=True)
     first = trained(tmp_path / "a")
     assert_same(trainable(first.model), trainable(hand), "weights")
+    # The Trainer's two groups, with and without decay, are one whole; LoRA leaves the second empty.
+    groups = dgg.unwrap(first.optimizer).param_groups
+    assert [len(group["params"]) for group in groups] == [8, 0]
 
     folded = trained(tmp_path / "b", max_grad_norm=0.0, options={"max_grad_norm": 0.05})
     for name, param in trainable(folded.model).items():
@@ -468,6 +472,34 @@ def test_trainer_clips_before_the_step(tmp_path):
     clips = [e["guidance/clip"] for e in folded.state.log_history]
     assert all(0 < c < 1 for c in clips)
     assert not any("guidance/clip" in e for e in first.state.log_history)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_ends_that_peft_trains(tie):
+    """Tied, they are one parameter, one update, one anchor; else two, which then part."""
+    base = base_model()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, that they are tied
+        model = peft.get_peft_model(
+            base,
+            peft.LoraConfig(
+                r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"],
+                ensure_weight_tying=tie,
+            ),
+        )  # fmt: skip
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert (ends[0] is ends[1]) == tie
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = dgg.AdamW(trained, **OPTIONS)
+    assert len(opt.param_groups[0]["params"]) == 4 + 2 - tie
+    row = task_data(1)[0]["input_ids"][None]
+    model(input_ids=row, labels=row).loss.backward()
+    opt.set_anchor()
+    opt.step()
+    assert torch.equal(*ends) == tie
+    assert all(opt.state[p]["step"] == 1 and "anchor" in opt.state[p] for p in trained)
 
 
 # -- logging --------------------------------------------------------------------------------------
@@ -496,6 +528,10 @@ def test_logs_reach_everyone(tmp_path, caplog):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             stats = dgg.unwrap(optimizer).guidance_stats()
             opt_stats.append({k: None if v is None else v.item() for k, v in stats.items()})
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            # What a callback did with gradients here would do nothing: they are gone.
+            assert all(p.grad is None for p in model.parameters())
 
     trainer.add_callback(Watch())
     result = trainer.train()
