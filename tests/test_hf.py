@@ -406,6 +406,29 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     assert pathlib.Path("adapters/1/adapter_model.safetensors").is_file()
 
 
+def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch):
+    """The last example of the guide: a framework's Trainer, which is given no optimizer."""
+    original = transformers.Trainer.get_optimizer_cls_and_kwargs
+    monkeypatch.setattr(
+        transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(original)
+    )
+    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks])
+    monkeypatch.setenv("TASK", "1")
+    *_, example = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(example, {})
+    model = lora(base_model())
+    before = trainable(model)
+    settings = {"learning_rate": 3e-3, "adam_beta2": 0.95, "lr_scheduler_type": "constant"}
+    trainer = trainer_for(model, task_data(3), tmp_path, None, optimizer=None, **settings)
+    trainer.train()
+    assert is_active(trainer)
+    (group, _) = dgg.unwrap(trainer.optimizer).param_groups
+    assert (group["betas"], group["alpha"], group["task_index"]) == ((0.9, 0.95), 0.2, 1)
+    assert group["initial_lr"] == 3e-3
+    assert_same(anchors(trainer), before)
+
+
 # -- clipping -------------------------------------------------------------------------------------
 
 
