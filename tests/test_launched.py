@@ -349,6 +349,19 @@ def test_cut_separates_dtypes_and_covers_every_element():
     assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
 
 
+def test_cuts_that_are_kept_are_few():
+    """Gradients may change their dtype at every step."""
+    found = _device.Kernels(None, CPU, 2, (_dispatch.PARAM, _dispatch.NUMEL, _dispatch.DTYPES))
+    addresses = torch.zeros(2, dtype=torch.int64)
+    for turn in range(20):
+        table = torch.zeros(2, 14, dtype=torch.int64)
+        table[:, _dispatch.NUMEL] = 5
+        table[:, _dispatch.DTYPES] = turn % 7
+        found.begin(table, addresses, addresses[:0])
+        assert [launch.dtypes for launch in found.launches] == [turn % 7]
+        assert len(found._launches) <= 4
+
+
 def test_uploads_inside_a_capture(monkeypatch):
     uploads = _device.Uploads(CPU, capturable=True)
     target = uploads.send("grads", torch.tensor([1, 2]))

@@ -116,6 +116,18 @@ def test_goes_on_bit_for_bit_after_any_cut(kind, backend, way):
         same(params, opt, straight, expected)
 
 
+def test_copies_have_all_public_attributes():
+    """As torch asks of its own optimizers."""
+    params, opt = build("adamw", None)
+    for _ in range(2):
+        for other in (copy.deepcopy(opt), copy.copy(opt), pickle.loads(pickle.dumps(opt))):
+            mine, theirs = (
+                {name for name in vars(each) if not name.startswith("_")} for each in (opt, other)
+            )
+            assert mine == theirs
+        advance(params, opt, range(5))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchor_before_the_first_step_survives(kind, backend):
