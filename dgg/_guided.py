@@ -70,6 +70,8 @@ class Guided(Loading):
     _lost_group = False
     # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
     _lost_share = False
+    # It has said that it steps 16 bits without compensation.
+    _said_narrow = False
     _rule: _dispatch.Rule
 
     # -- construction ---------------------------------------------------------------------------
@@ -562,6 +564,15 @@ class Guided(Loading):
                         "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
                         "build a new optimizer"
                     )
+            entry = self.state.get(param, {})
+            held = entry.get("anchor")
+            if held is not None and any(
+                anchor.is_alias(held, theta) for theta in (param, entry.get("master", param))
+            ):
+                raise ValueError(
+                    f"the anchor in the state of {label} is the parameter's own memory: it would "
+                    "move along and guide nothing; call set_anchor(), which copies"
+                )
         if self._awaits_load:
             raise RuntimeError(
                 "prepare_for_load(), or a load that failed, has made room in this optimizer for a "
@@ -610,6 +621,7 @@ class Guided(Loading):
                 "of this rank alone"
             )
         self._warn_if_idle(params, grads, replays)
+        self._warn_if_narrow(params, grads, replays)
         place = 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -631,6 +643,33 @@ class Guided(Loading):
                 "optimizer was made, it trains other parameters: make the optimizer afterwards",
                 stacklevel=7,
             )
+
+    def _warn_if_narrow(self, params, grads, replays) -> None:
+        """Warns once if 16-bit weights are stepped and nothing keeps what their rounding loses."""
+        if self._said_narrow:
+            return
+        narrow = [
+            place
+            for place, p in enumerate(params)
+            if p.dtype in guidance.NARROW
+            and (grads[place] is not None or (replays and replays[place] is not None))
+            and not self._has_master(p)
+            and not (self._stochastic and p.dtype == torch.bfloat16)
+        ]
+        if not narrow:
+            return
+        label = guidance.group_labels(self.param_groups)[narrow[0]]
+        more = f" and {len(narrow) - 1} more are" if len(narrow) > 1 else " is"
+        dtype = params[narrow[0]].dtype
+        rounding = " or stochastic_rounding=True (no memory)" if dtype == torch.bfloat16 else ""
+        guidance.warn_narrow(
+            f"{label}{more}",
+            dtype,
+            f"pass master_weights=True (a float32 copy){rounding}, or keep the weights in float32 "
+            "and compute in 16 bits under autocast",
+            stacklevel=8,
+        )
+        self._said_narrow = True
 
     def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
         return rows.constant_flags(0) if flags is None else flags
@@ -766,7 +805,7 @@ class Guided(Loading):
         self._awaits_load, self._rows = False, None
 
     def _has_master(self, param: Tensor) -> bool:
-        return self._master and param.dtype in (torch.bfloat16, torch.float16)
+        return self._master and param.dtype in guidance.NARROW
 
     def _stepped(self, param: Tensor) -> Tensor:
         """Returns what a step updates for ``param``: its master weight, or the parameter."""

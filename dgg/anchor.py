@@ -45,6 +45,14 @@ def storage_dtype(param: Tensor, anchor_dtype: torch.dtype | None, label: str) -
     return _COMPLEX_OF[anchor_dtype]
 
 
+def is_alias(x: Tensor, y: Tensor) -> bool:
+    """Returns whether two tensors (of DTensors their shards) begin at the same memory."""
+    x, y = sharding.local(x), sharding.local(y)
+    if sharding.keeps_values_elsewhere(x) or sharding.keeps_values_elsewhere(y):
+        return False
+    return x.device == y.device and x.data_ptr() == y.data_ptr() != 0
+
+
 def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Returns uninitialised memory for an anchor with the parameter's shape and strides."""
     device = param.device if device is None else device

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight"
         "draw_index", "task_index")  # fmt: skip
 # Options of a group, schedulable.
 PER_GROUP = ("alpha", "strength")
+# Weights whose spacing is so wide that small updates are lost.
+NARROW = (torch.bfloat16, torch.float16)
 
 _CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
 
@@ -369,9 +372,13 @@ def plan_anchors(
             tensors = anchor.open_path(tensors)
         sources = anchor.match_named(tensors, params, names, labels, dtypes, model)
     plan = []
-    for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
+    for p, theta, source, label, wanted in zip(
+        params, stepped, sources, labels, dtypes, strict=True
+    ):
         old = known.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
+        # Somebody may have put the weights themselves there.
+        fits = fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta)
         target = old if fits else anchor.allocate(p, wanted, device)
         if isinstance(source, anchor.Part):
             values = source.read()
@@ -1255,11 +1262,30 @@ def check_precision(
             "stochastic_rounding=True is for bfloat16 parameters and there is none (found "
             f"{sorted(map(str, dtypes))}); leave it False"
         )
-    if master_weights and not dtypes & {torch.bfloat16, torch.float16}:
+    if master_weights and dtypes.isdisjoint(NARROW):
         raise ValueError(
             "master_weights=True is for bfloat16 and float16 parameters and there is none (found "
             f"{sorted(map(str, dtypes))}); leave it False"
         )
+
+
+def warn_narrow(what: str, dtype: torch.dtype, remedy: str, *, stacklevel: int) -> None:
+    """Warns that steps in 16 bits lose small updates.
+
+    Args:
+        what: Subject and verb of what is stepped so.
+        dtype: Its dtype.
+        remedy: What to do instead.
+        stacklevel: As in `warnings.warn`, counted from here.
+    """
+    # Half of the spacing below a power of two, where it is finest against the weight.
+    bound = round(4 / torch.finfo(dtype).eps)
+    warnings.warn(
+        f"16-bit weights lose small updates: {what} stepped in {dtype}, and whatever is smaller "
+        f"than 1/{bound} of a weight is rounded away; {remedy}. If it is meant to be so: "
+        "warnings.filterwarnings('ignore', '16-bit weights')",
+        stacklevel=stacklevel,
+    )
 
 
 def check_anchor_device(device: torch.device | str | None) -> torch.device | None:

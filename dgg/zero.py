@@ -170,6 +170,15 @@ class Zero:
         self._now: _Now | None = None
         self._take_up(optimizer, holder)
         self._drop_orphans(optimizer)
+        dtype = _dtype(holder)
+        if dtype in guidance.NARROW:
+            guidance.warn_narrow(
+                "DeepSpeed's master weights are",
+                dtype,
+                "leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its "
+                "configuration, then ZeRO keeps them in float32",
+                stacklevel=8,
+            )
 
     @property
     def holder(self):
@@ -768,15 +777,23 @@ def _refuse(optimizer, holder) -> None:
         "capturable=True": optimizer._capturable,
         "stochastic_rounding=True": optimizer._stochastic,
         "process_group=": optimizer.process_group is not None,
+        "master_weights=True": optimizer._master and _dtype(holder) in guidance.NARROW,
     }
     whys = {
         "capturable=True": "DeepSpeed calls the step piece by piece, no graph captures it",
         "stochastic_rounding=True": "ZeRO steps float32 weights of its own",
         "process_group=": "its own process group is used",
+        "master_weights=True": "ZeRO keeps float32 weights itself, unless its configuration has "
+        "bf16_master_weights_and_grads or fp16_master_weights_and_grads: drop that",
     }
     for option, given in options.items():
         if given:
             raise ValueError(f"{option} does not go with DeepSpeed ({whys[option]}); leave it out")
+
+
+def _dtype(holder) -> torch.dtype:
+    """Returns the dtype of the weights that ZeRO steps: float32, unless it was told otherwise."""
+    return _LAYOUTS[type(holder).__name__].partitions(holder)[0][0].dtype
 
 
 def _other_ranks(holder) -> bool:

@@ -14,6 +14,8 @@ on how the compiler spreads them over threads, which differs between kernels.
 import contextlib
 import functools
 import struct
+import time
+import warnings
 
 import torch
 import triton
@@ -81,14 +83,42 @@ TABLES = ["table", "rows", "chunks", "starts", "partials", "counter", "grads", "
           "flags", "hyper", "out"]  # fmt: skip
 
 
+# Seconds to wait before Triton's cache is tried again.
+PAUSES = (0.1, 1.0, 5.0)
+
+
 def kernel(function):
-    """Declares a kernel: compiled once per variant, not once per value or alignment."""
+    """Declares a kernel: compiled once per variant, not once per value or alignment.
+
+    In a cache that several nodes share, files that Triton has just written may be gone or stale for
+    a moment (triton#11512), and one rank that dies of it leaves the others waiting for it. Such an
+    error comes before anything is launched, so the launch is tried again, a few times.
+    """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(
+    declared = triton.jit(
         function,
         do_not_specialize=[name for name in names if name in NUMBERS],
         do_not_specialize_on_alignment=[name for name in names if name in TABLES],
     )
+
+    def run(*arguments, **options):
+        for pause in (*PAUSES, None):
+            try:
+                return type(declared).run(declared, *arguments, **options)
+            # The latter of what is loaded as a Python module.
+            except (OSError, ImportError) as error:
+                trouble = (
+                    f"Triton could not compile or load {function.__name__} ({error}). If its cache "
+                    "is on a disk that several nodes share, set TRITON_CACHE_DIR to a directory of "
+                    "this node's own (docs/sharding.md)"
+                )
+                if pause is None:
+                    raise RuntimeError(trouble) from error
+                warnings.warn(f"{trouble}. Trying again in {pause} s", stacklevel=2)
+                time.sleep(pause)
+
+    declared.run = run
+    return declared
 
 
 def pack_of(*dtypes) -> int:

@@ -975,10 +975,24 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
 
     bf16 = {"bf16": {"enabled": True}}
     group = {"process_group": dist.group.WORLD}
+    narrow = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    engine, optimizer = engine_with({}, config(2, bf16=narrow), torch.bfloat16)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        step(engine)
+        step(engine)
+    texts = [str(x.message) for x in heard if "16-bit weights lose" in str(x.message)]
+    assert len(texts) == 1 and "leave bf16_master_weights_and_grads" in texts[0]
+    assert next(iter(optimizer.state)).dtype == torch.bfloat16
+    engine.destroy()
     for options, error, text, changes, dtype in (
         ({"stochastic_rounding": True}, ValueError, "stochastic_rounding", bf16, torch.bfloat16),
         (group, ValueError, "its own process group is used", {}, torch.float32),
-    ):
+        (
+            {"master_weights": True}, ValueError, "bf16_master_weights_and_grads",
+            {"bf16": narrow}, torch.bfloat16,
+        ),
+    ):  # fmt: skip
         engine, optimizer = engine_with(options, config(2, **changes), dtype)
         ranks.refused(error, text, optimizer.set_anchor)
         ranks.refused(error, text, lambda e=engine: step(e))

@@ -3,6 +3,7 @@
 
 import copy
 import importlib
+import types
 
 import pytest
 import torch
@@ -85,6 +86,15 @@ def test_prepare_never_stepped(cls):
         train(m, o, examples(4), backward)
     assert_equal(weights(model), weights(plain))
     assert alone.param_groups[0]["draw_index"] == opt.param_groups[0]["draw_index"] == 6
+
+
+@pytest.mark.parametrize("names", [["_optimizer"], ["optim"], ["optimizer", "basic_optimizer"]])
+def test_unwrap_sees_through_wrappers_by_where_they_keep_it(names):
+    """Lightning's, Megatron's and DeepSpeed's keep the optimizer under these names."""
+    opt = wrapped = dgg.AdamW(tiny().parameters())
+    for name in names:
+        wrapped = types.SimpleNamespace(**{name: wrapped})
+    assert dgg.unwrap(wrapped) is opt
 
 
 def test_unwrap_of_others_raises():

@@ -373,6 +373,27 @@ def test_opcheck(place):
     torch.library.opcheck(getattr(ops, operator).default, tuple(arguments), options)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_list_operators_in_a_compiled_graph(place):
+    """Compiled without a break, they change what they change outside: the schemas say all of it."""
+    eager = Problem([33, 5])
+    twin = eager.copy()
+    operator, arguments, options = list(_list_calls(eager))[place]
+    expected = getattr(ops, operator)(*arguments, **options)
+    _, others, _ = list(_list_calls(twin))[place]
+    call_it = torch.compile(
+        lambda: getattr(ops, operator)(*others, **options), backend="aot_eager", fullgraph=True
+    )
+    found = call_it()
+    assert expected is None and found is None or torch.equal(expected, found)
+    for mine, theirs in zip(
+        [*eager.tensors(3), *eager.steps, *eager.grads, eager.distances],
+        [*twin.tensors(3), *twin.steps, *twin.grads, twin.distances],
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
 def test_opcheck_coefficients():
     squares = torch.tensor([[4.0, 9.0], [4.0, 1.0], [16.0, 3.0]], dtype=F64)
     options = dict(max_grad_norm=0.5, scaling=True, per_tensor=True)

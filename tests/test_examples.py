@@ -33,6 +33,8 @@ ELSEWHERE = {
     "docs/huggingface.md 3": "test_hf.py",
     "docs/huggingface.md 5": "test_hf.py",
     "docs/huggingface.md 6": "test_hf.py",
+    "docs/huggingface.md 7": "test_hf.py",
+    "docs/sharding.md 1": "test_launched.py",
 }
 
 

@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -405,6 +406,29 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     assert pathlib.Path("adapters/1/adapter_model.safetensors").is_file()
 
 
+def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch):
+    """The last example of the guide: a framework's Trainer, which is given no optimizer."""
+    original = transformers.Trainer.get_optimizer_cls_and_kwargs
+    monkeypatch.setattr(
+        transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(original)
+    )
+    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks])
+    monkeypatch.setenv("TASK", "1")
+    *_, example = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    exec(example, {})
+    model = lora(base_model())
+    before = trainable(model)
+    settings = {"learning_rate": 3e-3, "adam_beta2": 0.95, "lr_scheduler_type": "constant"}
+    trainer = trainer_for(model, task_data(3), tmp_path, None, optimizer=None, **settings)
+    trainer.train()
+    assert is_active(trainer)
+    (group, _) = dgg.unwrap(trainer.optimizer).param_groups
+    assert (group["betas"], group["alpha"], group["task_index"]) == ((0.9, 0.95), 0.2, 1)
+    assert group["initial_lr"] == 3e-3
+    assert_same(anchors(trainer), before)
+
+
 # -- clipping -------------------------------------------------------------------------------------
 
 
@@ -461,6 +485,9 @@ def test_trainer_clips_before_the_step(tmp_path):
     by_hand(hand, opt, clip_first=True)
     first = trained(tmp_path / "a")
     assert_same(trainable(first.model), trainable(hand), "weights")
+    # The Trainer's two groups, with and without decay, are one whole; LoRA leaves the second empty.
+    groups = dgg.unwrap(first.optimizer).param_groups
+    assert [len(group["params"]) for group in groups] == [8, 0]
 
     folded = trained(tmp_path / "b", max_grad_norm=0.0, options={"max_grad_norm": 0.05})
     for name, param in trainable(folded.model).items():
@@ -468,6 +495,34 @@ def test_trainer_clips_before_the_step(tmp_path):
     clips = [e["guidance/clip"] for e in folded.state.log_history]
     assert all(0 < c < 1 for c in clips)
     assert not any("guidance/clip" in e for e in first.state.log_history)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_ends_that_peft_trains(tie):
+    """Tied, they are one parameter, one update, one anchor; else two, which then part."""
+    base = base_model()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, that they are tied
+        model = peft.get_peft_model(
+            base,
+            peft.LoraConfig(
+                r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"],
+                ensure_weight_tying=tie,
+            ),
+        )  # fmt: skip
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert (ends[0] is ends[1]) == tie
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = dgg.AdamW(trained, **OPTIONS)
+    assert len(opt.param_groups[0]["params"]) == 4 + 2 - tie
+    row = task_data(1)[0]["input_ids"][None]
+    model(input_ids=row, labels=row).loss.backward()
+    opt.set_anchor()
+    opt.step()
+    assert torch.equal(*ends) == tie
+    assert all(opt.state[p]["step"] == 1 and "anchor" in opt.state[p] for p in trained)
 
 
 # -- logging --------------------------------------------------------------------------------------
@@ -496,6 +551,10 @@ def test_logs_reach_everyone(tmp_path, caplog):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             stats = dgg.unwrap(optimizer).guidance_stats()
             opt_stats.append({k: None if v is None else v.item() for k, v in stats.items()})
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            # What a callback did with gradients here would do nothing: they are gone.
+            assert all(p.grad is None for p in model.parameters())
 
     trainer.add_callback(Watch())
     result = trainer.train()

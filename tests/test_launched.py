@@ -7,11 +7,17 @@
 - Anchors that come window by window give the same bits as anchors that are there.
 - GradScaler's verdict is read by the kernels, never by the host.
 - Uploads happen when something changed and are never overwritten before they are read.
+- A training needs few variants of kernels, the guide's warm-up has them all, and a cache that fails
+  for a moment costs no step.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
+import errno
+import pathlib
+import re
 
 import pytest
 import torch
@@ -343,6 +349,19 @@ def test_cut_separates_dtypes_and_covers_every_element():
     assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
 
 
+def test_cuts_that_are_kept_are_few():
+    """Gradients may change their dtype at every step."""
+    found = _device.Kernels(None, CPU, 2, (_dispatch.PARAM, _dispatch.NUMEL, _dispatch.DTYPES))
+    addresses = torch.zeros(2, dtype=torch.int64)
+    for turn in range(20):
+        table = torch.zeros(2, 14, dtype=torch.int64)
+        table[:, _dispatch.NUMEL] = 5
+        table[:, _dispatch.DTYPES] = turn % 7
+        found.begin(table, addresses, addresses[:0])
+        assert [launch.dtypes for launch in found.launches] == [turn % 7]
+        assert len(found._launches) <= 4
+
+
 def test_uploads_inside_a_capture(monkeypatch):
     uploads = _device.Uploads(CPU, capturable=True)
     target = uploads.send("grads", torch.tensor([1, 2]))
@@ -387,3 +406,103 @@ def test_the_engine_calls_native_launches_as_they_are_declared(rule, operators, 
     plain = Run(rule, "triton", **options).run(5)
     assert_equal(native, plain)
     assert_close(captured, plain)
+
+
+# Compilation
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """Collects what Triton would compile: kernel, and whatever it makes a new variant for."""
+    tl = pytest.importorskip("triton.language")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    run, found = interpreter.InterpretedFunction.run, set()
+
+    def kind(value):
+        # Sizes and numbers are not looked at (NUMBERS and TABLES of kernels/chunks.py).
+        return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+    def collect(self, *arguments, **options):
+        of = self.fn.__annotations__
+        key = [
+            str(value) if of.get(name) is tl.constexpr else kind(value)
+            for name, value in zip(self.arg_names, arguments, strict=True)
+        ]
+        found.add((self.fn.__name__, *key, options["num_warps"]))
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", collect)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize(
+    "rule,kind,most",
+    [
+        ("adamw", "step", 3),
+        ("adamw", "element", 2),
+        pytest.param("sgd", "step", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_needs_few_variants_and_the_guide_compiles_them_before(
+    rule, kind, most, variants, monkeypatch
+):
+    cls, options = RULES[rule]
+    options = {**options, **GUIDANCE[kind], "backend": "triton", "seed": 7}
+    page = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    names = {}
+    exec(code, names)
+    params = make_params([(7, 5), (40,)], F32)
+    before = [p.detach().clone() for p in params]
+    names["warm_up"](params, cls, **options)
+    assert all(map(torch.equal, params, before))
+    warmed = set(variants)
+    variants.clear()
+
+    optimizer = cls(params, **options)
+    for step in range(15):
+        if step and step % 7 == 0:
+            optimizer.set_anchor()
+        optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)  # a schedule
+        set_grads(params, torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert variants <= warmed
+    # Whether a step clips, injects or does both: one kernel of norms and one of coefficients.
+    counts = collections.Counter(name for name, *_ in variants)
+    assert counts.pop("norms_kernel") == counts.pop("coefficients_kernel") == 1
+    assert [*counts.values()] == [most]
+
+
+@pytest.mark.parametrize("failures", [2, 4])
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale"), ImportError("cannot stat")])
+def test_a_cache_that_fails_for_a_moment_is_tried_again(error, failures, monkeypatch):
+    chunks = pytest.importorskip("dgg.kernels.chunks")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    run, left = interpreter.InterpretedFunction.run, [failures]
+
+    def flaky(self, *arguments, **options):
+        if self.fn.__name__ == "adam_kernel" and left[0]:
+            left[0] -= 1
+            raise error
+        return run(self, *arguments, **options)
+
+    expected = Run("adamw", "triton").run(1, anchor_at=None)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", flaky)
+    monkeypatch.setattr(chunks, "PAUSES", (0.0, 0.0, 0.0))
+    run_again = Run("adamw", "triton")
+    before = [p.detach().clone() for p in run_again.params]
+    if failures > 3:
+        with (
+            pytest.warns(UserWarning, match="Trying again"),
+            pytest.raises(RuntimeError, match="adam_kernel.*TRITON_CACHE_DIR.*docs/sharding.md"),
+        ):
+            run_again.step()
+        assert all(map(torch.equal, run_again.params, before))
+    else:
+        with pytest.warns(UserWarning, match="Trying again") as heard:
+            run_again.step()
+        assert len(heard) == failures
+        assert_equal(run_again, expected)
+    assert not left[0]

@@ -3,6 +3,7 @@
 
 import ast
 import email
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -103,6 +105,21 @@ def test_import_is_cheap_beyond_torch(tmp_path):
     assert not heavy & set(modules.split()), "optional packages are imported where they are used"
 
 
+def test_everything_but_triton_works_without_triton(tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+        "import torch, dgg, dgg.kernels\n"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "opt = dgg.AdamW([p]); opt.set_anchor(); opt.step(); opt.step()\n"
+        "try: dgg.AdamW([p], backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(dgg.show_config())"
+    )
+    refused, *config = run_python(code, cwd=tmp_path).splitlines()
+    assert refused.startswith("backend='triton' cannot run") and "pip install triton" in refused
+    assert [line for line in config if "triton" in line and "pip install triton" in line]
+
+
 def test_no_standard_library_names():
     clashes = [relative(p) for p in PYTHON_SOURCES if p.stem in sys.stdlib_module_names]
     assert not clashes
@@ -180,28 +197,27 @@ def test_imports_go_down():
     assert not wrong, "\n".join(wrong)
 
 
-def test_wheel_without_a_compiler(tmp_path):
-    copy = tmp_path / "copy"
-    # A copy, so that nothing built earlier gets into the wheel, and nothing of it into the tree.
-    built = shutil.ignore_patterns("*.so", "_build_error.txt", "__pycache__")
+def copy_of_the_tree(folder):
+    """Returns a copy, so that nothing built earlier gets into a wheel, and nothing of it back."""
+    copy = folder / "copy"
+    built = shutil.ignore_patterns("*.so", "_build_error*.txt", "__pycache__")
     for name in ("dgg", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
+    return copy
+
+
+PIP_WHEEL = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
+
+
+def test_wheel_without_a_compiler(tmp_path):
+    copy = copy_of_the_tree(tmp_path)
     env = dict(os.environ, CC="/bin/false", CXX="/bin/false")
     env.pop("DGG_CPP", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-    ]
     done = subprocess.run(
-        [*command, "--wheel-dir", tmp_path, "."],
+        [sys.executable, *PIP_WHEEL, "--wheel-dir", tmp_path, "."],
         cwd=copy, env=env, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -221,3 +237,54 @@ def test_wheel_without_a_compiler(tmp_path):
     assert (fields["Name"], fields["License-Expression"]) == ("dgg", "BSD-3-Clause")
     required = [r for r in fields.get_all("Requires-Dist") if "extra ==" not in r]
     assert required == ["torch>=2.10"]
+
+
+def test_wheel_and_install_without_torch(tmp_path):
+    """Where there is neither torch nor a compiler, everything but `import dgg` works."""
+    bare, tools, nothing = (tmp_path / name for name in ("bare", "tools", "nothing"))
+    venv.create(bare, with_pip=False)
+    python = next(
+        path for path in (bare / "bin/python", bare / "Scripts/python.exe") if path.exists()
+    )
+    # What builds and installs, of all that is installed here.
+    tools.mkdir()
+    nothing.mkdir()
+    for name in ("pip", "setuptools"):
+        package = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in package.files if ".." not in file.parts}:
+            if part != "__pycache__":
+                (tools / part).symlink_to(package.locate_file(part))
+    env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    env |= {"PATH": str(nothing), "PYTHONPATH": str(tools), "DGG_CPP": "", "DGG_CUDA": ""}
+    copy = copy_of_the_tree(tmp_path)
+
+    def run(*arguments):
+        return subprocess.run(
+            [python, *map(str, arguments)],
+            cwd=copy, env=env, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    hooks = (
+        "import sys; from setuptools import build_meta; "
+        "assert 'torch' not in build_meta.get_requires_for_build_wheel(); "
+        f"build_meta.prepare_metadata_for_build_wheel({str(tmp_path)!r}); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = run("-c", hooks)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("dgg-*.dist-info/METADATA"))
+
+    done = run(*PIP_WHEEL, "--wheel-dir", tmp_path, ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("dgg-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read("dgg/_build_error.txt").decode()
+    assert "torch is not installed where the package was built" in reason
+    done = run("-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # -I: of what is installed there alone.
+    version = "import importlib.metadata as m; print(m.version('dgg'), m.requires('dgg')[0])"
+    done = run("-I", "-c", version)
+    assert done.stdout.split()[1] == "torch>=2.10", done.stderr
+    done = run("-I", "-c", "import dgg")
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'torch'"

@@ -476,6 +476,17 @@ def parameter_shrunk_in_its_own_memory(v):
     return v.opt.step
 
 
+@misuse(
+    ValueError,
+    r"anchor in the state of parameter 'b' is the parameter's own memory.*call set_anchor\(\)",
+    repair=lambda v: v.opt.state[v.params[1]].update(anchor=v.right),
+)
+def anchor_that_is_the_parameter(v):
+    v.right = v.opt.state[v.params[1]]["anchor"]
+    v.opt.state[v.params[1]]["anchor"] = v.params[1].data
+    return v.opt.step
+
+
 @misuse(ValueError, r"parameter 'b' overlaps itself in memory.*clone it first")
 def parameter_expanded(v):
     v.params[1].data = torch.ones(1).expand(5)

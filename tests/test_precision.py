@@ -5,14 +5,17 @@
 - Master weights follow a float32 training bit for bit; the parameters are their rounding; what
   somebody else writes into a parameter is taken up.
 - All of it survives a checkpoint, and contradictions are refused.
+- Steps in 16 bits with neither of the two say so, once.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import dgg
 from cases import BACKENDS, BF16, F16, F32, make_params, set_grads
@@ -246,3 +249,123 @@ def test_moments_of_another_dtype(backend):
     moments = [optimizer.state[p]["exp_avg"] for p in params]
     assert all(m.dtype == F32 for m in moments)
     assert _same([m.to(BF16) for m in moments], [plain.state[q]["exp_avg"] for q in twins])
+
+
+# What is lost without either
+
+
+LOST = "16-bit weights lose small updates"
+
+
+def _step_in_silence(optimizer, params, steps=1):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(steps):
+            _with_grads(params, step)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.SGD])
+def test_16_bits_alone_warn_once(cls, dtype):
+    params = [*make_params([(3,)], F32), *make_params([(5,), (2, 4)], dtype)]
+    optimizer = cls(list(zip(("norm", "up", "down"), params, strict=True)), lr=1e-3)
+    _with_grads(params, 0)
+    with pytest.warns(UserWarning, match=LOST) as heard:
+        optimizer.step()
+    (warning,) = heard
+    text = str(warning.message)
+    assert warning.filename == __file__
+    assert "parameter 'up' and 1 more are" in text and str(dtype) in text
+    assert "master_weights=True" in text
+    assert ("stochastic_rounding=True" in text) == (dtype == BF16)
+    # The bound that it names is the one.
+    bound = 1 / int(text.partition("smaller than 1/")[2].split()[0])
+    one = torch.ones((), dtype=dtype)
+    assert (one.float() - 0.99 * bound).to(dtype) == one
+    assert (one.float() - 1.01 * bound).to(dtype) != one
+
+    _step_in_silence(optimizer, params, 3)
+    optimizer.set_anchor()  # new tables
+    _step_in_silence(optimizer, params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    _step_in_silence(optimizer, params)
+    # A copy is another optimizer.
+    other = copy.deepcopy(optimizer)
+    _with_grads([p for g in other.param_groups for p in g["params"]], 0)
+    with pytest.warns(UserWarning, match=LOST):
+        other.step()
+
+
+def _kept(options, dtype=BF16):
+    params = make_params([(5,)], dtype)
+    return dgg.AdamW(params, **options), params
+
+
+def _frozen():
+    params = [*make_params([(5,)], BF16), *make_params([(5,)], F32)]
+    params[0].requires_grad_(False)
+    return dgg.AdamW(params), params[1:]
+
+
+def _foreign():
+    # What another optimizer does about it is its own affair.
+    params = make_params([(5,)], BF16)
+    optimizer = torch.optim.AdamW(params)
+    dgg.Guidance(optimizer).set_anchor()
+    return optimizer, params
+
+
+SILENT = {
+    "master weights": lambda: _kept({"master_weights": True}),
+    "master weights of float16": lambda: _kept({"master_weights": True}, F16),
+    "stochastic rounding": lambda: _kept({"stochastic_rounding": True}),
+    "float32": lambda: _kept({}, F32),
+    "float32 beside what is frozen": _frozen,
+    "dgg.Guidance": _foreign,
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_nothing_is_said_where_nothing_is_lost(case):
+    optimizer, params = SILENT[case]()
+    _step_in_silence(optimizer, params, 2)
+
+
+def test_16_bits_beside_what_is_rounded_stochastically_warn():
+    params = [*make_params([(5,)], BF16), *make_params([(5,)], F16)]
+    optimizer = dgg.AdamW(params, stochastic_rounding=True)
+    _with_grads(params, 0)
+    with pytest.warns(UserWarning, match=rf"{LOST}.*parameter 1 of group 0.*torch.float16"):
+        optimizer.step()
+
+
+def test_16_bits_that_join_later_warn_then():
+    optimizer, wide = _frozen()
+    _step_in_silence(optimizer, wide)
+    params = optimizer.param_groups[0]["params"]
+    params[0].requires_grad_(True)
+    _with_grads(params, 0)
+    with pytest.warns(UserWarning, match=LOST):
+        optimizer.step()
+
+
+def test_a_checkpoint_helpers_step_does_not_warn():
+    model = torch.nn.Linear(3, 2).to(BF16)
+    optimizer = dgg.AdamW(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="torch")
+        get_optimizer_state_dict(model, optimizer)
+    _with_grads(list(model.parameters()), 0)
+    with pytest.warns(UserWarning, match=LOST):
+        optimizer.step()
+
+
+def test_the_warning_can_be_silenced_by_its_beginning():
+    optimizer, params = _kept({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", LOST)
+        _with_grads(params, 0)
+        optimizer.step()

@@ -116,6 +116,18 @@ def test_goes_on_bit_for_bit_after_any_cut(kind, backend, way):
         same(params, opt, straight, expected)
 
 
+def test_copies_have_all_public_attributes():
+    """As torch asks of its own optimizers."""
+    params, opt = build("adamw", None)
+    for _ in range(2):
+        for other in (copy.deepcopy(opt), copy.copy(opt), pickle.loads(pickle.dumps(opt))):
+            mine, theirs = (
+                {name for name in vars(each) if not name.startswith("_")} for each in (opt, other)
+            )
+            assert mine == theirs
+        advance(params, opt, range(5))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchor_before_the_first_step_survives(kind, backend):
@@ -318,6 +330,23 @@ def test_anchor_owns_its_memory():
         assert torch.equal(opt.state[p]["anchor"], old)
     assert opt.guidance_stats()["distance"] == 0  # measured before the step, at the anchor
     set_grads(params, torch.Generator().manual_seed(0))
+    opt.step()
+    assert opt.guidance_stats()["distance"] > 0
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_a_boundary_replaces_an_anchor_that_is_the_weight_itself(master_weights):
+    (p,) = params = make_params([(5,)], BF16 if master_weights else F32)
+    opt = dgg.SGD(params, lr=0.5, alpha=1.0, master_weights=master_weights)
+    opt.set_anchor()
+    weight = opt.state[p]["master"] if master_weights else p.data
+    opt.state[p]["anchor"] = weight
+    set_grads(params, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="own memory"):
+        opt.step()
+    opt.set_anchor()
+    assert torch.equal(opt.state[p]["anchor"], weight)
+    opt.step()
     opt.step()
     assert opt.guidance_stats()["distance"] > 0
 

@@ -2,11 +2,13 @@
 """Triton's own way from a launch to a compiled kernel, with a driver that starts nothing.
 
 test_triton_code.py compiles what it has recorded; here Triton binds the arguments, looks into its
-cache and compiles as it does on an H100. A process of its own, without the interpreter.
+cache and compiles as it does on an H100. A process of its own, without the interpreter, whose
+cache fails once as on a network file system (triton#11512).
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -61,6 +63,16 @@ def main():
 
     driver = Driver()
     triton.runtime.driver.set_active(driver)
+    put, failed = triton.runtime.cache.FileCacheManager.put, []
+
+    def put_once_without_luck(self, *arguments, **options):
+        path = put(self, *arguments, **options)
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return path
+
+    triton.runtime.cache.FileCacheManager.put = put_once_without_luck
     from dgg.kernels import adam, guide, norms, sgd
 
     from dgg import kernels
@@ -112,7 +124,7 @@ def main():
         guide.guide_kernel, guide.draw_flags_kernel,
     )  # fmt: skip
     compiled = {f.__name__: len(next(iter(f.device_caches.values()))[0]) for f in functions}
-    print(json.dumps({"started": driver.started, "compiled": compiled}))
+    print(json.dumps({"started": driver.started, "compiled": compiled, "failed": failed}))
 
 
 @pytest.mark.slow  # six kernels are compiled
@@ -135,3 +147,4 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
     }  # fmt: skip
     for name in found["compiled"]:
         assert found["started"].count(name) == 4
+    assert len(found["failed"]) == 1 and "Trying again in 0.1 s" in done.stderr
