@@ -87,38 +87,57 @@ TABLES = ["table", "rows", "chunks", "starts", "partials", "counter", "grads", "
 PAUSES = (0.1, 1.0, 5.0)
 
 
-def kernel(function):
-    """Declares a kernel: compiled once per variant, not once per value or alignment.
+class Kernel:
+    """A kernel of Triton's whose launches survive a cache that fails for a moment.
 
     In a cache that several nodes share, files that Triton has just written may be gone or stale for
     a moment (triton#11512), and one rank that dies of it leaves the others waiting for it. Such an
     error comes before anything is launched, so the launch is tried again, a few times.
     """
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    declared = triton.jit(
-        function,
-        do_not_specialize=[name for name in names if name in NUMBERS],
-        do_not_specialize_on_alignment=[name for name in names if name in TABLES],
-    )
 
-    def run(*arguments, **options):
-        for pause in (*PAUSES, None):
+    def __init__(self, declared) -> None:
+        self.declared = declared
+
+    def __getitem__(self, grid):
+        """Returns the function that launches on a grid."""
+        # In place of Triton's own, which costs the host as much.
+        run = self.declared.run
+
+        def launch(*arguments, **options):
             try:
-                return type(declared).run(declared, *arguments, **options)
+                return run(*arguments, grid=grid, warmup=False, **options)
             # The latter of what is loaded as a Python module.
             except (OSError, ImportError) as error:
-                trouble = (
-                    f"Triton could not compile or load {function.__name__} ({error}). If its cache "
-                    "is on a disk that several nodes share, set TRITON_CACHE_DIR to a directory of "
-                    "this node's own (docs/sharding.md)"
-                )
-                if pause is None:
-                    raise RuntimeError(trouble) from error
-                warnings.warn(f"{trouble}. Trying again in {pause} s", stacklevel=2)
+                trouble = error
+            for pause in PAUSES:
+                warnings.warn(f"{self._says(trouble)}. Trying again in {pause} s", stacklevel=2)
                 time.sleep(pause)
+                try:
+                    return run(*arguments, grid=grid, warmup=False, **options)
+                except (OSError, ImportError) as error:
+                    trouble = error
+            raise RuntimeError(self._says(trouble)) from trouble
 
-    declared.run = run
-    return declared
+        return launch
+
+    def _says(self, trouble: Exception) -> str:
+        return (
+            f"Triton could not compile or load {self.declared.__name__} ({trouble}). If its cache "
+            "is on a disk that several nodes share, set TRITON_CACHE_DIR to a directory of this "
+            "node's own (docs/sharding.md)"
+        )
+
+
+def kernel(function) -> Kernel:
+    """Declares a kernel: compiled once per variant, not once per value or alignment."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return Kernel(
+        triton.jit(
+            function,
+            do_not_specialize=[name for name in names if name in NUMBERS],
+            do_not_specialize_on_alignment=[name for name in names if name in TABLES],
+        )
+    )
 
 
 def pack_of(*dtypes) -> int:

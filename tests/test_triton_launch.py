@@ -123,7 +123,10 @@ def main():
         norms.norms_kernel, norms.coefficients_kernel, adam.adam_kernel, sgd.sgd_kernel,
         guide.guide_kernel, guide.draw_flags_kernel,
     )  # fmt: skip
-    compiled = {f.__name__: len(next(iter(f.device_caches.values()))[0]) for f in functions}
+    compiled = {
+        f.declared.__name__: len(next(iter(f.declared.device_caches.values()))[0])
+        for f in functions
+    }
     print(json.dumps({"started": driver.started, "compiled": compiled, "failed": failed}))
 
 
