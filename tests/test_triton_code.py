@@ -138,6 +138,7 @@ MORE = [
     Launch("adam", "f32", ANCHOR | ELEMENTS),
     Launch("adam", "bf16", ANCHOR | ELEMENTS),
     Launch("adam", "mixed", 31, replay=True, device=True),
+    Launch("adam", "mixed", ANCHOR | LOOK_AHEAD | STATE, replay=True),
     Launch("adam", "master", ANCHOR | COPY | STOCHASTIC),
     Launch("sgd", "f32"),
     Launch("sgd", "bf16", ANCHOR | STATE),
