@@ -200,8 +200,9 @@ def launches(kernel, *choices):
 
 
 KERNELS = ["adam", "sgd", "guide", "norms"]
-# Which thread of two neighbours it is, for the sums at the end: ptxas keeps that one register in
-# local memory through the loops, where it prefers that to a little more than 128 registers.
+# ptxas keeps in local memory, written before the loops and read behind the first one, which thread
+# of two neighbours it is (Adam, for the sums at the end) and an address (SGD): it prefers that to a
+# few more than 128 and 96 registers.
 SPILLED = [
     ("sm_80", Launch("adam", "mixed", ANCHOR | ELEMENTS | LOOK_AHEAD | STATE)),
     ("sm_100", Launch("adam", "mixed", ANCHOR | LOOK_AHEAD, replay=True, device=True)),
