@@ -195,6 +195,13 @@ def adam_kernel(
 
         lanes = tl.zeros([BLOCK], T)
         for walk in tl.static_range(2):
+            if walk == 1:
+                # Read again, not kept through the first walk: for the registers that this frees.
+                # Without them a guided step with bfloat16 anchors would be spilled on sm_90.
+                param = tl.load(own + PARAM)
+                exp_avg_sq = tl.load(own + STATE + 1)
+                if HAS_ANCHOR:
+                    anchor = tl.load(own + ANCHOR)
             lanes = _adam_chunk(
                 lanes, own, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
                 first, whole, count, guided, reading, masked, amsgrad, threshold, draw_word, seed,
