@@ -3,7 +3,7 @@
 
 from dgg import metrics
 from dgg._dispatch import show_config
-from dgg.guidance import Guidance
+from dgg.foreign import Guidance
 from dgg.optim import SGD, Adam, AdamW, unwrap
 from dgg.replay import ReplayBuffer
 

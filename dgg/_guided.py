@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
 
 from dgg import (
+    _arguments,
+    _boundary,
     _device,
     _dispatch,
     _ranges,
@@ -85,7 +87,7 @@ class Guided(Loading):
                 f"and records no graph; use torch.optim.{name} to differentiate through a step"
             )
         self._capturable = bool(options.pop("capturable"))
-        self.process_group = guidance.check_process_group(options.pop("process_group"), options)
+        self.process_group = _arguments.check_process_group(options.pop("process_group"), options)
         self._share = _zero_redundancy.builder()
         if self._share is not None and (self.process_group is not None or self._capturable):
             raise ValueError(
@@ -95,15 +97,15 @@ class Guided(Loading):
         fused, foreach = options.pop("fused"), options.pop("foreach")
         self._transient()
         self._backend = options.pop("backend")
-        self._anchor_dtype = guidance.check_anchor_dtype(options.pop("anchor_dtype"))
-        self._anchor_device = guidance.check_anchor_device(options.pop("anchor_device"))
+        self._anchor_dtype = _arguments.check_anchor_dtype(options.pop("anchor_dtype"))
+        self._anchor_device = _arguments.check_anchor_device(options.pop("anchor_device"))
         if self._capturable and self._anchor_device is not None:
             raise ValueError(
                 f"capturable=True does not go with anchor_device={str(self._anchor_device)!r}: "
                 "anchors are brought to the device for draws that the host knows, those of a "
                 "captured step only the device knows; leave anchor_device None"
             )
-        self._state_dtype = guidance.check_state_dtype(options.pop("state_dtype"))
+        self._state_dtype = _arguments.check_state_dtype(options.pop("state_dtype"))
         self._stochastic = options.pop("stochastic_rounding")
         self._master = options.pop("master_weights")
         if not (fused or foreach) and (fused is False or foreach is False):
@@ -122,16 +124,16 @@ class Guided(Loading):
             )
         self._fused = bool(fused or foreach)
         self._guidance = {**options, "draw_index": 0, "task_index": 0}
-        guidance.check_options(self._guidance)
+        _arguments.check_options(self._guidance)
         # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
         # FSDP2's modules does), another one would keep what an engine exchanges alive.
         self._given, self._driver, self._own = [], None, None
         parent()
         self._whole, self._own = self.param_groups, _first(self.param_groups)
-        guidance.check_backend(self._backend, self.param_groups)
+        _arguments.check_backend(self._backend, self.param_groups)
         share = self._share
         every = self.param_groups if share is None else [{"params": share.params()}]
-        guidance.check_precision(self._stochastic, self._master, every)
+        _arguments.check_precision(self._stochastic, self._master, every)
         self._check_kernels(p for group in self.param_groups for p in group["params"])
         self.defaults.update(self._guidance)
         # torch.optim sets this with fused=True only; our step always honours both attributes.
@@ -213,16 +215,16 @@ class Guided(Loading):
         if isinstance(param_group, dict) and "anchored" in param_group:
             # A dict that was a group before, since torch.optim keeps the one it is given. What
             # belonged to that optimizer as a whole does not come along, nor is it changed there.
-            param_group = {k: v for k, v in param_group.items() if k not in guidance.WIDE}
+            param_group = {k: v for k, v in param_group.items() if k not in _arguments.WIDE}
         if isinstance(param_group, dict):
-            for name in guidance.WIDE:
+            for name in _arguments.WIDE:
                 if name in param_group and param_group[name] != wide[name]:
                     raise ValueError(
                         f"{name} is one setting for the whole optimizer ({wide[name]!r}); a group "
                         f"cannot have its own ({param_group[name]!r}). Per group: alpha, strength"
                     )
-            options = {n: param_group[n] for n in guidance.PER_GROUP if n in param_group}
-            guidance.check_options(options)
+            options = {n: param_group[n] for n in _arguments.PER_GROUP if n in param_group}
+            _arguments.check_options(options)
         before = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -231,7 +233,7 @@ class Guided(Loading):
             for place, param in enumerate(group["params"]):
                 names = group.get("param_names")
                 label = f"parameter {names[place]!r}" if names else f"parameter {place}"
-                guidance.check_param(param, f"{label} of group {before}")
+                _arguments.check_param(param, f"{label} of group {before}")
                 if id(param) in seen:
                     raise ValueError(
                         f"{label} of group {before} is in the group twice and would be updated by "
@@ -241,9 +243,9 @@ class Guided(Loading):
         except (TypeError, ValueError):
             del self.param_groups[before:]
             raise
-        for name in guidance.WIDE:
+        for name in _arguments.WIDE:
             group[name] = wide[name]
-        for name in guidance.PER_GROUP:
+        for name in _arguments.PER_GROUP:
             group.setdefault(name, self._guidance[name])
         group["anchored"] = 0
         self._given += map(id, group["params"])
@@ -543,9 +545,9 @@ class Guided(Loading):
             replay = replays[place] if replays else None
             if grad is None and replay is None:
                 continue
-            labels = labels or guidance.group_labels(self.param_groups)
+            labels = labels or _arguments.group_labels(self.param_groups)
             label = labels[place]
-            guidance.check_param(
+            _arguments.check_param(
                 param,
                 label,
                 stepped=True,
@@ -554,7 +556,7 @@ class Guided(Loading):
             _dispatch.choose_for(self._backend, param)
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
-                    guidance.check_gradient(given, param, label, kind)
+                    _arguments.check_gradient(given, param, label, kind)
             for name in (*self._needed(group_of[place]), "anchor", "master"):
                 value = self.state.get(param, {}).get(name)
                 if value is not None and value.shape != param.shape:
@@ -651,18 +653,18 @@ class Guided(Loading):
         narrow = [
             place
             for place, p in enumerate(params)
-            if p.dtype in guidance.NARROW
+            if p.dtype in _arguments.NARROW
             and (grads[place] is not None or (replays and replays[place] is not None))
             and not self._has_master(p)
             and not (self._stochastic and p.dtype == torch.bfloat16)
         ]
         if not narrow:
             return
-        label = guidance.group_labels(self.param_groups)[narrow[0]]
+        label = _arguments.group_labels(self.param_groups)[narrow[0]]
         more = f" and {len(narrow) - 1} more are" if len(narrow) > 1 else " is"
         dtype = params[narrow[0]].dtype
         rounding = " or stochastic_rounding=True (no memory)" if dtype == torch.bfloat16 else ""
-        guidance.warn_narrow(
+        _arguments.warn_narrow(
             f"{label}{more}",
             dtype,
             f"pass master_weights=True (a float32 copy){rounding}, or keep the weights in float32 "
@@ -741,10 +743,10 @@ class Guided(Loading):
         if task is not None:
             driver = self._driven_by()
             groups = self.param_groups if driver is None else driver.marked(self)
-            if not guidance.begins_task(task, groups, draws, given=tensors is not None):
+            if not _boundary.begins_task(task, groups, draws, given=tensors is not None):
                 return
         elif tensors is None:
-            guidance.refuse_resumed(self.param_groups, draws, self._engine.resumed)
+            _boundary.refuse_resumed(self.param_groups, draws, self._engine.resumed)
         self._place_anchor(tensors, model=model, task=task)
         self._engine.named = task
 
@@ -775,8 +777,8 @@ class Guided(Loading):
             others = sharding.peers(params, self.process_group)
         else:
             others = self._share.peers()
-        with sharding.on_all_or_none(others, guidance.settings_of(self.param_groups)):
-            plan = guidance.plan_anchors(
+        with sharding.on_all_or_none(others, _arguments.settings_of(self.param_groups)):
+            plan = _boundary.plan_anchors(
                 self.param_groups,
                 {
                     p: entry.get("anchor")
@@ -805,7 +807,7 @@ class Guided(Loading):
         self._awaits_load, self._rows = False, None
 
     def _has_master(self, param: Tensor) -> bool:
-        return self._master and param.dtype in guidance.NARROW
+        return self._master and param.dtype in _arguments.NARROW
 
     def _stepped(self, param: Tensor) -> Tensor:
         """Returns what a step updates for ``param``: its master weight, or the parameter."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgg import _fsdp1, anchor, checkpoint, guidance, sharding
+from dgg import _arguments, _boundary, _fsdp1, anchor, checkpoint, sharding
 
 # What ranks say to each other begins with it.
 _ROOM = "dgg: room for a state dict"
@@ -49,7 +49,7 @@ class Loading:
         anchors = self._checked_anchors(state_dict)
         before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
         if before[0] <= 1:
-            guidance.refuse_earlier(self._engine.named, state_dict["param_groups"])
+            _boundary.refuse_earlier(self._engine.named, state_dict["param_groups"])
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
         ours = [
             {name: group[name] for name in (*self._guidance, "anchored")}
@@ -215,8 +215,8 @@ class Loading:
                 present += 1
                 filled += value.numel() > 0
             check = {name: saved[name] for name in self._guidance if name in saved}
-            guidance.check_agreement(number, check, saved_groups[0])
-            guidance.check_options(check)
+            _arguments.check_agreement(number, check, saved_groups[0])
+            _arguments.check_options(check)
             missing = saved.get("anchored", 0) - self._others(number) - present
             if missing > 0:
                 raise RuntimeError(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgg import _dispatch, guidance, optim
+from dgg import _arguments, _dispatch, optim
 
 try:
     from transformers import TrainerCallback
@@ -94,7 +94,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.alpha = _checked_alpha(alpha)
         if task is not None:
-            guidance.check_options({"task_index": task})
+            _arguments.check_options({"task_index": task})
         if anchor is not None and not isinstance(anchor, (Mapping, str, os.PathLike)):
             raise TypeError(
                 f"anchor= must be named tensors or the path of a safetensors file or directory, "
@@ -266,7 +266,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
         dead = [
             self._names.get(p) or label
-            for p, label in zip(held, guidance.group_labels(opt.param_groups), strict=True)
+            for p, label in zip(held, _arguments.group_labels(opt.param_groups), strict=True)
             if id(p) not in present
         ]
         if missing or dead:
@@ -456,10 +456,10 @@ def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
     elif isinstance(alpha, Sequence) and not isinstance(alpha, str):
         checked = values = list(alpha)
     else:
-        guidance.check_options({"alpha": alpha})
+        _arguments.check_options({"alpha": alpha})
         return float(alpha)
     for value in values:
-        guidance.check_options({"alpha": value})
+        _arguments.check_options({"alpha": value})
     if isinstance(checked, dict):
         return {task: float(value) for task, value in checked.items()}
     return [float(value) for value in checked]

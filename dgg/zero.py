@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, _ranges, anchor, guidance, reference, sharding
+from dgg import _arguments, _dispatch, _ranges, anchor, guidance, reference, sharding
 
 
 class Member(NamedTuple):
@@ -171,8 +171,8 @@ class Zero:
         self._take_up(optimizer, holder)
         self._drop_orphans(optimizer)
         dtype = _dtype(holder)
-        if dtype in guidance.NARROW:
-            guidance.warn_narrow(
+        if dtype in _arguments.NARROW:
+            _arguments.warn_narrow(
                 "DeepSpeed's master weights are",
                 dtype,
                 "leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its "
@@ -512,7 +512,7 @@ class Zero:
         self._take_up(optimizer, self.holder)
         groups = optimizer._whole
         others = [self.holder.dp_process_group]
-        with sharding.on_all_or_none(others, guidance.settings_of(groups)):
+        with sharding.on_all_or_none(others, _arguments.settings_of(groups)):
             plan = self._plan(optimizer, tensors, model)
         for partition, sources, target in plan:
             # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
@@ -777,7 +777,7 @@ def _refuse(optimizer, holder) -> None:
         "capturable=True": optimizer._capturable,
         "stochastic_rounding=True": optimizer._stochastic,
         "process_group=": optimizer.process_group is not None,
-        "master_weights=True": optimizer._master and _dtype(holder) in guidance.NARROW,
+        "master_weights=True": optimizer._master and _dtype(holder) in _arguments.NARROW,
     }
     whys = {
         "capturable=True": "DeepSpeed calls the step piece by piece, no graph captures it",

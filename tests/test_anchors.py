@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dgg
-from dgg import anchor, guidance
+from dgg import _boundary, anchor
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("safetensors")
@@ -484,9 +484,9 @@ def test_which_task_begins(task, state, given, expected):
     present, anchored, steps = state
     if isinstance(expected, str):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=expected):
-            guidance.begins_task(task, groups(present, anchored), steps, given=given)
+            _boundary.begins_task(task, groups(present, anchored), steps, given=given)
     else:
-        found = guidance.begins_task(task, groups(present, anchored), steps, given=given)
+        found = _boundary.begins_task(task, groups(present, anchored), steps, given=given)
         assert found is expected
 
 

@@ -222,7 +222,7 @@ def adamw(run, monkeypatch, tmp_path):
     assert opt.param_groups[0]["task_index"] == 3
 
 
-@stand_in("dgg/guidance.py Guidance")
+@stand_in("dgg/foreign.py Guidance")
 def guidance(run, monkeypatch, tmp_path):
     model = torch.nn.Linear(4, 4, bias=False)  # Muon takes matrices only
     _, (first_task, second_task, _) = model_and_batches()

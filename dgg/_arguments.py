@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What optimizers are given, checked before anything is changed: options, parameters, gradients."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dgg import _dispatch, _fsdp1, anchor, sharding
+
+# Options of the whole optimizer; they stand in every group, because what stands there survives
+# every kind of checkpoint, and must agree.
+WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
+        "draw_index", "task_index")  # fmt: skip
+# Options of a group, schedulable.
+PER_GROUP = ("alpha", "strength")
+# Weights whose spacing is so wide that small updates are lost.
+NARROW = (torch.bfloat16, torch.float16)
+_CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Checks the values of guidance options.
+
+    Args:
+        options: Values of any of WIDE and PER_GROUP.
+
+    Raises:
+        TypeError: A value of the wrong type.
+        ValueError: A value out of range; the message names option, value and remedy.
+    """
+    for name, choices in _CHOICES.items():
+        if name in options and options[name] not in choices:
+            raise ValueError(f"{name}={options[name]!r} is not one of {choices}")
+    if "scaling" in options and not isinstance(options["scaling"], bool):
+        raise TypeError(f"scaling={options['scaling']!r} must be True or False")
+    _check_number(options, "alpha", low=0.0, high=1.0, why="it is a probability")
+    _check_number(options, "strength", low=0.0, why="a negative one would push off the anchor")
+    _check_number(options, "replay_weight", low=0.0, why="it weighs the replay gradient")
+    if options.get("max_grad_norm") is not None:
+        _check_number(
+            options, "max_grad_norm", low=0.0, above=True, why="pass None for no clipping"
+        )
+    for name, limit in (("seed", 1 << 64), ("draw_index", None), ("task_index", None)):
+        if name not in options:
+            continue
+        value = options[name]
+        if name == "draw_index" and isinstance(value, Tensor) and value.dtype == torch.int64:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an int")
+        if value < 0 or (limit is not None and value >= limit):
+            raise ValueError(f"{name}={value} must lie in [0, {'2**64' if limit else 'inf'})")
+
+
+def _check_number(options, name, *, low, high=math.inf, above=False, why) -> None:
+    if name not in options:
+        return
+    value = options[name]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        if value.device.type != "cpu":
+            return  # reading it would wait for the device
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}={value!r} must be a number, not {type(value).__name__}; pass a Python float "
+            "or int"
+        )
+    inside = low < value if above else low <= value
+    if not (inside and value <= high and math.isfinite(value)):
+        bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+        raise ValueError(f"{name}={value} must lie in {bounds}: {why}")
+
+
+def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a group has another optimizer-wide option than the first group."""
+    for name in WIDE:
+        if name not in group or name not in first or group[name] is first[name]:
+            continue
+        if isinstance(group[name], Tensor) or isinstance(first[name], Tensor):
+            # The draw index of captured steps: one tensor for all groups, made so when loaded.
+            continue
+        if group[name] != first[name]:
+            raise ValueError(
+                f"{name} is one setting for the whole optimizer, but group 0 has "
+                f"{first[name]!r} and group {number} has {group[name]!r}; set it in all groups"
+            )
+
+
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the optimizer-wide options as plain values, by which ranks can be compared."""
+    first = {name: groups[0][name] for name in WIDE}
+    return {name: x.item() if isinstance(x, Tensor) else x for name, x in first.items()}
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    # What lies on an accelerator is not read, only told apart.
+    return value.item() if value.device.type == "cpu" else id(value)
+
+
+class Options:
+    """The options in force at one step, read from the groups and checked when they change."""
+
+    def __init__(self) -> None:
+        self._checked: Any = None
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Returns the first group as the source of the optimizer-wide options.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
+        """
+        first = groups[0]
+        # draw_index moves every step and is written by us alone. Tensors are compared by value:
+        # a schedule may write into one.
+        present = [
+            tuple([_plain(g[name]) for name in (*WIDE, *PER_GROUP) if name != "draw_index"])
+            for g in groups
+        ]
+        if present != self._checked:
+            for number, group in enumerate(groups):
+                check_agreement(number, group, first)
+                check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
+            self._checked = present
+        return first
+
+
+def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises unless ``backend`` (None: the fastest) can run where the parameters are.
+
+    Raises:
+        RuntimeError: It cannot; the message says how to get it.
+        ValueError: No such backend.
+    """
+    devices = dict.fromkeys(p.device for group in groups for p in group["params"])
+    for device in devices or (torch.device("cpu"),):
+        if device.type != "meta":
+            _dispatch.choose(backend, device)
+        elif backend is not None and backend not in _dispatch.BACKENDS:
+            raise ValueError(
+                f"unknown backend {backend!r}; choose one of {_dispatch.BACKENDS} or None"
+            )
+
+
+def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``dtype`` if an anchor can be stored in it.
+
+    Raises:
+        TypeError: It is not one of the floating dtypes of the kernels.
+    """
+    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"anchor_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
+            "None (the parameter's dtype)"
+        )
+    return dtype
+
+
+def check_state_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``dtype`` if moments can be stored in it.
+
+    Raises:
+        TypeError: It is not one of the floating dtypes of the kernels.
+    """
+    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"state_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
+            "None (the parameter's dtype)"
+        )
+    return dtype
+
+
+def check_precision(
+    stochastic_rounding: bool, master_weights: bool, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Checks the options for parameters of 16 bits against the parameters.
+
+    Raises:
+        TypeError: One of them is no bool.
+        ValueError: Both are given, or no parameter is of a dtype they are for.
+    """
+    options = {"stochastic_rounding": stochastic_rounding, "master_weights": master_weights}
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
+    if stochastic_rounding and master_weights:
+        raise ValueError(
+            "stochastic_rounding and master_weights both keep small updates from being lost; "
+            "choose one (a master weight leaves nothing to round)"
+        )
+    dtypes = {p.dtype for group in groups for p in group["params"]}
+    if stochastic_rounding and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "stochastic_rounding=True is for bfloat16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
+    if master_weights and dtypes.isdisjoint(NARROW):
+        raise ValueError(
+            "master_weights=True is for bfloat16 and float16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
+
+
+def warn_narrow(what: str, dtype: torch.dtype, remedy: str, *, stacklevel: int) -> None:
+    """Warns that steps in 16 bits lose small updates.
+
+    Args:
+        what: Subject and verb of what is stepped so.
+        dtype: Its dtype.
+        remedy: What to do instead.
+        stacklevel: As in `warnings.warn`, counted from here.
+    """
+    # Half of the spacing below a power of two, where it is finest against the weight.
+    bound = round(4 / torch.finfo(dtype).eps)
+    warnings.warn(
+        f"16-bit weights lose small updates: {what} stepped in {dtype}, and whatever is smaller "
+        f"than 1/{bound} of a weight is rounded away; {remedy}. If it is meant to be so: "
+        "warnings.filterwarnings('ignore', '16-bit weights')",
+        stacklevel=stacklevel,
+    )
+
+
+def check_anchor_device(device: torch.device | str | None) -> torch.device | None:
+    """Returns ``device`` as a torch.device if an anchor can be stored there, or None.
+
+    Raises:
+        TypeError: It is not a device at all.
+        ValueError: There is no such device here, or it holds no values.
+    """
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f"anchor_device={device!r} must be a torch.device or its name; use 'cpu' or None (the "
+            "parameter's device)"
+        )
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"anchor_device={str(device)!r} cannot hold an anchor here "
+            f"({str(error).splitlines()[0]}); use 'cpu' or None (the parameter's device)"
+        ) from None
+    return found
+
+
+def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
+    """Returns the group over whose ranks plain parameters are partitioned, or None.
+
+    Raises:
+        TypeError: It is no process group.
+        ValueError: An option needs to know where a partition's elements belong.
+    """
+    if process_group is None:
+        return None
+    if not (torch.distributed.is_available() and hasattr(process_group, "rank")):
+        raise TypeError(
+            f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None if "
+            "every rank has whole parameters"
+        )
+    if options.get("granularity") == "element" or options.get("norm_scope") == "tensor":
+        raise ValueError(
+            "process_group= says that each rank has a flat partition, of which nobody knows where "
+            "tensors begin; use norm_scope='global' and granularity='step' or 'tensor'"
+        )
+    return process_group
+
+
+def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns how errors call each parameter: its name, or its place and shape."""
+    labels = []
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        for place, param in enumerate(group["params"]):
+            if names:
+                labels.append(f"parameter {names[place]!r}")
+            else:
+                shape = tuple(param.shape)
+                labels.append(f"parameter {place} of group {number} (shape {shape})")
+    return labels
+
+
+def check_param(
+    param: Tensor, label: str, *, stepped: bool = False, elements: bool = False
+) -> None:
+    """Checks that a parameter (trainable, or about to be stepped) is one the kernels can take."""
+    if not stepped and not param.requires_grad:
+        return
+    _fsdp1.check(param, label)
+    if sharding.is_dtensor(param):
+        sharding.check(param, label, elements=elements)
+    if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
+            "float16, float64 (and complex) parameters: freeze it or convert it"
+        )
+    if stepped and (param.device.type == "meta" or isinstance(sharding.local(param), FakeTensor)):
+        where = "on the meta device" if param.device.type == "meta" else "a FakeTensor"
+        raise ValueError(
+            f"{label} is {where} and holds no values; materialise the model (to_empty and load the "
+            "weights), which gives it new parameters, and make the optimizer afterwards"
+        )
+    if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(
+            f"{label} overlaps itself in memory (an expanded tensor) and cannot be updated in "
+            "place; clone it first"
+        )
+
+
+def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:
+    """Checks that a gradient is one the kernels can take.
+
+    Raises:
+        TypeError: Sparse, or of a dtype that is not floating; names the parameter.
+        ValueError: Of another shape than the parameter.
+    """
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the {kind} of {label} is {grad.layout}; dgg needs dense gradients: build the module "
+            "with sparse=False, or give that parameter to torch.optim.SparseAdam"
+        )
+    if sharding.keeps_values_elsewhere(grad) and not sharding.keeps_values_elsewhere(param):
+        raise TypeError(
+            f"the {kind} of {label} is a {type(sharding.local(grad)).__name__}, which keeps its "
+            "values in other tensors; make it a plain tensor before the step"
+        )
+    if not sharding.all_equal_dtensors(grad, param):
+        raise ValueError(
+            f"the {kind} of {label} is not sharded as the parameter is "
+            f"({getattr(grad, 'placements', 'a plain tensor')} for "
+            f"{getattr(param, 'placements', 'a plain tensor')}); redistribute it before the step"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the {kind} of {label} has shape {tuple(grad.shape)}, the parameter has "
+            f"{tuple(param.shape)}; somebody exchanged its data: compute it anew"
+        )
+    if grad.is_complex() != param.is_complex() or grad.dtype.to_real() not in anchor.FLOAT_DTYPES:
+        raise TypeError(
+            f"the {kind} of {label} is {grad.dtype} for a parameter of {param.dtype}; use float32, "
+            "bfloat16, float16 or float64 gradients"
+        )
