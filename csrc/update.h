@@ -86,7 +86,8 @@ struct Narrow {
 
 template <typename T>
 struct Narrow<bfloat16, T> {
-  // Round to nearest even. NaN is set apart: rounding could carry its payload into the exponent.
+  // Round to nearest even. NaN is cut off instead: rounding could carry its payload into the
+  // exponent. Arithmetic only makes quiet ones, whose first bit of the payload stays.
   DGG_HOST_DEVICE static bfloat16 from(T value) {
     const float x = static_cast<float>(value);
 #if defined(__CUDA_ARCH__)
@@ -96,9 +97,8 @@ struct Narrow<bfloat16, T> {
     return near;
 #else
     const uint32_t bits = bits_from_float(x);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u;
-    return {static_cast<uint16_t>(x != x ? quiet : rounded)};
+    const uint32_t half = 0x7FFFu + ((bits >> 16) & 1u);
+    return {static_cast<uint16_t>((bits + (x != x ? 0u : half)) >> 16)};
 #endif
   }
 };
