@@ -516,6 +516,7 @@ def rehearsed(tmp_path_factory):
     return json.loads(path.read_text()), printed, path
 
 
+@pytest.mark.slow
 def test_gpu_command_rehearsed(rehearsed):
     results, printed, path = rehearsed
     assert results["rehearsal"] and list(results["stages"]) == STAGES.split(",")
@@ -528,6 +529,7 @@ def test_gpu_command_rehearsed(rehearsed):
     assert "PytestUnknownMarkWarning" not in printed
 
 
+@pytest.mark.slow
 def test_training_step_on_a_cpu(rehearsed):
     results, printed = rehearsed[0]["training"], rehearsed[1]
     assert [case["case"] for case in results["cases"]] == ["lora2", "full-2-layers"]

@@ -610,7 +610,7 @@ def test_norms_overflow_to_infinity_and_keep_nan():
         ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], False),
         ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], True),
         ([16 * 17, 16 * 20 + 1], False),
-        ([16 * 130], False),
+        pytest.param([16 * 130], False, marks=pytest.mark.slow),
         ([40, 5] + [0] * 1030 + [33], False),
     ],
     ids=["few chunks a row", "summed apart", "many", "very many", "most rows empty"],
