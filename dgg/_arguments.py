@@ -151,30 +151,16 @@ def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> N
             )
 
 
-def check_anchor_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns ``dtype`` if an anchor can be stored in it.
+def check_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns ``dtype`` if what the option ``name`` is about can be stored in it.
 
     Raises:
         TypeError: It is not one of the floating dtypes of the kernels.
     """
     if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
         raise TypeError(
-            f"anchor_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
-            "None (the parameter's dtype)"
-        )
-    return dtype
-
-
-def check_state_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns ``dtype`` if moments can be stored in it.
-
-    Raises:
-        TypeError: It is not one of the floating dtypes of the kernels.
-    """
-    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
-        raise TypeError(
-            f"state_dtype={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or "
-            "None (the parameter's dtype)"
+            f"{name}={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or None (the "
+            "parameter's dtype)"
         )
     return dtype
 

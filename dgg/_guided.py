@@ -97,7 +97,7 @@ class Guided(Loading):
         fused, foreach = options.pop("fused"), options.pop("foreach")
         self._transient()
         self._backend = options.pop("backend")
-        self._anchor_dtype = _arguments.check_anchor_dtype(options.pop("anchor_dtype"))
+        self._anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
         self._anchor_device = _arguments.check_anchor_device(options.pop("anchor_device"))
         if self._capturable and self._anchor_device is not None:
             raise ValueError(
@@ -105,7 +105,7 @@ class Guided(Loading):
                 "anchors are brought to the device for draws that the host knows, those of a "
                 "captured step only the device knows; leave anchor_device None"
             )
-        self._state_dtype = _arguments.check_state_dtype(options.pop("state_dtype"))
+        self._state_dtype = _arguments.check_dtype("state_dtype", options.pop("state_dtype"))
         self._stochastic = options.pop("stochastic_rounding")
         self._master = options.pop("master_weights")
         if not (fused or foreach) and (fused is False or foreach is False):

@@ -90,7 +90,7 @@ class Guidance:
             )
         _arguments.check_backend(backend, optimizer.param_groups)
         self._backend = backend
-        self._anchor_dtype = _arguments.check_anchor_dtype(anchor_dtype)
+        self._anchor_dtype = _arguments.check_dtype("anchor_dtype", anchor_dtype)
         self._anchor_device = _arguments.check_anchor_device(anchor_device)
         self._options = {
             "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
