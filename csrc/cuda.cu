@@ -130,8 +130,8 @@ class Arguments {
 };
 
 struct Table {
-  const Tensor &table, &rows, &chunks, &starts, &counter, &grads, &replays;
-  const Tensor* partials;  // null: not needed
+  const Tensor &table, &rows, &chunks, &grads, &replays;
+  const Tensor *starts, *partials, *counters;  // null: not needed
 };
 
 int64_t rows_of(const char* op, const Tensor& table) {
@@ -143,17 +143,16 @@ int64_t rows_of(const char* op, const Tensor& table) {
 Launch make_launch(const char* op, const Arguments& arguments, const Table& t, int64_t dtypes,
                    double replay_weight) {
   const int64_t n = rows_of(op, t.table), count = t.rows.numel(), chunks = t.chunks.numel() / 2;
-  const int64_t launched = chunks > 0 ? chunks : 1;
   STD_TORCH_CHECK((static_cast<uint64_t>(dtypes) & 0xFCFCFCFCFCFCFCFCu) == 0, "dgg::", op,
                   ": dtypes has an unknown dtype code");
-  STD_TORCH_CHECK(launched <= INT32_MAX, "dgg::", op, ": ", chunks,
-                  " chunks are more than one launch can have");
+  STD_TORCH_CHECK(chunks >= count && chunks <= INT32_MAX, "dgg::", op, ": ", chunks, " chunks for ",
+                  count, " rows; a launch has at least one for each, up to ", INT32_MAX);
   return {arguments.data<const int64_t>("table", t.table, n * kColumns),
           arguments.data<const int32_t>("rows", t.rows, count),
           arguments.data<const int32_t>("chunks", t.chunks, 2 * chunks),
-          arguments.data<const int32_t>("starts", t.starts, count + 1),
-          t.partials ? arguments.data<double>("partials", *t.partials, 3 * launched) : nullptr,
-          arguments.data<int32_t>("counter", t.counter, 1),
+          t.starts ? arguments.data<const int32_t>("starts", *t.starts, count + 1) : nullptr,
+          t.partials ? arguments.data<double>("partials", *t.partials, 3 * chunks) : nullptr,
+          t.counters ? arguments.data<int32_t>("counters", *t.counters, count) : nullptr,
           arguments.data<const int64_t>("grads", t.grads, n),
           t.replays.numel() ? arguments.data<const int64_t>("replays", t.replays, n) : nullptr,
           chunks,
@@ -163,7 +162,7 @@ Launch make_launch(const char* op, const Arguments& arguments, const Table& t, i
 }
 
 void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
-                  const Tensor& starts, const Tensor& partials, const Tensor& counter,
+                  const Tensor& starts, const Tensor& partials, const Tensor& counters,
                   const Tensor& grads, const Tensor& replays, const Tensor& distances,
                   const Tensor& squares, const OptionalTensor& gate,
                   const OptionalTensor& grad_scale, int64_t dtypes, double replay_weight,
@@ -171,8 +170,8 @@ void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
   const char* const op = "norms_launch";
   const Arguments a(op, table);
   const Launch launch =
-      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
-                  replay_weight);
+      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
   const int64_t n = table.size(0);
   const NormArguments arguments{launch,
                                 a.data<double>("distances", distances, n),
@@ -220,7 +219,7 @@ void update_launch(const char* op, cudaError_t (*run)(const UpdateArguments&, cu
 }
 
 void adam_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
-                 const Tensor& starts, const Tensor& partials, const Tensor& counter,
+                 const Tensor& starts, const Tensor& partials, const Tensor& counters,
                  const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
                  const Tensor& flags, const Tensor& hyper, const Tensor& distances,
                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
@@ -229,14 +228,14 @@ void adam_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
   const char* const op = "adam_launch_";
   const Arguments a(op, table);
   const Launch launch =
-      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
-                  replay_weight);
+      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
   update_launch(op, launch_adam, kAdamHypers, a, launch, table.size(0), coefficients, flags, hyper,
                 &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
 }
 
 void sgd_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks, const Tensor& starts,
-                const Tensor& partials, const Tensor& counter, const Tensor& grads,
+                const Tensor& partials, const Tensor& counters, const Tensor& grads,
                 const Tensor& replays, const Tensor& coefficients, const Tensor& flags,
                 const Tensor& hyper, const Tensor& distances, const OptionalTensor& grad_scale,
                 const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
@@ -244,22 +243,21 @@ void sgd_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks, c
   const char* const op = "sgd_launch_";
   const Arguments a(op, table);
   const Launch launch =
-      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, &partials}, dtypes,
-                  replay_weight);
+      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
   update_launch(op, launch_sgd, kSgdHypers, a, launch, table.size(0), coefficients, flags, hyper,
                 &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
 }
 
 void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
-                  const Tensor& starts, const Tensor& counter, const Tensor& grads,
-                  const Tensor& replays, const Tensor& coefficients, const Tensor& flags,
-                  const Tensor& hyper, const OptionalTensor& grad_scale,
+                  const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
+                  const Tensor& flags, const Tensor& hyper, const OptionalTensor& grad_scale,
                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
                   double replay_weight, int64_t seed, int64_t draw, int64_t variant) {
   const char* const op = "guide_launch_";
   const Arguments a(op, table);
   const Launch launch =
-      make_launch(op, a, {table, rows, chunks, starts, counter, grads, replays, nullptr}, dtypes,
+      make_launch(op, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr}, dtypes,
                   replay_weight);
   // The other bits are for updates.
   const int64_t known = variant & (kAnchorBit | kElementsBit);

@@ -161,23 +161,22 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
   using T = typename K::T;
   using G = typename K::G;
   __shared__ NormRow row;
+  __shared__ RowEnd end;
   const uint64_t dtypes = a.launch.dtypes;
   if (threadIdx.x == 0) {
-    row.parts = 0;
-    if (a.launch.chunk_count > 0) {
-      const ChunkView chunk(a.launch);
-      const RowView view(a.launch, chunk.row);
-      const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
-      row.parts = Wanted(a, view, chunk.row).parts;
-      row.count = chunk.count;
-      row.grad = chunk.at(view.grad, dtypes, kSlotGrad);
-      row.replay = chunk.at(view.replay, dtypes, kSlotReplay);
-      row.param = chunk.at(param, dtypes, kSlotParam);
-      row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
-      row.aligned_grad = is_aligned(view.grad);
-      row.aligned_total = is_aligned(view.grad | view.replay);
-      row.aligned_distance = is_aligned(param | anchor);
-    }
+    end.load(a.launch);
+    const ChunkView chunk(a.launch);
+    const RowView view(a.launch, chunk.row);
+    const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
+    row.parts = Wanted(a, view, chunk.row).parts;
+    row.count = chunk.count;
+    row.grad = chunk.at(view.grad, dtypes, kSlotGrad);
+    row.replay = chunk.at(view.replay, dtypes, kSlotReplay);
+    row.param = chunk.at(param, dtypes, kSlotParam);
+    row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
+    row.aligned_grad = is_aligned(view.grad);
+    row.aligned_total = is_aligned(view.grad | view.replay);
+    row.aligned_distance = is_aligned(param | anchor);
   }
   __syncthreads();
   const auto keep = [&](int part, double sum) {
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
       keep(2, sum_of_block(body.lanes));
     }
   }
-  if (is_last_block(a.launch.counter)) finish_rows<3>(a.launch, FinishNorms{a});
+  if (end.reach(a.launch)) finish_row<3>(a.launch, end, FinishNorms{a});
 }
 
 template <typename K>
@@ -240,7 +239,7 @@ cudaError_t launch_norms_of(const NormArguments&, cudaStream_t, Kinds<>) {
 template <typename K, typename... Others>
 cudaError_t launch_norms_of(const NormArguments& a, cudaStream_t stream, Kinds<K, Others...>) {
   if (!suits<K>(a)) return launch_norms_of(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((norms_kernel<K>), a.launch.blocks(), stream, a);
+  DGG_LAUNCH((norms_kernel<K>), a.launch.chunk_count, stream, a);
   return cudaGetLastError();
 }
 

@@ -4,8 +4,8 @@
 // block per chunk of kChunk elements. A block reads its row's addresses and scalars, then walks the
 // chunk: groups in which every thread has kElements neighbours are read and written with 128-bit
 // accesses, several at once; what is left, and rows that are not aligned, element by element, with
-// the same arithmetic (update.h). The block that finishes last writes what belongs to whole rows:
-// norms, distances, step counts.
+// the same arithmetic (update.h). The last block of a row to finish writes what belongs to all of
+// it: norms, distances, step counts.
 //
 // Sums do not depend on scheduling, alignment, dtype combination or kernel: a chunk has kLanes
 // lanes of four neighbouring elements each, summed in order, and everything beyond is summed in
@@ -37,11 +37,8 @@
 namespace dgg {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kChunk = 8192;
 constexpr int kLanes = 2 * kThreads;
-// Rows of up to this many chunks are finished by one thread, others by a warp.
-constexpr int kFewChunks = 32;
 
 enum Variant : int {
   kAnchorBit = 1,
@@ -60,16 +57,13 @@ struct Launch {
   const int32_t* chunks;
   const int32_t* starts;
   double* partials;
-  int32_t* counter;
+  int32_t* counters;
   const int64_t* grads;
   const int64_t* replays;  // null: no replay gradients at all
   int64_t chunk_count;
   int64_t row_count;
   uint64_t dtypes;
   double replay_weight;
-
-  // All rows may be empty, and their step counts still have to move.
-  int64_t blocks() const { return chunk_count > 0 ? chunk_count : 1; }
 };
 
 struct NormArguments {
@@ -468,21 +462,6 @@ DGG_DEVICE int second_lane(int group, int j, int i) {
 
 // The end of a launch.
 
-// Returns, in every thread, whether this block is the last to come here.
-DGG_DEVICE bool is_last_block(int32_t* counter) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1) == static_cast<int32_t>(gridDim.x - 1);
-    if (last) {
-      __threadfence();
-      *counter = 0;
-    }
-  }
-  __syncthreads();
-  return last;
-}
-
 // Sum of a row's partials begin, begin + stride ... before end.
 DGG_DEVICE double sum_partials(const double* partials, int begin, int end, int stride) {
   constexpr int kAtOnce = 8;
@@ -501,63 +480,59 @@ DGG_DEVICE double sum_partials(const double* partials, int begin, int end, int s
   return sum;
 }
 
-// Calls finish.store(row, sums) for every row of the launch, by one thread, with the sums of the
-// partials that finish.parts(row) names in its bits. How a row is summed depends on its number of
-// chunks alone.
+// The row of a block among those of the launch, and the row's chunks. Read at the beginning, when
+// there are other loads to wait for, and kept in shared memory.
+struct RowEnd {
+  int position, begin, end;
+  bool last;
+
+  DGG_DEVICE void load(const Launch& launch) {
+    position = launch.chunks[2 * static_cast<int64_t>(blockIdx.x)];
+    begin = launch.starts[position];
+    end = launch.starts[position + 1];
+  }
+
+  // Returns, in every thread, whether this block is the last of the row to come here.
+  DGG_DEVICE bool reach(const Launch& launch) {
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(launch.counters + position, 1) == end - begin - 1;
+      if (last) {
+        __threadfence();
+        launch.counters[position] = 0;
+      }
+    }
+    __syncthreads();
+    return last;
+  }
+};
+
+// Calls finish.store(row, sums), by one thread of the last block of a row, with the sums of the
+// row's partials that finish.parts(row) names in its bits. How a row is summed depends on its
+// number of chunks alone.
 template <int kParts, typename Finish>
-DGG_DEVICE void finish_rows(const Launch& launch, const Finish& finish) {
-  __shared__ int many[kThreads];
-  __shared__ int many_count;
+DGG_DEVICE void finish_row(const Launch& launch, const RowEnd& at, const Finish& finish) {
   __shared__ double lanes[kThreads];
-  const int t = static_cast<int>(threadIdx.x), lane = t % kWarp;
-#pragma unroll 1
-  for (int64_t tile = 0; tile < launch.row_count; tile += kThreads) {
-    if (t == 0) many_count = 0;
-    __syncthreads();
-    if (tile + t < launch.row_count) {
-      const int64_t row = launch.rows[tile + t];
-      const int begin = launch.starts[tile + t], end = launch.starts[tile + t + 1];
-      const int parts = finish.parts(row);
-      if (parts && end - begin > kFewChunks) {
-        many[atomicAdd(&many_count, 1)] = t;
-      } else {
-        double sums[kParts];
+  const int t = static_cast<int>(threadIdx.x);
+  const int64_t row = launch.rows[at.position];
+  const int parts = finish.parts(row);
+  double sums[kParts];
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          sums[part] = parts >> part & 1 ? sum_partials(launch.partials + part * launch.chunk_count,
-                                                        begin, end, 1)
-                                         : 0;
-        }
-        finish.store(row, sums);
-      }
-    }
+  for (int part = 0; part < kParts; ++part) {
+    sums[part] = 0;
+    if (!(parts >> part & 1)) continue;
+    lanes[t] =
+        sum_partials(launch.partials + part * launch.chunk_count, at.begin + t, at.end, kThreads);
     __syncthreads();
 #pragma unroll 1
-    for (int i = t / kWarp; i < many_count; i += kThreads / kWarp) {
-      const int64_t position = tile + many[i];
-      const int64_t row = launch.rows[position];
-      const int begin = launch.starts[position], end = launch.starts[position + 1];
-      const int parts = finish.parts(row);
-      double sums[kParts];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        sums[part] = 0;
-        if (!(parts >> part & 1)) continue;
-        lanes[t] =
-            sum_partials(launch.partials + part * launch.chunk_count, begin + lane, end, kWarp);
-        __syncwarp();
-#pragma unroll 1
-        for (int half = kWarp / 2; half > 0; half /= 2) {
-          if (lane < half) lanes[t] += lanes[t + half];
-          __syncwarp();
-        }
-        sums[part] = lanes[t - lane];
-        __syncwarp();
-      }
-      if (lane == 0) finish.store(row, sums);
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+      if (t < half) lanes[t] += lanes[t + half];
+      __syncthreads();
     }
+    sums[part] = lanes[0];
     __syncthreads();
   }
+  if (t == 0) finish.store(row, sums);
 }
 
 // What a launch knows of a row without looking at its chunks.

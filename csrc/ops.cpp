@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   // addresses are written, too.
   m.def(
       "norms_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
-      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor(c!) distances, "
+      "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor(c!) distances, "
       "Tensor(d!) squares, Tensor? gate, Tensor? grad_scale, *, int dtypes, float replay_weight, "
       "int which) -> ()");
   m.def(
@@ -75,19 +75,19 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "bool per_tensor) -> ()");
   m.def(
       "adam_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
-      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
       "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
       "-> ()");
   m.def(
       "sgd_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
-      "Tensor(b!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
       "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
       "-> ()");
   m.def(
-      "guide_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, "
-      "Tensor(a!) counter, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
+      "guide_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor grads, Tensor replays, "
+      "Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor? grad_scale, Tensor? found_inf, Tensor? draw_index, *, int dtypes, "
       "float replay_weight, int seed, int draw, int variant) -> ()");
   m.def(

@@ -408,10 +408,11 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
   __shared__ typename Update::Row row;
   __shared__ double prepared[2];
   __shared__ bool skip;
+  __shared__ RowEnd end;
   if (threadIdx.x < 2) {
     // The first two threads do this together: Adam has a power for each to compute.
     const bool found = a.found_inf != nullptr && *a.found_inf != 0;
-    bool work = !found && a.launch.chunk_count > 0;
+    bool work = !found;
     if (work) {
       const ChunkView chunk(a.launch);
       const RowView view(a.launch, chunk.row);
@@ -425,6 +426,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
     if (threadIdx.x == 0) {
       if (!work) row.work = false;
       skip = found;
+      if (Rule::kFinishes) end.load(a.launch);
     }
   }
   __syncthreads();
@@ -437,8 +439,8 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
       if (threadIdx.x == 0) a.launch.partials[blockIdx.x] = sum;
     }
   }
-  if (Rule::kFinishes && is_last_block(a.launch.counter)) {
-    finish_rows<1>(a.launch, FinishUpdate<Rule>{a});
+  if constexpr (Rule::kFinishes) {
+    if (end.reach(a.launch)) finish_row<1>(a.launch, end, FinishUpdate<Rule>{a});
   }
 }
 
@@ -482,7 +484,7 @@ cudaError_t launch_update(const UpdateArguments&, cudaStream_t, Kinds<>) {
 template <typename Rule, typename K, typename... Others>
 cudaError_t launch_update(const UpdateArguments& a, cudaStream_t stream, Kinds<K, Others...>) {
   if (!suits<Rule, K>(a)) return launch_update<Rule>(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((update_kernel<Rule, K>), a.launch.blocks(), stream, a);
+  DGG_LAUNCH((update_kernel<Rule, K>), a.launch.chunk_count, stream, a);
   return cudaGetLastError();
 }
 

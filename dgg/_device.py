@@ -36,10 +36,10 @@ class Launch:
     Attributes:
         dtypes: Dtype codes of the rows, 8 bits each, as in the table.
         rows: int32 [k], rows of the table, ascending.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row; an empty row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, max(m, 1)], workspace.
-        counter: int32 [1], workspace, zero between launches.
+        partials: float64 [3, m], workspace.
+        counters: int32 [k], workspace, zero between launches.
         window: Window that the rows' anchors come in (`Windows`), -1 if they lie on the device.
     """
 
@@ -48,7 +48,7 @@ class Launch:
     chunks: Tensor
     starts: Tensor
     partials: Tensor
-    counter: Tensor
+    counters: Tensor
     window: int = -1
 
     @property
@@ -59,7 +59,7 @@ class Launch:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The leading arguments of a launch after the table."""
-        return self.rows, self.chunks, self.starts, self.partials, self.counter
+        return self.rows, self.chunks, self.starts, self.partials, self.counters
 
 
 def cut(
@@ -88,7 +88,8 @@ def cut(
     for kind in dict.fromkeys(kinds):
         mine = [row for row, other in enumerate(kinds) if other == kind]
         rows = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        counts = (sizes[rows] + chunk - 1) // chunk
+        # An empty row has a chunk, too: the last one of a row stores what belongs to all of it.
+        counts = ((sizes[rows] + chunk - 1) // chunk).clamp(min=1)
         starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=starts[1:])
         total = int(starts[-1])
@@ -105,8 +106,8 @@ def cut(
                 rows.int().to(device),
                 torch.stack([position, number], dim=1).int().to(device),
                 starts.int().to(device),
-                torch.empty(3, max(total, 1), dtype=torch.float64, device=device),
-                torch.zeros(1, dtype=torch.int32, device=device),
+                torch.empty(3, total, dtype=torch.float64, device=device),
+                torch.zeros(len(rows), dtype=torch.int32, device=device),
                 kind[1],
             )
         )
@@ -426,13 +427,10 @@ class Kernels:
     ) -> None:
         """Runs ``guide_`` on all rows; options as in `update_`."""
         for launch in self._reading(variant):
-            rows, chunks, starts, _, counter = launch.tensors
             self._functions.guide_launch_(
                 self.table,
-                rows,
-                chunks,
-                starts,
-                counter,
+                launch.rows,
+                launch.chunks,
                 self.grads,
                 self.replays,
                 coefficients,

@@ -27,10 +27,7 @@ from dgg.kernels.chunks import (
     factor_of,
     features_of,
     finish_update,
-    finish_update_kernel,
-    finishing,
     guidance_of,
-    is_last,
     kernel,
     number,
     on_device_of,
@@ -115,18 +112,18 @@ def _adam_chunk(
 
 @kernel
 def adam_kernel(
-    table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags, hyper,
-    distances, grad_scale, found_inf, draw_index, m, k, replay_weight: tl.int64, seed: tl.int64,
+    table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags, hyper,
+    distances, grad_scale, found_inf, draw_index, replay_weight: tl.int64, seed: tl.int64,
     draw: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, FINISH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program per chunk; the last one to be ready counts the steps and sums the distances."""
-    row, place = chunk_of(rows, chunks, m)
+    """A program per chunk; a row's last one counts the step and sums the distances."""
+    row, place = chunk_of(rows, chunks)
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
@@ -134,6 +131,7 @@ def adam_kernel(
     replay = grad * 0
     if HAS_REPLAY:
         replay = tl.load(replays + row)
+    # That there is something to walk saves registers, a fifth of them, if the compiler knows it.
     running = ((grad | replay) != 0) & (count > 0)
     if found_inf is not None:
         running = running & (tl.load(found_inf) == 0)
@@ -214,18 +212,15 @@ def adam_kernel(
         if LOOK_AHEAD:
             tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
 
-    if FINISH:
-        if is_last(counter):
-            for tile in tl.range(0, k, ROWS):
-                finish_update(
-                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
-                    distances, found_inf, k, HAS_REPLAY, LOOK_AHEAD, True, ROWS, WIDTH,
-                )  # fmt: skip
+    finish_update(
+        table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
+        HAS_REPLAY, LOOK_AHEAD, True, WIDTH,
+    )  # fmt: skip
 
 
 def adam_launch_(
     table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
-    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    partials: torch.Tensor, counters: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
     coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
     grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
     draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
@@ -237,10 +232,10 @@ def adam_launch_(
         table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
             Tensors are modified in place, step counts too.
         rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, max(m, 1)], workspace.
-        counter: int32 [1], workspace, zero between launches.
+        partials: float64 [3, m], workspace.
+        counters: int32 [k], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
         coefficients: float64 [4 + n] from `coefficients_launch`.
@@ -264,19 +259,12 @@ def adam_launch_(
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)
     pack = pack_of(*dtypes[:8])
-    k, m = rows.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
-    wide, together = finishing(m, k, features)
     with on_device_of(table):
-        adam_kernel[(max(m, 1),)](
-            table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags,
-            hyper, distances, grad_scale, found_inf, draw_index, m, k, bits(replay_weight),
+        adam_kernel[(chunks.shape[0],)](
+            table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
+            hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
             signed(seed), signed(draw), *dtypes, replayed, *features, chunk, min(BLOCK, chunk),
-            pack, wide, TILE // wide, together,
+            pack, TILE,
             **options_of(table.device, pack),
         )  # fmt: skip
-        if not together:
-            finish_update_kernel[(triton.cdiv(k, TILE // wide),)](
-                table, rows, starts, partials, grads, replays, distances, found_inf, k, replayed,
-                True, TILE // wide, wide, **options_of(table.device),
-            )  # fmt: skip

@@ -6,8 +6,10 @@ are aligned to 16 bytes, whole blocks are walked without masks, which makes ever
 wide; what is left is walked with masks. Both walks are one function.
 
 Sums are formed in an order that depends on nothing but the cut into chunks: lanes by position,
-then trees of two-operand additions. `tl.sum` over many elements would add in an order that depends
-on how the compiler spreads them over threads, which differs between kernels.
+then trees of two-operand additions. The program that is the last of its row to be done sums the
+row's chunks, so that rows are finished side by side and in the same launch. `tl.sum` over many
+elements would add in an order that depends on how the compiler spreads them over threads, which
+differs between kernels.
 """
 
 # Annotations are what the compiler reads: no `from __future__ import annotations` in this folder.
@@ -56,14 +58,8 @@ COLUMNS = tl.constexpr(14)
 CHUNK = 8192
 BLOCK = 1024
 
-# Partial sums that are added at one time when rows are summed, and the number of chunks from
-# which a launch of its own does that. The last program could do it for any number in the same
-# order, but alone, a tile after another, each a chain of trips to memory, while every other
-# multiprocessor is idle: 448 rows of 44 chunks (rank 64 on a 7B model) are 14 tiles. In a launch of
-# their own the tiles are done at once, and lists of that length keep the device busy for so long
-# that what a launch costs the host is hidden.
+# Partial sums of a row that are added at one time.
 TILE = 1024
-SEPARATE = 8192
 
 # Whether a stream is wanted again soon; what is not makes room in the cache first. As in
 # csrc/launch.cuh: an update reads everything for the last time of its step, and writes parameters
@@ -76,9 +72,9 @@ ONCE = tl.constexpr("evict_first")
 _DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
 
 # Launches do not depend on the numbers in these, nor on the alignment of the small tables.
-NUMBERS = ["n", "m", "k", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
+NUMBERS = ["n", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
            "hypers", "threshold_column", "strength_column"]  # fmt: skip
-TABLES = ["table", "rows", "chunks", "starts", "partials", "counter", "grads", "replays",
+TABLES = ["table", "rows", "chunks", "starts", "partials", "counters", "grads", "replays",
           "distances", "squares", "gate", "grad_scale", "found_inf", "draw_index", "coefficients",
           "flags", "hyper", "out"]  # fmt: skip
 
@@ -182,18 +178,6 @@ def signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def summing(m: int, k: int) -> tuple[int, bool]:
-    """Returns how the sums of k rows with m chunks are formed; fixed by the cut alone.
-
-    Returns:
-        How many partial sums of one row are added at one time, and whether the last program of
-        the launch does that.
-    """
-    if m > SEPARATE:
-        return TILE, False
-    return 8 if m <= 8 * k else 32 if m <= 128 * k else 256, True
-
-
 def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bool, bool]:
     """Returns what an update is compiled for: anchor, elements, look-ahead, state, rounding, copy.
 
@@ -213,11 +197,6 @@ def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bo
     return anchor, elements, look_ahead, state, stochastic and narrow, copy
 
 
-def finishing(m: int, k: int, features: tuple) -> tuple[int, bool]:
-    """Returns `summing` for an update; without look-ahead there is nothing to sum."""
-    return summing(m, k) if features[2] else (1, True)
-
-
 def on_device_of(tensor: torch.Tensor):
     """Returns a context in which launches go to the tensor's device."""
     if tensor.device.type == "cpu":
@@ -232,27 +211,34 @@ def number(value):
 
 
 @triton.jit
-def chunk_of(rows, chunks, m):
-    """Row and number of this program's chunk; a launch without chunks has one program."""
-    place = 2 * tl.program_id(0).to(tl.int64)
-    exists = tl.program_id(0) < m
-    position = tl.load(chunks + place, mask=exists, other=0)
-    turn = tl.load(chunks + place + 1, mask=exists, other=0)
-    return tl.load(rows + position).to(tl.int64), turn.to(tl.int64)
+def position_of(chunks):
+    """Position, among the rows of the launch, of the one that this program's chunk is of.
+
+    Loaded where it is needed, not kept: the registers are for the walks.
+    """
+    return tl.load(chunks + 2 * tl.program_id(0).to(tl.int64))
 
 
 @triton.jit
-def is_last(counter):
-    """Whether every other program has finished its chunk; if so, the counter is zero again.
+def chunk_of(rows, chunks):
+    """Row and number of this program's chunk."""
+    turn = tl.load(chunks + 2 * tl.program_id(0).to(tl.int64) + 1)
+    return tl.load(rows + position_of(chunks)).to(tl.int64), turn.to(tl.int64)
+
+
+@triton.jit
+def is_last(counters, starts, position):
+    """Whether every other chunk of the row is done; if so, the row's counter is zero again.
 
     The barrier collects the program's threads behind the one that counts; what each program did
     before it counted is then visible to the last one.
     """
+    number = tl.load(starts + position + 1) - tl.load(starts + position)
     tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    last = arrived == tl.num_programs(0) - 1
+    arrived = tl.atomic_add(counters + position, 1, sem="acq_rel", scope="gpu")
+    last = arrived == number - 1
     if last:
-        tl.store(counter, 0)
+        tl.store(counters + position, 0)
     return last
 
 
@@ -442,59 +428,43 @@ def tree_sum(x, N: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(partials, starts, q, here, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums of the partials of the rows at the positions q, [ROWS] float64.
+def sum_of_row(partials, starts, position, numel, WIDTH: tl.constexpr):
+    """Sum of the partials of a row's chunks; its order depends on their number alone.
 
-    The partials come from other programs: `volatile` keeps a cache that is not coherent out.
+    They come from other programs: `volatile` keeps a cache that is not coherent out. An empty row
+    has a chunk that nobody walked.
     """
-    start = tl.load(starts + q, mask=here, other=0)
-    stop = tl.load(starts + q + 1, mask=here, other=0)
-    lanes = tl.zeros([ROWS, WIDTH], tl.float64)
-    column = tl.arange(0, WIDTH)
-    for done in tl.range(0, tl.max(stop - start), WIDTH, loop_unroll_factor=2):
-        index = start[:, None] + done + column[None, :]
-        lanes += tl.load(partials + index, mask=index < stop[:, None], other=0.0, volatile=True)
-    for level in tl.static_range(13):
-        if (WIDTH >> level) > 1:
-            lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, (WIDTH >> level) // 2]), axis=1)
-    return tl.reshape(lanes, [ROWS])
+    start = tl.load(starts + position)
+    stop = tl.where(numel > 0, tl.load(starts + position + 1), start)
+    lanes = tl.zeros([WIDTH], tl.float64)
+    for place in tl.range(start, stop, WIDTH, loop_unroll_factor=2):
+        index = place + tl.arange(0, WIDTH)
+        lanes += tl.load(partials + index, mask=index < stop, other=0.0, volatile=True)
+    return tree_sum(lanes, WIDTH)
 
 
 @triton.jit
 def finish_update(
-    q, table, rows, starts, partials, grads, replays, distances, found_inf, k,
-    HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
+    HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Stores what only holds when all chunks are done: step counts and measured distances."""
-    here = q < k
-    row = tl.load(rows + q, mask=here, other=0).to(tl.int64)
-    active = tl.load(grads + row, mask=here, other=0) != 0
-    if HAS_REPLAY:
-        active = active | (tl.load(replays + row, mask=here, other=0) != 0)
-    if found_inf is not None:
-        active = active & everywhere(tl.load(found_inf) == 0, ROWS)
-    distance = tl.full([ROWS], -1.0, tl.float64)
-    if LOOK_AHEAD:
-        anchored = active & (tl.load(table + row * COLUMNS + ANCHOR, mask=here, other=0) != 0)
-        distance = tl.where(
-            anchored, sum_rows(partials, starts, q, anchored, ROWS, WIDTH), distance
-        )
-    tl.store(distances + row, distance, mask=active)
-    if STEPS:
-        address = tl.load(table + row * COLUMNS + STEP, mask=active, other=0)
-        counted = active & (address != 0)
-        pointer = address.to(tl.pointer_type(tl.float32))
-        tl.store(pointer, tl.load(pointer, mask=counted, other=0.0) + 1.0, mask=counted)
-
-
-@kernel
-def finish_update_kernel(
-    table, rows, starts, partials, grads, replays, distances, found_inf, k,
-    HAS_REPLAY: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """What the last program does where there are few chunks; here a program per tile of rows."""
-    finish_update(
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS), table, rows, starts, partials, grads,
-        replays, distances, found_inf, k, HAS_REPLAY, True, STEPS, ROWS, WIDTH,
-    )  # fmt: skip
+    """Stores what only holds when all of a row is done: its step count and measured distance."""
+    position = position_of(chunks)
+    if is_last(counters, starts, position):
+        row = tl.load(rows + position).to(tl.int64)
+        own = table + row * COLUMNS
+        active = tl.load(grads + row) != 0
+        if HAS_REPLAY:
+            active = active | (tl.load(replays + row) != 0)
+        if found_inf is not None:
+            active = active & (tl.load(found_inf) == 0)
+        if active:
+            distance = tl.full([], -1.0, tl.float64)
+            if LOOK_AHEAD:
+                if tl.load(own + ANCHOR) != 0:
+                    numel = tl.load(own + NUMEL)
+                    distance = sum_of_row(partials, starts, position, numel, WIDTH)
+            tl.store(distances + row, distance)
+            if STEPS:
+                step = tl.load(own + STEP).to(tl.pointer_type(tl.float32))
+                tl.store(step, tl.load(step) + 1.0)

@@ -89,13 +89,13 @@ def _guide_chunk(
 @kernel
 def guide_kernel(
     table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-    draw_index, m, replay_weight: tl.int64, seed: tl.int64, draw: tl.int64,
+    draw_index, replay_weight: tl.int64, seed: tl.int64, draw: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; one with nothing to change changes nothing."""
-    row, place = chunk_of(rows, chunks, m)
+    row, place = chunk_of(rows, chunks)
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
@@ -143,11 +143,11 @@ def guide_kernel(
 
 
 def guide_launch_(
-    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
-    counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor, coefficients: torch.Tensor,
-    flags: torch.Tensor, hyper: torch.Tensor, grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None, draw_index: torch.Tensor | None, *, dtypes: int,
-    replay_weight: float, seed: int, draw: int, variant: int, chunk: int = CHUNK,
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, grads: torch.Tensor,
+    replays: torch.Tensor, coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor,
+    grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
+    draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
+    variant: int, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
     """Runs `reference.guide_` on the rows of one launch; arguments as in `adam_launch_`.
 
@@ -157,12 +157,11 @@ def guide_launch_(
     """
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
     anchored = bool(variant & 1)
-    m = chunks.shape[0]
     pack = pack_of(p, g, r, a)
     with on_device_of(table):
-        guide_kernel[(max(m, 1),)](
+        guide_kernel[(chunks.shape[0],)](
             table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-            draw_index, m, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
+            draw_index, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
             replays.shape[0] > 0, anchored, anchored and bool(variant & 2), chunk,
             min(BLOCK, chunk), pack, **options_of(table.device, pack),
         )  # fmt: skip

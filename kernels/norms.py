@@ -23,11 +23,11 @@ from dgg.kernels.chunks import (
     on_device_of,
     options_of,
     pack_of,
+    position_of,
     read,
     read_gradient,
     stream,
-    sum_rows,
-    summing,
+    sum_of_row,
     tree_sum,
     whole_blocks,
 )  # fmt: skip
@@ -95,61 +95,59 @@ def _asked(which, gate):
 
 @triton.jit
 def _finish_norms(
-    q, table, rows, starts, partials, grads, replays, distances, squares, grad_scale,
-    n, k, slots, which, HAS_REPLAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
+    grad_scale, n, slots, which, HAS_REPLAY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums the partials of the rows at the positions q and stores what they were for."""
-    here = q < k
-    row = tl.load(rows + q, mask=here, other=0).to(tl.int64)
-    has_grad = tl.load(grads + row, mask=here, other=0) != 0
-    active = has_grad
-    if HAS_REPLAY:
-        active = active | (tl.load(replays + row, mask=here, other=0) != 0)
-    anchored = active & (tl.load(table + row * COLUMNS + ANCHOR, mask=here, other=0) != 0)
-    scale = tl.full([], 1.0, tl.float64)
-    if grad_scale is not None:
-        scale = tl.load(grad_scale).to(tl.float64)
-        scale = scale * scale
-
-    total = tl.zeros([ROWS], tl.float64)
-    real = tl.zeros([ROWS], tl.float64)
-    if (which & (NORM_TOTAL | NORM_GRAD)) != 0:
-        real = sum_rows(partials + slots, starts, q, here, ROWS, WIDTH)
-        total = real
+    """When all of a row is done, sums its partials and stores what they were for."""
+    position = position_of(chunks)
+    if is_last(counters, starts, position):
+        row = tl.load(rows + position).to(tl.int64)
+        numel = tl.load(table + row * COLUMNS + NUMEL)
+        has_grad = tl.load(grads + row) != 0
+        active = has_grad
         if HAS_REPLAY:
-            if (which & NORM_TOTAL) != 0:
-                total = sum_rows(partials, starts, q, here, ROWS, WIDTH)
-    wanted = active & ((which & NORM_TOTAL) != 0)
-    tl.store(squares + row, tl.where(wanted, total / scale, 0.0), mask=here)
-    wanted = anchored & has_grad & ((which & NORM_GRAD) != 0)
-    tl.store(squares + n + row, tl.where(wanted, real / scale, 0.0), mask=here)
+            active = active | (tl.load(replays + row) != 0)
+        anchored = active & (tl.load(table + row * COLUMNS + ANCHOR) != 0)
+        scale = tl.full([], 1.0, tl.float64)
+        if grad_scale is not None:
+            scale = tl.load(grad_scale).to(tl.float64)
+            scale = scale * scale
 
-    distance = tl.zeros([ROWS], tl.float64)
-    if (which & NORM_DISTANCE) != 0:
-        known = tl.load(distances + row, mask=anchored, other=0.0)
-        measured = anchored & (known < 0)  # NaN is known
-        distance = tl.where(anchored, known, 0.0)
-        if tl.max(measured.to(tl.int32)) != 0:
-            sums = sum_rows(partials + 2 * slots, starts, q, measured, ROWS, WIDTH)
-            distance = tl.where(measured, sums, distance)
-        tl.store(distances + row, distance, mask=measured)
-    tl.store(squares + 2 * n + row, distance, mask=here)
+        total = tl.full([], 0.0, tl.float64)
+        real = total
+        if active & ((which & (NORM_TOTAL | NORM_GRAD)) != 0):
+            real = sum_of_row(partials + slots, starts, position, numel, WIDTH)
+            total = real
+            if HAS_REPLAY:
+                if (which & NORM_TOTAL) != 0:
+                    total = sum_of_row(partials, starts, position, numel, WIDTH)
+        wanted = active & ((which & NORM_TOTAL) != 0)
+        tl.store(squares + row, tl.where(wanted, total / scale, 0.0))
+        wanted = anchored & has_grad & ((which & NORM_GRAD) != 0)
+        tl.store(squares + n + row, tl.where(wanted, real / scale, 0.0))
+
+        distance = tl.full([], 0.0, tl.float64)
+        if anchored & ((which & NORM_DISTANCE) != 0):
+            distance = tl.load(distances + row)
+            if distance < 0:  # NaN is known
+                distance = sum_of_row(partials + 2 * slots, starts, position, numel, WIDTH)
+                tl.store(distances + row, distance)
+        tl.store(squares + 2 * n + row, distance)
 
 
 @kernel
 def norms_kernel(
-    table, rows, chunks, starts, partials, counter, grads, replays, distances, squares, gate,
-    grad_scale, n, m, k, slots, which, replay_weight: tl.int64,
+    table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, gate,
+    grad_scale, n, slots, which, replay_weight: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A program per chunk; the last one to be ready sums the rows."""
+    """A program per chunk; a row's last one sums its chunks."""
     which = _asked(which, gate)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = tl.program_id(0)
-    row, place = chunk_of(rows, chunks, m)
+    row, place = chunk_of(rows, chunks)
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
@@ -185,31 +183,15 @@ def norms_kernel(
                 )  # fmt: skip
             tl.store(partials + 2 * slots + program, tree_sum(lanes, BLOCK))
 
-    if FINISH:
-        if is_last(counter):
-            for tile in tl.range(0, k, ROWS):
-                _finish_norms(
-                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
-                    distances, squares, grad_scale, n, k, slots, which, HAS_REPLAY, ROWS, WIDTH,
-                )  # fmt: skip
-
-
-@kernel
-def finish_norms_kernel(
-    table, rows, starts, partials, grads, replays, distances, squares, gate, grad_scale,
-    n, k, slots, which, HAS_REPLAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """What the last program does where there are few chunks; here a program per tile of rows."""
     _finish_norms(
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS), table, rows, starts, partials, grads,
-        replays, distances, squares, grad_scale, n.to(tl.int64), k, slots.to(tl.int64),
-        _asked(which, gate), HAS_REPLAY, ROWS, WIDTH,
+        table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
+        grad_scale, n, slots, which, HAS_REPLAY, WIDTH,
     )  # fmt: skip
 
 
 def norms_launch(
     table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
-    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    partials: torch.Tensor, counters: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
     distances: torch.Tensor, squares: torch.Tensor, gate: torch.Tensor | None,
     grad_scale: torch.Tensor | None, *, dtypes: int, replay_weight: float, which: int,
     chunk: int = CHUNK,
@@ -219,10 +201,10 @@ def norms_launch(
     Args:
         table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
         rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, max(m, 1)], workspace.
-        counter: int32 [1], workspace, zero between launches.
+        partials: float64 [3, m], workspace.
+        counters: int32 [k], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
         distances: float64 [n], known squares or negative; those measured are stored.
@@ -235,23 +217,16 @@ def norms_launch(
         chunk: Elements of a chunk, a power of two.
     """
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
-    n, k, m, slots = table.shape[0], rows.shape[0], chunks.shape[0], partials.shape[1]
+    n, m = table.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
-    wide, together = summing(m, k)
     pack = pack_of(p, g, r, a)
     with on_device_of(table):
-        norms_kernel[(max(m, 1),)](
-            table, rows, chunks, starts, partials, counter, grads, replays, distances, squares,
-            gate, grad_scale, n, m, k, slots, which, bits(replay_weight),
-            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk), wide, TILE // wide, together,
+        norms_kernel[(m,)](
+            table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
+            gate, grad_scale, n, m, which, bits(replay_weight),
+            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk), TILE,
             **options_of(table.device, pack),
         )  # fmt: skip
-        if not together:
-            finish_norms_kernel[(triton.cdiv(k, TILE // wide),)](
-                table, rows, starts, partials, grads, replays, distances, squares, gate,
-                grad_scale, n, k, slots, which, replayed, TILE // wide, wide,
-                **options_of(table.device),
-            )  # fmt: skip
 
 
 @triton.jit

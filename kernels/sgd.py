@@ -26,10 +26,7 @@ from dgg.kernels.chunks import (
     factor_of,
     features_of,
     finish_update,
-    finish_update_kernel,
-    finishing,
     guidance_of,
-    is_last,
     kernel,
     number,
     on_device_of,
@@ -105,18 +102,18 @@ def _sgd_chunk(
 
 @kernel
 def sgd_kernel(
-    table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags, hyper,
-    distances, grad_scale, found_inf, draw_index, m, k, replay_weight: tl.int64, seed: tl.int64,
+    table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags, hyper,
+    distances, grad_scale, found_inf, draw_index, replay_weight: tl.int64, seed: tl.int64,
     draw: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, FINISH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program per chunk; the last one to be ready sums the distances."""
-    row, place = chunk_of(rows, chunks, m)
+    """A program per chunk; a row's last one sums the distances."""
+    row, place = chunk_of(rows, chunks)
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
@@ -124,6 +121,7 @@ def sgd_kernel(
     replay = grad * 0
     if HAS_REPLAY:
         replay = tl.load(replays + row)
+    # That there is something to walk saves registers, a fifth of them, if the compiler knows it.
     running = ((grad | replay) != 0) & (count > 0)
     if found_inf is not None:
         running = running & (tl.load(found_inf) == 0)
@@ -177,6 +175,11 @@ def sgd_kernel(
 
         lanes = tl.zeros([BLOCK], T)
         for walk in tl.static_range(2):
+            if walk == 1:
+                # Read again, not kept through the first walk: for the registers that this frees.
+                param = tl.load(own + PARAM)
+                if HAS_ANCHOR:
+                    anchor = tl.load(own + ANCHOR)
             lanes = _sgd_chunk(
                 lanes, own, param, grad, replay, buffer, anchor, copy, first, whole, count,
                 guided, reading, masked, remembering, fresh, threshold, draw_word, seed,
@@ -188,18 +191,15 @@ def sgd_kernel(
         if LOOK_AHEAD:
             tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
 
-    if FINISH:
-        if is_last(counter):
-            for tile in tl.range(0, k, ROWS):
-                finish_update(
-                    tile + tl.arange(0, ROWS), table, rows, starts, partials, grads, replays,
-                    distances, found_inf, k, HAS_REPLAY, LOOK_AHEAD, False, ROWS, WIDTH,
-                )  # fmt: skip
+    finish_update(
+        table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
+        HAS_REPLAY, LOOK_AHEAD, False, WIDTH,
+    )  # fmt: skip
 
 
 def sgd_launch_(
     table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
-    partials: torch.Tensor, counter: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    partials: torch.Tensor, counters: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
     coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
     grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
     draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
@@ -217,19 +217,12 @@ def sgd_launch_(
     features = features_of(variant, dtypes)
     p, g, r, b, _, _, a, c, t = dtypes
     pack = pack_of(p, g, r, b, a, c)
-    k, m = rows.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
-    wide, together = finishing(m, k, features)
     with on_device_of(table):
-        sgd_kernel[(max(m, 1),)](
-            table, rows, chunks, starts, partials, counter, grads, replays, coefficients, flags,
-            hyper, distances, grad_scale, found_inf, draw_index, m, k, bits(replay_weight),
+        sgd_kernel[(chunks.shape[0],)](
+            table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
+            hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
             signed(seed), signed(draw), p, g, r, b, a, c, t, replayed, *features,
-            chunk, min(BLOCK, chunk), pack, wide, TILE // wide, together,
+            chunk, min(BLOCK, chunk), pack, TILE,
             **options_of(table.device, pack),
         )  # fmt: skip
-        if not together:
-            finish_update_kernel[(triton.cdiv(k, TILE // wide),)](
-                table, rows, starts, partials, grads, replays, distances, found_inf, k, replayed,
-                False, TILE // wide, wide, **options_of(table.device),
-            )  # fmt: skip

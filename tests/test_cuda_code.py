@@ -380,11 +380,11 @@ def test_architectures_that_cannot_be(wanted, message):
 
 
 WRITTEN = {
-    "norms_launch": {"partials", "counter", "distances", "squares"},
+    "norms_launch": {"partials", "counters", "distances", "squares"},
     "coefficients_launch": {"out"},
-    "adam_launch_": {"partials", "counter", "distances"},
-    "sgd_launch_": {"partials", "counter", "distances"},
-    "guide_launch_": {"counter"},
+    "adam_launch_": {"partials", "counters", "distances"},
+    "sgd_launch_": {"partials", "counters", "distances"},
+    "guide_launch_": set(),
     "draw_flags_launch": {"flags", "gate"},
 }
 

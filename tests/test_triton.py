@@ -90,9 +90,8 @@ def call(
     for part in cut(problem, table, chunk):
         common = (grads, replays, problem.coefficients, flags, numbers)
         if name == "guide":
-            workspace = (part.rows, part.chunks, part.starts, part.counter)
             kernels.guide_launch_(
-                table, *workspace, *common, grad_scale, found_inf, draw_index,
+                table, part.rows, part.chunks, *common, grad_scale, found_inf, draw_index,
                 dtypes=part.dtypes, **options,
             )  # fmt: skip
         else:
@@ -101,7 +100,7 @@ def call(
                 problem.distances if distances is None else distances,
                 grad_scale, found_inf, draw_index, dtypes=part.dtypes, **options,
             )  # fmt: skip
-        assert part.counter.item() == 0
+        assert not part.counters.any()
 
 
 def call_norms(
@@ -117,7 +116,7 @@ def call_norms(
             problem.distances if distances is None else distances, squares, gate, grad_scale,
             dtypes=part.dtypes, replay_weight=replay_weight, which=which, chunk=chunk,
         )  # fmt: skip
-        assert part.counter.item() == 0
+        assert not part.counters.any()
     return squares
 
 
@@ -605,22 +604,16 @@ def test_norms_overflow_to_infinity_and_keep_nan():
 
 
 @pytest.mark.parametrize(
-    "sizes,separate",
+    "sizes",
     [
-        ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], False),
-        ([16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3], True),
-        ([16 * 17, 16 * 20 + 1], False),
-        pytest.param([16 * 130], False, marks=pytest.mark.slow),
-        ([40, 5] + [0] * 1030 + [33], False),
+        [16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3],
+        [16 * 17, 16 * 20 + 1],
+        pytest.param([16 * 1030], marks=pytest.mark.slow),
+        [40, 5] + [0] * 1030 + [33],
     ],
-    ids=["few chunks a row", "summed apart", "many", "very many", "most rows empty"],
+    ids=["few chunks a row", "many", "very many", "most rows empty"],
 )
-def test_rows_of_many_chunks(sizes, separate, monkeypatch):
-    """Each way to sum the chunks of rows, by the last program and by a launch of its own."""
-    from dgg.kernels import chunks
-
-    if separate:
-        monkeypatch.setattr(chunks, "SEPARATE", 2)
+def test_rows_of_many_chunks(sizes):
     problem = Problem(sizes, replay=False)
     exact = problem.exact()
     expected = reference.norms(exact.params, exact.grads, [], exact.anchors, exact.distances)

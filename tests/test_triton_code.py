@@ -82,18 +82,21 @@ class Launch:
     variant: int = 0
     replay: bool = False
     device: bool = False  # grad_scale, found_inf, draw_index and gate are given
-    chunks: int = 2
 
     def __str__(self):
         names = ["anchor", "elements", "look-ahead", "state", "stochastic", "copy"]
         words = [name for bit, name in enumerate(names) if self.variant >> bit & 1]
         words += ["replay"] * self.replay + ["device"] * self.device
-        words += ["apart"] * (self.chunks > 2)
         return "-".join([self.kernel, self.mix, *words])
 
     @property
     def anchored(self):
         return bool(self.variant & ANCHOR)
+
+    @property
+    def several(self):
+        """Whether the compiler takes several blocks at once: gradients are scaled, no more."""
+        return self.kernel == "guide" and not self.anchored
 
     def streams(self):
         """Dtypes of the tensors that each element is loaded from and stored to."""
@@ -185,8 +188,8 @@ def launches(kernel, *choices):
     """
     flags = [False, True]
     if kernel == "norms":
-        for *chosen, mix, replay, device, chunks in covering(*choices, flags, flags, (10000, 2)):
-            yield *chosen, Launch(kernel, mix, 0, replay, device, chunks)
+        for *chosen, mix, replay, device in covering(*choices, flags, flags):
+            yield *chosen, Launch(kernel, mix, 0, replay, device)
         return
     guidances, extras = [0, ANCHOR, ANCHOR | ELEMENTS], [0]
     if kernel != "guide":
@@ -200,13 +203,12 @@ def launches(kernel, *choices):
 
 
 KERNELS = ["adam", "sgd", "guide", "norms"]
-# ptxas keeps in local memory, written before the loops and read behind the first one, which thread
-# of two neighbours it is (Adam, for the sums at the end) and an address (SGD): it prefers that to a
-# few more than 128 and 96 registers.
+# ptxas keeps in local memory, written before the loops and read behind the first, which thread of
+# two neighbours it is (Adam, for the sums at the end) and an address (SGD): it prefers that to more
+# than 128 and 72 registers.
 SPILLED = [
     ("sm_80", Launch("adam", "mixed", ANCHOR | ELEMENTS | LOOK_AHEAD | STATE)),
-    ("sm_100", Launch("adam", "mixed", ANCHOR | LOOK_AHEAD, replay=True, device=True)),
-    ("sm_90", Launch("sgd", "master", ANCHOR | ELEMENTS | LOOK_AHEAD | COPY)),
+    ("sm_120", Launch("sgd", "mixed", ANCHOR | ELEMENTS)),
 ]
 
 
@@ -251,22 +253,20 @@ def record(launch, target):
     param, grad, state, anchor, copy = MIXES[launch.mix]
     kinds = [param, grad, grad, state, state, state, anchor, copy]
     codes = sum(DTYPES.index(kind) << 8 * place for place, kind in enumerate(kinds))
-    m, int32 = launch.chunks, torch.int32
+    int32 = torch.int32
     table = ints(2, 14)
-    rows, parts, starts = ints(2, dtype=int32), ints(m, 2, dtype=int32), ints(3, dtype=int32)
-    partials, counter = doubles(3, m), ints(1, dtype=int32)
+    rows, parts, starts = ints(2, dtype=int32), ints(2, 2, dtype=int32), ints(3, dtype=int32)
+    partials, counters = doubles(3, 2), ints(2, dtype=int32)
     addresses = ints(2), ints(2 if launch.replay else 0)
     common = (*addresses, doubles(6), ints(2, dtype=torch.uint8), doubles(1, 10))
     draws = dict(dtypes=codes, replay_weight=0.5, seed=1, draw=0, variant=launch.variant)
     if launch.kernel == "norms":
         kernels.norms_launch(
-            table, rows, parts, starts, partials, counter, *addresses, doubles(2), doubles(3, 2),
+            table, rows, parts, starts, partials, counters, *addresses, doubles(2), doubles(3, 2),
             gate, scale, dtypes=codes, replay_weight=0.5, which=7,
         )  # fmt: skip
     elif launch.kernel == "guide":
-        kernels.guide_launch_(
-            table, rows, parts, starts, counter, *common, scale, found, drawn, **draws
-        )
+        kernels.guide_launch_(table, rows, parts, *common, scale, found, drawn, **draws)
     elif launch.kernel == "coefficients":
         kernels.coefficients_launch(
             doubles(3, 2), doubles(6), max_grad_norm=1.0, scaling=True, per_tensor=launch.device
@@ -279,7 +279,7 @@ def record(launch, target):
         )  # fmt: skip
     else:
         getattr(kernels, f"{launch.kernel}_launch_")(
-            table, rows, parts, starts, partials, counter, *common, doubles(2), scale, found,
+            table, rows, parts, starts, partials, counters, *common, doubles(2), scale, found,
             drawn, **draws,
         )  # fmt: skip
     return started
@@ -483,14 +483,8 @@ def ask(request):
 
 
 def check(target, launch, kernels):
-    main, *rest = kernels
-    assert [kernel["name"] for kernel in rest] == (
-        [f"finish_{'norms' if launch.kernel == 'norms' else 'update'}_kernel"]
-        if launch.chunks > 2
-        else []
-    )
-    for kernel in kernels:
-        assert kernel["scratch"] == 0, "registers were spilled"
+    (main,) = kernels
+    assert main["scratch"] == 0, "registers were spilled"
     pack, disassembled = launch.pack(), "loops" in main
     if launch.kernel == "norms":
         param, grad, _, anchor, _ = MIXES[launch.mix]
@@ -502,25 +496,28 @@ def check(target, launch, kernels):
     if launch.kernel == "norms" and disassembled:
         assert len(main["loops"]) >= 2
         # A loop each for gradients and differences, besides what is left of an unrolled one.
-        *_, ahead, _ = sorted(loop["loads"] for loop in main["loops"])
-        assert ahead >= 4 * gradients
+        # On AMD a masked load, of one gradient of two, is a branch, so loops are not what they look
+        # like; the whole kernel is.
+        if target in NVIDIA or not launch.replay:
+            *_, ahead, _ = sorted(loop["loads"] for loop in main["loops"])
+            assert ahead >= 4 * gradients
         for loop in main["loops"]:
-            assert loop["loads"] % gradients == 0 or loop["loads"] % differences == 0
+            if target in NVIDIA or not launch.replay:
+                assert loop["loads"] % gradients == 0 or loop["loads"] % differences == 0
             assert loop["stores"] == loop["narrow loads"] == loop["narrow stores"] == 0
         if target in NVIDIA:
             assert main["once"] == [0, 0], "the update wants what a norm pass has read"
     elif launch.kernel != "norms" and target not in NVIDIA:
-        # A masked load is a branch here, so loops are not what they look like; and numbers of the
-        # table that lie side by side come in one load, in each of the two walks.
+        # Numbers of the table that lie side by side come in one load, in each of the two walks.
         loads, stores = (accesses(streams, pack) for streams in launch.streams())
-        # A gradient that is only scaled is so little work that several blocks are taken at once.
-        several = launch.kernel == "guide" and not launch.anchored
-        blocks = main["stores"] // stores if several else 1
+        blocks = main["stores"] // stores if launch.several else 1
         assert main["stores"] == blocks * stores > 0
         assert main["loads"] - blocks * loads in (0, 2 * launch.draws())
     elif launch.kernel != "norms":
         loads, stores = (accesses(streams, pack) for streams in launch.streams())
         ahead = loads
+        if launch.several:
+            ahead = max(loop["loads"] for loop in main["loops"])
         # Of each stream as many accesses as of every other: k blocks at a time.
         for counts in (main, *main.get("loops", [])):
             assert counts["loads"] == counts["stores"] // stores * loads > 0, (loads, stores)
@@ -556,7 +553,7 @@ def test_machine_code(target, launch, ask):
 @pytest.mark.parametrize("target,launch", [*pairs()], ids=lambda x: str(x))
 def test_machine_code_of_every_pair(target, launch, ask):
     """As above without the disassembler: counts of the whole kernel, no loops, no cache hints."""
-    check(target, launch, ask(target, launch, whole=False))
+    check(target, launch, ask(target, launch, whole=launch.several))
 
 
 @pytest.mark.slow
@@ -578,12 +575,6 @@ def test_small_kernels(target, ask):
         assert kernel["scratch"] == 0, "registers were spilled"
 
 
-@pytest.mark.parametrize("kernel", ["norms", "adam"])
-def test_rows_of_very_many_chunks_are_summed_apart(kernel, ask):
-    launch = Launch(kernel, "f32", ANCHOR | LOOK_AHEAD if kernel == "adam" else 0, chunks=10000)
-    check("sm_90", launch, ask("sm_90", launch))
-
-
 @pytest.mark.parametrize(
     "first,stretch",
     [(2**40, 3), (2**40 - 7, 1000), (2**33 - 1, 2**30), (2**31 - 94, 2**30 + 3),
@@ -596,18 +587,6 @@ def test_places_in_the_unsharded_parameter(first, stretch):
     places_kernel[(1,)](out, first, base, stretch, stride, 2**60)
     place = first + torch.arange(1024)
     assert torch.equal(out, base + place // stretch * stride + place % stretch)
-
-
-@pytest.mark.parametrize("rank,chunks,launches", [(16, 4928, 3), (64, 19520, 5), (128, 39040, 5)])
-def test_launches_of_a_lora_list(rank, chunks, launches):
-    """LLaVA-7B with LoRA on every linear layer: norms, coefficients, update, sums set apart."""
-    from dgg.kernels.chunks import CHUNK, summing
-
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    numels = 32 * [rank * width for shape in shapes for width in shape]
-    assert sum(-(-numel // CHUNK) for numel in numels) == chunks
-    _, together = summing(chunks, len(numels))
-    assert 3 + 2 * (not together) == launches
 
 
 def test_the_unguided_kernel_never_loads_the_anchor(ask):

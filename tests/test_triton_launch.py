@@ -94,7 +94,7 @@ def main():
         int32 = torch.int32
         common = (
             ints(rows, 14), ints(rows, dtype=int32), ints(chunks, 2, dtype=int32),
-            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(1, dtype=int32), ints(rows),
+            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(rows, dtype=int32), ints(rows),
             ints(0),
         )  # fmt: skip
         flags, which = ints(rows, dtype=torch.uint8), {"dtypes": 0, "replay_weight": 0.5}
@@ -107,9 +107,9 @@ def main():
                 *common, coefficients, flags, doubles(1, hypers), doubles(rows), *extra.values(),
                 variant=7, **which, **numbers,
             )  # fmt: skip
-        table, first, cut, starts, _, counter, *addresses = common
+        table, first, cut, _, _, _, *addresses = common
         kernels.guide_launch_(
-            table, first, cut, starts, counter, *addresses, coefficients, flags, doubles(1, 3),
+            table, first, cut, *addresses, coefficients, flags, doubles(1, 3),
             *extra.values(), variant=3, **which, **numbers,
         )  # fmt: skip
         kernels.coefficients_launch(
