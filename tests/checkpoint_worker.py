@@ -633,9 +633,9 @@ def run_frozen(rank, world, folder):
         assert not differences(snapshot(model, optimizer), expected), form
 
 
-def run_helper(rank, world, folder):
+def run_helper(rank, world, folder, cases=("adamw", "sgd, momentum")):
     """The helper's step with zero gradients changes nothing, whatever the optimizer."""
-    for case in CASES:
+    for case in cases:
         for change in ({}, {"maximize": True}, {"nesterov": True, "dampening": 0}):
             cls, options, *_ = CASES[case]
             if change and case not in ("adamw", "sgd, momentum"):

@@ -9,6 +9,7 @@ that was not interrupted. And trainings are killed at random moments, often in t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pathlib
@@ -65,19 +66,23 @@ def ranks():
 
 ALL = [*worker.CASES]
 SOME = ["adamw", "adamw, bf16"]
+OTHERS = [case for case in ALL if case not in SOME]
 ONE = ["adamw"]
 
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
-    """Directories of checkpoints, by the number of ranks that wrote them."""
-    folders = {}
-    for world in (1, 2, 3):
-        folders[world] = tmp_path_factory.mktemp(f"saved on {world}")
-        cases = ALL if world == 2 else SOME
-        ranks.run(worker.save_all, world, folders[world], cases, worker.FORMATS)
-        (folders[world] / "world").write_text(str(world))
-    return folders
+    """Returns the directory of checkpoints that some ranks have written."""
+
+    @functools.cache
+    def save(world, others=False):
+        folder = tmp_path_factory.mktemp(f"saved on {world}")
+        cases = (OTHERS, ["nested"]) if others else (SOME, worker.FORMATS)
+        ranks.run(worker.save_all, world, folder, *cases)
+        (folder / "world").write_text(str(world))
+        return folder
+
+    return save
 
 
 @pytest.mark.parametrize(
@@ -96,9 +101,20 @@ def saved(ranks, tmp_path_factory):
     ],
 )
 def test_saved_and_resumed(before, after, ranks, saved, tmp_path):
-    cases = ALL if before == after == 2 else SOME
-    forms = worker.FORMATS
-    ranks.run(worker.resume_all, after, tmp_path, str(saved[before]), cases, forms)
+    ranks.run(worker.resume_all, after, tmp_path, str(saved(before)), SOME, worker.FORMATS)
+
+
+def test_every_optimizer_is_resumed(ranks, saved, tmp_path):
+    folder = str(saved(2, others=True))
+    ranks.run(worker.resume_all, 2, tmp_path, folder, OTHERS, ["nested"])
+
+
+@pytest.mark.slow
+def test_every_optimizer_is_resumed_from_every_format(ranks, tmp_path):
+    saved = tmp_path / "saved"
+    ranks.run(worker.save_all, 2, saved, OTHERS, worker.FORMATS)
+    (saved / "world").write_text("2")
+    ranks.run(worker.resume_all, 2, tmp_path, str(saved), OTHERS, worker.FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +130,11 @@ def test_saved_and_resumed(before, after, ranks, saved, tmp_path):
 )
 def test_on_two_ranks(function, ranks, tmp_path):
     ranks.run(function, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_helper_changes_nothing_whatever_the_optimizer(ranks, tmp_path):
+    ranks.run(worker.run_helper, 2, tmp_path, ALL)
 
 
 def test_on_a_part_of_the_ranks(ranks, tmp_path):
@@ -214,13 +235,13 @@ def test_killed_and_resumed_alone(ranks, tmp_path):
         folder.mkdir()
     ranks.run(worker.run_trial, 1, whole / "run", str(whole), "progress")
     chance = random.Random(7)
-    for number in range(5):
+    for number in range(3):
         kill = {"save": chance.randint(1, 3), "fraction": chance.random(), "order": [0]}
-        if number == 4:
+        if number == 2:
             kill = None
         run = root / f"run {number}"
         answer = ranks.run(worker.run_trial, 1, run, str(root), "progress", kill=kill)
-        assert answer["killed"] == (number < 4) or (root / "end").exists()
+        assert answer["killed"] == (number < 2) or (root / "end").exists()
         if not answer["killed"]:
             break
     wrong = worker.differences(torch.load(root / "end"), torch.load(whole / "end"))

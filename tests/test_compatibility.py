@@ -65,8 +65,13 @@ def test_five(): pass
 """
 
 
-def test_marks_are_read(tmp_path):
-    found = collected(tmp_path, MARKED)
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    return collected(tmp_path_factory.mktemp("marked"), MARKED)
+
+
+def test_marks_are_read(marked):
+    found = marked
     assert not found.problems and not found.absent
     file = {"test_marked.py"}
     assert {
@@ -141,10 +146,9 @@ def test_a_mark_that_means_nothing_is_an_error(mark, says, tmp_path):
         ([Reason(("DDP",), ("LoRA",), REFUSED, "no")] * 2, "two reasons"),
     ],
 )
-def test_a_reason_that_does_not_fit_is_an_error(reasons, says, tmp_path):
-    found = collected(tmp_path, MARKED)
+def test_a_reason_that_does_not_fit_is_an_error(reasons, says, marked):
     with pytest.raises(ValueError, match=says):
-        compatibility.render(found, reasons)
+        compatibility.render(marked, reasons)
 
 
 def test_files_that_are_left_out_are_named(tmp_path):

@@ -71,7 +71,10 @@ CASES = [
         "FSDP2", 2, "granularity element", "clipping",
         model="odd", granularity="element", optimizer="sgd", clip="outside", made="before",
     ),
-    row("FSDP2", 2, "mixed precision", model="odd", dtype="float32", mixed="bfloat16", parts=2),
+    row(
+        "FSDP2", 2, "mixed precision",
+        model="odd", dtype="float32", mixed="bfloat16", parts=2, slowly=True,
+    ),
     row("FSDP2", 2, model="odd", dtype="float32", mixed="float32", parts=2, slowly=True),
     row(
         "FSDP2", 2, "mixed precision",
@@ -99,7 +102,7 @@ CASES = [
         "FSDP2", 4, "LoRA", "frozen parts",
         model="llava", granularity="element", dtype="float32", slowly=True,
     ),
-    row("FSDP2", 2, "tied weights", model="tied", granularity="tensor"),
+    row("FSDP2", 2, "tied weights", model="tied", granularity="tensor", slowly=True),
     row("FSDP2", 3, model="tied", granularity="element", slowly=True),
     # HSDP.
     row(
@@ -145,7 +148,7 @@ CASES = [
     row(
         "TP", 2, *BASIC, "LoRA", "tied weights", "frozen parts", "granularity tensor",
         "norm_scope tensor",
-        model="lora words", sequence=False, granularity="tensor", scope="tensor",
+        model="lora words", sequence=False, granularity="tensor", scope="tensor", slowly=True,
     ),
     row(
         "TP", 2, "LoRA", "tied weights", "frozen parts",
@@ -178,11 +181,11 @@ CASES = [
     ),
     row(
         "TP + FSDP2", 4, *BASIC, "granularity element", "LoRA", "tied weights", "frozen parts",
-        model="lora words", sequence=True, granularity="element",
+        model="lora words", sequence=True, granularity="element", slowly=True,
     ),
     row(
         "TP + FSDP2", 4, *BASIC, "granularity element",
-        model="block", sequence=True, granularity="element", slowly=True,
+        model="block", sequence=True, granularity="element",
     ),
     row(
         "TP + FSDP2", 4, "granularity tensor", "norm_scope tensor", "clipping",
@@ -284,6 +287,7 @@ def test_a_step_has_one_collective_per_mesh_where_norms_are_needed(case, ran):
     assert kinds == {True, False}
 
 
+@slow
 @pytest.mark.dist
 @hugging_face
 @pytest.mark.timeout(600)
@@ -292,7 +296,7 @@ def test_shards_are_what_tensor_parallelism_with_and_without_fsdp_makes(ran):
     tp, both = (
         ran(case)["placements"]
         for case in CASES
-        if case.case["model"] == "lora words" and slow not in case.marks
+        if case.case["model"] == "lora words" and any(BASIC[0] in mark.args for mark in case.marks)
     )
     placed = {
         "embed.weight": "columns",  # the head's as well

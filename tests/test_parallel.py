@@ -71,21 +71,13 @@ SHARES = [
 RUNS = [
     case("FSDP1", "run_trajectory", "trajectory", "clipping", "replay", "tied weights",
          "frozen parts"),
-    case("FSDP1", "run_trajectory", "granularity tensor", label="made before",
-         granularity="tensor", before=True),
     case("FSDP1", "run_trajectory", "granularity element", label="elements",
          granularity="element"),
-    case("FSDP1", "run_trajectory", "norm_scope tensor", label="norms per tensor",
-         norm_scope="tensor"),
-    case("FSDP1", "run_trajectory", "trajectory", label="NO_SHARD", strategy="NO_SHARD"),
     case("FSDP1", "run_clipping", "clipping"),
     case("FSDP1", "run_resume", "resume", label="full", full=True),
-    case("FSDP1", "run_resume", "resume", label="sharded", full=False),
     case("FSDP1", "run_loss_scaling"),
     case("FSDP1", "run_misuse", "!anchor by name"),
     case("FSDP1", "run_low_precision", "mixed precision"),
-    case("FSDP1", "run_meta", "meta init"),
-    case("FSDP1", "run_resume_elsewhere", "resume on other ranks", world=1),
 ]  # fmt: skip
 FOUR = [
     case("DDP", "ddp_trajectory", "trajectory", "clipping", "replay", label="bucket views", **VIEW),
@@ -109,8 +101,6 @@ ACCELERATE = [
          "frozen parts", folder=""),
     case("accelerate FSDP2", "accelerate_run", "trajectory", "clipping", "resume",
          "tied weights", "frozen parts", label="FSDP2 sharded", folder="", plugin=SHARDED),
-    case("accelerate FSDP2", "accelerate_run", "trajectory", "resume", label="FSDP2 full",
-         folder="", plugin={"state_dict_type": "FULL_STATE_DICT"}),
     case("accelerate FSDP2", "accelerate_anchor_before_prepare"),
 ]  # fmt: skip
 # What needs peft or transformers, whose import takes longer than all of these.
@@ -142,6 +132,16 @@ MORE = [
          plugin={"state_dict_type": f"{form}_STATE_DICT"})
     for form in ("SHARDED", "FULL")
 ] + [
+    case("FSDP1", "run_trajectory", "granularity tensor", label="made before",
+         granularity="tensor", before=True),
+    case("FSDP1", "run_trajectory", "norm_scope tensor", label="norms per tensor",
+         norm_scope="tensor"),
+    case("FSDP1", "run_trajectory", "trajectory", label="NO_SHARD", strategy="NO_SHARD"),
+    case("FSDP1", "run_resume", "resume", label="sharded", full=False),
+    case("FSDP1", "run_meta", "meta init"),
+    case("FSDP1", "run_resume_elsewhere", "resume on other ranks", world=1),
+    case("accelerate FSDP2", "accelerate_run", "trajectory", "resume", label="FSDP2 full",
+         folder="", plugin={"state_dict_type": "FULL_STATE_DICT"}),
     case("accelerate FSDP2", "accelerate_trajectory", "meta init", label="FSDP2 meta",
          policy="meta", build=worker.within, plugin={**SHARDED, "cpu_ram_efficient_loading": True}),
     case("accelerate FSDP2", "accelerate_trajectory", "CPU offload", label="FSDP2 offload",

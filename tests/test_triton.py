@@ -609,7 +609,7 @@ def test_norms_overflow_to_infinity_and_keep_nan():
         [16 * 9 + 3, 16, 16 * 20, 5, 0, 16 * 3],
         [16 * 17, 16 * 20 + 1],
         pytest.param([16 * 1030], marks=pytest.mark.slow),
-        [40, 5] + [0] * 1030 + [33],
+        [40, 5] + [0] * 30 + [33],
     ],
     ids=["few chunks a row", "many", "very many", "most rows empty"],
 )
