@@ -273,9 +273,10 @@ class BuildExtension(build_ext):
                 [nvcc, "-shared", "-cudart=none", "-Xlinker=-soname,libtorch_cuda.so", str(empty),
                  "-o", str(folder / "libtorch_cuda.so")]
             )  # fmt: skip
-        # CUDA's runtime comes along, so that it need not be the one that torch has.
+        # CUDA's runtime comes along, so that it need not be the one that torch has. Without
+        # -nodlink, which no kernel needs, so would code for the oldest GPU that nvcc knows.
         spawn_with_reason(
-            [nvcc, "-shared", "-cudart=static", *map(str, objects), "-o", str(library),
+            [nvcc, "-shared", "-nodlink", "-cudart=static", *map(str, objects), "-o", str(library),
              "-Xlinker=--no-as-needed", *(f"-L{place}" for place in libraries), "-ltorch_cpu",
              "-ltorch_cuda"]
         )  # fmt: skip

@@ -77,6 +77,8 @@ NUMBERS = ["n", "slots", "which", "seed", "draw", "replay_weight", "max_grad_nor
 TABLES = ["table", "rows", "chunks", "starts", "partials", "counters", "grads", "replays",
           "distances", "squares", "gate", "grad_scale", "found_inf", "draw_index", "coefficients",
           "flags", "hyper", "out"]  # fmt: skip
+# Those that may be None.
+OPTIONAL = ["gate", "grad_scale", "found_inf", "draw_index"]
 
 
 # Seconds to wait before Triton's cache is tried again.
@@ -84,37 +86,67 @@ PAUSES = (0.1, 1.0, 5.0)
 
 
 class Kernel:
-    """A kernel of Triton's whose launches survive a cache that fails for a moment.
+    """A kernel of Triton's, looked up once per variant; its cache may fail for a moment.
+
+    At every launch Triton works out anew what the arguments ask for, and compares every number that
+    the kernel's source names, for some 100 us on the host. `kernel` says what a variant depends on,
+    so what Triton has found is kept.
 
     In a cache that several nodes share, files that Triton has just written may be gone or stale for
     a moment (triton#11512), and one rank that dies of it leaves the others waiting for it. Such an
     error comes before anything is launched, so the launch is tried again, a few times.
+
+    Args:
+        declared: What `triton.jit` has made of the function.
+        names: The function's parameters.
     """
 
-    def __init__(self, declared) -> None:
+    def __init__(self, declared, names) -> None:
         self.declared = declared
+        annotations = declared.fn.__annotations__
+        # Constants, and what may be None: that, too, is compiled in.
+        self._chosen = [
+            place for place, name in enumerate(names) if annotations.get(name) is tl.constexpr
+        ]
+        self._optional = [place for place, name in enumerate(names) if name in OPTIONAL]
+        self._compiled = {}
 
     def __getitem__(self, grid):
-        """Returns the function that launches on a grid."""
-        # In place of Triton's own, which costs the host as much.
-        run = self.declared.run
+        """Returns the function that launches on a grid of one dimension."""
 
         def launch(*arguments, **options):
-            try:
-                return run(*arguments, grid=grid, warmup=False, **options)
-            # The latter of what is loaded as a Python module.
-            except (OSError, ImportError) as error:
-                trouble = error
-            for pause in PAUSES:
-                warnings.warn(f"{self._says(trouble)}. Trying again in {pause} s", stacklevel=2)
-                time.sleep(pause)
-                try:
-                    return run(*arguments, grid=grid, warmup=False, **options)
-                except (OSError, ImportError) as error:
-                    trouble = error
-            raise RuntimeError(self._says(trouble)) from trouble
+            key = (
+                arguments[0].device,
+                *(arguments[place] for place in self._chosen),
+                *(arguments[place] is None for place in self._optional),
+                *options.values(),
+            )
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                # None in the interpreter.
+                self._compiled[key] = self._find(grid, arguments, options)
+            else:
+                compiled[(grid[0], 1, 1)](*arguments)
 
         return launch
+
+    def _find(self, grid, arguments, options):
+        """Launches by Triton's own way; returns what it has launched."""
+        # In place of Triton's own, which costs the host as much.
+        run = self.declared.run
+        try:
+            return run(*arguments, grid=grid, warmup=False, **options)
+        # The latter of what is loaded as a Python module.
+        except (OSError, ImportError) as error:
+            trouble = error
+        for pause in PAUSES:
+            warnings.warn(f"{self._says(trouble)}. Trying again in {pause} s", stacklevel=3)
+            time.sleep(pause)
+            try:
+                return run(*arguments, grid=grid, warmup=False, **options)
+            except (OSError, ImportError) as error:
+                trouble = error
+        raise RuntimeError(self._says(trouble)) from trouble
 
     def _says(self, trouble: Exception) -> str:
         return (
@@ -132,7 +164,8 @@ def kernel(function) -> Kernel:
             function,
             do_not_specialize=[name for name in names if name in NUMBERS],
             do_not_specialize_on_alignment=[name for name in names if name in TABLES],
-        )
+        ),
+        names,
     )
 
 

@@ -42,7 +42,12 @@ class Driver:
         self.started = []
 
     def launcher_cls(self, source, metadata):
-        return lambda *arguments: self.started.append(metadata.name)
+        def start(x, y, z, stream, function, packed, launch, enter, leave, *arguments):
+            # Constants and numbers as they are, of tensors the shape.
+            told = [str(getattr(value, "shape", value)) for value in arguments]
+            self.started.append([metadata.name, [x, y, z], told])
+
+        return start
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -73,6 +78,13 @@ def main():
         return path
 
     triton.runtime.cache.FileCacheManager.put = put_once_without_luck
+    run, looked_up = triton.runtime.jit.JITFunction.run, []
+
+    def counted(self, *arguments, **options):
+        looked_up.append(self.__name__)
+        return run(self, *arguments, **options)
+
+    triton.runtime.jit.JITFunction.run = counted
     from dgg.kernels import adam, guide, norms, sgd
 
     from dgg import kernels
@@ -127,7 +139,9 @@ def main():
         f.declared.__name__: len(next(iter(f.declared.device_caches.values()))[0])
         for f in functions
     }
-    print(json.dumps({"started": driver.started, "compiled": compiled, "failed": failed}))
+    names = {f.declared.__name__: f.declared.arg_names for f in functions}
+    found = {"compiled": compiled, "looked_up": looked_up, "failed": failed, "names": names}
+    print(json.dumps({"started": driver.started, **found}))
 
 
 @pytest.mark.slow  # six kernels are compiled
@@ -148,6 +162,18 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
         "norms_kernel": 2, "adam_kernel": 2, "sgd_kernel": 2, "guide_kernel": 2,
         "coefficients_kernel": 1, "draw_flags_kernel": 1,
     }  # fmt: skip
-    for name in found["compiled"]:
-        assert found["started"].count(name) == 4
+    for name, variants in found["compiled"].items():
+        grids, told = zip(*[s[1:] for s in found["started"] if s[0] == name], strict=True)
+        single = variants == 1
+        assert list(grids) == [[1 if single else m, 1, 1] for m in (3, 16, 1, 3)]
+        # However they were found: the first and the fourth launch differ in what is given alone.
+        names = found["names"][name]
+        assert all(len(values) == len(names) for values in told)
+        first, _, _, fourth = told
+        different = {n for n, a, b in zip(names, first, fourth, strict=True) if a != b}
+        given = {"grad_scale", "found_inf", "draw_index"} & {*names}
+        assert different == (set() if single else given)
+        # Triton looks at a launch once per variant, and at one whose cache failed once more.
+        again = name == "norms_kernel"
+        assert found["looked_up"].count(name) == variants + again
     assert len(found["failed"]) == 1 and "Trying again in 0.1 s" in done.stderr
