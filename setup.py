@@ -253,8 +253,9 @@ class BuildExtension(build_ext):
         objects = [folder / f"{pathlib.Path(source).stem}.o" for source in extension.sources]
 
         def compile_one(source, target):
-            # Only the operators, which are host code, see torch.
-            own = include if source.endswith("cuda.cu") else codes
+            # Only the operators, which are host code, see torch. Without a GPU to name, nvcc would
+            # compile nothing for the oldest that it knows.
+            own = [*include, codes[0]] if source.endswith("cuda.cu") else codes
             spawn_with_reason(
                 [nvcc, *cuda_flags(), *own, f"--threads={threads}", "-c", source, "-o", str(target)]
             )

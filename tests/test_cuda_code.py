@@ -318,9 +318,10 @@ def test_library(whole):
     expected = [machine for machine in ALL_MACHINES if str(machine) in known]
     machine_code = re.findall(r"\.sm_(\d+)\.cubin", _run([CUOBJDUMP, "--list-elf", str(library)]))
     units = len(FEW)
-    assert {int(m): machine_code.count(m) for m in set(machine_code)} == dict.fromkeys(
-        expected, units
-    )
+    # The operators' unit has no kernel, for the first few.
+    assert {int(m): machine_code.count(m) for m in set(machine_code)} == {
+        machine: units + (machine in (80, 86, 89)) for machine in expected
+    }
     ptx = re.findall(r"\.sm_(\d+)\.ptx", _run([CUOBJDUMP, "--list-ptx", str(library)]))
     assert ptx == [str(max(expected))] * units
     _assert_stable(library)
