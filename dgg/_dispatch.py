@@ -189,7 +189,10 @@ def show_config() -> str:
                 state += f" ({torch.ops.dgg.isa()})"
             lines.append(f"  {backend:<10} {device.type:<5} {state}")
     chosen = ", ".join(f"{choose(None, device)} on {device.type}" for device in devices)
-    lines.append(f"default: {chosen}; on other devices: triton where it runs, else reference")
+    lines.append(
+        f"default: {chosen}; on other devices: the first of cpp (CUDA) and triton that runs there, "
+        "else reference"
+    )
     for name in ("DGG_CPP", "DGG_CUDA"):
         if os.environ.get(name):
             lines.append(f"{name}={os.environ[name]} was set in this environment")

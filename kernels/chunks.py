@@ -38,6 +38,7 @@ from dgg.kernels.update import (
     real_gradient,
     widen,
 )  # fmt: skip
+from triton.compiler import CompiledKernel
 
 # Columns of the table, as in csrc/ops.cpp.
 PARAM = tl.constexpr(0)
@@ -122,11 +123,13 @@ class Kernel:
                 *options.values(),
             )
             compiled = self._compiled.get(key)
-            if compiled is None:
-                # None in the interpreter.
-                self._compiled[key] = self._find(grid, arguments, options)
-            else:
+            if compiled is not None:
                 compiled[(grid[0], 1, 1)](*arguments)
+                return
+            found = self._find(grid, arguments, options)
+            # The interpreter returns nothing, and compiling in the background a promise.
+            if isinstance(found, CompiledKernel):
+                self._compiled[key] = found
 
         return launch
 
