@@ -17,7 +17,6 @@ from dgg.kernels.chunks import (
     PARAM,
     STATE,
     STEP,
-    TILE,
     add_squares,
     bits,
     chunk_of,
@@ -120,7 +119,6 @@ def adam_kernel(
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one counts the step and sums the distances."""
     row, place = chunk_of(rows, chunks)
@@ -214,7 +212,7 @@ def adam_kernel(
 
     finish_update(
         table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
-        HAS_REPLAY, LOOK_AHEAD, True, WIDTH,
+        HAS_REPLAY, LOOK_AHEAD, True,
     )  # fmt: skip
 
 
@@ -265,6 +263,6 @@ def adam_launch_(
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
             signed(seed), signed(draw), *dtypes, replayed, *features, chunk, min(BLOCK, chunk),
-            pack, TILE,
+            pack,
             **options_of(table.device, pack),
         )  # fmt: skip

@@ -60,7 +60,7 @@ CHUNK = 8192
 BLOCK = 1024
 
 # Partial sums of a row that are added at one time.
-TILE = 1024
+TILE = tl.constexpr(1024)
 
 # Whether a stream is wanted again soon; what is not makes room in the cache first. As in
 # csrc/launch.cuh: an update reads everything for the last time of its step, and writes parameters
@@ -135,7 +135,6 @@ class Kernel:
 
     def _find(self, grid, arguments, options):
         """Launches by Triton's own way; returns what it has launched."""
-        # In place of Triton's own, which costs the host as much.
         run = self.declared.run
         try:
             return run(*arguments, grid=grid, warmup=False, **options)
@@ -464,7 +463,7 @@ def tree_sum(x, N: tl.constexpr):
 
 
 @triton.jit
-def sum_of_row(partials, starts, position, numel, WIDTH: tl.constexpr):
+def sum_of_row(partials, starts, position, numel):
     """Sum of the partials of a row's chunks; its order depends on their number alone.
 
     They come from other programs: `volatile` keeps a cache that is not coherent out. An empty row
@@ -472,17 +471,17 @@ def sum_of_row(partials, starts, position, numel, WIDTH: tl.constexpr):
     """
     start = tl.load(starts + position)
     stop = tl.where(numel > 0, tl.load(starts + position + 1), start)
-    lanes = tl.zeros([WIDTH], tl.float64)
-    for place in tl.range(start, stop, WIDTH, loop_unroll_factor=2):
-        index = place + tl.arange(0, WIDTH)
+    lanes = tl.zeros([TILE], tl.float64)
+    for place in tl.range(start, stop, TILE, loop_unroll_factor=2):
+        index = place + tl.arange(0, TILE)
         lanes += tl.load(partials + index, mask=index < stop, other=0.0, volatile=True)
-    return tree_sum(lanes, WIDTH)
+    return tree_sum(lanes, TILE)
 
 
 @triton.jit
 def finish_update(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
-    HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Stores what only holds when all of a row is done: its step count and measured distance."""
     position = position_of(chunks)
@@ -499,7 +498,7 @@ def finish_update(
             if LOOK_AHEAD:
                 if tl.load(own + ANCHOR) != 0:
                     numel = tl.load(own + NUMEL)
-                    distance = sum_of_row(partials, starts, position, numel, WIDTH)
+                    distance = sum_of_row(partials, starts, position, numel)
             tl.store(distances + row, distance)
             if STEPS:
                 step = tl.load(own + STEP).to(tl.pointer_type(tl.float32))

@@ -12,7 +12,6 @@ from dgg.kernels.chunks import (
     COLUMNS,
     NUMEL,
     PARAM,
-    TILE,
     add_squares,
     bits,
     chunk_of,
@@ -96,7 +95,7 @@ def _asked(which, gate):
 @triton.jit
 def _finish_norms(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-    grad_scale, n, slots, which, HAS_REPLAY: tl.constexpr, WIDTH: tl.constexpr,
+    grad_scale, n, slots, which, HAS_REPLAY: tl.constexpr,
 ):  # fmt: skip
     """When all of a row is done, sums its partials and stores what they were for."""
     position = position_of(chunks)
@@ -116,11 +115,11 @@ def _finish_norms(
         total = tl.full([], 0.0, tl.float64)
         real = total
         if active & ((which & (NORM_TOTAL | NORM_GRAD)) != 0):
-            real = sum_of_row(partials + slots, starts, position, numel, WIDTH)
+            real = sum_of_row(partials + slots, starts, position, numel)
             total = real
             if HAS_REPLAY:
                 if (which & NORM_TOTAL) != 0:
-                    total = sum_of_row(partials, starts, position, numel, WIDTH)
+                    total = sum_of_row(partials, starts, position, numel)
         wanted = active & ((which & NORM_TOTAL) != 0)
         tl.store(squares + row, tl.where(wanted, total / scale, 0.0))
         wanted = anchored & has_grad & ((which & NORM_GRAD) != 0)
@@ -130,7 +129,7 @@ def _finish_norms(
         if anchored & ((which & NORM_DISTANCE) != 0):
             distance = tl.load(distances + row)
             if distance < 0:  # NaN is known
-                distance = sum_of_row(partials + 2 * slots, starts, position, numel, WIDTH)
+                distance = sum_of_row(partials + 2 * slots, starts, position, numel)
                 tl.store(distances + row, distance)
         tl.store(squares + 2 * n + row, distance)
 
@@ -140,7 +139,7 @@ def norms_kernel(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, gate,
     grad_scale, n, slots, which, replay_weight: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
-    HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums its chunks."""
     which = _asked(which, gate)
@@ -185,7 +184,7 @@ def norms_kernel(
 
     _finish_norms(
         table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-        grad_scale, n, slots, which, HAS_REPLAY, WIDTH,
+        grad_scale, n, slots, which, HAS_REPLAY,
     )  # fmt: skip
 
 
@@ -224,7 +223,7 @@ def norms_launch(
         norms_kernel[(m,)](
             table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
             gate, grad_scale, n, m, which, bits(replay_weight),
-            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk), TILE,
+            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk),
             **options_of(table.device, pack),
         )  # fmt: skip
 

@@ -16,7 +16,6 @@ from dgg.kernels.chunks import (
     ONCE,
     PARAM,
     STATE,
-    TILE,
     add_squares,
     bits,
     chunk_of,
@@ -110,7 +109,6 @@ def sgd_kernel(
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums the distances."""
     row, place = chunk_of(rows, chunks)
@@ -193,7 +191,7 @@ def sgd_kernel(
 
     finish_update(
         table, rows, chunks, starts, partials, counters, grads, replays, distances, found_inf,
-        HAS_REPLAY, LOOK_AHEAD, False, WIDTH,
+        HAS_REPLAY, LOOK_AHEAD, False,
     )  # fmt: skip
 
 
@@ -223,6 +221,6 @@ def sgd_launch_(
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
             signed(seed), signed(draw), p, g, r, b, a, c, t, replayed, *features,
-            chunk, min(BLOCK, chunk), pack, TILE,
+            chunk, min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

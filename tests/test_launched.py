@@ -350,6 +350,15 @@ def test_cut_separates_dtypes_and_covers_every_element():
     assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
 
 
+@pytest.mark.parametrize("rank,chunks", [(16, 4928), (64, 19520), (128, 39040)])
+def test_a_lora_list_is_one_launch(rank, chunks):
+    """LLaVA-7B with LoRA on every linear layer: norms and update take one each, however long."""
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    numels = 32 * [rank * width for shape in shapes for width in shape]
+    (launch,) = _device.cut(numels, [0] * len(numels), CPU)
+    assert len(numels) == len(launch.rows) == 448 and len(launch.chunks) == chunks
+
+
 def test_cuts_that_are_kept_are_few():
     """Gradients may change their dtype at every step."""
     found = _device.Kernels(None, CPU, 2, (_dispatch.PARAM, _dispatch.NUMEL, _dispatch.DTYPES))
