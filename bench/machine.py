@@ -345,7 +345,7 @@ class Streams:
     (write-allocate): there copy moves 3 and triad 4 elements per element, on a GPU 2 and 3. In
     place (a += s b), as an optimizer works, nothing is loaded for writing alone and a CPU's memory
     gives more: shown beside them, since a share above 100 % of copy and triad would else look like
-    a mistake.
+    a mistake. Reading alone (on a CPU) says how fast a step could be whose writes cost nothing.
     """
 
     def __init__(self, device: Cpu, elements: int) -> None:
@@ -356,6 +356,8 @@ class Streams:
             "triad": (3 + loaded) * 4 * elements,
             "in place": 3 * 4 * elements,
         }
+        self._readers = _readers(self._b, self._c) if device.name == "cpu" else {}
+        self.bytes |= {name: size for name, (size, _) in self._readers.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.bytes}
 
     def run(self, device: Cpu) -> None:
@@ -365,6 +367,9 @@ class Streams:
             device.time(lambda: torch.add(self._b, self._c, alpha=0.5, out=self._a))
         )
         self.seconds["in place"].append(device.time(lambda: self._c.add_(self._b, alpha=1e-3)))
+        for name, (_, read) in self._readers.items():
+            device.evict()  # what was just read may still be in a large cache
+            self.seconds[name].append(device.time(read))
 
     def bandwidth(self) -> dict[str, float]:
         """Returns bytes per second of each, from the medians."""
@@ -373,6 +378,21 @@ class Streams:
             for name, times in self.seconds.items()
             if times
         }
+
+
+def _readers(first: torch.Tensor, second: torch.Tensor) -> dict[str, tuple[int, Callable]]:
+    """Returns the fastest ways known to read memory, by name: bytes, and what reads them."""
+    import dgg  # noqa: F401, loads the operators
+
+    found = {"read (torch.dot)": (2 * first.nbytes, lambda: torch.dot(first, second))}
+    if hasattr(torch.ops.dgg, "norms"):
+        distances = torch.full((1,), -1.0, dtype=torch.float64)
+        one = [first], [first], [], []
+        settings = {"replay_weight": 1.0, "grad_scale": 1.0, "which": 1}
+        found["read (dgg norm)"] = (
+            first.nbytes, lambda: torch.ops.dgg.norms(*one, distances, **settings)
+        )  # fmt: skip
+    return found
 
 
 def _last_level_cache() -> int:

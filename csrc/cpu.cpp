@@ -121,13 +121,13 @@ constexpr int64_t kLineBytes = 64;
 
 // How far ahead memory is asked for. The hardware's prefetchers stop at every page, and all streams
 // of a tensor cross pages together. On a Zen 3, 512 bytes make a guided step 6 % faster than 2048
-// and 10 % faster than none.
+// and 10 % faster than none; on a Xeon with AVX-512, 1024 bytes 2 % and 20 %.
 int64_t detect_ahead_bytes() {
 #ifdef DGG_X86_VARIANTS
   __builtin_cpu_init();
   if (__builtin_cpu_is("amd")) return 512;
 #endif
-  return 2048;
+  return 1024;
 }
 
 const int64_t kAheadBytes = detect_ahead_bytes();
