@@ -187,6 +187,23 @@ void prefetch_members(Impl impl) {
 #endif
 }
 
+// Prefetches what `Watched::unmoved` looks at, for most tensors watched are only looked at: the
+// pointer to the storage, the size and the order in a TensorImpl, then the address in the storage.
+void prefetch_place(Impl impl) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (const int byte : {16, 152, 184}) {
+    __builtin_prefetch(static_cast<const char*>(impl) + byte);
+  }
+#endif
+}
+
+void prefetch_storage(Impl impl) {
+#if defined(__GNUC__) || defined(__clang__)
+  const auto storage = static_cast<const char*>(static_cast<const void* const*>(impl)[2]);
+  for (const int byte : {16, 72}) __builtin_prefetch(storage + byte);
+#endif
+}
+
 constexpr int64_t kMoved = -1;
 constexpr int64_t kUnusual = -2;
 // Stands for the address of an empty gradient, which has none but is there: 0 means absent.
@@ -247,8 +264,8 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
     prefetch_members(list.kept[i]);
   }
   for (int64_t i = 0; i < n; ++i) {
-    prefetch_impl(list.impls[std::min(i + 2 * kAhead, n - 1)]);
-    prefetch_members(list.impls[std::min(i + kAhead, n - 1)]);
+    prefetch_place(list.impls[std::min(i + 2 * kAhead, n - 1)]);
+    prefetch_storage(list.impls[std::min(i + kAhead, n - 1)]);
     if (!list.tensors[i].unmoved(handle_of(list.impls[i]))) return kMoved;
     prefetch_data(list.tensors[i].address);
   }

@@ -289,17 +289,25 @@ class Guided(Loading):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad(), _ranges.record("dgg.step"):
-            if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
                 self._uncompiled_step()
-            else:
-                # Not through the decorated one: its wrapper costs as much as a small kernel.
+            return loss
+        # Without the objects of `no_grad` and the decorated function's wrapper: either costs as
+        # much as a small kernel.
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            with _ranges.record("dgg.step"):
                 self._step()
+        finally:
+            torch._C._set_grad_enabled(enabled)
         return loss
 
     @torch._disable_dynamo
     def _uncompiled_step(self) -> None:
-        self._step()
+        with _ranges.record("dgg.step"):
+            self._step()
 
     def _step(self) -> None:
         driver = self._driven_by()
