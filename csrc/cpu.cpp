@@ -26,6 +26,12 @@
 #include "table.h"
 #include "update.h"
 
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DGG_X86_VARIANTS 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 #if defined(_MSC_VER)
 #define DGG_PRAGMA_SIMD
 #else
@@ -50,8 +56,7 @@ constexpr int64_t kSerial = 32768;
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define DGG_X86_VARIANTS 1
+#ifdef DGG_X86_VARIANTS
 #define DGG_AVX2 "avx2,bmi2"
 #if defined(__clang__)
 #define DGG_AVX512 DGG_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
@@ -132,15 +137,20 @@ int64_t detect_ahead_bytes() {
 
 const int64_t kAheadBytes = detect_ahead_bytes();
 
-template <int kElements = kStrip, typename T>
-DGG_HOST_DEVICE void prefetch(const T* address) {
+// Asks for lines; past the end of a tensor they may be no addresses at all, which a prefetch does
+// not mind.
+DGG_HOST_DEVICE void prefetch_lines(uintptr_t begin, int64_t bytes) {
 #if defined(__GNUC__) || defined(__clang__)
-  // Past the end of a tensor this may be no address at all, which a prefetch does not mind.
-  const auto next = reinterpret_cast<uintptr_t>(address) + kAheadBytes;
-  for (int64_t line = 0; line < kElements * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+  for (int64_t line = 0; line < bytes; line += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + line));
   }
 #endif
+}
+
+template <int kElements = kStrip, typename T>
+DGG_HOST_DEVICE void prefetch(const T* address) {
+  prefetch_lines(reinterpret_cast<uintptr_t>(address) + kAheadBytes,
+                 kElements * static_cast<int64_t>(sizeof(T)));
 }
 
 template <typename Loop>
@@ -181,6 +191,79 @@ struct NarrowInto {
   DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
   DGG_HOST_DEVICE void element(int64_t i) const { out[i] = narrow<S, T>(in[i]); }
 };
+
+#ifdef DGG_X86_VARIANTS
+// Of the conversions of float16, which are the processor's own, compilers make one at a time; so
+// these are written for it, eight at a time, and what is left as eight of which the last are not
+// used. The bits are those of update.h.
+constexpr int64_t kEight = 8;
+
+bool detect_f16c() {
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  return kIsa != Isa::kBaseline && __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+const bool kF16c = detect_f16c();
+
+#define DGG_F16C __attribute__((target("avx,f16c")))
+
+DGG_F16C inline void widen_eight(const float16* in, float* out) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(eight));
+}
+
+DGG_F16C inline void narrow_eight(const float* in, float16* out) {
+  const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), eight);
+}
+
+DGG_F16C void widen_by_f16c(const float16* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kStrip <= n; i += kStrip) {
+    prefetch(in + i);
+    for (int64_t j = i; j < i + kStrip; j += kEight) widen_eight(in + j, out + j);
+  }
+  for (; i + kEight <= n; i += kEight) widen_eight(in + i, out + i);
+  if (i == n) return;
+  float16 rest[kEight] = {};
+  float wide[kEight];
+  std::copy_n(in + i, n - i, rest);
+  widen_eight(rest, wide);
+  std::copy_n(wide, n - i, out + i);
+}
+
+DGG_F16C void narrow_by_f16c(const float* in, float16* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kStrip <= n; i += kStrip) {
+    for (int64_t j = i; j < i + kStrip; j += kEight) narrow_eight(in + j, out + j);
+  }
+  for (; i + kEight <= n; i += kEight) narrow_eight(in + i, out + i);
+  if (i == n) return;
+  float rest[kEight] = {};
+  float16 narrowed[kEight];
+  std::copy_n(in + i, n - i, rest);
+  narrow_eight(rest, narrowed);
+  std::copy_n(narrowed, n - i, out + i);
+}
+#endif
+
+// out = in, of another type.
+template <typename T, typename S>
+void convert(const T* in, S* out, int64_t n) {
+#ifdef DGG_X86_VARIANTS
+  if constexpr (std::is_same<T, float16>::value && std::is_same<S, float>::value) {
+    if (kF16c) return widen_by_f16c(in, out, n);
+  }
+  if constexpr (std::is_same<T, float>::value && std::is_same<S, float16>::value) {
+    if (kF16c) return narrow_by_f16c(in, out, n);
+  }
+#endif
+  if constexpr (std::is_floating_point<S>::value) {
+    run(Widen<S, T>{in, out, n});
+  } else {
+    run(NarrowInto<S, T>{in, out, n});
+  }
+}
 
 // bfloat16 by stochastic rounding.
 template <typename T>
@@ -456,6 +539,10 @@ constexpr bool is_wide() {
   return std::is_floating_point<S>::value;
 }
 
+int64_t size_of(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
 // A tensor of a row: an address and how to read it.
 struct Stream {
   char* data = nullptr;
@@ -475,7 +562,7 @@ struct Stream {
       if (dtype != code_of<S>()) {
         visit([&](auto* stored) {
           using Stored = std::remove_pointer_t<decltype(stored)>;
-          run(Widen<S, Stored>{at<Stored>(begin), buffer, n});
+          convert(at<Stored>(begin), buffer, n);
         });
         return buffer;
       }
@@ -490,7 +577,7 @@ struct Stream {
       if (dtype == code_of<S>()) return;
       visit([&](auto* stored) {
         using Stored = std::remove_pointer_t<decltype(stored)>;
-        run(NarrowInto<Stored, S>{buffer, at<Stored>(begin), n});
+        convert(buffer, at<Stored>(begin), n);
       });
     }
   }
@@ -560,6 +647,55 @@ struct Row {
         stride(r[kColumnStride]),
         replay_weight(rows.replay_weight) {}
 };
+
+// What an update prefetches where blocks are staged. Converting a block reads it in no time and
+// computing reads no memory, so while this block is computed the next one is asked for.
+class Ahead {
+ public:
+  // A stream that is staged as S, or always (`staged`); else the loop reads it where it is.
+  template <typename S>
+  void add(const Stream& stream, int64_t begin, bool staged = false) {
+    if (!stream) return;
+    staged = staged || stream.dtype != code_of<S>();
+    wanted_ = wanted_ || staged;
+    const int64_t size = size_of(stream.dtype);
+    next_[count_] = reinterpret_cast<uintptr_t>(stream.data) +
+                    (staged ? (begin + kBlock) * size : begin * size + kAheadBytes);
+    sizes_[count_++] = size;
+  }
+
+  // Whether anything is staged.
+  bool wanted() const { return wanted_; }
+
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    for (int k = 0; k < count_; ++k) {
+      prefetch_lines(next_[k] + static_cast<uintptr_t>(i * sizes_[k]), kStrip * sizes_[k]);
+    }
+  }
+
+ private:
+  uintptr_t next_[kSlots];
+  int64_t sizes_[kSlots];
+  int count_ = 0;
+  bool wanted_ = false;
+};
+
+template <typename Loop>
+struct Staged {
+  Loop loop;
+  Ahead ahead;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const { ahead.prefetch_from(i); }
+  DGG_HOST_DEVICE void element(int64_t i) const { loop.element(i); }
+};
+
+template <typename Loop>
+void run(const Loop& loop, const Ahead& ahead) {
+  if (!ahead.wanted()) return run(loop);
+  run(Staged<Loop>{loop, ahead, loop.n});
+}
 
 // h of equation (1) without the gradient scale. Uses `other` only for mixing.
 template <typename S>
@@ -887,13 +1023,15 @@ struct AdamRule {
 
   template <typename T, typename S, bool kGuided>
   static void block(const AdamScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, int64_t n) {
+                    const S* anchor, int64_t n, const Ahead& ahead) {
     if (state[2]) {
       run(AdamLoop<T, S, kGuided, true>{param, grad, state[0], state[1], state[2], anchor, n,
-                                        scalars});
+                                        scalars},
+          ahead);
     } else {
       run(AdamLoop<T, S, kGuided, false>{param, grad, state[0], state[1], nullptr, anchor, n,
-                                         scalars});
+                                         scalars},
+          ahead);
     }
   }
 };
@@ -904,11 +1042,11 @@ struct SgdRule {
 
   template <typename T, typename S, bool kGuided>
   static void block(const SgdScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, int64_t n) {
+                    const S* anchor, int64_t n, const Ahead& ahead) {
     if (state[0]) {
-      run(SgdLoop<T, S, kGuided, true>{param, grad, state[0], anchor, n, scalars});
+      run(SgdLoop<T, S, kGuided, true>{param, grad, state[0], anchor, n, scalars}, ahead);
     } else {
-      run(SgdLoop<T, S, kGuided, false>{param, grad, nullptr, anchor, n, scalars});
+      run(SgdLoop<T, S, kGuided, false>{param, grad, nullptr, anchor, n, scalars}, ahead);
     }
   }
 };
@@ -923,21 +1061,29 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
+    Ahead ahead;
     S* const param = row.param.template stage<S>(begin, n, spare);
+    ahead.add<S>(row.param, begin);
     const S* const grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
+    ahead.add<S>(row.grad, begin, bool(row.replay));
+    ahead.add<S>(row.replay, begin, true);
     S* state[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) {
       state[s] = row.state[s] ? row.state[s].template stage<S>(begin, n, buffers[s]) : nullptr;
+      ahead.add<S>(row.state[s], begin);
     }
     const S* anchor = nullptr;
     if (row.guided || row.look_ahead) {
       anchor = row.anchor.template stage<S>(begin, n, spare + 3 * kBlock);
+      // Of a block that only looks ahead it is read after the loop, by one that prefetches it.
+      if (row.guided) ahead.add<S>(row.anchor, begin, row.masked);
     }
+    ahead.add<S>(row.copy, begin, true);
     if (row.guided) {
       const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, spare + 4 * kBlock);
-      Rule::template block<T, S, true>(scalars, param, grad, state, seen, n);
+      Rule::template block<T, S, true>(scalars, param, grad, state, seen, n, ahead);
     } else {
-      Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n);
+      Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n, ahead);
     }
     store<S>(row, draws, begin, n, param);
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -1069,15 +1215,20 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
+    Ahead ahead;
     const S* const grad = stage_gradient<S>(row, begin, n, buffers[0], buffers[1]);
+    ahead.add<S>(row.grad, begin, bool(row.replay));
+    ahead.add<S>(row.replay, begin, true);
     S* const out = row.grad.dtype == code_of<S>() ? row.grad.at<S>(begin) : buffers[0];
     if (row.guided) {
       const S* const param = row.param.stage<S>(begin, n, buffers[2]);
       const S* const anchor = row.anchor.stage<S>(begin, n, buffers[3]);
       const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, buffers[4]);
-      run(GuideLoop<T, S, true>{param, grad, seen, out, n, scalars});
+      ahead.add<S>(row.param, begin, row.masked);
+      ahead.add<S>(row.anchor, begin, row.masked);
+      run(GuideLoop<T, S, true>{param, grad, seen, out, n, scalars}, ahead);
     } else {
-      run(GuideLoop<T, S, false>{nullptr, grad, nullptr, out, n, scalars});
+      run(GuideLoop<T, S, false>{nullptr, grad, nullptr, out, n, scalars}, ahead);
     }
     row.grad.unstage<S>(begin, n, out);
   }

@@ -179,7 +179,7 @@ def test_any_instruction_set_gives_the_same_bits(isa):
     assert done.stdout.split() == [isa, everything()]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("offset", [1, 3])
 def test_nothing_beyond_the_tensor_is_touched(dtype, offset):
     sizes = [*range(1, 40), BLOCK + 1, CHUNK + 1]
