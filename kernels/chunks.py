@@ -85,6 +85,11 @@ OPTIONAL = ["gate", "grad_scale", "found_inf", "draw_index"]
 # Seconds to wait before Triton's cache is tried again.
 PAUSES = (0.1, 1.0, 5.0)
 
+# Registers a thread may have where the compiler, left alone, keeps some in local memory for the
+# sake of another resident block. All variants find room in these on all targets, and of blocks of
+# 128 threads a multiprocessor holds three then.
+ROOM = 168
+
 
 class Kernel:
     """A kernel of Triton's, looked up once per variant; its cache may fail for a moment.
@@ -129,7 +134,7 @@ class Kernel:
             found = self._find(grid, arguments, options)
             # The interpreter returns nothing, and compiling in the background a promise.
             if isinstance(found, CompiledKernel):
-                self._compiled[key] = found
+                self._compiled[key] = self._without_spills(found, grid, arguments, options)
 
         return launch
 
@@ -149,6 +154,25 @@ class Kernel:
             except (OSError, ImportError) as error:
                 trouble = error
         raise RuntimeError(self._says(trouble)) from trouble
+
+    def _without_spills(self, found, grid, arguments, options):
+        """Returns the kernel to keep: compiled once more, with more registers, if some spilled."""
+        if not found.n_spills or found.metadata.target.backend != "cuda":
+            return found
+        try:
+            other = self.declared.run(*arguments, grid=grid, warmup=True, maxnreg=ROOM, **options)
+            if not isinstance(other, CompiledKernel):
+                return found
+            other[grid]  # is loaded, and not launched
+        except Exception as error:
+            # The step is launched already.
+            warnings.warn(
+                f"{self.declared.__name__} keeps registers in local memory, since it could not be "
+                f"compiled once more: {error}",
+                stacklevel=3,
+            )
+            return found
+        return other if other.n_spills < found.n_spills else found
 
     def _says(self, trouble: Exception) -> str:
         return (

@@ -8,6 +8,7 @@ cache fails once as on a network file system (triton#11512).
 
 from __future__ import annotations
 
+import collections
 import errno
 import importlib.util
 import json
@@ -23,10 +24,17 @@ pytestmark = pytest.mark.skipif(
 
 
 class Utils:
-    """Takes every kernel for loaded."""
+    """Takes every kernel for loaded; those of SPILLS for having spilled registers."""
+
+    SPILLS = {"adam_kernel": [2, 0], "sgd_kernel": [1, 1]}
+
+    def __init__(self):
+        self.loaded = collections.Counter()
 
     def load_binary(self, name, kernel, shared, device):
-        return 1, name, 32, 0, 1024
+        self.loaded[name] += 1
+        spills = self.SPILLS.get(name, [])[self.loaded[name] - 1 : self.loaded[name]]
+        return 1, f"{name} {self.loaded[name]}", 32, sum(spills), 1024
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
@@ -36,16 +44,14 @@ class Utils:
 class Driver:
     """What Triton asks of a driver, without a GPU."""
 
-    utils = Utils()
-
     def __init__(self):
-        self.started = []
+        self.started, self.utils = [], Utils()
 
     def launcher_cls(self, source, metadata):
         def start(x, y, z, stream, function, packed, launch, enter, leave, *arguments):
             # Constants and numbers as they are, of tensors the shape.
             told = [str(getattr(value, "shape", value)) for value in arguments]
-            self.started.append([metadata.name, [x, y, z], told])
+            self.started.append([metadata.name, [x, y, z], told, function])
 
         return start
 
@@ -158,12 +164,14 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["compiled"] == {
-        # The fourth launch has numbers on the device, where the others have none.
-        "norms_kernel": 2, "adam_kernel": 2, "sgd_kernel": 2, "guide_kernel": 2,
+        # The fourth launch has numbers on the device, where the others have none; of Adam and SGD
+        # the first variant is compiled again, since it spilled registers.
+        "norms_kernel": 2, "adam_kernel": 3, "sgd_kernel": 3, "guide_kernel": 2,
         "coefficients_kernel": 1, "draw_flags_kernel": 1,
     }  # fmt: skip
     for name, variants in found["compiled"].items():
-        grids, told = zip(*[s[1:] for s in found["started"] if s[0] == name], strict=True)
+        variants -= name in Utils.SPILLS
+        grids, told, loaded = zip(*[s[1:] for s in found["started"] if s[0] == name], strict=True)
         single = variants == 1
         assert list(grids) == [[1 if single else m, 1, 1] for m in (3, 16, 1, 3)]
         # However they were found: the first and the fourth launch differ in what is given alone.
@@ -174,6 +182,10 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
         given = {"grad_scale", "found_inf", "draw_index"} & {*names}
         assert different == (set() if single else given)
         # Triton looks at a launch once per variant, and at one whose cache failed once more.
-        again = name == "norms_kernel"
+        again = name == "norms_kernel" or name in Utils.SPILLS
         assert found["looked_up"].count(name) == variants + again
+        # Kept is what spills less; compiled again it was loaded second, but not launched for that.
+        kept = {"adam_kernel": [1, 2, 2, 3], "sgd_kernel": [1, 1, 1, 3]}
+        expected = kept.get(name, [1, 1, 1, variants])
+        assert [int(which.split()[-1]) for which in loaded] == expected
     assert len(found["failed"]) == 1 and "Trying again in 0.1 s" in done.stderr
