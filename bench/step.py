@@ -116,6 +116,7 @@ OTHERS = (
     ("momentum", torch.float32),
     ("sgd", torch.bfloat16),
     ("momentum", torch.bfloat16),
+    ("adamw", torch.float16),
 )
 
 
@@ -188,7 +189,7 @@ def cases_of(preset: str) -> list[Case]:
         tiny = OURS + FUSED + FOREACH_CLIP + FOREACH
         cases = [_single(FLAGSHIP, OURS + FUSED + FOREACH, seconds=100)]
         cases += [_tiny(tiny, cold=cold, rounds=100) for cold in (True, False)]
-        for optimizer, dtype in OTHERS[:3]:
+        for optimizer, dtype in (*OTHERS[:3], OTHERS[-1]):
             runs = OURS + FUSED + FOREACH[:1]
             cases.append(
                 _single(FLAGSHIP, runs, optimizer=optimizer, dtype=dtype, rounds=25, seconds=25)

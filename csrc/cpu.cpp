@@ -193,9 +193,9 @@ struct NarrowInto {
 };
 
 #ifdef DGG_X86_VARIANTS
-// Of the conversions of float16, which are the processor's own, compilers make one at a time; so
-// these are written for it, eight at a time, and what is left as eight of which the last are not
-// used. The bits are those of update.h.
+// The processor converts float16 by itself, but compilers let it do so for one number at a time:
+// the only vector code that is written by hand here. The bits are those of update.h, and what is
+// left is converted as eight of which the last are not used.
 constexpr int64_t kEight = 8;
 
 bool detect_f16c() {
