@@ -155,6 +155,12 @@ struct NormKind {
                         kAny = std::is_same<G_, Any>::value;
 };
 
+// The chunk of a block. The last come first: a norm pass then ends with what the update behind it
+// begins with, which the cache still holds.
+DGG_DEVICE int64_t number_of_chunk(const Launch& launch) {
+  return launch.chunk_count - 1 - static_cast<int64_t>(blockIdx.x);
+}
+
 // Four blocks keep the memory busy, and leave enough registers.
 template <typename K>
 __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments a) {
@@ -164,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
   __shared__ RowEnd end;
   const uint64_t dtypes = a.launch.dtypes;
   if (threadIdx.x == 0) {
-    end.load(a.launch);
-    const ChunkView chunk(a.launch);
+    end.load(a.launch, number_of_chunk(a.launch));
+    const ChunkView chunk(a.launch, number_of_chunk(a.launch));
     const RowView view(a.launch, chunk.row);
     const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
     row.parts = Wanted(a, view, chunk.row).parts;
@@ -180,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
   }
   __syncthreads();
   const auto keep = [&](int part, double sum) {
-    if (threadIdx.x == 0) a.launch.partials[part * a.launch.chunk_count + blockIdx.x] = sum;
+    if (threadIdx.x != 0) return;
+    a.launch.partials[part * a.launch.chunk_count + number_of_chunk(a.launch)] = sum;
   };
   const Stream<G> grad(row.grad, code_at(dtypes, kSlotGrad));
   if (row.parts & 2) {

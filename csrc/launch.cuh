@@ -486,8 +486,8 @@ struct RowEnd {
   int position, begin, end;
   bool last;
 
-  DGG_DEVICE void load(const Launch& launch) {
-    position = launch.chunks[2 * static_cast<int64_t>(blockIdx.x)];
+  DGG_DEVICE void load(const Launch& launch, int64_t number) {
+    position = launch.chunks[2 * number];
     begin = launch.starts[position];
     end = launch.starts[position + 1];
   }
@@ -549,13 +549,13 @@ struct RowView {
   DGG_DEVICE bool anchored() const { return columns[kColumnAnchor] != 0; }
 };
 
-// The chunk of this block.
+// One of the launch's chunks; a block works on one.
 struct ChunkView {
   int64_t row, first;
   int count;
 
-  DGG_DEVICE explicit ChunkView(const Launch& launch) {
-    const int2 chunk = reinterpret_cast<const int2*>(launch.chunks)[blockIdx.x];
+  DGG_DEVICE ChunkView(const Launch& launch, int64_t number) {
+    const int2 chunk = reinterpret_cast<const int2*>(launch.chunks)[number];
     row = launch.rows[chunk.x];
     first = static_cast<int64_t>(chunk.y) * kChunk;
     const int64_t left = launch.table[row * kColumns + kColumnNumel] - first;

@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
     const bool found = a.found_inf != nullptr && *a.found_inf != 0;
     bool work = !found;
     if (work) {
-      const ChunkView chunk(a.launch);
+      const ChunkView chunk(a.launch, blockIdx.x);
       const RowView view(a.launch, chunk.row);
       work = view.active();
       if (work) {
@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
     if (threadIdx.x == 0) {
       if (!work) row.work = false;
       skip = found;
-      if (Rule::kFinishes) end.load(a.launch);
+      if (Rule::kFinishes) end.load(a.launch, blockIdx.x);
     }
   }
   __syncthreads();

@@ -270,19 +270,19 @@ def number(value):
 
 
 @triton.jit
-def position_of(chunks):
-    """Position, among the rows of the launch, of the one that this program's chunk is of.
+def position_of(chunks, program):
+    """Position, among the rows of the launch, of the one that a program's chunk is of.
 
     Loaded where it is needed, not kept: the registers are for the walks.
     """
-    return tl.load(chunks + 2 * tl.program_id(0).to(tl.int64))
+    return tl.load(chunks + 2 * program.to(tl.int64))
 
 
 @triton.jit
-def chunk_of(rows, chunks):
-    """Row and number of this program's chunk."""
-    turn = tl.load(chunks + 2 * tl.program_id(0).to(tl.int64) + 1)
-    return tl.load(rows + position_of(chunks)).to(tl.int64), turn.to(tl.int64)
+def chunk_of(rows, chunks, program):
+    """Row of a program's chunk, and the chunk's number in it."""
+    turn = tl.load(chunks + 2 * program.to(tl.int64) + 1)
+    return tl.load(rows + position_of(chunks, program)).to(tl.int64), turn.to(tl.int64)
 
 
 @triton.jit
@@ -508,7 +508,7 @@ def finish_update(
     HAS_REPLAY: tl.constexpr, LOOK_AHEAD: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Stores what only holds when all of a row is done: its step count and measured distance."""
-    position = position_of(chunks)
+    position = position_of(chunks, tl.program_id(0))
     if is_last(counters, starts, position):
         row = tl.load(rows + position).to(tl.int64)
         own = table + row * COLUMNS

@@ -95,7 +95,7 @@ def guide_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; one with nothing to change changes nothing."""
-    row, place = chunk_of(rows, chunks)
+    row, place = chunk_of(rows, chunks, tl.program_id(0))
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)

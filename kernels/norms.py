@@ -93,12 +93,19 @@ def _asked(which, gate):
 
 
 @triton.jit
+def _program():
+    """The program's number, counted from the last."""
+    # A norm pass then ends with what the update behind it begins with: the cache still holds it.
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def _finish_norms(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
     grad_scale, n, slots, which, HAS_REPLAY: tl.constexpr,
 ):  # fmt: skip
     """When all of a row is done, sums its partials and stores what they were for."""
-    position = position_of(chunks)
+    position = position_of(chunks, _program())
     if is_last(counters, starts, position):
         row = tl.load(rows + position).to(tl.int64)
         numel = tl.load(table + row * COLUMNS + NUMEL)
@@ -145,8 +152,8 @@ def norms_kernel(
     which = _asked(which, gate)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
-    program = tl.program_id(0)
-    row, place = chunk_of(rows, chunks)
+    program = _program()
+    row, place = chunk_of(rows, chunks, program)
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)

@@ -111,7 +111,7 @@ def sgd_kernel(
     HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums the distances."""
-    row, place = chunk_of(rows, chunks)
+    row, place = chunk_of(rows, chunks, tl.program_id(0))
     own = table + row * COLUMNS
     first = place * CHUNK
     count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
