@@ -75,6 +75,7 @@ class Variant(abc.ABC):
         guided: Whether it has the settings with an alpha.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
+        built_on: The variant whose optimizer it calls: where that is left out, it is, too.
         verified: Set by the harness; what is not verified is not timed.
         calls: Steps taken so far.
         window: Draws over which the cost is averaged.
@@ -83,6 +84,7 @@ class Variant(abc.ABC):
     name: ClassVar[str]
     guided: ClassVar[bool]
     foreign: ClassVar[bool] = False
+    built_on: ClassVar[str | None] = None
     verified = False
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
@@ -290,6 +292,7 @@ class TorchFused(Variant):
 
     name = "torch fused"
     guided = False
+    foreign = True
     foreach_clip: ClassVar[bool | None] = None
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
@@ -393,6 +396,7 @@ class ForeachGuidance(_EagerGuidance):
     """Guidance by torch._foreach_* and the fused optimizer: what one writes to be fast."""
 
     name = "foreach + fused"
+    built_on = "torch fused"
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:
@@ -430,6 +434,7 @@ class ForeachGuidanceTypical(_EagerGuidance):
     """
 
     name = "foreach + clip_grad_norm_ + fused"
+    built_on = "torch fused"
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:

@@ -186,13 +186,17 @@ def run_case(
     verifier = Verifier(work)
     timed: list[_Timed] = []
     absent: list[dict[str, str]] = []
+    differing: set[str | None] = set()
     for name, setting in case.runs:
         variant = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
         except (Unavailable, VerificationError, torch.OutOfMemoryError) as reason:
-            wrong = isinstance(reason, VerificationError) and not variant.foreign
+            differs = isinstance(reason, VerificationError)
+            wrong = differs and not variant.foreign and variant.built_on not in differing
+            if differs:
+                differing.add(name)
             if wrong and not forgiving:
                 raise
             absent.append(_absent(name, setting, reason, wrong, log))

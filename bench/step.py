@@ -376,7 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
-                deadline=began + options.deadline, keep=keep if preset == "gpu" else None,
+                deadline=began + options.deadline,
+                keep=keep if preset in ("gpu", "full") else None,  # they take long
                 before=before,
             )  # fmt: skip
         except DeviceLost as error:

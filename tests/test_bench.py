@@ -354,12 +354,22 @@ def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkey
         def step(self, inject):
             pass
 
+    class Behind(Foreign):
+        name, foreign, built_on = "behind", False, "foreign"
+
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "foreign", Foreign)
-    runs = [("foreign", workload.PLAIN), ("torch fused", workload.PLAIN)]
+    monkeypatch.setitem(peers.IMPLEMENTATIONS, "behind", Behind)
+    runs = [(name, workload.PLAIN) for name in ("foreign", "behind", "torch fused")]
     case = bench("round_robin").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
     found = bench("round_robin").run_case(case, gpu)
     assert [entry["name"] for entry in found["variants"]] == ["torch fused"]
-    assert "times its tolerance away" in found["not_run"][0]["reason"]
+    assert [entry["name"] for entry in found["not_run"]] == ["foreign", "behind"]
+    for entry in found["not_run"]:
+        assert "times its tolerance away" in entry["reason"] and not entry["wrong"]
+    # Alone it has nobody to blame.
+    case = dataclasses.replace(case, runs=runs[1:])
+    with pytest.raises(bench("workload").VerificationError):
+        bench("round_robin").run_case(case, gpu)
 
 
 def test_kinds_of_steps_come_behind_the_step_that_precedes_them(bench):
