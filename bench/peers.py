@@ -75,7 +75,8 @@ class Variant(abc.ABC):
         guided: Whether it has the settings with an alpha.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
-        built_on: The variant whose optimizer it calls: where that is left out, it is, too.
+        built_on: The variant whose optimizer it calls: where that computes something else, this one
+            may, too, and is left out likewise.
         verified: Set by the harness; what is not verified is not timed.
         calls: Steps taken so far.
         window: Draws over which the cost is averaged.
@@ -157,9 +158,8 @@ class Variant(abc.ABC):
         elements, 1.1e-2 of that of 10**8. Guidance left out or scaled wrongly is off by more.
         """
         longest = max((p.numel() for p in self.workload.params), default=0)
-        base = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[
-            dtype
-        ] + 2e-10 * longest
+        base = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+        base += 2e-10 * longest
         return base, base
 
     @abc.abstractmethod

@@ -207,43 +207,31 @@ const bool kF16c = detect_f16c();
 
 #define DGG_F16C __attribute__((target("avx,f16c")))
 
-DGG_F16C inline void widen_eight(const float16* in, float* out) {
+DGG_F16C inline void convert_eight(const float16* in, float* out) {
   const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
   _mm256_storeu_ps(out, _mm256_cvtph_ps(eight));
 }
 
-DGG_F16C inline void narrow_eight(const float* in, float16* out) {
+DGG_F16C inline void convert_eight(const float* in, float16* out) {
   const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), eight);
 }
 
-DGG_F16C void widen_by_f16c(const float16* in, float* out, int64_t n) {
+template <typename T, typename S>
+DGG_F16C void convert_by_f16c(const T* in, S* out, int64_t n) {
   int64_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    prefetch(in + i);
-    for (int64_t j = i; j < i + kStrip; j += kEight) widen_eight(in + j, out + j);
+    // What is narrowed was computed just now.
+    if constexpr (std::is_same<T, float16>::value) prefetch(in + i);
+    for (int64_t j = i; j < i + kStrip; j += kEight) convert_eight(in + j, out + j);
   }
-  for (; i + kEight <= n; i += kEight) widen_eight(in + i, out + i);
+  for (; i + kEight <= n; i += kEight) convert_eight(in + i, out + i);
   if (i == n) return;
-  float16 rest[kEight] = {};
-  float wide[kEight];
+  T rest[kEight] = {};
+  S converted[kEight];
   std::copy_n(in + i, n - i, rest);
-  widen_eight(rest, wide);
-  std::copy_n(wide, n - i, out + i);
-}
-
-DGG_F16C void narrow_by_f16c(const float* in, float16* out, int64_t n) {
-  int64_t i = 0;
-  for (; i + kStrip <= n; i += kStrip) {
-    for (int64_t j = i; j < i + kStrip; j += kEight) narrow_eight(in + j, out + j);
-  }
-  for (; i + kEight <= n; i += kEight) narrow_eight(in + i, out + i);
-  if (i == n) return;
-  float rest[kEight] = {};
-  float16 narrowed[kEight];
-  std::copy_n(in + i, n - i, rest);
-  narrow_eight(rest, narrowed);
-  std::copy_n(narrowed, n - i, out + i);
+  convert_eight(rest, converted);
+  std::copy_n(converted, n - i, out + i);
 }
 #endif
 
@@ -251,11 +239,10 @@ DGG_F16C void narrow_by_f16c(const float* in, float16* out, int64_t n) {
 template <typename T, typename S>
 void convert(const T* in, S* out, int64_t n) {
 #ifdef DGG_X86_VARIANTS
-  if constexpr (std::is_same<T, float16>::value && std::is_same<S, float>::value) {
-    if (kF16c) return widen_by_f16c(in, out, n);
-  }
-  if constexpr (std::is_same<T, float>::value && std::is_same<S, float16>::value) {
-    if (kF16c) return narrow_by_f16c(in, out, n);
+  constexpr bool widens = std::is_same<T, float16>::value && std::is_same<S, float>::value;
+  constexpr bool narrows = std::is_same<T, float>::value && std::is_same<S, float16>::value;
+  if constexpr (widens || narrows) {
+    if (kF16c) return convert_by_f16c(in, out, n);
   }
 #endif
   if constexpr (std::is_floating_point<S>::value) {

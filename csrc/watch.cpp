@@ -169,39 +169,33 @@ constexpr int64_t kImplLines = 4;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kAhead = 12;
 
-void prefetch_impl(Impl impl) {
+void prefetch(const void* address) {
 #if defined(__GNUC__) || defined(__clang__)
-  for (int64_t line = 0; line < kImplLines; ++line) {
-    __builtin_prefetch(static_cast<const char*>(impl) + line * kLineBytes);
-  }
+  __builtin_prefetch(address);
 #endif
+}
+
+void prefetch_impl(Impl impl) {
+  for (int64_t line = 0; line < kImplLines; ++line) {
+    prefetch(static_cast<const char*>(impl) + line * kLineBytes);
+  }
 }
 
 // Prefetches what a TensorImpl points to behind its vtable and counts: storage, version counter,
 // ...
 void prefetch_members(Impl impl) {
-#if defined(__GNUC__) || defined(__clang__)
-  for (int word = 2; word < 6; ++word) {
-    __builtin_prefetch(static_cast<const void* const*>(impl)[word]);
-  }
-#endif
+  for (int word = 2; word < 6; ++word) prefetch(static_cast<const void* const*>(impl)[word]);
 }
 
 // Prefetches what `Watched::unmoved` looks at, for most tensors watched are only looked at: the
 // pointer to the storage, the size and the order in a TensorImpl, then the address in the storage.
 void prefetch_place(Impl impl) {
-#if defined(__GNUC__) || defined(__clang__)
-  for (const int byte : {16, 152, 184}) {
-    __builtin_prefetch(static_cast<const char*>(impl) + byte);
-  }
-#endif
+  for (const int byte : {16, 152, 184}) prefetch(static_cast<const char*>(impl) + byte);
 }
 
 void prefetch_storage(Impl impl) {
-#if defined(__GNUC__) || defined(__clang__)
   const auto storage = static_cast<const char*>(static_cast<const void* const*>(impl)[2]);
-  for (const int byte : {16, 72}) __builtin_prefetch(storage + byte);
-#endif
+  for (const int byte : {16, 72}) prefetch(storage + byte);
 }
 
 constexpr int64_t kMoved = -1;
@@ -232,13 +226,6 @@ bool take(AtenTensorHandle grad, AtenTensorHandle like, const Watched& param, in
   return numel == 0;
 }
 
-// The step reads it next; of tiny tensors this is all there is.
-void prefetch_data(const void* address) {
-#if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(address);
-#endif
-}
-
 int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions, double* distances,
                 bool known) {
   const Torch& torch = Torch::get();
@@ -267,7 +254,7 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
     prefetch_place(list.impls[std::min(i + 2 * kAhead, n - 1)]);
     prefetch_storage(list.impls[std::min(i + kAhead, n - 1)]);
     if (!list.tensors[i].unmoved(handle_of(list.impls[i]))) return kMoved;
-    prefetch_data(list.tensors[i].address);
+    prefetch(list.tensors[i].address);  // the step reads it next: of a tiny tensor all there is
   }
   int64_t present = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -277,7 +264,7 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
     if (!take(handle_of(list.kept[i]), handle_of(list.impls[i]), param, addresses[i])) {
       return kUnusual;
     }
-    prefetch_data(reinterpret_cast<const void*>(addresses[i]));
+    prefetch(reinterpret_cast<const void*>(addresses[i]));
     ++present;
   }
   return present;

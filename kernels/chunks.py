@@ -88,7 +88,7 @@ PAUSES = (0.1, 1.0, 5.0)
 # Registers a thread may have where the compiler, left alone, keeps some in local memory for the
 # sake of another resident block. All variants find room in these on all targets, and of blocks of
 # 128 threads a multiprocessor holds three then.
-ROOM = 168
+ROOM = {"maxnreg": 168}
 
 
 class Kernel:
@@ -160,7 +160,7 @@ class Kernel:
         if not found.n_spills or found.metadata.target.backend != "cuda":
             return found
         try:
-            other = self.declared.run(*arguments, grid=grid, warmup=True, maxnreg=ROOM, **options)
+            other = self.declared.run(*arguments, grid=grid, warmup=True, **ROOM, **options)
             if not isinstance(other, CompiledKernel):
                 return found
             other[grid]  # is loaded, and not launched

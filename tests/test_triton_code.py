@@ -424,7 +424,7 @@ def answer(target, launch, whole):
         found = read(compiled, whole)
         found["again"] = bool(found["scratch"]) and target in NVIDIA
         if found["again"]:  # as a launch does
-            compiled = compile_for(target, function, arguments, {**options, "maxnreg": ROOM})
+            compiled = compile_for(target, function, arguments, {**options, **ROOM})
             found |= read(compiled, whole)
         result.append({"name": function.__name__, "threads": threads, **found})
     return result
