@@ -156,7 +156,7 @@ class Options:
 
     def __init__(self) -> None:
         self._checked: Any = None
-        self._draw: Tensor | None = None  # the draw index of captured steps
+        self._draw: object = object()  # the draw index of captured steps, a tensor
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Returns the first group as the source of the optimizer-wide options.

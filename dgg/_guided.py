@@ -34,7 +34,7 @@ from dgg import (
     sharding,
     zero,
 )  # fmt: skip
-from dgg._loading import Loading
+from dgg._loading import Loading, imitable
 from dgg._row_cache import RowCache
 
 # Steps after which an optimizer without an anchor, or without any gradient, is told of.
@@ -66,23 +66,6 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     hooked.hooked = True  # torch.optim leaves it as it is
     return hooked
-
-
-def _imitable(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method that a wrapper which imitates the class hands on to the optimizer inside.
-
-    Lightning's and Fabric's wrappers become subclasses of what they wrap, without its attributes:
-    what a method sets would be set on the wrapper.
-    """
-
-    @functools.wraps(method)
-    def handed_on(self, *args, **kwargs):
-        inside = self.__dict__.get("_optimizer")
-        if isinstance(inside, Guided):
-            return handed_on(inside, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return handed_on
 
 
 class Guided(Loading):
@@ -225,7 +208,7 @@ class Guided(Loading):
                 group.setdefault(name, value)
             group.setdefault("anchored", 0)
 
-    @_imitable
+    @imitable
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
 
@@ -301,11 +284,12 @@ class Guided(Loading):
         Whoever changes the state reads it here first, so that a step need not look at thousands
         of tensors that nobody touched.
         """
-        self._state_read = True
         try:
-            return self.__dict__["state"]
+            state = self.__dict__["state"]
         except KeyError:  # of a wrapper that imitates the class and looks elsewhere then
             raise AttributeError("state") from None
+        self._state_read = True
+        return state
 
     @state.setter
     def state(self, value: dict[Tensor, Any]) -> None:
@@ -764,7 +748,7 @@ class Guided(Loading):
 
     # -- the anchor -----------------------------------------------------------------------------
 
-    @_imitable
+    @imitable
     @torch.inference_mode(False)  # what is made there no later step could write
     @torch.no_grad()
     def set_anchor(
@@ -839,7 +823,7 @@ class Guided(Loading):
         self._place_anchor(tensors, model=model, task=task)
         self._engine.named = task
 
-    @_imitable
+    @imitable
     @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
@@ -926,7 +910,7 @@ class Guided(Loading):
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
 
-    @_imitable
+    @imitable
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
         driver = self._driven_by()
@@ -944,7 +928,7 @@ class Guided(Loading):
 
     # -- replay, statistics, gradients ----------------------------------------------------------
 
-    @_imitable
+    @imitable
     def replay(self) -> AbstractContextManager[None]:
         """Lets the gradients of the block become r, beside ``.grad`` and without a copy.
 
@@ -971,12 +955,12 @@ class Guided(Loading):
             params = self._share.params()
         return self._engine.replay.record(params)
 
-    @_imitable
+    @imitable
     def clear_replay(self) -> None:
         """Drops the replay gradients that wait for a step, where that step is left out."""
         self._engine.replay.clear()
 
-    @_imitable
+    @imitable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients in ``.grad``; those of `replay` are kept for the next step.
 
@@ -988,7 +972,7 @@ class Guided(Loading):
         super().zero_grad(set_to_none)
         self._engine.replay.zero_grad()
 
-    @_imitable
+    @imitable
     def guidance_stats(self) -> guidance.Statistics:
         """Returns what the last step did, as tensors on the device: no synchronisation.
 
@@ -1003,7 +987,7 @@ class Guided(Loading):
         return self._engine.statistics(sum(group["anchored"] for group in self.param_groups))
 
     @property
-    @_imitable
+    @imitable
     def last_step_skipped(self) -> bool:
         """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
         return bool(self._skipped)

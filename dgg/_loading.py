@@ -7,8 +7,9 @@ what the template it fills has no room for.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,23 @@ _ROOM = "dgg: room for a state dict"
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
 
 
+def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method that a wrapper which imitates the class hands on to the optimizer inside.
+
+    Lightning's and Fabric's wrappers become subclasses of what they wrap, without its attributes:
+    what a method sets would be set on the wrapper.
+    """
+
+    @functools.wraps(method)
+    def handed_on(self, *args, **kwargs):
+        inside = self.__dict__.get("_optimizer")
+        if isinstance(inside, Loading):
+            return handed_on(inside, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return handed_on
+
+
 class Loading:
     """What `dgg._guided.Guided` does about checkpoints; stands between it and torch.optim."""
 
@@ -41,6 +59,7 @@ class Loading:
     _template = False
 
     @torch._disable_dynamo
+    @imitable
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as a dict, as torch.optim does; with numbers of Python's alone.
 
@@ -56,6 +75,7 @@ class Loading:
         return super().state_dict()
 
     @torch._disable_dynamo
+    @imitable
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
 
@@ -161,7 +181,7 @@ class Loading:
         """Gives every moment memory of its own, as dense as the parameter's.
 
         torch takes the checkpoint's tensors as they are: an expanded one, or one that two
-        parameters share, could not be written. Step counts are made anew in any case.
+        parameters share, could not be written.
         """
         taken: set[tuple[torch.device, int]] = set()
         for entry in self.state.values():
@@ -332,6 +352,7 @@ class Loading:
             return not saved.get("anchored", 1)
         return not anchor.finite(value)
 
+    @imitable
     @torch.no_grad()
     def prepare_for_load(
         self,
@@ -439,9 +460,13 @@ class Loading:
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
+        counted: set[int] = set()
         for param, entry in self.state.items():
             if isinstance(entry, dict) and entry.get("step") is not None:
-                entry["step"] = self._step_scalar(param, entry["step"])
+                step = self._step_scalar(param, entry["step"])
+                # One count for two parameters would go up twice in a step.
+                entry["step"] = step.clone() if id(step) in counted else step
+                counted.add(id(entry["step"]))
         draw = self.param_groups[0]["draw_index"]
         if isinstance(draw, Tensor) and not self._capturable:
             for group in self.param_groups:

@@ -86,6 +86,10 @@ class Adam(Guided, torch.optim.Adam):
         process_group=None,
         backend: str | None = None,
     ) -> None:
+        lr, betas, eps, weight_decay, amsgrad, maximize = _plain(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            maximize=maximize,
+        )  # fmt: skip
         arguments = {"foreach": foreach, "fused": fused, "maximize": maximize}
 
         def parent() -> None:
@@ -279,6 +283,11 @@ class SGD(Guided, torch.optim.SGD):
         process_group=None,
         backend: str | None = None,
     ) -> None:
+        lr, momentum, dampening, weight_decay, nesterov, maximize = _plain(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
+
         def parent() -> None:
             _TorchSGD.__init__(
                 self, params, lr, momentum, dampening, weight_decay, nesterov,
@@ -399,6 +408,10 @@ def unwrap(optimizer: Any) -> Any:
         f"no dgg optimizer inside {' > '.join(seen)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
         "framework (Trainer: optimizer_cls_and_kwargs=(dgg.AdamW, {...}))"
     )
+
+
+def _plain(**arguments: Any) -> list[Any]:
+    return [_arguments.plain(name, value) for name, value in arguments.items()]
 
 
 def _host(group: Mapping[str, Any], name: str) -> float | Tensor:
