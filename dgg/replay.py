@@ -41,6 +41,25 @@ _ATOMIC = frozenset(
 )
 
 
+@dataclasses.dataclass
+class _Pass:
+    """Where `batches()` is in a data set."""
+
+    length: int
+    steps: int | None
+    made: int = 0  # batches
+    passes: int = 0  # begun
+    order: list[int] = dataclasses.field(default_factory=list)
+    left: int = 0  # the first so many of `order` are still to come, the last of them next
+    loaded: bool = False  # from a state, and not continued yet
+
+    def over(self) -> bool:
+        """Whether there is no further batch."""
+        if self.steps is None:
+            return self.passes > 0 and not self.left
+        return self.made >= self.steps
+
+
 class ReplayBuffer:
     """Keeps up to `per_task` examples of each task, chosen uniformly, and samples them evenly.
 
@@ -95,6 +114,7 @@ class ReplayBuffer:
         # Slots owed to replay but not yet dealt, an exact fraction: a ratio of 0.1 with batches
         # of 16 owes 1.6 a batch, and floats would drift.
         self._owed = Fraction(0)
+        self._pass: _Pass | None = None
 
     # ------------------------------------------------------------------------------ contents
 
@@ -174,7 +194,7 @@ class ReplayBuffer:
 
         A data set with `len()` and indices is sampled without replacement, reading only what is
         kept; any other iterable, and every `IterableDataset`, goes through the reservoir. Nothing
-        has changed if this raises.
+        has changed if this raises. A pass of `batches()` that was left is not continued afterwards.
 
         Args:
             dataset: the examples of the task. A single tensor is a data set of its rows.
@@ -211,6 +231,7 @@ class ReplayBuffer:
             raise
         self._kept[task], self._seen[task] = kept, seen
         self._deck = []
+        self._pass = None
         return len(kept)
 
     # ------------------------------------------------------------------------------ sampling
@@ -307,21 +328,33 @@ class ReplayBuffer:
         batch_size: int,
         ratio: float,
         steps: int | None = None,
+        *,
+        resume: bool = True,
     ) -> Iterator[list[Any]]:
         """Mixed batches of `batch_size`: the new task, shuffled, with its share of replay appended.
 
         Without `steps` it is one pass over the data set (the last batch may be smaller); with it,
         as many batches, going over the data set as often as needed.
 
+        A state taken between two batches remembers how far they are. The first call after
+        `load_state_dict()` makes the batches that were left, as if nothing had happened; `steps`
+        is then the same number as before, and the data set has the same length and order. Without a
+        load, and once the loop is through, a call begins a pass of its own, and `add_task()` ends
+        a pass that was left. Of several iterators at once, the state has the one that made the
+        last batch.
+
         Args:
             dataset: the new task; it needs `len()` and indices.
             batch_size: the size of the batches, old and new examples together.
             ratio: the share of the batch that is old, as for `share()`.
-            steps: the number of batches.
+            steps: the number of batches, those before an interruption included.
+            resume: False begins anew although the state that was loaded is one of an unfinished
+                pass.
 
         Raises:
             TypeError: if an argument is of the wrong type.
-            ValueError: if an argument is out of range.
+            ValueError: if an argument is out of range, or an unfinished pass is to be continued
+                with other `steps` or over a data set of another length (at the first batch).
         """
         batch_size = as_int("batch_size", batch_size)
         if batch_size <= 0:
@@ -340,38 +373,81 @@ class ReplayBuffer:
             raise ValueError("the data set is empty")
         if exact == 1 and steps is None:
             raise ValueError("ratio=1 never gets through the data set: say how many steps")
-        return self._batches(dataset, batch_size, exact, steps)
+        return self._batches(dataset, batch_size, exact, steps, resume)
 
     def _batches(
-        self, dataset: Sequence[Any], batch_size: int, ratio: Fraction, steps: int | None
+        self,
+        dataset: Sequence[Any],
+        batch_size: int,
+        ratio: Fraction,
+        steps: int | None,
+        resume: bool,
     ) -> Iterator[list[Any]]:
-        order: list[int] = []
-        passes = made = 0
-        while steps is None or made < steps:
+        current = self._pass
+        if resume and current is not None and current.loaded:
+            now = {"len(dataset)": len(dataset), "steps": steps}
+            for (name, value), then in zip(
+                now.items(), (current.length, current.steps), strict=True
+            ):
+                if value != then:
+                    raise ValueError(
+                        f"the state loaded is of a pass with {name} = {then}, after {current.made} "
+                        f"batches, and this call has {value}: continue with the same (steps counts "
+                        "all batches, those made before included), or begin anew with resume=False"
+                    )
+        else:
+            self._pass = None  # left by an earlier call
+            current = _Pass(len(dataset), steps)
+        while not current.over():
+            batch = self._batch(dataset, batch_size, ratio, current)
+            current.loaded = False
+            self._pass = current
+            yield batch
+        if self._pass is current:
+            self._pass = None
+
+    def _batch(
+        self, dataset: Sequence[Any], batch_size: int, ratio: Fraction, current: _Pass
+    ) -> list[Any]:
+        """The next batch of a pass; if anything fails, a state is still that of the last one."""
+        owed, before = self._owed, None
+        order, left, passes = current.order, current.left, current.passes
+        try:
             old = self._share(batch_size, ratio)
             chosen: list[int] = []
             while len(chosen) < batch_size - old:
-                if not order:
-                    if steps is None and passes:
+                if not left:
+                    if current.steps is None and passes:
                         break
+                    before = before or self._rng.getstate()
+                    if not len(dataset):
+                        raise ValueError("the data set has become empty")
                     order = list(range(len(dataset)))
                     self._rng.shuffle(order)
-                    passes += 1
-                chosen.append(order.pop())
-            yield [dataset[k] for k in chosen] + self.sample(old)
-            made += 1
-            if steps is None and passes and not order:
-                return
+                    left, passes = len(order), passes + 1
+                taken = min(left, batch_size - old - len(chosen))
+                chosen += reversed(order[left - taken : left])
+                left -= taken
+            batch = [dataset[k] for k in chosen] + self.sample(old)
+        except BaseException:
+            self._owed = owed
+            if before:
+                self._rng.setstate(before)
+            raise
+        current.order, current.left, current.passes = order, left, passes
+        current.made += 1
+        return batch
 
     # -------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: examples, counts, deck and generator.
+        """Everything a resumed run needs: examples, counts, deck, generator and unfinished pass.
 
         Containers are new; tensors, arrays and objects are those of the memory, so that saving
         needs no room for a second set. Change none of them in place.
         """
         version, words, gauss = self._rng.getstate()
+        current = self._pass
         return {
             "format": _FORMAT,
             "per_task": self.per_task,
@@ -387,12 +463,21 @@ class ReplayBuffer:
             "deck": [[task, k] for task, k in self._deck],
             "owed": [self._owed.numerator, self._owed.denominator],
             "rng": [version, list(words), gauss],
+            "pass": None
+            if current is None
+            else {
+                "length": current.length,
+                "steps": current.steps,
+                "made": current.made,
+                "passes": current.passes,
+                "order": current.order[: current.left],
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken; the buffer is unchanged if this raises.
 
-        The examples are copied.
+        The examples are copied. States from before passes were part of them load, too.
 
         Raises:
             TypeError: if something in the state is of the wrong type.
@@ -415,8 +500,9 @@ class ReplayBuffer:
         deck = _deck_of(state["deck"], examples)
         owed = _owed_of(state["owed"])
         rng = _rng_of(state["rng"])
+        current = _pass_of(state.get("pass"))
         kept = {task: [_copied(each) for each in some] for task, some in examples.items()}
-        self.seed, self._owed = seed, owed
+        self.seed, self._owed, self._pass = seed, owed, current
         self._rng, self._kept, self._seen, self._deck = rng, kept, seen, deck
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
@@ -713,3 +799,22 @@ def _rng_of(value: Any) -> random.Random:
     except ValueError as error:
         raise ValueError(f"rng of the state is not one of random.Random: {error}") from None
     return rng
+
+
+def _pass_of(value: Any) -> _Pass | None:
+    """None if there was none, or the state is from before they were kept."""
+    if value is None:
+        return None
+    _entries("pass", value, {"length", "steps", "made", "passes", "order"})
+    length, made, passes = (
+        _natural(f"{key} of the pass", value[key]) for key in ("length", "made", "passes")
+    )
+    steps = value["steps"]
+    if steps is not None:
+        steps = _natural("steps of the pass", steps)
+    order = [as_int("order of the state", k) for k in _listed("order of the pass", value["order"])]
+    if not all(0 <= k < length for k in order) or len(set(order)) != len(order):
+        raise ValueError(f"order of the state is not one of {shown(length)} examples")
+    if not length or (order and not passes) or (steps is not None and made > steps):
+        raise ValueError("the pass of the state contradicts itself")
+    return _Pass(length, steps, made, passes, order, len(order), loaded=True)

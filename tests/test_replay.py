@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import random
 import types
@@ -599,6 +600,11 @@ def test_loaders_are_refused():
             call(loader)
 
 
+# ---------------------------------------------------------------------- resuming a pass
+
+NEW = [f"new {k}" for k in range(20)]
+
+
 def _in_training():
     buffer = ReplayBuffer(4, seed=3)
     buffer.add_task(["a", "b", "c", "d", "e"], "first")
@@ -621,9 +627,96 @@ def _through_json(buffer):
     return other
 
 
+@pytest.mark.parametrize("through", [_through_a_file, _through_json, copy.deepcopy])
+@pytest.mark.parametrize("steps", [None, 3, 13])
+@pytest.mark.parametrize("ratio", [0.25, 0.9])
+def test_a_pass_goes_on_after_a_load(through, steps, ratio):
+    """It began anew, and showed a part of the data set twice."""
+    whole = _in_training()
+    made = list(whole.batches(NEW, 4, ratio, steps))
+    after = list(whole.batches(NEW, 4, ratio, steps))
+    for cut in range(len(made) + 1):
+        buffer = _in_training()
+        first = list(itertools.islice(buffer.batches(NEW, 4, ratio, steps), cut))
+        other = through(buffer)
+        assert first + list(other.batches(NEW, 4, ratio, steps)) == made
+        assert list(other.batches(NEW, 4, ratio, steps)) == after  # and once only
+    if steps is None:
+        seen = Counter(example for batch in made for example in batch if example in NEW)
+        assert seen == Counter(NEW)
+
+
+def test_a_pass_is_cut_twice():
+    made = list(_in_training().batches(NEW, 4, 0.25))
+    buffer, again = _in_training(), []
+    while len(again) < len(made):
+        again.append(next(buffer.batches(NEW, 4, 0.25)))
+        buffer = _through_json(_through_json(buffer))  # a state of a state that was not used
+    assert again == made
+
+
+def test_a_call_in_the_same_process_begins_anew():
+    buffer = _in_training()
+    next(buffer.batches(NEW, 4, 0.25))
+    passed = [example for batch in buffer.batches(NEW, 4, 0.25) for example in batch]
+    assert set(NEW) <= set(passed)
+    assert buffer.state_dict()["pass"] is None  # it came to its end
+
+
+def test_a_pass_that_is_left_ends_with_the_task():
+    buffer = _in_training()
+    next(buffer.batches(NEW, 4, 0.25))
+    buffer.add_task(NEW, "second")
+    assert buffer.state_dict()["pass"] is None
+    assert len(list(_through_json(buffer).batches(NEW[:7], 7, 0.0))) == 1
+
+
+def test_a_pass_of_something_else_is_not_taken_up():
+    buffer = _in_training()
+    running = buffer.batches(NEW, 4, 0.25, steps=9)
+    next(running)
+    for dataset, steps, text in (
+        (NEW[:19], 9, r"len\(dataset\) = 20, after 1 batches, and this call has 19"),
+        (NEW, 8, "steps = 9, after 1 batches, and this call has 8: .*resume=False"),
+        (NEW, None, "this call has None"),
+    ):
+        other = _through_json(buffer)
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=text):
+            next(other.batches(dataset, 4, 0.25, steps))
+        assert other.state_dict() == before
+        new = other.batches(dataset, 4, 0.0, steps, resume=False)
+        assert set(next(new)) <= set(dataset)
+    # The size of a batch and its share of replay may differ.
+    other = _through_json(buffer)
+    rest = list(other.batches(NEW, 2, 0, steps=9))
+    assert [len(batch) for batch in rest] == [2] * 8
+
+
+def test_the_state_has_the_iterator_that_went_last():
+    buffer = _in_training()
+    one, two = buffer.batches(NEW, 4, 0.0), buffer.batches(NEW[:8], 4, 0.0)
+    first = [next(one), next(two), next(one)]
+    rest = list(_through_json(buffer).batches(NEW, 4, 0.0))
+    assert sorted(first[0] + first[2] + sum(rest, [])) == sorted(NEW)
+    assert sum((next(two), first[1]), []) != NEW[:8]  # the other goes on, too
+    assert len(list(_through_json(buffer).batches(NEW[:8], 4, 0.0))) == 0
+
+
+def test_states_from_before_passes_load():
+    buffer = _in_training()
+    next(buffer.batches(NEW, 4, 0.25))
+    state = buffer.state_dict()
+    del state["pass"]
+    other = ReplayBuffer(4)
+    other.load_state_dict(state)
+    seen = [example for batch in other.batches(NEW, 4, 0.25) for example in batch]
+    assert set(NEW) <= set(seen)
+
+
 def test_arguments_are_checked_before_the_first_batch():
     with pytest.raises(ValueError, match="positive"):
-        _filled().batches(range(20), 0, 0.5)
+        _filled().batches(NEW, 0, 0.5)
 
 
 # ---------------------------------------------------------------------- nothing half way
@@ -746,6 +839,19 @@ def test_arguments_that_are_wrong_change_nothing():
     _unchanged(buffer, twin)
 
 
+def test_a_batch_that_cannot_be_read_is_made_after_all():
+    """The state is that of the last batch; what comes after a load is as without the failure."""
+    expected = list(_in_training().batches(range(10), 4, 0.5))
+    for fails in range(1, 11):
+        buffer, made = _in_training(), []
+        with pytest.raises(OSError, match="disk"):
+            made.extend(buffer.batches(Broken(fails), 4, 0.5))
+        again = _through_json(buffer)
+        with pytest.raises(OSError, match="disk"):  # once more, and the pass is still there
+            next(again.batches(Broken(1), 4, 0.5))
+        assert made + list(again.batches(range(10), 4, 0.5)) == expected
+
+
 # -------------------------------------------------------------------------- hostile states
 
 
@@ -812,6 +918,10 @@ def test_hostile_states():
         if len(buffer):
             assert len(buffer.sample(20)) == 20
         assert 0 <= buffer.share(5, 0.1) <= 5
+        if state["pass"] is not None and state["pass"]["length"] < 100:
+            rows = range(state["pass"]["length"])
+            for batch in itertools.islice(buffer.batches(rows, 3, 0.3, state["pass"]["steps"]), 20):
+                assert len(batch) <= 3
         for task in buffer.tasks:
             for k in range(5):
                 buffer.add(k, task)
@@ -863,6 +973,12 @@ def _in_training_of(per_task):
         ({"rng": [3, [2**32] * 624 + [624], None]}, ValueError, "not one of random.Random"),
         ({"rng": [3, [1] * 624 + [9999], None]}, ValueError, "not one of random.Random: inv"),
         ({"rng": [3, "x" * 625, None]}, TypeError, "rng of the state must be a list"),
+        ({"pass": 5}, TypeError, "pass of the state must be a dict"),
+        ({"pass": {"length": 3}}, ValueError, "pass of the state lacks"),
+        ({"pass": (3, None, 1, 1, [0, 3])}, ValueError, "order of the state is not one of 3"),
+        ({"pass": (3, None, 1, 1, [0, 0])}, ValueError, "order of the state is not one of 3"),
+        ({"pass": (3, 2, 3, 1, [0])}, ValueError, "contradicts itself"),
+        ({"pass": (3, None, 1, 0, [0])}, ValueError, "contradicts itself"),
     ],
 )
 def test_what_is_wrong_with_a_state_is_said(change, error, text):
@@ -874,6 +990,9 @@ def test_what_is_wrong_with_a_state_is_said(change, error, text):
             dict(zip(names, entry, strict=True)) if isinstance(entry, tuple) else entry
             for entry in change["tasks"]
         ]
+    if isinstance(change.get("pass"), tuple):
+        names = ("length", "steps", "made", "passes", "order")
+        change["pass"] = dict(zip(names, change["pass"], strict=True))
     with pytest.raises(error, match=text):
         buffer.load_state_dict(before | change)
     assert buffer.state_dict() == before
