@@ -27,7 +27,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dgg._numbers import as_float, as_int, plain, shown
 
@@ -88,6 +88,13 @@ class ReplayBuffer:
     lists. `copy_tensors=False` copies containers and dataclasses only, and hands out tensors,
     arrays and objects of the memory itself, for whoever never changes one in place.
 
+    **Workers.** Each worker of a `DataLoader` has a copy of the buffer, and a generator of its own,
+    seeded by `seed`, the worker's number and the worker's seed, which the loader draws anew for
+    every iterator: workers differ from each other and from epoch to epoch (persistent ones go on),
+    and all of it repeats under the same `torch.manual_seed`. Each deals from a deck of its own and
+    makes passes of its own; nothing comes back to the main process. The ranks of a distributed run
+    draw the same from the same buffer: give each rank a `seed` of its own.
+
     Args:
         per_task: the number of examples kept for each task.
         seed: seeds the buffer's own generator.
@@ -115,6 +122,8 @@ class ReplayBuffer:
         # of 16 owes 1.6 a batch, and floats would drift.
         self._owed = Fraction(0)
         self._pass: _Pass | None = None
+        # Number and seed of the DataLoader worker that the generator is of.
+        self._worker: tuple[int, int] | None = None
 
     # ------------------------------------------------------------------------------ contents
 
@@ -165,6 +174,7 @@ class ReplayBuffer:
         Nothing has changed if this raises.
         """
         task = _task(task)
+        self._settle()
         kept = self._kept.get(task, [])
         before = self._rng.getstate() if len(kept) >= self.per_task else None
         try:
@@ -212,6 +222,7 @@ class ReplayBuffer:
         task = len(self._kept) if task is None else _task(task)
         if task in self._kept:
             raise ValueError(f"task {shown(task)} is in the buffer already; use add() to extend it")
+        self._settle()
         kept: list[Any] = []
         before = self._rng.getstate()
         try:
@@ -250,6 +261,7 @@ class ReplayBuffer:
             raise ValueError(f"count must not be negative, got {count}")
         if count and not len(self):
             raise ValueError("the replay buffer is empty: add a finished task first")
+        self._settle()
         deck, before = self._deck, None
         left = len(deck)
         dealt = []
@@ -383,6 +395,7 @@ class ReplayBuffer:
         steps: int | None,
         resume: bool,
     ) -> Iterator[list[Any]]:
+        self._settle()
         current = self._pass
         if resume and current is not None and current.loaded:
             now = {"len(dataset)": len(dataset), "steps": steps}
@@ -438,6 +451,24 @@ class ReplayBuffer:
         current.made += 1
         return batch
 
+    # ------------------------------------------------------------------------------- workers
+
+    def _settle(self) -> None:
+        """In a DataLoader's worker, takes the worker's own generator; see the class.
+
+        Every worker gets the buffer with the generator of the main process: without this all of
+        them would deal the same.
+        """
+        worker = _worker()
+        if worker == self._worker:
+            return
+        self._worker = worker
+        if worker is not None:
+            number, seed = worker
+            self._rng = random.Random(f"{_FORMAT} {self.seed} {number} {seed}")
+            self._deck = []
+            self._pass = None
+
     # -------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -472,12 +503,15 @@ class ReplayBuffer:
                 "passes": current.passes,
                 "order": current.order[: current.left],
             },
+            "worker": None if self._worker is None else self._worker[0],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken; the buffer is unchanged if this raises.
 
-        The examples are copied. States from before passes were part of them load, too.
+        The examples are copied. States from before passes were part of them load, too. A
+        DataLoader's worker continues the generator of a state that the same worker took, and
+        draws from one of its own after any other.
 
         Raises:
             TypeError: if something in the state is of the wrong type.
@@ -501,9 +535,14 @@ class ReplayBuffer:
         owed = _owed_of(state["owed"])
         rng = _rng_of(state["rng"])
         current = _pass_of(state.get("pass"))
+        number = state.get("worker")
+        if number is not None:
+            number = _natural("worker", number)
         kept = {task: [_copied(each) for each in some] for task, some in examples.items()}
+        here = _worker()
         self.seed, self._owed, self._pass = seed, owed, current
         self._rng, self._kept, self._seen, self._deck = rng, kept, seen, deck
+        self._worker = here if here is not None and here[0] == number else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
         """An independent buffer with the same examples (copied) and the same future."""
@@ -610,6 +649,15 @@ def _indexed(dataset: Any) -> bool:
     if hf is not None and isinstance(dataset, getattr(hf, "IterableDataset", ())):
         return False
     return indices and hasattr(dataset, "__len__")
+
+
+def _worker() -> tuple[int, int] | None:
+    """Number and seed of the DataLoader worker that this process is."""
+    info = get_worker_info()
+    # Threads share the buffer, and so never deal the same.
+    if info is None or getattr(info, "worker_method", None) == "thread":
+        return None
+    return info.id, info.seed
 
 
 # ----------------------------------------------------------------------------------- copying

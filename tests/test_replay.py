@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
+from dgg import replay
 from dgg.replay import ReplayBuffer
 
 
@@ -707,7 +708,7 @@ def test_states_from_before_passes_load():
     buffer = _in_training()
     next(buffer.batches(NEW, 4, 0.25))
     state = buffer.state_dict()
-    del state["pass"]
+    del state["pass"], state["worker"]
     other = ReplayBuffer(4)
     other.load_state_dict(state)
     seen = [example for batch in other.batches(NEW, 4, 0.25) for example in batch]
@@ -717,6 +718,124 @@ def test_states_from_before_passes_load():
 def test_arguments_are_checked_before_the_first_batch():
     with pytest.raises(ValueError, match="positive"):
         _filled().batches(NEW, 0, 0.5)
+
+
+# ------------------------------------------------------------------------------- workers
+
+
+class Drawing(Dataset):
+    """Each row is what its worker draws."""
+
+    def __init__(self, buffer, rows=8):
+        self.buffer, self.rows = buffer, rows
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, k):
+        info = torch.utils.data.get_worker_info()
+        return (-1 if info is None else info.id), self.buffer.sample(6)
+
+
+def _drawn(buffer, *, seed, epochs=1, workers=2, **options):
+    """For every epoch, what each worker drew, in order."""
+    torch.manual_seed(seed)
+    loader = DataLoader(
+        Drawing(buffer),
+        batch_size=None,
+        num_workers=workers,
+        timeout=120 * bool(workers),
+        **options,
+    )
+    result = []
+    for _ in range(epochs):
+        by_worker = {}
+        for number, drawn in loader:
+            by_worker.setdefault(number, []).extend(drawn)
+        result.append([by_worker[number] for number in sorted(by_worker)])
+    return result
+
+
+def _for_workers(seed=0):
+    buffer = ReplayBuffer(50, seed=seed)
+    buffer.add_task(range(50))
+    buffer.sample(3)
+    return buffer
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_differently(persistent):
+    """Each had the generator of the main process, and dealt what all others did."""
+    buffer = _for_workers()
+    before = buffer.state_dict()
+    options = {"persistent_workers": persistent, "multiprocessing_context": "fork"}
+    epochs = _drawn(buffer, seed=1, epochs=2, **options)
+    assert [len(drawn) for epoch in epochs for drawn in epoch] == [24] * 4
+    # Decks of 50 that differ, of both workers and of both epochs.
+    assert len({tuple(drawn) for epoch in epochs for drawn in epoch}) == 4
+    if persistent:  # which go on: nothing comes twice before all came once
+        assert all(len(set(one + two)) == 48 for one, two in zip(*epochs, strict=True))
+    assert _drawn(buffer, seed=1, epochs=2, **options) == epochs
+    assert _drawn(buffer, seed=2, epochs=2, **options) != epochs
+    assert _drawn(_for_workers(seed=1), seed=1, epochs=2, **options) != epochs
+    assert buffer.state_dict() == before
+
+
+def test_spawned_workers_draw_as_forked_ones():
+    buffer = _for_workers()
+    forked = _drawn(buffer, seed=1, multiprocessing_context="fork")
+    assert _drawn(buffer, seed=1, multiprocessing_context="spawn") == forked
+
+
+def test_a_loader_without_workers_uses_the_buffer_itself():
+    expected = _for_workers().sample(48)
+    assert _drawn(_for_workers(), seed=1, workers=0) == [[expected]]
+
+
+def _as_worker(monkeypatch, number, seed=7, **more):
+    info = None if number is None else types.SimpleNamespace(id=number, seed=seed, **more)
+    monkeypatch.setattr(replay, "get_worker_info", lambda: info)
+
+
+def test_a_state_of_a_worker_goes_on_in_that_worker_alone(monkeypatch):
+    main = _for_workers()
+    expected = _for_workers().sample(9)
+    _as_worker(monkeypatch, 0)
+    buffer = copy.deepcopy(main)
+    first = list(itertools.islice(buffer.batches(range(20), 4, 0.5), 3))
+    state = buffer.state_dict()
+    ahead = list(buffer.batches(range(20), 4, 0.5, resume=False))
+    _as_worker(monkeypatch, 0, seed=8)  # worker seeds differ after a restart
+    again = ReplayBuffer(50)
+    again.load_state_dict(state)
+    rest = list(again.batches(range(20), 4, 0.5))
+    new = [k for batch in first + rest for k in batch[:2]]
+    assert sorted(new) == list(range(20))
+    _as_worker(monkeypatch, 1, seed=8)
+    other = ReplayBuffer(50)
+    other.load_state_dict(state)
+    assert list(other.batches(range(20), 4, 0.5)) not in (rest, ahead)
+    _as_worker(monkeypatch, None)
+    assert main.sample(9) == expected
+
+
+def test_workers_shuffle_and_fill_differently(monkeypatch):
+    def used():
+        buffer = ReplayBuffer(5)
+        buffer.add_task(range(100), "a")
+        buffer.add_task(iter(range(100)), "b")
+        for k in range(100):
+            buffer.add(k, "c")
+        return list(buffer), next(buffer.batches(range(100), 5, 0.0))
+
+    results = []
+    for number in (None, 0, 1):
+        _as_worker(monkeypatch, number)
+        results.append(used())
+        assert used() == results[-1]
+    assert len({str(result) for result in results}) == 3
+    _as_worker(monkeypatch, 1, worker_method="thread")  # which shares the buffer with others
+    assert used() == results[0]
 
 
 # ---------------------------------------------------------------------- nothing half way
@@ -979,6 +1098,8 @@ def _in_training_of(per_task):
         ({"pass": (3, None, 1, 1, [0, 0])}, ValueError, "order of the state is not one of 3"),
         ({"pass": (3, 2, 3, 1, [0])}, ValueError, "contradicts itself"),
         ({"pass": (3, None, 1, 0, [0])}, ValueError, "contradicts itself"),
+        ({"worker": -1}, ValueError, "worker of the state must not be negative"),
+        ({"worker": "0"}, TypeError, "worker of the state must be an int"),
     ],
 )
 def test_what_is_wrong_with_a_state_is_said(change, error, text):
