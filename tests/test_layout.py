@@ -36,6 +36,7 @@ FLOORS = {
     "_prefetch": 1,
     "_zero_redundancy": 1,
     "reference": 1,
+    "replay": 1,
     "sharding": 1,
     "_fsdp1": 0,
     "_gather": 0,
@@ -43,7 +44,6 @@ FLOORS = {
     "checkpoint": 0,
     "_philox": 0,
     "_ranges": 0,
-    "replay": 0,
     "metrics": 0,
 }
 
