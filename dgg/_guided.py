@@ -25,6 +25,7 @@ from dgg import (
     _boundary,
     _device,
     _dispatch,
+    _fsdp1,
     _ranges,
     _zero_redundancy,
     anchor,
@@ -268,10 +269,15 @@ class Guided(Loading):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves it to the step to unscale the gradients.
 
-        As in torch.optim with ``fused=True`` alone; and where there are replay gradients, which a
-        scaler does not see.
+        As in torch.optim with ``fused=True`` alone; and where a scaler does not see all: replay
+        gradients, and those of other ranks' partitions, of which the step says what to do.
         """
-        return self._unscales or bool(self._engine.replay)
+        return (
+            self._unscales
+            or bool(self._engine.replay)
+            or self.process_group is not None
+            or any(_fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -672,7 +678,7 @@ class Guided(Loading):
                 if grads[place] is not None or (replays and replays[place] is not None):
                     self._init_state(p, group)
                     if not self._has_master(p):  # the model has been made wide: model.float()
-                        self.state[p].pop("master", None)
+                        self.state.get(p, {}).pop("master", None)
                 place += 1
         self._rows = RowCache(self, params)
         return self._rows
@@ -989,7 +995,11 @@ class Guided(Loading):
     @property
     @imitable
     def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
+        """Whether the last step was skipped because gradients were inf or NaN (GradScaler).
+
+        With ``fused=True`` or replay gradients; otherwise the scaler does not even call a step that
+        is to be skipped.
+        """
         return bool(self._skipped)
 
     def _step_scalar(self, param: Tensor, step: Any) -> Tensor:

@@ -87,12 +87,12 @@ class Loading:
             state_dict: From ``state_dict()``.
 
         Raises:
-            KeyError: It is no optimizer's state dict, or one of another class: a key that this
-                class needs is missing.
+            KeyError: It is no optimizer's state dict.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
             TypeError: It is no mapping, or a value in it is of the wrong type.
-            ValueError: Groups or shapes differ, a value is out of range, or it carries no anchor
-                while this optimizer has one. After any error the optimizer is as it was.
+            ValueError: It is of another class (a key that this one needs is missing), groups or
+                shapes differ, a value is out of range, or it carries no anchor while this
+                optimizer has one. After any error the optimizer is as it was.
         """
         # What loading replaces it makes anew, and leaves the former as it is.
         before = dict(self.__dict__)

@@ -100,15 +100,17 @@ def check_group(
         ours: Those among them that torch.optim does not know.
 
     Raises:
-        KeyError: An option is missing.
         TypeError: An option has the wrong type.
-        ValueError: An option is out of range.
+        ValueError: An option is missing or out of range.
     """
     needed = defaults.keys() - ours.keys() - _FILLED_IN
-    some = saved.keys() & ours.keys()
-    missing = sorted(needed - saved.keys()) + sorted(ours.keys() - some if some else ())
+    # Somebody may set alpha in what torch.optim has saved.
+    is_ours = bool(saved.keys() & ours.keys() - set(_arguments.PER_GROUP))
+    missing = sorted(needed - saved.keys()) + (
+        sorted(ours.keys() - saved.keys()) if is_ours else []
+    )
     if missing:
-        raise KeyError(
+        raise ValueError(
             f"group {number} of the state dict has no {', '.join(missing)}: it is another "
             f"optimizer's, or a part of it is lost (it has {sorted(map(str, saved))}). {_CONVERT}"
         )
@@ -157,9 +159,8 @@ def check_entry(
         known: Keys whose type is known.
 
     Raises:
-        KeyError: A key is missing.
         TypeError: A value is of the wrong type.
-        ValueError: A value has the wrong shape or is out of range.
+        ValueError: A key is missing, or a value has the wrong shape or is out of range.
     """
     if not isinstance(entry, Mapping):
         raise TypeError(
@@ -168,7 +169,7 @@ def check_entry(
         )
     missing = [name for name in needed if entry.get(name) is None]
     if missing:
-        raise KeyError(
+        raise ValueError(
             f"the checkpoint carries no {', '.join(missing)} of {label}, but "
             f"{sorted(map(str, entry))}: it is another optimizer's, or a part of it was lost on "
             f"the way. {_CONVERT}"

@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -361,6 +362,10 @@ class Statistics(dict):
     """
 
     backend: str = ""
+
+    def __reduce__(self):
+        """Saves the items alone, in a form that ``torch.load(weights_only=True)`` reads."""
+        return OrderedDict, (list(self.items()),)
 
     def __missing__(self, key: str) -> str:
         """Returns the backend."""
