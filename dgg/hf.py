@@ -94,6 +94,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.alpha = _checked_alpha(alpha)
         if task is not None:
+            task = _arguments.plain("task", task)
             _arguments.check_options({"task_index": task})
         if anchor is not None and not isinstance(anchor, (Mapping, str, os.PathLike)):
             raise TypeError(
@@ -120,6 +121,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Sets the anchor and alpha of a new task; checks a resumed one."""
         model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
+        opt._boundary_known = True  # which this callback sees to
         if not getattr(args, "deepspeed", None):
             # DeepSpeed hands the optimizer flat partitions, which no model knows.
             self._check_parameters(opt, model)
@@ -446,6 +448,8 @@ def _unwrap(optimizer):
 def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
     if alpha is None:
         return None
+    if getattr(alpha, "ndim", 0) == 1 and len(alpha) != 1:
+        alpha = alpha.tolist()  # an array of numpy's or torch's, one for every task
     if isinstance(alpha, Mapping):
         try:
             # A Trainer checkpoint is JSON, where keys are text.

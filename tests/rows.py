@@ -130,6 +130,9 @@ class Problem:
         self.states = [make(3, positive=place > 0) for place in range(3)]
         self.anchors = make(4) if anchors else [None] * len(sizes)
         self.copies = make(5) if copies else [None] * len(sizes)
+        for master, copy in zip(self.params, self.copies, strict=True):
+            if copy is not None:  # the rounding of its master
+                copy.copy_(master)
         n = len(sizes)
         self.steps = [self._make(1, F32).fill_(3 + row % 4).view(()) for row in range(n)]
         self.distances = torch.full((n,), -1.0, dtype=F64)
@@ -380,14 +383,76 @@ def check_norms(norms, which, replay, sizes):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def check_overflowing_norms(norms):
-    """They overflow to infinity, and NaN stays NaN."""
-    problem = Problem([5, 5, 5], replay=False)
-    problem.grads[0][2] = 1e30
+def check_extreme_norms(norms, call, dtype=torch.float32):
+    """Squares of finite float32 numbers neither overflow nor vanish; NaN and inf stay."""
+    sizes = [5, 5, 5, 5, 5, 20_000, 20_000, 5]
+    problem = Problem(sizes, (dtype,) * 5, replay=False)
+    largest = torch.finfo(dtype).max
+    smallest = torch.finfo(dtype).tiny
+    problem.grads[0][2] = min(largest, 1e30)
     problem.grads[1][2] = float("nan")
+    problem.grads[2][2] = float("inf")
+    problem.grads[3].fill_(largest)
+    problem.grads[4].fill_(smallest)
+    problem.grads[5].fill_(largest)
+    problem.grads[6].zero_()
+    problem.grads[6][12_345] = smallest
     squares = norms(problem, 7)
-    assert squares[0, 0] == squares[1, 0] == float("inf")
-    assert squares[0, 1].isnan() and squares[:, 2].isfinite().all()
+    expected = [g.double().square().sum().item() for g in problem.grads]
+    assert squares[0, 1].isnan() and squares[0, 2].isinf()
+    torch.testing.assert_close(
+        squares[:2, :], torch.tensor(2 * [expected], dtype=F64), rtol=1e-6, atol=0, equal_nan=True
+    )
+    # Distances, in the norm pass and after an update that leaves the parameters where they are.
+    for row, (theta, anchor) in enumerate(
+        [(largest, 0.0), (smallest, 0.0), (1.0, 1.0), (0.0, -largest), (smallest, -smallest)]
+    ):
+        problem.params[row].fill_(theta)
+        problem.anchors[row].fill_(anchor)
+    problem.anchors[5].copy_(problem.params[5]).add_(smallest if dtype != F16 else 0)
+    exact = [
+        reference.distance(p, a).item()
+        for p, a in zip(problem.params, problem.anchors, strict=True)
+    ]
+    unknown = torch.full_like(problem.distances, -1.0)
+    squares = norms(problem, reference.NORM_DISTANCE, distances=unknown)
+    exact = torch.tensor(exact, dtype=F64)
+    torch.testing.assert_close(squares[2], exact, rtol=1e-6, atol=0)
+    for grad in problem.grads:
+        grad.zero_()
+    call("sgd", problem, {**HYPER["sgd"], "lr": 0.0}, 0, look_ahead=True)
+    # What an update cannot tell it leaves to the next norm pass.
+    known = problem.distances >= 0
+    torch.testing.assert_close(problem.distances[known], exact[known], rtol=1e-6, atol=0)
+    squares = norms(problem, reference.NORM_DISTANCE, distances=problem.distances)
+    torch.testing.assert_close(squares[2], exact, rtol=1e-6, atol=0)
+
+
+def check_adoption(call, name, dtype, *, grad_scale=None):
+    """A parameter that is no longer its master's rounding takes the master's place."""
+    sizes, kind = [1, 7, 300, 2057], (F32, dtype, dtype, F32, F32, dtype)
+    options = {} if grad_scale is None else {"grad_scale": grad_scale}
+    written, adopted = (Problem(sizes, kind, copies=True) for _ in range(2))
+    for row, copy in enumerate(written.copies):
+        copy[:: row + 1] += 0.5
+        copy[-1] = float("nan") if row == 3 else 0.0
+    for master, copy, theirs in zip(adopted.params, written.copies, adopted.copies, strict=True):
+        master.copy_(reference.adopted(master, copy))
+        theirs.copy_(copy)
+    for problem in (written, adopted):
+        call(name, problem, HYPER[name], INJECT, look_ahead=True, **options)
+    for ours, theirs in (
+        (written.params, adopted.params),
+        (written.copies, adopted.copies),
+        (written.states[0], adopted.states[0]),
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert all(
+        torch.equal(p.to(dtype), c)
+        for p, c in zip(written.params[:3], written.copies[:3], strict=True)
+    )
+    torch.testing.assert_close(written.distances, adopted.distances, rtol=0, atol=0, equal_nan=True)
 
 
 def check_look_ahead(call, norms, name, dtype, sizes, flags):
