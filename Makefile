@@ -15,11 +15,12 @@ MADE := $(VENV)/.made-by-$(notdir $(PYTHON))
 RUN := $(VENV)/.requirements-run
 TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
+MUTATE := $(VENV)/.requirements-mutate
 BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow lint format demo bench bench-sharded table gpu profile clean distclean
+.PHONY: help venv build test test-slow mutate lint format demo bench bench-sharded table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -37,6 +38,9 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
+
+mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; MINUTES minutes
+	$(BIN)/python -P tests/mutate.py $(ARGS)
 
 lint: $(LINT) ## check style and formatting
 	$(BIN)/ruff check
@@ -89,6 +93,10 @@ $(RUN): $(MADE) requirements/run.txt
 $(TEST): $(RUN) requirements/test.txt requirements/deepspeed.txt
 	$(PIP) install -r requirements/test.txt
 	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --no-deps -r requirements/deepspeed.txt
+	@touch $@
+
+$(MUTATE): $(TEST) requirements/mutate.txt
+	$(PIP) install -r requirements/mutate.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt
