@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Random calls of the C++ operators that `make sanitize` makes, and where they begin.
+CALLS ?= 1000000
+SEED ?= 0
 # One more than two cores: tests of several ranks wait for each other a good part of their time.
 JOBS ?= 3
 
@@ -19,7 +22,7 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow lint format demo bench bench-sharded table gpu profile clean distclean
+.PHONY: help venv build test test-slow sanitize lint format demo bench bench-sharded table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -37,6 +40,9 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
+
+sanitize: $(BUILT) $(TEST) ## send CALLS random calls through a C++ library that checks itself
+	$(BIN)/python -P tests/sanitized.py --calls $(CALLS) --seed $(SEED) $(ARGS)
 
 lint: $(LINT) ## check style and formatting
 	$(BIN)/ruff check
