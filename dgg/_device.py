@@ -177,7 +177,12 @@ class Uploads:
         return target
 
     def _pinned(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like, pin_memory=self.device.type != "cpu")
+        return torch.empty_like(like, pin_memory=has_pinned_memory(self.device))
+
+
+def has_pinned_memory(device: torch.device) -> bool:
+    """Returns whether copies to ``device`` are asynchronous from pinned memory alone."""
+    return device.type != "cpu"
 
 
 def capturing(device: torch.device) -> bool:

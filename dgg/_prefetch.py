@@ -29,6 +29,11 @@ def is_away(anchor: Tensor | None, param: Tensor) -> bool:
     return anchor is not None and anchor.device != param.device
 
 
+def has_streams(device: torch.device) -> bool:
+    """Returns whether work on ``device`` goes to streams."""
+    return device.type != "cpu"
+
+
 class Windows:
     """The windows of one device's anchors, and which of them are there.
 
@@ -81,7 +86,7 @@ class Windows:
         self._held: list[int | None] = [None] * len(self._buffers)
         self._upwards = True
         self._stream = None
-        if device.type != "cpu":
+        if has_streams(device):
             self._stream = torch.Stream(device)
             for buffer in self._buffers:
                 buffer.record_stream(self._stream)
