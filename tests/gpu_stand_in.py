@@ -8,9 +8,8 @@ what, and when.
   What is freed is filled with NaN (-1 as an integer), and `StandIn.check` tells whether somebody
   has written there since. Memory that a stream was given by ``record_stream`` is freed when that
   stream is there.
-- *Host and device.* Tensors made with ``device="cpu"``, or with no device at all, are the host's;
-  those made with a `torch.device` object, and what is computed from them, are the device's.
-  Operations that mix the two raise, as on a GPU.
+- *Host and device.* Tensors made with ``device="cuda"``, and what is computed from them, say that
+  they are on "cuda:0"; all others are the host's. Operations that mix the two raise, as on a GPU.
 - *Streams.* Work on the current stream runs at once; work on any other waits until somebody waits
   for it, which is the latest that a GPU could get to it. Entering a `torch.Stream` twice raises, as
   it does up to torch 2.10.
@@ -35,9 +34,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dgg import _device, _dispatch, _prefetch
+from dgg import _dispatch
 
-DEVICE = torch.device("cpu")  # as an object: the device; the string "cpu" is the host
+DEVICE = torch.device("cuda", 0)
+_CPU = torch.device("cpu")
 _ALIGNMENT = 64
 _POISON = 0xFF
 # What waits for the device to read its memory on the host.
@@ -48,6 +48,11 @@ _WAITS = {
     torch.ops.aten.nonzero.default,
 }
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_GETTERS = {
+    Tensor.device.__get__: lambda here: DEVICE if here else _CPU,
+    Tensor.is_cuda.__get__: bool,
+    Tensor.is_cpu.__get__: lambda here: not here,
+}
 
 
 class FreedMemory(AssertionError):
@@ -116,13 +121,16 @@ class Work:
 
     def run(self) -> None:
         with self.gpu.off():
-            for function, args, kwargs, result in self.nodes:
-                args, kwargs, result = tree_map(
-                    lambda x: x.tensor() if isinstance(x, Address) else x, (args, kwargs, result)
-                )
-                found = function(*args, **kwargs)
-                if result is not None:
-                    result.copy_(found)
+            for node in self.nodes:
+                self.run_node(*node)
+
+    @staticmethod
+    def run_node(function, *rest) -> None:
+        args, kwargs, result = tree_map(lambda x: x.tensor() if isinstance(x, Address) else x, rest)
+        found = function(*args, **kwargs)
+        if result is not None:
+            for mine, theirs in zip(result, tree_leaves(found), strict=True):
+                mine.copy_(theirs)
 
 
 class Stream(Work):
@@ -131,14 +139,15 @@ class Stream(Work):
     def __init__(self, gpu: StandIn, name: str) -> None:
         super().__init__(gpu)
         self.name = name
-        self._context: Stream | None = None
+        self._contexts: list[Stream] = []
         gpu.streams.add(self)
 
     def drain(self) -> None:
-        nodes, self.nodes = self.nodes, []
-        done = Work(self.gpu)
-        done.nodes = nodes
-        done.run()
+        with self.gpu.off():
+            # Whatever is freed in the meantime waits for the nodes that are left.
+            while self.nodes:
+                self.run_node(*self.nodes[0])
+                self.nodes.pop(0)
 
     # The interface of torch.Stream and torch.cuda.Stream.
 
@@ -157,13 +166,14 @@ class Stream(Work):
         self.gpu.wait("synchronize()")
 
     def __enter__(self):
-        if self._context is not None and self.gpu.strict_streams:
+        if self._contexts and self.gpu.strict_streams:
             raise RuntimeError("Stream's context should not be initialized.")
-        self._context, self.gpu.stream = self.gpu.stream, self
+        self._contexts.append(self.gpu.stream)
+        self.gpu.stream = self
         return self
 
     def __exit__(self, *_):
-        self.gpu.stream, self._context = self._context, None
+        self.gpu.stream = self._contexts.pop()
 
 
 class Graph(Work):
@@ -177,6 +187,10 @@ class Graph(Work):
         self.gpu.check()
         self.run()
         self.gpu.check()
+
+
+def _is_device(x) -> bool:
+    return isinstance(x, torch.device | str) and str(x).startswith("cuda")
 
 
 class _Functions(TorchFunctionMode):
@@ -228,9 +242,7 @@ class StandIn:
             if "launch" in name:
                 setattr(functions, name, self._launcher(getattr(launches, name)))
         monkeypatch.setattr(_dispatch, "_launchers", lambda backend: functions)
-        monkeypatch.setattr(_device, "capturing", lambda device: self.capture is not None)
-        monkeypatch.setattr(_device, "has_pinned_memory", lambda device: True)
-        monkeypatch.setattr(_prefetch, "has_streams", lambda device: True)
+        monkeypatch.setattr(launches, "unavailable", lambda device: None)
         monkeypatch.setattr(torch, "Stream", lambda device=None: Stream(self, "side"))
         monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: self.stream)
         monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: self._lend(x, stream))
@@ -241,6 +253,8 @@ class StandIn:
             "synchronize": lambda device=None: self.wait("synchronize()"),
             "CUDAGraph": lambda: Graph(self),
             "graph": self.graph,
+            "is_current_stream_capturing": lambda: self.capture is not None,
+            "current_device": lambda: 0,
             "_sleep": lambda cycles: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -285,14 +299,16 @@ class StandIn:
         if not isinstance(x, Tensor) or self.block_of(x) is not None:
             return x
         storage = x.untyped_storage()
-        if storage.nbytes() == 0:
-            return x
         wanted, pinned = self._wanted
-        block = Block(storage.nbytes(), here=here if wanted is None else wanted, pinned=pinned)
+        block = Block(
+            max(storage.nbytes(), 1), here=here if wanted is None else wanted, pinned=pinned
+        )
         self.blocks[block.address] = block
         handle = block.handle()
         mine = torch.from_numpy(handle)
-        mine.copy_(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)))
+        if storage.nbytes():
+            whole = (storage.nbytes(),), (1,)
+            mine.copy_(torch.empty(0, dtype=torch.uint8).set_(storage, 0, *whole))
         weakref.finalize(handle, self._free, block).atexit = False
         if self.capture is not None and block.here:
             self.capture.kept.append(handle)
@@ -324,7 +340,9 @@ class StandIn:
     def wait(self, what: str) -> None:
         """Waits for the device, which nothing may do under a capture."""
         if self.capture is not None:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing: {what}"
+            )
         self.waits.append(what)
         self.drain()
 
@@ -341,26 +359,36 @@ class StandIn:
 
     def call(self, func, args, kwargs):
         """A call of torch's Python functions: says where what it makes is to lie."""
+        if func in _GETTERS:
+            return _GETTERS[func](self.is_here(args[0]))
         if func in _READERS and self.is_here(args[0]):
             self.wait(func.__name__)
-        device = kwargs.get("device")
-        if func is Tensor.cpu:
-            device = "cpu"
-        elif func is Tensor.to:
-            device = next((x for x in args[1:] if isinstance(x, torch.device | str)), device)
-        pinned = bool(kwargs.pop("pin_memory", False))
+        wanted = None
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.device) or (isinstance(x, str) and x in ("cpu", "cuda")):
+                wanted = _is_device(x)
+        if func in (Tensor.cpu, Tensor.cuda):
+            wanted, func = func is Tensor.cuda, Tensor.cpu
+        # Whoever takes the device of another tensor was told "cuda".
+        args = [_CPU if _is_device(x) else x for x in args]
+        kwargs = {name: _CPU if _is_device(x) else x for name, x in kwargs.items()}
+        pinned = bool(kwargs.pop("pin_memory", False)) or func is Tensor.pin_memory
         if pinned and self.capture is not None:
             raise RuntimeError("CUDA error: cudaHostAlloc is not permitted under a capture")
-        wanted = None if device is None else isinstance(device, torch.device)
+        if func is Tensor.pin_memory:
+            func = Tensor.clone
         before, self._wanted = self._wanted, (False if pinned else wanted, pinned)
         try:
             result = func(*args, **kwargs)
-            if func in (Tensor.to, Tensor.cpu) and wanted is not None:
+            if func in (Tensor.to, Tensor.cpu) and wanted not in (None, self.is_here(args[0])):
                 x = args[0]
-                if self.is_here(x) != wanted and x.numel():
-                    if not kwargs.get("non_blocking"):
-                        self.wait("a copy between host and device")
-                    return result.clone() if self.block_of(result) is self.block_of(x) else result
+                if self.block_of(result) is self.block_of(x):
+                    result = result.clone()
+                source = self.block_of(x)
+                if not kwargs.get("non_blocking") and x.numel():
+                    self.wait("a copy between host and device")
+                elif self.capture is not None and not (source is not None and source.pinned):
+                    raise RuntimeError("CUDA error: a copy from pageable memory under a capture")
             return result
         finally:
             self._wanted = before
@@ -392,6 +420,11 @@ class StandIn:
         if self.recorder is None:
             result = func(*args, **kwargs)
             return tree_map(lambda x: self._adopt(x, here=True), result)
+        if self.capture is None:
+            # Torch keeps pinned memory until the copy has happened.
+            for x in from_host:
+                if (block := self.block_of(x)) is not None and block.pinned:
+                    block.lent.add(self.stream)
         return self._write_down(func, args, kwargs)
 
     def _write_down(self, func, args, kwargs):
@@ -406,9 +439,7 @@ class StandIn:
         olds, news = tree_leaves(result), tree_leaves(made)
         fresh = [old is not new for old, new in zip(olds, news, strict=True)]
         if any(fresh) and "empty" not in func.name():
-            if len(news) > 1:
-                raise NotImplementedError(f"{func} makes several tensors under a capture")
-            self.recorder.add(func, args, kwargs, news[0])
+            self.recorder.add(func, args, kwargs, news)
         return made
 
     def _launcher(self, function):

@@ -300,7 +300,7 @@ def test_what_moves_memory_asks_for_a_new_capture_and_frees_nothing(change, gpu)
         run.optimizer.step()
     expected = None
     for step in (again.replay, run.optimizer.step):
-        twin = copy.deepcopy(run.bits())
+        twin = run.bits()
         step()
         moved = [not torch.equal(x, y) for x, y in zip(run.bits(), twin, strict=True)]
         expected = expected or moved
@@ -327,10 +327,9 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
     runs = []
     for away in (False, True):
         with monkeypatch.context() as patch, StandIn(patch, strict_streams=strict) as gpu:
-            if away:
-                patch.setattr(_prefetch, "is_away", lambda anchor, param: anchor is not None)
-                patch.setattr(_prefetch, "WINDOW", 1024)
-            run = Training(capturable=False, shapes=MANY, anchored=False)
+            patch.setattr(_prefetch, "WINDOW", 1024)
+            device = "cpu" if away else None
+            run = Training(capturable=False, shapes=MANY, anchored=False, anchor_device=device)
             for number in range(7):
                 if number in (1, 4):
                     run.optimizer.set_anchor()
@@ -345,9 +344,8 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
     assert runs[0] == runs[1]
 
 
-def test_anchors_dropped_while_they_are_measured(gpu, monkeypatch):
-    monkeypatch.setattr(_prefetch, "is_away", lambda anchor, param: anchor is not None)
-    run = Training(capturable=False, shapes=MANY)
+def test_anchors_dropped_while_they_are_measured(gpu):
+    run = Training(capturable=False, shapes=MANY, anchor_device="cpu")
     for _ in range(3):
         run.step()
         run.optimizer.clear_anchor()
@@ -413,7 +411,7 @@ def test_a_step_never_waits(kind, granularity, gpu, monkeypatch):
 
 
 def test_it_tells_the_host_from_the_device(gpu):
-    host, here = torch.ones(3, device="cpu"), torch.ones(3, device=DEVICE)
+    host, here = torch.ones(3), torch.ones(3, device=DEVICE)
     assert not gpu.is_here(host) and gpu.is_here(here) and gpu.is_here(here * 2)
     assert not gpu.is_here(here.to("cpu")) and gpu.is_here(host.to(DEVICE))
     with pytest.raises(RuntimeError, match="on the same device"):
@@ -452,7 +450,7 @@ def test_it_does_what_a_capture_cannot(gpu):
     with pytest.raises(RuntimeError, match="cudaHostAlloc"), gpu.graph():
         torch.empty(3, pin_memory=True)
     with pytest.raises(RuntimeError, match="pageable"), gpu.graph():
-        x.copy_(torch.ones(3, device="cpu"), non_blocking=True)
+        x.copy_(torch.ones(3), non_blocking=True)
 
 
 def test_its_streams_run_as_late_as_they_may(gpu):
@@ -471,7 +469,11 @@ def test_its_streams_run_as_late_as_they_may(gpu):
 def test_its_memory_is_not_reused_before_a_stream_it_was_lent_to_is_there(gpu):
     found = []
     for lend in (True, False):
-        side, x, y = torch.cuda.Stream(), torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+        side, x, y = (
+            torch.cuda.Stream(),
+            torch.ones(3, device=DEVICE),
+            torch.zeros(3, device=DEVICE),
+        )
         with torch.cuda.stream(side):
             y.copy_(x)
         if lend:
