@@ -179,8 +179,10 @@ def test_parameters_are_watched_natively_all_the_same(defaults):
 # -- the source -----------------------------------------------------------------------------------
 
 # Those that look at the default device; the dtype is the default one unless it is given.
-MAKERS = {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn",
-          "randint", "randperm", "scalar_tensor", "as_tensor", "asarray", "empty_strided"}  # fmt: skip
+MAKERS = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "ones",
+    "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
 # Of integers and booleans the dtype follows from the values.
 WHOLE = {"tensor", "arange", "randint", "randperm", "as_tensor", "asarray"}
 ROOT = pathlib.Path(dgg.__file__).parent

@@ -354,6 +354,73 @@ def test_anchors_dropped_while_they_are_measured(gpu):
         run.step()
 
 
+# -- a library that cannot run there --------------------------------------------------------------
+
+
+class Library:
+    """Takes the place of the CUDA library; on some devices no kernel of it can be started."""
+
+    def __init__(self, functions, monkeypatch, trouble=None):
+        self._functions, self.trouble, self.calls = functions, trouble, 0
+        monkeypatch.setattr(_dispatch, "_cuda_error", None)
+        monkeypatch.setattr(_dispatch, "_probed", {})
+        monkeypatch.setattr(
+            _dispatch, "_launchers", lambda backend: self if backend == "cpp" else functions
+        )
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: DEVICE)
+
+    def __getattr__(self, name):
+        def launch(*args, **kwargs):
+            self.calls += 1
+            if self.trouble is not None:
+                raise self.trouble
+            return getattr(self._functions, name)(*args, **kwargs)
+
+        return launch
+
+
+NO_IMAGE = RuntimeError(
+    "dgg::coefficients_launch on device 0: no kernel image is available for execution on the device"
+    "; build dgg again with this device in TORCH_CUDA_ARCH_LIST\nException raised from finish"
+)
+
+
+def test_a_library_that_cannot_run_on_a_device_is_not_taken(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch, NO_IMAGE)
+    params = [torch.nn.Parameter(torch.ones(17, device=DEVICE))]
+    optimizer = dgg.AdamW(params, alpha=1.0, max_grad_norm=1.0)
+    params[0].grad = torch.ones_like(params[0])
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.guidance_stats().backend == "triton"
+    assert library.calls == 1, "it is asked once"
+    with pytest.raises(RuntimeError, match="cannot run there.*TORCH_CUDA_ARCH_LIST") as error:
+        dgg.AdamW(params, backend="cpp")
+    assert "Exception raised" not in str(error.value)
+    config = dgg.show_config()
+    assert "cpp        cuda  not usable: its CUDA library cannot run there" in config
+    assert "triton on cuda" in config and library.calls == 1
+
+
+def test_a_library_that_runs_is_taken(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch)
+    assert _dispatch.choose(None, DEVICE) == "cpp" == _dispatch.choose(None, DEVICE)
+    assert library.calls == 1
+
+
+def test_nothing_is_tried_out_in_a_graph_or_without_memory(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch)
+    with gpu.graph() as graph:
+        assert _dispatch.choose(None, DEVICE) == "cpp"
+    assert library.calls == 0 and graph.nodes == []
+    library.trouble = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        _dispatch.choose(None, DEVICE)
+    library.trouble = None
+    assert _dispatch.choose(None, DEVICE) == "cpp"
+
+
 # -- tests that need streams or graphs ------------------------------------------------------------
 
 
