@@ -295,7 +295,7 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
         found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("it holds no values")
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.float32, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"anchor_device={str(device)!r} cannot hold an anchor here "

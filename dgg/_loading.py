@@ -127,10 +127,8 @@ class Loading:
     def _load_checked(self, state_dict: Mapping[str, Any]) -> None:
         state_dict = self._completed(state_dict)
         anchors = self._checked_anchors(state_dict)
-        before, slot = (
-            (int(self.param_groups[0]["draw_index"]), self._engine.resumed),
-            self._engine.replay,
-        )
+        before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
+        slot, rows = self._engine.replay, self._rows
         if before[0] <= 1:
             _boundary.refuse_earlier(self._engine.named, state_dict["param_groups"])
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
@@ -175,7 +173,8 @@ class Loading:
         fresh = before[0] <= 1 or before[0] == before[1]
         self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
         self._engine.replay = slot
-        self._awaits_load, self._rows = False, None
+        self._awaits_load, self._rows = False, rows
+        self._drop_rows()
 
     def _own_moments(self) -> None:
         """Gives every moment memory of its own, as dense as the parameter's.
@@ -436,7 +435,8 @@ class Loading:
                 sharding.local(state["anchor"]).fill_(float("nan"))
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
-        self._awaits_load, self._rows = True, None
+        self._awaits_load = True
+        self._drop_rows()
 
     def _kept(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the keys of the state that a step keeps of a parameter, anchors apart."""

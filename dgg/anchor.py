@@ -329,7 +329,8 @@ class Stored(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self.kind(name)
-        return self.read(name, torch.empty(shape, dtype=dtype, device="meta"))
+        made = torch.empty(shape, dtype=dtype, device="meta")
+        return Part(self, name, made, shape, dtype).read()
 
 
 class Part(NamedTuple):
@@ -344,7 +345,9 @@ class Part(NamedTuple):
 
     def read(self) -> Tensor:
         """Returns the values as a plain tensor on the CPU, good until the files are closed."""
-        return self.stored.read(self.name, self.param)
+        # Who reads them makes tensors on the default device.
+        with torch.device("cpu"):
+            return self.stored.read(self.name, self.param)
 
 
 class _Safetensors(Stored):
@@ -372,7 +375,8 @@ class _Safetensors(Stored):
                     "whole directory that save_pretrained() wrote"
                 )
             try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
+                with torch.device("cpu"):
+                    self._open[path] = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
                 raise ValueError(
                     f"{str(path)!r} is no whole safetensors file ({error}); save it again"
@@ -397,7 +401,8 @@ class _Safetensors(Stored):
     def read(self, name: str, param: Tensor) -> Tensor:
         box = sharding.box_of(param)
         if any(side.start == side.stop for side in box):
-            return torch.empty([side.stop - side.start for side in box], dtype=self.kind(name)[1])
+            sizes = [side.stop - side.start for side in box]
+            return torch.empty(sizes, dtype=self.kind(name)[1], device="cpu")
         return self._slice(name)[box]
 
 

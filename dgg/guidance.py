@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dgg import (
     _arguments,
+    _device,
     _dispatch,
     _fsdp1,
     _philox,
@@ -332,7 +333,7 @@ class Engine:
             # Flags say what was drawn; a parameter without gradient was left alone all the same.
             guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
             if last["active"] is not None:
-                guided = guided & last["active"].to(guided.device)
+                guided = guided & _device.without_waiting(last["active"], guided.device)
             if last.get("found_inf") is not None:
                 guided = guided & last["found_inf"].eq(0).all()
             stats["injected"], stats["guided"] = guided.any(), guided.sum()
