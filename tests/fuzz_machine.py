@@ -309,6 +309,9 @@ class World:
     def real_state(self, param) -> dict:
         entry = self.opt.__dict__["state"].get(param, {})
         entry = {k: v for k, v in entry.items() if v is not None}
+        if not param.numel():
+            # Whether an empty parameter that changed its dtype has one is nobody's concern.
+            entry.pop("master", None)
         if self.foreign and param in self.guide._anchors:
             entry["anchor"] = self.guide._anchors[param]
         return entry
@@ -321,7 +324,8 @@ class World:
         raise IndexError
 
     def has_master(self, index: int) -> bool:
-        return self.master and self.params[index].dtype in NARROW
+        param = self.params[index]
+        return self.master and param.dtype in NARROW and param.numel() > 0
 
     def settled_master(self, theta: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
         """What a master weight is worth: where the weight is not its rounding, the weight."""

@@ -309,6 +309,10 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
             value, error = scales[row.index]
             value, error = strength * value, strength * error
             pull = ops.mul(d[row.index], (value, error + 2 * ops.unit * value + ops.least))
+            if value == 0:
+                # Where a weight is inf or NaN, nothing times it is left open.
+                strange = ~np.isfinite(d[row.index][0])
+                pull = np.where(strange, 0.0, pull[0]), np.where(strange, np.inf, pull[1])
             if wide.get("foreign") and groups[row.group].get("maximize", False):
                 pull = -pull[0], pull[1]
             G = where(masks[row.index], ops.add(G, pull), G)
