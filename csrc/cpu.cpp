@@ -403,27 +403,56 @@ struct SquareSumOfWays {
   }
 };
 
+// float32 has no room for the squares of large and small numbers. A sum that one of them could have
+// spoiled is formed once more, in float64 and out of the cache.
 template <typename T>
-double sum_squares_of_ways(const T* x, int64_t gap) {
+bool may_be_spoiled(double sum) {
+  return std::is_same<T, float>::value && !square_sum_is_reliable(sum);
+}
+
+template <typename T, typename S, bool kDifference>
+double sum_squares_of(const S* x, const S* y, int64_t n) {
   double sum;
-  run(SquareSumOfWays<T>{x, gap, &sum});
+  run(SquareSum<T, S, kDifference>{x, y, n, &sum});
+  if (may_be_spoiled<T>(sum)) run(SquareSum<double, S, kDifference>{x, y, n, &sum});
   return sum;
 }
 
 template <typename T, typename S>
 double sum_squares(const S* x, int64_t n) {
-  double sum;
-  run(SquareSum<T, S, false>{x, nullptr, n, &sum});
-  return sum;
+  return sum_squares_of<T, S, false>(x, nullptr, n);
 }
 
 // The one function behind both the norm pass and the look-ahead, so that they agree bit for bit.
 template <typename T, typename S>
 double sum_squared_differences(const S* x, const S* y, int64_t n) {
+  return sum_squares_of<T, S, true>(x, y, n);
+}
+
+template <typename T>
+double sum_squares_of_ways(const T* x, int64_t gap) {
   double sum;
-  run(SquareSum<T, S, true>{x, y, n, &sum});
+  run(SquareSumOfWays<T>{x, gap, &sum});
+  if (!may_be_spoiled<T>(sum)) return sum;
+  sum = 0;
+  for (int way = 0; way < kWays; ++way) sum += sum_squares<double>(x + way * gap, kBlock);
   return sum;
 }
+
+// A master weight, given the parameter that is its rounding: where that is something else, somebody
+// has written it, and it takes the master's place (`adopted` in dgg/reference.py).
+template <typename T, typename S>
+struct Adopt {
+  const S* copy;
+  T* master;
+  int64_t n;
+
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const { prefetch(copy + i); }
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    master[i] = narrow<S>(master[i]).bits == copy[i].bits ? master[i] : widen<T>(copy[i]);
+  }
+};
 
 // The updates read and write S and compute in T. S is T where blocks are staged, and the storage
 // type itself where all tensors of a row share it: then nothing needs staging.
@@ -557,6 +586,13 @@ struct Stream {
     return at<S>(begin);
   }
 
+  // Corrects the masters of elements begin .. begin + n by this, the parameter they belong to.
+  template <typename T>
+  void adopt(int64_t begin, int64_t n, T* masters) const {
+    if (dtype == kBFloat16) run(Adopt<T, bfloat16>{at<bfloat16>(begin), masters, n});
+    if (dtype == kFloat16) run(Adopt<T, float16>{at<float16>(begin), masters, n});
+  }
+
   // Writes back what `stage` copied; nothing to do where it did not.
   template <typename S>
   void unstage(int64_t begin, int64_t n, const S* buffer) const {
@@ -611,6 +647,7 @@ struct Rows {
 // them first: with tiny tensors that shows.
 struct Row {
   Stream param, grad, replay, anchor;
+  Stream copy;  // of a master weight
   int64_t numel;
   int64_t index, base, block, stride;
   double replay_weight;
@@ -627,6 +664,7 @@ struct Row {
         grad(rows.stream(i, rows.grads[i], kSlotGrad)),
         replay(rows.stream(i, rows.replay(i), kSlotReplay)),
         anchor(rows.stream(i, r[kColumnAnchor], kSlotAnchor)),
+        copy(rows.stream(i, r[kColumnCopy], kSlotCopy)),
         numel(r[kColumnNumel]),
         index(r[kColumnIndex]),
         base(r[kColumnBase]),
@@ -912,8 +950,14 @@ Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
   }
   if (work.distance) {
     for_each_block(chunk.begin, end, [&](int64_t begin, int64_t n) {
-      sums.distance += sum_squared_differences<T>(row.param.stage<T>(begin, n, first),
-                                                  row.anchor.stage<T>(begin, n, second), n);
+      const T* param = row.param.stage<T>(begin, n, first);
+      if (row.copy) {
+        if (param != first) std::copy_n(param, n, first);
+        row.copy.adopt(begin, n, first);
+        param = first;
+      }
+      const T* const anchor = row.anchor.stage<T>(begin, n, second);
+      sums.distance += sum_squared_differences<T>(param, anchor, n);
     });
   }
   return sums;
@@ -964,7 +1008,6 @@ void compute_norms(const Rows& rows, double* distances, int64_t which, double* s
 template <typename Scalars>
 struct UpdateRow : Row {
   Stream state[3];
-  Stream copy;  // of a master weight
   Scalars scalars;
   bool look_ahead;
   bool stochastic;
@@ -972,7 +1015,6 @@ struct UpdateRow : Row {
 
   UpdateRow(const Rows& rows, int64_t i, bool look_ahead, bool stochastic)
       : Row(rows, i),
-        copy(rows.stream(i, rows.row(i)[kColumnCopy], kSlotCopy)),
         look_ahead(look_ahead && rows.anchored(i)),
         stochastic(stochastic && param.dtype == kBFloat16),
         number(i) {}
@@ -1051,6 +1093,9 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
     Ahead ahead;
     S* const param = row.param.template stage<S>(begin, n, spare);
     ahead.add<S>(row.param, begin);
+    if constexpr (is_wide<S>()) {
+      if (row.copy) row.copy.adopt(begin, n, param);
+    }
     const S* const grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
     ahead.add<S>(row.grad, begin, bool(row.replay));
     ahead.add<S>(row.replay, begin, true);

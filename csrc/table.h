@@ -91,16 +91,25 @@ constexpr uint32_t kStreamTensor = 1;
 constexpr uint32_t kStreamElement = 0x80000000u;
 constexpr uint32_t kStreamRounding = 0xC0000000u;
 
+constexpr double kLargest = 1.7976931348623157e308;  // finite float64
+
 // Equation (2).
 DGG_HOST_DEVICE double clip_of(double max_grad_norm, double total) {
   const double clip = max_grad_norm / (total + 1e-6);
   return clip > 1 ? 1 : clip;  // NaN stays NaN
 }
 
+// Whether a sum of squares in float32 is what it ought to be: no square has overflowed, and those
+// that have vanished (below 2^-149) are too small to matter beside the sum.
+DGG_HOST_DEVICE bool square_sum_is_reliable(double sum) {
+  return sum >= 0x1p-100 && sum <= kLargest;
+}
+
 // Equation (4) without the strength.
 DGG_HOST_DEVICE double scale_of(double clip, double grad, double distance) {
-  // Stated first: 0 / 0 is where backends would differ.
-  if (grad == 0 || distance == 0) return 0;
+  // Stated first: 0 / 0 is where backends would differ. Neither is there a direction in what is not
+  // finite, and a NaN would go into all weights.
+  if (grad == 0 || distance == 0 || !(grad <= kLargest) || !(distance <= kLargest)) return 0;
   const double ratio = clip * grad / distance;
   return ratio > 1 ? 1 : ratio;  // NaN stays NaN
 }

@@ -6,8 +6,10 @@
 // Python, and 448 for their gradients, would cost more than the step they take part in.
 //
 // The stable interface of torch does not know gradients and version counters. The three functions
-// for them are looked up by name in the torch that is loaded. dgg/_gather.py tries them before
-// their first use and does their work in Python wherever they are missing or do something else.
+// for them are looked up by name in the torch that is loaded. Nor does it know Python's objects and
+// lazy negation, for which it is found out where the words stand that tell. dgg/_gather.py tries
+// all of it before its first use and does the work in Python wherever something is missing or
+// different.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,29 +31,27 @@
 namespace dgg {
 namespace {
 
-struct Watched {
-  torch::stable::Tensor tensor;
-  const void* address;
-  int64_t numel;
-  bool contiguous;
-
-  explicit Watched(const torch::stable::Tensor& watched)
-      : tensor(watched),
-        address(watched.const_data_ptr()),
-        numel(watched.numel()),
-        contiguous(watched.is_contiguous()) {}
+// Where a tensor's elements lie, and what they are.
+struct Place {
+  const void* address = nullptr;
+  int64_t numel = 0;
+  int32_t dtype = 0;
+  bool contiguous = false;
 
   // A view of the same memory in another order is another tensor to the kernels; what was not
   // contiguous is told from a contiguous one, which is the change that `.data =` makes.
-  bool unmoved(AtenTensorHandle handle) const {
-    const void* data = nullptr;
-    int64_t elements = 0;
-    bool in_order = false;
-    return !torch_get_const_data_ptr(handle, &data) && data == address &&
-           !aoti_torch_get_numel(handle, &elements) && elements == numel &&
-           !aoti_torch_is_contiguous(handle, &in_order) && in_order == contiguous;
+  bool operator==(const Place& other) const {
+    return address == other.address && numel == other.numel && dtype == other.dtype &&
+           contiguous == other.contiguous;
   }
 };
+
+bool place_of(AtenTensorHandle handle, Place& place) {
+  return !torch_get_const_data_ptr(handle, &place.address) &&
+         !aoti_torch_get_numel(handle, &place.numel) &&
+         !aoti_torch_get_dtype(handle, &place.dtype) &&
+         !aoti_torch_is_contiguous(handle, &place.contiguous);
+}
 
 // A tensor handle of the stable interface is a pointer to an at::Tensor, whose only member is the
 // pointer to its TensorImpl: an array of such pointers is one of tensors, without a cache line for
@@ -65,13 +65,70 @@ AtenTensorHandle handle_of(Impl& impl) {
   return reinterpret_cast<AtenTensorHandle>(&impl);
 }
 
+bool unmoved(Impl impl, const Place& place) {
+  Place now;
+  return place_of(handle_of(impl), now) && now == place;
+}
+
+// How to look into Python's objects; found out by dgg/_gather.py.
+struct Python {
+  int64_t impl_offset = 0;  // of the pointer to the TensorImpl in a tensor's Python object
+  int64_t keys_offset = 0;  // of the word of a TensorImpl that says what it is lazily
+  uint64_t lazy = 0;        // bits of that word: negated, conjugated
+  int (*next)(void* dict, intptr_t* position, void** key, void** value) = nullptr;  // PyDict_Next
+};
+
+Python python;
+
+Impl impl_in(const void* object) {
+  return *reinterpret_cast<const Impl*>(static_cast<const char*>(object) + python.impl_offset);
+}
+
+bool is_lazy(Impl impl) {
+  const char* const word = static_cast<const char*>(impl) + python.keys_offset;
+  return (*reinterpret_cast<const uint64_t*>(word) & python.lazy) != 0;
+}
+
+// A dict of Python, and what it held when the watch began: keys and values in turn.
+struct Dict {
+  void* object;
+  std::vector<const void*> items;
+
+  explicit Dict(void* dict) : object(dict) {
+    intptr_t position = 0;
+    for (void *key, *value; python.next(object, &position, &key, &value) != 0;) {
+      items.push_back(key);
+      items.push_back(value);
+    }
+  }
+
+  bool same() const {
+    intptr_t position = 0;
+    size_t i = 0;
+    for (void *key, *value; python.next(object, &position, &key, &value) != 0; i += 2) {
+      if (i == items.size() || items[i] != key || items[i + 1] != value) return false;
+    }
+    return i == items.size();
+  }
+};
+
 struct List {
-  std::vector<Watched> tensors;
-  std::vector<Impl> impls;  // of `tensors`, which own them
+  // Parameters come first. They belong to Python alone: whoever exchanges what is inside of a
+  // tensor (swap_tensors, to_empty) asks that nobody else has it. Their Python objects are kept
+  // alive by whoever watches, and are asked at each look whether they still have these.
+  std::vector<const void*> objects;
+  std::vector<Impl> impls;
+  std::vector<Place> places;
+  std::vector<torch::stable::Tensor> owned;  // of `impls` those behind the parameters
   // The gradients of the step under way, which another thread may take from their parameters. An
   // array of at::Tensor; undefined where nothing is kept.
   std::vector<Impl> kept;
   std::vector<AtenTensorHandle> grads;  // where they stand, while they are taken up
+  std::vector<uint8_t> active;          // whether there is a gradient or a replay gradient
+  // Place among `impls` of every parameter's anchor or -1, and the anchors' versions.
+  std::vector<int64_t> anchors;
+  std::vector<int64_t> anchor_versions;
+  std::vector<Dict> dicts;
   const torch::stable::Tensor nothing;
 
   ~List() { release(); }
@@ -82,6 +139,13 @@ struct List {
         aoti_torch_assign_tensors(nothing.get(), handle_of(grad));
       }
     }
+  }
+
+  bool same_params() const {
+    for (size_t i = 0; i < objects.size(); ++i) {
+      if (impl_in(objects[i]) != impls[i]) return false;
+    }
+    return true;
   }
 };
 
@@ -103,26 +167,30 @@ std::shared_ptr<List> list_of(int64_t handle) {
 
 int64_t watch(std::vector<torch::stable::Tensor> tensors) {
   auto list = std::make_shared<List>();
-  list->tensors.reserve(tensors.size());
-  for (auto& tensor : tensors) {
-    list->tensors.emplace_back(tensor);
+  for (const auto& tensor : tensors) {
     list->impls.push_back(impl_of(tensor.get()));
+    Place place;
+    STD_TORCH_CHECK(place_of(tensor.get(), place), "dgg::watch: a tensor without memory");
+    list->places.push_back(place);
   }
+  list->owned = std::move(tensors);
   const std::lock_guard<std::mutex> lock(mutex);
   lists()[++last_handle] = std::move(list);
   return last_handle;
 }
 
+// Only with Python's lock held if parameters are watched, too.
 bool all_unmoved(const List& list) {
-  for (const auto& watched : list.tensors) {
-    if (!watched.unmoved(watched.tensor.get())) return false;
+  if (!list.same_params()) return false;
+  for (size_t i = 0; i < list.impls.size(); ++i) {
+    if (!unmoved(list.impls[i], list.places[i])) return false;
   }
   return true;
 }
 
-bool unmoved(int64_t handle) {
+bool watch_unmoved(int64_t handle) {
   const auto list = list_of(handle);
-  return list != nullptr && all_unmoved(*list);
+  return list != nullptr && list->objects.empty() && all_unmoved(*list);
 }
 
 void unwatch(int64_t handle) {
@@ -187,7 +255,7 @@ void prefetch_members(Impl impl) {
   for (int word = 2; word < 6; ++word) prefetch(static_cast<const void* const*>(impl)[word]);
 }
 
-// Prefetches what `Watched::unmoved` looks at, for most tensors watched are only looked at: the
+// Prefetches what `place_of` looks at, for most tensors watched are only looked at: the
 // pointer to the storage, the size and the order in a TensorImpl, then the address in the storage.
 void prefetch_place(Impl impl) {
   for (const int byte : {16, 152, 184}) prefetch(static_cast<const char*>(impl) + byte);
@@ -204,7 +272,8 @@ constexpr int64_t kUnusual = -2;
 constexpr int64_t kNowhere = 1;
 
 // Whether a gradient can be worked on as it is; writes its address.
-bool take(AtenTensorHandle grad, AtenTensorHandle like, const Watched& param, int64_t& address) {
+bool take(AtenTensorHandle grad, AtenTensorHandle like, const Place& param, int64_t& address) {
+  if (is_lazy(impl_of(grad))) return false;
   int32_t layout = 0, device = 0, index = 0, dtype = 0, found = 0;
   int64_t numel = 0;
   bool contiguous = false;
@@ -214,7 +283,7 @@ bool take(AtenTensorHandle grad, AtenTensorHandle like, const Watched& param, in
       aoti_torch_get_device_type(like, &device) || aoti_torch_get_device_type(grad, &found) ||
       found != device || aoti_torch_get_device_index(like, &index) ||
       aoti_torch_get_device_index(grad, &found) || found != index ||
-      aoti_torch_get_dtype(like, &dtype) || aoti_torch_get_dtype(grad, &found) || found != dtype ||
+      aoti_torch_get_dtype(grad, &dtype) || dtype != param.dtype ||
       aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
       aoti_torch_is_contiguous(grad, &contiguous) || !contiguous ||
       torch_get_const_data_ptr(grad, &data)) {
@@ -226,15 +295,28 @@ bool take(AtenTensorHandle grad, AtenTensorHandle like, const Watched& param, in
   return numel == 0;
 }
 
-int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions, double* distances,
-                bool known) {
+// What a step takes up; see dgg_gather.
+struct Gathered {
+  int64_t count;
+  int64_t* addresses;
+  int64_t* replay_addresses;
+  int64_t* versions;
+  double* distances;
+  int64_t* odd;  // how many, then which
+  bool known;
+};
+
+int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void* const* replays) {
   const Torch& torch = Torch::get();
-  const auto n = static_cast<int64_t>(list.tensors.size());
-  if (!torch.complete() || count > n) return kUnusual;
+  const auto n = static_cast<int64_t>(list.impls.size());
+  const int64_t count = to.count;
+  if (!torch.complete() || count > static_cast<int64_t>(list.objects.size())) return kUnusual;
   list.release();
+  if (!list.same_params()) return kMoved;
   const Impl undefined = impl_of(list.nothing.get());
   list.kept.resize(count, undefined);
   list.grads.resize(count);
+  list.active.assign(count, 0);
   for (int64_t i = 0; i < count; ++i) {
     prefetch_impl(list.impls[std::min(i + 2 * kAhead, n - 1)]);
     prefetch_members(list.impls[std::min(i + kAhead, n - 1)]);
@@ -243,29 +325,46 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t version = torch.version(handle_of(list.impls[i]));
-    if (known && version != versions[i]) distances[i] = -1.0;
-    versions[i] = version;
+    if (to.known && version != to.versions[i]) to.distances[i] = -1.0;
+    to.versions[i] = version;
     // Not in the loop before: counting a reference waits for everything that was asked for.
     if (impl_of(list.grads[i]) == undefined) continue;
     aoti_torch_assign_tensors(list.grads[i], handle_of(list.kept[i]));
     prefetch_members(list.kept[i]);
   }
+  for (size_t i = 0; i < list.anchors.size(); ++i) {
+    if (list.anchors[i] < 0) continue;
+    const int64_t version = torch.version(handle_of(list.impls[list.anchors[i]]));
+    if (version == list.anchor_versions[i]) continue;
+    to.distances[i] = -1.0;
+    list.anchor_versions[i] = version;
+  }
   for (int64_t i = 0; i < n; ++i) {
     prefetch_place(list.impls[std::min(i + 2 * kAhead, n - 1)]);
     prefetch_storage(list.impls[std::min(i + kAhead, n - 1)]);
-    if (!list.tensors[i].unmoved(handle_of(list.impls[i]))) return kMoved;
-    prefetch(list.tensors[i].address);  // the step reads it next: of a tiny tensor all there is
+    if (!unmoved(list.impls[i], list.places[i])) return kMoved;
+    prefetch(list.places[i].address);  // the step reads it next: of a tiny tensor all there is
   }
   int64_t present = 0;
+  to.odd[0] = 0;
   for (int64_t i = 0; i < count; ++i) {
-    addresses[i] = 0;
-    if (list.kept[i] == undefined) continue;
-    const Watched& param = list.tensors[i];
-    if (!take(handle_of(list.kept[i]), handle_of(list.impls[i]), param, addresses[i])) {
-      return kUnusual;
+    const auto enter = [&](Impl grad, int64_t& address) {
+      address = 0;
+      if (grad == undefined) return true;
+      list.active[i] = 1;
+      if (!usual[i] || !take(handle_of(grad), handle_of(list.impls[i]), list.places[i], address)) {
+        return false;
+      }
+      prefetch(reinterpret_cast<const void*>(address));
+      return true;
+    };
+    bool plain = enter(list.kept[i], to.addresses[i]);
+    if (replays != nullptr) {
+      const Impl replay = replays[i] == nullptr ? undefined : impl_in(replays[i]);
+      plain = enter(replay, to.replay_addresses[i]) && plain;
     }
-    prefetch(reinterpret_cast<const void*>(addresses[i]));
-    ++present;
+    if (!plain) to.odd[++to.odd[0]] = i;
+    present += list.active[i];
   }
   return present;
 }
@@ -273,24 +372,96 @@ int64_t take_up(List& list, int64_t count, int64_t* addresses, int64_t* versions
 }  // namespace
 }  // namespace dgg
 
-// The next three are called with Python's lock held: no other thread of Python can take a gradient
-// from its parameter between the look at it and the moment it is kept.
+// The next ones are called with Python's lock held: no other thread of Python can take a gradient
+// from its parameter between the look at it and the moment it is kept, or change a dict.
 
-// Whether the torch that is loaded has the functions that the other two need.
+// Whether the torch that is loaded has the functions that the others need.
 DGG_C_API int32_t dgg_gather_possible() {
   return dgg::Torch::get().complete();
 }
 
-// Takes up the gradients of the first `count` tensors of a watch and keeps them until
-// `dgg_gather_end`: their addresses (0: none), and the parameters' versions. The known distance of
-// a parameter whose version moved is dropped. Returns how many have a gradient, or -1 if a watched
-// tensor moved, or -2 if something is not as the kernels take it; then nothing is to be used.
-DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses, int64_t* versions,
-                             double* distances, int32_t known) {
+// Says how to look into Python's objects (see `Python`); once, before everything else.
+DGG_C_API void dgg_python(int64_t impl_offset, int64_t keys_offset, uint64_t lazy, void* next) {
+  dgg::python = {impl_offset, keys_offset, lazy,
+                 reinterpret_cast<decltype(dgg::Python::next)>(next)};
+}
+
+// Watches parameters, too, given by their Python objects, in front of what the watch has. The
+// objects must outlive it. `anchors` has for each of the first `anchored` of them the place of its
+// anchor among the watch's own tensors, or -1. Returns 0, or -2 if one has no memory.
+DGG_C_API int64_t dgg_watch_params(int64_t handle, const void* const* objects, int64_t count,
+                                   const int64_t* anchors, int64_t anchored) {
   try {
     const auto list = dgg::list_of(handle);
     if (list == nullptr) return dgg::kMoved;
-    const int64_t present = dgg::take_up(*list, count, addresses, versions, distances, known != 0);
+    std::vector<dgg::Impl> impls;
+    std::vector<dgg::Place> places(count);
+    for (int64_t i = 0; i < count; ++i) {
+      impls.push_back(dgg::impl_in(objects[i]));
+      if (!dgg::place_of(dgg::handle_of(impls[i]), places[i])) return dgg::kUnusual;
+    }
+    list->impls.insert(list->impls.begin(), impls.begin(), impls.end());
+    list->places.insert(list->places.begin(), places.begin(), places.end());
+    list->objects.assign(objects, objects + count);
+    for (int64_t i = 0; i < anchored; ++i) {
+      list->anchors.push_back(anchors[i] < 0 ? -1 : anchors[i] + count);
+      dgg::Impl anchor = anchors[i] < 0 ? nullptr : list->impls[anchors[i] + count];
+      list->anchor_versions.push_back(
+          anchor == nullptr ? 0 : dgg::Torch::get().version(dgg::handle_of(anchor)));
+    }
+    return 0;
+  } catch (...) {
+    return dgg::kUnusual;
+  }
+}
+
+// Watches dicts: from now on `dgg_same_dicts` says whether each has the same keys and values, by
+// identity and in the same order. Dicts, keys and values must outlive the watch.
+DGG_C_API int64_t dgg_watch_dicts(int64_t handle, void* const* dicts, int64_t count) {
+  try {
+    const auto list = dgg::list_of(handle);
+    if (list == nullptr) return dgg::kMoved;
+    list->dicts.reserve(count);
+    for (int64_t i = 0; i < count; ++i) list->dicts.emplace_back(dicts[i]);
+    return 0;
+  } catch (...) {
+    return dgg::kUnusual;
+  }
+}
+
+DGG_C_API int32_t dgg_same_dicts(int64_t handle) {
+  const auto list = dgg::list_of(handle);
+  if (list == nullptr) return 0;
+  for (const dgg::Dict& dict : list->dicts) {
+    if (!dict.same()) return 0;
+  }
+  return 1;
+}
+
+// Whether nothing that is watched moved, changed its size, order or dtype.
+DGG_C_API int32_t dgg_unmoved(int64_t handle) {
+  const auto list = dgg::list_of(handle);
+  return list != nullptr && dgg::all_unmoved(*list);
+}
+
+// Takes up the gradients of the first `count` parameters of a watch and keeps them until
+// `dgg_gather_end`: their addresses (0: none), and the parameters' versions. The known distance of
+// a parameter whose version, or whose anchor's, moved is dropped. Replay gradients are given by
+// their Python objects (null: none at all) and are the caller's to keep. A row that is not `usual`,
+// or whose gradients are not contiguous, of the parameter's device, dtype and size and free of lazy
+// negation, is named in `odd`: its addresses are the caller's to find. Returns how many have a
+// gradient or a replay gradient, or -1 if a watched tensor moved, or -2 if this is not possible;
+// then nothing is to be used.
+DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses,
+                             int64_t* replay_addresses, int64_t* versions, double* distances,
+                             const uint8_t* usual, int64_t* odd, const void* const* replays,
+                             int32_t known) {
+  try {
+    const auto list = dgg::list_of(handle);
+    if (list == nullptr) return dgg::kMoved;
+    const dgg::Gathered to{count,     addresses, replay_addresses, versions,
+                           distances, odd,       known != 0};
+    const int64_t present = dgg::take_up(*list, to, usual, replays);
     if (present < 0) list->release();
     return present;
   } catch (...) {
@@ -298,18 +469,18 @@ DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses, 
   }
 }
 
-// Ends the step: tells autograd that the parameters with a gradient were written, if `written`;
-// counts that in `versions`, if `ahead`; lets go of the gradients. Returns 0, or -2 on an error.
-DGG_C_API int64_t dgg_gather_end(int64_t handle, int64_t count, const int64_t* addresses,
-                                 int64_t* versions, int32_t written, int32_t ahead) {
+// Ends the step: tells autograd that the parameters with a gradient were written, if `written`, and
+// counts that in `versions`; lets go of the gradients. Returns 0, or -2 on an error.
+DGG_C_API int64_t dgg_gather_end(int64_t handle, int64_t count, int64_t* versions,
+                                 int32_t written) {
   try {
     const auto list = dgg::list_of(handle);
     if (list == nullptr) return dgg::kMoved;
     const dgg::Torch& torch = dgg::Torch::get();
     for (int64_t i = 0; written && i < count; ++i) {
-      if (addresses[i] == 0) continue;
+      if (list->active[i] == 0) continue;
       torch.bump(dgg::handle_of(list->impls[i]));
-      if (ahead) ++versions[i];
+      ++versions[i];
     }
     list->release();
     return 0;
@@ -320,6 +491,6 @@ DGG_C_API int64_t dgg_gather_end(int64_t handle, int64_t count, const int64_t* a
 
 STABLE_TORCH_LIBRARY_IMPL(dgg, CompositeExplicitAutograd, m) {
   m.impl("watch", TORCH_BOX(&dgg::watch));
-  m.impl("unmoved", TORCH_BOX(&dgg::unmoved));
+  m.impl("unmoved", TORCH_BOX(&dgg::watch_unmoved));
   m.impl("unwatch", TORCH_BOX(&dgg::unwatch));
 }

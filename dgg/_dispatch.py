@@ -16,8 +16,8 @@ import pathlib
 import platform
 import struct
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,44 +229,98 @@ def same_order(x: Tensor, y: Tensor) -> bool:
 
 
 class Watch:
-    """Tells whether tensors still have the memory, size and order they had at the beginning.
+    """Tells whether tensors still have the memory, size, order and dtype of the beginning.
 
-    Keeps them alive, so that an equal address means the same memory.
+    Keeps state alive, so that an equal address means the same memory. Of parameters it has nothing
+    but their Python objects: whoever exchanges what is inside of one (`torch.utils.swap_tensors`,
+    `to_empty`) asks that nobody else has it.
+
+    Args:
+        params: Parameters.
+        tensors: Other tensors.
+        anchors: For each of as many of the first parameters the place of its anchor among
+            ``tensors``, or -1: their versions are looked at, too.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        anchors: Sequence[int] = (),
+    ) -> None:
+        self._params = [sharding.local(p) for p in params]
         tensors = [sharding.local(x) for x in tensors]
-        self._handle = None
+        self._anchors = [(row, tensors[place]) for row, place in enumerate(anchors) if place >= 0]
+        self._dicts: list[tuple[dict, dict]] | None = None
+        self._handle: int | None = None
+        self._library: _gather.Library | None = None
         if _cpp_error is None:
-            self._handle = torch.ops.dgg.watch(list(tensors))
+            self._handle = torch.ops.dgg.watch(tensors)
             weakref.finalize(self, torch.ops.dgg.unwatch, self._handle)
+            self._library = _gather.load()
+        self._tensors = [] if self._handle is not None else [(x, self._place(x)) for x in tensors]
+        if self._library is not None:
+            _gather.watch_params(self._library, self._handle, self._params, anchors)
         else:
-            self._tensors = [(x, self._place(x)) for x in tensors]
+            self._tensors += [(p, self._place(p)) for p in self._params]
+        self._versions = [x._version for _, x in self._anchors]
 
     def unmoved(self) -> bool:
-        """Returns whether nothing moved, changed its size or its order."""
-        if self._handle is not None:
-            return torch.ops.dgg.unmoved.default(self._handle)
-        return all(self._place(x) == place for x, place in self._tensors)
+        """Returns whether nothing moved, changed its size, its order or its dtype."""
+        if self._library is not None:
+            return bool(self._library.unmoved(self._handle))
+        if self._handle is not None and not torch.ops.dgg.unmoved.default(self._handle):
+            return False
+        return all([self._place(x) == place for x, place in self._tensors])
 
-    def gather(
-        self, params: Sequence[Tensor], addresses: Tensor, distances: Tensor
-    ) -> _gather.Gather | None:
+    def rewritten(self) -> list[int]:
+        """Returns which parameters' anchors were written since the last look.
+
+        The native look at the gradients keeps an account of its own.
+        """
+        now = [x._version for _, x in self._anchors]
+        if now == self._versions:
+            return []
+        changed = [
+            row
+            for (row, _), old, new in zip(self._anchors, self._versions, now, strict=True)
+            if old != new
+        ]
+        self._versions = now
+        return changed
+
+    def keep_dicts(self, dicts: Sequence[dict]) -> None:
+        """Looks at dicts, too, in `same_dicts`: they, their keys and their values stay alive."""
+        self._dicts = [(each, dict(each)) for each in dicts]
+        if self._library is not None:
+            _gather.watch_dicts(self._library, self._handle, dicts)
+
+    def same_dicts(self) -> bool:
+        """Returns whether every dict has the keys and values, by identity, of the beginning."""
+        if self._library is not None:
+            return bool(self._library.same_dicts(self._handle))
+        return all(
+            [
+                len(now) == len(before)
+                and all([now.get(key, self) is value for key, value in before.items()])
+                for now, before in self._dicts
+            ]
+        )
+
+    def gather(self, params: Sequence[Tensor], *memory: Any) -> _gather.Gather | None:
         """Returns what takes up the gradients of ``params``, or None where Python has to.
 
         Args:
-            params: The first tensors of this watch, in its order.
-            addresses: int64 [n], to receive the gradients' addresses.
-            distances: float64 [n], the known distances.
+            params: The first parameters of this watch, in its order.
+            memory: What `_gather.Gather` takes after the handle.
         """
-        library = _gather.load() if self._handle is not None else None
-        if library is None or not _gather.takes(params):
+        if self._library is None or not _gather.takes(params):
             return None
-        return _gather.Gather(library, self._handle, addresses, distances)
+        return _gather.Gather(self._library, self._handle, *memory)
 
     @staticmethod
-    def _place(x: Tensor) -> tuple[int, int, bool]:
-        return x.data_ptr(), x.numel(), x.is_contiguous()
+    def _place(x: Tensor) -> tuple[int, int, int, bool, torch.dtype]:
+        return id(x), x.data_ptr(), x.numel(), x.is_contiguous(), x.dtype
 
 
 class Rows:
@@ -327,41 +381,30 @@ class Rows:
             (len(self.params),), -1.0, dtype=torch.float64, device=self.device
         )
         self.hyper_values: list[float] = []
-        self._seen: list[int] | None = None
+        self._seen: array.array | None = None
         self._versions: array.array | None = None
         self._gather: _gather.Gather | None = None
         self._gathered = False
         self._constants: dict[object, Tensor] = {}
         self._dtypes = [p.dtype for p in self.params]
         self._shapes = [p.shape for p in self.params]
+        self._masters = _real_views(masters or absent)
+        self.has_masters = any(master is not None for master in self._masters)
         # Kernels see complex tensors as pairs of reals.
         self._state = {
-            PARAM: _real_views(
-                [
-                    p if master is None else master
-                    for p, master in zip(self.params, masters or absent, strict=True)
-                ]
-            ),
-            COPY: _real_views(
-                [
-                    None if master is None else p
-                    for p, master in zip(self.params, masters or absent, strict=True)
-                ]
-            ),
             EXP_AVG: _real_views(exp_avgs or absent),
             EXP_AVG_SQ: _real_views(exp_avg_sqs or absent),
             MAX_EXP_AVG_SQ: _real_views(max_exp_avg_sqs or absent),
             ANCHOR: _real_views(anchors),
             STEP: list(steps or absent),
         }
-        self.has_masters = any(copy is not None for copy in self._state[COPY])
         self._staged = [not self._flat(row) for row in range(len(self.params))]
         # Gradients of parameters like these are taken up without a look at each row's strides.
-        self._plain = not any(self._staged) and all(
-            p.is_contiguous() and not p.is_complex() for p in self.params
-        )
-        self._single = [row for row, p in enumerate(self.params) if p.numel() == 1]
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._usual = [
+            not staged and p.is_contiguous()
+            for staged, p in zip(self._staged, self.params, strict=True)
+        ]
+        self._copies: list[tuple[int, Tensor, Tensor]] = []
         self._grad_copies: list[tuple[Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
         self.kernels: _device.Kernels | None = None
@@ -384,46 +427,64 @@ class Rows:
         if backend != "reference":
             self._base_table = self._make_table()
             # Made once: a new tensor for the addresses of every step costs more than filling it.
-            self._address_memory = bytearray(8 * len(self.params))
-            self._address_buffer = torch.frombuffer(self._address_memory, dtype=torch.int64)
+            self._address_memory = [bytearray(max(8 * len(self.params), 1)) for _ in range(2)]
+            self._address_buffers = [
+                torch.frombuffer(memory, dtype=torch.int64, count=len(self.params))
+                for memory in self._address_memory
+            ]
             self._pack_addresses = struct.Struct(f"{len(self.params)}q").pack_into
+
+    def _tensor(self, column: int, row: int) -> Tensor | None:
+        """Returns what the kernels see of a row's tensor; parameters are looked up every time.
+
+        A view kept from step to step would keep memory that somebody has taken from a parameter.
+        """
+        if column == PARAM and self._masters[row] is not None:
+            return self._masters[row]
+        if column == COPY and self._masters[row] is None:
+            return None
+        if column in (PARAM, COPY):
+            return real_view(self.params[row].detach())
+        return self._state[column][row]
+
+    def tensors(self, column: int) -> list[Tensor | None]:
+        """Returns what the kernels see in a column: a tensor or None of every row."""
+        return [self._tensor(column, row) for row in range(len(self.params))]
 
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
-        param = self._state[PARAM][row]
-        state = [self._state[column][row] for column in (*_MOMENTS, ANCHOR, COPY)]
+        param = self._tensor(PARAM, row)
+        state = [self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY)]
         return is_dense(param) and all(x is None or same_order(x, param) for x in state)
 
     def _make_table(self) -> Tensor:
         rows = []
-        for row, param in enumerate(self._state[PARAM]):
-            state = (self._state[column][row] for column in (PARAM, *_MOMENTS, ANCHOR, STEP))
+        for row, param in enumerate(self.tensors(PARAM)):
+            state = (self._tensor(column, row) for column in (PARAM, *_MOMENTS, ANCHOR, STEP))
             addresses = [0 if x is None else x.data_ptr() for x in state]
             if self._window_of(row) >= 0:
                 addresses[ANCHOR] = self.kernels.windows.addresses[row]
-            numel = param.numel()
-            copy = self._state[COPY][row]
+            copy = self._tensor(COPY, row)
             rows.append(
-                [*addresses, numel, self.groups[row], self._dtype_codes(row, None, None),
+                [*addresses, param.numel(), self.groups[row], self._dtype_codes(row, None, None),
                  self.indices[row], *self._place(row), 0 if copy is None else copy.data_ptr()]
             )  # fmt: skip
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), -1)
 
     def _place(self, row: int) -> tuple[int, int, int]:
-        numel = self._state[PARAM][row].numel()
+        pairs = 2 if self.params[row].is_complex() else 1  # as which kernels see complex numbers
         place = self.places[row] if self.places else None
         if place is None:
-            return 0, numel, numel
-        # Kernels see complex numbers as pairs.
-        return tuple(2 * x for x in place) if self.params[row].is_complex() else place
+            return 0, pairs * self.params[row].numel(), pairs * self.params[row].numel()
+        return tuple(pairs * x for x in place)
 
     def _window_of(self, row: int) -> int:
         windows = None if self.kernels is None else self.kernels.windows
         return -1 if windows is None else windows.of_row[row]
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
-        param = self._state[PARAM][row]
-        state = (self._state[column][row] for column in (*_MOMENTS, ANCHOR, COPY))
+        param = self._tensor(PARAM, row)
+        state = (self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY))
         # Gradients have the dtype of what the model computes with.
         usual = self.params[row].dtype
         dtypes = [
@@ -441,44 +502,46 @@ class Rows:
         """Prepares `gather`; returns whether it is possible.
 
         Args:
-            watch: Watches tensors of which the first are the parameters, in the rows' order.
+            watch: Watches parameters of which the first are these, in the rows' order.
         """
-        possible = self.backend != "reference" and self._plain and not self.has_masters
         # The gradients of shards stand in the DTensors.
-        if possible and not self._sharded:
+        if self.backend != "reference" and not self._sharded:
             noted = self.distances
             if self.kernels is not None:
                 # The distances are on the device; what is dropped is noted here.
-                noted = self._noted = torch.ones(len(self.params), dtype=torch.float64)
-            self._gather = watch.gather(self.params, self._address_buffer, noted)
+                noted = self._noted = torch.ones(
+                    len(self.params), dtype=torch.float64, device="cpu"
+                )
+            self._gather = watch.gather(self.params, *self._address_buffers, noted, self._usual)
         return self._gather is not None
 
-    def gather(self) -> bool:
-        """Takes up the gradients of this step from ``.grad``, as `refresh` would, if all is plain.
+    def gather(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
+        """Takes up the gradients of this step from ``.grad``, as `refresh` would, natively.
+
+        Args:
+            replays: Replay gradient of each row or None; empty if there are none at all.
+            elementwise: As in `refresh`.
 
         Returns:
-            Whether it did. If not, a watched tensor moved or a gradient is unusual (or wrong), and
-            it is for `refresh` to take them up or to complain.
+            Whether it did. If not, a watched tensor moved or a gradient is wrong, and it is for
+            `refresh` to take them up or to complain.
         """
-        present = self._gather.begin(self._versions is not None)
+        present = self._gather.begin(self._versions is not None, replays)
         if present < 0:
             return False
-        # A lazily negated gradient of one element: see `_refresh_plain`.
-        if self._single and any(
-            [g is not None and g.is_neg() for g in [self.params[row].grad for row in self._single]]
-        ):
-            self._gather.end(written=False, ahead=False)
+        self._gathered = True
+        self._start(bool(replays))
+        self._complete = present == len(self.params)
+        odd = self._gather.odd()
+        try:
+            self._take_odd({row: self.params[row].grad for row in odd}, replays, elementwise)
+        except (RuntimeError, TypeError):
+            self.abandon()
             return False
-        self._gathered, self._complete = True, present == len(self.params)
-        self.staged_now = False
-        self._copies, self._grad_copies, self._kept, self._now = [], [], [], None
-        self.grads, self.replays = [], []
-        self._table = self._base_table
-        self._grad_addresses, self._replay_addresses = self._address_buffer, _NO_ADDRESSES
         if self.kernels is not None:
             if bool((self._noted < 0).any()):
                 self._noted.fill_(1.0)
-                self.forget(anchors=False)
+                self.forget()
             self.kernels.begin(self._table, self._grad_addresses, self._replay_addresses)
         return True
 
@@ -492,99 +555,128 @@ class Rows:
             replays: Replay gradient of each row or None; empty if there are none at all.
             elementwise: Draws are made per element, which must then lie in row-major order.
         """
-        self._copies, self._grad_copies, self._kept = [], [], []
-        self._complete, self._now, self._gathered = False, None, False
-        self.staged_now = False
+        self._gathered = False
         if self._sharded:
             grads = self._shards.of_grads(grads)
             replays = [sharding.local(r) for r in replays]
+        self._start(bool(replays))
         if self.backend == "reference":
-            self.grads, self.replays = _real_views(grads), _real_views(replays)
+            self._complete = False
+            self.grads, self.replays = _resolved(grads), _resolved(replays)
+            self.take_up_changes()
             return
         self.grads, self.replays = grads, replays
-        if not self._plain or replays or not self._refresh_plain(grads):
-            self._refresh_each(grads, replays, elementwise)
+        self._complete = not any([g is None for g in grads])
+        odd = self._enter(grads, 0) | (self._enter(replays, 1) if replays else set())
+        self._take_odd({row: grads[row] for row in sorted(odd)}, replays, elementwise)
         if self.kernels is not None:
             self.kernels.begin(self._table, self._grad_addresses, self._replay_addresses)
 
-    def _refresh_plain(self, grads: list[Tensor | None]) -> bool:
+    def _start(self, replayed: bool) -> None:
+        self.grads, self.replays = [], []
+        self._copies, self._grad_copies, self._kept = [], [], []
+        self._now, self.staged_now = None, False
+        if self.backend != "reference":
+            self._table = self._base_table
+            self._grad_addresses = self._address_buffers[0]
+            self._replay_addresses = self._address_buffers[1] if replayed else _NO_ADDRESSES
+
+    def _enter(self, grads: list[Tensor | None], slot: int) -> set[int]:
+        """Enters the addresses of all gradients; returns the rows where that is not enough."""
         # 448 gradients pass here every step: comprehensions over one attribute are the fastest
         # thing Python has.
         try:
-            addresses, present, dtypes = list(map(Tensor.data_ptr, grads)), grads, self._dtypes
-            self._complete = True
-            if 0 in addresses:
-                addresses = [a or _nowhere(g) for a, g in zip(addresses, grads, strict=True)]
+            addresses, present, rows = list(map(Tensor.data_ptr, grads)), grads, None
         except TypeError:  # some are None
-            addresses = [0 if g is None else g.data_ptr() or _nowhere(g) for g in grads]
-            present = [g for g in grads if g is not None]
-            dtypes = [d for d, g in zip(self._dtypes, grads, strict=True) if g is not None]
-        if None in addresses or [g.dtype for g in present] != dtypes:
-            return False
-        if not all(map(Tensor.is_contiguous, present)):
-            return False
-        if self._complete:
-            if [g.shape for g in grads] != self._shapes:
-                return False
-        elif any(g is not None and g.shape != s for g, s in zip(grads, self._shapes, strict=True)):
-            return False
-        # A lazily negated gradient comes from the imaginary part of a conjugate, whose stride is
-        # 2: only one of a single element is contiguous.
-        if any(grads[row] is not None and grads[row].is_neg() for row in self._single):
-            return False
-        self._table = self._base_table
-        self._grad_addresses = self._address_buffer
-        self._pack_addresses(self._address_memory, 0, *addresses)
-        self._replay_addresses = _NO_ADDRESSES
-        return True
-
-    def _refresh_each(self, grads, replays, elementwise: bool) -> None:
-        self._table = self._base_table.clone()
-        addresses: tuple[list[int], list[int]] = ([], [])
-        for row, param in enumerate(self._state[PARAM]):
-            pair = [
-                None if x is None else real_view(x.detach().resolve_conj()).resolve_neg()
-                for x in (grads[row], replays[row] if replays else None)
+            rows = [row for row, g in enumerate(grads) if g is not None]
+            present = [grads[row] for row in rows]
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+        dtypes, shapes, usual = self._dtypes, self._shapes, self._usual
+        if rows is not None:
+            dtypes, shapes, usual = ([x[row] for row in rows] for x in (dtypes, shapes, usual))
+        if 0 in addresses:
+            addresses = [
+                a or (0 if g is None else _NOWHERE) for a, g in zip(addresses, grads, strict=True)
             ]
-            given = [x for x in pair if x is not None]
-            if any(x.shape != param.shape for x in given):
+        self._pack_addresses(self._address_memory[slot], 0, *addresses)
+        found = [g.dtype for g in present], [g.shape for g in present]
+        plain = [c and not n for c, n in zip(
+            map(Tensor.is_contiguous, present), map(Tensor.is_neg, present), strict=True
+        )]  # fmt: skip
+        if any([dtype.is_complex for dtype in found[0]]):
+            plain = [p and not g.is_conj() for p, g in zip(plain, present, strict=True)]
+        if _NOWHERE in addresses:
+            nowhere = [g.numel() > 0 and not g.data_ptr() for g in present]
+            plain = [p and not n for p, n in zip(plain, nowhere, strict=True)]
+        if found == (dtypes, shapes) and all(plain) and all(usual):
+            return set()
+        return {
+            place if rows is None else rows[place]
+            for place, (mine, theirs, ok, kind) in enumerate(
+                zip(zip(*found, strict=True), zip(dtypes, shapes, strict=True), plain, usual,
+                    strict=True)
+            )
+            if not (ok and kind) or mine != theirs
+        }  # fmt: skip
+
+    def _take_odd(
+        self, grads: Mapping[int, Tensor | None], replays: Sequence[Tensor | None], elementwise
+    ) -> None:
+        """Takes up the gradients of rows that need a look at their strides or dtypes, or a copy.
+
+        Args:
+            grads: Gradient or None of these rows.
+            replays: Replay gradient of each row; empty if there are none at all.
+            elementwise: As in `refresh`.
+        """
+        pairs = {}
+        for row, grad in grads.items():
+            given = grad, (replays[row] if replays else None)
+            pairs[row] = pair = _resolved(given)
+            shape = self._tensor(PARAM, row).shape
+            if any(x is not None and x.shape != shape for x in pair):
                 # Only `.grad.data =` can bring this about; a kernel would read beyond its end.
                 raise RuntimeError("a gradient has another shape than its parameter")
-            staged = bool(given) and (
+            for x in pair:
+                if x is not None and x.numel() and not x.data_ptr():
+                    raise RuntimeError(f"a gradient is a {type(x).__name__} without memory")
+        # Before anything is copied.
+        self.take_up_changes()
+        if pairs:
+            self._table = self._base_table.clone()
+        for row, pair in pairs.items():
+            param = self._tensor(PARAM, row)
+            staged = (
                 self._staged[row]
-                or not all(is_dense(x) and same_order(x, param) for x in given)
+                or not all(x is None or (is_dense(x) and same_order(x, param)) for x in pair)
                 or (elementwise and not param.is_contiguous())
             )
             if staged:
                 self._stage(row)
-            for place, x in enumerate(pair):
-                if x is None:
-                    addresses[place].append(0)
-                    continue
-                plain = x.contiguous() if staged else x
-                self._kept.append(plain)
-                if place == 0 and plain.data_ptr() != real_view(grads[row]).data_ptr():
-                    self._grad_copies.append((real_view(grads[row].detach()), plain))
-                address = plain.data_ptr() or _nowhere(plain)
-                if address is None:
-                    raise RuntimeError(f"a gradient is a {type(x).__name__} without memory")
-                addresses[place].append(address)
+            for slot, x in enumerate(pair):
+                address = 0
+                if x is not None:
+                    plain = x.contiguous() if staged else x
+                    self._kept.append(plain)
+                    if slot == 0 and plain.data_ptr() != grads[row].data_ptr():
+                        self._grad_copies.append((grads[row].detach(), plain))
+                    address = plain.data_ptr() or _NOWHERE
+                if slot == 0 or replays:
+                    self._address_buffers[slot][row] = address
             self._table[row, DTYPES] = self._dtype_codes(row, *pair)
-        self._grad_addresses = _int64(addresses[0])
-        self._replay_addresses = _int64(addresses[1]) if replays else _NO_ADDRESSES
 
     def _stage(self, row: int) -> None:
         # Tensors whose strides disagree are worked on as contiguous copies for this step.
         self.staged_now = True
         for column in (PARAM, *_MOMENTS, ANCHOR, COPY):
-            tensor = self._state[column][row]
+            tensor = self._tensor(column, row)
             if tensor is None:
                 continue
             copy = tensor.to(self.device).contiguous()
             self._kept.append(copy)
             self._table[row, column] = copy.data_ptr()
             if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
-                self._copies.append((tensor, copy))
+                self._copies.append((row, tensor, copy))
 
     def flags(self, values: Sequence[int], name: str) -> Tensor:
         """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
@@ -613,21 +705,32 @@ class Rows:
     def take_up_changes(self) -> None:
         """Carries changes that somebody made to the parameters over into their master weights.
 
-        An element that is still its master's rounding keeps the master; any other becomes it.
+        An element that is still its master's rounding keeps the master; any other becomes it. What
+        was written through ``.data``, which no version counts, the C++ kernels find by themselves,
+        element by element; here every weight is looked at where the backend is the reference.
         """
-        now = self._versions_now()
-        if now == self._seen:
+        if not self.has_masters:
             return
-        for row, copy in enumerate(self._state[COPY]):
-            if copy is not None and (self._seen is None or self._seen[row] != now[row]):
-                master = self._state[PARAM][row]
-                master.copy_(torch.where(master.to(copy.dtype) == copy, master, copy.to(master)))
-        self._seen = now
+        now = self._gather.versions if self._gathered else array.array("q", self._versions_now())
+        every = self._seen is None or self.backend == "reference"
+        if not every and now == self._seen:
+            return
+        for row, master in enumerate(self._masters):
+            if master is not None and (every or self._seen[row] != now[row]):
+                master.copy_(reference.adopted(master, self._tensor(COPY, row)))
+        self._seen = now[:]
 
     def _versions_now(self) -> list[int]:
         if self._sharded:
             return self._shards.versions()
         return [p._version for p in self.params]
+
+    def forget_rows(self, rows: Sequence[int]) -> None:
+        """Drops the known distances of some rows, whose anchors were written."""
+        if rows and self.kernels is not None:
+            self.forget()  # one launch instead of one per row
+        elif rows:
+            self.distances[list(rows)] = -1.0
 
     def forget(self, *, anchors: bool = True) -> None:
         """Drops all known distances.
@@ -656,14 +759,19 @@ class Rows:
 
     def updated(self, look_ahead: bool) -> None:
         """Ends a step that wrote the parameters: copies staged ones back, bumps versions."""
+        for _, target, copy in self._copies:
+            target.copy_(copy)
         if self._gathered:
-            self._gather.end(written=True, ahead=look_ahead)
+            self._gather.end(written=True)
+            for row in {row for row, _, _ in self._copies}:
+                self._gather.versions[row] = self.params[row]._version
             if look_ahead:
                 self._versions = self._gather.versions
+            if self.has_masters:
+                self._seen = self._gather.versions[:]
             self._gathered = False
+            self.release()
             return
-        for target, copy in self._copies:
-            target.copy_(copy)
         inactive: list[int] = []
         if not self._complete:
             inactive = [
@@ -693,7 +801,14 @@ class Rows:
                 )
             before[:] = array.array("q", now)
         if self.has_masters:
-            self._seen = self._versions_now()
+            self._seen = array.array("q", self._versions_now())
+        self.release()
+
+    def abandon(self) -> None:
+        """Ends a step that wrote nothing: lets go of the gradients."""
+        if self._gathered:
+            self._gather.end(written=False)
+            self._gathered = False
         self.release()
 
     def release(self) -> None:
@@ -719,8 +834,12 @@ def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     ]
 
 
-def _int64(values: list[int]) -> Tensor:
-    return torch.frombuffer(array.array("q", values), dtype=torch.int64)
+def _resolved(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns gradients as the kernels see them: real, conjugated and negated where that is due."""
+    return [
+        None if x is None else real_view(sharding.local(x.detach()).resolve_conj()).resolve_neg()
+        for x in grads
+    ]
 
 
 def _hyper_table(rows: Rows, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
@@ -805,10 +924,10 @@ def norms(
             which=which,
         )
     return reference.norms(
-        rows._state[PARAM],
+        rows.tensors(PARAM),
         rows.grads,
         rows.replays,
-        rows._state[ANCHOR],
+        rows.tensors(ANCHOR),
         rows.distances,
         replay_weight=replay_weight,
         grad_scale=scaling.divisor,
@@ -955,9 +1074,9 @@ def update_(
     else:
         for number, group in enumerate(groups):
             getattr(reference, rule.name)(
-                rows._state[PARAM],
+                rows.tensors(PARAM),
                 *_of_group(rows, number),
-                *(rows._state[column] for column in rule.state),
+                *(rows.tensors(column) for column in rule.state),
                 rows.distances,
                 coefficients,
                 flags,
@@ -965,7 +1084,7 @@ def update_(
                 **{key: group[key] for key in rule.hyper},
                 look_ahead=look_ahead,
                 places=[rows._place(row) for row in range(len(rows.params))] if rows.places else (),
-                copies=rows._state[COPY] if rows.has_masters else (),
+                copies=rows.tensors(COPY) if rows.has_masters else (),
                 stochastic=rows.stochastic,
                 replay_weight=replay_weight,
                 grad_scale=scaling.divisor,
@@ -999,9 +1118,9 @@ def guide_(
     if rows.backend == "reference":
         for number, group in enumerate(groups):
             reference.guide_(
-                rows._state[PARAM],
+                rows.tensors(PARAM),
                 *_of_group(rows, number),
-                rows._state[ANCHOR],
+                rows.tensors(ANCHOR),
                 coefficients,
                 flags,
                 rows.indices,
@@ -1042,7 +1161,7 @@ def guide_(
             draw=draw.index,
         )
     for target, copy in rows._grad_copies:
-        target.copy_(copy)
+        target.copy_(torch.view_as_complex(copy) if target.is_complex() else copy)
     torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
     rows.release()
 

@@ -11,11 +11,14 @@ are declared there; everywhere else nothing is lost but time.
 from __future__ import annotations
 
 import array
+import collections
 import ctypes
 import functools
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +42,22 @@ class Library:
     def __init__(self, path: str) -> None:
         library = ctypes.PyDLL(path)
         number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self.possible = library.dgg_gather_possible
-        self.possible.argtypes, self.possible.restype = (), flag
-        self.begin = library.dgg_gather
-        self.begin.argtypes = (number, number, address, address, address, flag)
-        self.begin.restype = number
-        self.end = library.dgg_gather_end
-        self.end.argtypes = (number, number, address, address, flag, flag)
-        self.end.restype = number
+
+        def function(name, result, *arguments):
+            found = getattr(library, name)
+            found.argtypes, found.restype = arguments, result
+            return found
+
+        self.possible = function("dgg_gather_possible", flag)
+        self.python = function("dgg_python", None, number, number, ctypes.c_uint64, address)
+        self.watch_params = function(
+            "dgg_watch_params", number, number, address, number, address, number
+        )
+        self.watch_dicts = function("dgg_watch_dicts", number, number, address, number)
+        self.same_dicts = function("dgg_same_dicts", flag, number)
+        self.unmoved = function("dgg_unmoved", flag, number)
+        self.begin = function("dgg_gather", number, number, number, *[address] * 7, flag)
+        self.end = function("dgg_gather_end", number, number, number, address, flag)
 
 
 class Gather:
@@ -56,42 +67,71 @@ class Gather:
         library: The native functions.
         handle: A watch whose first tensors are the parameters; must outlive this.
         addresses: int64 [n], receives the gradients' addresses.
-        distances: float64 [n], -1 is written where the parameter was changed.
+        replay_addresses: int64 [n], receives the replay gradients' addresses.
+        distances: float64 [n], -1 is written where the parameter or its anchor was changed.
+        usual: For each parameter whether a contiguous gradient of its dtype can be worked on as
+            it is.
 
     Attributes:
         versions: The parameters' versions; see `begin`.
     """
 
-    def __init__(self, library: Library, handle: int, addresses: Tensor, distances: Tensor) -> None:
-        count = len(addresses)
-        self._memory = addresses, distances
+    def __init__(
+        self,
+        library: Library,
+        handle: int,
+        addresses: Tensor,
+        replay_addresses: Tensor,
+        distances: Tensor,
+        usual: Sequence[bool],
+    ) -> None:
+        count = len(usual)
+        self._usual, self._odd = bytes(usual), array.array("q", bytes(8 * (count + 1)))
+        self._memory = addresses, replay_addresses, distances
         self.versions = array.array("q", bytes(8 * count))
-        places = addresses.data_ptr(), self.versions.buffer_info()[0]
-        self._begin = functools.partial(library.begin, handle, count, *places, distances.data_ptr())
-        self._end = functools.partial(library.end, handle, count, *places)
+        versions = self.versions.buffer_info()[0]
+        self._begin = functools.partial(
+            library.begin,
+            handle,
+            count,
+            addresses.data_ptr(),
+            replay_addresses.data_ptr(),
+            versions,
+            distances.data_ptr(),
+            self._usual,
+            self._odd.buffer_info()[0],
+        )
+        self._end = functools.partial(library.end, handle, count, versions)
 
-    def begin(self, known: bool) -> int:
+    def begin(self, known: bool, replays: Sequence[Tensor | None] = ()) -> int:
         """Takes up and keeps the gradients that stand in ``.grad``; reads the versions.
 
         Args:
-            known: ``versions`` are those at which the distances were measured. Where one has moved
-                the distance is dropped.
+            known: ``versions`` are those at which the distances were measured. Where one, or an
+                anchor's, has moved the distance is dropped.
+            replays: Replay gradients, which the caller keeps; empty if there are none at all.
 
         Returns:
-            How many parameters have a gradient; negative if a watched tensor moved or a gradient
-            is anything but contiguous and of its parameter's device, dtype and size.
+            How many parameters have a gradient or a replay gradient; negative if a watched tensor
+            moved.
         """
-        return self._begin(known)
+        if not replays:
+            return self._begin(None, known)
+        objects = array.array("Q", [0 if r is None else id(r) for r in replays])
+        return self._begin(objects.buffer_info()[0], known)
 
-    def end(self, *, written: bool, ahead: bool) -> None:
+    def odd(self) -> Sequence[int]:
+        """Returns the parameters whose addresses `begin` has left for the caller to find."""
+        return self._odd[1 : self._odd[0] + 1]
+
+    def end(self, *, written: bool) -> None:
         """Lets go of the gradients.
 
         Args:
             written: Parameters with a gradient were written: bump their versions, which hides
-                nothing from autograd.
-            ahead: Count that in ``versions``.
+                nothing from autograd, and count that in ``versions``.
         """
-        if self._end(written, ahead) != 0:
+        if self._end(written) != 0:
             raise RuntimeError("a parameter's version counter cannot be moved: inference tensor?")
 
 
@@ -106,14 +146,71 @@ def load() -> Library | None:
     release = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if release is None or not _READ[0] <= tuple(map(int, release.groups())) <= _READ[1]:
         return None
+    # Dicts and gradients are looked at under Python's lock.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
     try:
         library = Library(str(next(pathlib.Path(__file__).parent.glob("_C.*so"))))
     except (AttributeError, OSError, StopIteration):
         return None
     try:
-        return library if library.possible() and agrees(library) else None
+        places = _places() if library.possible() else None
+        if places is None:
+            return None
+        next_item = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p)
+        library.python(*places, next_item)
+        return library if agrees(library) else None
     except RuntimeError:  # a mode in which tensors are none, such as FakeTensorMode
         return None
+
+
+# How far into an object is looked for a word: CPython's tensors and TensorImpl end behind that.
+_OBJECT_WORDS, _IMPL_WORDS = 4, 26
+
+
+def _places() -> tuple[int, int, int] | None:
+    """Returns where the words stand that tell what a tensor is, or None if that is not clear.
+
+    Returns:
+        Offset in bytes of the pointer to the TensorImpl in a tensor's Python object; offset in a
+        TensorImpl of the word that has a bit for lazily negated and one for lazily conjugated;
+        these two bits.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        tensors = [torch.zeros(2), torch.nn.Parameter(torch.zeros(3)), torch.zeros(4).double()]
+        real, imaginary = torch.zeros(5), torch.zeros(5, dtype=torch.complex64)
+        pairs = (real, torch._neg_view(real)), (imaginary, imaginary.conj())
+    impl = _only(
+        [
+            place
+            for place in range(_OBJECT_WORDS)
+            if all(_words(id(t), _OBJECT_WORDS)[place] == t._cdata for t in tensors)
+        ]
+    )
+    # Only the dispatch keys differ by one bit of their own in either pair, and by none otherwise.
+    changed = [
+        [x ^ y for x, y in zip(*(_words(t._cdata, _IMPL_WORDS) for t in pair), strict=True)]
+        for pair in pairs
+    ]
+    keys = [
+        (place, negated | conjugated)
+        for place, (negated, conjugated) in enumerate(zip(*changed, strict=True))
+        if negated.bit_count() == 1 == conjugated.bit_count()
+        and negated != conjugated
+        and not any(
+            _words(t._cdata, _IMPL_WORDS)[place] & (negated | conjugated) for t in (*tensors, real)
+        )
+    ]
+    found = _only(keys)
+    return None if impl is None or found is None else (8 * impl, 8 * found[0], found[1])
+
+
+def _words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_uint64 * count).from_address(address))
+
+
+def _only(found: list) -> Any:
+    return found[0] if len(found) == 1 else None
 
 
 def agrees(library: Library) -> bool:
@@ -132,33 +229,106 @@ def agrees(library: Library) -> bool:
                 param.grad = torch.ones_like(param)
             for _ in range(row):
                 param.add_(1)
-        handle = torch.ops.dgg.watch(params)
-        addresses = torch.zeros(len(params), dtype=torch.int64)
+        anchor = torch.zeros(5)
+        handle = torch.ops.dgg.watch([anchor])
+        addresses = torch.zeros(2, len(params), dtype=torch.int64)
         distances = torch.ones(len(params), dtype=torch.float64)
-        gather = Gather(library, handle, addresses, distances)
+        anchors = [-1] * (len(params) - 1) + [0]
+        watch_params(library, handle, params, anchors)
+        usual = [True] * len(params)
+        gather = Gather(library, handle, *addresses, distances, usual)
         try:
-            return _says_the_same(gather, params, addresses, distances)
+            return (
+                _says_the_same(gather, params, addresses, distances, anchor)
+                and _sees_dicts(library, handle)
+                and _sees_what_is_exchanged(library, handle, gather, params)
+            )
         finally:
             torch.ops.dgg.unwatch(handle)
 
 
-def _says_the_same(gather: Gather, params, addresses: Tensor, distances: Tensor) -> bool:
-    present = [p for p in params if p.grad is not None]
-    if gather.begin(known=False) != len(present):
+def watch_params(
+    library: Library, handle: int, params: Sequence[Tensor], anchors: Sequence[int]
+) -> None:
+    """Lets a watch look at parameters, too, whom it does not keep alive.
+
+    Args:
+        library: The native functions.
+        handle: The watch.
+        params: The parameters; who has the watch keeps them.
+        anchors: Of as many of the first parameters: the place of its anchor among the tensors of
+            the watch, or -1.
+
+    Raises:
+        RuntimeError: One of the parameters has no memory.
+    """
+    objects, places = array.array("Q", map(id, params)), array.array("q", anchors)
+    found = library.watch_params(
+        handle, objects.buffer_info()[0], len(params), places.buffer_info()[0], len(anchors)
+    )
+    if found != 0:
+        raise RuntimeError("a parameter without memory cannot be watched")
+
+
+def watch_dicts(library: Library, handle: int, dicts: Sequence[dict]) -> None:
+    """Lets a watch look at dicts, too; who has the watch keeps them, their keys and values."""
+    objects = array.array("Q", map(id, dicts))
+    library.watch_dicts(handle, objects.buffer_info()[0], len(dicts))
+
+
+def _says_the_same(gather: Gather, params, addresses: Tensor, distances: Tensor, anchor) -> bool:
+    replays = [None, torch.ones(2, 3), *[None] * (len(params) - 2)]
+    if gather.begin(known=False, replays=replays) != len(params) or list(gather.odd()):
         return False
     versions = [p._version for p in params]
     expected = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
-    if addresses.tolist() != expected or list(gather.versions) != versions:
+    if addresses[0].tolist() != expected or list(gather.versions) != versions:
         return False
-    gather.end(written=True, ahead=True)
-    bumped = [v + (p.grad is not None) for v, p in zip(versions, params, strict=True)]
+    if addresses[1].tolist() != [0 if r is None else r.data_ptr() for r in replays]:
+        return False
+    gather.end(written=True)
+    bumped = [v + 1 for v in versions]
     if [p._version for p in params] != bumped or list(gather.versions) != bumped:
         return False
     params[0].add_(1)
+    anchor.add_(1)
     params[1].grad = torch.ones(6).view(2, 3).t().contiguous().t()
-    if gather.begin(known=True) >= 0 or distances.tolist() != [-1.0] + [1.0] * (len(params) - 1):
+    if gather.begin(known=True) != len(params) or list(gather.odd()) != [1]:
         return False
+    gather.end(written=False)
+    if distances.tolist() != [-1.0] + [1.0] * (len(params) - 2) + [-1.0]:
+        return False
+    params[1].grad = torch._neg_view(torch.ones(2, 3))
+    return gather.begin(known=True) == len(params) and list(gather.odd()) == [1]
+
+
+def _sees_dicts(library: Library, handle: int) -> bool:
+    entries = [{"a": object(), "b": object()}, collections.defaultdict(dict)]
+    watch_dicts(library, handle, entries)
+    same = [library.same_dicts(handle)]
+    kept = entries[0].pop("a")
+    same.append(library.same_dicts(handle))
+    entries[0] |= {"b": entries[0].pop("b"), "a": kept}  # in another order
+    same.append(library.same_dicts(handle))
+    entries[0] |= {"a": entries[0].pop("a"), "b": entries[0].pop("b")}
+    same.append(library.same_dicts(handle))
+    entries[1][0] = kept
+    same.append(library.same_dicts(handle))
+    return list(map(bool, same)) == [True, False, False, True, False]
+
+
+def _sees_what_is_exchanged(library: Library, handle: int, gather: Gather, params) -> bool:
     params[1].grad = None
-    moved = params[0].data
+    if not library.unmoved(handle) or gather.begin(known=True) != len(params) - 1:
+        return False
+    gather.end(written=False)
+    moved, other = params[0].data, torch.zeros(3)
     params[0].data = moved.clone()
-    return gather.begin(known=True) < 0
+    if library.unmoved(handle) or gather.begin(known=True) >= 0:
+        return False
+    params[0].data = moved
+    if not library.unmoved(handle):
+        return False
+    params[0].grad = None  # of which another tensor has no business
+    torch.utils.swap_tensors(params[0], other)
+    return not library.unmoved(handle) and gather.begin(known=True) < 0

@@ -300,6 +300,10 @@ class Guided(Loading):
         try:
             with _ranges.record("dgg.step"):
                 self._step()
+        except BaseException:
+            if self._rows is not None:
+                self._rows.abandon()
+            raise
         finally:
             torch._C._set_grad_enabled(enabled)
         return loss
@@ -330,8 +334,9 @@ class Guided(Loading):
         skipped = self._skipped is True
         if cache is not None and cache.launched:
             self._check_capture(cache.all_rows[0].device, True)
-        if cache is None or slot or skipped or not cache.gather(self):
-            cache = self._take_up(replays, skipped, elementwise=wide["granularity"] == "element")
+        elementwise = wide["granularity"] == "element"
+        if cache is None or skipped or not cache.gather(self, replays, elementwise=elementwise):
+            cache = self._take_up(replays, skipped, elementwise=elementwise)
         if skipped:
             self._advance(draw)
             engine.remember_skipped(groups[0]["params"][0].device)
@@ -351,9 +356,6 @@ class Guided(Loading):
             self._advance(draw)
             slot.clear()
             return
-        for rows in cache.all_rows:
-            if rows.has_masters:
-                rows.take_up_changes()
         if self._capturable:
             self._captured_step(wide, hyper, cache.all_rows, scaling)
             slot.clear()

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from dgg import _dispatch, anchor, sharding
 
 if TYPE_CHECKING:
     from dgg._guided import Guided
-
-# Every so many steps the state is looked at even if nobody has read `optimizer.state` in between:
-# somebody may have kept an entry of it since long ago.
-_LOOK_EVERY = 64
 
 
 class RowCache:
@@ -27,13 +24,7 @@ class RowCache:
         states = [optimizer.state.get(p) for p in params]
         self._keys, self._entries = list(optimizer.state), list(optimizer.state.values())
         self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
-        self._snapshots = [dict(entry) for entry in self._dicts]
-        items = [(entry, key, v) for entry in self._dicts for key, v in entry.items()]
-        tensors = [v for _, _, v in items if isinstance(v, Tensor)]
-        self._single = [
-            (entry, key, v) for entry, key, v in items if isinstance(v, Tensor) and v.numel() == 1
-        ]
-        self._unlooked = 0
+        tensors = [v for entry in self._dicts for v in entry.values() if isinstance(v, Tensor)]
         optimizer._state_read = False
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
@@ -46,7 +37,8 @@ class RowCache:
         usable = [
             i
             for i, p in enumerate(params)
-            if (states[i] or p.requires_grad or p.grad is not None)
+            if not is_lazy(p)
+            and (states[i] or p.requires_grad or p.grad is not None)
             and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         used = set(usable)
@@ -90,13 +82,18 @@ class RowCache:
             self._places.append(None if len(places) == len(params) else places)
         # share_memory_() and `.data =` take the memory from under a tensor. The parameters with
         # rows come first: their gradients can be taken up on the way.
+        place_of = {id(x): place for place, x in enumerate(tensors)}
+        anchors = [(states[i] or {}).get("anchor") for places in parts.values() for i in places]
         self._watch = _dispatch.Watch(
             [
                 *(p for rows in self.all_rows for p in rows.params),
-                *(p for i, p in enumerate(params) if i not in used),
-                *tensors,
-            ]
+                *(p for i, p in enumerate(params) if i not in used and not is_lazy(p)),
+            ],
+            tensors,
+            [place_of.get(id(x), -1) for x in anchors],
         )
+        self._state = optimizer.__dict__["state"]
+        self._watch.keep_dicts([self._state, *self._dicts])
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         self._lists = [list(group["params"]) for group in optimizer.param_groups]
@@ -105,28 +102,41 @@ class RowCache:
             (number, place, p)
             for number, members in enumerate(self._lists)
             for place, p in enumerate(members)
-            if p.numel() == 1
+            if not is_lazy(p) and p.numel() == 1
         ]
         self._gathers = len(self.all_rows) == 1 and self.all_rows[0].gather_by(self._watch)
 
-    def gather(self, optimizer: Guided) -> bool:
+    def gather(self, optimizer: Guided, replays: list[Tensor | None], *, elementwise: bool) -> bool:
         """Takes up the gradients of this step natively; returns False if that is not enough.
 
-        It is enough if nothing was exchanged since (see `valid`) and all gradients are plain.
+        It is enough if nothing was exchanged since (see `valid`) and all gradients are plain, or
+        but a few, which are looked at one by one.
         """
         groups = optimizer.param_groups
-        return (
+        if not (
             self._gathers
             and self._same_params(groups)
             and self._needed == [optimizer._needed(group) for group in groups]
             and not any([self.params[i].grad is not None for i in self._unready])
             and self._unchanged_state(optimizer)
-            and self.all_rows[0].gather()
-        )
+        ):
+            return False
+        if replays:
+            if any([replays[i] is not None for i in self._unready]):
+                return False
+            places = self._places[0]
+            replays = replays if places is None else [replays[i] for i in places]
+        return self.all_rows[0].gather(replays, elementwise=elementwise)
+
+    def abandon(self) -> None:
+        """Lets go of the gradients of a step that could not be finished."""
+        for rows in self.all_rows:
+            rows.abandon()
 
     def _same_params(self, groups) -> bool:
-        # Comparing lists takes identical members as equal without a look at them, as in
-        # `_same_entries`.
+        # Comparing lists takes identical members as equal without a look at them. Others meet
+        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
+        # one by one.
         try:
             if [group["params"] for group in groups] != self._lists:
                 return False
@@ -147,7 +157,10 @@ class RowCache:
         # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
         if not all([p._local_tensor is shard for p, shard in self._shards]):
             return False
-        return self._watch.unmoved() and self._unchanged_state(optimizer)
+        if not (self._watch.unmoved() and self._unchanged_state(optimizer)):
+            return False
+        self._forget_rewritten()
+        return True
 
     def taken_out(self, params: list[Tensor]) -> int | None:
         """Returns how many anchored parameters are not among ``params`` any more.
@@ -164,34 +177,24 @@ class RowCache:
         )
 
     def _unchanged_state(self, optimizer: Guided) -> bool:
-        self._unlooked += 1
-        if optimizer._state_read or self._unlooked == _LOOK_EVERY:
-            if not self._same_state(optimizer):
-                return False
-            if optimizer._state_read:
-                # Whoever read the state may have written into an anchor.
-                for rows in self.all_rows:
-                    rows.forget()
-            optimizer._state_read, self._unlooked = False, 0
+        if optimizer.__dict__["state"] is not self._state or not self._watch.same_dicts():
+            return False
+        if optimizer._state_read:
+            # Whoever read the state may have written into an anchor, and `.data` hides it.
+            for rows in self.all_rows:
+                rows.forget()
+            optimizer._state_read = False
         return True
 
-    def _same_state(self, optimizer: Guided) -> bool:
-        # Not looked up by parameter: hashing a tensor costs more than all of this.
-        keys, entries = list(optimizer.state), list(optimizer.state.values())
-        if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
-            return False
-        return all(map(operator.is_, entries, self._entries)) and self._same_entries()
-
-    def _same_entries(self) -> bool:
-        # Comparing dicts takes identical values as equal without a look at them. Others meet
-        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
-        # one by one.
-        try:
-            if self._dicts != self._snapshots:
-                return False
-        except (RuntimeError, TypeError):
-            return False
-        return all([entry[key] is value for entry, key, value in self._single])
+    def _forget_rewritten(self) -> None:
+        """Drops the distances from anchors that were written, through whatever reference."""
+        changed = self._watch.rewritten()
+        first = 0
+        for rows in self.all_rows:
+            rows.forget_rows(
+                [row - first for row in changed if 0 <= row - first < len(rows.params)]
+            )
+            first += len(rows.params)
 
     @property
     def launched(self) -> bool:

@@ -448,7 +448,7 @@ class Guidance:
         ]
         self._rows_params = params
         anchors = [self._anchors[p] for p in params if p in self._anchors]
-        self._watch = _dispatch.Watch([*params, *anchors])
+        self._watch = _dispatch.Watch(params, anchors)
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         return self._rows

@@ -6,7 +6,8 @@ Equations, numbered as in the README (θ parameter, g gradient, r replay gradien
     (1)  h = g + w r
     (2)  c = min(1, max_grad_norm / (‖h‖ + 1e-6)),  1 without clipping
     (3)  d = θ - θ*
-    (4)  s = strength · min(1, c ‖g‖ / ‖d‖),  0 when ‖g‖ = 0 or ‖d‖ = 0;  strength without scaling
+    (4)  s = strength · min(1, c ‖g‖ / ‖d‖),  0 when ‖g‖ or ‖d‖ is 0 or not finite;
+         strength without scaling
     (5)  G = c h + b s d,  b ~ Bernoulli(α)
     (6)  Adam, AdamW or SGD applied to G
 
@@ -157,9 +158,20 @@ def coefficients(
         g, d = (squares[1].sqrt(), squares[2].sqrt()) if per_tensor else (grad, dist)
         # clamp keeps NaN; 0/0 is decided here because minimum, fmin and Triton disagree on it.
         scale = torch.clamp(clip * g / d, max=1.0)
-        scale = torch.where((g == 0) | (d == 0), torch.zeros_like(scale), scale)
+        # Nor is there a direction in what is not finite: a NaN would go into all weights.
+        usable = (g != 0) & (d != 0) & g.isfinite() & d.isfinite()
+        scale = torch.where(usable, scale, torch.zeros_like(scale))
         scale = scale.expand(squares.shape[1])
     return torch.cat([torch.stack([clip, grad, dist, total]), scale])
+
+
+def adopted(master: Tensor, copy: Tensor) -> Tensor:
+    """Returns what a master weight is, given the low-precision parameter that the model sees.
+
+    Where the parameter is still its master's rounding that is the master; whatever else somebody
+    has written into the parameter (in place, through ``.data``, by loading) takes its place.
+    """
+    return torch.where(master.to(copy.dtype) == copy, master, copy.to(master.dtype))
 
 
 def guided_gradient(

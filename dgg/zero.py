@@ -249,7 +249,7 @@ class Zero:
             if watch.unmoved() and all(a is b for a, b in zip(known, values, strict=True)):
                 return rows
         rows = _FragmentRows(optimizer, partition)
-        watch = _dispatch.Watch([partition.tensor, *(v for v in values if v is not None)])
+        watch = _dispatch.Watch([partition.tensor], [v for v in values if v is not None])
         self._rows[number] = watch, values, rows
         return rows
 

@@ -380,14 +380,49 @@ def check_norms(norms, which, replay, sizes):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def check_overflowing_norms(norms):
-    """They overflow to infinity, and NaN stays NaN."""
-    problem = Problem([5, 5, 5], replay=False)
-    problem.grads[0][2] = 1e30
+def check_extreme_norms(norms, call, dtype=torch.float32):
+    """Squares of finite float32 numbers neither overflow nor vanish; NaN and inf stay."""
+    sizes = [5, 5, 5, 5, 5, 20_000, 20_000, 5]
+    problem = Problem(sizes, (dtype,) * 5, replay=False)
+    largest = torch.finfo(dtype).max
+    smallest = torch.finfo(dtype).tiny
+    problem.grads[0][2] = min(largest, 1e30)
     problem.grads[1][2] = float("nan")
+    problem.grads[2][2] = float("inf")
+    problem.grads[3].fill_(largest)
+    problem.grads[4].fill_(smallest)
+    problem.grads[5].fill_(largest)
+    problem.grads[6].zero_()
+    problem.grads[6][12_345] = smallest
     squares = norms(problem, 7)
-    assert squares[0, 0] == squares[1, 0] == float("inf")
-    assert squares[0, 1].isnan() and squares[:, 2].isfinite().all()
+    expected = [g.double().square().sum().item() for g in problem.grads]
+    assert squares[0, 1].isnan() and squares[0, 2].isinf()
+    torch.testing.assert_close(
+        squares[:2, :], torch.tensor(2 * [expected], dtype=F64), rtol=1e-6, atol=0, equal_nan=True
+    )
+    # Distances, in the norm pass and after an update that leaves the parameters where they are.
+    for row, (theta, anchor) in enumerate(
+        [(largest, 0.0), (smallest, 0.0), (1.0, 1.0), (0.0, -largest), (smallest, -smallest)]
+    ):
+        problem.params[row].fill_(theta)
+        problem.anchors[row].fill_(anchor)
+    problem.anchors[5].copy_(problem.params[5]).add_(smallest if dtype != F16 else 0)
+    exact = [
+        reference.distance(p, a).item()
+        for p, a in zip(problem.params, problem.anchors, strict=True)
+    ]
+    unknown = torch.full_like(problem.distances, -1.0)
+    squares = norms(problem, reference.NORM_DISTANCE, distances=unknown)
+    exact = torch.tensor(exact, dtype=F64)
+    torch.testing.assert_close(squares[2], exact, rtol=1e-6, atol=0)
+    for grad in problem.grads:
+        grad.zero_()
+    call("sgd", problem, {**HYPER["sgd"], "lr": 0.0}, 0, look_ahead=True)
+    # What an update cannot tell it leaves to the next norm pass.
+    known = problem.distances >= 0
+    torch.testing.assert_close(problem.distances[known], exact[known], rtol=1e-6, atol=0)
+    squares = norms(problem, reference.NORM_DISTANCE, distances=problem.distances)
+    torch.testing.assert_close(squares[2], exact, rtol=1e-6, atol=0)
 
 
 def check_look_ahead(call, norms, name, dtype, sizes, flags):

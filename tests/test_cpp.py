@@ -298,8 +298,9 @@ def test_norms_of_many_equal_values_are_accurate():
     assert abs(square.item() / x.double().square().sum().item() - 1) < 1e-6
 
 
-def test_norms_overflow_to_infinity_and_keep_nan():
-    rows.check_overflowing_norms(norms)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_norms_of_extreme_numbers(dtype):
+    rows.check_extreme_norms(norms, call, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -37,13 +37,13 @@ def make_optimizer(params, **options):
     return opt
 
 
-def is_native(opt):
-    """Whether the next step's gradients are taken up natively; ends as if they had been used."""
+def is_native(opt, odd=()):
+    """Whether the next step's gradients are taken up natively, but for the odd rows."""
     cache = opt._rows
-    taken = cache is not None and cache.gather(opt)
+    taken = cache is not None and cache.gather(opt, [], elementwise=False)
     if taken:
-        cache.all_rows[0]._gather.end(written=False, ahead=False)
-        cache.all_rows[0]._gathered = False
+        assert list(cache.all_rows[0]._gather.odd()) == list(odd)
+        cache.abandon()
     return taken
 
 
@@ -122,14 +122,166 @@ def test_same_bits_as_in_python(monkeypatch, change, look_ahead):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("change", [_transposed, _expanded, _negative])
-def test_unusual_gradients_are_left_to_python(change):
+def _all_negative(params):
+    params[0].grad = torch._neg_view(torch.arange(8.0))
+    assert params[0].grad.is_contiguous() and params[0].grad.is_neg()
+
+
+@pytest.mark.parametrize(
+    "change, row", [(_transposed, 1), (_expanded, 0), (_negative, 2), (_all_negative, 0)]
+)
+def test_only_odd_gradients_are_left_to_python(change, row):
     params = make_params()
     opt = make_optimizer(params)
     change(params)
-    assert not is_native(opt)
+    assert is_native(opt, odd=[row])
     _replaced(params)
     assert is_native(opt)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_lazily_negated_gradients_have_their_sign(monkeypatch, native):
+    """Contiguous ones, of more than one element: a kernel would see what is behind the view."""
+    if not native:
+        monkeypatch.setattr(_gather, "load", lambda: None)
+    found = []
+    for lazy in (True, False):
+        params = make_params()
+        opt = make_optimizer(params)
+        for p in params:
+            grad = torch._neg_view(p.grad.clone())
+            p.grad = grad if lazy else grad.resolve_neg()
+        with opt.replay():
+            for p in params:
+                grad = torch._neg_view(torch.ones_like(p))
+                p.grad = grad if lazy else grad.resolve_neg()
+        opt.step()
+        found.append(everything(opt))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_lazily_conjugated_gradients_are_taken(backend):
+    found = []
+    for lazy in (True, False):
+        param = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        opt = dgg.AdamW([param], lr=0.1, backend=backend)
+        for _ in range(2):
+            grad = torch.tensor([2 - 1j, 1 + 1j]).conj()
+            param.grad = grad if lazy else grad.resolve_conj()
+            opt.step()
+        guidance = dgg.Guidance(torch.optim.SGD([param], lr=0.1), max_grad_norm=0.5)
+        param.grad = torch.tensor([2 - 1j, 1 + 1j]).conj() if lazy else grad.resolve_conj()
+        guidance.optimizer.step()
+        found.append(param.detach().clone())
+    assert torch.equal(*found)
+
+
+def _channels_last(params):
+    params[0].grad = params[0].grad.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "double gradient", "replay", "some replays"])
+def test_few_odd_rows_do_not_send_the_others_through_python(kind):
+    """One parameter in another order, a gradient of another dtype, replay gradients."""
+    params = make_params([(2, 3, 4, 4), *SHAPES])
+    if kind == "channels_last":
+        params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    opt = make_optimizer(params)
+    replays, odd = [], []
+    if kind == "channels_last":
+        _channels_last(params)
+        odd = [0]
+    if kind == "double gradient":
+        params[2].grad, params[3].grad = torch.ones(3, 5), None
+        params[2].grad = params[2].grad.to(torch.float32)
+        params[3].grad_dtype = None
+        params[3].grad = torch.ones(1, dtype=torch.float64)
+        odd = [3]
+    if "replay" in kind:
+        replays = [torch.ones_like(p) for p in params]
+    if kind == "some replays":
+        replays[1] = replays[4] = None
+        params[2].grad = params[4].grad = None
+    cache = opt._rows
+    assert cache.gather(opt, replays, elementwise=False)
+    rows = cache.all_rows[0]
+    assert list(rows._gather.odd()) == odd
+    grads = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
+    assert rows._grad_addresses.tolist() == grads
+    expected = [0 if r is None else r.data_ptr() or 1 for r in replays]
+    assert rows._replay_addresses.tolist() == expected
+    cache.abandon()
+
+
+def test_swapped_parameters_are_seen():
+    params = make_params()
+    opt = make_optimizer(params)
+    other = torch.nn.Parameter(torch.full((8,), 3.0))
+    params[0].grad = None
+    torch.utils.swap_tensors(params[0], other)
+    params[0].grad = torch.ones(8)
+    assert not is_native(opt)
+    opt.step()
+    assert not torch.equal(params[0], torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_nothing_of_a_parameter_is_kept_between_steps(monkeypatch, native):
+    """Neither the tensor, which swap_tensors wants for itself, nor memory that was exchanged."""
+    if not native:
+        monkeypatch.setattr(_gather, "load", lambda: None)
+    params = make_params()
+    opt = make_optimizer(params)
+    opt.step()
+    memory = weakref.ref(params[0].untyped_storage())
+    seen = torch._C._storage_Use_Count(params[0].untyped_storage()._cdata)
+    fresh = torch.nn.Parameter(torch.ones(8))
+    fresh_count = torch._C._storage_Use_Count(fresh.untyped_storage()._cdata)
+    assert seen == fresh_count
+    del memory
+    opt.zero_grad()
+    for p in params:
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone()))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("entry", ["exp_avg", "anchor"])
+def test_state_exchanged_through_a_kept_entry_is_seen_at_the_next_step(monkeypatch, native, entry):
+    if not native:
+        monkeypatch.setattr(_gather, "load", lambda: None)
+    found = []
+    for kept in (True, False):
+        params = make_params()
+        opt = make_optimizer(params)
+        held = opt.state[params[0]]
+        opt.step()
+        opt.step()
+        (held if kept else opt.state[params[0]])[entry] = torch.full((8,), 0.25)
+        opt.step()
+        found.append(everything(opt))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_anchor_written_through_a_kept_reference_is_seen_at_the_next_step(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(_gather, "load", lambda: None)
+    found = []
+    for kept in (True, False):
+        params = make_params()
+        opt = make_optimizer(params)
+        anchor = opt.state[params[0]]["anchor"]
+        opt.step()
+        opt.step()
+        (anchor if kept else opt.state[params[0]]["anchor"]).add_(2)
+        opt.step()
+        found.append([opt.guidance_stats()["distance"], *everything(opt)])
+    assert torch.equal(found[0][0], found[1][0])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sparse_gradient_is_named():
@@ -192,12 +344,12 @@ def test_gradients_are_let_go():
 def test_gradients_are_kept_until_the_end():
     params = make_params()
     opt = make_optimizer(params)
-    assert opt._rows.gather(opt)
+    assert opt._rows.gather(opt, [], elementwise=False)
     seen = [weakref.ref(p.grad) for p in params]
     opt.zero_grad()
     gc.collect()
     assert all(ref() is not None for ref in seen)
-    opt._rows.all_rows[0]._gather.end(written=False, ahead=False)
+    opt._rows.abandon()
     gc.collect()
     assert [ref() for ref in seen] == [None] * len(params)
 
@@ -220,21 +372,31 @@ def test_agreement_is_checked(monkeypatch):
     library = _gather.load()
 
     class Wrong:
-        begin, end, possible = library.begin, library.end, library.possible
+        pass
 
+    for name, function in vars(library).items():
+        setattr(Wrong, name, staticmethod(function))
     assert _gather.agrees(Wrong)
-    Wrong.begin = staticmethod(lambda *_: 0)
-    assert not _gather.agrees(Wrong)
 
     def shifted(handle, count, addresses, *rest):
         found = library.begin(handle, count, addresses, *rest)
         ctypes.cast(addresses, ctypes.POINTER(ctypes.c_int64))[0] += 8
         return found
 
-    Wrong.begin = staticmethod(shifted)
-    assert not _gather.agrees(Wrong)
-    Wrong.begin, Wrong.end = library.begin, staticmethod(lambda *_: 0)
-    assert not _gather.agrees(Wrong)
+    wrong = {"begin": [lambda *_: 0, shifted], "end": [lambda *_: 0]}
+    wrong |= {name: [lambda *_: 0, lambda *_: 1] for name in ("unmoved", "same_dicts")}
+    for name, functions in wrong.items():
+        for function in functions:
+            setattr(Wrong, name, staticmethod(function))
+            assert not _gather.agrees(Wrong), name
+        setattr(Wrong, name, staticmethod(getattr(library, name)))
+    assert _gather.agrees(Wrong)
+
+
+def test_places_that_are_not_clear_are_not_used(monkeypatch):
+    assert _gather._places() is not None
+    monkeypatch.setattr(_gather, "_words", lambda address, count: [0] * count)
+    assert _gather._places() is None
 
 
 @pytest.mark.parametrize("reason", ["later torch", "missing functions"])
