@@ -330,7 +330,8 @@ struct Mask {
 
 // sum (x - y)^2, or sum x^2. The lanes are explicit so that their number is not the compiler's
 // choice.
-template <typename T, typename S, bool kDifference>
+// A is the arithmetic's type, T that of the sums.
+template <typename T, typename S, bool kDifference, typename A = T>
 struct SquareSum {
   const S* x;
   const S* y;
@@ -367,9 +368,9 @@ struct SquareSum {
   }
 
   DGG_HOST_DEVICE T square(int64_t i) const {
-    T value = widen<T>(x[i]);
-    if constexpr (kDifference) value -= widen<T>(y[i]);
-    return value * value;
+    A value = widen<A>(x[i]);
+    if constexpr (kDifference) value -= widen<A>(y[i]);
+    return static_cast<T>(value) * static_cast<T>(value);
   }
 };
 
@@ -414,7 +415,7 @@ template <typename T, typename S, bool kDifference>
 double sum_squares_of(const S* x, const S* y, int64_t n) {
   double sum;
   run(SquareSum<T, S, kDifference>{x, y, n, &sum});
-  if (may_be_spoiled<T>(sum)) run(SquareSum<double, S, kDifference>{x, y, n, &sum});
+  if (may_be_spoiled<T>(sum)) run(SquareSum<double, S, kDifference, T>{x, y, n, &sum});
   return sum;
 }
 
@@ -439,8 +440,7 @@ double sum_squares_of_ways(const T* x, int64_t gap) {
   return sum;
 }
 
-// A master weight, given the parameter that is its rounding: where that is something else, somebody
-// has written it, and it takes the master's place (`adopted` in dgg/reference.py).
+// Masters, corrected by the parameters that they belong to.
 template <typename T, typename S>
 struct Adopt {
   const S* copy;
@@ -450,7 +450,7 @@ struct Adopt {
   DGG_HOST_DEVICE void operator()() const { stream(*this); }
   DGG_HOST_DEVICE void prefetch_from(int64_t i) const { prefetch(copy + i); }
   DGG_HOST_DEVICE void element(int64_t i) const {
-    master[i] = narrow<S>(master[i]).bits == copy[i].bits ? master[i] : widen<T>(copy[i]);
+    master[i] = adopted(master[i], widen<T>(narrow<S>(master[i])), widen<T>(copy[i]));
   }
 };
 

@@ -36,10 +36,12 @@ struct Squares {
     }
   }
 
+  DGG_DEVICE T value_at(int i) const { return element_of<T>(x, i); }
+
   DGG_DEVICE void quad(int begin, int n) {
     T square = T(0);
 #pragma unroll 1
-    for (int i = begin; i < begin + n; ++i) square = add_square(element_of<T>(x, i), square);
+    for (int i = begin; i < begin + n; ++i) square = add_square(value_at(i), square);
     lanes.add(Lanes<T, kElements>::second(begin), square);
   }
 };
@@ -84,13 +86,15 @@ struct PairSquares {
     }
   }
 
+  DGG_DEVICE T value_at(int i) const {
+    const T first = kDifference || x ? element_of<T>(x, i) : T(0);
+    return value(first, element_of<T>(y, i));
+  }
+
   DGG_DEVICE void quad(int begin, int n) {
     T square = T(0);
 #pragma unroll 1
-    for (int i = begin; i < begin + n; ++i) {
-      const T first = kDifference || x ? element_of<T>(x, i) : T(0);
-      square = add_square(value(first, element_of<T>(y, i)), square);
-    }
+    for (int i = begin; i < begin + n; ++i) square = add_square(value_at(i), square);
     lanes.add(Lanes<T, kElements>::second(begin), square);
   }
 };
@@ -185,7 +189,9 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
     row.aligned_distance = is_aligned(param | anchor);
   }
   __syncthreads();
-  const auto keep = [&](int part, double sum) {
+  const auto keep = [&](int part, const auto& body) {
+    const double sum =
+        unspoiled<T>(sum_of_block(body.lanes), [&](int i) { return body.value_at(i); }, row.count);
     if (threadIdx.x != 0) return;
     a.launch.partials[part * a.launch.chunk_count + number_of_chunk(a.launch)] = sum;
   };
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
   if (row.parts & 2) {
     Squares<T, G> body{grad, {}};
     walk<body.kElements, body.kBatch>(body, row.count, row.aligned_grad);
-    keep(1, sum_of_block(body.lanes));
+    keep(1, body);
   }
   if constexpr (K::kReplay) {
     if (row.parts & 1) {
@@ -202,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
                                        static_cast<T>(a.launch.replay_weight),
                                        {}};
       walk<body.kElements, body.kBatch>(body, row.count, row.aligned_total);
-      keep(0, sum_of_block(body.lanes));
+      keep(0, body);
     }
   }
   if constexpr (K::kDistances) {
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
           T(0),
           {}};
       walk<body.kElements, body.kBatch>(body, row.count, row.aligned_distance);
-      keep(2, sum_of_block(body.lanes));
+      keep(2, body);
     }
   }
   if (end.reach(a.launch)) finish_row<3>(a.launch, end, FinishNorms{a});

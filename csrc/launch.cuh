@@ -246,6 +246,11 @@ struct Stream {
     pack(into.words, j, narrow<S>(x));
   }
 
+  template <typename T>
+  DGG_DEVICE T rounded(T x) const {
+    return widen<T>(narrow<S>(x));
+  }
+
   DGG_DEVICE bool is_bfloat16() const { return std::is_same<S, bfloat16>::value; }
 };
 
@@ -309,6 +314,20 @@ struct Stream<Any> {
         return pack(into.words, j, narrow<float16>(x));
       default:
         return pack(into.words, j, narrow<double>(x));
+    }
+  }
+
+  template <typename T>
+  DGG_DEVICE T rounded(T x) const {
+    switch (code) {
+      case kFloat32:
+        return widen<T>(narrow<float>(x));
+      case kBFloat16:
+        return widen<T>(narrow<bfloat16>(x));
+      case kFloat16:
+        return widen<T>(narrow<float16>(x));
+      default:
+        return widen<T>(narrow<double>(x));
     }
   }
 
@@ -451,6 +470,34 @@ DGG_DEVICE double sum_of_block(const Lanes<T, kElements>& lanes) {
     __syncthreads();
   }
   return sums[0];
+}
+
+// Sum of one number of every thread, in every thread.
+DGG_DEVICE double sum_of_threads(double sum) {
+  __shared__ double sums[kThreads];
+  const int t = static_cast<int>(threadIdx.x);
+  __syncthreads();  // those who have not read the sum before this one
+  sums[t] = sum;
+  __syncthreads();
+#pragma unroll 1
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (t < half) sums[t] += sums[t + half];
+    __syncthreads();
+  }
+  return sums[0];
+}
+
+// A sum of squares over a chunk, or, where float32 may have spoiled it, the same formed once more
+// in float64 out of the cache; value(i) is what is squared.
+template <typename T, typename Value>
+DGG_DEVICE double unspoiled(double sum, const Value& value, int count) {
+  if (!std::is_same<T, float>::value || square_sum_is_reliable(sum)) return sum;
+  double again = 0;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    again = add_square(static_cast<double>(value(i)), again);
+  }
+  return sum_of_threads(again);
 }
 
 // Which lane a quad of a batch belongs to, at compile time where it can be.

@@ -88,7 +88,8 @@ struct Body {
   static constexpr int kLoads =
       kElements *
       (stored_size<G>() * (K::kReplay ? 2 : 1) + (kReadsParam ? stored_size<P>() : 0) +
-       kStates * stored_size<M>() + (K::kAnchor ? stored_size<A>() : 0)) /
+       kStates * stored_size<M>() + (K::kAnchor ? stored_size<A>() : 0) +
+       (K::kCopy ? stored_size<C>() : 0)) /
       16;
   static constexpr int kBatch = K::kAny ? 1 : groups_at_once(kLoads);
 
@@ -154,9 +155,11 @@ struct Body {
     Pack<R, kElements> replays[kBatch];
     Pack<M, kElements> states[kSlots][kBatch];
     Pack<A, kElements> anchors[kBatch];
+    Pack<C, kElements> copies[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = begin + b * kGroup;
+      if (K::kCopy && row.copy) copy.template load<kOnce>(copies[b], i);
       if constexpr (Rule::kWritesParam) {
         param.template load<kOnce>(params[b], i);
       } else if constexpr (kReadsParam) {
@@ -203,6 +206,9 @@ struct Body {
         T a = T(0), p = T(0), states_of[kSlots];
         if constexpr (K::kAnchor) a = anchor.template get<T>(anchors[b], j);
         if constexpr (kReadsParam) p = param.template get<T>(params[b], j);
+        if (K::kCopy && row.copy) {
+          p = adopted(p, copy.rounded(p), copy.template get<T>(copies[b], j));
+        }
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
           states_of[s] = has_state(s) ? state[s].template get<T>(states[s][b], j)
@@ -263,6 +269,7 @@ struct Body {
       T a = T(0), p = T(0), states_of[kSlots];
       if (K::kAnchor && reads_anchor) a = element_of<T>(anchor, i);
       if (kReadsParam && (Rule::kWritesParam || reads_anchor)) p = element_of<T>(param, i);
+      if (K::kCopy && row.copy) p = adopted(p, copy.rounded(p), element_of<T>(copy, i));
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         states_of[s] = has_state(s) ? element_of<T>(state[s], i) : Rule::template missing<T>();
@@ -384,7 +391,9 @@ struct FinishUpdate {
   DGG_DEVICE void store(int64_t row, const double* sums) const {
     const RowView view(a.launch, row);
     if (!view.active()) return;
-    a.distances[row] = measured(view) ? sums[0] : -1.0;
+    // What float32 may have spoiled is left to the next norm pass.
+    const bool known = view.columns[kColumnNumel] == 0 || square_sum_is_reliable(sums[0]);
+    a.distances[row] = measured(view) && known ? sums[0] : -1.0;
     if (Rule::kCountsSteps) {
       float* const step = step_of(view);
       *step += 1.0f;

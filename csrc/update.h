@@ -161,6 +161,13 @@ DGG_HOST_DEVICE int64_t unsharded_index(int64_t l, int64_t base, int64_t block, 
   return base + (l / block) * stride + l % block;
 }
 
+// A master weight, given its rounding and the parameter that ought to be just that: where it is
+// something else somebody has written it, and it takes the master's place.
+template <typename T>
+DGG_HOST_DEVICE T adopted(T master, T rounded, T seen) {
+  return rounded == seen ? master : seen;
+}
+
 // Equation (1), before the division by the gradient scale.
 template <typename T>
 DGG_HOST_DEVICE T real_gradient(T grad, T replay, T replay_weight) {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
-from dgg import _dispatch, _fsdp1, anchor, sharding
+from dgg import _dispatch, _fsdp1, _numbers, anchor, sharding
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -22,7 +24,41 @@ WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight"
 PER_GROUP = ("alpha", "strength")
 # Weights whose spacing is so wide that small updates are lost.
 NARROW = (torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
+# The draw index of the last step that a number of 64 bits can count.
+_LAST = (1 << 63) - 1
+_PLAIN_TYPES = {float, int, bool, str, type(None)}
 _CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
+
+
+def plain(name: str, value: Any) -> Any:
+    """Returns numpy's numbers, and those in pairs, as Python's; everything else as it is.
+
+    numpy's would not be read again by ``torch.load(weights_only=True)``. Tensors stay: schedules
+    write into them.
+
+    Raises:
+        TypeError: An array of several numbers.
+    """
+    if isinstance(value, (tuple, list)) and not all(isinstance(x, (int, float)) for x in value):
+        return type(value)(plain(name, x) for x in value)
+    return value if isinstance(value, Tensor) else _numbers.plain(name, value)
+
+
+def make_plain(group: dict[str, Any]) -> None:
+    """Makes numpy's numbers among the options of a group Python's, in place."""
+    for name, value in group.items():
+        if name not in ("params", "param_names") and type(value) not in _PLAIN_TYPES:
+            group[name] = plain(name, value)
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether it is a real number of Python, or of numpy or of an array of one element."""
+    try:
+        value = _numbers.plain("value", value)
+    except TypeError:
+        return False
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -35,8 +71,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         TypeError: A value of the wrong type.
         ValueError: A value out of range; the message names option, value and remedy.
     """
+    options = {name: plain(name, value) for name, value in options.items()}
     for name, choices in _CHOICES.items():
-        if name in options and options[name] not in choices:
+        if name in options and not (isinstance(options[name], str) and options[name] in choices):
             raise ValueError(f"{name}={options[name]!r} is not one of {choices}")
     if "scaling" in options and not isinstance(options["scaling"], bool):
         raise TypeError(f"scaling={options['scaling']!r} must be True or False")
@@ -47,16 +84,24 @@ def check_options(options: Mapping[str, Any]) -> None:
         _check_number(
             options, "max_grad_norm", low=0.0, above=True, why="pass None for no clipping"
         )
-    for name, limit in (("seed", 1 << 64), ("draw_index", None), ("task_index", None)):
+    for name, bits in (("seed", 64), ("draw_index", 63), ("task_index", 63)):
         if name not in options:
             continue
         value = options[name]
-        if name == "draw_index" and isinstance(value, Tensor) and value.dtype == torch.int64:
-            continue
+        if name == "draw_index" and isinstance(value, Tensor):
+            # The draw index of captured steps.
+            if value.dtype != torch.int64 or value.numel() != 1 or value.device.type == "meta":
+                raise TypeError(
+                    f"draw_index is a tensor of {value.dtype} of shape {tuple(value.shape)} on "
+                    f"{str(value.device)!r}; it must be an int, or one int64 with values"
+                )
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r} must be an int")
-        if value < 0 or (limit is not None and value >= limit):
-            raise ValueError(f"{name}={value} must lie in [0, {'2**64' if limit else 'inf'})")
+            raise TypeError(f"{name}={_numbers.shown(value)} must be an int")
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name}={_numbers.shown(value)} must lie in [0, 2**{bits})")
 
 
 def _check_number(options, name, *, low, high=math.inf, above=False, why) -> None:
@@ -69,13 +114,13 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"{name}={value!r} must be a number, not {type(value).__name__}; pass a Python float "
-            "or int"
+            f"{name}={_numbers.shown(value)} must be a number, not {type(value).__name__}; pass a "
+            "Python float or int"
         )
     inside = low < value if above else low <= value
-    if not (inside and value <= high and math.isfinite(value)):
+    if not (inside and value <= high and value <= _LARGEST):
         bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
-        raise ValueError(f"{name}={value} must lie in {bounds}: {why}")
+        raise ValueError(f"{name}={_numbers.shown(value)} must lie in {bounds}: {why}")
 
 
 def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -111,6 +156,7 @@ class Options:
 
     def __init__(self) -> None:
         self._checked: Any = None
+        self._draw: object = object()  # the draw index of captured steps, a tensor
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Returns the first group as the source of the optimizer-wide options.
@@ -120,8 +166,11 @@ class Options:
             ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
         """
         first = groups[0]
-        # draw_index moves every step and is written by us alone. Tensors are compared by value:
-        # a schedule may write into one.
+        # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
+        draw = first["draw_index"]
+        known = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
+        if not known or any([group["draw_index"] is not draw for group in groups]):
+            self._read_draws(groups)
         present = [
             tuple([_plain(g[name]) for name in (*WIDE, *PER_GROUP) if name != "draw_index"])
             for g in groups
@@ -130,8 +179,21 @@ class Options:
             for number, group in enumerate(groups):
                 check_agreement(number, group, first)
                 check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
+            for group in groups:
+                make_plain(group)
             self._checked = present
         return first
+
+    def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for number, group in enumerate(groups):
+            check_options({"draw_index": group["draw_index"]})
+            check_agreement(number, {"draw_index": group["draw_index"]}, groups[0])
+        draw = groups[0]["draw_index"]
+        if isinstance(draw, Tensor):
+            self._draw = draw
+            return
+        for group in groups:
+            group["draw_index"] = plain("draw_index", draw)
 
 
 def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -273,7 +335,7 @@ def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             if names:
                 labels.append(f"parameter {names[place]!r}")
             else:
-                shape = tuple(param.shape)
+                shape = "unknown" if is_lazy(param) else tuple(param.shape)
                 labels.append(f"parameter {place} of group {number} (shape {shape})")
     return labels
 
@@ -282,8 +344,13 @@ def check_param(
     param: Tensor, label: str, *, stepped: bool = False, elements: bool = False
 ) -> None:
     """Checks that a parameter (trainable, or about to be stepped) is one the kernels can take."""
-    if not stepped and not param.requires_grad:
+    if not stepped and (not param.requires_grad or is_lazy(param)):
         return
+    if is_lazy(param):
+        raise ValueError(
+            f"{label} is not initialised yet (a lazy module's): run a forward pass first, which "
+            "gives it its shape"
+        )
     _fsdp1.check(param, label)
     if sharding.is_dtensor(param):
         sharding.check(param, label, elements=elements)
@@ -298,11 +365,69 @@ def check_param(
             f"{label} is {where} and holds no values; materialise the model (to_empty and load the "
             "weights), which gives it new parameters, and make the optimizer afterwards"
         )
+    if param.is_neg() or param.is_conj():
+        raise ValueError(
+            f"{label} is lazily negated or conjugated (a view that is not what its memory holds) "
+            "and cannot be updated in place; clone it first"
+        )
     if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(
             f"{label} overlaps itself in memory (an expanded tensor) and cannot be updated in "
             "place; clone it first"
         )
+
+
+def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
+    """Checks that what stands in the state of a parameter is a tensor the kernels can take.
+
+    Args:
+        name: Its key, such as ``exp_avg`` or ``anchor``.
+        value: What stands there.
+        param: The parameter.
+        label: How errors call it.
+
+    Raises:
+        TypeError: It is no tensor of a floating dtype.
+        ValueError: It has another shape, no values, or memory that cannot be written.
+    """
+    again = "drop it (del optimizer.state[p]), or put a tensor like the parameter there"
+    if not isinstance(value, Tensor) or value.dtype.to_real() not in anchor.FLOAT_DTYPES:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"the {name} in the state of {label} is {kind}, no floating tensor; {again}"
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{label} has shape {tuple(param.shape)}, its {name} "
+            f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
+            "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
+            "build a new optimizer"
+        )
+    if value.is_complex() != param.is_complex():
+        raise TypeError(
+            f"the {name} in the state of {label} is {value.dtype} for a parameter of "
+            f"{param.dtype}; {again}"
+        )
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise ValueError(
+            f"the {name} in the state of {label} is {value.layout} on {str(value.device)!r}, where "
+            f"there are no values; {again}"
+        )
+    elsewhere = sharding.keeps_values_elsewhere(value)
+    if not elsewhere and (value.is_neg() or value.is_conj() or not _written_apart(value)):
+        raise ValueError(
+            f"the {name} in the state of {label} is a view that cannot be written element by "
+            f"element (expanded, lazily negated or conjugated); {again}"
+        )
+    if name != "anchor" and value.device != param.device:
+        raise ValueError(
+            f"the {name} in the state of {label} is on {str(value.device)!r}, the parameter on "
+            f"{str(param.device)!r}; move it, or load the state dict, which does so"
+        )
+
+
+def _written_apart(x: Tensor) -> bool:
+    return all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:

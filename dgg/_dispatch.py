@@ -337,7 +337,10 @@ class Rows:
         grads: Gradient of each row in the present step or None; see `refresh`.
         places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
         replays: Replay gradient of each row or None; empty when there are none at all.
+        present: Not 0 if there is a gradient or replay gradient in the present step.
     """
+
+    present = 0
 
     def __init__(
         self,
@@ -531,7 +534,7 @@ class Rows:
             return False
         self._gathered = True
         self._start(bool(replays))
-        self._complete = present == len(self.params)
+        self.present, self._complete = present, present == len(self.params)
         odd = self._gather.odd()
         try:
             self._take_odd({row: self.params[row].grad for row in odd}, replays, elementwise)
@@ -563,10 +566,24 @@ class Rows:
         if self.backend == "reference":
             self._complete = False
             self.grads, self.replays = _resolved(grads), _resolved(replays)
+            self._grad_copies = [
+                (grad.detach(), copy)
+                for grad, copy in zip(grads, self.grads, strict=True)
+                if grad is not None and grad.layout == torch.strided
+                if grad.is_neg() or grad.is_conj()
+            ]
+            others = replays or [None] * len(grads)
+            pairs = zip(grads, others, strict=True)
+            self._present = [g is not None or r is not None for g, r in pairs]
+            self.present = sum(self._present)
             self.take_up_changes()
             return
         self.grads, self.replays = grads, replays
         self._complete = not any([g is None for g in grads])
+        # Of no interest but whether there are any.
+        self.present = len(self.params) if self._complete else sum(
+            [x is not None for x in (*grads, *replays)]
+        )  # fmt: skip
         odd = self._enter(grads, 0) | (self._enter(replays, 1) if replays else set())
         self._take_odd({row: grads[row] for row in sorted(odd)}, replays, elementwise)
         if self.kernels is not None:
@@ -649,7 +666,7 @@ class Rows:
             staged = (
                 self._staged[row]
                 or not all(x is None or (is_dense(x) and same_order(x, param)) for x in pair)
-                or (elementwise and not param.is_contiguous())
+                or ((elementwise or self.stochastic) and not param.is_contiguous())
             )
             if staged:
                 self._stage(row)
@@ -677,6 +694,19 @@ class Rows:
             self._table[row, column] = copy.data_ptr()
             if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
                 self._copies.append((row, tensor, copy))
+
+    @property
+    def active(self) -> Tensor:
+        """Whether a row had a gradient in the last step, and an anchor: bool [n] on the CPU."""
+        if "anchored" not in self._constants:
+            anchored = [x is not None for x in self._state[ANCHOR]]
+            self._constants["anchored"] = torch.tensor(anchored, device="cpu")
+        if self.backend == "reference":
+            return torch.tensor(self._present, device="cpu") & self._constants["anchored"]
+        present = self._grad_addresses != 0
+        if self._replay_addresses.numel():
+            present = present | (self._replay_addresses != 0)
+        return present & self._constants["anchored"]
 
     def flags(self, values: Sequence[int], name: str) -> Tensor:
         """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
@@ -1131,6 +1161,7 @@ def guide_(
                 draw=draw.index,
                 places=rows.places,
             )
+        _give_back(rows._grad_copies)
         rows.release()
         return
     if rows.kernels is not None:
@@ -1160,10 +1191,17 @@ def guide_(
             seed=_signed(draw.seed),
             draw=draw.index,
         )
-    for target, copy in rows._grad_copies:
-        target.copy_(torch.view_as_complex(copy) if target.is_complex() else copy)
+    _give_back(rows._grad_copies)
     torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
     rows.release()
+
+
+def _give_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Writes what was worked on in a copy back into the gradients."""
+    for grad, copy in copies:
+        value = torch.view_as_complex(copy) if grad.is_complex() else copy
+        # Of the same dtype: torch's copy to a lazily negated 16-bit tensor has the wrong sign.
+        grad.copy_(value.to(grad.dtype))
 
 
 def _of_group(rows: Rows, number: int) -> tuple[list, list]:

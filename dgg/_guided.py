@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as _torch_optimizer
 
 from dgg import (
@@ -29,11 +30,15 @@ from dgg import (
     anchor,
     checkpoint,
     guidance,
+    reference,
     sharding,
     zero,
 )  # fmt: skip
-from dgg._loading import Loading
+from dgg._loading import Loading, imitable
 from dgg._row_cache import RowCache
+
+# Steps after which an optimizer without an anchor, or without any gradient, is told of.
+_LONG, _IDLE = 199, 100
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +77,13 @@ class Guided(Loading):
     _lost_group = False
     # ... nor the ZeroRedundancyOptimizer of whose parameters it steps a share.
     _lost_share = False
-    # It has said that it steps 16 bits without compensation.
-    _said_narrow = False
+    # What it has warned of: 16 bits without compensation, no anchor, no gradient.
+    _said_narrow = _said_unguided = _said_idle = False
+    # A task boundary was named or a callback knows it; steps in a row without any gradient.
+    _boundary_known = False
+    _idle = 0
+    # Steps with fused=True take what a GradScaler says, as torch.optim's do.
+    _unscales = False
     _rule: _dispatch.Rule
 
     # -- construction ---------------------------------------------------------------------------
@@ -122,9 +132,10 @@ class Guided(Loading):
                 f"fused={fused}, foreach={foreach} ask for a fused step and backend='reference' "
                 "for an unfused one; drop either"
             )
-        self._fused = bool(fused or foreach)
+        self._fused, self._unscales = bool(fused or foreach), bool(fused)
         self._guidance = {**options, "draw_index": 0, "task_index": 0}
         _arguments.check_options(self._guidance)
+        _arguments.make_plain(self._guidance)
         # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
         # FSDP2's modules does), another one would keep what an engine exchanges alive.
         self._given, self._driver, self._own = [], None, None
@@ -136,8 +147,7 @@ class Guided(Loading):
         _arguments.check_precision(self._stochastic, self._master, every)
         self._check_kernels(p for group in self.param_groups for p in group["params"])
         self.defaults.update(self._guidance)
-        # torch.optim sets this with fused=True only; our step always honours both attributes.
-        self._step_supports_amp_scaling = True
+        _arguments.make_plain(self.defaults)
 
     def _check_kernels(self, params: Iterable[Tensor]) -> None:
         """Raises unless fused and captured steps can be had where the parameters are."""
@@ -171,7 +181,7 @@ class Guided(Loading):
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
         names = (
-            "_backend", "_fused", "_capturable", "_anchor_dtype", "_anchor_device",
+            "_backend", "_fused", "_unscales", "_capturable", "_anchor_dtype", "_anchor_device",
             "_state_dtype", "_stochastic", "_master", "_guidance", "_awaits_load",
         )  # fmt: skip
         lost = self.process_group is not None or self._driver is not None or self._lost_group
@@ -193,12 +203,12 @@ class Guided(Loading):
         if "_given" not in self.__dict__:
             self._given = [id(p) for group in self.param_groups for p in group["params"]]
             self._driver, self._own = None, _first(self.param_groups)
-        self._step_supports_amp_scaling = True
         for group in self.param_groups:
             for name, value in self._guidance.items():
                 group.setdefault(name, value)
             group.setdefault("anchored", 0)
 
+    @imitable
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
 
@@ -229,6 +239,7 @@ class Guided(Loading):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            _arguments.make_plain(group)
             seen: set[int] = set()
             for place, param in enumerate(group["params"]):
                 names = group.get("param_names")
@@ -254,14 +265,31 @@ class Guided(Loading):
     # -- state ----------------------------------------------------------------------------------
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves it to the step to unscale the gradients.
+
+        As in torch.optim with ``fused=True`` alone; and where there are replay gradients, which a
+        scaler does not see.
+        """
+        return self._unscales or bool(self._engine.replay)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignores what torch.optim sets: it follows from the options and the replay gradients."""
+
+    @property
     def state(self) -> dict[Tensor, Any]:
         """The state by parameter: torch.optim's keys and ``anchor``.
 
         Whoever changes the state reads it here first, so that a step need not look at thousands
         of tensors that nobody touched.
         """
+        try:
+            state = self.__dict__["state"]
+        except KeyError:  # of a wrapper that imitates the class and looks elsewhere then
+            raise AttributeError("state") from None
         self._state_read = True
-        return self.__dict__["state"]
+        return state
 
     @state.setter
     def state(self, value: dict[Tensor, Any]) -> None:
@@ -353,13 +381,18 @@ class Guided(Loading):
         if not cache.all_rows:
             if share is not None and engine.measures(wide, every[0] is not None):
                 share.join()
+            self._warn_if_nothing_happens(draw, cache)
             self._advance(draw)
+            if groups[0]["params"]:
+                engine.remember_skipped(groups[0]["params"][0].device)
             slot.clear()
             return
         if self._capturable:
             self._captured_step(wide, hyper, cache.all_rows, scaling)
             slot.clear()
             return
+        if draw >= _LONG or self._idle or not cache.all_rows[0].present:
+            self._warn_if_nothing_happens(draw, cache)
         flags = [engine.flags(wide, groups, rows, draw) for rows in cache.all_rows]
         # Ranks that have nothing to inject themselves take part in the norms of those that do.
         injecting = any(x is not None for x in (flags if share is None else every))
@@ -567,16 +600,15 @@ class Guided(Loading):
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
                     _arguments.check_gradient(given, param, label, kind)
-            for name in (*self._needed(group_of[place]), "anchor", "master"):
-                value = self.state.get(param, {}).get(name)
-                if value is not None and value.shape != param.shape:
-                    raise ValueError(
-                        f"{label} has shape {tuple(param.shape)}, its {name} "
-                        f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
-                        "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
-                        "build a new optimizer"
-                    )
             entry = self.state.get(param, {})
+            if not isinstance(entry, dict):
+                raise TypeError(
+                    f"the state of {label} is a {type(entry).__name__}, not a dict; drop it (del "
+                    "optimizer.state[p])"
+                )
+            for name in (*self._needed(group_of[place]), "anchor", "master"):
+                if entry.get(name) is not None:
+                    _arguments.check_state(name, entry[name], param, label)
             held = entry.get("anchor")
             if held is not None and any(
                 anchor.is_alias(held, theta) for theta in (param, entry.get("master", param))
@@ -639,6 +671,8 @@ class Guided(Loading):
             for p in group["params"]:
                 if grads[place] is not None or (replays and replays[place] is not None):
                     self._init_state(p, group)
+                    if not self._has_master(p):  # the model has been made wide: model.float()
+                        self.state[p].pop("master", None)
                 place += 1
         self._rows = RowCache(self, params)
         return self._rows
@@ -647,7 +681,9 @@ class Guided(Loading):
         """Warns at a first step without any gradient: the model trains other parameters."""
         if self._rows is not None or any(self.state.values()):
             return
-        waiting = [p for p in params if p.requires_grad and sharding.local(p).numel()]
+        waiting = [
+            p for p in params if p.requires_grad and not is_lazy(p) and sharding.local(p).numel()
+        ]
         if waiting and all(g is None for g in (*grads, *replays)):
             warnings.warn(
                 f"the first step found no gradient in any of {len(waiting)} parameters and changed "
@@ -655,6 +691,30 @@ class Guided(Loading):
                 "optimizer was made, it trains other parameters: make the optimizer afterwards",
                 stacklevel=7,
             )
+
+    def _warn_if_nothing_happens(self, draw: int, cache: RowCache) -> None:
+        """Warns once if no gradient, or no anchor, has been there for a long time."""
+        self._idle = 0 if any([rows.present for rows in cache.all_rows]) else self._idle + 1
+        if self._idle == _IDLE and not self._said_idle:
+            self._said_idle = True
+            warnings.warn(
+                f"no parameter has had a gradient for {_IDLE} steps, and none has changed. If the "
+                "model was sharded, wrapped or exchanged after the optimizer was made, it trains "
+                "other parameters: make the optimizer afterwards",
+                stacklevel=guidance.frames_of_ours(),
+            )
+        groups = self.param_groups
+        if draw < _LONG or self._said_unguided or self._boundary_known or groups[0]["task_index"]:
+            return
+        if any(group["anchored"] for group in groups) or not guidance.can_inject(groups):
+            return
+        self._said_unguided = True
+        warnings.warn(
+            f"{draw + 1} steps were made with alpha > 0 and nothing is guided, for there is no "
+            "anchor: call set_anchor() at the end of every task. If this is the first one there is "
+            "nothing to protect yet: say so with set_anchor(task=0) before it begins",
+            stacklevel=guidance.frames_of_ours(),
+        )
 
     def _warn_if_narrow(self, params, grads, replays) -> None:
         """Warns once if 16-bit weights are stepped and nothing keeps what their rounding loses."""
@@ -688,6 +748,7 @@ class Guided(Loading):
 
     # -- the anchor -----------------------------------------------------------------------------
 
+    @imitable
     @torch.inference_mode(False)  # what is made there no later step could write
     @torch.no_grad()
     def set_anchor(
@@ -751,6 +812,8 @@ class Guided(Loading):
         """
         draws = int(self.param_groups[0]["draw_index"])
         if task is not None:
+            task = _arguments.plain("task", task)
+            self._boundary_known = True
             driver = self._driven_by()
             groups = self.param_groups if driver is None else driver.marked(self)
             if not _boundary.begins_task(task, groups, draws, given=tensors is not None):
@@ -760,6 +823,7 @@ class Guided(Loading):
         self._place_anchor(tensors, model=model, task=task)
         self._engine.named = task
 
+    @imitable
     @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
@@ -824,7 +888,13 @@ class Guided(Loading):
         if not self._has_master(param):
             return param.detach()
         master = self.state.get(param, {}).get("master")
-        return param.detach().float() if master is None else master
+        if master is None:
+            return param.detach().float()
+        # Somebody may have written the parameter since: loaded the best checkpoint, say.
+        mine, theirs = sharding.local(master), sharding.local(param.detach())
+        if torch.equal(mine.to(theirs.dtype), theirs):
+            return master
+        return sharding.like(reference.adopted(mine, theirs), param)
 
     def _make_state(self, param: Tensor, names: Iterable[str]) -> None:
         """Makes what is missing of ``names``: moments of zeros, and the master weight."""
@@ -840,6 +910,7 @@ class Guided(Loading):
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
 
+    @imitable
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
         driver = self._driven_by()
@@ -857,11 +928,20 @@ class Guided(Loading):
 
     # -- replay, statistics, gradients ----------------------------------------------------------
 
+    @imitable
     def replay(self) -> AbstractContextManager[None]:
         """Lets the gradients of the block become r, beside ``.grad`` and without a copy.
 
-        ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up; the
-        step (or `zero_grad`) consumes them.
+        ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up. The
+        step consumes them, wherever `zero_grad` (or the model's) is called between the two:
+
+            with opt.replay(): loss(old).backward()      opt.zero_grad()
+            opt.zero_grad()                              with opt.replay(): loss(old).backward()
+            loss(new).backward()                         loss(new).backward()
+            opt.step()                                   opt.step()
+
+        Where a step is left out on purpose, `clear_replay` drops them; a second `zero_grad` of the
+        optimizer without a step in between does so, too, and warns once.
         """
         if self._driven_by() is not None:
             raise RuntimeError(
@@ -875,26 +955,39 @@ class Guided(Loading):
             params = self._share.params()
         return self._engine.replay.record(params)
 
+    @imitable
+    def clear_replay(self) -> None:
+        """Drops the replay gradients that wait for a step, where that step is left out."""
+        self._engine.replay.clear()
+
+    @imitable
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients, those of `replay` too.
+        """Resets the gradients in ``.grad``; those of `replay` are kept for the next step.
+
+        A second call since the last replay block, without a step in between, drops them, too.
 
         Args:
-            set_to_none: As in torch.optim; the replay gradients are dropped in either case.
+            set_to_none: As in torch.optim.
         """
-        self._engine.replay.clear()
         super().zero_grad(set_to_none)
+        self._engine.replay.zero_grad()
 
-    def guidance_stats(self) -> dict[str, Tensor | None]:
+    @imitable
+    def guidance_stats(self) -> guidance.Statistics:
         """Returns what the last step did, as tensors on the device: no synchronisation.
 
         Returns:
-            ``injected`` (bool), ``scale`` (s with the first group's strength; one value per
-            tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖), ``distance`` (‖θ - θ*‖) and
-            ``clip`` (c); None for what that step had no need to measure.
+            ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
+            strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
+            ``distance`` (‖θ - θ*‖) and ``clip`` (c); None for what that step had no need to
+            measure. ``anchored`` (int64: how many parameters have an anchor; 0 means that nothing
+            can be guided yet) and ``guided`` (int64: how many were pulled; 0 where nothing was
+            drawn). The attribute ``backend`` names who made the step.
         """
-        return self._engine.statistics()
+        return self._engine.statistics(sum(group["anchored"] for group in self.param_groups))
 
     @property
+    @imitable
     def last_step_skipped(self) -> bool:
         """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
         return bool(self._skipped)

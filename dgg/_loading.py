@@ -7,14 +7,25 @@ what the template it fills has no room for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgg import _arguments, _boundary, _fsdp1, anchor, checkpoint, sharding
+from dgg import (
+    _arguments,
+    _boundary,
+    _dispatch,
+    _fsdp1,
+    _saved_state,
+    anchor,
+    checkpoint,
+    sharding,
+)
 
 # What ranks say to each other begins with it.
 _ROOM = "dgg: room for a state dict"
@@ -22,32 +33,104 @@ _ROOM = "dgg: room for a state dict"
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
 
 
+def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method that a wrapper which imitates the class hands on to the optimizer inside.
+
+    Lightning's and Fabric's wrappers become subclasses of what they wrap, without its attributes:
+    what a method sets would be set on the wrapper.
+    """
+
+    @functools.wraps(method)
+    def handed_on(self, *args, **kwargs):
+        inside = self.__dict__.get("_optimizer")
+        if isinstance(inside, Loading):
+            return handed_on(inside, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return handed_on
+
+
 class Loading:
     """What `dgg._guided.Guided` does about checkpoints; stands between it and torch.optim."""
 
     # The state is room for a checkpoint that is yet to be loaded.
     _awaits_load = False
+    # The state was made by a checkpoint helper, who may not have known what will be loaded into it.
+    _template = False
 
     @torch._disable_dynamo
+    @imitable
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as a dict, as torch.optim does; with numbers of Python's alone.
+
+        Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room
+        for what that holds, if a helper has made its state before that was known.
+        """
+        if self._template and self._rows is None and not self._awaits_load:
+            source = checkpoint.source()
+            if source is not None and not source.broadcast:
+                self._make_room_for(source)
+        for group in self.param_groups:
+            _arguments.make_plain(group)
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    @imitable
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
 
         Moments follow torch's policy; an anchor keeps the dtype it was saved in. How the step is
         carried out (foreach, fused, backend) stays as constructed, whatever the checkpoint says.
+        Replay gradients that wait for a step keep waiting.
 
         Args:
             state_dict: From ``state_dict()``.
 
         Raises:
-            KeyError: It is no optimizer's state dict.
+            KeyError: It is no optimizer's state dict, or one of another class: a key that this
+                class needs is missing.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
-            TypeError: It is no mapping, or an anchor in it is no floating tensor.
-            ValueError: Groups or shapes differ, or it carries no anchor while this optimizer has
-                one. After any error the optimizer is as it was.
+            TypeError: It is no mapping, or a value in it is of the wrong type.
+            ValueError: Groups or shapes differ, a value is out of range, or it carries no anchor
+                while this optimizer has one. After any error the optimizer is as it was.
         """
+        # What loading replaces it makes anew, and leaves the former as it is.
+        before = dict(self.__dict__)
+        try:
+            self._load(state_dict)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        # Hooks may repair what they are given and look at what was loaded: they run before and
+        # after everything, not only around what torch does of it.
+        before, after = (
+            "_optimizer_load_state_dict_pre_hooks",
+            "_optimizer_load_state_dict_post_hooks",
+        )
+        hooks = {name: getattr(self, name) for name in (before, after)}
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
+            for hook in hooks[before].values():
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
+        for name in hooks:
+            setattr(self, name, OrderedDict())
+        self._load_checked(state_dict)
+        for name, registered in hooks.items():
+            setattr(self, name, registered)
+        for hook in hooks[after].values():
+            hook(self)
+
+    def _load_checked(self, state_dict: Mapping[str, Any]) -> None:
         state_dict = self._completed(state_dict)
         anchors = self._checked_anchors(state_dict)
-        before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
+        before, slot = (
+            (int(self.param_groups[0]["draw_index"]), self._engine.resumed),
+            self._engine.replay,
+        )
         if before[0] <= 1:
             _boundary.refuse_earlier(self._engine.named, state_dict["param_groups"])
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
@@ -63,16 +146,18 @@ class Loading:
         stripped = dict(state_dict)
         stripped["state"] = {
             key: {k: v for k, v in entry.items() if k not in kept_back}
-            if isinstance(entry, dict)
+            if isinstance(entry, Mapping)
             else entry
             for key, entry in state_dict["state"].items()
         }
         super().load_state_dict(stripped)
         self._load_kept_back(state_dict, kept_back - {"anchor"})
         self._shard_moments()
+        self._own_moments()
         for group, flags, mine, saved in zip(
             self.param_groups, kept, ours, state_dict["param_groups"], strict=True
         ):
+            _arguments.make_plain(group)
             group.update({k: v for k, v in flags.items() if v is not None or k in group})
             group.update({k: v for k, v in mine.items() if k not in saved})
         for param, value in anchors.items():
@@ -89,7 +174,28 @@ class Loading:
         # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
         fresh = before[0] <= 1 or before[0] == before[1]
         self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
+        self._engine.replay = slot
         self._awaits_load, self._rows = False, None
+
+    def _own_moments(self) -> None:
+        """Gives every moment memory of its own, as dense as the parameter's.
+
+        torch takes the checkpoint's tensors as they are: an expanded one, or one that two
+        parameters share, could not be written.
+        """
+        taken: set[tuple[torch.device, int]] = set()
+        for entry in self.state.values():
+            for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
+                value = entry[name]
+                if not isinstance(value, Tensor) or sharding.is_dtensor(value):
+                    continue
+                place = value.device, value.untyped_storage().data_ptr()
+                if not _dispatch.is_dense(value) or value.is_neg() or value.is_conj():
+                    value = value.contiguous().resolve_conj().resolve_neg()
+                    entry[name] = value.clone() if value is entry[name] else value
+                elif value.numel() and place in taken:
+                    entry[name] = value.clone(memory_format=torch.preserve_format)
+                taken.add(place)
 
     def _anchor_empty(self, group: dict[str, Any]) -> None:
         """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
@@ -110,6 +216,8 @@ class Loading:
                     if value is None:
                         continue
                     dtype = torch.float32
+                    if name == "master" and not self._has_master(param):
+                        continue  # the weights have become wide enough to hold everything
                     if name != "master":
                         dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
                     self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
@@ -120,7 +228,7 @@ class Loading:
         Of flattened ones they put empty dicts where the checkpoint has nothing, and they leave out
         frozen parameters, whose prepared room the load has filled all the same.
         """
-        self._check_form(state_dict)
+        _saved_state.check_form(state_dict, self.param_groups)
         state = {
             key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
             if isinstance(entry, Mapping)
@@ -128,26 +236,18 @@ class Loading:
             for key, entry in state_dict["state"].items()
         }
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for place, (param, key) in enumerate(
-                zip(group["params"], saved["params"], strict=True)
-            ):
-                entry = state.get(key)
-                if entry is not None and entry.keys() < state_dict["state"][key].keys():
-                    self._check_partial(entry, place)
-                if entry is None and self._awaits_load and not param.requires_grad:
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                if state.get(key) is None and self._awaits_load and not param.requires_grad:
                     room = self.state.get(param, {})
                     if "anchor" in room and anchor.finite(room["anchor"]):
                         state[key] = dict(room)
-        return {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
-
-    def _check_partial(self, entry: Mapping[str, Any], place: int) -> None:
-        missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name in self._columns]
-        missing = [name for name in missing if entry and name not in entry]
-        if missing:
-            raise ValueError(
-                f"the checkpoint carries no {', '.join(missing)} of parameter {place}, but other "
-                "state of it: it is not this optimizer's, or parts of it were lost on the way"
-            )
+        # None and {} say that nothing is known of a parameter.
+        known = {
+            key: entry
+            for key, entry in state.items()
+            if entry is not None and not (isinstance(entry, Mapping) and not entry)
+        }
+        return {**state_dict, "state": known}
 
     def _shard_moments(self) -> None:
         """Shards what came as whole tensors: what torch's helpers find no room for."""
@@ -161,28 +261,34 @@ class Loading:
                     anchor.write(made, value.detach())
                     entry[name] = made
 
-    def _check_form(self, state_dict: Mapping[str, Any]) -> None:
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                f"load_state_dict() takes what an optimizer's state_dict() returned, not "
-                f"{type(state_dict).__name__}; torch.load the file first"
-            )
-        if not state_dict.keys() >= {"state", "param_groups"}:
-            raise KeyError(
-                f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
-                "and param_groups; pass what optimizer.state_dict() returned (of a whole "
-                "checkpoint the optimizer's entry)"
-            )
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in saved_groups]
-        mine = [len(group["params"]) for group in self.param_groups]
-        if sizes != mine:
-            raise ValueError(
-                f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
-                "the optimizer over the same groups first (add_param_group() and freezing included)"
-            )
+    def _check_entries(self, state_dict: Mapping[str, Any]) -> None:
+        """Checks groups and states but for the anchors."""
+        ours = {**self._guidance, "anchored": 0}
+        for number, (group, saved) in enumerate(
+            zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ):
+            _saved_state.check_group(number, saved, self.defaults, ours)
+            options = {**group, **saved}
+            if saved.get("amsgrad") is None:
+                options["amsgrad"] = False
+            for place, (param, key) in enumerate(
+                zip(group["params"], saved["params"], strict=True)
+            ):
+                if key not in state_dict["state"]:
+                    continue
+                entry = state_dict["state"][key]
+                label = f"parameter {place} of group {number}"
+                needed = self._needed_to_load(options, entry)
+                known = [*self._columns.keys() - {"anchor"}, "master"]
+                _saved_state.check_entry(entry, param, label, needed, known)
+                if "master" in entry and not self._master:
+                    raise ValueError(
+                        f"the checkpoint has a master weight of {label}, which this optimizer "
+                        "would not keep; build it with master_weights=True over 16-bit parameters"
+                    )
 
     def _checked_anchors(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+        self._check_entries(state_dict)
         saved_groups = state_dict["param_groups"]
         found: dict[Tensor, Tensor] = {}
         for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
@@ -191,20 +297,6 @@ class Loading:
                 zip(group["params"], saved["params"], strict=False)
             ):
                 entry = state_dict["state"].get(key, {})
-                for name in self._columns.keys() & entry.keys() - {"step", "anchor"}:
-                    shape = getattr(entry[name], "shape", param.shape)
-                    if shape != param.shape:
-                        raise ValueError(
-                            f"the checkpoint's {name} of parameter {place} of group {number} has "
-                            f"shape {tuple(shape)}, the parameter has {tuple(param.shape)}; load "
-                            "it into the same architecture"
-                        )
-                if "master" in entry and not self._has_master(param):
-                    raise ValueError(
-                        f"the checkpoint has a master weight of parameter {place} of group "
-                        f"{number}, which this optimizer would not keep; build it with "
-                        "master_weights=True over 16-bit parameters"
-                    )
                 value = entry.get("anchor")
                 if value is None or self._unfilled(value, saved):
                     present += _fsdp1.is_empty(param)
@@ -260,6 +352,7 @@ class Loading:
             return not saved.get("anchored", 1)
         return not anchor.finite(value)
 
+    @imitable
     @torch.no_grad()
     def prepare_for_load(
         self,
@@ -367,9 +460,13 @@ class Loading:
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
+        counted: set[int] = set()
         for param, entry in self.state.items():
             if isinstance(entry, dict) and entry.get("step") is not None:
-                entry["step"] = self._step_scalar(param, entry["step"])
+                step = self._step_scalar(param, entry["step"])
+                # One count for two parameters would go up twice in a step.
+                entry["step"] = step.clone() if id(step) in counted else step
+                counted.add(id(entry["step"]))
         draw = self.param_groups[0]["draw_index"]
         if isinstance(draw, Tensor) and not self._capturable:
             for group in self.param_groups:
@@ -389,6 +486,7 @@ class Loading:
         else:
             self._check_template()
             anchored = source is not None and self._make_room_for(source)
+        self._template = True
         if anchored and source.checkpoint is None:
             return  # of what a state dict does not hold there is to be no state
         for group in self.param_groups:

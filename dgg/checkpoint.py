@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 _HELPERS = "torch.distributed.checkpoint.state_dict"
+# Functions that make a new optimizer's state by a step with zero gradients: in torch's helpers, in
+# torchtitan and torchtnt. Only the first step of an optimizer without state asks for them.
+_TEMPLATE_MAKERS = ("_init_optim_state", "init_optim_state")
 
 
 # Who asks for a template to load a distributed checkpoint into it: module, function, and the local
@@ -48,12 +51,17 @@ class Source(NamedTuple):
 
 
 def making_template() -> bool:
-    """Returns whether torch's helper is making state by a step with zero gradients.
+    """Returns whether a helper, torch's or torchtitan's, makes state by a step with zero gradients.
 
     Told by who calls: a learning rate of 0 is legitimate (warm-up), and whether all gradients are 0
     ranks would not agree on.
     """
-    return called_by(_HELPERS, "_init_optim_state")
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _TEMPLATE_MAKERS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def called_by(module: str, *names: str) -> bool:
@@ -62,19 +70,17 @@ def called_by(module: str, *names: str) -> bool:
 
 
 def source() -> Source | None:
-    """Returns what the template being made will be filled from; None where nobody can know.
+    """Returns what the state being made or asked for will be filled from; None if nobody can know.
 
     Known are a state dict that torch's helper is to load, if it loads by what is there; accelerate,
     and with it the Trainer, that load a directory; and a ``Stateful`` in ``dcp.load``.
     """
-    frame = _caller(sys._getframe(1), _code(_HELPERS, "_init_optim_state"))
-    frame = None if frame is None else frame.f_back
+    askers = [_code(_HELPERS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
+    frame = _caller(sys._getframe(1), *askers)
     if frame is None or not isinstance(model := frame.f_locals.get("model"), torch.nn.Module):
         return None
     if frame.f_code is _code(_HELPERS, "_load_optim_state_dict"):
         return _given(model, frame.f_locals)
-    if frame.f_code is not _code(_HELPERS, "_get_optim_state_dict"):
-        return None
     codes = {_code(module, name): local for module, name, local in _LOADERS}
     while frame is not None:
         local = codes.get(frame.f_code)
@@ -109,10 +115,10 @@ def _code(module: str, *names: str) -> CodeType | None:
     return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
 
 
-def _caller(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
-    """Returns the innermost frame that runs a function, from ``frame`` outwards."""
-    while code is not None and frame is not None:
-        if frame.f_code is code:
+def _caller(frame: FrameType | None, *codes: CodeType | None) -> FrameType | None:
+    """Returns the innermost frame that runs one of some functions, from ``frame`` outwards."""
+    while frame is not None:
+        if any(frame.f_code is code for code in codes):
             return frame
         frame = frame.f_back
     return None

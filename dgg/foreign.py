@@ -103,6 +103,8 @@ class Guidance:
         self._given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.param_groups: list[dict[str, Any]] = []
         self._sync_groups()
+        for group in self.param_groups:
+            _arguments.make_plain(group)
         self._anchors: dict[Tensor, Tensor] = {}
         self._engine = guidance.Engine()
         self._rows: list[tuple[list[int], _dispatch.Rows]] = []
@@ -160,6 +162,7 @@ class Guidance:
         draws = self.param_groups[0]["draw_index"]
         marked = [{**group, "anchored": len(self._anchors)} for group in self.param_groups]
         if task is not None:
+            task = _arguments.plain("task", task)
             if not _boundary.begins_task(task, marked, draws, given=tensors is not None):
                 return
         elif tensors is None:
@@ -189,9 +192,13 @@ class Guidance:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self._engine.replay.record(params)
 
-    def guidance_stats(self) -> dict[str, Tensor | None]:
+    def clear_replay(self) -> None:
+        """Drops the replay gradients that wait for a step; see `dgg.AdamW.clear_replay`."""
+        self._engine.replay.clear()
+
+    def guidance_stats(self) -> guidance.Statistics:
         """Returns what the last step did, as device tensors; see `dgg.AdamW.guidance_stats`."""
-        return self._engine.statistics()
+        return self._engine.statistics(len(self._anchors))
 
     def remove(self) -> None:
         """Takes the hook off the optimizer; the anchor is dropped."""
@@ -201,6 +208,9 @@ class Guidance:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""
+        self._sync_groups()
+        for group in self.param_groups:
+            _arguments.make_plain(group)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         anchors = {i: self._anchors[p] for i, p in enumerate(params) if p in self._anchors}
         return {

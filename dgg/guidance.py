@@ -8,6 +8,9 @@ the norms these steps need and nothing else, and remembers what it did for the s
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +38,8 @@ class ReplaySlot:
     def __init__(self) -> None:
         self._grads: dict[int, tuple[Tensor, Tensor]] = {}
         self._open = False
+        # zero_grad() was called since the last block; a dropped gradient was warned of.
+        self._zeroed = self._warned = False
 
     def __bool__(self) -> bool:
         return bool(self._grads)
@@ -58,16 +63,38 @@ class ReplaySlot:
             self._grads[id(p)] = (p, grad)
 
     def clear(self) -> None:
-        """Drops all replay gradients."""
+        """Drops all replay gradients: the step has used them, or nobody wants them any more."""
         self._grads.clear()
+        self._zeroed = False
+
+    def zero_grad(self) -> None:
+        """Notes that the optimizer has zeroed gradients: after a block that is ``.grad``'s alone.
+
+        So loops may do it anywhere between the block and the step. A second time without a step in
+        between can only mean that the step is not to come, and drops the gradients.
+        """
+        if self._open or not self._grads:
+            return
+        if not self._zeroed:
+            self._zeroed = True
+            return
+        self.clear()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "zero_grad() was called twice since the replay() block and no step() in between: "
+                "the replay gradients are dropped. Step once per block, or drop them with "
+                "clear_replay() where a step is left out on purpose",
+                stacklevel=frames_of_ours(),
+            )
 
     @contextlib.contextmanager
     def record(self, params: Sequence[Tensor]) -> Iterator[None]:
         """Lets gradients flow into the slot instead of ``.grad``, without copying any.
 
         The gradients already in ``.grad`` are put aside and come back at the end; several
-        recordings before a step add up. Only gradients that are views of an engine's buckets are
-        copied.
+        recordings before a step add up. Only gradients that are views of an engine's buckets, and
+        those of an earlier block, are copied.
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
@@ -77,8 +104,21 @@ class ReplaySlot:
                 "a replay() block of another optimizer over the same parameters is open and would "
                 "get no gradient of theirs; leave it first, and give each block its own backward()"
             )
+        for p in params:
+            kept = self.get(p)
+            if kept is not None and (kept.dtype, kept.device, kept.shape) != (
+                p.dtype,
+                p.device,
+                p.shape,
+            ):
+                raise RuntimeError(
+                    f"replay gradients of {kept.dtype}, shape {tuple(kept.shape)}, are waiting for "
+                    f"a step and the parameter has become {p.dtype}, {tuple(p.shape)}: step first, "
+                    "or drop them with clear_replay()"
+                )
         present = [_apart(p.grad) for p in params]
-        before = dict(self._grads)
+        # Backward passes add to what they find, in place: only a copy of it can come back.
+        before = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
         self._open = True
         _recorded.update(mine)
         try:
@@ -86,6 +126,7 @@ class ReplaySlot:
                 p.grad = self.get(p)
             yield
             self._grads = {id(p): (p, _apart(p.grad)) for p in params if p.grad is not None}
+            self._zeroed = False
         except BaseException:
             self._grads = before
             raise
@@ -94,6 +135,15 @@ class ReplaySlot:
             _recorded.difference_update(mine)
             for p, grad in zip(params, present, strict=True):
                 p.grad = grad
+
+
+def frames_of_ours() -> int:
+    """Returns the stacklevel, counted from the caller's warning, of the first frame outside dgg."""
+    folder = str(pathlib.Path(__file__).parent)
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(folder):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _apart(grad: Tensor | None) -> Tensor | None:
@@ -240,8 +290,10 @@ class Engine:
             for part, rows in zip(scales, all_rows, strict=True)
         ]
 
-    def remember(self, wide, rows, flags, coefficients, strength, found_inf=None) -> None:
-        """Keeps what the statistics of this step are made of; nothing is computed here."""
+    def remember(
+        self, wide, rows, flags, coefficients, strength, found_inf=None, backend=None
+    ) -> None:
+        """Keeps what the statistics of this step are made of; little is computed here."""
         self._last = {
             "flags": flags,
             "found_inf": found_inf,
@@ -251,24 +303,38 @@ class Engine:
             "measured": flags is not None and wide["scaling"],
             "clipped": wide["max_grad_norm"] is not None,
             "device": rows.device,
+            "backend": backend or rows.backend,
+            "active": None if flags is None else getattr(rows, "active", None),
         }
 
     def remember_skipped(self, device: torch.device) -> None:
         """Keeps that the last step was skipped for inf or NaN gradients."""
         self._last = {"flags": None, "coefficients": None, "device": device}
 
-    def statistics(self) -> dict[str, Tensor | None]:
-        """Returns the statistics of the last step as tensors on its device; see `AdamW`."""
-        names = ("injected", "scale", "grad_norm", "distance", "clip")
+    def statistics(self, anchored: int) -> Statistics:
+        """Returns the statistics of the last step as tensors on its device; see `AdamW`.
+
+        Args:
+            anchored: How many parameters have an anchor.
+        """
         last = self._last
+        stats = Statistics(dict.fromkeys(_STATISTICS))
+        device = None if last is None else last["device"]
+        stats["anchored"] = torch.full((), anchored, dtype=torch.int64, device="cpu")
         if last is None:
-            return dict.fromkeys(names)
-        stats: dict[str, Tensor | None] = dict.fromkeys(names)
+            return stats
+        stats.backend = last.get("backend", "")
         flags, found = last["flags"], last["coefficients"]
-        zero = torch.zeros((), device=last["device"])
-        stats["injected"] = zero.bool() if flags is None else (flags & 3).ne(0).any()
-        if last.get("found_inf") is not None:
-            stats["injected"] = stats["injected"] & last["found_inf"].eq(0).all()
+        zero = torch.zeros((), device=device, dtype=torch.float32)
+        stats["injected"], stats["guided"] = zero.bool(), zero.long()
+        if flags is not None:
+            # Flags say what was drawn; a parameter without gradient was left alone all the same.
+            guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
+            if last["active"] is not None:
+                guided = guided & last["active"].to(guided.device)
+            if last.get("found_inf") is not None:
+                guided = guided & last["found_inf"].eq(0).all()
+            stats["injected"], stats["guided"] = guided.any(), guided.sum()
         stats["scale"] = zero
         if found is None:
             return stats
@@ -283,9 +349,34 @@ class Engine:
         return stats
 
 
+_STATISTICS = ("injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided")
+
+
+class Statistics(dict):
+    """What a step did: tensors or None by name, which a logger takes as they are.
+
+    Attributes:
+        backend: Name of the backend that made the step, or "" before the first one; also as
+            ``statistics["backend"]``, but none of the items, which are tensors.
+    """
+
+    backend: str = ""
+
+    def __missing__(self, key: str) -> str:
+        """Returns the backend."""
+        if key == "backend":
+            return self.backend
+        raise KeyError(key)
+
+
 def _limits(groups: Sequence[Mapping[str, Any]]) -> list:
     """Returns the threshold of every group's draws; 0 where nothing can be injected."""
     return [threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups]
+
+
+def can_inject(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether anything could be injected if there were an anchor."""
+    return any(_limits(groups))
 
 
 def threshold(alpha: float | Tensor) -> int | Tensor:

@@ -94,6 +94,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.alpha = _checked_alpha(alpha)
         if task is not None:
+            task = _arguments.plain("task", task)
             _arguments.check_options({"task_index": task})
         if anchor is not None and not isinstance(anchor, (Mapping, str, os.PathLike)):
             raise TypeError(
@@ -120,6 +121,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Sets the anchor and alpha of a new task; checks a resumed one."""
         model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
+        opt._boundary_known = True  # which this callback sees to
         if not getattr(args, "deepspeed", None):
             # DeepSpeed hands the optimizer flat partitions, which no model knows.
             self._check_parameters(opt, model)

@@ -21,6 +21,7 @@ the unit of the entries (per cent in, per cent out). A metric whose entries are 
 does not exist (BWT of one task), is **None, never 0 or NaN**; `AccuracyMatrix.undefined()` says
 why.
 
+Numbers may be of any library, also in arrays and tensors of one element; those stored are Python's.
 Only the standard library is used: this file can be copied next to any result file.
 """
 
@@ -30,6 +31,7 @@ import csv
 import io
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -97,8 +99,7 @@ def forward_transfer(matrix: Matrix, untrained: Sequence[float | None]) -> float
 def task_curve(matrix: Matrix, task: int) -> list[float | None]:
     """Accuracy on one task after it and after every later one: R[task][task] … R[T-1][task]."""
     rows = _checked(matrix)
-    if not 0 <= task < len(rows):
-        raise IndexError(f"no task {task}: there are {len(rows)}")
+    task = _index("task", task, len(rows))
     return [rows[i][task] for i in range(task, len(rows))]
 
 
@@ -123,14 +124,12 @@ class AccuracyMatrix:
 
     def __init__(self, tasks: int | Sequence[str], sizes: Sequence[float] | None = None) -> None:
         """See the class."""
-        if isinstance(tasks, bool) or isinstance(tasks, str):
-            raise TypeError(f"tasks must be a number or a list of names, got {tasks!r}")
-        names = [f"task {j}" for j in range(tasks)] if isinstance(tasks, int) else list(tasks)
+        names = _names(tasks)
         if not names:
             raise ValueError("there must be at least one task")
         if len(set(names)) != len(names):
             raise ValueError(f"task names must differ, got {names}")
-        self.tasks: list[str] = [str(name) for name in names]
+        self.tasks: list[str] = names
         self.sizes = None if sizes is None else _checked_sizes(sizes, len(names))
         self.rows: list[list[float | None]] = [[None] * len(names) for _ in names]
 
@@ -155,7 +154,7 @@ class AccuracyMatrix:
 
     def __getitem__(self, i: int) -> list[float | None]:
         """Row i: accuracies after training on task i (a copy; use `record` to change it)."""
-        return list(self.rows[i])
+        return list(self.rows[_integer("i", i)])
 
     def __eq__(self, other: object) -> bool:
         """Same tasks, sizes and entries."""
@@ -175,11 +174,11 @@ class AccuracyMatrix:
 
         Raises:
             IndexError: if there is no such task (negative indices included).
-            ValueError: if the accuracy is not a finite number.
+            TypeError: if an index is not an integer, or the accuracy not a number.
+            ValueError: if the accuracy is not finite, or None.
         """
-        for index in (trained, evaluated):
-            if not 0 <= index < len(self):
-                raise IndexError(f"no task {index}: there are {len(self)}")
+        trained = _index("trained", trained, len(self))
+        evaluated = _index("evaluated", evaluated, len(self))
         value = _number(accuracy, f"R[{trained}][{evaluated}]")
         if value is None:
             raise ValueError("an accuracy must be a number")
@@ -379,20 +378,68 @@ def _checked(matrix: Matrix) -> list[list[float | None]]:
 
 
 def _checked_sizes(sizes: Sequence[float], count: int) -> list[float]:
-    sizes = list(sizes)
+    sizes = [_plain(f"sizes[{j}]", size) for j, size in enumerate(sizes)]
     if len(sizes) != count:
         raise ValueError(f"{len(sizes)} sizes for {count} tasks")
     for j, size in enumerate(sizes):
-        if isinstance(size, bool) or not math.isfinite(size) or size <= 0:
+        if isinstance(size, str):
+            raise TypeError(f"sizes[{j}] must be a number, got {size!r}")
+        number = _number(size, f"sizes[{j}]")
+        if isinstance(size, bool) or number is None or number <= 0:
             raise ValueError(f"sizes[{j}] must be positive, got {size!r}")
+        sizes[j] = size if isinstance(size, int) else number
     return sizes
 
 
+def _names(tasks: int | Sequence[str]) -> list[str]:
+    number = tasks
+    if hasattr(tasks, "item") and math.prod(getattr(tasks, "shape", ())) == 1:
+        number = tasks.item()
+    if isinstance(number, int) and not isinstance(number, bool):
+        return [f"task {j}" for j in range(number)]
+    if not isinstance(tasks, (str, bytes)):
+        try:
+            return [str(name) for name in tasks]
+        except TypeError:  # not iterable, or an array without dimensions
+            pass
+    raise TypeError(f"tasks must be a number or a list of names, got {tasks!r}")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """The element of a scalar or of an array or tensor of one element; all else as it is."""
+    item = getattr(value, "item", None)
+    if not callable(item):
+        return value
+    try:
+        return item()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be one number: {error}") from None
+
+
+def _integer(name: str, value: Any) -> int:
+    number = _plain(name, value)
+    if isinstance(number, bool) or not hasattr(type(number), "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return operator.index(number)
+
+
+def _index(name: str, value: Any, count: int) -> int:
+    """The index of a task; negative ones do not count from the end."""
+    index = _integer(name, value)
+    if not 0 <= index < count:
+        raise IndexError(f"no task {index}: there are {count}")
+    return index
+
+
 def _number(value: Any, where: str) -> float | None:
-    """A finite float, or None; anything with `__float__` (tensor or numpy scalar) will do."""
+    """A finite float, or None; a tensor or numpy scalar will do."""
+    value = _plain(where, value)
     if value is None:
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise type(error)(f"{where} must be a number or None: {error}") from None
     if not math.isfinite(number):
         raise ValueError(f"{where} is {number}; an entry that is not known must be None")
     return number

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _dispatch, guidance, reference, sharding
+from dgg import _arguments, _dispatch, guidance, reference, sharding
 from dgg._guided import Guided
 
 __all__ = ["SGD", "Adam", "AdamW"]
+
+# torch.optim may be patched later, with these classes in place of its own.
+_TorchAdam, _TorchSGD = torch.optim.Adam, torch.optim.SGD
 
 
 class Adam(Guided, torch.optim.Adam):
@@ -83,10 +86,14 @@ class Adam(Guided, torch.optim.Adam):
         process_group=None,
         backend: str | None = None,
     ) -> None:
+        lr, betas, eps, weight_decay, amsgrad, maximize = _plain(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            maximize=maximize,
+        )  # fmt: skip
         arguments = {"foreach": foreach, "fused": fused, "maximize": maximize}
 
         def parent() -> None:
-            torch.optim.Adam.__init__(
+            _TorchAdam.__init__(
                 self, params, lr, betas, eps, weight_decay, amsgrad,
                 decoupled_weight_decay=decoupled_weight_decay, **arguments,
             )  # fmt: skip
@@ -104,6 +111,9 @@ class Adam(Guided, torch.optim.Adam):
     def _needed(self, group: dict) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
+    def _needed_to_load(self, group: dict, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("step", *self._needed(group))
+
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
         state = self.state[param]
         state["step"] = self._step_scalar(param, state.get("step", 0.0))
@@ -116,11 +126,11 @@ class Adam(Guided, torch.optim.Adam):
             "lr": _host(group, "lr"),
             "beta1": _host_value("betas", group["betas"][0]),
             "beta2": _host_value("betas", group["betas"][1]),
-            "eps": group["eps"],
+            "eps": _host(group, "eps"),
             "weight_decay": _host(group, "weight_decay"),
-            "decoupled": group["decoupled_weight_decay"],
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
+            "decoupled": _flag(group, "decoupled_weight_decay"),
+            "amsgrad": _flag(group, "amsgrad"),
+            "maximize": _flag(group, "maximize"),
             "strength": _host(group, "strength"),
             "threshold": guidance.threshold(group["alpha"]),
         }
@@ -273,8 +283,13 @@ class SGD(Guided, torch.optim.SGD):
         process_group=None,
         backend: str | None = None,
     ) -> None:
+        lr, momentum, dampening, weight_decay, nesterov, maximize = _plain(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
+
         def parent() -> None:
-            torch.optim.SGD.__init__(
+            _TorchSGD.__init__(
                 self, params, lr, momentum, dampening, weight_decay, nesterov,
                 maximize=maximize, foreach=foreach, fused=fused,
             )  # fmt: skip
@@ -297,6 +312,15 @@ class SGD(Guided, torch.optim.SGD):
     def _needed(self, group: dict) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
+    def _needed_to_load(self, group: dict, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        # A buffer is made by the first step, to which anchor and master need not have come.
+        others = isinstance(entry, Mapping) and entry.keys() - {
+            "anchor",
+            "master",
+            "momentum_buffer",
+        }
+        return self._needed(group) if others else ()
+
     def _init_state(self, param: Tensor, group: dict, *, before_first_step: bool = False) -> None:
         if self._has_master(param):
             self._make_state(param, ("master",))
@@ -310,11 +334,11 @@ class SGD(Guided, torch.optim.SGD):
     def _hyper(self, group: dict) -> dict[str, Any]:
         return {
             "lr": _host(group, "lr"),
-            "momentum": group["momentum"],
-            "dampening": group["dampening"],
+            "momentum": _host(group, "momentum"),
+            "dampening": _host(group, "dampening"),
             "weight_decay": _host(group, "weight_decay"),
-            "nesterov": group["nesterov"],
-            "maximize": group["maximize"],
+            "nesterov": _flag(group, "nesterov"),
+            "maximize": _flag(group, "maximize"),
             "strength": _host(group, "strength"),
             "threshold": guidance.threshold(group["alpha"]),
         }
@@ -326,16 +350,15 @@ class SGD(Guided, torch.optim.SGD):
         fresh = [reference.FIRST_STEP if id(p) in self._fresh else 0 for p in rows.holders]
         return flags | rows.flags(fresh, "fresh")
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict, as `dgg.AdamW` does; buffers that no step has begun stay so."""
-        super().load_state_dict(state_dict)
+    def _load_checked(self, state_dict: Mapping[str, Any]) -> None:
+        super()._load_checked(state_dict)
         # Torch's checkpoint helpers save buffers of zeros before the first step.
         if all(saved.get("draw_index", 1) == 0 for saved in state_dict["param_groups"]):
             self._fresh.update(
                 id(p)
                 for p, entry in self.state.items()
-                if isinstance(entry.get("momentum_buffer"), Tensor)
+                if isinstance(entry, dict)
+                and isinstance(entry.get("momentum_buffer"), Tensor)
                 and not sharding.local(entry["momentum_buffer"]).any()
             )
 
@@ -364,21 +387,31 @@ def unwrap(optimizer: Any) -> Any:
     seen: list[str] = []
     inner = optimizer
     while inner is not None and len(seen) < 16:
-        if isinstance(inner, Guided):
+        # Lightning's and Fabric's wrappers imitate the class of what they wrap.
+        inside = vars(inner).get("_optimizer") if isinstance(inner, Guided) else None
+        if isinstance(inner, Guided) and not isinstance(inside, Guided):
             return inner
         seen.append(type(inner).__name__)
-        inner = next(
-            (
-                found
-                for name in ("optimizer", "_optimizer", "basic_optimizer", "optim")
-                if (found := getattr(inner, name, None)) is not None
-            ),
-            None,
+        inner = (
+            inside
+            if inside is not None
+            else next(
+                (
+                    found
+                    for name in ("optimizer", "_optimizer", "basic_optimizer", "optim")
+                    if (found := getattr(inner, name, None)) is not None
+                ),
+                None,
+            )
         )
     raise TypeError(
         f"no dgg optimizer inside {' > '.join(seen)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
         "framework (Trainer: optimizer_cls_and_kwargs=(dgg.AdamW, {...}))"
     )
+
+
+def _plain(**arguments: Any) -> list[Any]:
+    return [_arguments.plain(name, value) for name, value in arguments.items()]
 
 
 def _host(group: Mapping[str, Any], name: str) -> float | Tensor:
@@ -394,4 +427,16 @@ def _host_value(name: str, value: Any) -> float | Tensor:
         # A tensor on an accelerator stays there: reading it would synchronise.
         if value.device.type != "cpu":
             return value
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} in a parameter group must be a number") from None
+
+
+def _flag(group: Mapping[str, Any], name: str) -> bool:
+    value = group[name]
+    if not isinstance(value, (bool, int)):
+        value = _arguments.plain(name, value)
+        if not isinstance(value, (bool, int)):
+            raise TypeError(f"{name}={value!r} in a parameter group must be True or False")
+    return bool(value)

@@ -410,8 +410,9 @@ class Zero:
         if found is None:
             found = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
         optimizer._engine.remember(
-            now.wide, self._partitions[0].tensor, flags, found, now.hyper[0]["strength"]
-        )
+            now.wide, self._partitions[0].tensor, flags, found, now.hyper[0]["strength"],
+            backend=_dispatch.choose(optimizer._backend, device),
+        )  # fmt: skip
         self._now = None
 
     def _distance(self, optimizer, holder) -> Tensor:

@@ -59,6 +59,10 @@ COLUMNS = tl.constexpr(14)
 CHUNK = 8192
 BLOCK = 1024
 
+# A sum of squares in float32 between these has lost nothing that matters; see `is_reliable`.
+SMALLEST_SUM = tl.constexpr(2.0**-100)
+LARGEST = tl.constexpr(1.7976931348623157e308)
+
 # Partial sums of a row that are added at one time.
 TILE = tl.constexpr(1024)
 
@@ -470,6 +474,7 @@ def rounding_of(
 @triton.jit
 def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
     """Lanes plus the squares of a block; what lies beyond the end counts nothing, NaN included."""
+    x = x.to(lanes.dtype)
     more = tl.fma(x, x, lanes)
     if not FAST:
         more = tl.where(offset < count, more, lanes)
@@ -484,6 +489,15 @@ def tree_sum(x, N: tl.constexpr):
         if (N >> level) > 2:
             x = tl.sum(tl.reshape(x, [2, (N >> level) // 2]), axis=0)
     return tl.sum(x, axis=0)
+
+
+@triton.jit
+def is_reliable(total):
+    """Whether a sum of squares in float32 is what it ought to be.
+
+    No square has overflowed, and those that have vanished are too small to matter beside the sum.
+    """
+    return (total >= SMALLEST_SUM) & (total <= LARGEST)
 
 
 @triton.jit
@@ -523,6 +537,8 @@ def finish_update(
                 if tl.load(own + ANCHOR) != 0:
                     numel = tl.load(own + NUMEL)
                     distance = sum_of_row(partials, starts, position, numel)
+                    # What float32 may have spoiled is left to the next norm pass.
+                    distance = tl.where((numel == 0) | is_reliable(distance), distance, -1.0)
             tl.store(distances + row, distance)
             if STEPS:
                 step = tl.load(own + STEP).to(tl.pointer_type(tl.float32))

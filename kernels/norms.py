@@ -10,6 +10,7 @@ from dgg.kernels.chunks import (
     BLOCK,
     CHUNK,
     COLUMNS,
+    LARGEST,
     NUMEL,
     PARAM,
     add_squares,
@@ -17,6 +18,7 @@ from dgg.kernels.chunks import (
     chunk_of,
     dtypes_of,
     is_last,
+    is_reliable,
     kernel,
     number,
     on_device_of,
@@ -173,9 +175,23 @@ def norms_kernel(
                 total, real, grad, replay, first, whole, count, weight, G, R, T, HAS_REPLAY, BLOCK,
                 walk == 0,
             )  # fmt: skip
+        of_total = tree_sum(total, BLOCK)
+        of_real = tree_sum(real, BLOCK)
+        if T == tl.float32:
+            spoiled = is_reliable(of_real) == 0
+            if HAS_REPLAY:
+                spoiled = spoiled | (is_reliable(of_total) == 0)
+            if spoiled:
+                # Once more in float64, out of the cache.
+                wide_total, wide_real = _add_gradients(
+                    tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), grad, replay,
+                    first, 0, count, weight, G, R, T, HAS_REPLAY, BLOCK, False,
+                )  # fmt: skip
+                of_total = tree_sum(wide_total, BLOCK)
+                of_real = tree_sum(wide_real, BLOCK)
         if HAS_REPLAY:
-            tl.store(partials + program, tree_sum(total, BLOCK))
-        tl.store(partials + slots + program, tree_sum(real, BLOCK))
+            tl.store(partials + program, of_total)
+        tl.store(partials + slots + program, of_real)
 
     anchor = tl.load(own + ANCHOR)
     if active & (count > 0) & (anchor != 0) & ((which & NORM_DISTANCE) != 0):
@@ -187,7 +203,15 @@ def norms_kernel(
                 lanes = _add_differences(
                     lanes, param, anchor, first, whole, count, P, A, T, BLOCK, walk == 0,
                 )  # fmt: skip
-            tl.store(partials + 2 * slots + program, tree_sum(lanes, BLOCK))
+            of_distance = tree_sum(lanes, BLOCK)
+            if T == tl.float32:
+                if is_reliable(of_distance) == 0:
+                    wide = _add_differences(
+                        tl.zeros([BLOCK], tl.float64), param, anchor, first, 0, count, P, A, T,
+                        BLOCK, False,
+                    )  # fmt: skip
+                    of_distance = tree_sum(wide, BLOCK)
+            tl.store(partials + 2 * slots + program, of_distance)
 
     _finish_norms(
         table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
@@ -249,8 +273,9 @@ def _scale(clip, grad, distance):
     """Equation (4) without the strength."""
     ratio = clip * grad / distance
     ratio = tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
-    # Stated apart: 0 / 0 is where backends would differ.
-    return tl.where((grad == 0) | (distance == 0), 0.0, ratio)
+    # Stated apart: 0 / 0 is where backends would differ, and what is not finite has no direction.
+    usable = (grad != 0) & (distance != 0) & (grad <= LARGEST) & (distance <= LARGEST)
+    return tl.where(usable, ratio, 0.0)
 
 
 @kernel

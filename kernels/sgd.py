@@ -42,7 +42,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
-from dgg.kernels.update import FIRST_STEP, guided_gradient, narrow, sgd, widen
+from dgg.kernels.update import FIRST_STEP, adopted, guided_gradient, narrow, sgd, widen
 
 # Columns of `hyper`, in the order of SGD_HYPER in dgg/_dispatch.py.
 HYPERS = tl.constexpr(8)
@@ -73,6 +73,8 @@ def _sgd_chunk(
             own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
         p = read(p_pointer, offset, count, None, T, FAST, ONCE)
+        if HAS_COPY:
+            p = adopted(p, read(c_pointer, offset, count, copy != 0, T, FAST, ONCE), copy, C, T)
         h, _ = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
             FAST, ONCE,

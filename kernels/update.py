@@ -180,6 +180,16 @@ def real_gradient(grad, replay, replay_weight, replayed):
 
 
 @triton.jit
+def adopted(master, seen, present, C: tl.constexpr, T: tl.constexpr):
+    """A master weight, given the parameter, stored as C, that ought to be its rounding.
+
+    Where it is something else somebody has written it, and it takes the master's place.
+    """
+    kept = tl.where(widen(narrow(master, C), T) == seen, master, seen)
+    return tl.where(present != 0, kept, master)
+
+
+@triton.jit
 def guided_gradient(gradient, param, anchor, factor, pull, guided, drawn):
     """Equation (5); `factor` is c over the gradient scale, `pull` is b s.
 

@@ -130,6 +130,9 @@ class Problem:
         self.states = [make(3, positive=place > 0) for place in range(3)]
         self.anchors = make(4) if anchors else [None] * len(sizes)
         self.copies = make(5) if copies else [None] * len(sizes)
+        for master, copy in zip(self.params, self.copies, strict=True):
+            if copy is not None:  # the rounding of its master
+                copy.copy_(master)
         n = len(sizes)
         self.steps = [self._make(1, F32).fill_(3 + row % 4).view(()) for row in range(n)]
         self.distances = torch.full((n,), -1.0, dtype=F64)
@@ -423,6 +426,30 @@ def check_extreme_norms(norms, call, dtype=torch.float32):
     torch.testing.assert_close(problem.distances[known], exact[known], rtol=1e-6, atol=0)
     squares = norms(problem, reference.NORM_DISTANCE, distances=problem.distances)
     torch.testing.assert_close(squares[2], exact, rtol=1e-6, atol=0)
+
+
+def check_adoption(call, name, dtype, *, grad_scale=None):
+    """A parameter that is no longer its master's rounding takes the master's place."""
+    sizes, kind = [1, 7, 300, 2057], (F32, dtype, dtype, F32, F32, dtype)
+    options = {} if grad_scale is None else {"grad_scale": grad_scale}
+    written, adopted = (Problem(sizes, kind, copies=True) for _ in range(2))
+    for row, copy in enumerate(written.copies):
+        copy[:: row + 1] += 0.5
+        copy[-1] = float("nan") if row == 3 else 0.0
+    for master, copy, theirs in zip(adopted.params, written.copies, adopted.copies, strict=True):
+        master.copy_(reference.adopted(master, copy))
+        theirs.copy_(copy)
+    for problem in (written, adopted):
+        call(name, problem, HYPER[name], INJECT, look_ahead=True, **options)
+    for ours, theirs in (
+        (written.params, adopted.params),
+        (written.copies, adopted.copies),
+        (written.states[0], adopted.states[0]),
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(p.to(dtype), c) for p, c in zip(written.params[:3], written.copies))
+    torch.testing.assert_close(written.distances, adopted.distances, rtol=0, atol=0, equal_nan=True)
 
 
 def check_look_ahead(call, norms, name, dtype, sizes, flags):

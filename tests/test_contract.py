@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import dgg
-from cases import BACKENDS, F32, GUIDANCE, OPTIMIZERS, make_params, set_grads
+from cases import BACKENDS, F32, GUIDANCE, OPTIMIZERS, cpp_missing, make_params, set_grads
 from dgg import _philox
 
 KINDS = ["adamw", "sgd-momentum"]
@@ -259,6 +259,7 @@ def test_grad_scaler_changes_nothing_but_the_scale(kind, backend, unscaled):
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_inf_changes_nothing_but_the_draw(kind, backend, unscaled, bad):
     params, opt = build(kind, backend)
+    opt._unscales = True  # as fused=True does, for which the reference is no backend
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(3):
         opt.zero_grad()
@@ -290,6 +291,57 @@ def test_inf_changes_nothing_but_the_draw(kind, backend, unscaled, bad):
         scaled_loss(others, step).backward()
         other.step()
     equal(params, others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unscaled", [False, True], ids=["step", "unscale_"])
+def test_without_fused_the_scaler_unscales_and_skips_by_itself(backend, unscaled):
+    """As with torch.optim: Lightning, for one, clips only if that is so."""
+    params, opt = build("adamw", backend)
+    assert not opt._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(3):
+        opt.zero_grad()
+        scaler.scale(scaled_loss(params, step)).backward()
+        if step == 1:
+            params[1].grad[2, 3] = math.inf
+            before = [p.detach().clone() for p in params]
+        if unscaled:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        if step == 1:
+            equal(params, before)
+    assert scaler.get_scale() == 4.0
+    assert opt.param_groups[0]["draw_index"] == 2  # step() was called twice
+    others, other = build("adamw", backend)
+    for step in (0, 2):
+        other.zero_grad()
+        scaled_loss(others, step).backward()
+        other.step()
+    equal(params, others)
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason="fused=True wants a compiled backend")
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
+def test_who_unscales_is_said_as_torch_says_it(cls):
+    def says(opt):
+        return opt._step_supports_amp_scaling
+
+    for fused in (None, False, True):
+        params = make_params(SHAPES, F32)
+        opt = cls(params, lr=0.1, fused=fused)
+        theirs = cls.__mro__[2 if cls is not dgg.AdamW else 3](params, lr=0.1, fused=fused)
+        assert says(opt) == bool(getattr(theirs, "_step_supports_amp_scaling", False))
+        grads_of(0, params)
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+        assert says(opt) == bool(fused) == says(copy.deepcopy(opt))
+        with opt.replay():
+            grads_of(1, params)
+        assert says(opt)  # a scaler cannot reach these
+        opt.step()
+        assert says(opt) == bool(fused)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -414,23 +466,110 @@ def test_parameter_with_replay_gradient_only(kind, backend):
     equal(*runs)
 
 
+ORDERS = ["replay zero backward step", "zero replay backward step", "replay backward step zero",
+          "replay model-zero backward step", "backward zero replay step",
+          "zero zero replay zero backward step"]  # fmt: skip
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_and_step_drop_the_replay(set_to_none):
+@pytest.mark.parametrize("order", ORDERS)
+def test_replay_is_used_wherever_gradients_are_zeroed(order, set_to_none):
+    """The usual orders of a loop; zero_grad() between block and step is for .grad alone."""
+    model = torch.nn.Linear(3, 2)
+    opt = dgg.SGD(model.parameters(), lr=0.1)
+    expected = [p.detach().clone() for p in model.parameters()]
+
+    def run():
+        for act in order.split():
+            if act == "replay":
+                with opt.replay():
+                    for p in model.parameters():
+                        p.grad = torch.full_like(p, 2.0)
+            elif act == "zero":
+                opt.zero_grad(set_to_none)
+            elif act == "model-zero":
+                model.zero_grad(set_to_none)
+            elif act == "backward":
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p) + (0 if p.grad is None else p.grad)
+            else:
+                opt.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            run()
+            model.zero_grad()
+            for p in expected:
+                p -= 0.1 * (2.0 if order == "backward zero replay step" else 3.0)
+    for p, q in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), q)
+
+
+def test_replay_that_no_step_uses_is_dropped_with_a_warning_once():
     params, opt = build("sgd-momentum", None, alpha=0.0)
     mirror, other = build("sgd-momentum", None, alpha=0.0)
-    for dropping in (lambda: opt.zero_grad(set_to_none), opt.step):
+
+    def record():
         with opt.replay():
             scaled_loss(params, 1).backward()
-        if dropping == opt.step:
-            with other.replay():
-                scaled_loss(mirror, 1).backward()
-            other.step()
-            other.zero_grad()
-        dropping()
-        for ps, o in ((params, opt), (mirror, other)):
-            grads_of(2, ps)
-            o.step()
-        equal(params, mirror)
+
+    record()
+    opt.zero_grad()
+    record()  # a block more, which begins to count anew
+    opt.zero_grad()
+    assert opt._engine.replay
+    with pytest.warns(UserWarning, match="zero_grad.*twice.*clear_replay") as caught:
+        opt.zero_grad()
+    assert caught[0].filename == __file__
+    record()
+    opt.clear_replay()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        record()
+        opt.zero_grad()
+        opt.zero_grad()
+    for ps, o in ((params, opt), (mirror, other)):
+        grads_of(2, ps)
+        o.step()
+    equal(params, mirror)
+
+
+def test_zero_grad_within_a_block_is_about_the_replay_gradient():
+    params, opt = build("sgd-momentum", None, shapes=[(3,)])
+    params[0].grad = torch.ones(3)
+    with opt.replay():
+        params[0].grad = torch.full((3,), 5.0)
+        opt.zero_grad()
+        params[0].grad = torch.full((3,), 7.0)
+    assert torch.equal(params[0].grad, torch.ones(3))
+    assert torch.equal(opt._engine.replay.get(params[0]), torch.full((3,), 7.0))
+
+
+def test_replay_block_that_fails_gives_back_what_an_earlier_one_recorded():
+    """A backward pass adds to it in place."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    opt = dgg.SGD([param], lr=1.0)
+    with opt.replay():
+        param.sum().backward()
+    with pytest.raises(KeyError), opt.replay():
+        (param * 10).sum().backward()
+        raise KeyError
+    opt.step()
+    assert torch.equal(param.detach(), torch.full((2,), -1.0))
+
+
+def test_replay_survives_loading():
+    params, opt = build("adamw", None)
+    mirror, other = build("adamw", None)
+    for ps, o, load in ((params, opt, True), (mirror, other, False)):
+        with o.replay():
+            scaled_loss(ps, 1).backward()
+        if load:
+            o.load_state_dict(o.state_dict())
+        grads_of(2, ps)
+        o.step()
+    equal(params, mirror)
 
 
 def test_replay_gradients_are_not_copied():
@@ -535,8 +674,9 @@ def test_versions_tell_autograd(kind, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics(backend):
     params, opt = build("adamw", backend, max_grad_norm=None, alpha=0.3)
-    names = {"injected", "scale", "grad_norm", "distance", "clip"}
-    assert opt.guidance_stats() == dict.fromkeys(names)  # before any step
+    names = {"injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided"}
+    before = opt.guidance_stats()
+    assert before == {**dict.fromkeys(names), "anchored": len(params)} and before.backend == ""
     seen = set()
     for step in range(30):
         grads_of(step, params)
@@ -546,9 +686,12 @@ def test_statistics(backend):
         stats = opt.guidance_stats()
         assert set(stats) == names
         assert stats["clip"] is None
+        assert stats.backend == stats["backend"] == backend
+        assert stats["anchored"] == len(params)
         hit = _philox.step_word(7, step) < _philox.threshold(0.3)
         assert stats["injected"].dtype == torch.bool and bool(stats["injected"]) == hit
         seen.add(hit)
+        assert stats["guided"] == (len(params) if hit else 0)
         if hit:
             torch.testing.assert_close(stats["grad_norm"], g)
             torch.testing.assert_close(stats["distance"], d)
@@ -557,6 +700,75 @@ def test_statistics(backend):
             assert stats["grad_norm"] is None and stats["distance"] is None
             assert stats["scale"] == 0
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
+def test_statistics_tell_what_was_guided(backend, granularity):
+    """Not what was drawn: nothing is injected where nothing anchored has a gradient."""
+    params, opt = build("adamw", backend, alpha=1.0, granularity=granularity)
+    new = torch.nn.Parameter(torch.ones(3))
+    opt.add_param_group({"params": [new]})
+    for p in (*params, new):
+        p.grad = None
+    new.grad = torch.ones(3)
+    opt.step()
+    stats = opt.guidance_stats()
+    assert not stats["injected"] and stats["guided"] == 0
+    assert stats["anchored"] == len(params)
+    params[1].grad = torch.ones_like(params[1])
+    with opt.replay():
+        params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    stats = opt.guidance_stats()
+    assert stats["injected"] and stats["guided"] == 2
+    opt.clear_anchor()
+    opt.step()
+    stats = opt.guidance_stats()
+    assert not stats["injected"] and stats["anchored"] == 0
+
+
+def test_a_run_that_never_sets_an_anchor_is_told_so_once():
+    def steps(count, **options):
+        param = torch.nn.Parameter(torch.zeros(3))
+        opt = dgg.SGD([param], lr=0.1, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                param.grad = torch.ones(3)
+                opt.step()
+        return opt, [str(w.message) for w in caught]
+
+    assert steps(199)[1] == []
+    (message,) = steps(450)[1]
+    assert "200 steps" in message and "set_anchor(task=0)" in message
+    assert steps(250, alpha=0.0)[1] == []
+    param = torch.nn.Parameter(torch.zeros(3))
+    opt = dgg.SGD([param], lr=0.1)
+    opt.set_anchor(task=0)  # the first task has nothing to protect
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(250):
+            param.grad = torch.ones(3)
+            opt.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hundred_steps_without_any_gradient_are_told_of_once(backend):
+    params, opt = build("adamw", backend)
+    grads_of(0, params)
+    opt.step()
+    opt.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            opt.step()
+    with pytest.warns(UserWarning, match="no parameter has had a gradient for 100 steps"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):
+            opt.step()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

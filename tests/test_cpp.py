@@ -298,6 +298,12 @@ def test_norms_of_many_equal_values_are_accurate():
     assert abs(square.item() / x.double().square().sum().item() - 1) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_written_parameters_take_their_masters_place(name, dtype):
+    rows.check_adoption(call, name, dtype)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_norms_of_extreme_numbers(dtype):
     rows.check_extreme_norms(norms, call, dtype)

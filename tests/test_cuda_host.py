@@ -221,6 +221,33 @@ def test_same_bits_as_the_cpu_backend(kernels, name):
     assert ours.everything() == theirs.everything()
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_written_parameters_take_their_masters_place(kernels, name, dtype):
+    def call(name, problem, hyper, flags, *, look_ahead, **options):
+        extra = _device.COPY | (_device.LOOK_AHEAD if look_ahead else 0)
+        variant = variant_of([hyper], problem.flags(flags), extra)
+        Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
+
+    rows.check_adoption(call, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_norms_of_extreme_numbers(kernels, dtype):
+    def call(name, problem, hyper, flags, *, look_ahead):
+        variant = variant_of([hyper], problem.flags(flags), _device.LOOK_AHEAD | _device.ANCHOR)
+        Launches(kernels, problem).update(name, hyper, flags, variant=variant)
+
+    def norms(problem, which, *, distances=None):
+        known = problem.distances
+        problem.distances = known if distances is None else distances
+        squares = Launches(kernels, problem).norms(which=which)
+        problem.distances = known
+        return squares
+
+    rows.check_extreme_norms(norms, call, dtype)
+
+
 # Where the elements lie
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "optim": 8,
     "_guided": 7,
     "_loading": 6,
+    "_saved_state": 5,
     "foreign": 6,
     "zero": 6,
     "_boundary": 5,
@@ -35,13 +36,14 @@ FLOORS = {
     "_prefetch": 1,
     "_zero_redundancy": 1,
     "reference": 1,
+    "replay": 1,
     "sharding": 1,
     "_fsdp1": 0,
     "_gather": 0,
+    "_numbers": 0,
     "checkpoint": 0,
     "_philox": 0,
     "_ranges": 0,
-    "replay": 0,
     "metrics": 0,
 }
 

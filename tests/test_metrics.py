@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,38 @@ def test_csv_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "made", [np.int64, np.array, lambda k: np.array([k]), torch.tensor, lambda k: torch.tensor([k])]
+)
+def test_numbers_of_other_libraries_are_stored_as_plain_ones(made):
+    """json writes nothing of numpy's, and an integer of numpy's is not a list of names."""
+    plain = AccuracyMatrix.from_rows(ROWS, sizes=SIZES)
+    matrix = AccuracyMatrix(made(3), [made(size) for size in SIZES])
+    for i, row in enumerate(ROWS):
+        for j in range(i + 1):
+            matrix.record(made(i), made(j), made(int(row[j])))
+    assert matrix == plain
+    assert matrix.to_json() == plain.to_json()
+    assert {type(size) for size in matrix.sizes} == {int}
+    assert {type(value) for row in matrix.rows for value in row} == {float, type(None)}
+    assert matrix[made(1)] == ROWS[1]
+    assert matrix.curve(made(1)) == metrics.task_curve(ROWS, made(1)) == [90.0, 70.0]
+    whole = [[made(80), None], [made(60), made(90)]]
+    assert metrics.summary(whole) == metrics.summary([[80.0, None], [60.0, 90.0]])
+    assert metrics.forward_transfer([[80, made(30)], [60, 90]], [made(5), made(10)]) == 20.0
+
+
+def test_arrays_whole():
+    rows = np.array([[80, 10], [60, 90]], dtype=np.float32)
+    matrix = AccuracyMatrix.from_rows(rows, np.array(["a", "b"]), np.array([1, 3]))
+    assert AccuracyMatrix.from_json(matrix.to_json()) == matrix
+    assert {type(name) for name in matrix.tasks} == {str}
+    halves = AccuracyMatrix(np.array(["only"]), np.array([0.5], dtype=np.float32))
+    assert (halves.tasks, halves.sizes) == (["only"], [0.5])
+    assert json.loads(halves.to_json())["sizes"] == [0.5]
+    assert metrics.final_average_accuracy(rows, torch.tensor([1, 3])) == (60 + 3 * 90) / 4
+
+
+@pytest.mark.parametrize(
     ("call", "error", "text"),
     [
         (lambda: metrics.summary([]), ValueError, "empty"),
@@ -148,6 +181,29 @@ def test_csv_round_trip(tmp_path):
         (lambda: metrics.task_curve(ROWS, 3), IndexError, "no task 3"),
         (lambda: AccuracyMatrix(0), ValueError, "at least one"),
         (lambda: AccuracyMatrix(["a", "a"]), ValueError, "differ"),
+        (lambda: metrics.task_curve(ROWS, True), TypeError, "task must be an int"),
+        (lambda: metrics.task_curve(ROWS, np.array([0, 1])), TypeError, "task must be one number"),
+        (lambda: metrics.summary([[[1.0, 2.0]]]), TypeError, r"R\[0\]\[0\] must be a number"),
+        (lambda: metrics.summary([[np.ones(2)]]), TypeError, r"R\[0\]\[0\] must be one number"),
+        (lambda: metrics.summary([["x"]]), ValueError, r"R\[0\]\[0\] must be a number"),
+        (lambda: metrics.summary([[1.0]], ["x"]), TypeError, r"sizes\[0\] must be a number"),
+        (lambda: metrics.summary([[1.0]], [True]), ValueError, r"sizes\[0\] must be positive"),
+        (
+            lambda: metrics.summary([[1.0]], [10**400]),
+            OverflowError,
+            r"sizes\[0\] must be a number",
+        ),
+        (lambda: AccuracyMatrix([1, "1"]), ValueError, "differ"),
+        (lambda: AccuracyMatrix(True), TypeError, "list of names"),
+        (lambda: AccuracyMatrix(np.array(2.0)), TypeError, "list of names"),
+        (lambda: AccuracyMatrix(2.0), TypeError, "list of names"),
+        (
+            lambda: AccuracyMatrix(2).record(np.bool_(0), 0, 1.0),
+            TypeError,
+            "trained must be an int",
+        ),
+        (lambda: AccuracyMatrix(2).record(0, 0.0, 1.0), TypeError, "evaluated must be an int"),
+        (lambda: AccuracyMatrix(2)["a"], TypeError, "i must be an int"),
         (lambda: AccuracyMatrix("abc"), TypeError, "list of names"),
         (lambda: AccuracyMatrix(2).record(2, 0, 1.0), IndexError, "no task 2"),
         (lambda: AccuracyMatrix(2).record(0, -1, 1.0), IndexError, "no task -1"),

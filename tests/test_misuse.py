@@ -413,7 +413,11 @@ def sparse_gradient(v):
     return v.opt.step
 
 
-@misuse(TypeError, r"replay gradient of parameter 'a' is torch.sparse_coo.*False", repair=nothing)
+@misuse(
+    TypeError,
+    r"replay gradient of parameter 'a' is torch.sparse_coo.*False",
+    repair=lambda v: v.opt.clear_replay(),
+)
 def sparse_replay_gradient(v):
     with v.opt.replay():
         v.params[0].grad = torch.eye(6, 4).to_sparse()

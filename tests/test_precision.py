@@ -369,3 +369,150 @@ def test_the_warning_can_be_silenced_by_its_beginning():
         warnings.filterwarnings("ignore", LOST)
         _with_grads(params, 0)
         optimizer.step()
+
+
+# -- master weights and what is written to the parameter -----------------------------------------
+
+WRITES = {
+    "in place": lambda p: p.detach().fill_(5),
+    "data": lambda p: p.data.fill_(5),
+    "one element": lambda p: p.data[(0,) * p.dim()].fill_(5),
+    "exchanged data": lambda p: setattr(p, "data", torch.full_like(p, 5)),
+    "no_grad": lambda p: torch.no_grad()(p.copy_)(torch.full_like(p, 5)),
+}
+LAYOUTS = {
+    "rows": lambda dtype: torch.randn(3, 2, 4, 5).to(dtype),
+    "channels last": lambda dtype: (
+        torch.randn(3, 2, 4, 5).to(dtype).to(memory_format=torch.channels_last)
+    ),
+    "transposed": lambda dtype: torch.randn(40, 33).to(dtype).t(),
+    "one element": lambda dtype: torch.randn(1).to(dtype),
+    "large": lambda dtype: torch.randn(40_000).to(dtype),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["step", "element"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_to_a_weight_is_never_undone(write, layout, granularity, dtype, backend):
+    """An element that is no longer its master's rounding becomes the master, whoever wrote it."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(LAYOUTS[layout](dtype)) for _ in range(2)]
+    opt = dgg.AdamW(
+        params, lr=0.01, weight_decay=0.0, master_weights=True, granularity=granularity,
+        backend=backend, alpha=0.5, max_grad_norm=1.0, state_dtype=torch.float32,
+    )  # fmt: skip
+    gradient = torch.ones_like(params[0])
+    if layout == "transposed":
+        gradient = gradient.contiguous()
+    for step in range(4):
+        for p in params:
+            p.grad = gradient.clone()
+        if step == 1:
+            opt.set_anchor()
+        if step == 3:
+            WRITES[write](params[0])
+            masters = [opt.state[p]["master"].clone() for p in params]
+            anchors = [opt.state[p]["anchor"].clone() for p in params]
+            kept = masters[0].to(dtype) == params[0]
+            expected = torch.where(kept, masters[0], params[0].float())
+            moments = [opt.state[p]["exp_avg"].clone() for p in params]
+        opt.step()
+    # The step from there, in float64 but for the scale, which is measured.
+    clip = opt.guidance_stats()["clip"]
+    gaps = [a - m for a, m in zip(anchors, (expected, masters[1]), strict=True)]
+    distance = sum(gap.double().square().sum() for gap in gaps).sqrt()
+    if opt.guidance_stats()["distance"] is not None and write in ("in place", "no_grad"):
+        torch.testing.assert_close(opt.guidance_stats()["distance"].double(), distance)
+    assert clip is not None and len(moments) == 2
+    moved = opt.state[params[0]]["master"] - expected
+    # Adam moves by no more than the learning rate times a little.
+    assert moved.abs().max() <= 0.012
+    assert torch.equal(opt.state[params[0]]["master"].to(dtype), params[0].detach())
+    other = opt.state[params[1]]["master"] - masters[1]
+    assert 0 < other.abs().max() <= 0.012
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("write", WRITES)
+def test_anchor_is_the_weights_of_now(write, backend):
+    """Load the best checkpoint into the model, set_anchor(): not what the masters were before."""
+    param = torch.nn.Parameter(torch.randn(4, 3).bfloat16())
+    opt = dgg.AdamW([param], lr=0.01, master_weights=True, backend=backend)
+    param.grad = torch.ones_like(param)
+    opt.step()
+    untouched = opt.state[param]["master"].clone()
+    WRITES[write](param)
+    opt.set_anchor()
+    same = untouched.bfloat16() == param
+    expected = torch.where(same, untouched, param.float())
+    assert torch.equal(opt.state[param]["anchor"], expected)
+    if write == "one element":
+        assert int(same.sum()) == 11
+
+
+# -- gradients at the ends of their range --------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e20, 3e38])
+def test_scale_of_gradients_of_any_size(size, clipped, scope, backend):
+    """float32 squares overflow from 1.8e19 and vanish below 1e-23; norms must do neither."""
+    params = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.ones(3000))]
+    opt = dgg.SGD(
+        params, lr=1e-3, alpha=1.0, norm_scope=scope, backend=backend,
+        max_grad_norm=1.0 if clipped else None,
+    )  # fmt: skip
+    opt.set_anchor()
+    for p in params:
+        p.data.add_(min(size, 1e3))
+    before = [p.detach().double() for p in params]
+    for p in params:
+        p.grad = torch.linspace(-1, 1, p.numel()) * size
+    grads = [p.grad.double() for p in params]
+    opt.step()
+    total = torch.cat(grads).norm()
+    clip = min(1.0, 1.0 / (total.item() + 1e-6)) if clipped else 1.0
+    anchors = [torch.tensor([1.0, 2.0], dtype=torch.float64), torch.ones(3000).double()]
+    gaps = [start - anchor for start, anchor in zip(before, anchors, strict=True)]
+    for p, start, grad, gap in zip(params, before, grads, gaps, strict=True):
+        g = grad.norm() if scope == "tensor" else total
+        d = gap.norm() if scope == "tensor" else torch.cat(gaps).norm()
+        s = min(1.0, clip * g.item() / d.item()) if d > 0 else 0.0
+        expected = start - 1e-3 * (clip * grad + s * gap)
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-6, atol=1e-12)
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_gradient_that_is_not_finite_does_no_more_damage_than_in_torch(
+    bad, clipped, scope, backend
+):
+    runs = []
+    for cls, options in (
+        (torch.optim.SGD, {}),
+        (dgg.SGD, {"alpha": 1.0, "norm_scope": scope, "backend": backend}),
+    ):
+        params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+        if cls is dgg.SGD and clipped:
+            options["max_grad_norm"] = 1.0
+        opt = cls(params, lr=0.1, **options)
+        if cls is dgg.SGD:
+            opt.set_anchor()
+        for p in params:
+            p.data.add_(0.5)
+            p.grad = torch.ones_like(p)
+        params[0].grad[1] = bad
+        if cls is torch.optim.SGD and clipped:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        runs.append([p.detach().isnan() | p.detach().isinf() for p in params])
+    for theirs, mine in zip(*runs, strict=True):
+        assert not (mine & ~theirs).any()

@@ -817,3 +817,224 @@ def test_another_default_device_changes_nothing(backend):
         results.append(params)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+# -- exchanged modules, lazy ones, patched torch -------------------------------------------------
+
+
+def _loaded(model, **options):
+    state = {k: v.clone() + 1 for k, v in model.state_dict().items()}
+    model.load_state_dict(state, **options)
+
+
+EXCHANGES = {
+    "cpu": lambda m: m.cpu(),
+    "double": lambda m: m.double(),
+    "to_empty": lambda m: (m.to_empty(device="cpu"), [p.data.fill_(1) for p in m.parameters()]),
+    "load_state_dict": _loaded,
+    "assign": lambda m: _loaded(m, assign=True),
+    "swap_tensors": lambda m: torch.utils.swap_tensors(
+        m.weight, torch.nn.Parameter(torch.full((3, 3), 2.0))
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", EXCHANGES)
+@pytest.mark.parametrize("kind", ["adamw", "guided", "guidance"])
+def test_modules_may_be_exchanged_after_a_step(monkeypatch, kind, how, backend):
+    """swap_tensors wants a parameter's tensor for itself; nothing may be kept between steps."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    monkeypatch.setattr(torch.nn.Linear, "__repr__", object.__repr__)
+    try:
+        model = torch.nn.Linear(3, 3)
+        opt = (
+            torch.optim.SGD(model.parameters(), lr=0.1)
+            if kind == "guidance"
+            else dgg.AdamW(model.parameters(), lr=0.1, alpha=1.0, backend=backend)
+        )
+        guide = dgg.Guidance(opt, alpha=1.0, backend=backend) if kind == "guidance" else opt
+        if kind != "adamw":
+            guide.set_anchor()
+        for _ in range(3):
+            model(torch.ones(2, 3, dtype=model.weight.dtype)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        EXCHANGES[how](model)
+        before = model.weight.detach().clone()
+        model(torch.ones(2, 3, dtype=model.weight.dtype)).sum().backward()
+        opt.step()
+        assert not torch.equal(before, model.weight)
+        assert (before - model.weight).abs().max() < 3  # a step from where it was put
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy_modules(backend):
+    def train(lib, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.LazyLinear(4), torch.nn.ReLU(), torch.nn.LazyLinear(1), torch.nn.LazyLinear(2)
+        )
+        opt = lib.AdamW(model.parameters(), lr=0.1, **options)
+        for step in range(4):
+            opt.zero_grad()
+            part = model[:3] if step < 2 else model  # the last one stays lazy for two steps
+            part(torch.ones(2, 3)).sum().backward()
+            opt.step()
+        return [p.detach() for p in model.parameters()]
+
+    for p, q in zip(train(torch.optim), train(dgg, backend=backend, alpha=0.0), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_an_anchor_of_a_lazy_parameter_is_refused():
+    model = torch.nn.LazyLinear(4)
+    opt = dgg.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="not initialised yet.*forward pass"):
+        opt.set_anchor()
+    model(torch.ones(1, 3))
+    opt.set_anchor()
+
+
+def test_torch_may_be_patched(monkeypatch):
+    for name in ("SGD", "Adam", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, getattr(dgg, name))
+    for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        param = torch.nn.Parameter(torch.ones(2))
+        opt = cls([param], lr=0.1)
+        param.grad = torch.ones(2)
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+        assert not torch.equal(param, torch.ones(2))
+
+
+def init_optim_state(optim):
+    """As torchtitan has it: a step with zero gradients and a learning rate of 0."""
+    for group in optim.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    lrs = [group["lr"] for group in optim.param_groups]
+    for group in optim.param_groups:
+        group["lr"] = 0.0
+    optim.step()
+    for group, lr in zip(optim.param_groups, lrs, strict=True):
+        group["lr"] = lr
+    optim.zero_grad(set_to_none=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.SGD])
+def test_a_state_made_by_zero_gradients_is_no_step(cls, tmp_path):
+    """torchtitan makes it before it knows what it will load; anchors find room all the same."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    class Container(dcp.stateful.Stateful):
+        def __init__(self, model, opt):
+            self.model, self.opt = model, opt
+
+        def state_dict(self):
+            return get_optimizer_state_dict(self.model, self.opt)
+
+        def load_state_dict(self, state_dict):
+            set_optimizer_state_dict(self.model, self.opt, state_dict)
+
+    def make(made):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        options = {"momentum": 0.9} if cls is dgg.SGD else {}
+        opt = cls(model.parameters(), lr=0.1, alpha=1.0, **options)
+        if made:
+            weights = [p.detach().clone() for p in model.parameters()]
+            init_optim_state(opt)
+            assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+            assert opt.param_groups[0]["draw_index"] == 0
+            assert all(float(opt.state[p].get("step", 0)) == 0 for p in model.parameters())
+            assert all(opt.state[p] for p in model.parameters())
+        return model, opt
+
+    def step(model, opt):
+        opt.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        opt.step()
+
+    for (model, opt), (twin, other) in [(make(True), make(False))]:
+        for _ in range(2):
+            step(model, opt)
+            step(twin, other)
+        assert torch.equal(model.weight, twin.weight)
+        opt.set_anchor()
+        other.set_anchor()
+        step(model, opt)
+        step(twin, other)
+        dcp.save({"optim": Container(model, opt)}, checkpoint_id=tmp_path)
+    resumed, new = make(True)
+    resumed.load_state_dict(model.state_dict())
+    dcp.load({"optim": Container(resumed, new)}, checkpoint_id=tmp_path)
+    assert new.param_groups[0]["anchored"] == 2
+    for _ in range(2):
+        step(resumed, new)
+        step(twin, other)
+    assert torch.equal(resumed.weight, twin.weight)
+
+
+# -- state put there by hand ---------------------------------------------------------------------
+
+STRANGE = {
+    "text": ("x", TypeError),
+    "a number": (1.0, TypeError),
+    "integers": (torch.ones(2, dtype=torch.int64), TypeError),
+    "expanded": (torch.ones(1).expand(2), ValueError),
+    "meta": (torch.ones(2, device="meta"), ValueError),
+    "negated": (torch._neg_view(torch.ones(2)), ValueError),
+    "complex": (torch.ones(2) * 1j, TypeError),
+    "sparse": (torch.ones(2).to_sparse(), ValueError),
+    "another shape": (torch.ones(3), ValueError),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["exp_avg", "anchor"])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_state_is_named_and_nothing_is_stepped(kind, name, backend):
+    value, error = STRANGE[kind]
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    opt = dgg.AdamW(params, lr=0.1, alpha=1.0, backend=backend)
+    opt.set_anchor()
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(2)
+        opt.step()
+    good = opt.state[params[1]][name]
+    opt.state[params[1]][name] = value
+    weights = [p.detach().clone() for p in params]
+    with pytest.raises(
+        error, match=rf"{name}.*parameter 1 of group 0|parameter 1 of group 0.*{name}"
+    ):
+        opt.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+    opt.state[params[1]][name] = good
+    opt.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name, value", [
+    ("eps", None), ("eps", "x"), ("lr", "x"), ("weight_decay", None), ("amsgrad", "x"),
+    ("maximize", "x"), ("betas", ("x", 0.9)),
+])  # fmt: skip
+def test_options_of_a_wrong_type_are_named_before_anything_changes(name, value, backend):
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = dgg.AdamW([{"params": [p]}, {"params": [q]}], lr=0.1, backend=backend)
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    good = opt.param_groups[1][name]
+    opt.param_groups[1][name] = value
+    with pytest.raises(TypeError, match=name):
+        opt.step()
+    assert torch.equal(p.detach(), torch.ones(2)) and not opt.state
+    opt.param_groups[1][name] = good
+    opt.step()

@@ -599,8 +599,15 @@ def test_closed_gate_leaves_the_total_norm(gate):
     assert (problem.distances >= 0).all() if gate else (problem.distances == -1).all()
 
 
-def test_norms_overflow_to_infinity_and_keep_nan():
-    rows.check_overflowing_norms(call_norms)
+@pytest.mark.parametrize("dtype", rows.DTYPES[1:3])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_written_parameters_take_their_masters_place(name, dtype):
+    rows.check_adoption(call, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", rows.DTYPES[:3])
+def test_norms_of_extreme_numbers(dtype):
+    rows.check_extreme_norms(call_norms, call, dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What an optimizer's state dict must hold to be loaded, looked at before anything is changed.
+
+torch.optim takes what it is given and fails at the next step, or trains on with moments of zero.
+Here every key that the class needs is there and of its type, or an error says which is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, anchor, sharding
+
+# Options of groups that torch.optim fills in where an older release has not saved them.
+_FILLED_IN = {
+    "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+    "decoupled_weight_decay", "nesterov",
+}  # fmt: skip
+_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "nesterov")
+_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
+# float64 counts further by ones, and so does no training.
+_MOST_STEPS = 2.0**53
+
+_CONVERT = (
+    "dgg loads what torch.optim.AdamW, Adam, SGD and its own classes save. States of bitsandbytes, "
+    "torchao, apex and DeepSpeed's FusedAdam can be converted first: "
+    "dgg.convert_state_dict(state_dict, optimizer)"
+)
+
+
+def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that this is an optimizer's state dict, of as many parameters in as many groups.
+
+    Raises:
+        KeyError: It is no optimizer's state dict.
+        TypeError: It, or a part of it, is of the wrong type.
+        ValueError: The groups have other sizes, or a parameter stands in them twice.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_state_dict() takes what an optimizer's state_dict() returned, not "
+            f"{type(state_dict).__name__}; torch.load the file first"
+        )
+    if not state_dict.keys() >= {"state", "param_groups"}:
+        raise KeyError(
+            f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
+            "and param_groups; pass what optimizer.state_dict() returned (of a whole "
+            "checkpoint the optimizer's entry)"
+        )
+    if not isinstance(state_dict["state"], Mapping):
+        raise TypeError(
+            f"the state dict's state is a {type(state_dict['state']).__name__}, not a dict of "
+            "parameters; pass what optimizer.state_dict() returned"
+        )
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, Sequence) or isinstance(saved, str):
+        raise TypeError(
+            f"the state dict's param_groups is a {type(saved).__name__}, not a list of groups; "
+            "pass what optimizer.state_dict() returned"
+        )
+    for number, group in enumerate(saved):
+        members = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(members, Sequence) or isinstance(members, str):
+            raise TypeError(
+                f"group {number} of the state dict is no dict with a list of params; pass what "
+                "optimizer.state_dict() returned"
+            )
+    sizes, mine = ([len(group["params"]) for group in x] for x in (saved, groups))
+    if sizes != mine:
+        raise ValueError(
+            f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
+            "the optimizer over the same groups first (add_param_group() and freezing included)"
+        )
+    try:
+        keys = [key for group in saved for key in group["params"]]
+        twice = len(set(keys)) < len(keys)
+    except TypeError:
+        raise TypeError(
+            "the params in the state dict's groups are no numbers or names; pass what "
+            "optimizer.state_dict() returned"
+        ) from None
+    if twice:
+        raise ValueError("the state dict's groups name a parameter twice; it was not saved so")
+
+
+def check_group(
+    number: int, saved: Mapping[str, Any], defaults: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+    """Checks the options of a group: those of torch.optim, and all of ours or none.
+
+    Args:
+        number: Of the group.
+        saved: The group in the state dict.
+        defaults: The options that a group of this optimizer has.
+        ours: Those among them that torch.optim does not know.
+
+    Raises:
+        KeyError: An option is missing.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+    """
+    needed = defaults.keys() - ours.keys() - _FILLED_IN
+    some = saved.keys() & ours.keys()
+    missing = sorted(needed - saved.keys()) + sorted(ours.keys() - some if some else ())
+    if missing:
+        raise KeyError(
+            f"group {number} of the state dict has no {', '.join(missing)}: it is another "
+            f"optimizer's, or a part of it is lost (it has {sorted(map(str, saved))}). {_CONVERT}"
+        )
+    for name in needed & {*_NOT_NEGATIVE, "dampening"}:
+        value = _number(saved[name])
+        if value is None or math.isnan(value):
+            raise TypeError(
+                f"{name}={_shown(saved[name])} of group {number} of the state dict is no number; "
+                "pass what optimizer.state_dict() returned"
+            )
+        if value < 0 and name in _NOT_NEGATIVE:
+            raise ValueError(f"{name}={value} of group {number} of the state dict is negative")
+    if "betas" in needed:
+        betas = saved["betas"]
+        pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+        values = [_number(beta) for beta in betas] if pair else []
+        if not pair or not all(beta is not None and 0 <= beta < 1 for beta in values):
+            raise ValueError(
+                f"betas={_shown(betas)} of group {number} of the state dict are no two numbers in "
+                "[0, 1)"
+            )
+    for name in saved.keys() & defaults.keys() & set(_FLAGS):
+        if not isinstance(saved[name], (bool, int)):
+            raise TypeError(
+                f"{name}={_shown(saved[name])} of group {number} of the state dict is neither True "
+                "nor False"
+            )
+    anchored = saved.get("anchored", 0)
+    if isinstance(anchored, bool) or not isinstance(anchored, int) or anchored < 0:
+        raise TypeError(
+            f"anchored={_shown(anchored)} of group {number} of the state dict is no number of "
+            "parameters"
+        )
+
+
+def check_entry(
+    entry: Any, param: Tensor, label: str, needed: Sequence[str], known: Sequence[str]
+) -> None:
+    """Checks the state of a parameter but for its anchor.
+
+    Args:
+        entry: What the state dict has of it.
+        param: The parameter.
+        label: How errors call it.
+        needed: Keys that must be there.
+        known: Keys whose type is known.
+
+    Raises:
+        KeyError: A key is missing.
+        TypeError: A value is of the wrong type.
+        ValueError: A value has the wrong shape or is out of range.
+    """
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f"the state of {label} is a {type(entry).__name__}, not a dict; pass what "
+            "optimizer.state_dict() returned"
+        )
+    missing = [name for name in needed if entry.get(name) is None]
+    if missing:
+        raise KeyError(
+            f"the checkpoint carries no {', '.join(missing)} of {label}, but "
+            f"{sorted(map(str, entry))}: it is another optimizer's, or a part of it was lost on "
+            f"the way. {_CONVERT}"
+        )
+    for name in known:
+        value = entry.get(name)
+        if value is None:
+            continue
+        if name == "step":
+            _check_step(value, label)
+        else:
+            _check_moment(name, value, param, label)
+
+
+def _check_step(value: Any, label: str) -> None:
+    steps = _number(value)
+    if steps is None or not 0 <= steps <= _MOST_STEPS or steps != int(steps):
+        raise ValueError(
+            f"the checkpoint's step of {label} is {_shown(value)}, not a number of steps; pass "
+            "what optimizer.state_dict() returned"
+        )
+
+
+def _check_moment(name: str, value: Any, param: Tensor, label: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the checkpoint's {name} of {label} is a {type(value).__name__}, not a tensor. "
+            f"{_CONVERT}"
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"the checkpoint's {name} of {label} has shape {tuple(value.shape)}, the parameter has "
+            f"{tuple(param.shape)}; load it into the same architecture"
+        )
+    # Of float8 and of what a library keeps in codes nobody here knows the numbers.
+    elsewhere = sharding.keeps_values_elsewhere(value) and type(value) is not type(param)
+    suitable = value.dtype.to_real() in anchor.FLOAT_DTYPES
+    if elsewhere or not suitable or value.is_complex() != param.is_complex():
+        raise TypeError(
+            f"the checkpoint's {name} of {label} is a {type(value).__name__} of {value.dtype}, not "
+            f"a tensor of floating numbers. {_CONVERT}"
+        )
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise ValueError(
+            f"the checkpoint's {name} of {label} is {value.layout} on {str(value.device)!r}, where "
+            "no values can be read; load the checkpoint to a device first"
+        )
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number, or the one element of a tensor or array, as a float; else None."""
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and value.device.type != "meta"
+        if not dense or value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            return None
+    elif not _arguments.is_number(value):
+        return None
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

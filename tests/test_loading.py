@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""load_state_dict: what is not its own is refused by name; an error leaves all as it was."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+import dgg
+from cases import BACKENDS
+
+
+def stepped(opt, steps=2):
+    for step in range(steps):
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, 1.0 + step)
+        opt.step()
+
+
+def make(cls=dgg.AdamW, *, dtype=torch.float32, shapes=((2,), (3, 2)), **options):
+    params = [Parameter(torch.ones(s, dtype=dtype)) for s in shapes]
+    opt = cls(params, lr=0.1, **options)
+    stepped(opt)
+    if hasattr(opt, "set_anchor"):
+        opt.set_anchor()
+        stepped(opt)
+    return params, opt
+
+
+def everything(opt):
+    """Bits of all that an optimizer is, by identity where it holds objects."""
+    entries = [
+        (name, id(value), value.clone() if isinstance(value, torch.Tensor) else value)
+        for p in opt.state
+        for name, value in opt.state[p].items()
+    ]
+    weights = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+    return entries, weights, groups
+
+
+def assert_same(before, after):
+    assert [(n, i) for n, i, _ in before[0]] == [(n, i) for n, i, _ in after[0]]
+    for (_, _, a), (_, _, b) in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert before[2] == after[2]
+
+
+def entry(name, value):
+    def change(saved):
+        saved["state"][0][name] = value
+
+    return change
+
+
+def group(name, value):
+    def change(saved):
+        saved["param_groups"][0][name] = value
+
+    return change
+
+
+def without(kind, name):
+    def change(saved):
+        del (saved["state"][0] if kind == "state" else saved["param_groups"][0])[name]
+
+    return change
+
+
+# name: (change, error, says)
+WRONG = {
+    "no step": (without("state", "step"), KeyError, "no step of parameter 0"),
+    "no first moment": (without("state", "exp_avg"), KeyError, "no exp_avg of parameter 0"),
+    "no second moment": (without("state", "exp_avg_sq"), KeyError, "no exp_avg_sq"),
+    "no second moment but None": (entry("exp_avg_sq", None), KeyError, "no exp_avg_sq"),
+    "step of text": (entry("step", "x"), ValueError, "step of parameter 0"),
+    "step of two": (entry("step", torch.zeros(2)), ValueError, "step of parameter 0"),
+    "step in a list": (entry("step", [1]), ValueError, "step of parameter 0"),
+    "step too large": (entry("step", 10**400), ValueError, "step of parameter 0"),
+    "step below 0": (entry("step", -1), ValueError, "step of parameter 0"),
+    "half a step": (entry("step", 0.5), ValueError, "step of parameter 0"),
+    "step is NaN": (entry("step", math.nan), ValueError, "step of parameter 0"),
+    "step is True": (entry("step", True), ValueError, "step of parameter 0"),
+    "step on meta": (entry("step", torch.zeros((), device="meta")), ValueError, "step"),
+    "moment of text": (entry("exp_avg", "x"), TypeError, "exp_avg of parameter 0.*str"),
+    "moment in a list": (entry("exp_avg", [0.0, 0.0]), TypeError, "exp_avg.*list"),
+    "moment of codes": (entry("exp_avg", torch.zeros(2).byte()), TypeError, "convert_state_dict"),
+    "complex moment": (entry("exp_avg", torch.zeros(2) * 1j), TypeError, "exp_avg"),
+    "moment on meta": (entry("exp_avg", torch.zeros(2, device="meta")), ValueError, "meta"),
+    "sparse moment": (entry("exp_avg", torch.zeros(2).to_sparse()), ValueError, "exp_avg.*sparse"),
+    "moment of a shape": (entry("exp_avg_sq", torch.zeros(3)), ValueError, r"\(3,\)"),
+    "anchor of text": (entry("anchor", "x"), TypeError, "anchor.*str"),
+    "anchor of a shape": (entry("anchor", torch.zeros(3)), ValueError, "anchor.*shape"),
+    "anchor with NaN": (entry("anchor", torch.full((2,), math.nan)), ValueError, "finite"),
+    "anchor on meta": (entry("anchor", torch.zeros(2, device="meta")), ValueError, "meta"),
+    "lost anchor": (without("state", "anchor"), RuntimeError, "lost on the way"),
+    "master unasked": (entry("master", torch.zeros(2)), ValueError, "master_weights=True"),
+    "entry of text": (lambda s: s["state"].update({0: "x"}), TypeError, "parameter 0.*str"),
+    "entry in a list": (lambda s: s["state"].update({0: [1]}), TypeError, "parameter 0.*list"),
+    "no lr": (without("group", "lr"), KeyError, "group 0.*no lr"),
+    "no betas": (without("group", "betas"), KeyError, "group 0.*no betas"),
+    "no alpha": (without("group", "alpha"), KeyError, "group 0.*no alpha"),
+    "lr of text": (group("lr", "x"), TypeError, "lr='x'"),
+    "lr below 0": (group("lr", -1.0), ValueError, "lr=-1.0"),
+    "lr of two": (group("lr", torch.ones(2)), TypeError, "lr"),
+    "one beta": (group("betas", (0.9,)), ValueError, "betas"),
+    "beta of 1": (group("betas", (0.9, 1.0)), ValueError, "betas"),
+    "eps is None": (group("eps", None), TypeError, "eps=None"),
+    "amsgrad of text": (group("amsgrad", "x"), TypeError, "amsgrad"),
+    "amsgrad without its state": (group("amsgrad", True), KeyError, "max_exp_avg_sq"),
+    "alpha of 3": (group("alpha", 3.0), ValueError, "alpha"),
+    "alpha of text": (group("alpha", "x"), TypeError, "alpha"),
+    "seed of text": (group("seed", "x"), TypeError, "seed"),
+    "draw index of two": (group("draw_index", torch.zeros(2).long()), TypeError, "draw_index"),
+    "draw index of floats": (group("draw_index", torch.zeros(())), TypeError, "draw_index"),
+    "draw index below 0": (group("draw_index", -1), ValueError, "draw_index"),
+    "draw index too large": (group("draw_index", 1 << 63), ValueError, "draw_index"),
+    "draw index on meta": (
+        group("draw_index", torch.zeros((), dtype=torch.int64, device="meta")),
+        TypeError,
+        "draw_index",
+    ),
+    "anchored of text": (group("anchored", "x"), TypeError, "anchored"),
+    "norm_scope in a list": (group("norm_scope", ["global"]), ValueError, "norm_scope"),
+    "groups in a dict": (lambda s: s.update(param_groups={}), TypeError, "param_groups"),
+    "group without params": (without("group", "params"), TypeError, "group 0"),
+    "group in a list": (lambda s: s.update(param_groups=[[]]), TypeError, "group 0"),
+    "state in a list": (lambda s: s.update(state=[]), TypeError, "state"),
+    "a parameter twice": (group("params", [0, 0]), ValueError, "twice"),
+    "params in lists": (group("params", [[0], [1]]), TypeError, "params"),
+    "another number": (group("params", [0]), ValueError, "hold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_named_and_nothing_changes(kind):
+    change, error, says = WRONG[kind]
+    params, opt = make()
+    with opt.replay():
+        params[0].grad = torch.ones(2)
+    saved = copy.deepcopy(opt.state_dict())
+    change(saved)
+    before = everything(opt)
+    with pytest.raises(error, match=says):
+        opt.load_state_dict(saved)
+    assert_same(before, everything(opt))
+    # The next step is that of one that was never asked.
+    others, other = make()
+    with other.replay():
+        others[0].grad = torch.ones(2)
+    for o in (opt, other):
+        stepped(o, 1)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize("value", ["x", [1.0], torch.zeros(2, device="meta"), torch.zeros(3)])
+def test_a_wrong_master_is_named_and_nothing_changes(value):
+    _, opt = make(dtype=torch.bfloat16, master_weights=True)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["master"] = value
+    before = everything(opt)
+    with pytest.raises((TypeError, ValueError), match="master of parameter 0"):
+        opt.load_state_dict(saved)
+    assert_same(before, everything(opt))
+    stepped(opt, 1)
+
+
+def foreign(kind):
+    """A state dict of another optimizer's, over parameters like those of `make`."""
+    if kind in ("adamax", "sgd", "nadam", "rmsprop", "adadelta"):
+        cls = {"adamax": torch.optim.Adamax, "sgd": torch.optim.SGD, "nadam": torch.optim.NAdam,
+               "rmsprop": torch.optim.RMSprop, "adadelta": torch.optim.Adadelta}[kind]  # fmt: skip
+        return make(cls, **({"momentum": 0.9} if kind == "sgd" else {}))[1].state_dict()
+    saved = make(torch.optim.AdamW)[1].state_dict()
+    for state in saved["state"].values():
+        state["step"] = 2
+        state["state1"], state["state2"] = state.pop("exp_avg"), state.pop("exp_avg_sq")
+        if kind == "bitsandbytes 8 bit":
+            state["state1"], state["state2"] = state["state1"].byte(), state["state2"].byte()
+    return saved
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["adamax", "sgd", "rmsprop", "adadelta", "bitsandbytes", "bitsandbytes 8 bit"],
+)
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
+def test_state_of_another_optimizer_is_refused(cls, kind):
+    options = {"momentum": 0.9} if cls is dgg.SGD else {}
+    if (cls, kind) == (dgg.SGD, "sgd"):
+        pytest.skip("its own class's")
+    params, opt = make(cls, **options)
+    opt.clear_anchor()
+    before = everything(opt)
+    with pytest.raises(KeyError, match="another optimizer's.*convert_state_dict"):
+        opt.load_state_dict(foreign(kind))
+    assert_same(before, everything(opt))
+
+
+def test_sgd_with_momentum_refuses_an_entry_without_its_buffer():
+    _, opt = make(dgg.SGD, momentum=0.9)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["state1"] = saved["state"][0].pop("momentum_buffer")
+    with pytest.raises(KeyError, match="no momentum_buffer of parameter 0"):
+        opt.load_state_dict(saved)
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["momentum_buffer"]  # an anchor alone: no step yet
+    opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
+def test_what_torch_saves_is_loaded(cls):
+    name = cls.__name__
+    options = {"momentum": 0.9} if cls is dgg.SGD else {}
+    theirs = getattr(torch.optim, name)
+    params, other = make(theirs, **options)
+    saved = copy.deepcopy(other.state_dict())
+    mine = [Parameter(p.detach().clone()) for p in params]
+    opt = cls(mine, lr=0.5, **options)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["alpha"] == 0.2 and opt.param_groups[0]["lr"] == 0.1
+    for o in (other, opt):
+        stepped(o, 3)
+    for p, q in zip(params, mine, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_what_older_releases_of_torch_have_not_saved_is_filled_in():
+    params, other = make(torch.optim.AdamW)
+    saved = copy.deepcopy(other.state_dict())
+    for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
+                 "decoupled_weight_decay"):  # fmt: skip
+        del saved["param_groups"][0][name]
+    for state in saved["state"].values():
+        state["step"] = 2  # an int, as before torch 1.12
+    opt = dgg.AdamW([Parameter(p.detach().clone()) for p in params], lr=0.1)
+    opt.load_state_dict(saved)
+    stepped(opt, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["expanded", "shared", "negated", "steps shared"])
+def test_moments_get_memory_of_their_own(backend, kind):
+    params, opt = make(backend=backend)
+    saved = copy.deepcopy(opt.state_dict())
+    expected = copy.deepcopy(saved)
+    first, second = saved["state"][0], saved["state"][1]
+    if kind == "expanded":
+        first["exp_avg"] = torch.ones(1).expand(2)
+        expected["state"][0]["exp_avg"] = torch.ones(2)
+    elif kind == "shared":
+        first["exp_avg"] = first["exp_avg_sq"]
+        expected["state"][0]["exp_avg"] = expected["state"][0]["exp_avg_sq"].clone()
+    elif kind == "negated":
+        first["exp_avg"] = torch._neg_view(torch.ones(2))
+        expected["state"][0]["exp_avg"] = -torch.ones(2)
+    else:
+        second["step"] = first["step"]
+    found = []
+    for given in (saved, expected):
+        _, opt = make(backend=backend)
+        opt.load_state_dict(given)
+        stepped(opt, 2)
+        found.append(everything(opt))
+    for (_, _, a), (_, _, b) in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_hooks_run_around_everything():
+    """One before may repair the state, one behind sees all of it; a failing one leaves no trace."""
+    _, opt = make()
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        state["step"] = str(int(state["step"]))
+    seen = []
+
+    def repair(_, state_dict):
+        state = {k: {**v, "step": float(v["step"])} for k, v in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    handle = opt.register_load_state_dict_pre_hook(repair)
+    opt.register_load_state_dict_post_hook(
+        lambda o: seen.append(all("anchor" in o.state[p] for p in o.state))
+    )
+    opt.load_state_dict(saved)
+    assert seen == [True] and len(opt._optimizer_load_state_dict_pre_hooks) == 1
+    handle.remove()
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    opt.register_load_state_dict_post_hook(fail)
+    before = everything(opt)
+    with pytest.raises(ZeroDivisionError):
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert_same(before, everything(opt))
+    assert len(opt._optimizer_load_state_dict_post_hooks) == 2
+    stepped(opt, 1)
+
+
+def test_a_load_that_torch_breaks_off_leaves_no_trace(monkeypatch):
+    _, opt = make()
+    before = everything(opt)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.optim.Optimizer, "_process_value_according_to_param_policy", fail)
+    with pytest.raises(MemoryError):
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert_same(before, everything(opt))
+
+
+def test_model_that_was_made_wide_loads_its_own_state():
+    model = torch.nn.Linear(3, 2).bfloat16()
+    opt = dgg.AdamW(model.parameters(), lr=0.1, master_weights=True)
+    stepped(opt)
+    model.float()
+    opt.load_state_dict(opt.state_dict())
+    stepped(opt)
+    assert all("master" not in opt.state[p] for p in model.parameters())
+    opt.load_state_dict(opt.state_dict())
+    model.bfloat16()
+    stepped(opt)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert all(opt.state[p]["master"].dtype == torch.float32 for p in model.parameters())
+
+
+# -- numbers of numpy's --------------------------------------------------------------------------
+
+NUMPY = {
+    "lr": np.float64(0.1), "betas": (np.float64(0.9), np.float32(0.875)), "eps": np.float64(1e-8),
+    "weight_decay": np.float32(0.5), "alpha": np.float32(0.25), "strength": np.array(0.5),
+    "max_grad_norm": np.float64(2.0), "replay_weight": np.array([0.5]), "seed": np.int64(5),
+    "amsgrad": np.bool_(True), "scaling": np.bool_(True),
+}  # fmt: skip
+
+
+def plain(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("where", ["constructor", "group", "added group", "by hand"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_numpy_are_numbers(where, backend):
+    same = {k: v.item() if k != "betas" else tuple(x.item() for x in v) for k, v in NUMPY.items()}
+    runs = []
+    for options in (NUMPY, same):
+        params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
+        own = {k: v for k, v in options.items() if k in dgg._arguments.WIDE}
+        others = {k: v for k, v in options.items() if k not in own}
+        if where == "constructor":
+            opt = dgg.AdamW(params, backend=backend, **options)
+        elif where == "group":
+            opt = dgg.AdamW([{"params": params, **others}], backend=backend, **own)
+        elif where == "added group":
+            opt = dgg.AdamW(params[:1], backend=backend, **own, **same_kind(others))
+            opt.add_param_group({"params": params[1:], **others})
+        else:
+            opt = dgg.AdamW(params, backend=backend)
+            for name, value in options.items():
+                opt.param_groups[0][name] = value
+        opt.set_anchor()
+        for p in params:
+            p.data.add_(0.5)
+        stepped(opt)
+        saved = plain(opt.state_dict())
+        assert saved["param_groups"][0]["seed"] == 5
+        opt.load_state_dict(saved)
+        stepped(opt, 1)
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+def same_kind(options):
+    return {k: v for k, v in options.items() if k == "amsgrad"}
+
+
+def test_numbers_of_numpy_in_sgd_guidance_and_tasks():
+    params = [Parameter(torch.ones(2))]
+    opt = dgg.SGD(
+        params, lr=np.float64(0.1), momentum=np.float32(0.5), dampening=np.array(0.25),
+        nesterov=np.bool_(False), weight_decay=np.float64(0.1), seed=np.uint64(2**64 - 1),
+    )  # fmt: skip
+    opt.set_anchor(task=np.int64(1))
+    stepped(opt)
+    saved = plain(opt.state_dict())
+    assert type(saved["param_groups"][0]["task_index"]) is int
+    assert saved["param_groups"][0]["seed"] == 2**64 - 1
+    guidance = dgg.Guidance(
+        torch.optim.SGD(params, lr=0.1), alpha=np.float32(1), seed=np.int32(3),
+        max_grad_norm=np.array(1.0),
+    )  # fmt: skip
+    guidance.set_anchor(task=np.int64(1))
+    stepped(guidance.optimizer)
+    guidance.param_groups[0]["alpha"] = np.float64(0.5)
+    saved = plain(guidance.state_dict())
+    assert saved["param_groups"][0]["alpha"] == 0.5 and saved["param_groups"][0]["seed"] == 3
+    guidance.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("value", [np.array([0.1, 0.2]), np.array("x"), np.array([])])
+def test_arrays_that_are_no_number_are_refused(value):
+    with pytest.raises((TypeError, ValueError), match="alpha"):
+        dgg.AdamW([Parameter(torch.ones(2))], alpha=value)
+
+
+@pytest.mark.parametrize("value", ["x", -1, 1 << 63, 1.5, None, torch.zeros(2).long()])
+def test_a_draw_index_set_to_nonsense_is_named(value):
+    params, opt = make()
+    good = opt.param_groups[0]["draw_index"]
+    opt.param_groups[0]["draw_index"] = value
+    weights = [p.detach().clone() for p in params]
+    with pytest.raises((TypeError, ValueError), match="draw_index"):
+        opt.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+    opt.param_groups[0]["draw_index"] = np.int64(good)
+    opt.step()
+    assert type(opt.param_groups[0]["draw_index"]) is int
