@@ -203,7 +203,7 @@ class Stepped:
 
     rows: dict[int, dict[str, Any]]
     injected: bool
-    guided: int
+    pulled: int
     scale: Any = None  # ball, or of norm_scope "tensor" a ball by row
     grad_norm: Any = None
     distance: Any = None
@@ -268,7 +268,7 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
             masks[row.index] = element_words(seed, draw, row.index, count) < limit
         if hit:
             masks.setdefault(row.index, np.ones(count, bool))
-    made = Stepped({}, injected=bool(masks), guided=len(guided))
+    made = Stepped({}, injected=bool(masks), pulled=len(masks))
 
     def units(chosen):
         return [arithmetic[row.index].unit for row in chosen]
