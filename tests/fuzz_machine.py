@@ -1361,9 +1361,6 @@ def expected_of_load(w: World, shot: dict):
     if any("anchor" in state and not finite(state["anchor"]) for state in saved):
         return ValueError
     if not w.foreign:
-        for i, state in enumerate(saved):
-            if "master" in state and not w.has_master(i):
-                return ValueError
         mine = any("anchor" in held.state for held in w.held)
         if mine and not any("anchor" in state for state in saved):
             return ValueError
@@ -1373,14 +1370,6 @@ def expected_of_load(w: World, shot: dict):
 def synced(w: World) -> bool:
     """Whether a guidance has seen all groups that the optimizer was given."""
     return len(w.guide.param_groups) == len(w.groups)
-
-
-def stale_masters(w: World, state) -> bool:
-    """Whether a state dict has masters of what needs none (any more), which may be refused."""
-    return any(
-        "master" in entry and not w.has_master(i) and w.params[i].numel()
-        for i, entry in state["state"].items()
-    )
 
 
 @action(2.5)
@@ -1413,8 +1402,6 @@ def load(w: World, rng) -> None:
         try:
             w.opt.load_state_dict(state)
         except Exception as raised:
-            if isinstance(raised, ValueError) and stale_masters(w, state):
-                return
             if error is None or not isinstance(raised, error):
                 raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
             return
@@ -1429,7 +1416,11 @@ def loaded(w: World, shot: dict) -> None:
     w.wide = dict(shot["wide"])
     w.groups = [dict(group) for group in shot["groups"]]
     for i, (held, state) in enumerate(zip(w.held, shot["states"], strict=True)):
-        held.state = {k: cast_on_load(w, i, k, v).clone() for k, v in state.items()}
+        held.state = {
+            k: cast_on_load(w, i, k, v).clone()
+            for k, v in state.items()
+            if k != "master" or w.has_master(i)
+        }
         held.first = shot["first"][i]
         held.stale = None
     w.task_named = None
@@ -1472,14 +1463,10 @@ def resume(w: World, rng) -> None:
     error = None
     if any("anchor" in h.state and not finite(h.state["anchor"]) for h in w.held):
         error = ValueError
-    if any("master" in h.state and not w.has_master(i) for i, h in enumerate(w.held)):
-        error = ValueError
     w.note(f"a new optimizer loads the state -> {error}")
     try:
         opt.load_state_dict(state)
     except Exception as raised:
-        if isinstance(raised, ValueError) and stale_masters(w, state):
-            return
         if error is None or not isinstance(raised, error):
             raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
         return
