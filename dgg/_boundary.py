@@ -103,7 +103,8 @@ def plan_anchors(
         names = _names_of(groups, model, params)
         if not isinstance(tensors, Mapping):
             tensors = anchor.open_path(tensors)
-        sources = anchor.match_named(tensors, params, names, labels, dtypes, model)
+        others = () if model is not None else _other_names(groups, params)
+        sources = anchor.match_named(tensors, params, names, labels, dtypes, model, others)
     plan = []
     for p, theta, source, label, wanted in zip(
         params, stepped, sources, labels, dtypes, strict=True
@@ -136,6 +137,17 @@ def _names_of(groups, model, params) -> list[list[str]]:
             )
         names.update(zip(group["params"], group["param_names"], strict=True))
     return [anchor.variants(names[p]) for p in params]
+
+
+def _other_names(groups, params) -> list[str]:
+    """Returns the names of parameters that get no anchor, which may have tensors all the same."""
+    mine = set(params)
+    return [
+        name
+        for group in groups
+        for p, name in zip(group["params"], group["param_names"], strict=True)
+        if p not in mine
+    ]
 
 
 def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, given: bool) -> bool:

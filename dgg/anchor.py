@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgg import sharding
+from dgg import _names, sharding
 from dgg.reference import FLOAT_DTYPES
 
 _COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -153,90 +152,7 @@ def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-# What wrappers put into the names of parameters, wherever they stand.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
-def names_of_parameters(model: torch.nn.Module) -> dict[Tensor, list[str]]:
-    """Returns all names of every parameter of ``model``, tied ones under each of their names.
-
-    Besides the plain names: names without what wrappers add (``module.``, ``_orig_mod.``, those
-    of FSDP and activation checkpointing), and those that peft gives an adapter's parameters, and
-    trained copies of modules, in the files it writes.
-    """
-    adapters = list(getattr(_unwrapped(model), "peft_config", None) or ())
-    names: dict[Tensor, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        seen = names.setdefault(param, [])
-        seen.extend(v for v in variants(name, adapters) if v not in seen)
-    return names
-
-
-def variants(name: str, adapters: Sequence[str] = ()) -> list[str]:
-    """Returns the names a parameter may have in a file, the likeliest first."""
-    plain = _plain_name(name)
-    found = [name, plain]
-    for adapter in adapters:
-        short = plain.replace(f".modules_to_save.{adapter}.", ".")
-        found.append(short.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"))
-    if adapters:
-        # An adapter within a model, and a model's own weights within peft's.
-        found += [f"base_model.model.{short}" for short in found[1:]]
-        inner = [n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in found]
-        found += [n for n in inner if ".lora_" not in n]
-    return found
-
-
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns the model inside of DDP's and torch.compile's wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            None if hasattr(model, "peft_config") else getattr(model, "module", None)
-        )
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner
-
-
-def _names_in_memory(stored: Sequence[str], model: torch.nn.Module | None) -> dict[str, str]:
-    """Returns the name in ``stored`` of every name that it has without wrappers, or in memory.
-
-    transformers writes some models (LLaVA's) under other names than their modules have.
-    """
-    found: dict[str, str | None] = {}
-
-    def add(name: str, origin: str) -> None:
-        # Two that would become one are neither.
-        found[name] = None if name in found and found[name] != origin else origin
-
-    for name in stored:
-        add(_plain_name(name), name)
-    inner = None if model is None else _unwrapped(model)
-    inner = getattr(inner, "get_base_model", lambda: inner)()
-    if "transformers" in sys.modules and hasattr(inner, "base_model_prefix"):
-        for name, origin in _renamed_by_transformers(stored, inner).items():
-            add(name, origin)
-    return {name: origin for name, origin in found.items() if origin is not None}
-
-
-def _renamed_by_transformers(stored: Sequence[str], model: torch.nn.Module) -> dict[str, str]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # an older one, which keeps the names of most models
-        return {}
-    every = get_model_conversion_mapping(model)
-    # Those that compute (merge experts, say) are not for us: such names stay missing.
-    renamings = [each for each in every if isinstance(each, WeightRenaming)]
-    return {rename_source_key(name, renamings, [])[0]: name for name in stored}
+names_of_parameters, variants = _names.names_of_parameters, _names.variants
 
 
 def find_names(
@@ -244,41 +160,86 @@ def find_names(
     candidates: Sequence[Sequence[str]],
     labels: Sequence[str],
     model: torch.nn.Module | None = None,
+    params: Sequence[Tensor] | None = None,
+    others: Sequence[str] = (),
 ) -> list[str]:
     """Finds the name under which each parameter's anchor stands in a source.
 
     Args:
         stored: Named tensors, or a file's.
-        candidates: For each parameter the names it may have there.
+        candidates: For each parameter the names it may have there, its own first.
         labels: For each parameter how errors call it.
         model: The model the parameters belong to, if known.
+        params: The parameters; of sharded ones a rank compares no more than its part.
+        others: Names of parameters that get no anchor, but may have a tensor there.
 
     Raises:
         KeyError: A parameter has no tensor.
+        ValueError: A parameter may have two different tensors, or two parameters the same.
     """
-    prefixes = getattr(stored, "prefixes", ("",))
-    found: list[str | None] = [
-        next((p + n for p in prefixes for n in names if p + n in stored), None)
-        for names in candidates
-    ]
-    if None in found:
-        known = _names_in_memory([n for n in stored if isinstance(n, str)], model)
-        for place, names in enumerate(candidates):
-            if found[place] is None:
-                found[place] = next((known[n] for n in names if n in known), None)
-    missing = [label for label, name in zip(labels, found, strict=True) if name is None]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        have = ", ".join(map(str, list(stored)[:3])) or "nothing"
-        where = f" in {stored.path}" if isinstance(stored, Stored) else ""
-        raise KeyError(
-            f"no tensor for {len(missing)} of {len(found)} trainable parameters: {shown}; the "
-            f"names given{where} start with: {have}. Pass the state dict of the same model or "
-            "adapter, "
-            + ("" if model is not None else "pass model= if it is wrapped or peft's, ")
-            + "or freeze (requires_grad_(False)) what has no anchor"
-        )
-    return found
+    where = f" in {stored.path}" if isinstance(stored, Stored) else ""
+    ask = "" if model is not None else "pass model= if it is wrapped or peft's, "
+
+    def same(place: int, left: str, right: str) -> bool:
+        return _same(stored, left, right, None if params is None else params[place])
+
+    def called(place: int) -> str:
+        name = candidates[place][0] if candidates[place] else ""
+        return labels[place] if repr(name) in labels[place] else f"{name!r}, {labels[place]}"
+
+    words = stored.words if isinstance(stored, Stored) else ()
+    try:
+        return _names.find(stored, candidates, model, others, same, words)
+    except _names.Two as two:
+        raise ValueError(
+            f"{called(two.place)}, may have two tensors{where}, {two.first!r} and {two.second!r}, "
+            "which differ: leave out the one that is not meant"
+            + ("" if model is not None else ", or pass model=, which tells whose they are")
+        ) from None
+    except _names.Shared as shared:
+        both = " and of ".join(called(place) for place in shared.places)
+        raise ValueError(
+            f"the tensor {shared.name!r}{where} would be the anchor of {both}: pass the tensors "
+            "by their names in the model (set_anchor(model.state_dict(), model=model)), or freeze "
+            "one of the two"
+        ) from None
+    except _names.Missing as found:
+        missing, reasons = [called(place) for place in found.places], found.reasons
+    shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
+    have = ", ".join(map(str, list(stored)[:3])) or "nothing"
+    why = "".join(f"{reason}. " for reason in reasons)
+    raise KeyError(
+        f"no tensor for {len(missing)} of {len(labels)} trainable parameters: {shown}; the "
+        f"names given{where} start with: {have}. {why}Pass the state dict of the same model or "
+        f"adapter, {ask}or load the weights into the model and call "
+        "set_anchor(model.state_dict(), model=model) or set_anchor() (the way for what is stored "
+        "in another form than in the model, as the experts of a mixture are), or freeze "
+        "(requires_grad_(False)) what has no anchor"
+    )
+
+
+def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None) -> bool:
+    """Returns whether two tensors of a source are equal, of a sharded parameter's this part."""
+    if isinstance(stored, Stored):
+        if stored.kind(left) != stored.kind(right):
+            return False
+        if not isinstance(stored.kind(left)[1], torch.dtype):
+            return False
+        if param is None or tuple(param.shape) != stored.kind(left)[0]:
+            x, y = stored[left], stored[right]
+        else:
+            x, y = stored.read(left, param), stored.read(right, param)
+    else:
+        x, y = stored[left], stored[right]
+    if x is y:
+        return True
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape:
+        return False
+    x, y = sharding.local(x.detach()), sharding.local(y.detach())
+    alike = x.dtype == y.dtype and x.device == y.device and x.layout == y.layout
+    if is_alias(x, y):
+        return alike and x.stride() == y.stride()
+    return alike and x.device.type != "meta" and torch.equal(x, y)
 
 
 def match_named(
@@ -288,6 +249,7 @@ def match_named(
     labels: Sequence[str],
     dtypes: Sequence[torch.dtype],
     model: torch.nn.Module | None = None,
+    others: Sequence[str] = (),
 ) -> list[Tensor | Part]:
     """Finds the source of every parameter's anchor by name, and checks it.
 
@@ -299,6 +261,7 @@ def match_named(
         labels: For each parameter how errors call it.
         dtypes: For each parameter the storage dtype of its anchor.
         model: The model the parameters belong to, if known.
+        others: Names of parameters that get no anchor, but may have a tensor there.
 
     Returns:
         One source per parameter; of a file's the values are not looked at yet.
@@ -306,10 +269,10 @@ def match_named(
     Raises:
         KeyError: A parameter has no tensor.
         TypeError: A tensor's type does not fit.
-        ValueError: A tensor's shape or values do not fit.
+        ValueError: A tensor's shape or values do not fit, or it cannot be told whose it is.
     """
     sources = []
-    found = find_names(tensors, names, labels, model)
+    found = find_names(tensors, names, labels, model, params, others)
     for param, name, label, dtype in zip(params, found, labels, dtypes, strict=True):
         if isinstance(tensors, Stored):
             source = Part(tensors, name, param, *tensors.kind(name))
@@ -338,10 +301,10 @@ class Stored(Mapping):
 
     Attributes:
         path: Where they are.
-        prefixes: What may stand before the names of parameters there.
+        words: What may stand before the names of parameters there, besides what wrappers put.
     """
 
-    prefixes: Sequence[str] = ("",)
+    words: Sequence[str] = ()
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -441,7 +404,7 @@ class _Safetensors(Stored):
 class _Distributed(Stored):
     """Tensors of a checkpoint of torch.distributed.checkpoint, read without any collective."""
 
-    prefixes = ("", "model.", "module.", "state_dict.")
+    words = ("state_dict.",)
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__(path)

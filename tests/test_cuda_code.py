@@ -174,7 +174,12 @@ class Kernel:
         moments = [moment] * {"adam": 2 + state, "sgd": int(state)}[self.unit]
         copies = [copy] if copy else []
         return [
-            Walk([*reads, param, *moments], [param, *moments, *copies], (0, param + sum(copies)))
+            # A parameter is read beside its master, which it may have to replace.
+            Walk(
+                [*reads, param, *moments, *copies],
+                [param, *moments, *copies],
+                (0, param + sum(copies)),
+            )
         ]
 
 

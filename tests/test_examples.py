@@ -101,10 +101,44 @@ def plain_loop(run, monkeypatch, tmp_path):
         collate=torch.cat,
     )
     opt = names["opt"]
-    assert opt.param_groups[0]["task_index"] == 3
+    assert opt.param_groups[0]["task_index"] == 2
     assert opt.param_groups[0]["draw_index"] == 9
     assert len(names["memory"]) == 9
     assert all(s.keys() == {"step", "exp_avg", "exp_avg_sq", "anchor"} for s in opt.state.values())
+
+
+def _with_memory():
+    model, tasks = model_and_batches()
+    opt = dgg.AdamW(model.parameters(), lr=0.01, alpha=1.0)
+    memory = dgg.ReplayBuffer(per_task=3, seed=0)
+    memory.add_task(tasks[0])
+    opt.set_anchor()
+    return model, opt, memory, tasks[1]
+
+
+@stand_in("docs/replay.md 1")
+@stand_in("docs/replay.md 2")
+def replay_in_a_loop(run, monkeypatch, tmp_path):
+    model, opt, memory, loader = _with_memory()
+    steps = []
+    opt.register_step_pre_hook(lambda *_: steps.append(bool(opt._engine.replay)))
+    run(
+        model=model,
+        opt=opt,
+        memory=memory,
+        loader=loader,
+        loss=lambda model, batch: model(batch).square().mean(),
+        collate=torch.cat,
+    )
+    assert steps == [True, True, True] and not opt._engine.replay
+
+
+@stand_in("docs/replay.md 3")
+def statistics(run, monkeypatch, tmp_path):
+    model, opt, _, _ = _with_memory()
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    run(opt=opt)
 
 
 @stand_in("README.md 2")

@@ -32,6 +32,7 @@ FLOORS = {
     "_arguments": 4,
     "_dispatch": 3,
     "anchor": 3,
+    "_names": 2,
     "_device": 2,
     "_prefetch": 1,
     "_zero_redundancy": 1,

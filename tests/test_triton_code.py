@@ -109,8 +109,10 @@ class Launch:
         moments = 2 + bool(self.variant & STATE) if self.kernel == "adam" else 0
         if self.kernel == "sgd":
             moments = int(bool(self.variant & STATE))
-        loads += [param] + [state] * moments
-        return loads, [param] + [state] * moments + [copy] * bool(self.variant & COPY)
+        # A parameter is read beside its master, which it may have to replace.
+        copies = [copy] * bool(self.variant & COPY)
+        loads += [param] + [state] * moments + copies
+        return loads, [param] + [state] * moments + copies
 
     def wanted_again(self):
         """Dtypes of the tensors that should stay in the cache, of loads and of stores."""
