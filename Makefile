@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# How long `make fuzz` looks, and where it begins: another SEED, other cases.
+SECONDS ?= 600
+SEED ?= 0
 # One more than two cores: tests of several ranks wait for each other a good part of their time.
 JOBS ?= 3
 
@@ -19,7 +22,7 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow lint format demo bench bench-sharded table gpu profile clean distclean
+.PHONY: help venv build test test-slow fuzz lint format demo bench bench-sharded table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -37,6 +40,10 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
+
+fuzz: $(BUILT) $(TEST) ## random lives and hostile states against a float64 model, SECONDS=600 in all
+	$(BIN)/python -P tests/fuzz_machine.py --seconds $$(( $(SECONDS) * 2 / 3 )) --seed $(SEED) $(ARGS)
+	$(BIN)/python -P tests/fuzz_hostile.py --seconds $$(( $(SECONDS) / 3 )) --seed $(SEED)
 
 lint: $(LINT) ## check style and formatting
 	$(BIN)/ruff check

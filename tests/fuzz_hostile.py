@@ -36,18 +36,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import dgg
 import fuzz_machine as machine
 import fuzz_model as model
-from fuzz_machine import C64, CLEAR, F16, F32, F64, Difference, World, same
+from fuzz_machine import C64, CLEAR, F16, F32, F64, Difference, World
 
-# -- spoiling ---------------------------------------------------------------------------------------
+# -- spoiling -------------------------------------------------------------------------------------
 
 
 def weird_numbers(rng):
     return rng.choice([
-        "x", "3", b"3", None, [1], (1, 2), {}, {"a": 1}, set(), 10**400, -(10**400), -1, 2**70, 2**63,
-        1.5, -0.5, float("nan"), float("inf"), True, False, 0, 1, 3, np.float32(0.5), np.float64("nan"),
-        np.int64(3), np.ones(3), np.array(2.0), torch.tensor(3), torch.tensor(-1), torch.tensor(2.5),
-        torch.tensor(float("nan")), torch.tensor([2.0]), torch.ones(2), torch.ones(0), torch.tensor(True),
-        torch.tensor(1j), torch.tensor(1.0, device="meta"), torch.eye(1).to_sparse(), 1j, print, object(), int,
+        "x", "3", b"3", None, [1], (1, 2), {}, {"a": 1}, set(), 10**400, -(10**400), -1, 2**70,
+        2**63, 1.5, -0.5, float("nan"), float("inf"), True, False, 0, 1, 3, np.float32(0.5),
+        np.float64("nan"), np.int64(3), np.ones(3), np.array(2.0), torch.tensor(3),
+        torch.tensor(-1), torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor([2.0]),
+        torch.ones(2), torch.ones(0), torch.tensor(True), torch.tensor(1j),
+        torch.tensor(1.0, device="meta"), torch.eye(1).to_sparse(), 1j, print, object(), int,
         "global", "step", "tensor", "element",
     ])  # fmt: skip
 
@@ -70,7 +71,9 @@ def weird_tensor(rng, like: torch.Tensor, others: list[torch.Tensor]):
         "meta": lambda: torch.empty(shape, device="meta", dtype=like.dtype),
         "sparse": lambda: torch.ones(shape, dtype=like.dtype).to_sparse() if shape else 3,
         "expanded": lambda: torch.full((), 0.5, dtype=like.dtype).expand(shape),
-        "expanded rows": lambda: torch.full((*shape[:-1], 1), 0.5, dtype=like.dtype).expand(shape) if shape else 1,
+        "expanded rows": lambda: (
+            torch.full((*shape[:-1], 1), 0.5, dtype=like.dtype).expand(shape) if shape else 1
+        ),
         "huge": lambda: torch.zeros(1).expand(10**12),
         "another shape": lambda: torch.ones(*shape, 2, dtype=like.dtype),
         "flat": lambda: torch.ones(number, dtype=like.dtype),
@@ -86,7 +89,9 @@ def weird_tensor(rng, like: torch.Tensor, others: list[torch.Tensor]):
         "gaps": lambda: machine.lay_out(like.clone(), "gaps"),
         "offset": lambda: machine.lay_out(like.clone(), "offset"),
         "negated": lambda: torch._neg_view(like.clone()),
-        "negated float16": lambda: torch._neg_view(like.clone().half()) if not like.is_complex() else like,
+        "negated float16": lambda: (
+            torch._neg_view(like.clone().half()) if not like.is_complex() else like
+        ),
         "conjugated": lambda: like.clone().conj(),
         "requires grad": lambda: like.clone().requires_grad_(like.is_floating_point()),
         "a parameter": lambda: nn.Parameter(like.clone(), requires_grad=False),
@@ -121,9 +126,18 @@ def spoil_state(rng, d: dict, w: World) -> list[str]:
 def _spoil_once(rng, d: dict, w: World) -> str:
     state = d.get("state")
     groups = d.get("param_groups")
-    entries = [(k, e) for k, e in state.items() if isinstance(e, dict) and e] if isinstance(state, dict) else []
+    entries = (
+        [(k, e) for k, e in state.items() if isinstance(e, dict) and e]
+        if isinstance(state, dict)
+        else []
+    )
     groups_ok = isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups)
-    kind = rng.choice(["leaf"] * 8 + ["drop"] * 3 + ["option"] * 6 + ["entry", "entry", "keys", "group", "params", "top", "alias", "extra", "moved"])
+    kind = rng.choice(
+        ["leaf"] * 8
+        + ["drop"] * 3
+        + ["option"] * 6
+        + ["entry", "entry", "keys", "group", "params", "top", "alias", "extra", "moved"]
+    )
     if kind in ("leaf", "drop", "alias", "moved") and entries:
         key, entry = rng.choice(entries)
         name = rng.choice(list(entry))
@@ -145,10 +159,16 @@ def _spoil_once(rng, d: dict, w: World) -> str:
         if name == "step" and rng.random() < 0.7 or not isinstance(value, torch.Tensor):
             entry[name] = weird_numbers(rng)
             return f"{name} of {key} is {_shown(entry[name])}"
-        tensors = [x for _, e in entries for x in e.values() if isinstance(x, torch.Tensor) and x.shape == value.shape]
+        tensors = [
+            x
+            for _, e in entries
+            for x in e.values()
+            if isinstance(x, torch.Tensor) and x.shape == value.shape
+        ]
         tensors += [p.data for p in w.params if p.shape == value.shape]
         entry[name], word = weird_tensor(rng, value, tensors)
-        return f"{name} of {key} ({tuple(value.shape)}, {value.dtype}) is {word}: {_shown(entry[name])}"
+        kind = f"{tuple(value.shape)}, {value.dtype}"
+        return f"{name} of {key} ({kind}) is {word}: {_shown(entry[name])}"
     if kind == "option" and groups_ok:
         group = rng.choice(groups)
         name = rng.choice([k for k in group if k != "params"] or ["lr"])
@@ -162,7 +182,18 @@ def _spoil_once(rng, d: dict, w: World) -> str:
         return f"{name} is {_shown(value)} {'in all groups' if everywhere else 'in one group'}"
     if kind == "entry" and entries:
         key, entry = rng.choice(entries)
-        state[key] = rng.choice([None, {}, [], "x", 3, torch.ones(2), list(entry.items()), collections.OrderedDict(entry)])
+        state[key] = rng.choice(
+            [
+                None,
+                {},
+                [],
+                "x",
+                3,
+                torch.ones(2),
+                list(entry.items()),
+                collections.OrderedDict(entry),
+            ]
+        )
         return f"the state of {key} is {_shown(state[key])}"
     if kind == "keys" and isinstance(state, dict) and state:
         way = rng.choice(["text", "shift", "turn", "extra", "none", "names"])
@@ -205,9 +236,10 @@ def _spoil_once(rng, d: dict, w: World) -> str:
         if isinstance(members, list):
             value = rng.choice([
                 None, 3, "x", tuple(members), members[:-1], [*members, 99], list(reversed(members)),
-                [str(m) for m in members], [m + 1 for m in members if isinstance(m, int)], [None] * len(members),
-                [[m] for m in members], [members[0]] * len(members) if members else [], [99 + k for k in range(len(members))],
-                {m: m for m in members if isinstance(m, int)}, [float(m) for m in members if isinstance(m, int)],
+                [str(m) for m in members], [m + 1 for m in members if isinstance(m, int)],
+                [None] * len(members), [[m] for m in members], members[:1] * len(members),
+                [99 + k for k in range(len(members))], {m: m for m in members if type(m) is int},
+                [float(m) for m in members if isinstance(m, int)],
                 torch.arange(len(members)),
             ])  # fmt: skip
             group["params"] = value
@@ -221,21 +253,30 @@ def _spoil_once(rng, d: dict, w: World) -> str:
         return f"{name} is {_shown(d[name])}"
     if kind == "extra" and groups_ok:
         if rng.random() < 0.5 and entries:
-            entries[0][1][rng.choice(["foo", 3, "state1", "master", "max_exp_avg_sq", "momentum_buffer"])] = weird_numbers(rng)
+            entries[0][1][
+                rng.choice(["foo", 3, "state1", "master", "max_exp_avg_sq", "momentum_buffer"])
+            ] = weird_numbers(rng)
             return "a further key in an entry"
-        groups[0][rng.choice(["foo", "initial_lr", "swa_lr", "param_names", "capturable", "fused"])] = weird_numbers(rng)
+        groups[0][
+            rng.choice(["foo", "initial_lr", "swa_lr", "param_names", "capturable", "fused"])
+        ] = weird_numbers(rng)
         return "a further option in a group"
     return "nothing"
 
 
 def _shown(value) -> str:
     if isinstance(value, torch.Tensor):
-        return f"tensor {value.dtype} {tuple(value.shape)}" + (f" {value.item()}" if value.numel() == 1 and not value.is_meta and value.layout == torch.strided else "")
+        return f"tensor {value.dtype} {tuple(value.shape)}" + (
+            f" {value.item()}"
+            if value.numel() == 1 and not value.is_meta and value.layout == torch.strided
+            else ""
+        )
     return repr(value)[:80]
 
 
 FOREIGN = {
-    "SGD": {"momentum": 0.9}, "Adamax": {}, "RMSprop": {}, "Adagrad": {}, "NAdam": {}, "RAdam": {}, "Adam": {},
+    "SGD": {"momentum": 0.9}, "Adamax": {}, "RMSprop": {}, "Adagrad": {}, "NAdam": {}, "RAdam": {},
+    "Adam": {},
     "AdamW": {"amsgrad": True}, "Rprop": {}, "ASGD": {}, "Adadelta": {}, "LBFGS": {},
 }  # fmt: skip
 
@@ -243,7 +284,10 @@ FOREIGN = {
 def foreign_state(rng, w: World):
     """The state dict of another optimizer over the same parameters."""
     name = rng.choice(list(FOREIGN))
-    params = [nn.Parameter(h.theta.clone().float() if h.theta.is_complex() is False else h.theta.clone()) for h in w.held]
+    params = [
+        nn.Parameter(h.theta.clone().float() if h.theta.is_complex() is False else h.theta.clone())
+        for h in w.held
+    ]
     groups, start = [], 0
     for group in w.groups:
         groups.append({"params": params[start : start + group["size"]]})
@@ -266,7 +310,7 @@ def foreign_state(rng, w: World):
     return state, name
 
 
-# -- loading into an optimizer ------------------------------------------------------------------------
+# -- loading into an optimizer --------------------------------------------------------------------
 
 
 class Case:
@@ -277,11 +321,9 @@ class Case:
         self.taken = False
 
 
-
 def relevant(w: World) -> tuple[str, ...]:
     """The keys of the state that the optimizer knows."""
     return (*columns(w), *(("step",) if w.rule == "adam" else ()), "master", "anchor")
-
 
 
 def prepared(seed: int, notes=None) -> World:
@@ -349,7 +391,9 @@ def take_over(w: World, d: dict) -> None:
     place = 0
     for number, (mine, saved) in enumerate(zip(w.groups, groups, strict=True)):
         if len(saved["params"]) != mine["size"]:
-            raise Difference("load: takes other groups", f"{len(saved['params'])} for {mine['size']}")
+            raise Difference(
+                "load: takes other groups", f"{len(saved['params'])} for {mine['size']}"
+            )
         for name in ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "strength"):
             if name in mine and name in saved:
                 mine[name] = number_of(saved[name], name)
@@ -382,7 +426,9 @@ def take_over(w: World, d: dict) -> None:
                 loaded = loaded_value(w, place, name, value)
                 if loaded is not None:
                     held.state[name] = loaded
-            if w.kind == "SGD" and all(number_of(g.get("draw_index", 1), "draw_index") == 0 for g in groups):
+            if w.kind == "SGD" and all(
+                number_of(g.get("draw_index", 1), "draw_index") == 0 for g in groups
+            ):
                 buffer = held.state.get("momentum_buffer")
                 held.first = buffer is not None and not model.flat(buffer).any()
             place += 1
@@ -392,7 +438,10 @@ def take_over(w: World, d: dict) -> None:
     machine_counts = [g["anchored"] for g in w.groups]
     machine.count_anchored(w)
     if [g["anchored"] for g in w.groups] != machine_counts:
-        raise Difference("load: takes a wrong number of anchors", f"{machine_counts}, there are {[g['anchored'] for g in w.groups]}")
+        raise Difference(
+            "load: takes a wrong number of anchors",
+            f"{machine_counts}, there are {[g['anchored'] for g in w.groups]}",
+        )
     fresh = before <= 1 or before == w.resumed
     w.resumed = w.wide["draw_index"] if fresh else None
     w.task_named = None
@@ -451,12 +500,21 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
         if kind == "anchor" and isinstance(anchors, dict) and anchors:
             key = rng.choice(list(anchors))
             if isinstance(anchors[key], torch.Tensor):
-                others = [x for x in anchors.values() if isinstance(x, torch.Tensor) and x.shape == anchors[key].shape]
+                others = [
+                    x
+                    for x in anchors.values()
+                    if isinstance(x, torch.Tensor) and x.shape == anchors[key].shape
+                ]
                 others += [p.data for p in w.params if p.shape == anchors[key].shape]
                 shape = tuple(anchors[key].shape)
                 anchors[key], word = weird_tensor(rng, anchors[key], others)
                 case.said.append(f"anchor {key} {shape} is {word}: {_shown(anchors[key])}")
-        elif kind == "option" and isinstance(groups, list) and groups and all(isinstance(g, dict) for g in groups):
+        elif (
+            kind == "option"
+            and isinstance(groups, list)
+            and groups
+            and all(isinstance(g, dict) for g in groups)
+        ):
             group = rng.choice(groups)
             name = rng.choice(list(group) or ["alpha"])
             if rng.random() < 0.2:
@@ -525,7 +583,11 @@ def take_over_guidance(w: World, d) -> None:
     for held in w.held:
         held.state.pop("anchor", None)
     for key, value in d["anchors"].items():
-        if isinstance(key, bool) or not isinstance(key, (int, float)) or key not in range(len(w.params)):
+        if (
+            isinstance(key, bool)
+            or not isinstance(key, (int, float))
+            or key not in range(len(w.params))
+        ):
             raise Difference("load: takes an anchor of nothing", repr(key))
         if value is None:
             continue
@@ -537,10 +599,29 @@ def take_over_guidance(w: World, d) -> None:
     w.check("taken load")
 
 
-# -- anchors in files -----------------------------------------------------------------------------------
+# -- anchors in files -----------------------------------------------------------------------------
 
-_CODES = {F64: "F64", F32: "F32", F16: "F16", torch.bfloat16: "BF16", C64: "C64", torch.complex128: "C128"}
-_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "C128": 16, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+_CODES = {
+    F64: "F64",
+    F32: "F32",
+    F16: "F16",
+    torch.bfloat16: "BF16",
+    C64: "C64",
+    torch.complex128: "C128",
+}
+_WIDTH = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "C64": 8,
+    "C128": 16,
+    "I32": 4,
+    "I64": 8,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+}
 
 
 def raw_bytes(x: torch.Tensor) -> bytes:
@@ -553,7 +634,11 @@ def written(tensors: dict[str, torch.Tensor], header=None) -> bytes:
     made, data = {}, b""
     for name, x in tensors.items():
         chunk = raw_bytes(x)
-        made[name] = {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": [len(data), len(data) + len(chunk)]}
+        made[name] = {
+            "dtype": _CODES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [len(data), len(data) + len(chunk)],
+        }
         data += chunk
     if header is not None:
         header(made)
@@ -576,8 +661,14 @@ def parsed(content: bytes) -> dict[str, torch.Tensor] | None:
             dtype = {v: k for k, v in _CODES.items()}.get(entry["dtype"])
             if dtype is None:
                 continue
-            x = torch.frombuffer(bytearray(data[start:end]) or bytearray(1), dtype=torch.uint8)[: end - start]
-            found[name] = x.clone().view(dtype).view(entry["shape"]) if end > start else torch.empty(entry["shape"], dtype=dtype)
+            x = torch.frombuffer(bytearray(data[start:end]) or bytearray(1), dtype=torch.uint8)[
+                : end - start
+            ]
+            found[name] = (
+                x.clone().view(dtype).view(entry["shape"])
+                if end > start
+                else torch.empty(entry["shape"], dtype=dtype)
+            )
         return found
     except Exception:
         return None
@@ -589,21 +680,52 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
         old.rmdir() if old.is_dir() and not old.is_symlink() else old.unlink()
     tensors = {}
     for i, p in enumerate(w.params):
-        dtype = p.dtype if rng.random() < 0.7 else machine.stored_as(rng.choice([F32, F64]), p.dtype)
+        dtype = (
+            p.dtype if rng.random() < 0.7 else machine.stored_as(rng.choice([F32, F64]), p.dtype)
+        )
         tensors[f"p{i}"] = machine.values(rng, w.gen, p.shape, dtype)
     form = rng.choice(["file", "file", "model", "adapter", "index", "trainer"])
     content: dict[str, bytes] = {}
-    name = {"file": "x.safetensors", "model": "model.safetensors", "adapter": "adapter_model.safetensors", "trainer": "model.safetensors"}.get(form)
-    way = rng.choice(["right", "right", "truncated", "flipped", "header", "type", "shape", "missing", "values", "empty", "garbage", "directory", "none", "offsets", "length"])
+    name = {
+        "file": "x.safetensors",
+        "model": "model.safetensors",
+        "adapter": "adapter_model.safetensors",
+        "trainer": "model.safetensors",
+    }.get(form)
+    way = rng.choice(
+        [
+            "right",
+            "right",
+            "truncated",
+            "flipped",
+            "header",
+            "type",
+            "shape",
+            "missing",
+            "values",
+            "empty",
+            "garbage",
+            "directory",
+            "none",
+            "offsets",
+            "length",
+        ]
+    )
 
     def header(made):
         key = rng.choice(list(made))
         if way == "type":
-            made[key]["dtype"] = rng.choice(["I32", "F8_E4M3", "XX", 3, None, "F16", "F32", "F64", "BOOL"])
+            made[key]["dtype"] = rng.choice(
+                ["I32", "F8_E4M3", "XX", 3, None, "F16", "F32", "F64", "BOOL"]
+            )
         elif way == "shape":
-            made[key]["shape"] = rng.choice([[5, 5], [], [-1], [10**18], "x", None, [1.5], [*made[key]["shape"], 1]])
+            made[key]["shape"] = rng.choice(
+                [[5, 5], [], [-1], [10**18], "x", None, [1.5], [*made[key]["shape"], 1]]
+            )
         elif way == "offsets":
-            made[key]["data_offsets"] = rng.choice([[0, 0], [0, 10**15], [-4, 4], [8, 4], "x", None, [0]])
+            made[key]["data_offsets"] = rng.choice(
+                [[0, 0], [0, 10**15], [-4, 4], [8, 4], "x", None, [0]]
+            )
         elif way == "header":
             made[key] = rng.choice([None, "x", 3, [], {}, {"dtype": "F32"}])
         elif way == "missing":
@@ -611,7 +733,9 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
 
     if way == "values":
         some = rng.choice(list(tensors))
-        tensors[some] = machine.values(rng, w.gen, tensors[some].shape, tensors[some].dtype, "strange")
+        tensors[some] = machine.values(
+            rng, w.gen, tensors[some].shape, tensors[some].dtype, "strange"
+        )
     if form == "index":
         names = list(tensors)
         half = {n: tensors[n] for n in names[::2]}, {n: tensors[n] for n in names[1::2]}
@@ -621,13 +745,17 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
         index = {"metadata": {}, "weight_map": weights}
         spoilt = rng.choice(["right", "right", "name", "type", "map", "json", "path", "list"])
         if spoilt == "name":
-            weights[rng.choice(names)] = rng.choice(["c.safetensors", "b.safetensors", "a.safetensors", ""])
+            weights[rng.choice(names)] = rng.choice(
+                ["c.safetensors", "b.safetensors", "a.safetensors", ""]
+            )
         elif spoilt == "type":
             weights[rng.choice(names)] = rng.choice([3, None, [], {}, True, 1.5])
         elif spoilt == "map":
             index["weight_map"] = rng.choice([None, [], 3, "x", {}, [["p0", "a.safetensors"]]])
         elif spoilt == "path":
-            weights[rng.choice(names)] = rng.choice(["../nowhere.safetensors", "/etc/hostname", ".", "a.safetensors/x", "\0"])
+            weights[rng.choice(names)] = rng.choice(
+                ["../nowhere.safetensors", "/etc/hostname", ".", "a.safetensors/x", "\0"]
+            )
         text = json.dumps(index).encode()
         if spoilt == "json":
             text = rng.choice([text[:-3], b"", b"\xff\xfe\x00", b"[]", b"null", b"3", b'"x"'])
@@ -660,7 +788,20 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
     elif way == "none":
         (folder / target).unlink()
     if form == "trainer":
-        text = rng.choice(['{"global_step": 3, "max_steps": 3}', '{"global_step": 2, "max_steps": 3}', "{}", "[]", "x", "", '{"global_step": null, "max_steps": 3}', "null", '{"global_step": "3", "max_steps": 1e400}', "\xff"])
+        text = rng.choice(
+            [
+                '{"global_step": 3, "max_steps": 3}',
+                '{"global_step": 2, "max_steps": 3}',
+                "{}",
+                "[]",
+                "x",
+                "",
+                '{"global_step": null, "max_steps": 3}',
+                "null",
+                '{"global_step": "3", "max_steps": 1e400}',
+                "\xff",
+            ]
+        )
         (folder / "trainer_state.json").write_text(text, encoding="latin-1")
         case.said.append(f"trainer_state.json {text!r}")
     path = folder / (name if form == "file" else "")
@@ -673,17 +814,23 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
         w.guide.set_anchor(given, model=w.bag)
     except (*CLEAR, ImportError) as error:
         if not str(error).strip("'\" "):
-            raise Difference("set_anchor(path): an error without a word", type(error).__name__) from error
+            raise Difference(
+                "set_anchor(path): an error without a word", type(error).__name__
+            ) from error
         w.check("refused anchor")
     except Exception as error:
-        raise Difference(f"set_anchor(path) raises {type(error).__name__}", str(error)[:200]) from error
+        raise Difference(
+            f"set_anchor(path) raises {type(error).__name__}", str(error)[:200]
+        ) from error
     else:
         case.taken = True
         found: dict[str, torch.Tensor] = {}
         files = [n for n in content if n.endswith(".safetensors")]
         by_file = {n: parsed((folder / n).read_bytes()) for n in files if (folder / n).is_file()}
         if form == "index":
-            for key, file in json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"].items():
+            for key, file in json.loads((folder / "model.safetensors.index.json").read_bytes())[
+                "weight_map"
+            ].items():
                 part = by_file.get(file) or {}
                 if key in part:
                     found[key] = part[key]
@@ -710,13 +857,16 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
     w.check("step after an anchor")
 
 
-# -- replay buffers ---------------------------------------------------------------------------------------
+# -- replay buffers -------------------------------------------------------------------------------
 
 
 def buffer_of(rng) -> dgg.ReplayBuffer:
     buffer = dgg.ReplayBuffer(rng.choice([1, 3, 5]), seed=rng.choice([0, 7]))
     for task in range(rng.choice([0, 1, 2])):
-        buffer.add_task([f"{task}-{k}" for k in range(rng.choice([1, 4, 9]))], rng.choice([None, f"t{task}", (1, task)]))
+        buffer.add_task(
+            [f"{task}-{k}" for k in range(rng.choice([1, 4, 9]))],
+            rng.choice([None, f"t{task}", (1, task)]),
+        )
     for k in range(rng.choice([0, 0, 4])):
         buffer.add(k, "stream")
     if len(buffer):
@@ -777,7 +927,11 @@ def hostile_buffer(rng, case: Case) -> None:
     if isinstance(state, dict) and rng.random() < 0.3:
         with contextlib.suppress(Exception):
             state = json.loads(json.dumps(state))
-    case.said.append(repr({k: v for k, v in state.items() if k != "rng"} if isinstance(state, dict) else state)[:600])
+    case.said.append(
+        repr({k: v for k, v in state.items() if k != "rng"} if isinstance(state, dict) else state)[
+            :600
+        ]
+    )
     case.said.append(repr(state.get("rng") if isinstance(state, dict) else None)[:200])
     before, then = repr(buffer.state_dict()), future(buffer)
     try:
@@ -800,7 +954,9 @@ def hostile_buffer(rng, case: Case) -> None:
         if len(entry["examples"]) > buffer.per_task:
             raise Difference("buffer: takes more examples than it keeps")
         if not len(entry["examples"]) <= entry["seen"]:
-            raise Difference("buffer: takes fewer seen than kept", f"{entry['seen']} of {len(entry['examples'])}")
+            raise Difference(
+                "buffer: takes fewer seen than kept", f"{entry['seen']} of {len(entry['examples'])}"
+            )
     if not 0 <= buffer._owed < 1:
         raise Difference("buffer: takes a debt that no batch makes", str(buffer._owed)[:80])
     deck = [(str(t), k) for t, k in after["deck"]]
@@ -812,7 +968,7 @@ def hostile_buffer(rng, case: Case) -> None:
         raise Difference("buffer: its own state does not come back")
 
 
-# -- running ------------------------------------------------------------------------------------------------
+# -- running --------------------------------------------------------------------------------------
 
 KINDS = {"optimizer": 10, "path": 3, "buffer": 3}
 
@@ -873,7 +1029,11 @@ def stretch(seed: int, seconds: float, mark: str | None):
             except Exception as error:
                 counts[kind] += 1
                 counts["differences"] += 1
-                name = error.kind if isinstance(error, Difference) else f"{type(error).__name__} in the machine"
+                name = (
+                    error.kind
+                    if isinstance(error, Difference)
+                    else f"{type(error).__name__} in the machine"
+                )
                 if name not in found:
                     found[name] = (kind, seed)
                     print(f"difference: {name} ({kind} {seed})", flush=True)
@@ -904,7 +1064,10 @@ def main() -> int:
             status, result = machine.in_child(stretch, seed, min(left, 60.0), mark)
             if status:
                 crashed = int(pathlib.Path(mark).read_text())
-                print(f"difference: the process dies with status {status} ({choose(crashed)} {crashed})", flush=True)
+                print(
+                    f"difference: dies with status {status} ({choose(crashed)} {crashed})",
+                    flush=True,
+                )
                 counts["differences"] += 1
                 found.setdefault(f"crash {status}", (choose(crashed), crashed))
                 seed = crashed + 1
@@ -918,7 +1081,12 @@ def main() -> int:
         took = time.monotonic() - began
         for name, (kind, where) in found.items():
             print(f"\n== {name}")
-            print(f'--repro "{kind} {where}"' if name.startswith("crash") else reproduction(kind, where, folder), flush=True)
+            print(
+                f'--repro "{kind} {where}"'
+                if name.startswith("crash")
+                else reproduction(kind, where, folder),
+                flush=True,
+            )
     loads = sum(counts[kind] for kind in KINDS)
     parts = ", ".join(f"{counts[k]} {k} ({counts[f'{k} taken']} taken)" for k in KINDS)
     print(

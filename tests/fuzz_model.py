@@ -49,7 +49,9 @@ def element_words(seed: int, draw: int, index: int, count: int, stream=STREAM_EL
         return np.zeros(0, np.int64)
     number = np.arange(blocks, dtype=np.uint64)
     zero = np.zeros(blocks, np.uint64)
-    words = philox(seed, number, zero, zero + np.uint64(draw & _LOW), zero + np.uint64(stream + index))
+    words = philox(
+        seed, number, zero, zero + np.uint64(draw & _LOW), zero + np.uint64(stream + index)
+    )
     return np.stack(words, axis=1).reshape(-1)[:count].astype(np.int64)
 
 
@@ -128,9 +130,7 @@ class Arithmetic:
         return self._made(a[0] - b[0], a[1] + b[1])
 
     def mul(self, a, b):
-        return self._made(
-            a[0] * b[0], np.abs(a[0]) * b[1] + np.abs(b[0]) * a[1] + a[1] * b[1]
-        )
+        return self._made(a[0] * b[0], np.abs(a[0]) * b[1] + np.abs(b[0]) * a[1] + a[1] * b[1])
 
     def div(self, a, b):
         value = a[0] / b[0]
@@ -158,7 +158,9 @@ class Arithmetic:
         error = (1 - weight) * a[1] + weight * b[1]
         size = np.abs(a[0]) + np.abs(b[0])
         error = error + 2 * self.unit * (
-            (1 - weight) * np.abs(a[0]) + weight * np.abs(b[0]) + np.minimum(weight, 1 - weight) * size
+            (1 - weight) * np.abs(a[0])
+            + weight * np.abs(b[0])
+            + np.minimum(weight, 1 - weight) * size
         )
         return self._made(value, error)
 
@@ -338,10 +340,16 @@ def _distance(rows, d, units):
     stale = [row for row in rows if row.stale is not None]
     if not stale:
         return norm
+    if not all(np.isfinite(row.stale) for row in stale):
+        return norm[0], np.inf  # cannot be told
     # Somewhere between the norms with and without what was changed unseen.
     now = [float(np.dot(d[row.index][0], d[row.index][0])) for row in rows]
-    low = np.sqrt(sum(min(x, x if row.stale is None else row.stale) for x, row in zip(now, rows, strict=True)))
-    high = np.sqrt(sum(max(x, x if row.stale is None else row.stale) for x, row in zip(now, rows, strict=True)))
+    low = np.sqrt(
+        sum(min(x, x if row.stale is None else row.stale) for x, row in zip(now, rows, strict=True))
+    )
+    high = np.sqrt(
+        sum(max(x, x if row.stale is None else row.stale) for x, row in zip(now, rows, strict=True))
+    )
     return (low + high) / 2, (high - low) / 2 + norm[1] + (high - low) * 1e-5
 
 
@@ -357,7 +365,9 @@ def _scale(clip, grad, distance):
     return _ratio_to_one(top, distance, 2.0**-24)
 
 
-def step(kind: str, rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0) -> Stepped:
+def step(
+    kind: str, rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0
+) -> Stepped:
     """A whole step: guidance, then Adam ("adam") or SGD ("sgd") of every row with a gradient."""
     total, made = guide(rows, groups, wide, divisor)
     for double in (False, True):
@@ -393,7 +403,11 @@ def _base(kind, rows, groups, total, made) -> None:
         return spread([float(groups[row.group].get(name, default)) for row in rows])
 
     def joined(name):
-        return exact(np.concatenate([row.state.get(name, np.zeros(n)) for row, n in zip(rows, sizes, strict=True)]))
+        return exact(
+            np.concatenate(
+                [row.state.get(name, np.zeros(n)) for row, n in zip(rows, sizes, strict=True)]
+            )
+        )
 
     theta = exact(np.concatenate([row.theta for row in rows]))
     G = tuple(np.concatenate([total[row.index][part] for row in rows]) for part in (0, 1))
