@@ -448,6 +448,8 @@ def _unwrap(optimizer):
 def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
     if alpha is None:
         return None
+    if getattr(alpha, "ndim", 0) == 1 and len(alpha) != 1:
+        alpha = alpha.tolist()  # an array of numpy's or torch's, one for every task
     if isinstance(alpha, Mapping):
         try:
             # A Trainer checkpoint is JSON, where keys are text.

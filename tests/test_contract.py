@@ -559,6 +559,22 @@ def test_replay_block_that_fails_gives_back_what_an_earlier_one_recorded():
     assert torch.equal(param.detach(), torch.full((2,), -1.0))
 
 
+def test_replay_of_a_parameter_that_has_changed_its_dtype_is_named():
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = dgg.SGD([param], lr=1.0)
+    with opt.replay():
+        param.grad = torch.ones(2)
+    param.data = param.data.double()
+    with pytest.raises(RuntimeError, match=r"replay gradients of torch.float32.*clear_replay\(\)"):
+        with opt.replay():
+            pass
+    opt.clear_replay()
+    with opt.replay():
+        param.grad = torch.ones(2, dtype=torch.float64)
+    opt.step()
+    assert torch.equal(param.detach(), torch.zeros(2, dtype=torch.float64))
+
+
 def test_replay_survives_loading():
     params, opt = build("adamw", None)
     mirror, other = build("adamw", None)

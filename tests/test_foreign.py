@@ -531,3 +531,13 @@ def test_a_copy_needs_a_guidance_of_its_own():
         before = m.weight.detach().clone()
         o.step()
         torch.testing.assert_close(m.weight.detach(), before - 0.1 * (1 + 0.5 * 1.0))
+
+
+def test_groups_just_added_are_in_the_state_dict():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = torch.optim.SGD([p], lr=1.0)
+    guidance = dgg.Guidance(opt)
+    opt.add_param_group({"params": [q]})
+    saved = guidance.state_dict()
+    assert len(saved["param_groups"]) == 2
+    guidance.load_state_dict(saved)

@@ -427,3 +427,47 @@ def test_hooks_of_a_subclass_run_once():
         opt.register_step_post_hook(lambda *_, calls=calls: calls.append("post"))
         opt.step()
         assert calls == ["pre", "post"]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_guidance_writes_into_lazy_gradients(backend, dtype):
+    """G must arrive in what the other optimizer reads, not in a copy of it."""
+    found = []
+    for lazy in (True, False):
+        param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        opt = torch.optim.SGD([param], lr=1.0)
+        guidance = dgg.Guidance(opt, alpha=1.0, scaling=False, strength=0.5, backend=backend)
+        guidance.set_anchor(
+            {"p": torch.zeros(3, dtype=dtype)}, model=torch.nn.ParameterDict({"p": param})
+        )
+        grad = torch.tensor([1.0, -2.0, 3.0]).to(dtype)
+        grad = (grad * (1 + 1j)).conj() if dtype.is_complex else torch._neg_view(grad)
+        param.grad = grad if lazy else grad.resolve_conj().resolve_neg().clone()
+        opt.step()
+        found.append((param.grad.resolve_conj().resolve_neg(), param.detach().clone()))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(found[0][1], torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels last"])
+def test_stochastic_rounding_has_the_words_of_its_elements(layout):
+    """Whatever the order in memory: element i is the i-th of the row-major parameter."""
+    found = []
+    for backend in ("cpp", "reference"):
+        torch.manual_seed(0)
+        like = torch.randn(3, 2, 4, 5) if layout == "channels last" else torch.randn(33, 40)
+
+        def laid(x):
+            if layout == "channels last":
+                return x.to(torch.bfloat16).to(memory_format=torch.channels_last)
+            return x.to(torch.bfloat16).t()
+
+        param = torch.nn.Parameter(laid(like))
+        opt = dgg.SGD([param], lr=0.01, stochastic_rounding=True, backend=backend)
+        for _ in range(3):
+            param.grad = laid(torch.ones_like(like))
+            opt.step()
+        found.append(param.detach().clone())
+    assert torch.equal(*found)

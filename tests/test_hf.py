@@ -790,3 +790,17 @@ def test_import_is_lazy():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     second_task(pathlib.Path(sys.argv[1]), callbacks=[Die(4, lambda: os._exit(9))]).train()
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+
+    for alpha, expected in (
+        (np.float32(0.25), 0.25),
+        (np.array(0.5), 0.5),
+        (np.array([0.5, 0.25]), [0.5, 0.25]),
+        ([np.float64(0.5)], [0.5]),
+        ({np.int64(1): np.float32(0.5)}, {1: 0.5}),
+    ):
+        callback = GuidanceCallback(alpha=alpha, task=np.int64(2))
+        assert callback.alpha == expected and json.loads(json.dumps(callback.first_task)) == 2
