@@ -703,7 +703,7 @@ class Guided(Loading):
                         self.state.get(p, {}).pop("master", None)
                 place += 1
         self._drop_rows()
-        self._rows = RowCache(self, params)
+        self._rows = RowCache(self, params, replays)
         return self._rows
 
     def _warn_if_idle(self, params, grads, replays) -> None:
@@ -1034,11 +1034,8 @@ class Guided(Loading):
         device = param.device
         if not _dispatch.launches(_dispatch.choose(self._backend, device), device):
             device = torch.device("cpu")
-        if isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (
-            torch.float32,
-            0,
-            device,
-        ):
+        same = isinstance(step, Tensor) and not step.is_neg()
+        if same and (step.dtype, step.dim(), step.device) == (torch.float32, 0, device):
             return step
         # Filled there: a copy of a number on the host would be waited for.
         return torch.full((), float(step), dtype=torch.float32, device=device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from dgg import (
     _arguments,
@@ -143,7 +144,7 @@ class Loading:
             kept_back |= self._columns.keys() - {"step"}
         stripped = dict(state_dict)
         stripped["state"] = {
-            key: {k: v for k, v in entry.items() if k not in kept_back}
+            key: {k: anchor.resolved(v) for k, v in entry.items() if k not in kept_back}
             if isinstance(entry, Mapping)
             else entry
             for key, entry in state_dict["state"].items()
@@ -179,11 +180,18 @@ class Loading:
     def _own_moments(self) -> None:
         """Gives every moment memory of its own, as dense as the parameter's.
 
-        torch takes the checkpoint's tensors as they are: an expanded one, or one that two
-        parameters share, could not be written.
+        torch takes the checkpoint's tensors as they are: an expanded one, one that two parameters
+        share, or a parameter's own, could not be written.
         """
-        taken: set[tuple[torch.device, int]] = set()
+        taken = {
+            (p.device, sharding.local(p).untyped_storage().data_ptr())
+            for group in self.param_groups
+            for p in group["params"]
+            if not (is_lazy(p) or sharding.keeps_values_elsewhere(p))
+        }
         for entry in self.state.values():
+            if not isinstance(entry, dict):
+                continue
             for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
                 value = entry[name]
                 if not isinstance(value, Tensor) or sharding.is_dtensor(value):
@@ -219,7 +227,8 @@ class Loading:
                         continue  # the weights have become wide enough to hold everything
                     if name != "master":
                         dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
-                    self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+                    value = anchor.resolved(value.detach())
+                    self.state[param][name] = value.to(param.device, dtype, copy=True)
 
     def _completed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.

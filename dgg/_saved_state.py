@@ -76,6 +76,17 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
             "the optimizer over the same groups first (add_param_group() and freezing included)"
         )
+    for number, group in enumerate(saved):
+        names = group.get("param_names")
+        if names is not None and not (
+            isinstance(names, (list, tuple))
+            and len(names) == len(group["params"])
+            and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"param_names of group {number} of the state dict are not a name for each of its "
+                f"{len(group['params'])} parameters; pass what optimizer.state_dict() returned"
+            )
     try:
         keys = [key for group in saved for key in group["params"]]
         twice = len(set(keys)) < len(keys)
@@ -86,6 +97,17 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         ) from None
     if twice:
         raise ValueError("the state dict's groups name a parameter twice; it was not saved so")
+    strange = [
+        key
+        for key, entry in state_dict["state"].items()
+        if key not in keys and isinstance(entry, Mapping) and entry
+    ]
+    if strange:
+        raise ValueError(
+            f"the state dict has state of {strange[0]!r} and {len(strange) - 1} more, which its "
+            "groups do not name: it would be lost. Pass what optimizer.state_dict() returned (JSON "
+            "turns the numbers of parameters into text)"
+        )
 
 
 def check_group(

@@ -68,6 +68,16 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     return sharding.like(made, param)
 
 
+def resolved(x: Any) -> Any:
+    """Returns a tensor whose memory holds what it is; anything else as it is.
+
+    Torch's copies between a lazily negated tensor and another dtype have the wrong sign.
+    """
+    if isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj()):
+        return x.resolve_conj().resolve_neg()
+    return x
+
+
 def write(target: Tensor, source: Tensor | Part | None) -> None:
     """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard.
 
@@ -78,6 +88,7 @@ def write(target: Tensor, source: Tensor | Part | None) -> None:
     if isinstance(source, Part):
         sharding.local(target).copy_(source.read())
         return
+    source = resolved(source)
     if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
         source = sharding.shard_of(source, target)
     elif sharding.is_dtensor(target):
@@ -514,7 +525,7 @@ def _refuse_mid_task(path: pathlib.Path) -> None:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         done, wanted = int(state["global_step"]), int(state["max_steps"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{str(file)!r} cannot be read ({error!r}), so nobody knows whether these are the "
             "weights at the end of a task; name the directory of the finished model"

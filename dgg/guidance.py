@@ -274,8 +274,9 @@ class Engine:
         for part, rows in zip(squares, all_rows, strict=True):
             if rows.reduction is not None:
                 rows.reduction.sum_(part, per_tensor=per_tensor)
+        bound = wide["max_grad_norm"]
         settings = {
-            "max_grad_norm": wide["max_grad_norm"],
+            "max_grad_norm": None if bound is None else float(bound),
             "scaling": wide["scaling"],
             "per_tensor": per_tensor,
         }
