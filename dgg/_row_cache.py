@@ -26,7 +26,12 @@ class RowCache:
         states = [optimizer.state.get(p) for p in params]
         self._keys, self._entries = list(optimizer.state), list(optimizer.state.values())
         self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
-        tensors = [v for entry in self._dicts for v in entry.values() if isinstance(v, Tensor)]
+        tensors = [
+            v
+            for entry in self._dicts
+            for v in entry.values()
+            if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
+        ]
         optimizer._state_read = False
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
