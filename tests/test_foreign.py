@@ -605,5 +605,6 @@ def test_an_error_lets_go_of_the_gradients(monkeypatch):
         with contextlib.suppress(ZeroDivisionError):  # pytest would keep the frames
             optimizer.step()
     assert not guide._rows[0][1]._gathered
-    assert sys.getrefcount(params[0].grad) == count
+    left = sys.getrefcount(params[0].grad)  # in an assertion pytest would hold one more
+    assert left == count
     optimizer.step()
