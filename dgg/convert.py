@@ -194,7 +194,7 @@ def _group(saved: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> di
         if key in foreign:
             group[key] = _number(_copied(saved[key]), like=mine.get(key))
     group["betas"] = tuple(group["betas"])
-    return {**group, "params": list(saved["params"])}
+    return {**group, "params": list(saved["params"]), "anchored": 0}
 
 
 def _check_group(saved: Mapping[str, Any], number: int) -> None:
