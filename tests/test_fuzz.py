@@ -176,9 +176,13 @@ def test_all_actions_and_wrong_uses_happen():
     text = "\n".join(notes)
     for name in machine.PROVOKED:
         assert f"provoke {name}" in text, name
-    for word in ("by kept", "by numpy", "swap_tensors", "swapping True", "load an earlier state",
-                 "pickle", "deepcopy", "post raises", "found_inf=1.0", "requires_grad_(False)",
-                 "a new optimizer loads", "and it raises", "negated", "gaps", "exchange"):  # fmt: skip
+    words = (
+        "by kept", "by numpy", "swap_tensors", "swapping True", "load an earlier state", "pickle",
+        "deepcopy", "post raises", "found_inf=1.0", "requires_grad_(False)", "and it raises",
+        "a new optimizer loads", "negated", "gaps", "exchange", "GradScaler", "in a hook",
+        "torch's optimizer", "taken out",
+    )  # fmt: skip
+    for word in words:
         assert word in text, word
 
 
