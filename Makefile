@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Random calls of the C++ operators that `make sanitize` makes, and where they begin.
+CALLS ?= 1000000
+
 # How long `make fuzz` looks, and where it begins: another SEED, other cases.
 SECONDS ?= 600
 SEED ?= 0
@@ -18,11 +21,13 @@ MADE := $(VENV)/.made-by-$(notdir $(PYTHON))
 RUN := $(VENV)/.requirements-run
 TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
+MUTATE := $(VENV)/.requirements-mutate
 BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow fuzz lint format demo bench bench-sharded table gpu profile clean distclean
+.PHONY: help venv build test test-slow fuzz mutate sanitize lint format demo bench bench-sharded \
+  table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -40,6 +45,12 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
+
+mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; MINUTES minutes
+	$(BIN)/python -P tests/mutate.py $(ARGS)
+
+sanitize: $(BUILT) $(TEST) ## send CALLS random calls through a C++ library that checks itself
+	$(BIN)/python -P tests/sanitized.py --calls $(CALLS) --seed $(SEED) $(ARGS)
 
 fuzz: $(BUILT) $(TEST) ## random lives and hostile states against a float64 model, SECONDS=600 in all
 	$(BIN)/python -P tests/fuzz_machine.py --seconds $$(( $(SECONDS) * 2 / 3 )) --seed $(SEED) $(ARGS)
@@ -96,6 +107,10 @@ $(RUN): $(MADE) requirements/run.txt
 $(TEST): $(RUN) requirements/test.txt requirements/deepspeed.txt
 	$(PIP) install -r requirements/test.txt
 	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --no-deps -r requirements/deepspeed.txt
+	@touch $@
+
+$(MUTATE): $(TEST) requirements/mutate.txt
+	$(PIP) install -r requirements/mutate.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt
