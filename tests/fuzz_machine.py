@@ -93,7 +93,8 @@ class Held:
         self.stale: float | None = None
 
 
-SHAPES = [(), (1,), (3,), (2, 3), (0,), (0, 3), (2, 2, 2, 2), (5,), (3, 4), (1, 4), (9,), (17,)]
+SHAPES = [(), (1,), (3,), (2, 3), (0,), (0, 3), (2, 2, 2, 2), (5,), (3, 4), (1, 4), (9,),
+          (17,), (131,)]  # fmt: skip
 LAYOUTS = ["plain"] * 5 + ["turned", "last", "negated", "gaps", "offset", "conjugate", "rows"]
 
 
@@ -206,7 +207,7 @@ class World:
     def hyper(self, rng) -> dict:
         """Hyper-parameters of a group as the model reads them."""
         made = {
-            "lr": rng.choice([1e-2, 0.1, 1e-3]),
+            "lr": rng.choice([1e-2, 0.1, 1e-3, 1e-2, 0.1, 1e-3, 0.0]),
             "weight_decay": rng.choice([0.0, 0.1, 0.01]),
             "maximize": rng.random() < 0.2,
         }
@@ -680,6 +681,12 @@ def set_gradients(w: World, rng) -> None:
     one = rng.random() < 0.1
     for i in range(len(w.params)):
         set_gradient(w, rng, i, "none" if one and rng.random() < 0.7 else None)
+    if not w.foreign and len(w.params) > 1 and rng.random() < 0.03:
+        # One tensor for two parameters: only who writes into gradients would mind.
+        p, q = w.params[:2]
+        if p.grad is not None and p.shape == q.shape and p.dtype == q.dtype:
+            q.grad = p.grad
+            w.note("p1.grad = p0.grad")
 
 
 @action(6)
@@ -687,11 +694,8 @@ def gradients(w: World, rng) -> None:
     set_gradients(w, rng)
 
 
-def run_step(w: World, rng, *, closure=None, scaler=None) -> None:
+def run_step(w: World, rng, *, closure=None, scaler=None, call=None) -> None:
     """One step of both, compared."""
-    for i, held in enumerate(w.held):
-        if w.params[i].grad is not None or held.replay is not None:
-            pass
     grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in w.params]
     divisor, skipped = 1.0, False
     if scaler is not None:
@@ -708,7 +712,10 @@ def run_step(w: World, rng, *, closure=None, scaler=None) -> None:
     rows = w.rows()
     made = model.step(w.rule, rows, w.groups, w.wide, divisor)
     try:
-        loss = w.opt.step() if closure is None else w.opt.step(closure)
+        if call is not None:
+            loss = call()
+        else:
+            loss = w.opt.step() if closure is None else w.opt.step(closure)
     except Exception as error:
         raise Difference(f"step raises {type(error).__name__}", str(error)[:300]) from error
     if closure is not None and loss != 1.5:
@@ -794,6 +801,160 @@ def step(w: World, rng) -> None:
         closure = lambda: 1.5  # noqa: E731
     with torch.set_grad_enabled(rng.random() < 0.7):
         run_step(w, rng, closure=closure)
+
+
+@action(3)
+def step_with_a_say(w: World, rng) -> None:
+    """A closure that computes gradients, or a hook that changes what the step is about to use."""
+    if w.foreign:
+        return
+    way = rng.choice(["closure", "hook", "options in a hook", "weights in a hook"])
+    w.note(f"step() with a {way}")
+    expected = {}
+
+    def before(*_args, **_kwargs):
+        if way == "options in a hook":
+            options(w, rng)
+        elif way == "weights in a hook":
+            write_weights(w, rng)
+        else:
+            set_gradients(w, rng)
+        for i in range(len(w.params)):
+            if w.params[i].grad is not None or w.held[i].replay is not None:
+                w.make_state(i)
+        grads = [(p.grad, None if p.grad is None else p.grad.detach().clone()) for p in w.params]
+        rows = w.rows()
+        expected["all"] = rows, model.step(w.rule, rows, w.groups, w.wide), grads
+        return None if way != "closure" else 1.5
+
+    try:
+        if way == "closure":
+            if w.opt.step(before) != 1.5:
+                raise Difference("step: the closure's loss is lost")
+        else:
+            handle = w.opt.register_step_pre_hook(before)
+            try:
+                w.opt.step()
+            finally:
+                handle.remove()
+    except Difference:
+        raise
+    except Exception as error:
+        raise Difference(f"step raises {type(error).__name__}", str(error)[:300]) from error
+    rows, made, grads = expected["all"]
+    w.after_step(rows, made, grads)
+    w.check_stats(rows, made)
+
+
+@action(1.5)
+def amp_step(w: World, rng) -> None:
+    """torch's own GradScaler, which unscales itself or leaves it to the step."""
+    if w.foreign or w.any_grad or any(p.dtype in (F16, F64) or p.is_complex() for p in w.params):
+        return
+    some = False
+    for i, p in enumerate(w.params):
+        kind = rng.choice(["normal"] * 12 + ["none", "zero", "strange"])
+        p.grad = None
+        if kind != "none" and p.numel():
+            p.grad = values(rng, w.gen, p.shape, p.dtype, kind)
+            some = True
+            w.note(f"p{i}.grad: {kind} {p.grad.tolist()}")
+    if not some:
+        return
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    replayed = any(held.replay is not None for held in w.held)
+    found = float(not all(finite(p.grad) for p in w.params if p.grad is not None))
+    early = not replayed and rng.random() < 0.4
+    w.note(f"GradScaler: {'unscale_(), ' if early else ''}step()")
+    if early or not (w.fused or replayed):
+        scaler.unscale_(w.opt)
+        if found and not w.fused:
+            scaler.step(w.opt)  # which does not call the optimizer's
+            return
+        run_step(w, rng, scaler=(None, found) if w.fused else None, call=lambda: scaler.step(w.opt))
+        return
+    run_step(w, rng, scaler=(8.0, found), call=lambda: scaler.step(w.opt))
+
+
+@action(0.5)
+def far_ahead(w: World, rng) -> None:
+    """A draw index near where its 32 bits end: it is counted on, its words come round."""
+    draw = rng.choice([(1 << 32) - 2, (1 << 32) - 1, (1 << 40) + 3, (1 << 31) - 1])
+    if w.wide["draw_index"] >= 1 << 41:
+        return
+    for group in w.guide.param_groups:
+        group["draw_index"] = draw
+    w.wide["draw_index"] = draw
+    w.note(f"draw_index = {draw}")
+
+
+@action(0.7)
+def through_torch(w: World, rng) -> None:
+    """torch's optimizer loads our state, and we load its."""
+    if w.foreign or w.master or w.state_dtype is not None or w.kind == "Adam":
+        return
+    theirs = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}[w.kind]
+    params = [nn.Parameter(held.theta.clone()) for held in w.held]
+    groups, start = [], 0
+    for group in w.groups:
+        groups.append({"params": params[start : start + group["size"]]})
+        start += group["size"]
+    other = theirs(groups, lr=9.0)
+    w.note("torch's optimizer loads the state, we load torch's")
+    try:
+        other.load_state_dict(copy.deepcopy(w.opt.state_dict()))
+        back = copy.deepcopy(other.state_dict())
+    except Exception as error:
+        raise Difference(f"torch cannot load: {type(error).__name__}", str(error)[:300]) from error
+    shot = snapshot(w)
+    for i, state in enumerate(shot["states"]):
+        # torch casts all that is floating to the parameter's dtype.
+        for key in state:
+            if key != "step" and w.params[i].is_floating_point():
+                state[key] = state[key].to(w.params[i].dtype)
+    error = expected_of_load(w, shot)
+    try:
+        w.opt.load_state_dict(back)
+    except Exception as raised:
+        if shot["late"] and "no max_exp_avg_sq" in str(raised):
+            return
+        if error is None or not isinstance(raised, error):
+            raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
+        return
+    if error is not None:
+        raise Difference(f"load does not raise {error.__name__}")
+    loaded(w, shot)
+
+
+@action(0.6)
+def take_out(w: World, rng) -> None:
+    """A parameter leaves its group; what is left keeps its state, the draws count anew."""
+    if w.foreign or len(w.params) < 3 or w.named:
+        return
+    i = rng.randrange(len(w.params))
+    n = w.group_of(i)
+    if w.groups[n]["size"] < 2 or w.held[i].replay is not None:
+        return
+    p = w.params[i]
+    place = next(k for k, q in enumerate(w.opt.param_groups[n]["params"]) if q is p)
+    anchored = "anchor" in w.held[i].state
+    w.note(f"p{i} is taken out of group {n}")
+    del w.opt.param_groups[n]["params"][place]
+    del w.params[i], w.held[i]
+    w.groups[n]["size"] -= 1
+    w.opt.state.pop(p, None)
+    w.kept, w.saved = {}, []
+    # The module keeps its parameters; names are by place from here on.
+    w.bag = Bag()
+    for q in w.params:
+        w.bag.add(q)
+    if anchored:
+        # The state is gone with the anchor: said to be wanted, unless the step finds out itself.
+        w.guide.clear_anchor()
+        for held in w.held:
+            held.state.pop("anchor", None)
+        count_anchored(w)
 
 
 def zero(w: World, set_to_none: bool) -> None:
@@ -1000,11 +1161,14 @@ def add_group(w: World, rng) -> None:
 
 
 def chosen_for_anchor(w: World) -> list[int]:
-    return [
-        i
-        for i, held in enumerate(w.held)
-        if held.trained or ("anchor" in held.state if w.foreign else held.state)
-    ]
+    """Who gets an anchor: what is trained, and what has state (an empty one's is not modelled)."""
+
+    def known(i: int, held: Held) -> bool:
+        if w.foreign:
+            return "anchor" in held.state
+        return bool(held.state or w.opt.__dict__["state"].get(w.params[i]))
+
+    return [i for i, held in enumerate(w.held) if held.trained or known(i, held)]
 
 
 def anchor_storage(w: World, i: int) -> torch.dtype:
@@ -1408,6 +1572,7 @@ def snapshot(w: World) -> dict:
         "groups": [dict(group) for group in w.groups],
         "states": [{k: v.clone() for k, v in held.state.items()} for held in w.held],
         "first": [held.first for held in w.held],
+        "late": not w.foreign and lacks_late_state(w),
     }
 
 
@@ -1444,6 +1609,19 @@ def cast_on_load(w: World, i: int, key: str, value: torch.Tensor) -> torch.Tenso
     if w.state_dtype is not None and not w.foreign:
         return value.to(w.moment_dtype(i))
     return value.to(p.dtype) if p.is_floating_point() else value
+
+
+def lacks_late_state(w: World) -> bool:
+    """Whether a switch in the groups asks for state that only the next step makes.
+
+    Such a state dict may be refused.
+    """
+    return any(
+        held.state.keys() & {"exp_avg"}
+        and w.groups[w.group_of(i)].get("amsgrad")
+        and "max_exp_avg_sq" not in held.state
+        for i, held in enumerate(w.held)
+    )
 
 
 def expected_of_load(w: World, shot: dict):
@@ -1501,6 +1679,9 @@ def load(w: World, rng) -> None:
         try:
             w.opt.load_state_dict(state)
         except Exception as raised:
+            if isinstance(raised, ValueError) and "no max_exp_avg_sq" in str(raised):
+                if shot["late"]:
+                    return
             if error is None or not isinstance(raised, error):
                 raise Difference(
                     f"load raises {type(raised).__name__}", str(raised)[:300]
@@ -1572,6 +1753,8 @@ def resume(w: World, rng) -> None:
     try:
         opt.load_state_dict(state)
     except Exception as raised:
+        if shot["late"] and "no max_exp_avg_sq" in str(raised):
+            return
         if error is None or not isinstance(raised, error):
             raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
         return
@@ -2207,8 +2390,7 @@ def main() -> int:
     print(
         f"\n{actions} actions ({actions / took:.0f} a second) in {counts['worlds']} worlds, "
         f"{loads} loads and copies, {counts['errors provoked']} wrong uses, "
-        f"{counts['differences']} differences "
-        f"of {len(found)} kinds"
+        f"{counts['differences']} differences of {len(found)} kinds"
     )
     return int(bool(found))
 

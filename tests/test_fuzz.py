@@ -8,6 +8,7 @@ Plan: (1) the model itself: known answers of its generator, its rounding, bounds
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 
@@ -100,7 +101,7 @@ def test_the_models_base_optimizer_is_torchs(kind):
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=40,
+    max_examples=100,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
@@ -167,20 +168,21 @@ def test_a_planted_fault_is_found_and_made_small(fault, monkeypatch):
 
 def test_all_actions_and_wrong_uses_happen():
     """None is left out by a condition that never holds."""
-    notes: list[str] = []
-    for world in range(150):
-        try:
+    missing = {f"provoke {name}" for name in machine.PROVOKED} | {
+        "by kept", "by numpy", "swap_tensors", "swapping True", "load an earlier state", "pickle",
+        "deepcopy", "post raises", "found_inf=1.0", "requires_grad_(False)", "and it raises",
+        "a new optimizer loads", "negated", "gaps", "exchange", "GradScaler", "in a hook",
+        "torch's optimizer", "taken out", "draw_index =",
+    }  # fmt: skip
+    for world in range(400):
+        notes: list[str] = []
+        with contextlib.suppress(machine.Difference):
             machine.run(world, machine.plan(world), notes=notes)
-        except machine.Difference:
-            continue
-    text = "\n".join(notes)
-    for name in machine.PROVOKED:
-        assert f"provoke {name}" in text, name
-    for word in ("by kept", "by numpy", "swap_tensors", "swapping True", "load an earlier state",
-                 "pickle", "deepcopy", "post raises", "found_inf=1.0", "requires_grad_(False)",
-                 "a new optimizer loads", "and it raises", "negated", "gaps",
-                 "exchange"):  # fmt: skip
-        assert word in text, word
+        text = "\n".join(notes)
+        missing = {word for word in missing if word not in text}
+        if not missing:
+            break
+    assert not missing
 
 
 def test_the_documentation_says_how():
