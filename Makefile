@@ -5,6 +5,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Random calls of the C++ operators that `make sanitize` makes, and where they begin.
+CALLS ?= 1000000
+
+# How long `make fuzz` looks, and where it begins: another SEED, other cases.
+SECONDS ?= 600
+SEED ?= 0
 # One more than two cores: tests of several ranks wait for each other a good part of their time.
 JOBS ?= 3
 
@@ -20,7 +26,8 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow mutate lint format demo bench bench-sharded table gpu profile clean distclean
+.PHONY: help venv build test test-slow fuzz mutate sanitize lint format demo bench bench-sharded \
+  table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -41,6 +48,13 @@ test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 
 mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; MINUTES minutes
 	$(BIN)/python -P tests/mutate.py $(ARGS)
+
+sanitize: $(BUILT) $(TEST) ## send CALLS random calls through a C++ library that checks itself
+	$(BIN)/python -P tests/sanitized.py --calls $(CALLS) --seed $(SEED) $(ARGS)
+
+fuzz: $(BUILT) $(TEST) ## random lives and hostile states against a float64 model, SECONDS=600 in all
+	$(BIN)/python -P tests/fuzz_machine.py --seconds $$(( $(SECONDS) * 2 / 3 )) --seed $(SEED) $(ARGS)
+	$(BIN)/python -P tests/fuzz_hostile.py --seconds $$(( $(SECONDS) / 3 )) --seed $(SEED)
 
 lint: $(LINT) ## check style and formatting
 	$(BIN)/ruff check

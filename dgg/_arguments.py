@@ -108,7 +108,18 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
     if name not in options:
         return
     value = options[name]
-    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+    if isinstance(value, Tensor):
+        if (
+            value.layout != torch.strided
+            or value.device.type == "meta"
+            or value.numel() != 1
+            or not value.is_floating_point()
+        ):
+            raise TypeError(
+                f"{name} is a tensor of {value.dtype} ({value.layout}) of shape "
+                f"{tuple(value.shape)} on {str(value.device)!r}; pass a number, or a floating "
+                "tensor of one element"
+            )
         if value.device.type != "cpu":
             return  # reading it would wait for the device
         value = float(value)
@@ -128,10 +139,13 @@ def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, A
     for name in WIDE:
         if name not in group or name not in first or group[name] is first[name]:
             continue
-        if isinstance(group[name], Tensor) or isinstance(first[name], Tensor):
-            # The draw index of captured steps: one tensor for all groups, made so when loaded.
+        away = [
+            isinstance(x, Tensor) and x.device.type != "cpu" for x in (group[name], first[name])
+        ]
+        if any(away) and name == "draw_index":
+            # That of captured steps: one tensor for all groups, made so when loaded.
             continue
-        if group[name] != first[name]:
+        if _plain(group[name]) != _plain(first[name]):
             raise ValueError(
                 f"{name} is one setting for the whole optimizer, but group 0 has "
                 f"{first[name]!r} and group {number} has {group[name]!r}; set it in all groups"
@@ -145,10 +159,11 @@ def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.numel() != 1:
+    if not isinstance(value, Tensor):
         return value
-    # What lies on an accelerator is not read, only told apart.
-    return value.item() if value.device.type == "cpu" else id(value)
+    # What lies on an accelerator is not read, only told apart; what is no number, refused later.
+    readable = value.numel() == 1 and value.device.type == "cpu" and value.layout == torch.strided
+    return value.item() if readable else id(value)
 
 
 class Options:
@@ -295,7 +310,7 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
         found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("it holds no values")
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.float32, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"anchor_device={str(device)!r} cannot hold an anchor here "
@@ -427,7 +442,8 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
 
 
 def _written_apart(x: Tensor) -> bool:
-    return all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
+    apart = all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
+    return apart or x.numel() == 0
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:

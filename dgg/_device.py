@@ -118,9 +118,9 @@ class Uploads:
     """Small host arrays on their way to a device: sent when they change, never waited for.
 
     A host buffer is pinned where the device has pinned memory; torch's allocator keeps it until
-    the copy has happened. Inside a CUDA graph the copy becomes a node that reads the buffer at
-    every replay, so that buffer is kept for good; and as pinned memory cannot be had during a
-    capture, one is made ready at every step before.
+    the copy has happened. Inside a CUDA graph the copy becomes a node, which reads the buffer at
+    every replay: what a graph reads is apart from what other steps send, in both memories, and is
+    kept for good. As pinned memory cannot be had during a capture, it is made ready before.
 
     Args:
         device: Where the arrays go.
@@ -129,11 +129,13 @@ class Uploads:
 
     def __init__(self, device: torch.device, capturable: bool = False) -> None:
         self.device = device
-        self._sent: dict[str, tuple[Tensor, Tensor]] = {}
-        self._captured: list[Tensor] = []
-        self._replaced: list[Tensor] = []
         self._capturable = capturable
-        self._spare: dict[str, Tensor] = {}
+        # By name: what was sent and where to; the same for the next capture and of the last one.
+        self._sent: dict[str, tuple[Tensor, Tensor]] = {}
+        self._spare: dict[str, tuple[Tensor, Tensor]] = {}
+        self._recorded: dict[str, tuple[Tensor, Tensor]] = {}
+        # What earlier graphs read.
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     def send(self, name: str, values: Tensor) -> Tensor:
         """Returns ``values`` (CPU, contiguous) on the device, in memory that is the name's own.
@@ -141,43 +143,66 @@ class Uploads:
         Args:
             name: What the array is; a later one of this name takes the same memory.
             values: The array; it is copied before this returns and may be reused.
+
+        Raises:
+            RuntimeError: A capture needs what no step before it has made room for.
         """
+        if capturing(self.device):
+            return self._record(name, values)
+        if self._capturable and not _alike(self._spare.get(name), values):
+            self._spare[name] = self._pinned(values), self._target(values)
         known = self._sent.get(name)
-        if known is not None and known[0].shape != values.shape:
-            known = None
-        # A replayed graph has written what it captured, whatever was sent since.
-        if known is not None and not self._captured and torch.equal(known[0], values):
+        if not _alike(known, values):
+            target = self._target(values)
+        elif torch.equal(known[0], values):
             return known[1]
-        inside = capturing(self.device)
-        staged = self._spare.pop(name, None) if inside else None
-        if staged is None or staged.shape != values.shape:
-            if inside:
+        else:
+            target = known[1]
+        staged = self._pinned(values)
+        staged.copy_(values)
+        target.copy_(staged, non_blocking=True)
+        self._sent[name] = staged, target
+        return target
+
+    def _record(self, name: str, values: Tensor) -> Tensor:
+        """Makes the copy a node of the graph that is being captured.
+
+        Where a graph begins is not known, so there is one node more rather than one too few: the
+        same values are sent again, from the same memory.
+        """
+        recorded = self._recorded.get(name)
+        if not _alike(recorded, values) or not torch.equal(recorded[0], values):
+            spare = self._spare.pop(name, None)
+            if not _alike(spare, values):
                 raise RuntimeError(
                     f"what a step needs to know of its {name} changed during a capture and there "
                     "is no memory to send it from; run a step outside of the graph before each "
                     "capture"
                 )
-            staged = self._pinned(values)
-        staged.copy_(values)
-        if known is None:
-            target = torch.empty_like(staged, device=self.device, pin_memory=False)
-        else:
-            target = known[1]
+            if recorded is not None:
+                self._kept.append(recorded)
+            spare[0].copy_(values)
+            self._recorded[name] = recorded = spare
+        staged, target = recorded
         target.copy_(staged, non_blocking=True)
-        if inside:
-            self._captured.append(staged)
-            if known is not None:
-                # Pinned memory that was used on the stream under capture must not be freed in it:
-                # torch would record an event there, which becomes part of the graph, and ask it
-                # later on.
-                self._replaced.append(known[0])
-        elif self._capturable:
-            self._spare[name] = self._pinned(values)
-        self._sent[name] = staged, target
         return target
 
     def _pinned(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, pin_memory=self.device.type != "cpu")
+
+    def _target(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, device=self.device, pin_memory=False)
+
+
+def _alike(known: tuple[Tensor, Tensor] | None, values: Tensor) -> bool:
+    return known is not None and known[0].shape == values.shape
+
+
+def without_waiting(x: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the host on a device; nobody waits for the copy."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:
@@ -214,6 +239,9 @@ class Kernels:
         self._columns = columns
         self._launches: dict[tuple[int, ...], list[Launch]] = {}
         self._host_table: Tensor | None = None
+        # Chunks and workspace of captured steps.
+        self._kept: list[list[Launch]] = []
+        self._hyper: dict[tuple[str, ...], Tensor] = {}
         self._none = torch.empty(0, dtype=torch.int64, device=device)
         # Whether the distances to anchors that are elsewhere hold for this step.
         self.measured = False
@@ -227,7 +255,9 @@ class Kernels:
             replays: int64 [n] on the CPU, or [0].
         """
         self.join()
-        if table is not self._host_table:
+        self._hyper.clear()
+        inside = capturing(self.device)
+        if inside or table is not self._host_table:
             _, numels, dtypes = self._columns
             codes = tuple(table[:, dtypes].tolist())
             if codes not in self._launches:
@@ -242,7 +272,10 @@ class Kernels:
                 )
             self.launches = self._launches[codes]
             self.table = self.uploads.send("table", table)
-            self._host_table = table
+            # A graph has a table of its own.
+            self._host_table = None if inside else table
+            if inside:
+                self._kept.append(self.launches)
         self.grads = self.uploads.send("grads", grads)
         self.replays = self.uploads.send("replays", replays) if replays.numel() else self._none
 
@@ -314,8 +347,15 @@ class Kernels:
     def hyper(self, groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
         """Returns the float64 [groups, names] table of hyper-parameters on the device.
 
-        Values that are tensors on the device are copied there, not read.
+        Values that are tensors on the device are copied there, not read. A step asks for it more
+        than once.
         """
+        names = tuple(names)
+        if names not in self._hyper:
+            self._hyper[names] = self._make_hyper(groups, names)
+        return self._hyper[names]
+
+    def _make_hyper(self, groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tensor:
         values = [group[name] for group in groups for name in names]
         there = [
             (place, value)

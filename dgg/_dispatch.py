@@ -108,6 +108,33 @@ if _cpp_error is None:
     _refusals = _refuse_on_gpus()  # they last as long as this does
 
 
+# By device: why the CUDA library cannot run there, or None.
+_probed: dict[torch.device, str | None] = {}
+
+
+def _trouble_on(device: torch.device) -> str | None:
+    """Returns why the CUDA library's kernels cannot run on a device, or None; tried out once.
+
+    It may have been built for other devices or for a newer driver, which only a launch tells.
+    """
+    if device in _probed or _device.capturing(device):  # a launch would become the graph's
+        return _probed.get(device)
+    try:
+        squares = torch.zeros(3, 1, dtype=torch.float64, device=device)
+        if type(squares) is not Tensor:
+            return None  # a mode in which there are no devices, such as FakeTensorMode
+        out = torch.empty(reference.SCALES + 1, dtype=torch.float64, device=device)
+        _launchers("cpp").coefficients_launch(
+            squares, out, max_grad_norm=None, scaling=False, per_tensor=False
+        )
+        _probed[device] = None
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        _probed[device] = f"its CUDA library cannot run there: {str(error).splitlines()[0]}"
+    return _probed[device]
+
+
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Returns None if ``backend`` can run on ``device``, else why not and how to get it."""
     if backend == "reference":
@@ -120,7 +147,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
                 f"it has kernels for the CPU and for CUDA, not for {device.type!r} devices; use "
                 "backend='triton', 'reference' or None there"
             )
-        return None if _cuda_error is None else f"its CUDA library is missing: {_cuda_error}"
+        if _cuda_error is not None:
+            return f"its CUDA library is missing: {_cuda_error}"
+        return _trouble_on(device)
     if backend == "triton":
         return importlib.import_module("dgg.kernels").unavailable(device)
     raise ValueError(f"unknown backend {backend!r}; choose one of {BACKENDS} or None")

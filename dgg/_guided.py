@@ -25,6 +25,7 @@ from dgg import (
     _boundary,
     _device,
     _dispatch,
+    _fsdp1,
     _ranges,
     _zero_redundancy,
     anchor,
@@ -174,6 +175,9 @@ class Guided(Loading):
         # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
         self._engine = guidance.Engine()
         self._rows: RowCache | None = None
+        # All that captured steps read and write, for the optimizer's life: a graph knows addresses
+        # alone. First of each the rows.
+        self.__dict__.setdefault("_captured", [])
         # The last gradients were partial sums of the ranks'.
         self._partial = False
         self._skipped: Tensor | bool = False
@@ -260,7 +264,7 @@ class Guided(Loading):
             group.setdefault(name, self._guidance[name])
         group["anchored"] = 0
         self._given += map(id, group["params"])
-        self._rows = None
+        self._drop_rows()
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -268,10 +272,15 @@ class Guided(Loading):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves it to the step to unscale the gradients.
 
-        As in torch.optim with ``fused=True`` alone; and where there are replay gradients, which a
-        scaler does not see.
+        As in torch.optim with ``fused=True`` alone; and where a scaler does not see all: replay
+        gradients, and those of other ranks' partitions, of which the step says what to do.
         """
-        return self._unscales or bool(self._engine.replay)
+        return (
+            self._unscales
+            or bool(self._engine.replay)
+            or self.process_group is not None
+            or any(_fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -449,10 +458,11 @@ class Guided(Loading):
             grads, replays = self._settled(params, grads, replays)
         if not valid or cache.unchecked:
             self._check_step(params, grads, replays)
+        if params and _device.capturing(params[0].device):
+            # Before anything is made, which would be made in the graph.
+            self._check_capture(params[0].device, valid)
         if not valid and not skipped:
             cache = self._make_rows(params, grads, replays)
-        if cache is not None and cache.launched:
-            self._check_capture(params[0].device, valid)
         if skipped:
             return None
         try:
@@ -493,6 +503,9 @@ class Guided(Loading):
         """A step that decides everything on the device, so that a graph of it can be replayed."""
         (rows,) = all_rows
         draw = self._draw_on(rows.device)
+        if _device.capturing(rows.device):
+            given = [x for g in self.param_groups for x in g.values() if isinstance(x, Tensor)]
+            self._captured.append((self._rows, draw, scaling, given))
         flags = self._final_flags(rows, rows.constant_flags(0)).clone()
         gates = None
         if rows.anchored:
@@ -512,6 +525,21 @@ class Guided(Loading):
         draw.add_(1)
         strength = hyper[0]["strength"]
         self._engine.remember(wide, rows, flags, found, strength, scaling.found_inf)
+
+    def _drop_rows(self) -> None:
+        """Has the next step make its rows anew, and says so if a graph works on the present ones.
+
+        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
+        """
+        if self._rows is not None and any(entry[0] is self._rows for entry in self._captured):
+            warnings.warn(
+                "the step of this optimizer was captured into a CUDA graph, and what that reads "
+                "and writes was replaced since: state was loaded or exchanged, a group added, an "
+                "anchor set for the first time or cleared. A replay would go on with what was "
+                "there before: capture it again",
+                stacklevel=guidance.frames_of_ours(),
+            )
+        self._rows = None
 
     def _draw_on(self, device: torch.device) -> Tensor:
         """Returns the draw index as an int64 tensor on ``device``, the same in all groups."""
@@ -672,9 +700,10 @@ class Guided(Loading):
                 if grads[place] is not None or (replays and replays[place] is not None):
                     self._init_state(p, group)
                     if not self._has_master(p):  # the model has been made wide: model.float()
-                        self.state[p].pop("master", None)
+                        self.state.get(p, {}).pop("master", None)
                 place += 1
-        self._rows = RowCache(self, params)
+        self._drop_rows()
+        self._rows = RowCache(self, params, replays)
         return self._rows
 
     def _warn_if_idle(self, params, grads, replays) -> None:
@@ -867,6 +896,7 @@ class Guided(Loading):
                 none=self._share is not None,
             )
         groups = {p: group for group in self.param_groups for p in group["params"]}
+        moved = any([target is not self.state.get(p, {}).get("anchor") for p, _, target in plan])
         for p, source, target in plan:
             anchor.write(target, source)
             # Together with the moments: Adam would take a state that holds an anchor alone for
@@ -878,7 +908,9 @@ class Guided(Loading):
             group["task_index"] = group["task_index"] + 1 if task is None else task
         if self._share is not None:
             self._share.note_anchors(self.param_groups, anchored=True)
-        self._awaits_load, self._rows = False, None
+        self._awaits_load = False
+        if moved:  # else the next step finds that its distances are those of another anchor
+            self._drop_rows()
 
     def _has_master(self, param: Tensor) -> bool:
         return self._master and param.dtype in _arguments.NARROW
@@ -924,7 +956,8 @@ class Guided(Loading):
             group["anchored"] = 0
         if self._share is not None:
             self._share.note_anchors(self.param_groups, anchored=False)
-        self._awaits_load, self._rows = False, None
+        self._awaits_load = False
+        self._drop_rows()
 
     # -- replay, statistics, gradients ----------------------------------------------------------
 
@@ -989,7 +1022,11 @@ class Guided(Loading):
     @property
     @imitable
     def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped because gradients were inf or NaN (GradScaler)."""
+        """Whether the last step was skipped because gradients were inf or NaN (GradScaler).
+
+        With ``fused=True`` or replay gradients; otherwise the scaler does not even call a step that
+        is to be skipped.
+        """
         return bool(self._skipped)
 
     def _step_scalar(self, param: Tensor, step: Any) -> Tensor:
@@ -997,11 +1034,8 @@ class Guided(Loading):
         device = param.device
         if not _dispatch.launches(_dispatch.choose(self._backend, device), device):
             device = torch.device("cpu")
-        if isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (
-            torch.float32,
-            0,
-            device,
-        ):
+        same = isinstance(step, Tensor) and not step.is_neg()
+        if same and (step.dtype, step.dim(), step.device) == (torch.float32, 0, device):
             return step
         # Filled there: a copy of a number on the host would be waited for.
         return torch.full((), float(step), dtype=torch.float32, device=device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from dgg import (
     _arguments,
@@ -72,10 +73,18 @@ class Loading:
                 self._make_room_for(source)
         for group in self.param_groups:
             _arguments.make_plain(group)
+            if "step" not in self._columns:  # SGD's buffer is begun by a step
+                continue
+            for p in group["params"]:
+                # amsgrad switched on since the last step: as the next one would do it.
+                if isinstance(entry := self.state.get(p), dict) and "exp_avg" in entry:
+                    self._make_state(p, self._needed(group))
         return super().state_dict()
 
     @torch._disable_dynamo
     @imitable
+    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
 
@@ -87,12 +96,12 @@ class Loading:
             state_dict: From ``state_dict()``.
 
         Raises:
-            KeyError: It is no optimizer's state dict, or one of another class: a key that this
-                class needs is missing.
+            KeyError: It is no optimizer's state dict.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
             TypeError: It is no mapping, or a value in it is of the wrong type.
-            ValueError: Groups or shapes differ, a value is out of range, or it carries no anchor
-                while this optimizer has one. After any error the optimizer is as it was.
+            ValueError: It is of another class (a key that this one needs is missing), groups or
+                shapes differ, a value is out of range, or it carries no anchor while this
+                optimizer has one. After any error the optimizer is as it was.
         """
         # What loading replaces it makes anew, and leaves the former as it is.
         before = dict(self.__dict__)
@@ -127,10 +136,8 @@ class Loading:
     def _load_checked(self, state_dict: Mapping[str, Any]) -> None:
         state_dict = self._completed(state_dict)
         anchors = self._checked_anchors(state_dict)
-        before, slot = (
-            (int(self.param_groups[0]["draw_index"]), self._engine.resumed),
-            self._engine.replay,
-        )
+        before = int(self.param_groups[0]["draw_index"]), self._engine.resumed
+        slot, rows = self._engine.replay, self._rows
         if before[0] <= 1:
             _boundary.refuse_earlier(self._engine.named, state_dict["param_groups"])
         kept = [{name: group.get(name) for name in _FLAGS_OF_OURS} for group in self.param_groups]
@@ -145,7 +152,7 @@ class Loading:
             kept_back |= self._columns.keys() - {"step"}
         stripped = dict(state_dict)
         stripped["state"] = {
-            key: {k: v for k, v in entry.items() if k not in kept_back}
+            key: {k: anchor.resolved(v) for k, v in entry.items() if k not in kept_back}
             if isinstance(entry, Mapping)
             else entry
             for key, entry in state_dict["state"].items()
@@ -175,16 +182,24 @@ class Loading:
         fresh = before[0] <= 1 or before[0] == before[1]
         self._engine.resumed = int(self.param_groups[0]["draw_index"]) if fresh else None
         self._engine.replay = slot
-        self._awaits_load, self._rows = False, None
+        self._awaits_load, self._rows = False, rows
+        self._drop_rows()
 
     def _own_moments(self) -> None:
         """Gives every moment memory of its own, as dense as the parameter's.
 
-        torch takes the checkpoint's tensors as they are: an expanded one, or one that two
-        parameters share, could not be written.
+        torch takes the checkpoint's tensors as they are: an expanded one, one that two parameters
+        share, or a parameter's own, could not be written.
         """
-        taken: set[tuple[torch.device, int]] = set()
+        taken = {
+            (p.device, sharding.local(p).untyped_storage().data_ptr())
+            for group in self.param_groups
+            for p in group["params"]
+            if not (is_lazy(p) or sharding.keeps_values_elsewhere(p))
+        }
         for entry in self.state.values():
+            if not isinstance(entry, dict):
+                continue
             for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
                 value = entry[name]
                 if not isinstance(value, Tensor) or sharding.is_dtensor(value):
@@ -220,7 +235,8 @@ class Loading:
                         continue  # the weights have become wide enough to hold everything
                     if name != "master":
                         dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
-                    self.state[param][name] = value.detach().to(param.device, dtype, copy=True)
+                    value = anchor.resolved(value.detach())
+                    self.state[param][name] = value.to(param.device, dtype, copy=True)
 
     def _completed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.
@@ -436,7 +452,8 @@ class Loading:
                 sharding.local(state["anchor"]).fill_(float("nan"))
         for group in self.param_groups:
             group["anchored"] = sum("anchor" in self.state.get(p, ()) for p in group["params"])
-        self._awaits_load, self._rows = True, None
+        self._awaits_load = True
+        self._drop_rows()
 
     def _kept(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the keys of the state that a step keeps of a parameter, anchors apart."""
@@ -460,17 +477,13 @@ class Loading:
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
-        counted: set[int] = set()
         for param, entry in self.state.items():
             if isinstance(entry, dict) and entry.get("step") is not None:
-                step = self._step_scalar(param, entry["step"])
-                # One count for two parameters would go up twice in a step.
-                entry["step"] = step.clone() if id(step) in counted else step
-                counted.add(id(entry["step"]))
-        draw = self.param_groups[0]["draw_index"]
-        if isinstance(draw, Tensor) and not self._capturable:
-            for group in self.param_groups:
-                group["draw_index"] = int(draw)
+                # Its own: one count for two parameters would go up twice in a step.
+                entry["step"] = self._step_scalar(param, entry["step"]).clone()
+        for group in self.param_groups:
+            if isinstance(group["draw_index"], Tensor) and not self._capturable:
+                group["draw_index"] = int(group["draw_index"])
 
     def _make_template(self) -> None:
         """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.

@@ -196,6 +196,8 @@ def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str],
         return _saved_prompt(root, adapter, str(getattr(config, "peft_type", "")))
     from peft import get_peft_model_state_dict
 
+    if len(root.peft_config) > 1:
+        root = _Alone(root, adapter)
     stand_ins: dict[str, Tensor] = {}
     for name, param in root.named_parameters(remove_duplicate=False):
         # Without memory, and neither gathered nor moved as the parameter might be.
@@ -219,6 +221,20 @@ def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str],
         if cuts:
             config.rank_pattern = ranks
     return {of[id(x)]: key for key, x in written.items() if id(x) in of}, {}
+
+
+class _Alone:
+    """A model as if it had one adapter only.
+
+    Of several, peft leaves out every parameter in whose name another adapter's occurs.
+    """
+
+    def __init__(self, root: torch.nn.Module, adapter: str) -> None:
+        self._root = root
+        self.peft_config = {adapter: root.peft_config[adapter]}
+
+    def __getattr__(self, name: str):
+        return getattr(self._root, name)
 
 
 def _saved_prompt(root: torch.nn.Module, adapter: str, kind: str):
@@ -289,7 +305,7 @@ class Reading(NamedTuple):
 
     Attributes:
         kind: Whose names they are taken for.
-        cost: Number of words that are taken off or put before.
+        cost: Number of changes: words that are taken off or put before, names peft or others give.
         of: For each parameter the names in the source that are its own.
         owners: Name in the source → numbers of its parameters.
     """
@@ -299,9 +315,9 @@ class Reading(NamedTuple):
     of: list[list[str]]
     owners: dict[str, set[int]]
 
-    def gives_away(self, other: Reading, wanted: Sequence[int]) -> bool:
+    def denies(self, other: Reading, wanted: Sequence[int]) -> bool:
         """Returns whether what ``other`` takes for a parameter is somebody else's here."""
-        if self.kind not in ("model", other.kind):
+        if self is other or self.kind not in ("model", other.kind):
             return False  # two adapters, say, whose files have the same names
         return any(
             self.owners.get(name, set()) - {number}
@@ -325,8 +341,8 @@ def _heads(names: Iterable[str], words: Sequence[str]) -> list[tuple[str, ...]]:
 
 def readings(
     stored: Mapping[str, Sequence[str]], known: Known, wanted: Sequence[int], words: Sequence[str]
-) -> list[Reading]:
-    """Returns the ways to read a source that are not refuted by a simpler one.
+) -> tuple[list[Reading], list[Reading]]:
+    """Returns the ways to read a source: those that stand, and those that may be right, too.
 
     Args:
         stored: Name without reserved parts → the names in the source.
@@ -344,17 +360,25 @@ def readings(
                 if mine and theirs and mine[-1] == theirs[-1]:
                     continue  # the same with less
                 reading = _read(stored, forms, kind, mine, theirs)
-                if any(reading.of[n] for n in wanted):
+                if reading.owners:
                     found.append(reading)
-    return [
-        reading
-        for reading in found
-        if not any(
-            other.cost <= reading.cost and other.gives_away(reading, wanted)
-            for other in found
-            if other is not reading
-        )
-    ]
+    standing, doubtful = [], []
+    for reading in found:
+        if not any(reading.of[number] for number in wanted):
+            continue
+        others = [other for other in found if other.denies(reading, wanted)]
+        # One that knows whose every name is that the other knows, and more, need not heed it, nor
+        # need one that goes by the parameters' own names.
+        others = [other for other in others if not other.owners.keys() < reading.owners.keys()]
+        if not others or not reading.cost:
+            standing.append(reading)
+        elif not any(
+            other.owners.keys() >= reading.owners.keys()
+            or (not other.cost and all(other.of[number] for number in wanted))
+            for other in others
+        ):
+            doubtful.append(reading)
+    return standing, doubtful
 
 
 def _read(stored, forms, kind, mine, theirs) -> Reading:
@@ -370,7 +394,7 @@ def _read(stored, forms, kind, mine, theirs) -> Reading:
         of.append(here)
         for name in here:
             owners.setdefault(name, set()).add(number)
-    return Reading(kind, len(mine) + len(theirs), of, owners)
+    return Reading(kind, len(mine) + len(theirs) + (kind != "model"), of, owners)
 
 
 def renamed_by_transformers(
@@ -461,21 +485,23 @@ def find(
     for view in range(2):
         if view == 1:
             views.append(renamed_by_transformers(every, model))
-        left = readings(views[view], known, there, (*known.words, *words))
-        whole = [r for r in left if all(n is not None and r.of[n] for n in numbers)]
+        standing, doubtful = readings(views[view], known, there, (*known.words, *words))
+        whole, rivals = (
+            [r for r in some if all(n is not None and r.of[n] for n in numbers)]
+            for some in (standing, doubtful)
+        )
         if whole:
-            return _agreed(whole, numbers, wanted, same)
-        tried += left
+            return _agreed(sorted(whole, key=lambda r: r.cost) + rivals, numbers, same)
+        tried += standing
     raise _shortest(tried, numbers, known)
 
 
 def _agreed(
     whole: Sequence[Reading],
     numbers: Sequence[int],
-    wanted: Sequence[Sequence[str]],
     same: Callable[[int, str, str], bool],
 ) -> list[str]:
-    whole = sorted(whole, key=lambda reading: reading.cost)
+    """Returns the names in the first reading, if all are of the same tensors."""
     found: list[str] = []
     taken: dict[str, int] = {}
     for place, number in enumerate(numbers):

@@ -11,7 +11,7 @@ through them in the opposite order of the pass before, which finds the last two 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Windows:
         self._held: list[int | None] = [None] * len(self._buffers)
         self._upwards = True
         self._stream = None
+        self._is_aside = False
         if device.type != "cpu":
             self._stream = torch.Stream(device)
             for buffer in self._buffers:
@@ -134,9 +135,19 @@ class Windows:
             current = torch.accelerator.current_stream(self._device)
             self._read[number % 2] = self._mark(current)
 
-    def aside(self) -> contextlib.AbstractContextManager:
-        """Returns a context in which work goes to the side stream."""
-        return contextlib.nullcontext() if self._stream is None else self._stream
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it work goes to the side stream; a context in such a context changes nothing."""
+        # Up to torch 2.10 a stream that is entered twice raises.
+        if self._stream is None or self._is_aside:
+            yield
+            return
+        self._is_aside = True
+        try:
+            with self._stream:
+                yield
+        finally:
+            self._is_aside = False
 
     def follow(self) -> None:
         """Lets the side stream wait for all that the current stream was given so far."""

@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 class RowCache:
     """The rows of all parameters, one `Rows` per device, and what they were made from."""
 
-    def __init__(self, optimizer: Guided, params: list[Tensor]) -> None:
+    def __init__(
+        self, optimizer: Guided, params: list[Tensor], replays: list[Tensor | None]
+    ) -> None:
         self.params = params
         states = [optimizer.state.get(p) for p in params]
         self._keys, self._entries = list(optimizer.state), list(optimizer.state.values())
         self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
-        tensors = [v for entry in self._dicts for v in entry.values() if isinstance(v, Tensor)]
+        tensors = [
+            v
+            for entry in self._dicts
+            for v in entry.values()
+            if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
+        ]
         optimizer._state_read = False
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
@@ -38,7 +45,12 @@ class RowCache:
             i
             for i, p in enumerate(params)
             if not is_lazy(p)
-            and (states[i] or p.requires_grad or p.grad is not None)
+            and (
+                states[i]
+                or p.requires_grad
+                or p.grad is not None
+                or (replays and replays[i] is not None)
+            )
             and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         used = set(usable)

@@ -76,6 +76,17 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
             "the optimizer over the same groups first (add_param_group() and freezing included)"
         )
+    for number, group in enumerate(saved):
+        names = group.get("param_names")
+        if names is not None and not (
+            isinstance(names, (list, tuple))
+            and len(names) == len(group["params"])
+            and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"param_names of group {number} of the state dict are not a name for each of its "
+                f"{len(group['params'])} parameters; pass what optimizer.state_dict() returned"
+            )
     try:
         keys = [key for group in saved for key in group["params"]]
         twice = len(set(keys)) < len(keys)
@@ -86,6 +97,17 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         ) from None
     if twice:
         raise ValueError("the state dict's groups name a parameter twice; it was not saved so")
+    strange = [
+        key
+        for key, entry in state_dict["state"].items()
+        if key not in keys and isinstance(entry, Mapping) and entry
+    ]
+    if strange:
+        raise ValueError(
+            f"the state dict has state of {strange[0]!r} and {len(strange) - 1} more, which its "
+            "groups do not name: it would be lost. Pass what optimizer.state_dict() returned (JSON "
+            "turns the numbers of parameters into text)"
+        )
 
 
 def check_group(
@@ -100,15 +122,17 @@ def check_group(
         ours: Those among them that torch.optim does not know.
 
     Raises:
-        KeyError: An option is missing.
         TypeError: An option has the wrong type.
-        ValueError: An option is out of range.
+        ValueError: An option is missing or out of range.
     """
     needed = defaults.keys() - ours.keys() - _FILLED_IN
-    some = saved.keys() & ours.keys()
-    missing = sorted(needed - saved.keys()) + sorted(ours.keys() - some if some else ())
+    # Somebody may set alpha in what torch.optim has saved.
+    is_ours = bool(saved.keys() & ours.keys() - set(_arguments.PER_GROUP))
+    missing = sorted(needed - saved.keys()) + (
+        sorted(ours.keys() - saved.keys()) if is_ours else []
+    )
     if missing:
-        raise KeyError(
+        raise ValueError(
             f"group {number} of the state dict has no {', '.join(missing)}: it is another "
             f"optimizer's, or a part of it is lost (it has {sorted(map(str, saved))}). {_CONVERT}"
         )
@@ -157,9 +181,8 @@ def check_entry(
         known: Keys whose type is known.
 
     Raises:
-        KeyError: A key is missing.
         TypeError: A value is of the wrong type.
-        ValueError: A value has the wrong shape or is out of range.
+        ValueError: A key is missing, or a value has the wrong shape or is out of range.
     """
     if not isinstance(entry, Mapping):
         raise TypeError(
@@ -168,7 +191,7 @@ def check_entry(
         )
     missing = [name for name in needed if entry.get(name) is None]
     if missing:
-        raise KeyError(
+        raise ValueError(
             f"the checkpoint carries no {', '.join(missing)} of {label}, but "
             f"{sorted(map(str, entry))}: it is another optimizer's, or a part of it was lost on "
             f"the way. {_CONVERT}"

@@ -68,6 +68,16 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     return sharding.like(made, param)
 
 
+def resolved(x: Any) -> Any:
+    """Returns a tensor whose memory holds what it is; anything else as it is.
+
+    Torch's copies between a lazily negated tensor and another dtype have the wrong sign.
+    """
+    if isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj()):
+        return x.resolve_conj().resolve_neg()
+    return x
+
+
 def write(target: Tensor, source: Tensor | Part | None) -> None:
     """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard.
 
@@ -78,6 +88,7 @@ def write(target: Tensor, source: Tensor | Part | None) -> None:
     if isinstance(source, Part):
         sharding.local(target).copy_(source.read())
         return
+    source = resolved(source)
     if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
         source = sharding.shard_of(source, target)
     elif sharding.is_dtensor(target):
@@ -329,7 +340,8 @@ class Stored(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self.kind(name)
-        return self.read(name, torch.empty(shape, dtype=dtype, device="meta"))
+        made = torch.empty(shape, dtype=dtype, device="meta")
+        return Part(self, name, made, shape, dtype).read()
 
 
 class Part(NamedTuple):
@@ -344,7 +356,9 @@ class Part(NamedTuple):
 
     def read(self) -> Tensor:
         """Returns the values as a plain tensor on the CPU, good until the files are closed."""
-        return self.stored.read(self.name, self.param)
+        # Who reads them makes tensors on the default device.
+        with torch.device("cpu"):
+            return self.stored.read(self.name, self.param)
 
 
 class _Safetensors(Stored):
@@ -372,7 +386,8 @@ class _Safetensors(Stored):
                     "whole directory that save_pretrained() wrote"
                 )
             try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
+                with torch.device("cpu"):
+                    self._open[path] = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
                 raise ValueError(
                     f"{str(path)!r} is no whole safetensors file ({error}); save it again"
@@ -397,7 +412,8 @@ class _Safetensors(Stored):
     def read(self, name: str, param: Tensor) -> Tensor:
         box = sharding.box_of(param)
         if any(side.start == side.stop for side in box):
-            return torch.empty([side.stop - side.start for side in box], dtype=self.kind(name)[1])
+            sizes = [side.stop - side.start for side in box]
+            return torch.empty(sizes, dtype=self.kind(name)[1], device="cpu")
         return self._slice(name)[box]
 
 
@@ -509,7 +525,7 @@ def _refuse_mid_task(path: pathlib.Path) -> None:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         done, wanted = int(state["global_step"]), int(state["max_steps"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{str(file)!r} cannot be read ({error!r}), so nobody knows whether these are the "
             "weights at the end of a task; name the directory of the finished model"

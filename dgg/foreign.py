@@ -264,8 +264,13 @@ class Guidance:
         if self.param_groups[0]["draw_index"] == 0:
             _boundary.refuse_earlier(self._engine.named, groups)
         labels = _arguments.group_labels(self.optimizer.param_groups)
+        if not isinstance(state_dict["anchors"], Mapping):
+            raise TypeError(
+                f"the state dict's anchors are a {type(state_dict['anchors']).__name__}, not a "
+                "dict by parameter number; pass what guidance.state_dict() returned"
+            )
         for i, value in state_dict["anchors"].items():
-            if i not in range(len(params)):
+            if type(i) is not int or i not in range(len(params)):
                 raise KeyError(
                     f"the state dict has an anchor of parameter {i!r} of {len(params)}; pass what "
                     "guidance.state_dict() returned"

@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dgg import (
     _arguments,
+    _device,
     _dispatch,
     _fsdp1,
     _philox,
@@ -272,8 +274,9 @@ class Engine:
         for part, rows in zip(squares, all_rows, strict=True):
             if rows.reduction is not None:
                 rows.reduction.sum_(part, per_tensor=per_tensor)
+        bound = wide["max_grad_norm"]
         settings = {
-            "max_grad_norm": wide["max_grad_norm"],
+            "max_grad_norm": None if bound is None else float(bound),
             "scaling": wide["scaling"],
             "per_tensor": per_tensor,
         }
@@ -331,7 +334,7 @@ class Engine:
             # Flags say what was drawn; a parameter without gradient was left alone all the same.
             guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
             if last["active"] is not None:
-                guided = guided & last["active"].to(guided.device)
+                guided = guided & _device.without_waiting(last["active"], guided.device)
             if last.get("found_inf") is not None:
                 guided = guided & last["found_inf"].eq(0).all()
             stats["injected"], stats["guided"] = guided.any(), guided.sum()
@@ -361,6 +364,10 @@ class Statistics(dict):
     """
 
     backend: str = ""
+
+    def __reduce__(self):
+        """Saves the items alone, in a form that ``torch.load(weights_only=True)`` reads."""
+        return OrderedDict, (list(self.items()),)
 
     def __missing__(self, key: str) -> str:
         """Returns the backend."""

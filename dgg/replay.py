@@ -605,7 +605,7 @@ def _as_written(ratio: Any) -> Fraction:
 def _rounded(number: float, dtype: Any) -> float:
     """What a dtype of torch or numpy makes of a number."""
     if isinstance(dtype, torch.dtype):
-        return torch.tensor(number, dtype=dtype).item()
+        return torch.tensor(number, dtype=dtype, device="cpu").item()
     return dtype.type(number).item()
 
 

@@ -735,7 +735,9 @@ def run_loss_scaling():
 
     dtype = torch.float32
     model, plain = wrapped_parts(network(dtype)), network(dtype)
-    optimizer, twin = (dgg.AdamW(m.parameters(), **OPTIONS) for m in (model, plain))
+    optimizer = dgg.AdamW(model.parameters(), **OPTIONS)
+    # A step that the scaler leaves out by itself would draw nothing.
+    twin = dgg.AdamW(plain.parameters(), fused=True, **OPTIONS)
     scalers = [
         ShardedGradScaler(device="cpu", init_scale=8.0),
         torch.amp.GradScaler("cpu", init_scale=8.0),

@@ -374,20 +374,26 @@ def test_cuts_that_are_kept_are_few():
 
 def test_uploads_inside_a_capture(monkeypatch):
     uploads = _device.Uploads(CPU, capturable=True)
-    target = uploads.send("grads", torch.tensor([1, 2]))
-    monkeypatch.setattr(_device, "capturing", lambda device: True)
-    assert uploads.send("grads", torch.tensor([1, 2])) is target
-    assert uploads.send("grads", torch.tensor([3, 4])) is target and target.tolist() == [3, 4]
-    (kept,) = uploads._captured
-    with pytest.raises(RuntimeError, match="its grads changed during a capture"):
-        uploads.send("grads", torch.tensor([5, 6]))
-    monkeypatch.undo()
-    # A replay reads what was captured; afterwards nothing is taken for sent.
-    target.copy_(kept)
-    assert uploads.send("grads", torch.tensor([3, 4])).tolist() == [3, 4]
-    target.fill_(0)
-    assert uploads.send("grads", torch.tensor([3, 4])).tolist() == [3, 4]
-    assert kept.tolist() == [3, 4]
+    sent = uploads.send("grads", torch.tensor([1, 2]))
+    with monkeypatch.context() as capture:
+        capture.setattr(_device, "capturing", lambda device: True)
+        target = uploads.send("grads", torch.tensor([1, 2]))
+        # Sent before, and recorded all the same: memory of the graph's own.
+        assert target is not sent and target.tolist() == [1, 2]
+        target.fill_(0)
+        assert uploads.send("grads", torch.tensor([1, 2])) is target and target.tolist() == [1, 2]
+        (kept, _) = uploads._recorded["grads"]
+        with pytest.raises(RuntimeError, match="its grads changed during a capture"):
+            uploads.send("grads", torch.tensor([5, 6]))
+    assert uploads.send("grads", torch.tensor([3, 4])) is sent and sent.tolist() == [3, 4]
+    assert uploads.send("grads", torch.tensor([3, 4])) is sent
+    assert target.tolist() == kept.tolist() == [1, 2], "a replay would read something else"
+    # The next capture may bring others; what the first reads stays.
+    with monkeypatch.context() as capture:
+        capture.setattr(_device, "capturing", lambda device: True)
+        other = uploads.send("grads", torch.tensor([7, 8]))
+    assert other is not target and other is not sent
+    assert kept.tolist() == [1, 2] and any(x is kept for x, _ in uploads._kept)
 
 
 @pytest.fixture(scope="module")

@@ -75,10 +75,10 @@ def without(kind, name):
 
 # name: (change, error, says)
 WRONG = {
-    "no step": (without("state", "step"), KeyError, "no step of parameter 0"),
-    "no first moment": (without("state", "exp_avg"), KeyError, "no exp_avg of parameter 0"),
-    "no second moment": (without("state", "exp_avg_sq"), KeyError, "no exp_avg_sq"),
-    "no second moment but None": (entry("exp_avg_sq", None), KeyError, "no exp_avg_sq"),
+    "no step": (without("state", "step"), ValueError, "no step of parameter 0"),
+    "no first moment": (without("state", "exp_avg"), ValueError, "no exp_avg of parameter 0"),
+    "no second moment": (without("state", "exp_avg_sq"), ValueError, "no exp_avg_sq"),
+    "no second moment but None": (entry("exp_avg_sq", None), ValueError, "no exp_avg_sq"),
     "step of text": (entry("step", "x"), ValueError, "step of parameter 0"),
     "step of two": (entry("step", torch.zeros(2)), ValueError, "step of parameter 0"),
     "step in a list": (entry("step", [1]), ValueError, "step of parameter 0"),
@@ -103,9 +103,9 @@ WRONG = {
     "master unasked": (entry("master", torch.zeros(2)), ValueError, "master_weights=True"),
     "entry of text": (lambda s: s["state"].update({0: "x"}), TypeError, "parameter 0.*str"),
     "entry in a list": (lambda s: s["state"].update({0: [1]}), TypeError, "parameter 0.*list"),
-    "no lr": (without("group", "lr"), KeyError, "group 0.*no lr"),
-    "no betas": (without("group", "betas"), KeyError, "group 0.*no betas"),
-    "no alpha": (without("group", "alpha"), KeyError, "group 0.*no alpha"),
+    "no lr": (without("group", "lr"), ValueError, "group 0.*no lr"),
+    "no betas": (without("group", "betas"), ValueError, "group 0.*no betas"),
+    "no alpha": (without("group", "alpha"), ValueError, "group 0.*no alpha"),
     "lr of text": (group("lr", "x"), TypeError, "lr='x'"),
     "lr below 0": (group("lr", -1.0), ValueError, "lr=-1.0"),
     "lr of two": (group("lr", torch.ones(2)), TypeError, "lr"),
@@ -113,7 +113,7 @@ WRONG = {
     "beta of 1": (group("betas", (0.9, 1.0)), ValueError, "betas"),
     "eps is None": (group("eps", None), TypeError, "eps=None"),
     "amsgrad of text": (group("amsgrad", "x"), TypeError, "amsgrad"),
-    "amsgrad without its state": (group("amsgrad", True), KeyError, "max_exp_avg_sq"),
+    "amsgrad without its state": (group("amsgrad", True), ValueError, "max_exp_avg_sq"),
     "alpha of 3": (group("alpha", 3.0), ValueError, "alpha"),
     "alpha of text": (group("alpha", "x"), TypeError, "alpha"),
     "seed of text": (group("seed", "x"), TypeError, "seed"),
@@ -135,6 +135,19 @@ WRONG = {
     "a parameter twice": (group("params", [0, 0]), ValueError, "twice"),
     "params in lists": (group("params", [[0], [1]]), TypeError, "params"),
     "another number": (group("params", [0]), ValueError, "hold"),
+    "names too few": (group("param_names", ["a"]), ValueError, "param_names"),
+    "names of numbers": (group("param_names", [1, 2]), ValueError, "param_names"),
+    "state by text": (
+        lambda s: s.update(state={str(k): v for k, v in s["state"].items()}),
+        ValueError,
+        "would be lost",
+    ),
+    "alpha on meta": (group("alpha", torch.tensor(0.5, device="meta")), TypeError, "alpha"),
+    "sparse max_grad_norm": (
+        group("max_grad_norm", torch.eye(1).to_sparse()),
+        TypeError,
+        "max_grad_norm",
+    ),
 }  # fmt: skip
 
 
@@ -198,7 +211,7 @@ def test_state_of_another_optimizer_is_refused(cls, kind):
     params, opt = make(cls, **options)
     opt.clear_anchor()
     before = everything(opt)
-    with pytest.raises(KeyError, match="another optimizer's.*convert_state_dict"):
+    with pytest.raises(ValueError, match="another optimizer's.*convert_state_dict"):
         opt.load_state_dict(foreign(kind))
     assert_same(before, everything(opt))
 
@@ -207,7 +220,7 @@ def test_sgd_with_momentum_refuses_an_entry_without_its_buffer():
     _, opt = make(dgg.SGD, momentum=0.9)
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][0]["state1"] = saved["state"][0].pop("momentum_buffer")
-    with pytest.raises(KeyError, match="no momentum_buffer of parameter 0"):
+    with pytest.raises(ValueError, match="no momentum_buffer of parameter 0"):
         opt.load_state_dict(saved)
     saved = copy.deepcopy(opt.state_dict())
     del saved["state"][0]["momentum_buffer"]  # an anchor alone: no step yet
@@ -245,7 +258,18 @@ def test_what_older_releases_of_torch_have_not_saved_is_filled_in():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["expanded", "shared", "negated", "steps shared"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "expanded",
+        "shared",
+        "negated",
+        "negated float64",
+        "a weight's",
+        "steps shared",
+        "step negated",
+    ],
+)
 def test_moments_get_memory_of_their_own(backend, kind):
     params, opt = make(backend=backend)
     saved = copy.deepcopy(opt.state_dict())
@@ -260,11 +284,20 @@ def test_moments_get_memory_of_their_own(backend, kind):
     elif kind == "negated":
         first["exp_avg"] = torch._neg_view(torch.ones(2))
         expected["state"][0]["exp_avg"] = -torch.ones(2)
-    else:
+    elif kind == "negated float64":
+        first["exp_avg"] = torch._neg_view(torch.ones(2).double())
+        expected["state"][0]["exp_avg"] = -torch.ones(2)
+    elif kind == "step negated":
+        first["step"] = torch._neg_view(torch.tensor(-4.0))
+        expected["state"][0]["step"] = torch.tensor(4.0)
+    elif kind == "steps shared":
         second["step"] = first["step"]
     found = []
     for given in (saved, expected):
-        _, opt = make(backend=backend)
+        fresh, opt = make(backend=backend)
+        if kind == "a weight's":
+            value = fresh[0].data
+            given["state"][0]["exp_avg_sq"] = value if given is saved else value.clone()
         opt.load_state_dict(given)
         stepped(opt, 2)
         found.append(everything(opt))
@@ -427,3 +460,58 @@ def test_a_draw_index_set_to_nonsense_is_named(value):
     opt.param_groups[0]["draw_index"] = np.int64(good)
     opt.step()
     assert type(opt.param_groups[0]["draw_index"]) is int
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_that_are_tensors_must_agree_and_be_one_number(backend):
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
+    opt = dgg.AdamW([{"params": [p]} for p in params], lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones(2)
+    opt.param_groups[1]["max_grad_norm"] = torch.tensor(0.5)
+    with pytest.raises(ValueError, match="max_grad_norm is one setting"):
+        opt.step()
+    opt.param_groups[0]["max_grad_norm"] = torch.tensor([0.5])
+    opt.step()
+    assert opt.guidance_stats()["clip"] < 1
+    for wrong in (torch.ones(2), torch.tensor(1.0, device="meta"), torch.tensor(1)):
+        opt.param_groups[0]["alpha"] = wrong
+        with pytest.raises(TypeError, match="alpha is a tensor"):
+            opt.step()
+
+
+def test_an_anchor_of_a_lazily_negated_tensor_has_its_sign():
+    param = Parameter(torch.ones(3))
+    opt = dgg.AdamW([("p", param)])
+    opt.set_anchor({"p": torch._neg_view(-torch.ones(3).half())})
+    assert torch.equal(opt.state[param]["anchor"], torch.ones(3))
+
+
+@pytest.mark.parametrize("cls", [dgg.SGD, dgg.AdamW])
+def test_a_parameter_frozen_after_its_replay_is_stepped(cls):
+    """As torch steps a frozen parameter that has a gradient."""
+    p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    opt = cls([p, q], lr=1.0)
+    with opt.replay():
+        p.sum().backward()
+    p.requires_grad_(False)
+    opt.step()
+    assert not torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("anchors", ["x", 3, {True: torch.ones(2)}, {1.0: torch.ones(2)}, [1]])
+def test_anchors_of_a_guidance_that_are_no_dict_by_number_are_refused(anchors):
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
+    guidance = dgg.Guidance(torch.optim.SGD(params, lr=0.1))
+    saved = {**guidance.state_dict(), "anchors": anchors}
+    with pytest.raises((TypeError, KeyError), match="guidance.state_dict"):
+        guidance.load_state_dict(saved)
+
+
+def test_amsgrad_switched_on_is_in_its_own_state_dict():
+    _, opt = make()
+    opt.param_groups[0]["amsgrad"] = True
+    saved = opt.state_dict()
+    assert all("max_exp_avg_sq" in entry for entry in saved["state"].values())
+    opt.load_state_dict(saved)
+    stepped(opt, 1)

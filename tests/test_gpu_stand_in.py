@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The host side of a GPU's steps, on a device that is none (gpu_stand_in.py).
+
+- Captured steps depend on nothing that later steps overwrite or free: addresses, learning rates,
+  tables, workspace, state. Where an anchor is overwritten in place a graph stays valid; where it
+  cannot, its memory is kept and the user is told to capture anew.
+- Anchors that are kept off the device come through streams with the rules of torch 2.10.
+- Tests of test_gpu.py that need streams or graphs, which would otherwise wait for a GPU.
+- The stand-in itself: what it is there to find, it finds.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+
+import dgg
+import test_gpu
+from cases import F32, F64, make_params
+from dgg import _dispatch, _prefetch
+from gpu_stand_in import DEVICE, FreedMemory, StandIn
+
+MISSING = _dispatch.unavailable("triton", torch.device("cpu"))
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}"),
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning"),
+]
+
+SHAPES = [(30, 7), (17,)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with StandIn(monkeypatch) as found:
+        yield found
+
+
+class Training:
+    """An optimizer over parameters on the device, with gradients that stay where they are."""
+
+    def __init__(self, *, anchored=True, rate=None, shapes=SHAPES, **options):
+        self.params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in make_params(shapes, F32)]
+        options = {"alpha": 1.0, "max_grad_norm": 1.0, "capturable": True, **options}
+        self.optimizer = dgg.AdamW(self.params, backend="triton", lr=0.1, **options)
+        if rate is not None:
+            self.optimizer.param_groups[0]["lr"] = torch.full((), rate, device=DEVICE)
+        for p in self.params:
+            p.grad = torch.ones_like(p)
+        self.optimizer.step()
+        if anchored:
+            self.optimizer.set_anchor()
+        self.optimizer.step()
+        self.grads = [p.grad for p in self.params]
+
+    @property
+    def group(self):
+        return self.optimizer.param_groups[0]
+
+    def step(self, factor=1.0):
+        """A step with other gradients than the static ones, of which the graph knows nothing."""
+        for p in self.params:
+            p.grad = torch.full_like(p, factor)
+        self.optimizer.step()
+        self.restore()
+
+    def restore(self):
+        for p, grad in zip(self.params, self.grads, strict=True):
+            p.grad = grad
+
+    def fill(self, value):
+        for grad in self.grads:
+            grad.fill_(value)
+
+    def train(self):
+        """Forward, backward and step: gradients are where a graph's memory is."""
+        self.optimizer.zero_grad()
+        sum((p * 2).square().sum() for p in self.params).backward()
+        self.optimizer.step()
+
+    def bits(self):
+        entries = [self.optimizer.state[p] for p in self.params]
+        return [
+            *(p.detach().clone() for p in self.params),
+            *(entry[name].clone() for entry in entries for name in sorted(entry)),
+        ]
+
+
+def assert_same_bits(*runs):
+    for tensors in zip(*runs, strict=True):
+        assert all(torch.equal(x, tensors[0]) for x in tensors)
+
+
+# -- captured steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_a_whole_training_step_is_captured(rate, anchored, gpu):
+    runs = []
+    for captured in (False, True):
+        run = Training(rate=rate, anchored=anchored)
+        run.train()
+        step = run.train
+        if captured:
+            run.optimizer.zero_grad()
+            with gpu.graph() as graph:
+                run.train()
+            assert graph.copies >= 2, "gradient addresses and hyper-parameters are not sent"
+            step = graph.replay
+        for _ in range(3):
+            step()
+        runs.append(run.bits())
+    assert_same_bits(*runs)
+
+
+def interrupted(gpu, between, replays=2, **options):
+    """Runs replays with ``between`` before each, and the same without a graph."""
+    runs = []
+    for captured in (False, True):
+        run = Training(**options)
+        step = run.optimizer.step
+        if captured:
+            with gpu.graph() as graph:
+                run.optimizer.step()
+            step = graph.replay
+        for number in range(replays):
+            between(run, number)
+            gc.collect()
+            run.fill(0.5 * (number + 1))
+            step()
+        runs.append(run.bits())
+    assert_same_bits(*runs)
+
+
+def test_eager_steps_between_replays_have_memory_of_their_own(gpu):
+    interrupted(gpu, lambda run, number: run.step(-5.0 * (number + 1)))
+
+
+def test_a_captured_learning_rate_is_not_overwritten_by_a_later_one(gpu):
+    runs = []
+    for captured in (False, True):
+        run = Training()
+        with gpu.graph() as graph:
+            run.optimizer.step()
+        for number in range(3):
+            run.group["lr"] = 0.7
+            run.step()
+            # The graph was captured with this one.
+            run.group["lr"] = 0.1
+            graph.replay() if captured else run.optimizer.step()
+            assert number < 3
+        runs.append(run.bits())
+    assert_same_bits(*runs)
+
+
+def test_odd_gradients_between_replays(gpu):
+    """Their rows are changed in the table, and their copies are gone after the step."""
+
+    def between(run, number):
+        run.params[0].grad = torch.full((7, 30), 2.0, device=DEVICE).t()
+        run.params[1].grad = torch.ones(17, device=DEVICE)
+        run.optimizer.step()
+        run.restore()
+
+    interrupted(gpu, between)
+
+
+def test_many_kinds_of_gradients_between_replays(gpu):
+    """More cuts into chunks than are kept: that of the graph stays."""
+    kinds = [F64, torch.float16, torch.bfloat16]
+
+    def between(run, number):
+        for place in (0, 1):
+            for kind in kinds:
+                for p in run.params:
+                    p.grad_dtype = None
+                run.params[place].grad = torch.ones_like(run.params[place], dtype=kind)
+                run.optimizer.step()
+                run.restore()
+
+    interrupted(gpu, between, replays=1)
+
+
+def test_two_graphs_of_one_optimizer(gpu):
+    """The second is captured without a step in between, and replayed without the first."""
+    runs = []
+    for captured in (False, True):
+        run = Training()
+        step = run.optimizer.step
+        if captured:
+            with gpu.graph():
+                run.optimizer.step()
+            with gpu.graph() as graph:
+                run.optimizer.step()
+            gc.collect()
+            step = graph.replay
+        for number in range(3):
+            run.fill(number - 0.5)
+            step()
+            run.step()
+        runs.append(run.bits())
+    assert_same_bits(*runs)
+
+
+def test_a_graph_of_two_steps(gpu):
+    runs = []
+    for captured in (False, True):
+        run = Training()
+
+        def both(run=run):
+            run.optimizer.step()
+            run.optimizer.step()
+
+        step = both
+        if captured:
+            with gpu.graph() as graph:
+                both()
+            step = graph.replay
+        step()
+        run.step()
+        step()
+        runs.append(run.bits())
+    assert_same_bits(*runs)
+
+
+def test_a_capture_that_failed_leaves_an_optimizer_that_steps(gpu):
+    runs = []
+    for fails in (False, True):
+        params = [torch.nn.Parameter(torch.ones(17, device=DEVICE))]
+        optimizer = dgg.AdamW(params, backend="triton", capturable=True, alpha=1.0)
+        params[0].grad = torch.ones_like(params[0])
+        if fails:
+            with pytest.raises(RuntimeError, match="run a warm-up step before"), gpu.graph():
+                optimizer.step()
+            assert not optimizer.state and optimizer._rows is None
+        for _ in range(2):
+            optimizer.step()
+        runs.append([params[0].detach().clone(), optimizer.state[params[0]]["exp_avg"].clone()])
+    assert_same_bits(*runs)
+
+
+# -- what a graph works on is never freed ---------------------------------------------------------
+
+
+def test_an_anchor_overwritten_in_place_leaves_a_graph_valid(gpu):
+    seen = []
+
+    def between(run, number):
+        anchor = run.optimizer.state[run.params[0]]["anchor"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run.optimizer.set_anchor()
+        assert run.optimizer.state[run.params[0]]["anchor"] is anchor
+        seen.append(run.optimizer._rows)
+
+    interrupted(gpu, between, replays=3)
+    assert all(rows is not None for rows in seen) and seen[0] is seen[1] is seen[2]
+
+
+def clear(run):
+    run.optimizer.clear_anchor()
+
+
+def add_group(run):
+    extra = torch.nn.Parameter(torch.ones(5, device=DEVICE))
+    run.optimizer.add_param_group({"params": [extra]})
+
+
+def load(run):
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+
+
+def first_anchor(run):
+    run.optimizer.set_anchor()
+
+
+def exchange(run):
+    for p in run.params:
+        run.optimizer.state[p]["exp_avg"] = run.optimizer.state[p]["exp_avg"].clone()
+
+
+@pytest.mark.parametrize("change", [clear, add_group, load, first_anchor, exchange])
+def test_what_moves_memory_asks_for_a_new_capture_and_frees_nothing(change, gpu):
+    run = Training(anchored=change is not first_anchor)
+    with gpu.graph() as graph:
+        run.optimizer.step()
+    graph.replay()
+    with pytest.warns(UserWarning, match="capture it again"):
+        change(run)
+        run.step()
+    gc.collect()
+    graph.replay()  # of no use any more, but it must touch nothing that is somebody else's
+    gpu.check()
+    with gpu.graph() as again:
+        run.optimizer.step()
+    expected = None
+    for step in (again.replay, run.optimizer.step):
+        twin = run.bits()
+        step()
+        moved = [not torch.equal(x, y) for x, y in zip(run.bits(), twin, strict=True)]
+        expected = expected or moved
+        assert any(moved) and moved == expected
+
+
+def test_tensors_of_the_user_that_a_graph_reads_stay(gpu):
+    run = Training(rate=0.1)
+    with gpu.graph() as graph:
+        run.optimizer.step()
+    run.group["lr"] = torch.full((), 0.3, device=DEVICE)
+    gc.collect()
+    graph.replay()
+
+
+# -- anchors elsewhere ----------------------------------------------------------------------------
+
+MANY = [(200,), (13, 15), (190,), ()]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["torch-2.10", "today"])
+def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
+    """Work of the side stream is done as late as it may be: a wait that is missing shows."""
+    runs = []
+    for away in (False, True):
+        with monkeypatch.context() as patch, StandIn(patch, strict_streams=strict) as gpu:
+            patch.setattr(_prefetch, "WINDOW", 1024)
+            device = "cpu" if away else None
+            run = Training(capturable=False, shapes=MANY, anchored=False, anchor_device=device)
+            for number in range(7):
+                if number in (1, 4):
+                    run.optimizer.set_anchor()
+                run.step(1.0 + number)
+                if number == 5:
+                    with torch.no_grad():
+                        run.params[0].mul_(1.5)
+            windows = run.optimizer._rows.all_rows[0].kernels.windows
+            assert (windows is not None) == away
+            gpu.drain()
+            runs.append([p.tolist() for p in run.params])
+    assert runs[0] == runs[1]
+
+
+def test_anchors_dropped_while_they_are_measured(gpu):
+    run = Training(capturable=False, shapes=MANY, anchor_device="cpu")
+    for _ in range(3):
+        run.step()
+        run.optimizer.clear_anchor()
+        gc.collect()
+        run.optimizer.set_anchor()
+        run.step()
+
+
+# -- a library that cannot run there --------------------------------------------------------------
+
+
+class Library:
+    """Takes the place of the CUDA library; on some devices no kernel of it can be started."""
+
+    def __init__(self, functions, monkeypatch, trouble=None):
+        self._functions, self.trouble, self.calls = functions, trouble, 0
+        monkeypatch.setattr(_dispatch, "_cuda_error", None)
+        monkeypatch.setattr(_dispatch, "_probed", {})
+        monkeypatch.setattr(
+            _dispatch, "_launchers", lambda backend: self if backend == "cpp" else functions
+        )
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: DEVICE)
+
+    def __getattr__(self, name):
+        def launch(*args, **kwargs):
+            self.calls += 1
+            if self.trouble is not None:
+                raise self.trouble
+            return getattr(self._functions, name)(*args, **kwargs)
+
+        return launch
+
+
+NO_IMAGE = RuntimeError(
+    "dgg::coefficients_launch on device 0: no kernel image is available for execution on the device"
+    "; build dgg again with this device in TORCH_CUDA_ARCH_LIST\nException raised from finish"
+)
+
+
+def test_a_library_that_cannot_run_on_a_device_is_not_taken(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch, NO_IMAGE)
+    params = [torch.nn.Parameter(torch.ones(17, device=DEVICE))]
+    optimizer = dgg.AdamW(params, alpha=1.0, max_grad_norm=1.0)
+    params[0].grad = torch.ones_like(params[0])
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.guidance_stats().backend == "triton"
+    assert library.calls == 1, "it is asked once"
+    with pytest.raises(RuntimeError, match="cannot run there.*TORCH_CUDA_ARCH_LIST") as error:
+        dgg.AdamW(params, backend="cpp")
+    assert "Exception raised" not in str(error.value)
+    config = dgg.show_config()
+    assert "cpp        cuda  not usable: its CUDA library cannot run there" in config
+    assert "triton on cuda" in config and library.calls == 1
+
+
+def test_a_library_that_runs_is_taken(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch)
+    assert _dispatch.choose(None, DEVICE) == "cpp" == _dispatch.choose(None, DEVICE)
+    assert library.calls == 1
+
+
+def test_nothing_is_tried_out_in_a_graph_or_without_memory(gpu, monkeypatch):
+    library = Library(_dispatch._launchers("triton"), monkeypatch)
+    with gpu.graph() as graph:
+        assert _dispatch.choose(None, DEVICE) == "cpp"
+    assert library.calls == 0 and graph.nodes == []
+    library.trouble = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        _dispatch.choose(None, DEVICE)
+    library.trouble = None
+    assert _dispatch.choose(None, DEVICE) == "cpp"
+
+
+# -- tests that need streams or graphs ------------------------------------------------------------
+
+
+@pytest.fixture
+def on_stand_in(gpu, monkeypatch):
+    """test_gpu.py's parameters on the stand-in, fewer elements of them."""
+    monkeypatch.setattr(test_gpu, "DEVICE", DEVICE)
+    make = test_gpu.on_device
+    small = {(300, 70): (30, 7), (8193,): (1030,), (1000, 1000): (40, 10), (2048, 2048): (50,)}
+    monkeypatch.setattr(
+        test_gpu, "on_device", lambda shapes: make([small.get(s, s) for s in shapes], device=DEVICE)
+    )
+    return gpu
+
+
+@pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
+def test_graph_replays_equal_eager_steps(granularity, on_stand_in):
+    test_gpu.test_graph_replays_equal_eager_steps(granularity, "triton")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_gpu.test_a_side_stream_gives_the_same_bits,
+        test_gpu.test_a_whole_training_step_is_captured_on_the_stream_of_its_warm_up,
+        test_gpu.test_a_step_that_cannot_be_replayed_is_not_captured,
+    ],
+)
+def test_streams_and_graphs(test, on_stand_in):
+    test("triton")
+
+
+@pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
+def test_a_step_never_waits(kind, granularity, gpu, monkeypatch):
+    cls, hyper = test_gpu.OPTIMIZERS[kind]
+    params = test_gpu.on_device([(7, 5), (300,), (0,)], device=DEVICE)
+    optimizer = cls(
+        params, backend="triton", alpha=0.5, granularity=granularity, max_grad_norm=1.0, seed=3,
+        **hyper,
+    )  # fmt: skip
+    for step in range(6):
+        if step == 1:
+            optimizer.set_anchor()
+        for place, p in enumerate(params):
+            p.grad = None if place == 1 and step == 4 else torch.ones_like(p)
+        before = len(gpu.waits)
+        optimizer.step()
+        optimizer.guidance_stats()
+        # What is new is made: state at the first step, tables after an anchor.
+        assert step < 2 or gpu.waits[before:] == []
+
+
+# -- the stand-in itself --------------------------------------------------------------------------
+
+
+def test_it_tells_the_host_from_the_device(gpu):
+    host, here = torch.ones(3), torch.ones(3, device=DEVICE)
+    assert not gpu.is_here(host) and gpu.is_here(here) and gpu.is_here(here * 2)
+    assert not gpu.is_here(here.to("cpu")) and gpu.is_here(host.to(DEVICE))
+    with pytest.raises(RuntimeError, match="on the same device"):
+        host + here
+    before = len(gpu.waits)
+    assert here.sum().item() == 3.0 and len(gpu.waits) == before + 1
+
+
+def test_it_finds_a_replay_that_works_on_freed_memory(gpu):
+    x, y = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    with gpu.graph() as graph:
+        y.add_(x * 2)
+    assert y.tolist() == [0.0] * 3
+    graph.replay()
+    assert y.tolist() == [2.0] * 3
+    del x
+    with pytest.raises(FreedMemory, match="freed after it was captured"):
+        graph.replay()
+
+
+def test_it_finds_writes_into_freed_memory(gpu):
+    x = torch.ones(3, device=DEVICE)
+    block = gpu.block_of(x)
+    del x
+    assert block.freed
+    block.bytes[0] = 0
+    with pytest.raises(FreedMemory, match="written after they were freed"):
+        gpu.check()
+    block.poison()
+
+
+def test_it_does_what_a_capture_cannot(gpu):
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), gpu.graph():
+        x.tolist()
+    with pytest.raises(RuntimeError, match="cudaHostAlloc"), gpu.graph():
+        torch.empty(3, pin_memory=True)
+    with pytest.raises(RuntimeError, match="pageable"), gpu.graph():
+        x.copy_(torch.ones(3), non_blocking=True)
+
+
+def test_its_streams_run_as_late_as_they_may(gpu):
+    side, x = torch.cuda.Stream(), torch.zeros(3, device=DEVICE)
+    with torch.cuda.stream(side):
+        x.add_(1)
+        event = side.record_event()
+    x.mul_(4)  # without a wait it comes first
+    torch.cuda.current_stream().wait_event(event)
+    assert x.tolist() == [1.0] * 3
+    stream = torch.Stream(DEVICE)
+    with pytest.raises(RuntimeError, match="should not be initialized"), stream, stream:
+        pass
+
+
+def test_its_memory_is_not_reused_before_a_stream_it_was_lent_to_is_there(gpu):
+    found = []
+    for lend in (True, False):
+        side, x, y = (
+            torch.cuda.Stream(),
+            torch.ones(3, device=DEVICE),
+            torch.zeros(3, device=DEVICE),
+        )
+        with torch.cuda.stream(side):
+            y.copy_(x)
+        if lend:
+            x.record_stream(side)
+        del x
+        if lend:
+            side.drain()
+            found = y.tolist()
+        else:
+            with pytest.raises(FreedMemory):
+                side.drain()
+    assert found == [1.0] * 3
