@@ -31,7 +31,7 @@ EXPLAINED = ROOT / "docs" / "mutation_testing.md"
 TARGETS = {
     "_philox": ["test_philox.py"],
     "reference": ["test_reference.py"],
-    "_boundary": ["test_anchors.py", "test_misuse.py"],
+    "_boundary": ["test_boundary.py"],
     "_saved_state": ["test_saved_state.py"],
     "_loading": ["test_loading.py", "test_state.py", "test_precision.py", "test_misuse.py"],
 }

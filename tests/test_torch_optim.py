@@ -1132,9 +1132,9 @@ def test_a_hook_may_convert_a_foreign_state_dict(torch_class):
 @pytest.mark.parametrize("returns", [False, True])
 @of_every_class
 def test_a_hook_may_set_an_option(torch_class, returns):
-    """Also one of the guidance, in the dict that it is given and in another."""
+    """Also one of the guidance, which no state dict of torch has; there or in another dict."""
     params = some_params()
-    saved = CLASSES[torch_class](twins(params), lr=0.1).state_dict()
+    saved = torch_class(twins(params), lr=0.1).state_dict()
     opt = CLASSES[torch_class](params, alpha=0.3)
 
     def hook(opt, state_dict):
