@@ -327,7 +327,7 @@ def _step(value: Any, label: str) -> Tensor:
         raise ValueError(f"step of {label} is {count}; it must be a whole number from 0 on")
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return torch.tensor(float(count), dtype=torch.float32)
+    return torch.tensor(float(count), dtype=torch.float32, device="cpu")
 
 
 def _plain(value: Any, key: str, label: str) -> Any:
