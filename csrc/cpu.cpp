@@ -1315,10 +1315,14 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const Tensor& replays,
-               int64_t groups, double replay_weight, double grad_scale) {
+void check_table(const char* op, const Tensor& table) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns, "dgg::", op,
                   ": table must have shape [n, ", static_cast<int>(kColumns), "]");
+}
+
+Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const Tensor& replays,
+               int64_t groups, double replay_weight, double grad_scale) {
+  check_table(op, table);
   const int64_t n = table.size(0);
   check_tensor(op, "table", table, ScalarType::Long, n * kColumns);
   check_tensor(op, "grads", grads, ScalarType::Long, n);
@@ -1336,6 +1340,13 @@ Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const T
                         r[kColumnGroup] >= 0 && r[kColumnGroup] < groups,
                     "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", block ",
                     r[kColumnBlock], ", group ", r[kColumnGroup], " of ", groups);
+    // Places of elements are counted in 64 bits, and words are drawn by fours from their place on.
+    constexpr int64_t kLast = int64_t{1} << 61;
+    const int64_t turns = r[kColumnNumel] == 0 ? 0 : (r[kColumnNumel] - 1) / r[kColumnBlock];
+    STD_TORCH_CHECK(r[kColumnBase] >= 0 && r[kColumnStride] >= 0 && r[kColumnBase] < kLast &&
+                        r[kColumnNumel] < kLast && (turns == 0 || r[kColumnStride] < kLast / turns),
+                    "dgg::", op, ": row ", i, " of table has base ", r[kColumnBase], ", stride ",
+                    r[kColumnStride], ": its elements would lie at no place");
     // Every code is below 4: no bit beyond the lowest two of any byte.
     STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFCFCFCFCFCFCFCFCu) == 0,
                     "dgg::", op, ": row ", i, " of table has an unknown dtype code");
@@ -1406,6 +1417,7 @@ void adam_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                 const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
                 int64_t seed, int64_t draw, bool stochastic) {
   const char* const op = "adam_table_";
+  check_table(op, table);
   const Control control =
       make_control(op, table.size(0), coefficients, flags, hyper, kAdamHypers, seed, draw);
   const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
@@ -1418,6 +1430,7 @@ void sgd_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
                int64_t seed, int64_t draw, bool stochastic) {
   const char* const op = "sgd_table_";
+  check_table(op, table);
   const Control control =
       make_control(op, table.size(0), coefficients, flags, hyper, kSgdHypers, seed, draw);
   const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
@@ -1429,6 +1442,7 @@ void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays
                  const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
                  double replay_weight, double grad_scale, int64_t seed, int64_t draw) {
   const char* const op = "guide_table_";
+  check_table(op, table);
   const Control control =
       make_control(op, table.size(0), coefficients, flags, hyper, kGuideHypers, seed, draw);
   compute_guide(make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale),

@@ -477,6 +477,7 @@ DGG_C_API int64_t dgg_gather_end(int64_t handle, int64_t count, int64_t* version
     const auto list = dgg::list_of(handle);
     if (list == nullptr) return dgg::kMoved;
     const dgg::Torch& torch = dgg::Torch::get();
+    if (count > static_cast<int64_t>(list->active.size())) return dgg::kUnusual;
     for (int64_t i = 0; written && i < count; ++i) {
       if (list->active[i] == 0) continue;
       torch.bump(dgg::handle_of(list->impls[i]));
