@@ -3,6 +3,7 @@
 
 from dgg import metrics
 from dgg._dispatch import show_config
+from dgg.convert import convert_state_dict
 from dgg.foreign import Guidance
 from dgg.optim import SGD, Adam, AdamW, unwrap
 from dgg.replay import ReplayBuffer
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW",
     "Guidance",
     "ReplayBuffer",
+    "convert_state_dict",
     "hf",
     "metrics",
     "show_config",

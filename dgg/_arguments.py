@@ -139,8 +139,10 @@ def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, A
     for name in WIDE:
         if name not in group or name not in first or group[name] is first[name]:
             continue
-        tensor = isinstance(group[name], Tensor) or isinstance(first[name], Tensor)
-        if tensor and name == "draw_index":
+        away = [
+            isinstance(x, Tensor) and x.device.type != "cpu" for x in (group[name], first[name])
+        ]
+        if any(away) and name == "draw_index":
             # That of captured steps: one tensor for all groups, made so when loaded.
             continue
         if _plain(group[name]) != _plain(first[name]):
@@ -440,7 +442,8 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
 
 
 def _written_apart(x: Tensor) -> bool:
-    return all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
+    apart = all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
+    return apart or x.numel() == 0
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:

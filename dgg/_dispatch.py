@@ -577,6 +577,11 @@ class Rows:
             self.kernels.begin(self._table, self._grad_addresses, self._replay_addresses)
         return True
 
+    def odd_gradients(self) -> list[Tensor]:
+        """Returns the gradients that `gather` could not take up as they are."""
+        grads = [self.params[row].grad for row in self._gather.odd()]
+        return [g for g in grads if g is not None]
+
     def refresh(
         self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
     ) -> None:
@@ -1221,8 +1226,10 @@ def guide_(
             draw=draw.index,
         )
     _give_back(rows._grad_copies)
-    torch.autograd.graph.increment_version([g for g in rows.grads if g is not None])
-    rows.release()
+    # The table hides the writes from autograd, which must know of them.
+    edited = [p.grad for p in rows.params] if rows._gathered else rows.grads
+    torch.autograd.graph.increment_version([g for g in edited if g is not None])
+    rows.abandon()
 
 
 def _give_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:

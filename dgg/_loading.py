@@ -73,10 +73,18 @@ class Loading:
                 self._make_room_for(source)
         for group in self.param_groups:
             _arguments.make_plain(group)
+            if "step" not in self._columns:  # SGD's buffer is begun by a step
+                continue
+            for p in group["params"]:
+                # amsgrad switched on since the last step: as the next one would do it.
+                if isinstance(entry := self.state.get(p), dict) and "exp_avg" in entry:
+                    self._make_state(p, self._needed(group))
         return super().state_dict()
 
     @torch._disable_dynamo
     @imitable
+    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
 
@@ -469,17 +477,13 @@ class Loading:
 
     def _normalise_steps(self) -> None:
         """Gives ``step`` and the draw index the form that the kernels write."""
-        counted: set[int] = set()
         for param, entry in self.state.items():
             if isinstance(entry, dict) and entry.get("step") is not None:
-                step = self._step_scalar(param, entry["step"])
-                # One count for two parameters would go up twice in a step.
-                entry["step"] = step.clone() if id(step) in counted else step
-                counted.add(id(entry["step"]))
-        draw = self.param_groups[0]["draw_index"]
-        if isinstance(draw, Tensor) and not self._capturable:
-            for group in self.param_groups:
-                group["draw_index"] = int(draw)
+                # Its own: one count for two parameters would go up twice in a step.
+                entry["step"] = self._step_scalar(param, entry["step"]).clone()
+        for group in self.param_groups:
+            if isinstance(group["draw_index"], Tensor) and not self._capturable:
+                group["draw_index"] = int(group["draw_index"])
 
     def _make_template(self) -> None:
         """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.

@@ -201,7 +201,7 @@ def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str],
     stand_ins: dict[str, Tensor] = {}
     for name, param in root.named_parameters(remove_duplicate=False):
         # Without memory, and neither gathered nor moved as the parameter might be.
-        stand_ins[name] = torch.zeros((), dtype=param.dtype).expand(param.shape)
+        stand_ins[name] = torch.zeros((), dtype=param.dtype, device="cpu").expand(param.shape)
     buffers = dict(root.named_buffers(remove_duplicate=False))
     of = {id(x): name for name, x in stand_ins.items()}
     # AdaLoRA would cut the tensors to the ranks it is going to keep.

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ from dgg import _dispatch, anchor, sharding
 
 if TYPE_CHECKING:
     from dgg._guided import Guided
+
+
+class Lists:
+    """Tells whether parameter groups still hold the parameters, by identity, of the beginning."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._lists = [list(group["params"]) for group in groups]
+        self._singles = [
+            (number, place, p)
+            for number, members in enumerate(self._lists)
+            for place, p in enumerate(members)
+            if not is_lazy(p) and p.numel() == 1
+        ]
+
+    def same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether they do."""
+        # Comparing lists takes identical members as equal without a look at them. Others meet
+        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
+        # one by one.
+        try:
+            if [group["params"] for group in groups] != self._lists:
+                return False
+        except (RuntimeError, TypeError):
+            return False
+        return all([groups[number]["params"][place] is p for number, place, p in self._singles])
 
 
 class RowCache:
@@ -26,7 +52,12 @@ class RowCache:
         states = [optimizer.state.get(p) for p in params]
         self._keys, self._entries = list(optimizer.state), list(optimizer.state.values())
         self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
-        tensors = [v for entry in self._dicts for v in entry.values() if isinstance(v, Tensor)]
+        tensors = [
+            v
+            for entry in self._dicts
+            for v in entry.values()
+            if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
+        ]
         optimizer._state_read = False
         self._groups = [
             number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
@@ -103,14 +134,8 @@ class RowCache:
         self._watch.keep_dicts([self._state, *self._dicts])
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
-        self._lists = [list(group["params"]) for group in optimizer.param_groups]
-        self._sizes = [len(members) for members in self._lists]
-        self._singles = [
-            (number, place, p)
-            for number, members in enumerate(self._lists)
-            for place, p in enumerate(members)
-            if not is_lazy(p) and p.numel() == 1
-        ]
+        self._lists = Lists(optimizer.param_groups)
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._gathers = len(self.all_rows) == 1 and self.all_rows[0].gather_by(self._watch)
 
     def gather(self, optimizer: Guided, replays: list[Tensor | None], *, elementwise: bool) -> bool:
@@ -122,7 +147,7 @@ class RowCache:
         groups = optimizer.param_groups
         if not (
             self._gathers
-            and self._same_params(groups)
+            and self._lists.same(groups)
             and self._needed == [optimizer._needed(group) for group in groups]
             and not any([self.params[i].grad is not None for i in self._unready])
             and self._unchanged_state(optimizer)
@@ -139,17 +164,6 @@ class RowCache:
         """Lets go of the gradients of a step that could not be finished."""
         for rows in self.all_rows:
             rows.abandon()
-
-    def _same_params(self, groups) -> bool:
-        # Comparing lists takes identical members as equal without a look at them. Others meet
-        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
-        # one by one.
-        try:
-            if [group["params"] for group in groups] != self._lists:
-                return False
-        except (RuntimeError, TypeError):
-            return False
-        return all([groups[number]["params"][place] is p for number, place, p in self._singles])
 
     def valid(self, optimizer: Guided, params: list[Tensor], grads, replays) -> bool:
         """Returns whether nothing was exchanged since: parameters, memory, state, groups."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dgg import _arguments, _boundary, _dispatch, anchor, checkpoint, guidance, sharding
+from dgg._row_cache import Lists
 
 
 class Guidance:
@@ -110,6 +111,8 @@ class Guidance:
         self._rows: list[tuple[list[int], _dispatch.Rows]] = []
         self._rows_params: list[Tensor] = []
         self._watch: _dispatch.Watch | None = None
+        # Whether the gradients of these parameters can be taken up natively.
+        self._gathers, self._lists = False, Lists([])
         self._shards: list[tuple[Tensor, Tensor]] = []
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -180,12 +183,12 @@ class Guidance:
         for group in self.param_groups:
             group["task_index"] = group["task_index"] + 1 if task is None else task
         self._engine.named = task
-        self._rows = []
+        self._rows, self._gathers = [], False
 
     def clear_anchor(self) -> None:
         """Drops the anchor: the gradients are left as they are from here on."""
         self._anchors.clear()
-        self._rows = []
+        self._rows, self._gathers = [], False
 
     def replay(self) -> contextlib.AbstractContextManager[None]:
         """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
@@ -285,7 +288,7 @@ class Guidance:
         fresh = mine in (0, engine.resumed)
         engine.resumed = groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]
-        self._rows = []
+        self._rows, self._gathers = [], False
 
     def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
         made = anchor.allocate(param, value.dtype, self._anchor_device)
@@ -338,32 +341,20 @@ class Guidance:
             )
 
     def _edit(self) -> None:
+        try:
+            self._edit_or_raise()
+        except BaseException:
+            for _, rows in self._rows:
+                rows.abandon()
+            raise
+
+    def _edit_or_raise(self) -> None:
         self._sync_groups()
         engine, slot = self._engine, self._engine.replay
         slot.check_closed()
         wide = engine.options.read(self.param_groups)
-        draw = wide["draw_index"]
+        draw, elementwise = wide["draw_index"], wide["granularity"] == "element"
         groups = self.optimizer.param_groups
-        params = [p for group in groups for p in group["params"]]
-        self._refuse_partitions(params)
-        self._settle(params)
-        labels = None
-        for i, p in enumerate(params):
-            r = slot.get(p) if slot else None
-            for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
-                if given is not None:
-                    labels = labels or _arguments.group_labels(groups)
-                    _arguments.check_gradient(given, p, labels[i], kind)
-                    _arguments.check_param(
-                        p, labels[i], stepped=True, elements=wide["granularity"] == "element"
-                    )
-            if p in self._anchors and self._anchors[p].shape != p.shape:
-                label = _arguments.group_labels(groups)[i]
-                raise ValueError(
-                    f"{label} has another shape than its anchor, "
-                    f"{tuple(self._anchors[p].shape)}: call set_anchor() after a parameter has "
-                    "changed its shape"
-                )
         # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
         scale, found = (getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf"))
         if slot and (found is not None or guidance.unscaled_unseen()):
@@ -371,30 +362,23 @@ class Guidance:
                 "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
                 "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
             )
+        taken = scale is None and found is None and self._gather(groups, elementwise)
+        params = [] if taken else [p for group in groups for p in group["params"]]
+        if not taken:
+            self._check(groups, params, elementwise)
         if scale is not None:
             guidance.refuse_scaler(params, self.process_group)
-        all_rows = self._current_rows(params)
+        all_rows = self._rows if taken else self._current_rows(params)
         launched = all_rows and all(rows.kernels is not None for _, rows in all_rows)
-        scaling, skip = guidance.read_scaler(scale, found, params[0].device if launched else None)
+        device = params[0].device if launched and params else None
+        scaling, skip = guidance.read_scaler(scale, found, device)
         if skip:
             engine.remember_skipped(params[0].device)
             self._set_draw(draw + 1)
             return
-        for p in params:
-            shard = sharding.local(p.grad)
-            if shard is None and slot and slot.get(p) is not None:
-                p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-            elif shard is not None and not _dispatch.is_dense(shard):
-                # An expanded gradient cannot be written in place.
-                shard = shard.clone(memory_format=torch.contiguous_format)
-                p.grad = sharding.like(shard, p)
-        for places, rows in all_rows:
-            replays = [slot.get(params[i]) for i in places] if slot else []
-            rows.refresh(
-                [params[i].grad for i in places],
-                replays,
-                elementwise=wide["granularity"] == "element",
-            )
+        if not taken:
+            self._take_up(params, all_rows, elementwise)
+        for _, rows in all_rows:
             # The other optimizer has moved the parameters since any distance was measured.
             rows.forget(anchors=False)
         only = [rows for _, rows in all_rows]
@@ -405,7 +389,7 @@ class Guidance:
         neutral = not injecting and wide["max_grad_norm"] is None and not slot and scale is None
         if neutral:
             for rows in only:
-                rows.release()
+                rows.abandon()
         else:
             hyper = [
                 {
@@ -433,6 +417,65 @@ class Guidance:
             engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
         self._set_draw(draw + 1)
         slot.clear()
+
+    def _gather(self, groups: Sequence[Mapping[str, Any]], elementwise: bool) -> bool:
+        """Takes up the gradients natively, if nothing but their values is new since the last step.
+
+        Then there is nothing to check either: what is strange is left to the long way.
+        """
+        if not (self._gathers and self._lists.same(groups)):
+            return False
+        ((_, rows),), slot = self._rows, self._engine.replay
+        replays: list[Tensor | None] = []
+        if slot:
+            replays = [slot.get(p) for p in rows.params]
+            # Where there is a replay gradient alone, the other optimizer is given a gradient.
+            pairs = zip(rows.params, replays, strict=True)
+            if any([r is not None and p.grad is None for p, r in pairs]):
+                return False
+        if not rows.gather(replays, elementwise=elementwise):
+            return False
+        # An expanded gradient cannot be written in place.
+        if all([_dispatch.is_dense(x) for x in rows.odd_gradients()]):
+            return True
+        rows.abandon()
+        return False
+
+    def _check(self, groups, params: Sequence[Tensor], elementwise: bool) -> None:
+        """Checks everything that a step relies on."""
+        slot = self._engine.replay
+        self._refuse_partitions(params)
+        self._settle(params)
+        labels = None
+        for i, p in enumerate(params):
+            r = slot.get(p) if slot else None
+            for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
+                if given is not None:
+                    labels = labels or _arguments.group_labels(groups)
+                    _arguments.check_gradient(given, p, labels[i], kind)
+                    _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
+            if p in self._anchors and self._anchors[p].shape != p.shape:
+                label = _arguments.group_labels(groups)[i]
+                raise ValueError(
+                    f"{label} has another shape than its anchor, "
+                    f"{tuple(self._anchors[p].shape)}: call set_anchor() after a parameter has "
+                    "changed its shape"
+                )
+
+    def _take_up(self, params: Sequence[Tensor], all_rows, elementwise: bool) -> None:
+        """Takes up the gradients one by one, and makes those that the other optimizer is to see."""
+        slot = self._engine.replay
+        for p in params:
+            shard = sharding.local(p.grad)
+            if shard is None and slot and slot.get(p) is not None:
+                p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
+            elif shard is not None and not _dispatch.is_dense(shard):
+                # An expanded gradient cannot be written in place.
+                shard = shard.clone(memory_format=torch.contiguous_format)
+                p.grad = sharding.like(shard, p)
+        for places, rows in all_rows:
+            replays = [slot.get(params[i]) for i in places] if slot else []
+            rows.refresh([params[i].grad for i in places], replays, elementwise=elementwise)
 
     def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
         same = len(params) == len(self._rows_params) and all(
@@ -464,6 +507,12 @@ class Guidance:
         self._rows_params = params
         anchors = [self._anchors[p] for p in params if p in self._anchors]
         self._watch = _dispatch.Watch(params, anchors)
+        self._lists = Lists(self.optimizer.param_groups)
+        self._gathers = (
+            len(self._rows) == 1
+            and len(self._rows[0][0]) == len(params)
+            and self._rows[0][1].gather_by(self._watch)
+        )
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         return self._rows

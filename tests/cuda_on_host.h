@@ -2,7 +2,8 @@
 //
 // Runs the CUDA kernels on a CPU, for tests: what a kernel needs of CUDA, made of C++. The threads
 // of a block are fibers that take turns at every barrier; blocks run one after another, in an order
-// that can be shuffled. To be included before a .cu file of ../csrc, which g++ then compiles.
+// that can be shuffled. To be included before a .cu file of ../csrc, which g++ then compiles. With
+// CUDA_ON_THREADS all run at once (cuda_on_threads.h).
 
 #pragma once
 
@@ -22,11 +23,13 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#ifndef CUDA_ON_THREADS
 #define __shared__ static
+#endif
 #define __launch_bounds__(...)
 #define DGG_GLOBAL(address)
 #define DGG_LAUNCH(kernel, blocks, stream, arguments) \
-  cuda_on_host::launch(blocks, 256, [&] { kernel(arguments); })
+  cuda_on_host::launch(blocks, kThreads, [&] { kernel(arguments); })
 
 #define DGG_ON_HOST
 
@@ -59,6 +62,10 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) {
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
+
+#ifdef CUDA_ON_THREADS
+#include "cuda_on_threads.h"
+#else
 
 namespace cuda_on_host {
 
@@ -199,6 +206,8 @@ T atomicAdd(T* address, T value) {
   *address += value;
   return before;
 }
+
+#endif  // CUDA_ON_THREADS
 
 template <typename T>
 T __ldcs(const T* address) {

@@ -368,6 +368,10 @@ class World:
                     entry.pop("master")
                 else:
                     held.state["master"] = entry["master"].clone()
+            made = entry.get("max_exp_avg_sq")
+            if made is not None and "max_exp_avg_sq" not in held.state and not made.any():
+                # amsgrad was switched on; state_dict() makes what the next step would.
+                held.state["max_exp_avg_sq"] = made.clone()
             if entry.keys() != held.state.keys():
                 raise Difference(
                     f"{where}: keys of the state",

@@ -200,6 +200,27 @@ def resumed_loop(run, monkeypatch, tmp_path):
         assert saves == [s for s in (2, 4, 6) if s > start]
 
 
+@stand_in("docs/checkpoints.md 4")
+@stand_in("dgg/convert.py convert_state_dict")
+def converted(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model, _ = model_and_batches()
+    state = {
+        number: {"step": 7, "state1": torch.ones_like(p), "state2": torch.full_like(p, 2.0)}
+        for number, p in enumerate(model.parameters())
+    }
+    group = {
+        "params": [0, 1], "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1,
+        "alpha": 0.0, "t_alpha": None, "t_beta3": None,
+    }  # fmt: skip
+    saved = {"state": state, "param_groups": [group]}
+    torch.save(saved, "optimizer.pt")
+    opt = run(model=model, saved_by_bitsandbytes=saved)["opt"]
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["alpha"]) == (0.5, 0.2)
+    assert all(s["step"] == 7 and s["exp_avg"].eq(1).all() for s in opt.state.values())
+    assert opt.param_groups[0]["anchored"] == 2
+
+
 @stand_in("docs/deepspeed.md 1")
 def engine(run, monkeypatch, tmp_path):
     model, tasks = model_and_batches()

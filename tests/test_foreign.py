@@ -4,15 +4,18 @@
 Plan: (1) every torch optimizer, guided, equals the same optimizer after an edit of ``.grad`` that
 is written out here in float64, with clipping, replay, scaling, ablation and both norms; (2) a
 guided torch.optim.SGD, Adam, AdamW is dgg's; same seed, same draws; (3) closures, maximize,
-GradScaler, groups added, gradients of other strides and dtypes; (4) state dicts and removal.
+GradScaler, groups added, gradients of other strides and dtypes; (4) state dicts and removal; (5)
+gradients taken up natively are edited as those that are looked at one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -21,7 +24,7 @@ from torch.nn import Parameter
 
 import dgg
 from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
-from dgg import _philox
+from dgg import _arguments, _dispatch, _gather, _philox
 
 # No hyper-parameter at its neutral value where the optimizer has it.
 FOREIGN = {
@@ -541,3 +544,77 @@ def test_groups_just_added_are_in_the_state_dict():
     saved = guidance.state_dict()
     assert len(saved["param_groups"]) == 2
     guidance.load_state_dict(saved)
+
+
+# -- gradients that are taken up natively ---------------------------------------------------------
+
+
+def _edited(natively, monkeypatch):
+    """Returns the gradients of steps with all that gradients can be, and how many had a look."""
+    looked = []
+    check = _arguments.check_gradient
+    params = make_params([(7, 5), (0,), (3, 4), (300,), ()], F32)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    guide = dgg.Guidance(optimizer, alpha=0.7, seed=3, max_grad_norm=1.0, backend="cpp")
+    guide.set_anchor()
+    if not natively:
+        monkeypatch.setattr(guide, "_gather", lambda *_: False)
+    found, looks = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            _arguments, "check_gradient", lambda *args: (looked.append(args), check(*args))
+        )
+        for step in range(10):
+            set_grads(
+                params, torch.Generator().manual_seed(step), missing=(3,) if step == 3 else ()
+            )
+            if step in (4, 8):
+                with guide.replay():
+                    for p in params[:-1]:
+                        p.grad = torch.full_like(p, 0.5)
+            if step == 5:
+                params[0].grad = torch.ones(5, 7).t()
+            if step == 6:
+                params[2].grad = torch.ones(3, 1).expand(3, 4)
+            if step == 8:
+                params[0].grad = None
+            if step == 9:
+                params[0].data = params[0].detach().clone()
+            del looked[:]
+            before = params[2].grad._version
+            optimizer.step()
+            assert params[2].grad._version > before or step == 6, "autograd is not told"
+            looks.append(len(looked))
+            found += [None if p.grad is None else p.grad.clone() for p in params]
+    return found + [p.detach() for p in params], looks
+
+
+@pytest.mark.skipif(_gather.load() is None, reason="gradients are taken up in Python here")
+def test_gradients_are_taken_up_natively_and_edited_the_same(monkeypatch):
+    native, looks = _edited(True, monkeypatch)
+    plain, all_looks = _edited(False, monkeypatch)
+    for x, y in zip(native, plain, strict=True):
+        assert x is y is None or torch.equal(x, y)
+    # Each is looked at only where something is new: at first, an expanded gradient, a replay
+    # gradient alone, memory exchanged.
+    assert [step for step, count in enumerate(looks) if count] == [0, 6, 8, 9]
+    assert all(all_looks)
+
+
+@pytest.mark.skipif(_gather.load() is None, reason="gradients are taken up in Python here")
+def test_an_error_lets_go_of_the_gradients(monkeypatch):
+    params = make_params([(7, 5)], F32)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    guide = dgg.Guidance(optimizer, alpha=1.0, backend="cpp")
+    guide.set_anchor()
+    set_grads(params, torch.Generator().manual_seed(0))
+    optimizer.step()
+    count = sys.getrefcount(params[0].grad)
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatch, "guide_", lambda *_, **__: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):  # pytest would keep the frames
+            optimizer.step()
+    assert not guide._rows[0][1]._gathered
+    left = sys.getrefcount(params[0].grad)  # in an assertion pytest would hold one more
+    assert left == count
+    optimizer.step()

@@ -27,6 +27,7 @@ FLOORS = {
     "foreign": 6,
     "zero": 6,
     "_boundary": 5,
+    "convert": 5,
     "_row_cache": 5,
     "guidance": 5,
     "_arguments": 4,

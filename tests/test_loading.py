@@ -506,3 +506,12 @@ def test_anchors_of_a_guidance_that_are_no_dict_by_number_are_refused(anchors):
     saved = {**guidance.state_dict(), "anchors": anchors}
     with pytest.raises((TypeError, KeyError), match="guidance.state_dict"):
         guidance.load_state_dict(saved)
+
+
+def test_amsgrad_switched_on_is_in_its_own_state_dict():
+    _, opt = make()
+    opt.param_groups[0]["amsgrad"] = True
+    saved = opt.state_dict()
+    assert all("max_exp_avg_sq" in entry for entry in saved["state"].values())
+    opt.load_state_dict(saved)
+    stepped(opt, 1)

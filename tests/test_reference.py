@@ -233,6 +233,30 @@ def test_zero_norms_give_no_scale(which, per_tensor):
     assert found[reference.SCALES :].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+@pytest.mark.parametrize("which", [1, 2])
+def test_norms_that_are_not_finite_give_no_scale(which, wrong):
+    """Of their tensor, or of all; the others keep theirs."""
+    squares = torch.ones(3, 2, dtype=F64)
+    squares[which, 0] = wrong
+    for per_tensor, expected in ((False, [0.0, 0.0]), (True, [0.0, 1.0])):
+        found = reference.coefficients(
+            squares, max_grad_norm=None, scaling=True, per_tensor=per_tensor
+        )
+        assert found[reference.SCALES :].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_master_weights_are_adopted_from_what_others_wrote(dtype):
+    master = torch.tensor([1 + 2.0**-12, 1 + 2.0**-12, -3.0, 0.0])
+    copy = master.to(dtype)
+    copy[1], copy[3] = 1.5, -2.0
+    found = reference.adopted(master, copy)
+    assert found.dtype == F32
+    assert found.tolist() == [1 + 2.0**-12, 1.5, -3.0, -2.0]
+    assert reference.adopted(master.double(), copy).dtype == F64
+
+
 def test_nan_is_kept():
     squares = torch.tensor([[math.nan], [1.0], [1.0]], dtype=F64)
     found = reference.coefficients(squares, max_grad_norm=1.0, scaling=True, per_tensor=False)

@@ -20,6 +20,7 @@ import io
 import itertools
 import re
 
+import numpy
 import pytest
 import torch
 from torch.nn import Parameter
@@ -1131,7 +1132,7 @@ def test_a_hook_may_convert_a_foreign_state_dict(torch_class):
 @pytest.mark.parametrize("returns", [False, True])
 @of_every_class
 def test_a_hook_may_set_an_option(torch_class, returns):
-    """Also one of the guidance, which a state dict of torch's has not."""
+    """Also one of the guidance, which no state dict of torch has; there or in another dict."""
     params = some_params()
     saved = torch_class(twins(params), lr=0.1).state_dict()
     opt = CLASSES[torch_class](params, alpha=0.3)
@@ -1162,6 +1163,25 @@ def test_a_hook_after_loading_sees_all_that_was_loaded(torch_class):
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert len(seen) == 1
     equal_dicts(seen[0], opt.state_dict())
+
+
+@pytest.mark.parametrize("where", ["constructor", "state dict", "group"])
+@of_every_class
+def test_an_array_of_one_number_is_that_number(torch_class, where):
+    """torch takes numpy's numbers wherever it takes Python's."""
+    array = numpy.array([0.25])
+    params = some_params()
+    mirror = twins(params)
+    opt = CLASSES[torch_class](params, lr=array if where == "constructor" else 0.5)
+    if where == "state dict":
+        saved = opt.state_dict()
+        saved["param_groups"][0]["lr"] = array
+        opt.load_state_dict(saved)
+    elif where == "group":
+        opt.param_groups[0]["lr"] = array
+    advance(opt, params)
+    advance(torch_class(mirror, lr=0.25), mirror)
+    close(params, mirror)
 
 
 # -- schedules ------------------------------------------------------------------------------------

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Runs the CUDA kernels with all their threads at once, for ThreadSanitizer: see cuda_on_threads.h.
+// An argument names what is left out of the order that CUDA makes. tests/test_cuda_tsan.py compiles
+// this, with small blocks and chunks, so that rows of many chunks take few threads.
+
+#include "launch.cuh"
+
+#include <cstdio>
+
+namespace {
+
+using namespace dgg;
+
+constexpr int kStates = 3;
+
+// Dtypes of parameter, gradient, replay, three moments, anchor and copy; -1: no copy.
+using Kind = std::vector<int>;
+
+struct Problem {
+  std::mt19937 random{1};
+  std::vector<std::vector<double>> memory;
+  std::vector<int64_t> table, grads, replays;
+  std::vector<int32_t> rows, chunks, starts{0}, counters;
+  std::vector<float> steps;
+  std::vector<double> partials, distances, squares, coefficients;
+  std::vector<uint8_t> flags;
+  uint64_t dtypes = 0;
+
+  explicit Problem(const Kind& kind) {
+    // Of several chunks with a rest, of none, of less than one, and of exactly some.
+    const std::vector<int64_t> sizes{5 * kChunk + 17, 0, 3, kChunk, 2 * kChunk, 700, 1, kChunk + 1};
+    const int n = static_cast<int>(sizes.size());
+    steps.assign(n, 3.0f);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      dtypes |= static_cast<uint64_t>(std::max(kind[slot], 0)) << (8 * slot);
+    }
+    for (int i = 0; i < n; ++i) {
+      const int64_t size = sizes[i];
+      // Every third row is not aligned and goes element by element.
+      const auto fresh = [&](int slot) { return tensor(size, kind[slot], i % 3 == 2); };
+      const int64_t param = fresh(kSlotParam);
+      int64_t states[kStates];
+      for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotState + s);
+      const int64_t anchor = fresh(kSlotAnchor);
+      const int64_t copy = kind[kSlotCopy] < 0 ? 0 : fresh(kSlotCopy);
+      const int64_t step = reinterpret_cast<int64_t>(&steps[i]);
+      for (const int64_t cell :
+           {param, states[0], states[1], states[2], anchor, step, size, int64_t(0),
+            static_cast<int64_t>(dtypes), int64_t(i), int64_t(0), size, size, copy}) {
+        table.push_back(cell);
+      }
+      grads.push_back(i == 6 ? 0 : fresh(kSlotGrad));
+      replays.push_back(i % 3 ? fresh(kSlotReplay) : 0);
+      rows.push_back(i);
+      const int count = std::max<int>(1, static_cast<int>((size + kChunk - 1) / kChunk));
+      for (int k = 0; k < count; ++k) {
+        chunks.push_back(i);
+        chunks.push_back(k);
+      }
+      starts.push_back(starts.back() + count);
+    }
+    partials.resize(3 * static_cast<size_t>(starts.back()));
+    counters.assign(n, 0);
+    distances.assign(n, -1.0);
+    squares.assign(3 * n, 0.0);
+    coefficients.assign(kScales + n, 0.5);
+    flags.assign(n, 0);
+  }
+
+  int64_t tensor(int64_t size, int dtype, bool off) {
+    memory.emplace_back(size + 2);
+    const int bytes = size_of(dtype);
+    char* const data = reinterpret_cast<char*>(memory.back().data()) + (off ? bytes : 0);
+    for (int64_t i = 0; i < size; ++i) {
+      const float x = static_cast<float>(random() % 1000) / 1000.0f;
+      if (dtype == kFloat64) reinterpret_cast<double*>(data)[i] = x;
+      if (dtype == kFloat32) reinterpret_cast<float*>(data)[i] = x;
+      if (dtype == kBFloat16) reinterpret_cast<bfloat16*>(data)[i] = narrow<bfloat16>(x);
+      if (dtype == kFloat16) reinterpret_cast<float16*>(data)[i] = narrow<float16>(x);
+    }
+    return reinterpret_cast<int64_t>(data);
+  }
+};
+
+int launches = 0;
+
+void launched(cudaError_t error) {
+  ++launches;
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "launch %d was refused\n", launches);
+  std::exit(2);
+}
+
+void run(const Kind& kind, bool replay, int flag) {
+  Problem p(kind);
+  const int64_t n = static_cast<int64_t>(p.rows.size()), total = p.starts.back();
+  const Launch launch{p.table.data(),
+                      p.rows.data(),
+                      p.chunks.data(),
+                      p.starts.data(),
+                      p.partials.data(),
+                      p.counters.data(),
+                      p.grads.data(),
+                      replay ? p.replays.data() : nullptr,
+                      total,
+                      n,
+                      p.dtypes,
+                      0.6};
+  const double adam[kAdamHypers] = {0.01, 0.9, 0.99, 1e-8, 0.1, 1, 1, 0, 0.7, 2147483648.0};
+  const double sgd[kSgdHypers] = {0.01, 0.9, 0.1, 0.1, 1, 0, 0.7, 2147483648.0};
+  const double guide[kGuideHypers] = {0, 0.7, 2147483648.0};
+  uint8_t gate = 1;
+  const int64_t draw = 5;
+  const float scale = 2.0f, found = 0.0f;
+  int variant = kStateBit | kLookAheadBit;
+  if (flag) variant |= kAnchorBit;
+  if (flag == kInjectElements) variant |= kElementsBit;
+  if (kind[kSlotCopy] >= 0) variant |= kCopyBit;
+  if (kind[kSlotParam] == kBFloat16) variant |= kStochasticBit;
+  const auto update = [&](const double* hyper, int variant) {
+    return UpdateArguments{launch,
+                           p.coefficients.data(),
+                           p.flags.data(),
+                           hyper,
+                           p.distances.data(),
+                           &scale,
+                           &found,
+                           &draw,
+                           1,
+                           5,
+                           variant};
+  };
+  for (int twice = 0; twice < 2; ++twice) {
+    launched(
+        launch_norms({launch, p.distances.data(), p.squares.data(), &gate, &scale, n, 7}, nullptr));
+    launched(launch_coefficients(
+        {p.squares.data(), p.coefficients.data(), n, 1.0, true, true, twice != 0}, nullptr));
+    launched(launch_draw_flags({p.table.data(), adam, &draw, p.flags.data(), &gate, n, kAdamHypers,
+                                1, 1 + twice, kAdamThreshold, kAdamStrength},
+                               nullptr));
+    std::fill(p.flags.begin(), p.flags.end(), static_cast<uint8_t>(flag));
+    launched(launch_adam(update(adam, variant), nullptr));
+    launched(launch_sgd(update(sgd, variant), nullptr));
+    if (!replay) {  // a row without a gradient has nothing to guide
+      launched(launch_guide(update(guide, variant & (kAnchorBit | kElementsBit)), nullptr));
+    }
+  }
+  for (const int32_t counter : p.counters) {
+    if (counter != 0) {
+      std::fprintf(stderr, "a counter was left at %d\n", counter);
+      std::exit(3);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string left_out = count > 1 ? arguments[1] : "";
+  if (left_out == "release") cuda_on_host::omitted = cuda_on_host::kRelease;
+  if (left_out == "acquire") cuda_on_host::omitted = cuda_on_host::kAcquire;
+  if (left_out == "barrier") cuda_on_host::omitted = cuda_on_host::kBarrier;
+  constexpr int f = kFloat32, b = kBFloat16, h = kFloat16, d = kFloat64;
+  const std::vector<Kind> kinds{
+      {f, f, f, f, f, f, f, -1},  // vectors of four
+      {b, b, b, b, b, b, b, -1},  // of eight, stochastic rounding
+      {f, b, b, f, f, f, f, b},   // master weights
+      {f, h, b, d, b, f, h, -1},  // the kernels that know types only at run time
+  };
+  for (const Kind& kind : kinds) {
+    for (const bool replay : {false, true}) {
+      for (const int flag : {0, int(kInject), int(kInjectElements)}) {
+        if (left_out.empty() || flag == kInject) run(kind, replay, flag);
+      }
+    }
+  }
+  std::printf("launches: %d\n", launches);
+}
