@@ -421,7 +421,9 @@ def take_over(w: World, d: dict) -> None:
             held.state = {}
             held.first, held.stale = False, None
             for name, value in (entry or {}).items():
-                if name not in relevant(w) or value is None:
+                # Torch's helpers leave empty dicts where there is nothing.
+                nothing = value is None or isinstance(value, dict) and not value
+                if name not in relevant(w) or nothing:
                     continue
                 loaded = loaded_value(w, place, name, value)
                 if loaded is not None:
