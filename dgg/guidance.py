@@ -108,10 +108,10 @@ class ReplaySlot:
             )
         for p in params:
             kept = self.get(p)
-            if kept is not None and (kept.dtype, kept.device, kept.shape) != (
-                p.dtype,
-                p.device,
-                p.shape,
+            # torch takes gradients of another dtype where grad_dtype says so (None: of any).
+            dtype = getattr(p, "grad_dtype", p.dtype)
+            if kept is not None and (
+                (kept.device, kept.shape) != (p.device, p.shape) or dtype not in (None, kept.dtype)
             ):
                 raise RuntimeError(
                     f"replay gradients of {kept.dtype}, shape {tuple(kept.shape)}, are waiting for "

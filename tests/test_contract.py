@@ -576,6 +576,18 @@ def test_replay_of_a_parameter_that_has_changed_its_dtype_is_named():
     assert torch.equal(param.detach(), torch.zeros(2, dtype=torch.float64))
 
 
+def test_replay_of_another_dtype_on_purpose_adds_up():
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad_dtype = None
+    opt = dgg.SGD([param], lr=1.0)
+    for _ in range(2):
+        with opt.replay():
+            new = torch.ones(3, dtype=torch.bfloat16)
+            param.grad = new if param.grad is None else param.grad + new
+    opt.step()
+    assert torch.equal(param.detach(), torch.full((3,), -2.0))
+
+
 def test_replay_survives_loading():
     params, opt = build("adamw", None)
     mirror, other = build("adamw", None)
