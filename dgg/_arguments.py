@@ -116,9 +116,9 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
             or not value.is_floating_point()
         ):
             raise TypeError(
-                f"{name} is a tensor of {value.dtype} ({value.layout}) of shape "
-                f"{tuple(value.shape)} on {str(value.device)!r}; pass a number, or a floating "
-                "tensor of one element"
+                f"{name}=a tensor of {value.dtype} ({value.layout}) of shape "
+                f"{tuple(value.shape)} on {str(value.device)!r} must be a number, or a floating "
+                "tensor of one element; pass one"
             )
         if value.device.type != "cpu":
             return  # reading it would wait for the device

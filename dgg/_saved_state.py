@@ -250,7 +250,7 @@ def _number(value: Any) -> float | None:
     elif not _arguments.is_number(value):
         return None
     try:
-        return float(value)
+        return float(_arguments.plain("value", value))
     except (OverflowError, TypeError, ValueError, RuntimeError):
         return None
 
