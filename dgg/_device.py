@@ -133,7 +133,7 @@ class Uploads:
         # By name: what was sent and where to; the same for the next capture and of the last one.
         self._sent: dict[str, tuple[Tensor, Tensor]] = {}
         self._spare: dict[str, tuple[Tensor, Tensor]] = {}
-        self._recorded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._captured: dict[str, tuple[Tensor, Tensor]] = {}
         # What earlier graphs read.
         self._kept: list[tuple[Tensor, Tensor]] = []
 
@@ -170,7 +170,7 @@ class Uploads:
         Where a graph begins is not known, so there is one node more rather than one too few: the
         same values are sent again, from the same memory.
         """
-        recorded = self._recorded.get(name)
+        recorded = self._captured.get(name)
         if not _alike(recorded, values) or not torch.equal(recorded[0], values):
             spare = self._spare.pop(name, None)
             if not _alike(spare, values):
@@ -182,7 +182,7 @@ class Uploads:
             if recorded is not None:
                 self._kept.append(recorded)
             spare[0].copy_(values)
-            self._recorded[name] = recorded = spare
+            self._captured[name] = recorded = spare
         staged, target = recorded
         target.copy_(staged, non_blocking=True)
         return target

@@ -382,7 +382,7 @@ def test_uploads_inside_a_capture(monkeypatch):
         assert target is not sent and target.tolist() == [1, 2]
         target.fill_(0)
         assert uploads.send("grads", torch.tensor([1, 2])) is target and target.tolist() == [1, 2]
-        (kept, _) = uploads._recorded["grads"]
+        (kept, _) = uploads._captured["grads"]
         with pytest.raises(RuntimeError, match="its grads changed during a capture"):
             uploads.send("grads", torch.tensor([5, 6]))
     assert uploads.send("grads", torch.tensor([3, 4])) is sent and sent.tolist() == [3, 4]
