@@ -37,12 +37,13 @@ struct Place {
   int64_t numel = 0;
   int32_t dtype = 0;
   bool contiguous = false;
+  bool lazy = false;  // negated or conjugated, which the memory does not show
 
   // A view of the same memory in another order is another tensor to the kernels; what was not
   // contiguous is told from a contiguous one, which is the change that `.data =` makes.
   bool operator==(const Place& other) const {
     return address == other.address && numel == other.numel && dtype == other.dtype &&
-           contiguous == other.contiguous;
+           contiguous == other.contiguous && lazy == other.lazy;
   }
 };
 
@@ -65,11 +66,6 @@ AtenTensorHandle handle_of(Impl& impl) {
   return reinterpret_cast<AtenTensorHandle>(&impl);
 }
 
-bool unmoved(Impl impl, const Place& place) {
-  Place now;
-  return place_of(handle_of(impl), now) && now == place;
-}
-
 // How to look into Python's objects; found out by dgg/_gather.py.
 struct Python {
   int64_t impl_offset = 0;  // of the pointer to the TensorImpl in a tensor's Python object
@@ -87,6 +83,13 @@ Impl impl_in(const void* object) {
 bool is_lazy(Impl impl) {
   const char* const word = static_cast<const char*>(impl) + python.keys_offset;
   return (*reinterpret_cast<const uint64_t*>(word) & python.lazy) != 0;
+}
+
+bool unmoved(Impl impl, const Place& place) {
+  Place now;
+  if (!place_of(handle_of(impl), now)) return false;
+  now.lazy = is_lazy(impl);
+  return now == place;
 }
 
 // A dict of Python, and what it held when the watch began: keys and values in turn.

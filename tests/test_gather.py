@@ -471,3 +471,15 @@ def test_stochastic_rounding_has_the_words_of_its_elements(layout):
             opt.step()
         found.append(param.detach().clone())
     assert torch.equal(*found)
+
+
+def test_a_parameter_that_becomes_a_lazy_view_of_its_memory_is_refused():
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = dgg.SGD([param], lr=0.5, backend="cpp")
+    for _ in range(2):
+        param.grad = torch.zeros(4)
+        opt.step()
+    param.data = torch._neg_view(param.data)
+    param.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="lazily negated"):
+        opt.step()
