@@ -454,24 +454,6 @@ struct Lanes {
   }
 };
 
-template <typename T, int kElements>
-DGG_DEVICE double sum_of_block(const Lanes<T, kElements>& lanes) {
-  __shared__ T all[kLanes];
-  __shared__ double sums[kThreads];
-  const int t = static_cast<int>(threadIdx.x);
-  all[kElements == 4 ? t : 2 * t] = lanes.sums[0];
-  all[kElements == 4 ? t + kThreads : 2 * t + 1] = lanes.sums[1];
-  __syncthreads();
-  sums[t] = static_cast<double>(all[t]) + static_cast<double>(all[t + kThreads]);
-  __syncthreads();
-#pragma unroll 1
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (t < half) sums[t] += sums[t + half];
-    __syncthreads();
-  }
-  return sums[0];
-}
-
 // Sum of one number of every thread, in every thread.
 DGG_DEVICE double sum_of_threads(double sum) {
   __shared__ double sums[kThreads];
@@ -485,6 +467,16 @@ DGG_DEVICE double sum_of_threads(double sum) {
     __syncthreads();
   }
   return sums[0];
+}
+
+template <typename T, int kElements>
+DGG_DEVICE double sum_of_block(const Lanes<T, kElements>& lanes) {
+  __shared__ T all[kLanes];
+  const int t = static_cast<int>(threadIdx.x);
+  all[kElements == 4 ? t : 2 * t] = lanes.sums[0];
+  all[kElements == 4 ? t + kThreads : 2 * t + 1] = lanes.sums[1];
+  __syncthreads();
+  return sum_of_threads(static_cast<double>(all[t]) + static_cast<double>(all[t + kThreads]));
 }
 
 // A sum of squares over a chunk, or, where float32 may have spoiled it, the same formed once more

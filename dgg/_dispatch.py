@@ -233,11 +233,6 @@ def real_view(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _nowhere(x: Tensor) -> int | None:
-    """Returns what stands for the address of an empty tensor, None if ``x`` is not empty."""
-    return None if x.numel() else _NOWHERE
-
-
 def is_dense(x: Tensor) -> bool:
     """Returns whether the tensor's memory has neither gaps nor overlaps."""
     if x.is_contiguous():
