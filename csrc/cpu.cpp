@@ -34,8 +34,10 @@
 
 #if defined(_MSC_VER)
 #define DGG_PRAGMA_SIMD
+#define DGG_COLD __declspec(noinline)
 #else
 #define DGG_PRAGMA_SIMD _Pragma("omp simd")
+#define DGG_COLD __attribute__((noinline, cold))
 #endif
 
 namespace dgg {
@@ -411,12 +413,19 @@ bool may_be_spoiled(double sum) {
   return std::is_same<T, float>::value && !square_sum_is_reliable(sum);
 }
 
+// Apart, so that the function in which it is needed once in a thousand million years is inlined.
+template <typename T, typename S, bool kDifference>
+DGG_COLD double sum_squares_again(const S* x, const S* y, int64_t n) {
+  double sum;
+  run(SquareSum<double, S, kDifference, T>{x, y, n, &sum});
+  return sum;
+}
+
 template <typename T, typename S, bool kDifference>
 double sum_squares_of(const S* x, const S* y, int64_t n) {
   double sum;
   run(SquareSum<T, S, kDifference>{x, y, n, &sum});
-  if (may_be_spoiled<T>(sum)) run(SquareSum<double, S, kDifference, T>{x, y, n, &sum});
-  return sum;
+  return may_be_spoiled<T>(sum) ? sum_squares_again<T, S, kDifference>(x, y, n) : sum;
 }
 
 template <typename T, typename S>

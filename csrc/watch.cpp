@@ -274,20 +274,29 @@ constexpr int64_t kUnusual = -2;
 // Stands for the address of an empty gradient, which has none but is there: 0 means absent.
 constexpr int64_t kNowhere = 1;
 
+struct Device {
+  int32_t type = 0, index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+bool device_of(AtenTensorHandle tensor, Device& device) {
+  return !aoti_torch_get_device_type(tensor, &device.type) &&
+         !aoti_torch_get_device_index(tensor, &device.index);
+}
+
 // Whether a gradient can be worked on as it is; writes its address.
-bool take(AtenTensorHandle grad, AtenTensorHandle like, const Place& param, int64_t& address) {
+bool take(AtenTensorHandle grad, const Device& device, const Place& param, int64_t& address) {
   if (is_lazy(impl_of(grad))) return false;
-  int32_t layout = 0, device = 0, index = 0, dtype = 0, found = 0;
+  int32_t layout = 0, dtype = 0;
+  Device found;
   int64_t numel = 0;
   bool contiguous = false;
   const void* data = nullptr;
   // In this order: what has no strides has no contiguity either, and torch would log an error.
   if (aoti_torch_get_layout(grad, &layout) || layout != aoti_torch_layout_strided() ||
-      aoti_torch_get_device_type(like, &device) || aoti_torch_get_device_type(grad, &found) ||
-      found != device || aoti_torch_get_device_index(like, &index) ||
-      aoti_torch_get_device_index(grad, &found) || found != index ||
-      aoti_torch_get_dtype(grad, &dtype) || dtype != param.dtype ||
-      aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
+      !device_of(grad, found) || !(found == device) || aoti_torch_get_dtype(grad, &dtype) ||
+      dtype != param.dtype || aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
       aoti_torch_is_contiguous(grad, &contiguous) || !contiguous ||
       torch_get_const_data_ptr(grad, &data)) {
     return false;
@@ -350,12 +359,14 @@ int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void
   }
   int64_t present = 0;
   to.odd[0] = 0;
+  Device device;  // the rows of one table are on one device
+  if (count > 0 && !device_of(handle_of(list.impls[0]), device)) return kUnusual;
   for (int64_t i = 0; i < count; ++i) {
     const auto enter = [&](Impl grad, int64_t& address) {
       address = 0;
       if (grad == undefined) return true;
       list.active[i] = 1;
-      if (!usual[i] || !take(handle_of(grad), handle_of(list.impls[i]), list.places[i], address)) {
+      if (!usual[i] || !take(handle_of(grad), device, list.places[i], address)) {
         return false;
       }
       prefetch(reinterpret_cast<const void*>(address));

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ _LARGEST = sys.float_info.max
 # The draw index of the last step that a number of 64 bits can count.
 _LAST = (1 << 63) - 1
 _PLAIN_TYPES = {float, int, bool, str, type(None)}
+# Entries of a group that are looked at elsewhere, or at every step.
+_MOVING = ("params", "param_names", "draw_index")
 _CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
 
 
@@ -43,6 +46,13 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, (tuple, list)) and not all(isinstance(x, (int, float)) for x in value):
         return type(value)(plain(name, x) for x in value)
     return value if isinstance(value, Tensor) else _numbers.plain(name, value)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Returns whether ``value`` can only change by becoming another object."""
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return type(value) in _PLAIN_TYPES
 
 
 def make_plain(group: dict[str, Any]) -> None:
@@ -167,11 +177,20 @@ def _plain(value: Any) -> Any:
 
 
 class Options:
-    """The options in force at one step, read from the groups and checked when they change."""
+    """The options in force at one step, read from the groups and checked when they change.
+
+    Attributes:
+        derived: What others have made of the options, by name; emptied as soon as an option may
+            be another one.
+    """
 
     def __init__(self) -> None:
+        self.derived: dict[str, Any] = {}
         self._checked: Any = None
         self._draw: object = object()  # the draw index of captured steps, a tensor
+        # Of every group what reads its options, and the objects it has read; empty if any of them
+        # could change and stay the same object.
+        self._known: list[tuple[Callable[[Mapping[str, Any]], tuple], tuple]] = []
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Returns the first group as the source of the optimizer-wide options.
@@ -186,6 +205,9 @@ class Options:
         known = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
         if not known or any([group["draw_index"] is not draw for group in groups]):
             self._read_draws(groups)
+        if self._unchanged(groups):
+            return first
+        self.derived.clear()
         present = [
             tuple([_plain(g[name]) for name in (*WIDE, *PER_GROUP) if name != "draw_index"])
             for g in groups
@@ -197,7 +219,29 @@ class Options:
             for group in groups:
                 make_plain(group)
             self._checked = present
+        self._keep(groups)
         return first
+
+    def _unchanged(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether all options, of the update rule too, are the objects kept last."""
+        if len(groups) != len(self._known):
+            return False
+        try:
+            for (options_of, values), group in zip(self._known, groups, strict=True):
+                if not all(map(operator.is_, options_of(group), values)):
+                    return False
+        except KeyError:  # an option was taken out of its group
+            return False
+        return True
+
+    def _keep(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._known = []
+        for group in groups:
+            options = {name: value for name, value in group.items() if name not in _MOVING}
+            if not all(map(_is_fixed, options.values())):
+                self._known = []
+                return
+            self._known.append((operator.itemgetter(*options), tuple(options.values())))
 
     def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, group in enumerate(groups):

@@ -407,6 +407,7 @@ class Rows:
         self.distances = torch.full(
             (len(self.params),), -1.0, dtype=torch.float64, device=self.device
         )
+        self.hyper_groups: Sequence[dict] = ()
         self.hyper_values: list[float] = []
         self._seen: array.array | None = None
         self._versions: array.array | None = None
@@ -560,11 +561,12 @@ class Rows:
         self._start(bool(replays))
         self.present, self._complete = present, present == len(self.params)
         odd = self._gather.odd()
-        try:
-            self._take_odd({row: self.params[row].grad for row in odd}, replays, elementwise)
-        except (RuntimeError, TypeError):
-            self.abandon()
-            return False
+        if odd or self.has_masters:
+            try:
+                self._take_odd({row: self.params[row].grad for row in odd}, replays, elementwise)
+            except (RuntimeError, TypeError):
+                self.abandon()
+                return False
         if self.kernels is not None:
             if bool((self._noted < 0).any()):
                 self._noted.fill_(1.0)
@@ -730,6 +732,8 @@ class Rows:
         if "anchored" not in self._constants:
             anchored = [x is not None for x in self._state[ANCHOR]]
             self._constants["anchored"] = torch.tensor(anchored, device="cpu")
+        if self._complete:
+            return self._constants["anchored"]
         if self.backend == "reference":
             return torch.tensor(self._present, device="cpu") & self._constants["anchored"]
         present = self._grad_addresses != 0
@@ -822,7 +826,7 @@ class Rows:
             target.copy_(copy)
         if self._gathered:
             self._gather.end(written=True)
-            for row in {row for row, _, _ in self._copies}:
+            for row, _, _ in self._copies:
                 self._gather.versions[row] = self.params[row]._version
             if look_ahead:
                 self._versions = self._gather.versions
@@ -902,6 +906,9 @@ def _resolved(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _hyper_table(rows: Rows, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
+    if groups is rows.hyper_groups:
+        return rows.hyper
+    rows.hyper_groups = groups
     values = [group[name] for group in groups for name in names]
     if values != rows.hyper_values:
         numbers = array.array("d", values)

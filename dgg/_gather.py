@@ -122,7 +122,8 @@ class Gather:
 
     def odd(self) -> Sequence[int]:
         """Returns the parameters whose addresses `begin` has left for the caller to find."""
-        return self._odd[1 : self._odd[0] + 1]
+        count = self._odd[0]
+        return self._odd[1 : count + 1] if count else ()
 
     def end(self, *, written: bool) -> None:
         """Lets go of the gradients.

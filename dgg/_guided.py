@@ -362,7 +362,10 @@ class Guided(Loading):
         engine.replay.check_closed()
         wide = engine.options.read(groups)
         # Before any state is made, since it can raise.
-        hyper = [self._hyper(group) for group in groups]
+        derived = engine.options.derived
+        hyper = derived.get("hyper")
+        if hyper is None:
+            hyper = derived["hyper"] = [self._hyper(group) for group in groups]
         draw = 0 if self._capturable else wide["draw_index"]
         slot, cache = engine.replay, self._rows
         params = [p for group in groups for p in group["params"]] if slot else []

@@ -148,7 +148,7 @@ class RowCache:
         if not (
             self._gathers
             and self._lists.same(groups)
-            and self._needed == [optimizer._needed(group) for group in groups]
+            and self._same_needs(optimizer)
             and not any([self.params[i].grad is not None for i in self._unready])
             and self._unchanged_state(optimizer)
         ):
@@ -171,7 +171,7 @@ class RowCache:
             return False
         if [len(group["params"]) for group in optimizer.param_groups] != self._sizes:
             return False
-        if self._needed != [optimizer._needed(group) for group in optimizer.param_groups]:
+        if not self._same_needs(optimizer):
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
@@ -196,6 +196,12 @@ class RowCache:
             for p, entry in zip(self._keys, self._entries, strict=True)
             if isinstance(entry, dict) and "anchor" in entry
         )
+
+    def _same_needs(self, optimizer: Guided) -> bool:
+        derived = optimizer._engine.options.derived
+        if "needed" not in derived:
+            derived["needed"] = [optimizer._needed(group) for group in optimizer.param_groups]
+        return self._needed == derived["needed"]
 
     def _unchanged_state(self, optimizer: Guided) -> bool:
         if optimizer.__dict__["state"] is not self._state or not self._watch.same_dicts():

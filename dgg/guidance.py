@@ -181,7 +181,7 @@ class Engine:
         """Returns the uint8 flags of every row at draw ``draw``; None if none injects."""
         if not rows.anchored:
             return None
-        limits = _limits(groups)
+        limits = self._limits(groups)
         if not any(limits):
             return None
         granularity, seed = wide["granularity"], wide["seed"]
@@ -208,8 +208,13 @@ class Engine:
             return rows.constant_flags(by_group[0])
         return rows.flags([by_group[group] for group in rows.groups], f"flags {draw % 2}")
 
-    @staticmethod
-    def joins(wide: Mapping[str, Any], groups, all_rows, process_group) -> bool:
+    def _limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
+        limits = self.options.derived.get("limits")
+        if limits is None:
+            limits = self.options.derived["limits"] = _limits(groups)
+        return limits
+
+    def joins(self, wide: Mapping[str, Any], groups, all_rows, process_group) -> bool:
         """Returns whether a rank takes part in norms without knowing if any rank injects.
 
         Draws per tensor are those of this rank's tensors; of partitions others may have more.
@@ -218,7 +223,7 @@ class Engine:
             process_group is not None
             and wide["granularity"] == "tensor"
             and any(rows.anchored for rows in all_rows)
-            and any(_limits(groups))
+            and any(self._limits(groups))
         )
 
     def _step_word(self, seed: int, draw: int) -> int:
