@@ -1038,3 +1038,69 @@ def test_options_of_a_wrong_type_are_named_before_anything_changes(name, value, 
     assert torch.equal(p.detach(), torch.ones(2)) and not opt.state
     opt.param_groups[1][name] = good
     opt.step()
+
+
+class TestOptionsBetweenSteps:
+    """Options are worked out again where a group holds another object, or one that can change."""
+
+    @staticmethod
+    def pair(**options):
+        torch.manual_seed(3)
+        start = torch.randn(8)
+        made = []
+        for cls in (dgg.AdamW, torch.optim.AdamW):
+            param = torch.nn.Parameter(start.clone())
+            param.grad = torch.ones(8)
+            optimizer = cls([param], **options)
+            optimizer.step()
+            optimizer.step()
+            made.append((param, optimizer))
+        return made
+
+    @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+    def test_another_number_counts_at_once(self, name):
+        made = self.pair(lr=1e-2)
+        for param, optimizer in made:
+            optimizer.param_groups[0][name] = 0.3
+            optimizer.step()
+        torch.testing.assert_close(made[0][0], made[1][0])
+
+    def test_a_list_written_in_place_counts_at_once(self):
+        made = self.pair(lr=1e-2)
+        for _, optimizer in made:
+            optimizer.param_groups[0]["betas"] = [0.5, 0.9]
+            optimizer.step()
+        for param, optimizer in made:
+            optimizer.param_groups[0]["betas"][0] = 0.1
+            param.grad = -torch.ones(8)
+            optimizer.step()
+        torch.testing.assert_close(made[0][0], made[1][0])
+
+    def test_a_tensor_written_in_place_counts_at_once(self):
+        param = torch.nn.Parameter(torch.zeros(8))
+        optimizer = dgg.AdamW([param], lr=1e-2)
+        param.grad = torch.ones(8)
+        optimizer.set_anchor()
+        optimizer.param_groups[0]["alpha"] = alpha = torch.tensor(0.0)
+        optimizer.step()
+        optimizer.step()
+        assert not optimizer.guidance_stats()["injected"]
+        alpha.fill_(1.0)
+        optimizer.step()
+        assert optimizer.guidance_stats()["injected"]
+        alpha.fill_(2.0)
+        with pytest.raises(ValueError, match="alpha"):
+            optimizer.step()
+
+    def test_an_option_taken_out_is_missed(self):
+        ((_, optimizer), _) = self.pair()
+        del optimizer.param_groups[0]["eps"]
+        with pytest.raises(KeyError, match="eps"):
+            optimizer.step()
+
+    def test_amsgrad_turned_on_between_steps_makes_its_state(self):
+        made = self.pair(lr=1e-2)
+        _, optimizer = made[0]
+        optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.step()
+        assert "max_exp_avg_sq" in optimizer.state[made[0][0]]
