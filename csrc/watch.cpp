@@ -72,6 +72,7 @@ struct Python {
   int64_t keys_offset = 0;  // of the word of a TensorImpl that says what it is lazily
   uint64_t lazy = 0;        // bits of that word: negated, conjugated
   int (*next)(void* dict, intptr_t* position, void** key, void** value) = nullptr;  // PyDict_Next
+  const void* none = nullptr;
 };
 
 Python python;
@@ -374,7 +375,7 @@ int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void
     };
     bool plain = enter(list.kept[i], to.addresses[i]);
     if (replays != nullptr) {
-      const Impl replay = replays[i] == nullptr ? undefined : impl_in(replays[i]);
+      const Impl replay = replays[i] == python.none ? undefined : impl_in(replays[i]);
       plain = enter(replay, to.replay_addresses[i]) && plain;
     }
     if (!plain) to.odd[++to.odd[0]] = i;
@@ -395,9 +396,10 @@ DGG_C_API int32_t dgg_gather_possible() {
 }
 
 // Says how to look into Python's objects (see `Python`); once, before everything else.
-DGG_C_API void dgg_python(int64_t impl_offset, int64_t keys_offset, uint64_t lazy, void* next) {
+DGG_C_API void dgg_python(int64_t impl_offset, int64_t keys_offset, uint64_t lazy, void* next,
+                          const void* none) {
   dgg::python = {impl_offset, keys_offset, lazy,
-                 reinterpret_cast<decltype(dgg::Python::next)>(next)};
+                 reinterpret_cast<decltype(dgg::Python::next)>(next), none};
 }
 
 // Watches parameters, too, given by their Python objects, in front of what the watch has. The

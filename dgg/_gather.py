@@ -49,7 +49,7 @@ class Library:
             return found
 
         self.possible = function("dgg_gather_possible", flag)
-        self.python = function("dgg_python", None, number, number, ctypes.c_uint64, address)
+        self.python = function("dgg_python", None, number, number, ctypes.c_uint64, *[address] * 2)
         self.watch_params = function(
             "dgg_watch_params", number, number, address, number, address, number
         )
@@ -117,7 +117,7 @@ class Gather:
         """
         if not replays:
             return self._begin(None, known)
-        objects = array.array("Q", [0 if r is None else id(r) for r in replays])
+        objects = array.array("Q", map(id, replays))
         return self._begin(objects.buffer_info()[0], known)
 
     def odd(self) -> Sequence[int]:
@@ -159,7 +159,7 @@ def load() -> Library | None:
         if places is None:
             return None
         next_item = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p)
-        library.python(*places, next_item)
+        library.python(*places, next_item, id(None))
         return library if agrees(library) else None
     except RuntimeError:  # a mode in which tensors are none, such as FakeTensorMode
         return None

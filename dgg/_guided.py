@@ -368,8 +368,7 @@ class Guided(Loading):
             hyper = derived["hyper"] = [self._hyper(group) for group in groups]
         draw = 0 if self._capturable else wide["draw_index"]
         slot, cache = engine.replay, self._rows
-        params = [p for group in groups for p in group["params"]] if slot else []
-        replays = [slot.get(p) for p in params]
+        replays = slot.of([p for group in groups for p in group["params"]]) if slot else []
         scaling, self._skipped = self._scaler_state(replays)
         skipped = self._skipped is True
         if cache is not None and cache.launched:

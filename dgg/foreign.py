@@ -428,7 +428,7 @@ class Guidance:
         ((_, rows),), slot = self._rows, self._engine.replay
         replays: list[Tensor | None] = []
         if slot:
-            replays = [slot.get(p) for p in rows.params]
+            replays = slot.of(rows.params)
             # Where there is a replay gradient alone, the other optimizer is given a gradient.
             pairs = zip(rows.params, replays, strict=True)
             if any([r is not None and p.grad is None for p, r in pairs]):
@@ -474,7 +474,7 @@ class Guidance:
                 shard = shard.clone(memory_format=torch.contiguous_format)
                 p.grad = sharding.like(shard, p)
         for places, rows in all_rows:
-            replays = [slot.get(params[i]) for i in places] if slot else []
+            replays = slot.of([params[i] for i in places])
             rows.refresh([params[i].grad for i in places], replays, elementwise=elementwise)
 
     def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:

@@ -8,6 +8,7 @@ the norms these steps need and nothing else, and remembers what it did for the s
 from __future__ import annotations
 
 import contextlib
+import operator
 import pathlib
 import sys
 import warnings
@@ -39,6 +40,8 @@ class ReplaySlot:
 
     def __init__(self) -> None:
         self._grads: dict[int, tuple[Tensor, Tensor]] = {}
+        # The parameters of the last block in their order, and what stands in `_grads` of each.
+        self._recorded: tuple[list[Tensor], list[Tensor | None]] = [], []
         self._open = False
         # zero_grad() was called since the last block; a dropped gradient was warned of.
         self._zeroed = self._warned = False
@@ -50,6 +53,15 @@ class ReplaySlot:
         """Returns the replay gradient of ``param`` or None."""
         entry = self._grads.get(id(param))
         return None if entry is None else entry[1]
+
+    def of(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Returns the replay gradient of each parameter or None; empty if there are none at all."""
+        if not self._grads:
+            return []
+        recorded, grads = self._recorded
+        if len(recorded) == len(params) and all(map(operator.is_, recorded, params)):
+            return grads
+        return [self.get(p) for p in params]
 
     def check_closed(self) -> None:
         """Raises a RuntimeError inside a replay() block, where ``.grad`` is not the gradient."""
@@ -63,10 +75,12 @@ class ReplaySlot:
         """Puts other tensors in place of the replay gradients of ``params``."""
         for p, grad in zip(params, grads, strict=True):
             self._grads[id(p)] = (p, grad)
+        self._recorded = [], []
 
     def clear(self) -> None:
         """Drops all replay gradients: the step has used them, or nobody wants them any more."""
         self._grads.clear()
+        self._recorded = [], []
         self._zeroed = False
 
     def zero_grad(self) -> None:
@@ -127,10 +141,14 @@ class ReplaySlot:
             for p in params:
                 p.grad = self.get(p)
             yield
-            self._grads = {id(p): (p, _apart(p.grad)) for p in params if p.grad is not None}
+            grads = [_apart(p.grad) for p in params]
+            self._grads = {
+                id(p): (p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None
+            }
+            self._recorded = list(params), grads
             self._zeroed = False
         except BaseException:
-            self._grads = before
+            self._grads, self._recorded = before, ([], [])
             raise
         finally:
             self._open = False

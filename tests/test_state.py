@@ -1060,7 +1060,7 @@ class TestOptionsBetweenSteps:
     @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
     def test_another_number_counts_at_once(self, name):
         made = self.pair(lr=1e-2)
-        for param, optimizer in made:
+        for _, optimizer in made:
             optimizer.param_groups[0][name] = 0.3
             optimizer.step()
         torch.testing.assert_close(made[0][0], made[1][0])
