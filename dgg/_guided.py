@@ -36,7 +36,8 @@ from dgg import (
     sharding,
     zero,
 )  # fmt: skip
-from dgg._loading import Loading, imitable
+from dgg._imitable import imitable
+from dgg._loading import Loading
 from dgg._row_cache import RowCache
 
 # Steps after which an optimizer without an anchor, or without any gradient, is told of.

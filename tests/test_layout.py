@@ -44,6 +44,7 @@ FLOORS = {
     "_callers": 0,
     "_fsdp1": 0,
     "_gather": 0,
+    "_imitable": 0,
     "_numbers": 0,
     "_philox": 0,
     "_ranges": 0,
