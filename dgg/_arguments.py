@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from dgg import _dispatch, _fsdp1, _numbers, anchor, sharding
+from dgg import _callers, _dispatch, _fsdp1, _numbers, anchor, sharding
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -317,14 +317,13 @@ def check_precision(
         )
 
 
-def warn_narrow(what: str, dtype: torch.dtype, remedy: str, *, stacklevel: int) -> None:
+def warn_narrow(what: str, dtype: torch.dtype, remedy: str) -> None:
     """Warns that steps in 16 bits lose small updates.
 
     Args:
         what: Subject and verb of what is stepped so.
         dtype: Its dtype.
         remedy: What to do instead.
-        stacklevel: As in `warnings.warn`, counted from here.
     """
     # Half of the spacing below a power of two, where it is finest against the weight.
     bound = round(4 / torch.finfo(dtype).eps)
@@ -332,7 +331,7 @@ def warn_narrow(what: str, dtype: torch.dtype, remedy: str, *, stacklevel: int) 
         f"16-bit weights lose small updates: {what} stepped in {dtype}, and whatever is smaller "
         f"than 1/{bound} of a weight is rounded away; {remedy}. If it is meant to be so: "
         "warnings.filterwarnings('ignore', '16-bit weights')",
-        stacklevel=stacklevel,
+        stacklevel=_callers.stacklevel(),
     )
 
 

@@ -23,6 +23,7 @@ from torch.optim import optimizer as _torch_optimizer
 from dgg import (
     _arguments,
     _boundary,
+    _callers,
     _device,
     _dispatch,
     _fsdp1,
@@ -35,7 +36,8 @@ from dgg import (
     sharding,
     zero,
 )  # fmt: skip
-from dgg._loading import Loading, imitable
+from dgg._imitable import imitable
+from dgg._loading import Loading
 from dgg._row_cache import RowCache
 
 # Steps after which an optimizer without an anchor, or without any gradient, is told of.
@@ -539,7 +541,7 @@ class Guided(Loading):
                 "and writes was replaced since: state was loaded or exchanged, a group added, an "
                 "anchor set for the first time or cleared. A replay would go on with what was "
                 "there before: capture it again",
-                stacklevel=guidance.frames_of_ours(),
+                stacklevel=_callers.stacklevel(),
             )
         self._rows = None
 
@@ -602,7 +604,7 @@ class Guided(Loading):
                 "the step is skipped because the replay gradients are inf or NaN, which GradScaler "
                 "does not see: it will not lower its scale by itself; lower it with "
                 "scaler.update(new_scale)",
-                stacklevel=5,
+                stacklevel=_callers.stacklevel(),
             )
         return scaling, skip
 
@@ -720,7 +722,7 @@ class Guided(Loading):
                 f"the first step found no gradient in any of {len(waiting)} parameters and changed "
                 "nothing. If the model was sharded or wrapped (fully_shard, an adapter) after the "
                 "optimizer was made, it trains other parameters: make the optimizer afterwards",
-                stacklevel=7,
+                stacklevel=_callers.stacklevel(),
             )
 
     def _warn_if_nothing_happens(self, draw: int, cache: RowCache) -> None:
@@ -732,7 +734,7 @@ class Guided(Loading):
                 f"no parameter has had a gradient for {_IDLE} steps, and none has changed. If the "
                 "model was sharded, wrapped or exchanged after the optimizer was made, it trains "
                 "other parameters: make the optimizer afterwards",
-                stacklevel=guidance.frames_of_ours(),
+                stacklevel=_callers.stacklevel(),
             )
         groups = self.param_groups
         if draw < _LONG or self._said_unguided or self._boundary_known or groups[0]["task_index"]:
@@ -744,7 +746,7 @@ class Guided(Loading):
             f"{draw + 1} steps were made with alpha > 0 and nothing is guided, for there is no "
             "anchor: call set_anchor() at the end of every task. If this is the first one there is "
             "nothing to protect yet: say so with set_anchor(task=0) before it begins",
-            stacklevel=guidance.frames_of_ours(),
+            stacklevel=_callers.stacklevel(),
         )
 
     def _warn_if_narrow(self, params, grads, replays) -> None:
@@ -770,7 +772,6 @@ class Guided(Loading):
             dtype,
             f"pass master_weights=True (a float32 copy){rounding}, or keep the weights in float32 "
             "and compute in 16 bits under autocast",
-            stacklevel=8,
         )
         self._said_narrow = True
 

@@ -7,9 +7,8 @@ what the template it fills has no room for.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from dgg import (
     checkpoint,
     sharding,
 )
+from dgg._imitable import Imitable, imitable
 
 # What ranks say to each other begins with it.
 _ROOM = "dgg: room for a state dict"
@@ -34,24 +34,7 @@ _ROOM = "dgg: room for a state dict"
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method that a wrapper which imitates the class hands on to the optimizer inside.
-
-    Lightning's and Fabric's wrappers become subclasses of what they wrap, without its attributes:
-    what a method sets would be set on the wrapper.
-    """
-
-    @functools.wraps(method)
-    def handed_on(self, *args, **kwargs):
-        inside = self.__dict__.get("_optimizer")
-        if isinstance(inside, Loading):
-            return handed_on(inside, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return handed_on
-
-
-class Loading:
+class Loading(Imitable):
     """What `dgg._guided.Guided` does about checkpoints; stands between it and torch.optim."""
 
     # The state is room for a checkpoint that is yet to be loaded.

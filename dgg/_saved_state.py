@@ -33,8 +33,15 @@ _CONVERT = (
 )
 
 
-def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+def check_form(
+    state_dict: Any, groups: Sequence[Mapping[str, Any]], *, taken_by: str = "load_state_dict()"
+) -> None:
     """Checks that this is an optimizer's state dict, of as many parameters in as many groups.
+
+    Args:
+        state_dict: What was given.
+        groups: Of the optimizer that it is for.
+        taken_by: The function that it was given to.
 
     Raises:
         KeyError: It is no optimizer's state dict.
@@ -43,14 +50,15 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"load_state_dict() takes what an optimizer's state_dict() returned, not "
+            f"{taken_by} takes what an optimizer's state_dict() returned, not "
             f"{type(state_dict).__name__}; torch.load the file first"
         )
     if not state_dict.keys() >= {"state", "param_groups"}:
         raise KeyError(
             f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
             "and param_groups; pass what optimizer.state_dict() returned (of a whole "
-            "checkpoint the optimizer's entry)"
+            "checkpoint the optimizer's entry; of DeepSpeed's ZeRO, whose partitions no other "
+            "optimizer can load, the weights alone)"
         )
     if not isinstance(state_dict["state"], Mapping):
         raise TypeError(

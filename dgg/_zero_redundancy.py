@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _ranges
+from dgg import _callers, _ranges
 
 _MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -144,9 +144,7 @@ def builder() -> Share | None:
         ValueError: Its parameters are on several devices.
     """
     module = sys.modules.get(_MODULE)
-    frame = sys._getframe(1) if module is not None else None
-    while frame is not None:
-        whole = frame.f_locals.get("self")
+    for whole, _ in _callers.methods() if module is not None else ():
         if isinstance(whole, module.ZeroRedundancyOptimizer):
             share = Share(whole)
             # Of all ranks' parameters, so that every rank raises and none waits for the others.
@@ -157,5 +155,4 @@ def builder() -> Share | None:
                     "not supported; build one per device"
                 )
             return share
-        frame = frame.f_back
     return None

@@ -8,28 +8,29 @@ So is what the template will be filled from, where that can be known.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
+
+from dgg import _callers
 
 _HELPERS = "torch.distributed.checkpoint.state_dict"
 # Functions that make a new optimizer's state by a step with zero gradients: in torch's helpers, in
 # torchtitan and torchtnt. Only the first step of an optimizer without state asks for them.
 _TEMPLATE_MAKERS = ("_init_optim_state", "init_optim_state")
 
-
+# torch's helper that loads a state dict, and the one that asks for a template.
+_LOADS = (_HELPERS, "_load_optim_state_dict")
+_ASKS = (_HELPERS, "_get_optim_state_dict")
 # Who asks for a template to load a distributed checkpoint into it: module, function, and the local
 # variable that has the checkpoint. Whatever is not as named here is not recognised.
-_LOADERS = (
-    ("accelerate.utils.fsdp_utils", "load_fsdp_optimizer", "ckpt_dir"),
-    ("torch.distributed.checkpoint.state_dict_loader", "load", "storage_reader"),
-)
+_LOADERS = {
+    ("accelerate.utils.fsdp_utils", "load_fsdp_optimizer"): "ckpt_dir",
+    ("torch.distributed.checkpoint.state_dict_loader", "load"): "storage_reader",
+}
 
 
 class Source(NamedTuple):
@@ -56,17 +57,7 @@ def making_template() -> bool:
     Told by who calls: a learning rate of 0 is legitimate (warm-up), and whether all gradients are 0
     ranks would not agree on.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in _TEMPLATE_MAKERS:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def called_by(module: str, *names: str) -> bool:
-    """Returns whether a function (of a class: ``names`` are both) is being run further out."""
-    return _caller(sys._getframe(1), _code(module, *names)) is not None
+    return _callers.called_by_name(*_TEMPLATE_MAKERS)
 
 
 def source() -> Source | None:
@@ -75,20 +66,19 @@ def source() -> Source | None:
     Known are a state dict that torch's helper is to load, if it loads by what is there; accelerate,
     and with it the Trainer, that load a directory; and a ``Stateful`` in ``dcp.load``.
     """
-    askers = [_code(_HELPERS, name) for name in ("_load_optim_state_dict", "_get_optim_state_dict")]
-    frame = _caller(sys._getframe(1), *askers)
-    if frame is None or not isinstance(model := frame.f_locals.get("model"), torch.nn.Module):
+    calls = _callers.calls_of(_LOADS, _ASKS, *_LOADERS)
+    asker, local = next((call for call in calls if call[0] in (_LOADS, _ASKS)), (None, {}))
+    model = local.get("model")
+    if not isinstance(model, torch.nn.Module):
         return None
-    if frame.f_code is _code(_HELPERS, "_load_optim_state_dict"):
-        return _given(model, frame.f_locals)
-    codes = {_code(module, name): local for module, name, local in _LOADERS}
-    while frame is not None:
-        local = codes.get(frame.f_code)
-        if local is not None:
-            found = frame.f_locals.get(local)
+    if asker == _LOADS:
+        return _given(model, local)
+    # The loader further out: what was called by it in turn has been passed.
+    for function, local in calls:
+        if function in _LOADERS:
+            found = local.get(_LOADERS[function])
             known = isinstance(found, (str, os.PathLike)) or hasattr(found, "read_metadata")
             return Source(model, found) if known else None
-        frame = frame.f_back
     return None
 
 
@@ -105,22 +95,6 @@ def _given(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
     # Otherwise only of whole and of flattened ones is taken just what there is room for.
     if isinstance(given, Mapping) and given and (whole or "state" not in given):
         return Source(model, None, given)
-    return None
-
-
-def _code(module: str, *names: str) -> CodeType | None:
-    function: Any = sys.modules.get(module)
-    for name in names:
-        function = getattr(function, name, None)
-    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-
-
-def _caller(frame: FrameType | None, *codes: CodeType | None) -> FrameType | None:
-    """Returns the innermost frame that runs one of some functions, from ``frame`` outwards."""
-    while frame is not None:
-        if any(frame.f_code is code for code in codes):
-            return frame
-        frame = frame.f_back
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dgg import _arguments, anchor, sharding
+from dgg import _arguments, _saved_state, anchor, sharding
 from dgg.reference import FLOAT_DTYPES
 
 # bitsandbytes hides what it quantised in here, so that FSDP does not gather it.
@@ -60,10 +60,10 @@ def convert_state_dict(
         optimizer: The dgg.AdamW or dgg.Adam that is going to load it, over the same parameters.
 
     Raises:
-        KeyError: A key is missing, or a parameter's state belongs to no group.
+        KeyError: A key is missing.
         TypeError: Something is of the wrong type.
         ValueError: It is no Adam's state, or group, parameter and key that are named do not fit
-            the optimizer: their number, shape or values.
+            the optimizer: their number, shape or values; or state belongs to no group.
 
     Example:
         >>> opt = dgg.AdamW(model.parameters(), lr=2e-4)
@@ -71,9 +71,12 @@ def convert_state_dict(
         >>> opt.set_anchor()
     """
     groups = _groups_of(optimizer)
-    _check_form(state_dict, groups)
-    entries = {key: _unwrapped(entry) for key, entry in state_dict["state"].items()}
+    _saved_state.check_form(state_dict, groups, taken_by="convert_state_dict()")
+    for number, (mine, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        _check_names(saved, mine, number)
     labels = _labels(groups, state_dict["param_groups"])
+    # Of what no group names there is nothing to convert, or the check above has said so.
+    entries = {k: _unwrapped(entry) for k, entry in state_dict["state"].items() if k in labels}
     for key, entry in entries.items():
         _check_kind(entry, labels[key])
     state: dict[Any, Any] = {}
@@ -106,48 +109,6 @@ def _groups_of(optimizer: Any) -> Sequence[Mapping[str, Any]]:
             "or dgg.Adam as optimizer"
         )
     return optimizer.param_groups
-
-
-def _check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            f"convert_state_dict() takes what an optimizer's state_dict() returned, not "
-            f"{type(state_dict).__name__}; torch.load the file first"
-        )
-    if not state_dict.keys() >= {"state", "param_groups"}:
-        raise KeyError(
-            f"no optimizer's state dict: it has {sorted(map(str, state_dict))[:8]}, not state and "
-            "param_groups; of a whole checkpoint pass the optimizer's entry, and of DeepSpeed's "
-            "ZeRO (whose partitions no other optimizer can load) the weights alone"
-        )
-    state, saved = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(state, Mapping) or not isinstance(saved, (list, tuple)):
-        raise TypeError(
-            f"state is a {type(state).__name__} and param_groups a {type(saved).__name__}; they "
-            "must be a dict and a list, as an optimizer's state_dict() returns them"
-        )
-    for number, group in enumerate(saved):
-        if not isinstance(group, Mapping):
-            raise TypeError(f"group {number} is a {type(group).__name__}, not a dict")
-        if "params" not in group:
-            raise KeyError(f"group {number} has no params; it has {sorted(map(str, group))}")
-    sizes, mine = ([len(g["params"]) for g in some] for some in (saved, groups))
-    if sizes != mine:
-        raise ValueError(
-            f"the state dict's groups hold {sizes} parameters, this optimizer's {mine}; build the "
-            "optimizer over the same groups first"
-        )
-    keys = [key for group in saved for key in group["params"]]
-    if len(set(keys)) < len(keys):
-        raise ValueError("a parameter stands in the groups twice; pass the state dict as it was")
-    stray = [key for key in state if key not in set(keys)]
-    if stray:
-        raise KeyError(
-            f"the state has an entry {stray[0]!r} that no group's params name; pass the state "
-            "dict as the optimizer returned it"
-        )
-    for number, (group, own) in enumerate(zip(saved, groups, strict=True)):
-        _check_names(group, own, number)
 
 
 def _check_names(saved: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import pathlib
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +19,12 @@ from torch import Tensor
 
 from dgg import (
     _arguments,
+    _callers,
     _device,
     _dispatch,
     _fsdp1,
     _philox,
     _ranges,
-    checkpoint,
     reference,
     sharding,
 )
@@ -101,7 +99,7 @@ class ReplaySlot:
                 "zero_grad() was called twice since the replay() block and no step() in between: "
                 "the replay gradients are dropped. Step once per block, or drop them with "
                 "clear_replay() where a step is left out on purpose",
-                stacklevel=frames_of_ours(),
+                stacklevel=_callers.stacklevel(),
             )
 
     @contextlib.contextmanager
@@ -155,15 +153,6 @@ class ReplaySlot:
             _recorded.difference_update(mine)
             for p, grad in zip(params, present, strict=True):
                 p.grad = grad
-
-
-def frames_of_ours() -> int:
-    """Returns the stacklevel, counted from the caller's warning, of the first frame outside dgg."""
-    folder = str(pathlib.Path(__file__).parent)
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(folder):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _apart(grad: Tensor | None) -> Tensor | None:
@@ -473,4 +462,4 @@ def unscaled_unseen() -> bool:
     So it does where the optimizer it is given, a wrapper say, does not unscale by itself. Told by
     who calls; asked only where there are replay gradients, which it cannot have seen.
     """
-    return checkpoint.called_by("torch.amp.grad_scaler", "GradScaler", "_maybe_opt_step")
+    return _callers.called_by("torch.amp.grad_scaler", "GradScaler", "_maybe_opt_step")

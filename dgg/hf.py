@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgg import _arguments, _dispatch, optim
+from dgg import _arguments, _callers, _dispatch, optim
 
 try:
     from transformers import TrainerCallback
@@ -153,6 +152,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "weights of now, not those it began with; pass anchor= or resume from a "
                     "checkpoint to keep them",
                     task,
+                    stacklevel=_callers.stacklevel(),
                 )
             self._set_anchor(opt, model, task)
         else:
@@ -192,6 +192,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 "the checkpoint was written in task %d, which came to its end already: it is "
                 "trained further; give every task an output_dir of its own if that is not meant",
                 task,
+                stacklevel=_callers.stacklevel(),
             )
         self._origin = "the checkpoint"
         lost = saved.get("_guided", task > 0 or self.guide_first_task or self._given is not None)
@@ -213,6 +214,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 alpha,
                 task,
                 inside,
+                stacklevel=_callers.stacklevel(),
             )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -496,6 +498,7 @@ def _warn_of_ignored_lr(args, opt) -> None:
             "own, here %g; put lr there",
             args.learning_rate,
             rate,
+            stacklevel=_callers.stacklevel(),
         )
 
 
@@ -507,12 +510,9 @@ def _stand_before_loggers(callback: TrainerCallback) -> None:
     asked first. The handler that holds the order is the caller. Should that ever change, the
     history, the progress bar and the printed entries still have the numbers.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
+    for handler, _ in _callers.methods():
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
             # In place and with the same length: the handler is iterating over this list.
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
-        frame = frame.f_back

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _dispatch, _ranges, anchor, guidance, reference, sharding
+from dgg import _arguments, _callers, _dispatch, _ranges, anchor, guidance, reference, sharding
 
 
 class Member(NamedTuple):
@@ -177,7 +177,6 @@ class Zero:
                 dtype,
                 "leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its "
                 "configuration, then ZeRO keeps them in float32",
-                stacklevel=8,
             )
 
     @property
@@ -234,7 +233,7 @@ class Zero:
                 f"the optimizer had state of {len(orphans)} parameters before DeepSpeed's ZeRO put "
                 "partitions in their place, and ZeRO takes none of it along: it is dropped. Call "
                 "set_anchor() after deepspeed.initialize, and resume moments with load_checkpoint",
-                stacklevel=6,
+                stacklevel=_callers.stacklevel(),
             )
 
     def _rows_of(self, optimizer, number: int) -> _FragmentRows | None:
@@ -828,13 +827,10 @@ def _ranks(group) -> list[int]:
 
 def _local_of_step(holder, name: str) -> Tensor:
     """Returns a local variable of the ``step()`` of DeepSpeed's that is running now."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "step" and frame.f_locals.get("self") is holder:
-            if name in frame.f_locals:
-                return frame.f_locals[name]
-            break
-        frame = frame.f_back
+    running = (local for owner, local in _callers.methods("step") if owner is holder)
+    local = next(running, {})
+    if name in local:
+        return local[name]
     raise RuntimeError(
         f"{type(holder).__name__}.step() has no {name}; this release of DeepSpeed is not known to "
         "dgg: use the one that docs/deepspeed.md names, or a static loss scale"

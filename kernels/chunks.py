@@ -40,6 +40,8 @@ from dgg.kernels.update import (
 )  # fmt: skip
 from triton.compiler import CompiledKernel
 
+from dgg import _callers
+
 # Columns of the table, as in csrc/ops.cpp.
 PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)
@@ -151,7 +153,10 @@ class Kernel:
         except (OSError, ImportError) as error:
             trouble = error
         for pause in PAUSES:
-            warnings.warn(f"{self._says(trouble)}. Trying again in {pause} s", stacklevel=3)
+            warnings.warn(
+                f"{self._says(trouble)}. Trying again in {pause} s",
+                stacklevel=_callers.stacklevel(),
+            )
             time.sleep(pause)
             try:
                 return run(*arguments, grid=grid, warmup=False, **options)
@@ -173,7 +178,7 @@ class Kernel:
             warnings.warn(
                 f"{self.declared.__name__} keeps registers in local memory, since it could not be "
                 f"compiled once more: {error}",
-                stacklevel=3,
+                stacklevel=_callers.stacklevel(),
             )
             return found
         return other if other.n_spills < found.n_spills else found

@@ -897,7 +897,8 @@ def run_without_states(rank: int, world: int, folder: str) -> None:
             ranks.refused(
                 RuntimeError, "set_anchor(tensors)", lambda e=engine: train(e, None, 0, 1)
             )
-        assert any("set_anchor() after deepspeed.initialize" in str(x.message) for x in heard)
+        (told,) = [x for x in heard if "set_anchor() after deepspeed.initialize" in str(x.message)]
+        assert told.filename == __file__
         assert all(map(torch.equal, whole_weights(engine), before))
         # Even now all that there is can be saved, and is all.
         optimizer.set_anchor()
@@ -981,8 +982,9 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
         warnings.simplefilter("always")
         step(engine)
         step(engine)
-    texts = [str(x.message) for x in heard if "16-bit weights lose" in str(x.message)]
-    assert len(texts) == 1 and "leave bf16_master_weights_and_grads" in texts[0]
+    (told,) = [x for x in heard if "16-bit weights lose" in str(x.message)]
+    assert "leave bf16_master_weights_and_grads" in str(told.message)
+    assert told.filename == __file__
     assert next(iter(optimizer.state)).dtype == torch.bfloat16
     engine.destroy()
     for options, error, text, changes, dtype in (

@@ -290,9 +290,11 @@ def test_what_moves_memory_asks_for_a_new_capture_and_frees_nothing(change, gpu)
     with gpu.graph() as graph:
         run.optimizer.step()
     graph.replay()
-    with pytest.warns(UserWarning, match="capture it again"):
+    with pytest.warns(UserWarning, match="capture it again") as heard:
         change(run)
         run.step()
+    (told,) = [warning for warning in heard if "capture it again" in str(warning.message)]
+    assert told.filename == __file__
     gc.collect()
     graph.replay()  # of no use any more, but it must touch nothing that is somebody else's
     gpu.check()

@@ -5,6 +5,7 @@ Run as a script, this file trains one task in a process of its own and dies in t
 """
 
 import json
+import linecache
 import logging
 import os
 import pathlib
@@ -45,12 +46,12 @@ def base_model():
     return transformers.LlamaForCausalLM(config)
 
 
-def lora(base, seed=1):
+def lora(base, seed=1, **options):
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1
     )
-    return peft.get_peft_model(base, config)
+    return peft.get_peft_model(base, config, **options)
 
 
 def task_data(stride, examples=64):
@@ -119,6 +120,13 @@ def assert_same(left, right, path="state"):
             assert_same(*pair, f"{path}[{place}]")
     else:
         assert left == right, path
+
+
+def assert_told(caplog, text):
+    """A warning begins so, and is about the line of this file that trains."""
+    (record,) = [r for r in caplog.records if r.getMessage().startswith(text)]
+    assert (record.name, record.pathname, record.levelname) == ("dgg.hf", __file__, "WARNING")
+    assert ".train(" in linecache.getline(__file__, record.lineno)
 
 
 class Grab(transformers.TrainerCallback):
@@ -326,7 +334,7 @@ def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
     trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
-    assert "task 1 was begun before and did not reach its end" in caplog.text
+    assert_told(caplog, "task 1 was begun before and did not reach its end")
 
 
 def test_anchor_given_as_tensors_and_full_model(tmp_path):
@@ -622,7 +630,7 @@ def test_learning_rate_of_the_arguments_is_not_used(tmp_path, caplog):
         learning_rate=3e-4,
     )  # fmt: skip
     trainer.train()
-    assert "learning_rate=0.0003 of TrainingArguments is not used" in caplog.text
+    assert_told(caplog, "learning_rate=0.0003 of TrainingArguments is not used")
     assert "here 0.01" in caplog.text
 
 
@@ -750,10 +758,31 @@ def test_resume_of_the_former_task_raises(tmp_path, halfway):
         halfway(GuidanceCallback(task=2)).train(resume_from_checkpoint=True)
 
 
+def test_resume_of_a_task_that_has_ended_warns(tmp_path, caplog):
+    trainer = trainer_for(
+        lora(base_model()), task_data(1), tmp_path, [GuidanceCallback()], max_steps=2,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_told(caplog, "the checkpoint was written in task 0, which came to its end already")
+
+
+def test_a_warning_of_the_step_is_about_the_line_that_trains(tmp_path):
+    model = lora(base_model().to(torch.bfloat16), autocast_adapter_dtype=False)
+    trainer = trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1)
+    lost = "16-bit weights lose small updates"
+    with pytest.warns(UserWarning, match=lost) as heard:
+        trainer.train()
+    (told,) = [warning for warning in heard if lost in str(warning.message)]
+    assert told.filename == __file__
+    assert ".train(" in linecache.getline(__file__, told.lineno)
+
+
 def test_resume_with_another_alpha_warns(tmp_path, halfway, caplog):
     trainer = halfway(GuidanceCallback(alpha=0.9), max_steps=4)
     trainer.train(resume_from_checkpoint=True)
-    assert "alpha=0.9 of this callback is not in force" in caplog.text
+    assert_told(caplog, "alpha=0.9 of this callback is not in force")
     assert dgg.unwrap(trainer.optimizer).param_groups[0]["alpha"] == OPTIONS["alpha"]
 
 

@@ -23,11 +23,11 @@ FLOORS = {
     "optim": 8,
     "_guided": 7,
     "_loading": 6,
+    "convert": 6,
     "_saved_state": 5,
     "foreign": 6,
     "zero": 6,
     "_boundary": 5,
-    "convert": 5,
     "_row_cache": 5,
     "guidance": 5,
     "_arguments": 4,
@@ -40,10 +40,12 @@ FLOORS = {
     "reference": 1,
     "replay": 1,
     "sharding": 1,
+    "checkpoint": 1,
+    "_callers": 0,
     "_fsdp1": 0,
     "_gather": 0,
+    "_imitable": 0,
     "_numbers": 0,
-    "checkpoint": 0,
     "_philox": 0,
     "_ranges": 0,
     "metrics": 0,
@@ -157,6 +159,15 @@ def test_no_autotuning():
         assert not re.search(r"\bautotune\b", path.read_text(encoding="utf-8")), relative(path)
 
 
+def test_one_file_looks_at_frames():
+    looks = re.compile(r"_getframe|currentframe|f_(back|code|locals|globals)\b|inspect\.stack")
+    by_hand = re.compile(r"stacklevel\s*=\s*\d")
+    for path in [*(ROOT / "dgg").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert bool(looks.search(text)) == (path.name == "_callers.py"), relative(path)
+        assert not by_hand.search(text), relative(path)
+
+
 def imports_of_ours(path, package):
     """Returns (line, module) for every run-time import of ours in a file of `package`."""
 
@@ -200,7 +211,7 @@ def test_imports_go_down():
                 wrong.append(f"{relative(path)}:{line} imports {name}")
     for path in sorted((ROOT / "kernels").glob("*.py")):
         for line, name in imports_of_ours(path, "dgg.kernels"):
-            if not name.startswith("dgg.kernels"):
+            if not name.startswith("dgg.kernels") and name != "dgg._callers":
                 wrong.append(f"{relative(path)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
