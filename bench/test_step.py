@@ -44,5 +44,5 @@ def test_step(benchmark, name, setting, size):
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = f"adamw float32 {size}"
-    benchmark.pedantic(variant, setup=work.fresh_gradients, rounds=20, warmup_rounds=2)
+    benchmark.pedantic(variant, setup=variant.ready, rounds=20, warmup_rounds=2)
     assert work.finite()
