@@ -6,7 +6,8 @@
     python bench/step.py --preset full --out runs/step     # every size and list, 20 minutes
     python bench/step.py --preset host --out runs/step     # what many tensors cost, 2 minutes
     python bench/step.py --memory                          # peak memory over ten tasks
-    python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes
+    python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes;
+                                                           # gpu-short: its three most telling cases
 
 Every variant is compared with the float64 reference before it is timed (the run ends if it
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
@@ -69,7 +70,7 @@ from workload import (
 )
 
 SCHEMA = 2
-PRESETS = ("smoke", "quick", "targets", "host", "full", "gpu")
+PRESETS = ("smoke", "quick", "targets", "host", "full", "gpu", "gpu-short", "gpu-rest")
 ALPHA = sampled(0.2)
 MI = 2**20
 # The size the targets are stated for; 32 Mi = 33,554,432 elements, 128 MiB an array in float32.
@@ -226,10 +227,32 @@ def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
     return cases
 
 
+def short_gpu_cases(flagship: int = GPU_FLAGSHIP) -> list[Case]:
+    """Returns the three cases to know first: one large tensor, a LoRA, many tiny tensors."""
+    settings = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_GUIDED)
+    runs = [(backend, setting) for backend in GPU_BACKENDS for setting in settings]
+    runs += FUSED + GPU_FOREACH + ADDED[:2] + OVER_FUSED[1:]
+    return [
+        _single(flagship, runs, rounds=16, seconds=12),
+        _lora(16, runs, rounds=24, seconds=15),
+        dataclasses.replace(_tiny(runs, cold=False, rounds=30), seconds=10),
+    ]
+
+
+def remaining_gpu_cases() -> list[Case]:
+    """Returns `gpu_cases` less what `short_gpu_cases` has, but for what is divided by."""
+    done = {(case.name, *run) for case in short_gpu_cases() for run in case.runs}
+    found = []
+    for case in gpu_cases():
+        left = [run for run in case.runs if (case.name, *run) not in done or run in FUSED]
+        found.append(dataclasses.replace(case, runs=left))
+    return found
+
+
 def cases_of(preset: str) -> list[Case]:
     """Returns the cases of a preset."""
-    if preset == "gpu":
-        return gpu_cases()
+    if preset in GPU_PRESETS:
+        return GPU_PRESETS[preset]()
     eager = OURS + FUSED + FOREACH + LOOP
     if preset == "smoke":
         runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
@@ -278,6 +301,9 @@ def cases_of(preset: str) -> list[Case]:
         runs = eager + (COMPILED if (optimizer, dtype) == OTHERS[0] else [])
         cases.append(_single(FLAGSHIP, runs, optimizer=optimizer, dtype=dtype, seconds=40))
     return cases
+
+
+GPU_PRESETS = {"gpu": gpu_cases, "gpu-short": short_gpu_cases, "gpu-rest": remaining_gpu_cases}
 
 
 def run(
@@ -403,8 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
-    if preset == "gpu" and options.device == "cpu":
-        parser.error("--preset gpu: its sizes are a GPU's; add --device cuda")
+    if preset in GPU_PRESETS and options.device == "cpu":
+        parser.error(f"--preset {preset}: its sizes are a GPU's; add --device cuda")
     if options.memory and options.device != "cpu":
         parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
@@ -420,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {
         "preset": preset,
         "threads": torch.get_num_threads(),
-        "flagship": GPU_FLAGSHIP if preset == "gpu" else FLAGSHIP,
+        "flagship": GPU_FLAGSHIP if preset in GPU_PRESETS else FLAGSHIP,
     }
     kind = "memory" if options.memory else "step"
     stem = f"{kind}-{options.device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
@@ -444,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
             results = run(
                 cases, device, stream_elements=elements, say=say,
                 deadline=began + options.deadline,
-                keep=keep if preset in ("gpu", "full") else None,  # they take long
+                keep=keep if preset in (*GPU_PRESETS, "full") else None,  # they take long
                 before=before, host=preset == "host",
             )  # fmt: skip
         except DeviceLost as error:
@@ -460,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
         size = 2**20 if preset == "smoke" else 2**24
         results["memory"] = [measure_memory(case, size) for case in MEMORY_CASES]
     results["targets"] = judge(results, preset)
-    if preset == "gpu":
+    if preset in GPU_PRESETS:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
@@ -474,7 +500,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def judge(results: dict[str, object], preset: str) -> list[dict]:
     """Returns the targets that the results can speak to."""
-    if preset == "gpu":
+    if preset in GPU_PRESETS:
         return gpu_targets(results["cases"])
     return targets(results["cases"], results["memory"])
 

@@ -677,14 +677,14 @@ def run_script(name, *options, expect=0, timeout=290):
     return done.stdout + done.stderr
 
 
-STAGES = "environment,tests,step,training,sanitizer"
+STAGES = "environment,checks,small_step,short,tests,step,training,sanitizer"
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     """All of `make gpu` but the build, which takes a minute, and what only a GPU can do."""
     out = tmp_path_factory.mktemp("gpu")
-    options = ["--rehearse", "--stages", STAGES, "--out", out, "--build", out / "build"]
+    options = ["--rehearse", "--parts", STAGES, "--out", out, "--build", out / "build"]
     printed = run_script("gpu.py", *options)
     (path,) = out.glob("*.json")
     return json.loads(path.read_text()), printed, path
@@ -694,10 +694,12 @@ def rehearsed(tmp_path_factory):
 def test_gpu_command_rehearsed(rehearsed):
     results, printed, path = rehearsed
     assert results["rehearsal"] and list(results["stages"]) == STAGES.split(",")
-    for name in ("environment", "tests", "step", "training"):
+    for name in ("environment", "checks", "short", "tests", "step", "training"):
         assert results["stages"][name]["status"] == "ok", results["stages"][name]
-    assert results["stages"]["sanitizer"]["status"] in ("not run", "ok")
-    assert results["step"]["cases"] and results["training"]["cases"]
+    for name in ("sanitizer", "small_step"):
+        assert results["stages"][name]["status"] in ("not run", "ok")
+    assert results["checks"]["same bits, cpp"]["status"] == "ok"
+    assert all(results[name]["cases"] for name in ("short", "step", "training"))
     assert "rehearsal" in path.with_suffix(".md").read_text()
     assert path.with_name("gpu.log").exists() and "| step | ok |" in printed
     assert "PytestUnknownMarkWarning" not in printed
