@@ -79,7 +79,7 @@ table: $(BUILT) $(TEST) ## write the README's compatibility table from the marks
 	$(BIN)/python -P tests/compatibility.py --write README.md
 
 # No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
-gpu: ## build, test and measure on this machine's GPU with its own $(PYTHON); under 8 minutes
+gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON); 14 minutes at most
 	$(PYTHON) bench/gpu.py $(ARGS)
 
 profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else torch.profiler

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything that needs a GPU, in one command: build, tests, memory check, benchmarks, report.
+"""Everything that needs a GPU, in one command: build, checks, benchmarks, tests, report.
 
-    python3 bench/gpu.py                        # what `make gpu` runs; under 8 minutes
-    python3 bench/gpu.py --stages build,step    # single stages; the build lasts for later calls
-    python3 bench/gpu.py --stages profile       # what a LoRA step runs; not among the usual stages
-    python3 bench/gpu.py --stages build,step --limit 480 --budget 560   # all cases, ten minutes
+    python3 bench/gpu.py                        # what `make gpu` runs; 14 minutes at the most
+    python3 bench/gpu.py --stage 1              # one of its stages; the build lasts for later calls
+    python3 bench/gpu.py --parts build,step     # single parts
+    python3 bench/gpu.py --parts profile        # what a LoRA step runs; in none of the stages
+    python3 bench/gpu.py --parts build,step --limit 480 --budget 560    # all cases, ten minutes
     python3 bench/gpu.py --out results          # results there too (default: $OUT if set)
+
+1. At most 4 minutes. Does it work: the build, `dgg.show_config()`, the checks of gpu_checks.py (the
+   reference, the same bits again, both backends alike, no wait, launches, graphs), and
+   compute-sanitizer's memcheck and racecheck on a small step, where there is one.
+2. At most 6 minutes. What it costs: 256 Mi in one tensor, a LoRA and 448 tiny tensors, each plain,
+   clipped, guided and with replay gradients, on both backends.
+3. What time is left for: the tests that need a GPU, the other cases of the benchmark, training
+   steps, the tests made for memcheck.
 
 For a machine with a GPU and whatever torch >= 2.10, Triton >= 3.4 and Python >= 3.10 it has; no
 virtual environment, no network, nothing installed: the package is built from a copy of the sources
 into build/gpu/site, which alone is put on PYTHONPATH (the repository root must not be, `kernels/`
 would shadow another library). No setting of the GPU is touched.
 
-Each stage is a process of its own with a time limit; its result is written at once, and one that
-fails does not stop the others. Exit code: 0 if all went well, 1 if a stage failed, 2 without a GPU.
-The results are bench/results/<device>-<date>.json and .md; those of single stages say which.
+Each part of a stage is a process of its own with a time limit; what it found is written at once,
+and a part or a stage that fails, or does not end, does not stop the others. Exit code: 0 if all
+went well, 1 if a part failed, hung, or found no time in the first two stages, 2 without a GPU. A
+stage prints its table when it ends and leaves bench/results/<device>-<date>-stage<n>.json and .md;
+all of them together are in <device>-<date>.json; those of single parts say which.
 """
 
 from __future__ import annotations
@@ -33,6 +44,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import witness
 
@@ -42,19 +54,44 @@ SCHEMA = 1
 SOURCES = ("dgg", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE",
            "MANIFEST.in")  # fmt: skip
 
-# Seconds: what a stage may take at most, and what earlier ones must leave for it.
+# Seconds: what a part may take at most, and what earlier ones of its stage must leave for it.
 LIMITS = {
     "environment": (120, 0),  # torch's first import off a cold disk
     "build": (200, 0),
+    "checks": (90, 50),
+    "small_step": (90, 40),
+    "short": (350, 120),
     "tests": (120, 0),
     "step": (230, 60),
     "training": (80, 45),
     "sanitizer": (150, 20),
     "profile": (90, 20),
 }
-# What runs unless stages are named.
-USUAL = ("environment", "build", "tests", "step", "training", "sanitizer")
-BUDGET = 460
+
+
+class Stage(NamedTuple):
+    """A stage of the command.
+
+    Attributes:
+        name: For its table.
+        seconds: What it may take; None: until the deadline of all.
+        parts: Its parts, in order.
+    """
+
+    name: str
+    seconds: float | None
+    parts: tuple[str, ...]
+
+
+STAGES = {
+    1: Stage("does it work", 240, ("build", "checks", "small_step")),
+    2: Stage("what does it cost", 360, ("short",)),
+    3: Stage("the rest", None, ("tests", "step", "training", "sanitizer")),
+}
+# 14 minutes for everything: a device is lent for 15.
+BUDGET = 840
+# The two tools of compute-sanitizer for a small step, and the line that each ends with.
+TOOLS = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
 # The benchmark begins no case so close to its limit.
 LAST_CASE = 45
 # A test that takes longer hangs: the slowest compiles a few kernels while other tests do, too.
@@ -96,11 +133,11 @@ print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config(), "
 
 
 class Failed(RuntimeError):
-    """A stage did not do what it should; the message says what."""
+    """A part did not do what it should; the message says what."""
 
 
 class Stages:
-    """Runs the stages and keeps what they find.
+    """Runs the parts of the stages and keeps what they find.
 
     Args:
         build: Folder for everything that is built.
@@ -123,11 +160,14 @@ class Stages:
     ) -> None:
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
         self.site, self.work = build / "site", build / "work"
-        self.end = time.monotonic() + budget
+        self.deadline = self.end = time.monotonic() + budget
         self.limit, self.most = 0.0, most
         self.environment: dict = {}
-        # Names of the stages, where they are not the usual ones: no run replaces another's results.
+        # Names of the parts, where they are single ones: no run replaces another's results.
         self.part: list[str] = []
+        self.number: int | None = None
+        self._mine: list[str] = []  # parts and results of this stage
+        self._first_page = 0
         self.results: dict = {
             "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -142,8 +182,43 @@ class Stages:
 
     # -- running --------------------------------------------------------------------------------
 
+    def begin(self, number: int | None) -> None:
+        """Begins a stage; None: single parts, which have all the time."""
+        self.number, self._mine, self._first_page = number, [], len(self.pages)
+        seconds = None if number is None else STAGES[number].seconds
+        if seconds is not None:
+            # A rehearsal runs beside other tests, on few cores.
+            seconds *= 2 if self.rehearsal else 1
+        begin = time.monotonic()
+        self.end = self.deadline if seconds is None else min(self.deadline, begin + seconds)
+        if number is not None:
+            left = max(0.0, self.end - begin)
+            self.say(f"\n# Stage {number}: {STAGES[number].name} (at most {left:.0f} s)")
+
+    def finish(self) -> None:
+        """Prints the stage's table and writes its results."""
+        if self.number is not None:
+            found = self._state()
+            self.say(f"\nstage {self.number}, {STAGES[self.number].name}: {found}")
+        self.say("\n" + self.summary(self._mine))
+        self.write()
+
+    def exit_code(self) -> int:
+        """Returns 1 if a part failed, or found no time that was set aside for it."""
+        return int(any(map(self._failed, self.results["stages"])))
+
+    def _state(self) -> str:
+        """Returns "ok" or "failed"."""
+        return "failed" if any(map(self._failed, self._mine)) else "ok"
+
+    def _failed(self, name: str) -> bool:
+        found = self.results["stages"][name]
+        set_aside = [stage.parts for stage in STAGES.values() if stage.seconds is not None]
+        late = found.get("late", False) and any(name in parts for parts in set_aside)
+        return found["status"] == "failed" or late
+
     def run(self, name: str, function: Callable[[], dict], later: Sequence[str]) -> None:
-        """Runs one stage within its share of what is left, and writes the results."""
+        """Runs one part within its share of what is left, and writes the results."""
         left = self.end - time.monotonic() - sum(LIMITS[stage][1] for stage in later)
         # A rehearsal runs beside other tests, on few cores.
         most = self.most or LIMITS[name][0] * (2 if self.rehearsal else 1)
@@ -151,16 +226,17 @@ class Stages:
         begin = time.monotonic()
         self.say(f"\n## {name} (at most {max(0, self.limit):.0f} s)")
         if self.limit < 5:
-            found = {"status": "not run", "reason": "no time was left for it"}
+            found = {"status": "not run", "reason": "no time was left for it", "late": True}
         else:
             try:
                 found = {"status": "ok", **function()}
             except Failed as error:
                 found = {"status": "failed", "reason": str(error)}
-            except Exception as error:  # nothing that one stage meets may cost the others
+            except Exception as error:  # nothing that one part meets may cost the others
                 found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         found["seconds"] = round(time.monotonic() - begin, 1)
         self.results["stages"][name] = found
+        self._mine.append(name)
         self.say(f"{name}: {found['status']} {found.get('reason', '')} ({found['seconds']} s)")
         self.write()
 
@@ -216,32 +292,53 @@ class Stages:
 
     def write(self) -> None:
         """Writes what is known so far."""
-        parts = [slug(self.environment.get("name") or "unknown"), self.results["date"][:10]]
-        stem = "-".join([*parts, *self.part])
+        begun = [slug(self.environment.get("name") or "unknown"), self.results["date"][:10]]
+        files = {"-".join([*begun, *self.part]): (self.results, self.page())}
+        if self.number is not None:
+            stem = "-".join([*begun, f"stage{self.number}"])
+            files[stem] = (self._of_stage(), self.page(self._mine, self.pages[self._first_page :]))
         for folder in self.outputs:
             with contextlib.suppress(OSError):  # a read-only checkout
                 folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(self.results, indent=1, ensure_ascii=False) + "\n"
-                _replace(folder / f"{stem}.json", text)
-                _replace(folder / f"{stem}.md", self.page())
+                for stem, (results, page) in files.items():
+                    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+                    _replace(folder / f"{stem}.json", text)
+                    _replace(folder / f"{stem}.md", page)
 
-    def page(self) -> str:
-        """Returns the results as markdown."""
+    def _of_stage(self) -> dict:
+        """Returns the results of this stage: where, when, with what, and what its parts found."""
+        versions = {name: self.environment.get(name) for name in ("python", "torch", "cuda",
+                                                                  "triton")}  # fmt: skip
+        common = ("schema", "date", "rehearsal", "commit", "sources")
+        return {
+            **{name: self.results[name] for name in common},
+            "device": self.environment.get("name"),
+            "versions": versions,
+            "stage": self.number,
+            "status": self._state(),
+            "stages": {name: self.results["stages"][name] for name in self._mine},
+            **{name: self.results[name] for name in self._mine if name in self.results},
+        }
+
+    def page(self, names: Iterable[str] | None = None, pages: Sequence[str] | None = None) -> str:
+        """Returns the results, or those of some parts, as markdown."""
         lines = [f"# {self.environment.get('name')}, {self.results['date']}\n"]
         if self.rehearsal:
             lines.append("**A rehearsal on a CPU: no number here means anything.**\n")
-        return "\n".join([*lines, self.summary(), *self.pages]) + "\n"
+        pages = self.pages if pages is None else pages
+        return "\n".join([*lines, self.summary(names), *pages]) + "\n"
 
-    def summary(self) -> str:
-        """Returns the table of stages."""
-        rows = ["| stage | status | s | |", "|---|---|---:|---|"]
-        for name, found in self.results["stages"].items():
+    def summary(self, names: Iterable[str] | None = None) -> str:
+        """Returns the table of the parts."""
+        rows = ["| part | status | s | |", "|---|---|---:|---|"]
+        for name in self.results["stages"] if names is None else names:
+            found = self.results["stages"][name]
             words = found.get("summary") or found.get("reason") or ""
             first = words.splitlines()[0] if words else ""
             rows.append(f"| {name} | {found['status']} | {found['seconds']} | {first} |")
         return "\n".join(rows) + "\n"
 
-    # -- the stages -----------------------------------------------------------------------------
+    # -- the parts ------------------------------------------------------------------------------
 
     def find_environment(self) -> dict:
         """What is here: torch, Triton, Python, the GPU and how it is set."""
@@ -312,6 +409,8 @@ class Stages:
         libraries = {p.name: p.stat().st_size for p in self.site.glob("dgg/*.so")}
         self.say(found["config"])
         result = {"how": words, "notes": notes, "libraries": libraries, **found}
+        if words == "with CUDA" or self.rehearsal:
+            _replace(self.build / "built.json", json.dumps(self._recipe()))
         for name, reason in found["missing"].items() if not self.rehearsal else ():
             if reason is not None and not (name == "cpp" and words != "with CUDA"):
                 notes.append(f"{name} cannot run: {reason}")
@@ -320,6 +419,84 @@ class Stages:
             reason = f"built {words}; {' | '.join(notes)}"
             return {**result, "status": "failed", "reason": reason}
         return {**result, "summary": f"{words}: {', '.join(libraries)}"}
+
+    def _recipe(self) -> list[object]:
+        """Returns what a build depends on."""
+        wanted = ("torch", "capability", "python")
+        return [built_digest(), *(self.environment.get(name) for name in wanted)]
+
+    def is_built(self) -> bool:
+        """Returns whether an earlier call has built what is to be run."""
+        made = self.build / "built.json"
+        if not made.exists() or not (self.site / "dgg" / "__init__.py").exists():
+            return False
+        return json.loads(made.read_text(encoding="utf-8")) == self._recipe()
+
+    def run_checks(self) -> dict:
+        """Runs bench/gpu_checks.py; its results stand under "checks"."""
+        folder = self.build / "checks"
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--out", folder]
+        command += ["--device", "cpu"] if self.rehearsal else []
+        code, output = self.command(command, show=True)
+        path = folder / "checks.json"
+        if not path.exists():
+            raise Failed(f"it made no check: {_tail(output)}")
+        found = json.loads(path.read_text(encoding="utf-8"))["checks"]
+        self.results["checks"] = found
+        by = {s: [n for n, c in found.items() if c["status"] == s] for s in ("failed", "not run")}
+        rows = [f"| {n} | {c['status']} | {c['seen']} | {c['seconds']} |" for n, c in found.items()]
+        head = ["### Checks\n", "| check | status | seen | s |", "|---|---|---|---:|"]
+        self.pages.append("\n".join([*head, *rows]) + "\n")
+        if code != 0 or by["failed"]:
+            ends = {None: "stopped at its limit", witness.LOST: "the device was lost"}
+            what = [ends.get(code, f"exit code {code}")]
+            what += [f"{name}: {found[name]['seen']}" for name in by["failed"]]
+            raise Failed("; ".join(what))
+        done = len(found) - len(by["not run"])
+        return {"summary": f"{done} checks, {len(by['not run'])} not possible here"}
+
+    def run_small_step(self) -> dict:
+        """Runs a small step of every kernel under memcheck and racecheck, side by side."""
+        sanitizer = _sanitizer()
+        if sanitizer is None:
+            return {"status": "not run", "reason": "compute-sanitizer is not installed here"}
+        script = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--small-step"]
+        script += ["--device", "cpu"] if self.rehearsal else []
+        end, running, counted, bad, refused = time.monotonic() + self.limit, {}, {}, [], []
+        for tool in TOOLS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes",
+                       "all"]  # fmt: skip
+            # Not API errors: torch asks the driver for functions that need not be there.
+            command += ["--report-api-errors", "no"] if tool == "memcheck" else []
+            printed = self.work / f"{tool}.log"
+            with printed.open("w", encoding="utf-8") as output:
+                # Without torch's cache every tensor is an allocation with an end to run over.
+                more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                running[tool] = self._start([*command, *script], more, output), printed
+        for tool, (process, printed) in running.items():
+            code = _wait(process, end - time.monotonic())
+            output = printed.read_text(encoding="utf-8", errors="replace")
+            self._log.write(output)
+            if no := re.search(r"Device not supported|Unable to find|LibraryNotLoaded", output):
+                refused.append(f"{tool}: {no[0]}")
+                continue
+            numbers = [int(number) for number in re.findall(TOOLS[tool], output)]
+            checked = [b for b in ("cpp", "triton") if f"{b}: checked" in output]
+            counted[tool] = {"errors": sum(numbers), "checked": checked}
+            if code is None:
+                bad.append(f"{tool}: stopped at its limit")
+            elif code != 0 or not numbers or any(numbers) or not checked:
+                kept = [line for line in output.splitlines() if line.startswith("=========")][:60]
+                self.pages.append(f"### {tool}\n\n```\n" + "\n".join(kept) + "\n```\n")
+                bad.append(f"{tool}: {sum(numbers)} errors, exit code {code}: {_tail(output, 3)}")
+        if bad:
+            return {"tools": counted, "status": "failed", "reason": "; ".join(bad + refused)}
+        if refused:
+            return {"tools": counted, "status": "not run", "reason": "; ".join(refused)}
+        seen = ", ".join(f"{tool}: 0 errors ({', '.join(f['checked'])})"
+                         for tool, f in counted.items())  # fmt: skip
+        return {"tools": counted, "summary": seen}
 
     def _pytest(self, more: Sequence[object]) -> list[object]:
         """Returns the command that runs tests which need a GPU."""
@@ -388,13 +565,22 @@ class Stages:
         fitting = int(self.environment.get("memory") or 0) // PART_BYTES
         return max(1, min(MOST_PARTS, 3 * (os.cpu_count() or 1) // 4, fitting))
 
+    def run_short(self) -> dict:
+        """Runs the cases of bench/step.py that come first; its results stand under "short"."""
+        return self._benchmark("short", "gpu-short")
+
     def run_step(self) -> dict:
         """Runs bench/step.py; its results stand under "step"."""
-        folder = self.build / "step"
+        # What the second stage of this call has measured is not measured again.
+        done = self.results["stages"].get("short", {}).get("status") == "ok"
+        return self._benchmark("step", "gpu-rest" if done else "gpu")
+
+    def _benchmark(self, name: str, preset: str) -> dict:
+        folder = self.build / name
         shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, ROOT / "bench" / "step.py", "--markdown", "--out", folder]
         command += ["--preset", "smoke", "--only", "tiny"] if self.rehearsal else []
-        command += [] if self.rehearsal else ["--device", "cuda"]
+        command += [] if self.rehearsal else ["--device", "cuda", "--preset", preset]
         end, lost, more = time.monotonic() + self.limit, [], []
         for _ in range(1 + RESTARTS):
             left = end - time.monotonic()
@@ -406,7 +592,7 @@ class Stages:
             # An implementation that breaks the device is left out, the others go on.
             lost = json.loads(files[0].read_text(encoding="utf-8"))["lost"]
             more = ["--resume", files[0]]
-        found = self._take("step", folder, code, output)
+        found = self._take(name, folder, code, output)
         cases, skipped = len(found["cases"]), len(found["skipped"])
         missed = [t["what"] for t in found["targets"] if t["met"] is False]
         judged = [t for t in found["targets"] if t["met"] is not None]
@@ -429,7 +615,8 @@ class Stages:
             "--deadline", max(5.0, self.limit - 15),
         ]  # fmt: skip
         command += ["--preset", "smoke"] if self.rehearsal else ["--device", "cuda"]
-        for lost in self.results.get("step", {}).get("lost", []):
+        every = [self.results.get(name, {}).get("lost", []) for name in ("short", "step")]
+        for lost in sum(every, []):
             command += ["--without", lost["name"]]
         code, output = self.command(command, show=True)
         found = self._take("training", folder, code, output)
@@ -642,6 +829,18 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def built_digest() -> str:
+    """Returns a digest of what is compiled or installed."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        place = ROOT / name
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".toml"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def slug(name: str) -> str:
     """Returns a device's name as part of a file name: ``NVIDIA H100 80GB`` → ``h100-80gb``."""
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -684,9 +883,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the stages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--stages", default=",".join(USUAL), help=f"comma-separated, of {', '.join(LIMITS)}"
-    )
+    parser.add_argument("--stage", type=int, choices=STAGES, help="one stage; default: all")
+    parser.add_argument("--parts", help=f"single parts, comma-separated, of {', '.join(LIMITS)}")
     parser.add_argument(
         "--out", type=pathlib.Path, default=os.environ.get("OUT"),
         help="folder that gets the results too; default: $OUT",
@@ -695,16 +893,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="commit of the sources, where no repository tells it")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument(
-        "--limit", type=float, help="seconds that any stage may take; default: each has its own"
+        "--limit", type=float, help="seconds that any part may take; default: each has its own"
     )
     parser.add_argument(
         "--rehearse", action="store_true",
-        help="go through the stages on a CPU with tiny sizes, to test this script; needs --out",
+        help="go through it on a CPU with tiny sizes, to test this script; needs --out",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    wanted = [name for name in options.stages.split(",") if name]
+    if options.stage is not None and options.parts is not None:
+        parser.error("--stage and --parts: name one or the other")
+    wanted = [name for name in (options.parts or "").split(",") if name]
     if unknown := set(wanted) - LIMITS.keys():
-        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
     if options.rehearse and options.out is None:
         parser.error("--rehearse needs --out: what it writes is no result")
     outputs = [] if options.rehearse else [RESULTS]
@@ -713,44 +913,49 @@ def main(arguments: list[str] | None = None) -> int:
         options.build.resolve(), outputs, budget=options.budget, rehearsal=options.rehearse,
         commit=options.commit, most=options.limit,
     )  # fmt: skip
-    if set(wanted) | {"environment"} != set(USUAL):
-        stages.part = [name for name in LIMITS if name in wanted and name != "environment"]
     functions = {
-        "environment": stages.find_environment, "build": stages.build_package,
-        "tests": stages.run_tests, "step": stages.run_step, "training": stages.run_training,
+        "build": stages.build_package, "checks": stages.run_checks,
+        "small_step": stages.run_small_step, "short": stages.run_short, "tests": stages.run_tests,
+        "step": stages.run_step, "training": stages.run_training,
         "sanitizer": stages.run_sanitizer, "profile": stages.run_profile,
     }  # fmt: skip
-    # The others need to know where they are.
-    names = [name for name in LIMITS if name in wanted or name == "environment"]
-    for place, name in enumerate(names):
-        if name != "environment" and not options.rehearse and not stages.environment["available"]:
-            print(
-                "make gpu: there is no GPU here that torch can use "
-                f"(torch {stages.environment['torch']}, CUDA {stages.environment['cuda']}). The "
-                "package is tested without one by `make test`.",
-                file=sys.stderr,
-            )
-            return 2
-        if place == 0 and not options.rehearse:
-            # Nothing is written for a machine that has nothing to say.
-            stages.outputs, kept = [], stages.outputs
-            stages.run(name, functions[name], names[1:])
-            stages.outputs = kept
-            if not stages.environment:
-                print(f"make gpu: {stages.results['stages'][name]['reason']}", file=sys.stderr)
-                return 2
-            continue
-        stages.run(name, functions[name], names[place + 1 :])
-    if stages.environment.get("available") or options.rehearse:
-        stages.write()
+    if options.parts is not None:
+        stages.part = [name for name in functions if name in wanted]
+        groups = [(None, [*stages.part])]
+    else:
+        numbers = list(STAGES) if options.stage is None else [options.stage]
+        groups = [(number, [*STAGES[number].parts]) for number in numbers]
+        stages.part = [] if options.stage is None else [f"stage{options.stage}"]
+    # The others need to know where they are. Nothing is written for a machine without a GPU.
+    outputs, stages.outputs = stages.outputs, []
+    stages.begin(groups[0][0])
+    stages.run("environment", stages.find_environment, groups[0][1])
+    stages.outputs = outputs
+    found = stages.environment
+    if not found or not (found.get("available") or options.rehearse):
+        reason = stages.results["stages"]["environment"].get("reason") or (
+            "there is no GPU here that torch can use "
+            f"(torch {found['torch']}, CUDA {found['cuda']}). The package is tested without one by "
+            "`make test`."
+        )
+        print(f"make gpu: {reason}", file=sys.stderr)
+        return 2
+    # A stage by itself takes what an earlier call has built.
+    if options.stage not in (None, 1) and not stages.is_built():
+        groups[0][1].insert(0, "build")
+    for place, (number, names) in enumerate(groups):
+        if place > 0:
+            stages.begin(number)
+        for later, name in enumerate(names, 1):
+            stages.run(name, functions[name], names[later:])
+        stages.finish()
     if options.out:
         shutil.copy2(stages.build / "gpu.log", pathlib.Path(options.out).resolve() / "gpu.log")
-    print("\n" + stages.summary())
-    for target in stages.results.get("step", {}).get("targets", []):
-        met = {True: "met", False: "MISSED", None: "-"}[target["met"]]
-        print(f"{met:>6}  {target['what']}: {target['measured']} ({target['target']})")
-    states = {found["status"] for found in stages.results["stages"].values()}
-    return 1 if "failed" in states else 0
+    for name in ("short", "step"):
+        for target in stages.results.get(name, {}).get("targets", []):
+            met = {True: "met", False: "MISSED", None: "-"}[target["met"]]
+            print(f"{met:>6}  {target['what']}: {target['measured']} ({target['target']})")
+    return stages.exit_code()
 
 
 if __name__ == "__main__":

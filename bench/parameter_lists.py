@@ -33,6 +33,18 @@ def llava_7b_lora(rank: int) -> list[tuple[int, ...]]:
     return layer * LAYERS
 
 
+def of_four_dimensions(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Returns shapes of as many elements that a convolution could have, for channels_last.
+
+    The inputs of a matrix become a quarter as many at 2 × 2 positions; a vector gets two outputs.
+    """
+    found = []
+    for shape in shapes:
+        outputs, inputs = shape if len(shape) == 2 else (2, shape[0] // 2)
+        found.append((outputs, inputs // 4, 2, 2) if inputs > 4 else (outputs, inputs // 2, 2, 1))
+    return found
+
+
 def llava_7b_full() -> list[tuple[int, ...]]:
     """Returns what full fine-tuning of LLaVA-7B trains: language model and projector."""
     layer = [(outputs, inputs) for inputs, outputs in LINEARS] + [(HIDDEN,)] * 2

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import dgg
-from dgg import _dispatch, _philox
+import launch_driver
+from dgg import _device, _dispatch, _philox
 from workload import (
     BETA1,
     BETA2,
@@ -27,6 +28,7 @@ from workload import (
     MOMENTUM,
     WEIGHT_DECAY,
     Setting,
+    VerificationError,
     Workload,
 )
 
@@ -73,6 +75,7 @@ class Variant(abc.ABC):
     Attributes:
         name: As the tables call it.
         guided: Whether it has the settings with an alpha.
+        replays: Whether it has the settings with replay gradients.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
         built_on: The variant whose optimizer it calls: where that computes something else, this one
@@ -84,6 +87,7 @@ class Variant(abc.ABC):
 
     name: ClassVar[str]
     guided: ClassVar[bool]
+    replays: ClassVar[bool] = False
     foreign: ClassVar[bool] = False
     built_on: ClassVar[str | None] = None
     verified = False
@@ -91,6 +95,8 @@ class Variant(abc.ABC):
     def __init__(self, workload: Workload, setting: Setting) -> None:
         if (setting.alpha is not None) and not self.guided:
             raise Unavailable("it has no guidance")
+        if setting.replay and not self.replays:
+            raise Unavailable("it has no replay gradients")
         self.workload, self.setting, self.calls = workload, setting, 0
         self._draw = 0
         self.seed = 0
@@ -112,6 +118,14 @@ class Variant(abc.ABC):
         self._draw += 1
         if self._draw == self.window:
             self.seek(0)
+
+    def ready(self) -> None:
+        """Leaves the gradients as backward passes would; comes before every step, untimed."""
+        self.workload.fresh_gradients()
+
+    def verified_elsewhere(self) -> float | None:
+        """Returns the error of a verification by other means; None: a step here is compared."""
+        return None
 
     def seek(self, draw: int) -> None:
         """Goes to a draw index within the window."""
@@ -142,6 +156,7 @@ class Variant(abc.ABC):
             draw = (self._draw + offset) % self.window
             if (self._pattern[draw], self._pattern[draw + 1]) == kind:
                 self.seek((draw - 1) % self.window)
+                self.ready()
                 self()
                 return
         raise ValueError(f"no draw of the window is of the kind {kind}")
@@ -213,7 +228,26 @@ def _torch_optimizer(params, work: Workload, **how: bool) -> torch.optim.Optimiz
     return optimizer
 
 
-class Dgg(Variant):
+class _Replaying(Variant):
+    """Has replay gradients in a slot of their own, as ``self.optimizer.replay()`` leaves them."""
+
+    replays = True
+
+    def ready(self) -> None:
+        """The same, and the replay gradients wait for the step."""
+        super().ready()
+        if self.setting.replay:
+            self.optimizer.clear_replay()
+            self.record()
+
+    def record(self) -> None:
+        """A block with a backward pass that makes the replay gradients."""
+        with self.optimizer.replay():
+            for param, replay in zip(self.params, self.workload.replays, strict=True):
+                param.grad = replay
+
+
+class Dgg(_Replaying):
     """The package under test."""
 
     guided = True
@@ -257,9 +291,10 @@ class Dgg(Variant):
         return relative[dtype], 1e-5
 
     def elements_moved(self) -> float | None:
-        """One pass; the gradient once more for its norm; the anchor when it is used."""
-        reads = 1.0 if self.setting.clipped or self.setting.alpha is not None else 0.0
-        return self._update_arrays() + reads + self._share_injected()
+        """One pass; the gradients once more for their norm; the anchor when it is used."""
+        normed = self.setting.clipped or self.setting.alpha is not None
+        gradients = 1.0 + self.setting.replay
+        return self._update_arrays() - 1.0 + gradients * (1 + normed) + self._share_injected()
 
 
 class DggCpp(Dgg):
@@ -269,11 +304,86 @@ class DggCpp(Dgg):
     backend = "cpp"
 
 
+class DggCppBlock(DggCpp):
+    """The same with the block timed that takes the replay gradients apart from the others.
+
+    The backward pass in it is not a step's affair: assigning the gradients stands for it.
+    """
+
+    name = "dgg cpp, replay() timed"
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if not setting.replay:
+            raise Unavailable("without replay gradients it is dgg cpp")
+        super().__init__(workload, setting)
+
+    def ready(self) -> None:
+        """Gradients alone; what is kept from a step that was not taken is dropped."""
+        Variant.ready(self)
+        self.optimizer.clear_replay()
+
+    def step(self, inject: bool) -> None:
+        """The block, then the step."""
+        self.record()
+        super().step(inject)
+
+
 class DggTriton(Dgg):
     """The Triton kernels."""
 
     name = "dgg triton"
     backend = "triton"
+
+
+class DggLaunched(DggTriton):
+    """Launched steps as the host makes them, with a driver that starts nothing.
+
+    Its time is the host's for a GPU, less what only a GPU's driver does; see launch_driver.py.
+    """
+
+    name = "dgg triton, nothing started"
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if workload.device.type != "cpu":
+            raise Unavailable("on a GPU the steps of dgg triton are launched")
+        try:
+            self._driver = launch_driver.install()
+        except RuntimeError as reason:
+            raise Unavailable(str(reason)) from reason
+        super().__init__(workload, setting)
+
+    def verified_elsewhere(self) -> float:
+        """Compares what the interpreter computes, and looks at what is started here.
+
+        Raises:
+            VerificationError: A step is wrong, or does not start what it has to.
+        """
+        work, setting = self.workload, self.setting
+        dtype = str(work.dtype).removeprefix("torch.")
+        try:
+            error = launch_driver.interpreted(work.optimizer, dtype)[setting.name]
+        except RuntimeError as reason:
+            raise VerificationError(f"{self.name} ({setting.name}): {reason}") from reason
+        chunks = sum(max(1, -(-p.numel() // _device.CHUNK)) for p in self.params)
+        update = "adam_kernel" if work.optimizer == "adamw" else "sgd_kernel"
+        # The norms' kernel where there is a norm, and always the update: once, over all chunks.
+        wanted = [(update, chunks)]
+        if setting.clipped or setting.alpha is not None:
+            wanted.append(("norms_kernel", chunks))
+        for _ in range(2):
+            self.ready()
+            started = launch_driver.started_by(self._driver, self)
+            large = [launch for launch in started if launch[0] in ("norms_kernel", update)]
+            if sorted(large) != sorted(wanted):
+                raise VerificationError(
+                    f"{self.name} ({setting.name}) starts {started}, not {wanted}"
+                )
+        self.seek(0)
+        return error
+
+    def elements_moved(self) -> float | None:
+        """Nothing is."""
+        return None
 
 
 class DggReference(Dgg):
@@ -320,6 +430,83 @@ class TorchFusedForeachClip(TorchFused):
         if not setting.clipped:
             raise Unavailable("without clipping it is torch fused")
         super().__init__(workload, setting)
+
+
+class AddFused(TorchFused):
+    """Replay gradients added to the others in one foreach call, then what comes without them."""
+
+    name = "add + torch fused"
+    replays = True
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if not setting.replay:
+            raise Unavailable("without replay gradients it is torch fused")
+        super().__init__(workload, setting)
+
+    def step(self, inject: bool) -> None:
+        """Adds, clips if asked to, steps."""
+        torch._foreach_add_([p.grad for p in self.params], self.workload.replays)
+        super().step(inject)
+
+    def elements_moved(self) -> float | None:
+        """Adding reads two and writes one."""
+        return super().elements_moved() + 3.0
+
+
+class AddFusedForeachClip(AddFused):
+    """The same with the clipping that is not the default on a CPU."""
+
+    name = "add + torch fused, foreach clip"
+    foreach_clip = True
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        if not setting.clipped:
+            raise Unavailable("without clipping it is add + torch fused")
+        super().__init__(workload, setting)
+
+
+class GuidanceOverFused(_Replaying):
+    """`dgg.Guidance` over torch's fused optimizer: the gradients are edited, torch steps."""
+
+    name = "dgg Guidance + torch fused"
+    guided = True
+    built_on = "torch fused"
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        if setting.alpha is None and not setting.clipped and not setting.replay:
+            raise Unavailable("without anything to do to the gradients it is torch fused")
+        if (reason := _dispatch.unavailable("cpp", workload.device)) is not None:
+            raise Unavailable(reason)
+        self._torch = _torch_optimizer(self.params, workload, fused=True)
+        self.optimizer = dgg.Guidance(
+            self._torch,
+            alpha=0.2 if setting.alpha is None else setting.alpha,
+            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
+            seed=self.seed,
+            backend="cpp",
+        )
+        if setting.alpha is not None:
+            # set_anchor() writes into an anchor that is there already: the shared one.
+            self.optimizer._anchors.update(zip(self.params, workload.anchors, strict=True))
+            self.optimizer.set_anchor()
+            workload.move_anchors()
+
+    def step(self, inject: bool) -> None:
+        """Torch's step; the guidance hangs on it."""
+        self._torch.step()
+
+    def seek(self, draw: int) -> None:
+        """Goes to a draw index; it stands in the groups, as after a resume."""
+        super().seek(draw)
+        for group in self.optimizer.param_groups:
+            group["draw_index"] = draw
+
+    def elements_moved(self) -> float | None:
+        """Norms: g, r, and d's two; the edit: g twice, r, d's two; the update."""
+        gradients = 1.0 + self.setting.replay
+        edit = gradients + 1.0 + 2.0 * self._share_injected()
+        return self._update_arrays() + gradients + 2.0 * self._share_injected() + edit
 
 
 class _EagerGuidance(Variant):
@@ -397,14 +584,18 @@ class ForeachGuidance(_EagerGuidance):
 
     name = "foreach + fused"
     built_on = "torch fused"
+    replays = True
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:
         """Guides all gradients, then steps."""
         params, anchors = self.params, self.workload.anchors
         grads = [p.grad for p in params]
-        grad_norm = _total_norm(grads)
-        clip = self._clip(grad_norm)
+        grad_norm = total_norm = _total_norm(grads)
+        if self.setting.replay:
+            torch._foreach_add_(grads, self.workload.replays)
+            total_norm = _total_norm(grads)
+        clip = self._clip(total_norm)
         if inject:
             differences = self._differences(params, anchors)
             scale = torch.clamp(clip * grad_norm / _total_norm(differences), max=1.0)
@@ -421,6 +612,10 @@ class ForeachGuidance(_EagerGuidance):
         elif self.setting.clipped:
             torch._foreach_mul_(grads, self._scalar(clip))
         self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """Replay gradients: added (3), and a norm of the sum."""
+        return super().elements_moved() + 4.0 * self.setting.replay
 
     def _differences(self, params, anchors) -> Sequence[Tensor]:
         return torch._foreach_sub(params, anchors)
@@ -694,7 +889,8 @@ class Optimi(_ForeignAdamW):
 IMPLEMENTATIONS: dict[str, type[Variant]] = {
     kind.name: kind
     for kind in (
-        DggCpp, DggTriton, DggReference, TorchFused, TorchFusedForeachClip, LoopGuidance,
+        DggCpp, DggCppBlock, DggTriton, DggLaunched, DggReference, GuidanceOverFused, TorchFused,
+        TorchFusedForeachClip, AddFused, AddFusedForeachClip, LoopGuidance,
         ForeachGuidance, ForeachGuidanceKeptBuffer, ForeachGuidanceTypical,
         CompiledGuidance, DeepSpeedCpuAdam,
         ApexFusedAdam, DeepSpeedFusedAdam, BitsAndBytes, Optimi,

@@ -2,10 +2,10 @@
 """Verification and interleaved timing of one benchmark case; imported by step.py, test_step.py.
 
 Cache policy: before every timed step the gradients are written anew (as a backward pass would,
-and because some variants edit them). A cold case then reads twice the last-level cache's size (on
-a GPU four times) of other memory, so that no variant finds data that the one before it left; a warm
-case does not. Reading leaves clean lines: dirty ones would be written back at the timed step's
-expense.
+and because some variants edit them), and replay gradients put where a step finds them. A cold case
+then reads twice the last-level cache's size (on a GPU four times) of other memory, so that no
+variant finds data that the one before it left; a warm case does not. Reading leaves clean lines:
+dirty ones would be written back at the timed step's expense.
 
 Where host and device are two, every turn of a variant is a step for the wall and host time and a
 step for the device time (machine.py); kinds of steps are then taken equally often instead of as
@@ -52,6 +52,7 @@ class Case:
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
         spare: No copy of the gradients is kept; for lists that fill the memory.
+        channels_last: The tensors, of four dimensions, lie in memory channels last.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Case:
     cold: bool = True
     seconds: float = 120.0
     spare: bool = False
+    channels_last: bool = False
+
+    @property
+    def replay(self) -> bool:
+        """Whether any run takes replay gradients."""
+        return any(setting.replay for _, setting in self.runs)
 
 
 def verify(variant: Variant, verifier: Verifier) -> float:
@@ -78,6 +85,9 @@ def verify(variant: Variant, verifier: Verifier) -> float:
         VerificationError: The variant computes something else.
         Unavailable: The variant cannot run here.
     """
+    if (error := variant.verified_elsewhere()) is not None:
+        variant.verified = True
+        return error
     worst = 0.0
     draws = range(2)
     if variant.setting.alpha not in (None, 0.0, 1.0):
@@ -176,13 +186,18 @@ def run_case(
         DeviceLost: A variant made the device unusable.
     """
     elements = sum(torch.Size(shape).numel() for shape in case.shapes)
-    needed = Workload.bytes_needed(elements, case.dtype, case.optimizer, spare=case.spare)
+    needed = Workload.bytes_needed(
+        elements, case.dtype, case.optimizer, spare=case.spare, replay=case.replay
+    )
     device.release()
     if needed > (0.95 if case.spare else 0.8) * device.free_bytes():
         raise MemoryError(
             f"{needed / 2**30:.1f} GiB needed, {device.free_bytes() / 2**30:.1f} GiB free"
         )
-    work = Workload(case.shapes, case.dtype, case.optimizer, device.device, spare=case.spare)
+    work = Workload(
+        case.shapes, case.dtype, case.optimizer, device.device, spare=case.spare,
+        replay=case.replay, channels_last=case.channels_last,
+    )  # fmt: skip
     verifier = Verifier(work)
     timed: list[_Timed] = []
     absent: list[dict[str, str]] = []
@@ -226,6 +241,7 @@ def run_case(
         "elements": elements,
         "tensors": len(case.shapes),
         "cache": "cold" if case.cold else "warm",
+        "channels_last": case.channels_last,
         "rounds": rounds,
         "device": device.name,
         "profiler": profiled,
@@ -246,7 +262,7 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
     for entry in timed:
         times, entry.running = [], True
         for _ in range(3):
-            work.fresh_gradients()
+            entry.variant.ready()
             times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
         entry.running = False
@@ -271,7 +287,7 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
                 for probe in device.probes:
                     if device.stratified:
                         entry.approach()
-                    work.fresh_gradients()
+                    entry.variant.ready()
                     if case.cold:
                         device.evict()
                     entry.run(probe)
@@ -289,14 +305,16 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
 def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
     """Profiles some steps of every variant; returns why there is no profile, or None."""
 
-    def ready() -> None:
-        work.fresh_gradients()
+    def ready(variant: Variant) -> None:
+        variant.ready()
         if case.cold:
             device.evict()
 
     for entry in timed:
         entry.running = True
+        entry.variant.ready()
         entry.waits = device.waits(entry.variant)
+        entry.variant.ready()
         entry.temporary_bytes = device.temporary_bytes(entry.variant)
         entry.variant.seek(0)
         entry.running = False
@@ -310,7 +328,7 @@ def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
             def prepare(variant=entry.variant, kind=kind, kinds=kinds) -> None:
                 if len(kinds) > 1:
                     variant.approach(kind)
-                ready()
+                ready(variant)
 
             calls.append((prepare, entry.variant))
             owners.append((entry, kind))

@@ -4,8 +4,10 @@
     python bench/step.py                                   # quick: a minute
     python bench/step.py --preset targets --out runs/step  # the project's targets, 5 minutes
     python bench/step.py --preset full --out runs/step     # every size and list, 20 minutes
+    python bench/step.py --preset host --out runs/step     # what many tensors cost, 2 minutes
     python bench/step.py --memory                          # peak memory over ten tasks
-    python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes
+    python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes;
+                                                           # gpu-short: its three most telling cases
 
 Every variant is compared with the float64 reference before it is timed (the run ends if it
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
@@ -32,7 +34,14 @@ import torch
 
 from gpu_targets import backend_table, gpu_targets
 from machine import Cpu, DeviceLost, Streams, open_device, provenance
-from parameter_lists import count, llava_7b_full, llava_7b_lora, many_tiny, one_tensor
+from parameter_lists import (
+    count,
+    llava_7b_full,
+    llava_7b_lora,
+    many_tiny,
+    of_four_dimensions,
+    one_tensor,
+)
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
 from round_robin import Case, run_case
@@ -40,15 +49,28 @@ from step_report import (
     bandwidth_line,
     case_table,
     fill_shares,
+    host_table,
     provenance_lines,
     targets,
     targets_table,
     write,
 )
 from witness import LOST
-from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
+from workload import (
+    CLIPPED,
+    GUIDED,
+    PLAIN,
+    REPLAY,
+    REPLAY_CLIPPED,
+    REPLAY_GUIDED,
+    SETTINGS,
+    Setting,
+    VerificationError,
+    sampled,
+)
 
 SCHEMA = 2
+PRESETS = ("smoke", "quick", "targets", "host", "full", "gpu", "gpu-short", "gpu-rest")
 ALPHA = sampled(0.2)
 MI = 2**20
 # The size the targets are stated for; 32 Mi = 33,554,432 elements, 128 MiB an array in float32.
@@ -71,6 +93,18 @@ LOOP: list[Run] = [("for-loop", GUIDED)]
 COMPILED: list[Run] = [("torch.compile", GUIDED)]
 DEEPSPEED: list[Run] = [("DeepSpeedCPUAdam", PLAIN)]
 REFERENCE: list[Run] = [("dgg reference", GUIDED)]
+
+# Replay gradients: a slot of their own, or added to the others by hand.
+REPLAYED: list[Run] = [("dgg cpp", s) for s in (REPLAY, REPLAY_CLIPPED, REPLAY_GUIDED)]
+ADDED: list[Run] = [
+    ("add + torch fused", REPLAY),
+    ("add + torch fused", REPLAY_CLIPPED),
+    ("add + torch fused, foreach clip", REPLAY_CLIPPED),
+    ("foreach + fused", REPLAY_GUIDED),
+]
+BLOCK: list[Run] = [("dgg cpp, replay() timed", s) for s in (REPLAY, REPLAY_CLIPPED)]
+OVER_FUSED: list[Run] = [("dgg Guidance + torch fused", s) for s in (CLIPPED, GUIDED)]
+LAUNCHED: list[Run] = [("dgg triton, nothing started", s) for s in SETTINGS]
 
 GPU_BACKENDS = ("dgg cpp", "dgg triton")
 GPU_OURS: list[Run] = [(b, s) for b in GPU_BACKENDS for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
@@ -107,6 +141,35 @@ def _lora(rank: int, runs: list[Run], *, dtype=torch.float32, **limits) -> Case:
 def _tiny(runs: list[Run], *, cold: bool, rounds: int) -> Case:
     name = "tiny448-cold" if cold else "tiny448-warm"
     return Case(name, many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold)
+
+
+def host_cases() -> list[Case]:
+    """Returns lists of so many tensors that what the host does for each of them counts."""
+    ours: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED)] + REPLAYED
+    # The time of a LoRA's steps is the memory's: one peer of each kind is enough there.
+    few = ours + FUSED + FOREACH[:1] + ADDED[1:2] + ADDED[3:] + OVER_FUSED[1:]
+    every = ours + BLOCK + OVER_FUSED + FUSED + FOREACH_CLIP + FOREACH[:1] + ADDED
+    apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
+    cases = []
+    for name, shapes, runs, cold, rounds, seconds in (
+        ("tiny448-warm", many_tiny(), every, False, 60, 10.0),
+        ("llava7b-lora16", llava_7b_lora(16), few, True, 7, 15.0),
+    ):
+
+        def case(suffix, shapes, runs, *, cold, rounds, name=name, seconds=seconds, **more):
+            return Case(
+                name + suffix, shapes, torch.float32, "adamw", runs, rounds=rounds, cold=cold,
+                seconds=seconds, **more,
+            )  # fmt: skip
+
+        last = of_four_dimensions(shapes)
+        cases += [
+            case("", shapes, runs, cold=cold, rounds=rounds),
+            case("-channels-last", last, apart, cold=cold, rounds=rounds, channels_last=True),
+            # Nothing is computed, so there is nothing to be cold.
+            case("-launched", shapes, LAUNCHED, cold=False, rounds=60),
+        ]
+    return cases
 
 
 # The optimizers and dtypes that get the flagship's table beside AdamW in float32.
@@ -164,10 +227,32 @@ def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
     return cases
 
 
+def short_gpu_cases(flagship: int = GPU_FLAGSHIP) -> list[Case]:
+    """Returns the three cases to know first: one large tensor, a LoRA, many tiny tensors."""
+    settings = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_GUIDED)
+    runs = [(backend, setting) for backend in GPU_BACKENDS for setting in settings]
+    runs += FUSED + GPU_FOREACH + ADDED[:2] + OVER_FUSED[1:]
+    return [
+        _single(flagship, runs, rounds=16, seconds=12),
+        _lora(16, runs, rounds=24, seconds=15),
+        dataclasses.replace(_tiny(runs, cold=False, rounds=30), seconds=10),
+    ]
+
+
+def remaining_gpu_cases() -> list[Case]:
+    """Returns `gpu_cases` less what `short_gpu_cases` has, but for what is divided by."""
+    done = {(case.name, *run) for case in short_gpu_cases() for run in case.runs}
+    found = []
+    for case in gpu_cases():
+        left = [run for run in case.runs if (case.name, *run) not in done or run in FUSED]
+        found.append(dataclasses.replace(case, runs=left))
+    return found
+
+
 def cases_of(preset: str) -> list[Case]:
     """Returns the cases of a preset."""
-    if preset == "gpu":
-        return gpu_cases()
+    if preset in GPU_PRESETS:
+        return GPU_PRESETS[preset]()
     eager = OURS + FUSED + FOREACH + LOOP
     if preset == "smoke":
         runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
@@ -176,6 +261,8 @@ def cases_of(preset: str) -> list[Case]:
         for optimizer, dtype in OTHERS:
             cases.append(_single(1000, eager, optimizer=optimizer, dtype=dtype, rounds=8))
         return cases
+    if preset == "host":
+        return host_cases()
     if preset == "quick":
         small = eager + REFERENCE + DEEPSPEED
         return [
@@ -186,7 +273,7 @@ def cases_of(preset: str) -> list[Case]:
             _lora(16, OURS + FUSED + FOREACH[:1], rounds=10, seconds=15),
         ]
     if preset == "targets":
-        tiny = OURS + FUSED + FOREACH_CLIP + FOREACH
+        tiny = OURS + FUSED + FOREACH_CLIP + FOREACH + REPLAYED + ADDED + OVER_FUSED
         cases = [_single(FLAGSHIP, OURS + FUSED + FOREACH, seconds=100)]
         cases += [_tiny(tiny, cold=cold, rounds=100) for cold in (True, False)]
         for optimizer, dtype in (*OTHERS[:3], OTHERS[-1]):
@@ -216,9 +303,12 @@ def cases_of(preset: str) -> list[Case]:
     return cases
 
 
+GPU_PRESETS = {"gpu": gpu_cases, "gpu-short": short_gpu_cases, "gpu-rest": remaining_gpu_cases}
+
+
 def run(
     cases: list[Case], device: Cpu, *, stream_elements: int, say, deadline=math.inf, keep=None,
-    before: dict[str, object] | None = None,
+    before: dict[str, object] | None = None, host: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Runs cases and returns the results without targets.
 
@@ -231,6 +321,7 @@ def run(
         keep: Called with the results after every case.
         before: Results of a run that lost the device: its cases are not run again, and what lost it
             runs in none.
+        host: Show the tables of the preset ``host``.
 
     Raises:
         DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
@@ -296,8 +387,10 @@ def run(
         ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
         fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
         results["cases"].append(entry)
-        say(case_table(entry, markdown=say.markdown))
-        say(f"{bandwidth_line(entry['memory_bandwidth'])}; {entry['wall_seconds']:.0f} s\n")
+        say((host_table if host else case_table)(entry, markdown=say.markdown))
+        # Of what the host does for every tensor memory says nothing.
+        memory = "" if host else bandwidth_line(entry["memory_bandwidth"]) + "; "
+        say(f"{memory}{entry['wall_seconds']:.0f} s\n")
         if keep is not None:
             keep(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
@@ -319,7 +412,7 @@ class Printer:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if a variant failed its verification."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=("smoke", "quick", "targets", "full", "gpu"))
+    parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="threads of torch and dgg; default: all cores")
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON, table and plots")
@@ -336,8 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
-    if preset == "gpu" and options.device == "cpu":
-        parser.error("--preset gpu: its sizes are a GPU's; add --device cuda")
+    if preset in GPU_PRESETS and options.device == "cpu":
+        parser.error(f"--preset {preset}: its sizes are a GPU's; add --device cuda")
     if options.memory and options.device != "cpu":
         parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
@@ -350,11 +443,10 @@ def main(arguments: list[str] | None = None) -> int:
     before = None
     if options.resume is not None:
         before = json.loads(options.resume.read_text(encoding="utf-8"))
-    smoke = preset == "smoke"
     settings = {
         "preset": preset,
         "threads": torch.get_num_threads(),
-        "flagship": GPU_FLAGSHIP if preset == "gpu" else FLAGSHIP,
+        "flagship": GPU_FLAGSHIP if preset in GPU_PRESETS else FLAGSHIP,
     }
     kind = "memory" if options.memory else "step"
     stem = f"{kind}-{options.device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
@@ -372,13 +464,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not cases:
             names = ", ".join(case.name for case in cases_of(preset))
             parser.error(f"--only {options.only}: no such case; there are {names}")
-        elements = 2**16 if smoke else (2**25 if options.device == "cpu" else 2**28)
+        elements = 2**25 if options.device == "cpu" else 2**28
+        elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
                 deadline=began + options.deadline,
-                keep=keep if preset in ("gpu", "full") else None,  # they take long
-                before=before,
+                keep=keep if preset in (*GPU_PRESETS, "full") else None,  # they take long
+                before=before, host=preset == "host",
             )  # fmt: skip
         except DeviceLost as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -390,10 +483,10 @@ def main(arguments: list[str] | None = None) -> int:
     results["settings"], results["complete"] = settings, True
     results["memory"] = []
     if options.memory or preset in ("targets", "full"):
-        size = 2**20 if smoke else 2**24
+        size = 2**20 if preset == "smoke" else 2**24
         results["memory"] = [measure_memory(case, size) for case in MEMORY_CASES]
     results["targets"] = judge(results, preset)
-    if preset == "gpu":
+    if preset in GPU_PRESETS:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
@@ -407,7 +500,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def judge(results: dict[str, object], preset: str) -> list[dict]:
     """Returns the targets that the results can speak to."""
-    if preset == "gpu":
+    if preset in GPU_PRESETS:
         return gpu_targets(results["cases"])
     return targets(results["cases"], results["memory"])
 

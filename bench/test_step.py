@@ -13,7 +13,17 @@ from machine import open_device
 from parameter_lists import many_tiny, one_tensor
 from peers import IMPLEMENTATIONS, Unavailable
 from round_robin import verify
-from workload import CLIPPED, GUIDED, PLAIN, Verifier, Workload, sampled
+from workload import (
+    CLIPPED,
+    GUIDED,
+    PLAIN,
+    REPLAY,
+    REPLAY_CLIPPED,
+    REPLAY_GUIDED,
+    Verifier,
+    Workload,
+    sampled,
+)
 
 pytest.importorskip("pytest_benchmark")
 
@@ -29,6 +39,10 @@ RUNS = [
     ("foreach + fused", GUIDED),
     ("foreach + fused, d kept", GUIDED),
     ("for-loop", GUIDED),
+    ("dgg cpp", REPLAY),
+    ("dgg cpp", REPLAY_GUIDED),
+    ("add + torch fused", REPLAY_CLIPPED),
+    ("dgg Guidance + torch fused", GUIDED),
 ]
 
 
@@ -37,12 +51,12 @@ RUNS = [
 def test_step(benchmark, name, setting, size):
     """Times one verified variant; gradients are written anew before every step."""
     device = open_device("cpu")
-    work = Workload(SHAPES[size], torch.float32, "adamw", device.device)
+    work = Workload(SHAPES[size], torch.float32, "adamw", device.device, replay=setting.replay)
     try:
         variant = IMPLEMENTATIONS[name](work, setting)
         benchmark.extra_info["error_in_tolerances"] = verify(variant, Verifier(work))
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = f"adamw float32 {size}"
-    benchmark.pedantic(variant, setup=work.fresh_gradients, rounds=20, warmup_rounds=2)
+    benchmark.pedantic(variant, setup=variant.ready, rounds=20, warmup_rounds=2)
     assert work.finite()

@@ -41,16 +41,22 @@ class Setting:
         name: As the tables call it.
         alpha: Probability of injecting; None: there is no anchor at all.
         clipped: The gradient's norm is clipped in the step.
+        replay: There are replay gradients, too, which are added to the others.
     """
 
     name: str
     alpha: float | None
     clipped: bool
+    replay: bool = False
 
 
 PLAIN = Setting("plain", None, False)
 CLIPPED = Setting("clipped", None, True)
 GUIDED = Setting("guided", 1.0, True)
+REPLAY = Setting("replay", None, False, replay=True)
+REPLAY_CLIPPED = Setting("replay, clipped", None, True, replay=True)
+REPLAY_GUIDED = Setting("replay, guided", 1.0, True, replay=True)
+SETTINGS = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_CLIPPED, REPLAY_GUIDED)
 
 
 def sampled(alpha: float) -> Setting:
@@ -68,6 +74,8 @@ class Workload:
         device: Where they live.
         spare: Draw the gradients anew instead of keeping a copy to restore them from; for lists
             that fill the memory.
+        replay: There are replay gradients, too.
+        channels_last: All tensors (of four dimensions) lie in memory channels last.
     """
 
     def __init__(
@@ -78,13 +86,17 @@ class Workload:
         device: torch.device,
         *,
         spare: bool = False,
+        replay: bool = False,
+        channels_last: bool = False,
     ) -> None:
         self.dtype, self.optimizer, self.device = dtype, optimizer, device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._generator = torch.Generator(device).manual_seed(0)
         self.params = self._normal(shapes)
         self.grads = self._normal(shapes)
         self.pristine = None if spare else [g.clone() for g in self.grads]
         self.anchors = [torch.empty_like(p) for p in self.params]
+        self.replays = self._normal(shapes) if replay else []
         self.moments: list[list[Tensor]] = []
         if optimizer != "sgd":
             self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])
@@ -96,7 +108,8 @@ class Workload:
         self.move_anchors()
 
     def _normal(self, shapes) -> list[Tensor]:
-        tensors = [torch.empty(s, dtype=self.dtype, device=self.device) for s in shapes]
+        how = {"dtype": self.dtype, "device": self.device, "memory_format": self._format}
+        tensors = [torch.empty(s, **how) for s in shapes]
         for tensor in tensors:
             tensor.normal_(generator=self._generator)
         return tensors
@@ -140,10 +153,11 @@ class Workload:
 
     @staticmethod
     def bytes_needed(
-        elements: int, dtype: torch.dtype, optimizer: str, *, spare: bool = False
-    ) -> int:
+        elements: int, dtype: torch.dtype, optimizer: str, *, spare: bool = False,
+        replay: bool = False,
+    ) -> int:  # fmt: skip
         """Returns the memory of a workload, with one array for the temporaries of the peers."""
-        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + (0 if spare else 1)
+        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + (not spare) + replay
         return arrays * elements * dtype.itemsize
 
 
@@ -171,6 +185,10 @@ class Verifier:
         workload.fresh_gradients()
         self._grad_square = sum(_square(g) for g in workload.grads)
 
+    def _total_square(self) -> float:
+        pairs = zip(self.workload.grads, self.workload.replays, strict=True)
+        return sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
+
     def _distance_square(self) -> float:
         pairs = zip(self.workload.params, self.workload.anchors, strict=True)
         return sum(_square(param, anchor) for param, anchor in pairs)
@@ -178,7 +196,7 @@ class Verifier:
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
         # Clones: what is a float64 CPU tensor already would be handed out as it is.
         return [
-            tensors[row].view(-1)[part].to("cpu", torch.float64, copy=True)
+            _flat(tensors[row])[part].to("cpu", torch.float64, copy=True)
             for row, part in self._places
         ]
 
@@ -196,12 +214,17 @@ class Verifier:
             VerificationError: An element is further off than the variant's tolerance.
         """
         work, setting = self.workload, variant.setting
-        work.fresh_gradients()
+        variant.ready()
         expected = [self._sample(tensors) for tensors in work.stored()]
         count = len(self._places)
         squares = torch.zeros(3, count, dtype=torch.float64)
+        # ‖h‖, ‖g‖ and ‖d‖ of equations (2) and (4).
         squares[:, 0] = torch.tensor(
-            [self._grad_square] * 2 + [self._distance_square() if injects else 0.0]
+            [
+                self._total_square() if setting.replay else self._grad_square,
+                self._grad_square,
+                self._distance_square() if injects else 0.0,
+            ]
         )
         found = reference.coefficients(
             squares,
@@ -210,6 +233,7 @@ class Verifier:
             per_tensor=False,
         )
         grads, anchors = self._sample(work.grads), self._sample(work.anchors)
+        replays = self._sample(work.replays) if setting.replay else []
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
         shared = {
             "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
@@ -218,7 +242,7 @@ class Verifier:
         distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
         if work.optimizer == "adamw":
             reference.adam_(
-                expected[0], grads, [], expected[1], expected[2], [None] * count, anchors,
+                expected[0], grads, replays, expected[1], expected[2], [None] * count, anchors,
                 [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
                 flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
                 **shared,
@@ -226,7 +250,7 @@ class Verifier:
         else:
             buffers = expected[1] if work.moments else [None] * count
             reference.sgd_(
-                expected[0], grads, [], buffers, anchors, distances, found, flags, rows,
+                expected[0], grads, replays, buffers, anchors, distances, found, flags, rows,
                 momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
                 **shared,
             )  # fmt: skip
@@ -247,15 +271,20 @@ class Verifier:
         return worst
 
 
-def _square(x: Tensor, other: Tensor | None = None) -> float:
-    """Returns ‖x - other‖² in float64."""
+def _flat(x: Tensor) -> Tensor:
+    """Returns the elements in the order in which they lie in memory, without a copy."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _square(x: Tensor, other: Tensor | None = None, *, sign: int = 1) -> float:
+    """Returns ‖x - sign · other‖² in float64."""
     total = 0.0
     size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    others = [None] * (1 + x.numel() // size) if other is None else other.view(-1).split(size)
-    for chunk, subtrahend in zip(x.view(-1).split(size), others, strict=False):
+    others = [None] * (1 + x.numel() // size) if other is None else _flat(other).split(size)
+    for chunk, subtrahend in zip(_flat(x).split(size), others, strict=False):
         wide = chunk.double()
         if subtrahend is not None:
-            wide.sub_(subtrahend)
+            wide.sub_(subtrahend, alpha=sign)
         total += float(torch.dot(wide, wide))
     return total
 

@@ -193,6 +193,14 @@ def _is_device(x) -> bool:
     return isinstance(x, torch.device | str) and str(x).startswith("cuda")
 
 
+def _is_view(func) -> bool:
+    """Returns whether an operator's results are views of its arguments."""
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in func._schema.returns
+    )
+
+
 class _Functions(TorchFunctionMode):
     def __init__(self, gpu):
         super().__init__()
@@ -222,6 +230,8 @@ class StandIn:
     Attributes:
         capture: The graph that is being captured, or None.
         waits: What has waited for the device so far.
+        launched: The kernels that have been launched so far: ours, and torch's operators. As in
+            `test_gpu.launches`, views, allocations and copies are none.
     """
 
     def __init__(self, monkeypatch, *, strict_streams: bool = True) -> None:
@@ -232,6 +242,7 @@ class StandIn:
         self.stream = self.main
         self.capture: Graph | None = None
         self.waits: list[str] = []
+        self.launched: list[str] = []
         self._wanted: tuple[bool | None, bool] = (None, False)
         self._patch(monkeypatch)
 
@@ -403,6 +414,8 @@ class StandIn:
             result = func(*args, **kwargs)
             return tree_map(lambda x: self._adopt(x, here=False), result)
         copies = func is torch.ops.aten.copy_.default
+        if not copies and not _is_view(func) and "empty" not in func.name():
+            self.launched.append(func.name())
         if func in _WAITS or (copies and not self.is_here(args[0]) and args[0].numel()):
             self.wait(str(func))
         from_host = [x for x in tensors if not self.is_here(x) and x.dim() and x.numel()]
@@ -447,6 +460,7 @@ class StandIn:
             for x in args:
                 if isinstance(x, Tensor) and x.numel() and not self.is_here(x):
                     raise RuntimeError(f"{function.__name__}: an argument lies on the host")
+            self.launched.append(function.__name__)
             if self.recorder is not None:
                 self.recorder.add(function, args, kwargs)
                 return

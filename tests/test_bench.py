@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The step benchmark: its JSON, its arithmetic, and that nothing wrong is ever timed."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -63,9 +64,11 @@ def test_table_is_printed_and_written(smoke):
         assert case["case"] in printed and case["case"] in page.read_text()
 
 
-def _variant(bench, name, setting, shapes=((300,), (7, 11))):
+def _variant(bench, name, setting, shapes=((300,), (7, 11)), **more):
     workload, peers = bench("workload"), bench("peers")
-    work = workload.Workload(list(shapes), torch.float32, "adamw", torch.device("cpu"))
+    work = workload.Workload(
+        list(shapes), torch.float32, "adamw", torch.device("cpu"), replay=setting.replay, **more
+    )
     return work, peers.IMPLEMENTATIONS[name](work, setting), workload.Verifier(work)
 
 
@@ -84,6 +87,51 @@ def test_guided_variants_pass_their_verification(bench, name, alpha):
         pytest.skip(str(reason))
     assert bench("round_robin").verify(variant, verifier) <= 1
     assert variant.verified
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("setting", ["GUIDED", "REPLAY", "REPLAY_CLIPPED", "REPLAY_GUIDED"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dgg cpp", "dgg cpp, replay() timed", "dgg reference", "dgg Guidance + torch fused",
+        "add + torch fused", "add + torch fused, foreach clip", "foreach + fused",
+    ],
+)  # fmt: skip
+def test_replaying_variants_pass_their_verification(bench, name, setting, channels_last):
+    shapes = [(3, 4, 2, 2), (5, 2, 1, 3)] if channels_last else [(300,), (7, 11)]
+    try:
+        work, variant, verifier = _variant(
+            bench, name, getattr(bench("workload"), setting), shapes, channels_last=channels_last
+        )
+    except bench("peers").Unavailable as reason:
+        pytest.skip(str(reason))
+    everything = [*work.params, *work.grads, *work.anchors, *work.replays, *sum(work.moments, [])]
+    assert all(x.is_contiguous() != channels_last for x in everything)
+    assert bench("round_robin").verify(variant, verifier) <= 1
+    assert variant.verified and (variant.bytes_moved() or 0) >= 0
+    # Whoever was timed finds the gradients again, and waiting replay gradients at every step.
+    variant.ready()
+    assert all(map(torch.equal, work.grads, work.pristine))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("add + torch fused", "REPLAY"), ("add + torch fused", "REPLAY_CLIPPED"),
+        ("foreach + fused", "REPLAY_GUIDED"), ("dgg cpp", "REPLAY"), ("dgg cpp", "REPLAY_GUIDED"),
+        ("dgg Guidance + torch fused", "REPLAY_CLIPPED"),
+    ],
+)  # fmt: skip
+def test_a_variant_that_leaves_the_replay_gradients_out_is_refused(bench, name, setting):
+    workload = bench("workload")
+    _, variant, verifier = _variant(bench, name, getattr(workload, setting))
+    assert bench("round_robin").verify(variant, verifier) <= 1
+    # The same memory, but what it takes for the replay gradients are zeros.
+    variant.workload = copy.copy(variant.workload)
+    variant.workload.replays = list(map(torch.zeros_like, variant.workload.replays))
+    with pytest.raises(workload.VerificationError, match="tolerance"):
+        bench("round_robin").verify(variant, verifier)
 
 
 def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
@@ -210,6 +258,119 @@ def test_targets_are_judged(bench):
     assert report.losses(case) == [
         "LOST: dgg cpp (plain) takes 1.01 x the time of torch fused (plain)"
     ]
+
+
+HOST_TIMES = {
+    ("dgg cpp", "plain"): 1.0, ("dgg cpp", "replay"): 1.5, ("dgg cpp", "replay, guided"): 2.5,
+    ("add + torch fused", "replay, clipped"): 10.0, ("foreach + fused", "guided"): 8.0,
+    ("dgg Guidance + torch fused", "guided"): 2.8,
+}  # fmt: skip
+
+
+def _host_case(name="tiny448-warm"):
+    entries = [
+        {"name": n, "setting": s, "seconds": seconds, "low": seconds, "high": seconds, "samples": 7}
+        for (n, s), seconds in HOST_TIMES.items()
+    ]
+    return {
+        "case": name, "optimizer": "adamw", "dtype": "float32", "elements": 8, "tensors": 448,
+        "cache": "warm", "variants": entries, "not_run": [],
+    }  # fmt: skip
+
+
+def test_targets_of_the_host_are_judged(bench):
+    report, case = bench("step_report"), _host_case()
+    found = report.targets([case], [])
+    assert [t["met"] for t in found] == [True] * 3
+    assert [t["target"] for t in found] == ["≤ 1.50", "≤ 0.25", "≤ 0.35"]
+    for place in (1, 2, 5):
+        case = _host_case()
+        case["variants"][place]["seconds"] *= 1.01
+        assert [t["met"] for t in report.targets([case], [])].count(False) == 1
+    # A LoRA's time is the memory's, too: its rows are shown without a target.
+    assert [t["met"] for t in report.targets([_host_case("llava7b-lora16")], [])] == [None] * 2
+
+
+def test_ratios_of_the_host_s_table(bench):
+    lines = bench("step_report").host_table(_host_case(), markdown=False).splitlines()
+    assert max(map(len, lines)) <= 100
+    # Behind the number of samples: to the same code's plain step, to the setting's peer, and to
+    # adding, clipping and the fused step one after the other.
+    ratios = [line.partition(" 7")[2].split() for line in lines[3:9]]
+    ours = [["1.00", "0.10"], ["1.50", "0.15"], ["2.50", "0.25"]]
+    assert ratios == [*ours, [], [], ["0.35", "0.28"]]
+
+
+def test_every_host_case_goes_through(bench):
+    """All but the launched steps, which the interpreter of these tests has no use for."""
+    step = bench("step")
+    cases = step.cases_of("host")
+    assert [case.name for case in cases[:3]] == [
+        "tiny448-warm", "tiny448-warm-channels-last", "tiny448-warm-launched"
+    ]  # fmt: skip
+    lists = bench("parameter_lists")
+    for case in cases:
+        assert lists.count(case.shapes) in (448 * 8, lists.count(lists.llava_7b_lora(16)))
+        assert len(case.shapes) == 448
+    small = [
+        dataclasses.replace(case, shapes=case.shapes[:2] if "tiny" in case.name else [(2, 4, 2, 2)],
+                            rounds=3, cold=False, seconds=2.0)
+        for case in cases
+    ]  # fmt: skip
+    say = step.Printer(markdown=False)
+    device = bench("machine").open_device("cpu")
+    results = step.run(small, device, stream_elements=2**10, say=say, host=True)
+    assert [case["case"] for case in results["cases"]] == [case.name for case in cases]
+    for case, done in zip(cases, results["cases"], strict=True):
+        if "launched" in case.name:
+            assert not done["variants"] and len(done["not_run"]) == 6
+            assert all("interpreter" in missing["reason"] for missing in done["not_run"])
+            continue
+        ran = {(entry["name"], entry["setting"]) for entry in done["variants"]}
+        assert ran | {(m["name"], m["setting"]) for m in done["not_run"]} == {
+            (name, setting.name) for name, setting in case.runs
+        }
+        assert done["channels_last"] == case.channels_last
+        assert ("torch fused", "clipped") in ran and all(
+            entry["error_in_tolerances"] <= 1 for entry in done["variants"]
+        )
+    tables = [text for text in say.lines if "/added" in text]
+    assert len(tables) == len(cases) and sum(", channels last\n" in text for text in tables) == 2
+    assert max(len(line) for text in tables for line in text.splitlines()) <= 100
+
+
+def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypatch):
+    """The interpreter asks no driver for anything: nothing is started where kernels should be."""
+    driver, workload = bench("launch_driver"), bench("workload")
+    if bench("dgg")._dispatch.unavailable("triton", torch.device("cpu")) is not None:
+        pytest.skip("no Triton here")
+    fake = driver.Driver()
+    monkeypatch.setattr(driver, "install", lambda: fake)
+    errors = dict.fromkeys((s.name for s in workload.SETTINGS), 0.5)
+    monkeypatch.setattr(driver, "interpreted", lambda optimizer, dtype: errors)
+    _, variant, verifier = _variant(
+        bench, "dgg triton, nothing started", workload.CLIPPED, [(9000,), (3,)]
+    )
+    with pytest.raises(workload.VerificationError, match=r"starts \[\], not .*'adam_kernel', 3"):
+        bench("round_robin").verify(variant, verifier)
+    assert not variant.verified
+
+    def step(inject):
+        for name in ("adam_kernel", "norms_kernel", "coefficients_kernel"):
+            fake.started(name, [3 if name != "coefficients_kernel" else 1, 1, 1], "", ())
+
+    variant.step = step
+    assert bench("round_robin").verify(variant, verifier) == 0.5 and variant.verified
+
+
+@pytest.mark.slow  # kernels are compiled, and interpreted in another process
+def test_launched_steps_are_timed(tmp_path):
+    options = ["--preset", "host", "--only", "tiny448-warm-launched", "--out", tmp_path]
+    printed = run_script("step.py", *options)
+    (path,) = tmp_path.glob("step-cpu-*.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    assert not case["not_run"] and len(case["variants"]) == 6, printed
+    assert all(0 < entry["error_in_tolerances"] < 1 for entry in case["variants"])
 
 
 # -- the GPU's bench, on a device that only says it is one ----------------------------------------
@@ -516,14 +677,14 @@ def run_script(name, *options, expect=0, timeout=290):
     return done.stdout + done.stderr
 
 
-STAGES = "environment,tests,step,training,sanitizer"
+STAGES = "environment,checks,small_step,short,tests,step,training,sanitizer"
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     """All of `make gpu` but the build, which takes a minute, and what only a GPU can do."""
     out = tmp_path_factory.mktemp("gpu")
-    options = ["--rehearse", "--stages", STAGES, "--out", out, "--build", out / "build"]
+    options = ["--rehearse", "--parts", STAGES, "--out", out, "--build", out / "build"]
     printed = run_script("gpu.py", *options)
     (path,) = out.glob("*.json")
     return json.loads(path.read_text()), printed, path
@@ -533,10 +694,12 @@ def rehearsed(tmp_path_factory):
 def test_gpu_command_rehearsed(rehearsed):
     results, printed, path = rehearsed
     assert results["rehearsal"] and list(results["stages"]) == STAGES.split(",")
-    for name in ("environment", "tests", "step", "training"):
+    for name in ("environment", "checks", "short", "tests", "step", "training"):
         assert results["stages"][name]["status"] == "ok", results["stages"][name]
-    assert results["stages"]["sanitizer"]["status"] in ("not run", "ok")
-    assert results["step"]["cases"] and results["training"]["cases"]
+    for name in ("sanitizer", "small_step"):
+        assert results["stages"][name]["status"] in ("not run", "ok")
+    assert results["checks"]["same bits, cpp"]["status"] == "ok"
+    assert all(results[name]["cases"] for name in ("short", "step", "training"))
     assert "rehearsal" in path.with_suffix(".md").read_text()
     assert path.with_name("gpu.log").exists() and "| step | ok |" in printed
     assert "PytestUnknownMarkWarning" not in printed

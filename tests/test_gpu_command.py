@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What `make gpu` does when a kernel breaks the device, a test hangs, or time runs out.
+"""What `make gpu` does, stage by stage, and when a kernel breaks the device or time runs out.
 
-No GPU takes part: tests that end their process, and a device that says it is lost, stand for one.
+No GPU takes part: tests that end their process, a device that says it is lost, and processes that
+answer as those on a GPU would stand for one; the checks of its first stage run on the CPU and,
+where they need streams or graphs, on gpu_stand_in.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import types
 
 import pytest
 import torch
+
+import gpu_stand_in
 
 TESTS = """
 import os, signal, sys, time, types
@@ -321,8 +325,9 @@ def test_memory_checks_are_read(command, tmp_path, monkeypatch, printed, code, s
     assert given["DGG_ONLY"].splitlines() == ["overrun", "../tests/test_gpu.py::test_x[cpp-1]"]
 
 
-def test_a_profile_is_one_of_the_stages_that_are_asked_for(command, tmp_path, monkeypatch):
-    assert set(command.LIMITS) - set(command.USUAL) == {"profile"}
+def test_a_profile_is_one_of_the_parts_that_are_asked_for(command, tmp_path, monkeypatch):
+    staged = {part for stage in command.STAGES.values() for part in stage.parts}
+    assert set(command.LIMITS) - staged == {"environment", "profile"}
     out = tmp_path / "out"
     stages = command.Stages(tmp_path / "build", [command.RESULTS, out], rehearsal=True)
     before = set(command.RESULTS.iterdir())
@@ -349,22 +354,434 @@ def test_a_stage_alone_may_take_longer(command, tmp_path):
     assert limits == [480.0] and command.LIMITS["step"][0] < 480
 
 
-def test_single_stages_do_not_replace_the_results_of_all(command, tmp_path, monkeypatch):
+PARTS = ["build_package", "run_checks", "run_small_step", "run_short", "run_tests", "run_step",
+         "run_training", "run_sanitizer"]  # fmt: skip
+FOUND = {"name": "NVIDIA H200", "torch": "2.13", "cuda": "13.0", "triton": "3.7", "python": "3.12",
+         "capability": "9.0", "available": True, "pytest": "9"}  # fmt: skip
+
+
+@pytest.fixture
+def stubs(command, tmp_path, monkeypatch):
+    """The command on a GPU that is none: parts do what the test says, by default nothing."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    found = {"name": "NVIDIA H200", "torch": "2", "cuda": "13", "available": True}
+    monkeypatch.delenv("OUT", raising=False)
+    called, doing = [], {}
 
     def find(self):
-        self.environment = found
+        self.environment = FOUND
         return {}
 
     monkeypatch.setattr(command.Stages, "find_environment", find)
-    for name in ("build_package", "run_tests", "run_step", "run_training", "run_sanitizer"):
-        monkeypatch.setattr(command.Stages, name, lambda self: {})
-    monkeypatch.delenv("OUT", raising=False)
-    for stages in ([], ["--stages", "tests,build"]):
-        assert command.main(["--build", str(tmp_path / "build"), *stages]) == 0
-    names = sorted(path.stem[:4] + path.stem[15:] for path in (tmp_path / "results").glob("*.json"))
-    assert names == ["h200", "h200-build-tests"]
+    for name in PARTS:
+
+        def part(self, name=name):
+            called.append(name)
+            return doing.get(name, lambda stages: {})(self)
+
+        monkeypatch.setattr(command.Stages, name, part)
+
+    def run(*arguments):
+        called.clear()
+        code = command.main(["--build", str(tmp_path / "build"), *arguments])
+        files = (tmp_path / "results").glob("*.json")
+        return code, {
+            path.stem[:4] + path.stem[15:]: json.loads(path.read_text()) for path in files
+        }
+
+    return types.SimpleNamespace(run=run, called=called, doing=doing)
+
+
+def test_single_parts_do_not_replace_the_results_of_all(stubs):
+    for parts in ([], ["--parts", "tests,build"]):
+        assert stubs.run(*parts)[0] == 0
+    code, files = stubs.run("--stage", "1")
+    stages = ["h200-stage1", "h200-stage2", "h200-stage3"]
+    assert code == 0 and sorted(files) == ["h200", "h200-build-tests", *stages]
+
+
+def test_each_stage_leaves_its_own_results_and_prints_its_table(stubs, command, capsys):
+    code, files = stubs.run()
+    assert code == 0 and stubs.called == PARTS
+    for number, stage in command.STAGES.items():
+        found = files[f"h200-stage{number}"]
+        begun = ["environment"] if number == 1 else []
+        assert list(found["stages"]) == [*begun, *stage.parts] and found["status"] == "ok"
+        assert found["device"] == "NVIDIA H200" and found["date"] == files["h200"]["date"]
+        assert found["versions"] == {k: FOUND[k] for k in ("python", "torch", "cuda", "triton")}
+        assert found["stage"] == number and found["sources"] == command.sources_digest()
+    assert list(files["h200"]["stages"]) == ["environment", *sum((list(s.parts) for s in
+                                             command.STAGES.values()), [])]  # fmt: skip
+    # Each table when its stage is over: before the next one begins.
+    printed = capsys.readouterr().out
+    order = [printed.index(f"stage {n}, {s.name}: ok") for n, s in command.STAGES.items()]
+    begins = [printed.index(f"# Stage {n}:") for n in command.STAGES]
+    assert begins[0] < order[0] < begins[1] < order[1] < begins[2] < order[2]
+    assert "| small_step | ok |" in printed[order[0] : begins[1]]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_one_stage_alone(stubs, command, number):
+    code, files = stubs.run("--stage", str(number))
+    wanted = list(command.STAGES[number].parts)
+    # What no earlier call has built is built first.
+    wanted = wanted if number == 1 else ["build", *wanted]
+    (found,) = files.values()
+    assert code == 0 and list(files) == [f"h200-stage{number}"]
+    assert list(found["stages"]) == ["environment", *wanted]
+
+
+def test_what_is_built_is_not_built_again(command, tmp_path, monkeypatch):
+    stages = command.Stages(tmp_path / "build", [])
+    stages.environment = dict(FOUND)
+    package = stages.site / "dgg"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    assert not stages.is_built()
+    answer = {"dgg": str(package / "__init__.py"), "config": "", "missing": {"cpp": None}}
+    answer = "FOUND " + json.dumps(answer)
+    monkeypatch.setattr(stages, "command", lambda *_, **__: (0, answer))
+    stages._built("without CUDA", ["no nvcc"])
+    assert not stages.is_built()
+    stages._built("with CUDA", [])
+    assert stages.is_built()
+    stages.environment["torch"] = "2.14"
+    assert not stages.is_built()
+    stages.environment["torch"] = FOUND["torch"]
+    monkeypatch.setattr(command, "built_digest", lambda: "other sources")
+    assert not stages.is_built()
+
+
+@pytest.mark.parametrize("trouble", ["fails", "raises", "hangs"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_stage_that_fails_or_hangs_stops_no_other_and_shows(stubs, command, part, trouble):
+    def broken(stages):
+        if trouble == "fails":
+            raise command.Failed("the compiler said no")
+        if trouble == "raises":
+            raise ZeroDivisionError
+        # Its process is ended at the limit that the stage leaves it.
+        stages.limit = 0.2
+        code, _ = stages.command(["sleep", "60"])
+        assert code is None
+        raise command.Failed("stopped at its limit")
+
+    stubs.doing[part] = broken
+    code, files = stubs.run()
+    assert code == 1 and stubs.called == PARTS
+    states = [files[f"h200-stage{n}"]["status"] for n in command.STAGES]
+    (at,) = [n for n, s in command.STAGES.items() if part.split("_", 1)[-1] in s.parts
+             or part == "build_package" and n == 1]  # fmt: skip
+    assert states == ["failed" if n == at else "ok" for n in command.STAGES]
+
+
+def test_the_stages_fit_the_time_that_a_device_is_lent_for(stubs, command, monkeypatch):
+    assert command.BUDGET <= 14 * 60
+    assert command.STAGES[1].seconds <= 240 and command.STAGES[2].seconds <= 360
+    now = [1000.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    limits = {}
+
+    def spend(name):
+        def part(stages):
+            limits[name] = stages.limit
+            now[0] += stages.limit  # all that it may take
+            return {}
+
+        return part
+
+    for name in PARTS:
+        stubs.doing[name] = spend(name)
+    code, files = stubs.run()
+    # Whatever the parts do, a stage ends in time, the rest takes what is left, and nothing is late.
+    assert now[0] - 1000 <= command.BUDGET + 1
+    build, checks, small = (limits[name] for name in PARTS[:3])
+    assert build + checks + small <= 240 and min(checks, small) >= 40
+    assert limits["run_short"] == command.LIMITS["short"][0] and limits["run_tests"] == 120
+    late = {name for name, found in files["h200"]["stages"].items() if found.get("late")}
+    # The deadline of everything leaves nothing for the last, which is no failure of theirs.
+    assert late <= set(command.STAGES[3].parts) and code == 0
+
+
+@pytest.mark.parametrize(("before", "stage"), [("build_package", 1), ("run_tests", 3)])
+def test_no_time_is_a_failure_where_it_was_set_aside(stubs, before, stage):
+    def slow(stages):
+        stages.end = time.monotonic() + 1
+        return {}
+
+    stubs.doing[before] = slow
+    code, files = stubs.run()
+    late = "checks" if stage == 1 else "step"
+    assert files[f"h200-stage{stage}"]["stages"][late]["reason"] == "no time was left for it"
+    # The last stage goes on until the deadline, and whatever does not fit is left out.
+    assert files[f"h200-stage{stage}"]["status"] == ("failed" if stage == 1 else "ok")
+    assert code == (1 if stage == 1 else 0) and files["h200-stage2"]["status"] == "ok"
+
+
+def answering(stages, monkeypatch, answer):
+    """Lets ``answer(words)`` → (exit code, output) stand for processes; returns their commands."""
+    commands = []
+
+    def run(words, **options):
+        commands.append(list(map(str, words)))
+        return answer(commands[-1])
+
+    monkeypatch.setattr(stages, "command", run)
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (0, "ok", "1 checks, 1 not possible here"),
+        (1, "failed", "graphs, cpp: other bits"),
+        (None, "failed", "stopped at its limit"),
+        (70, "failed", "the device was lost"),
+    ],
+)
+def test_checks_are_read(command, tmp_path, monkeypatch, code, status, words):
+    stages = command.Stages(tmp_path / "build", [])
+    failed = {"status": "failed", "seen": "other bits", "seconds": 0.1}
+    found = {
+        "same bits, cpp": {"status": "ok", "seen": "21 runs", "seconds": 1.0},
+        "graphs, cpp": failed if code else {**failed, "status": "not run"},
+    }
+
+    def answer(line):
+        folder = tmp_path / "build" / "checks"
+        folder.mkdir()
+        (folder / "checks.json").write_text(json.dumps({"checks": found}))
+        return code, "printed"
+
+    (line,) = (answering(stages, monkeypatch, answer),)
+    stages.run("checks", stages.run_checks, [])
+    ended = stages.results["stages"]["checks"]
+    assert ended["status"] == status and words in (ended.get("reason") or ended["summary"])
+    assert (
+        stages.results["checks"] == found and "| same bits, cpp | ok | 21 runs |" in stages.page()
+    )
+    assert line[0][1].endswith("gpu_checks.py") and "--device" not in line[0]
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$2" in
+memcheck) echo "========= ERROR SUMMARY: {memory} errors" ;;
+racecheck) echo "========= RACECHECK SUMMARY: {races} hazards displayed (0 errors, 0 warnings)" ;;
+esac
+echo "cpp: checked"; echo "triton: checked"
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory", "races", "end", "status", "words"),
+    [
+        (0, 0, "exit 0", "ok", "errors (cpp, triton), racecheck: 0 errors (cpp, triton)"),
+        (2, 0, "exit 99", "failed", "memcheck: 2 errors, exit code 99"),
+        (0, 1, "exit 0", "failed", "racecheck: 1 errors"),
+        (0, 0, "echo 'Error: Device not supported'; exit 1", "not run", "memcheck: Device not"),
+        (0, 0, "sleep 60", "failed", "racecheck: stopped at its limit"),
+        (0, 0, "exit 3", "failed", "exit code 3"),
+    ],
+)  # fmt: skip
+def test_a_small_step_is_checked_by_both_tools(
+    command, tmp_path, monkeypatch, memory, races, end, status, words
+):
+    stages = command.Stages(tmp_path / "build", [])
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(folder=tmp_path, memory=memory, races=races, end=end))
+    tool.chmod(0o755)
+    monkeypatch.setattr(command, "_sanitizer", lambda: str(tool))
+    stages.limit = 20.0 if "sleep" not in end else 1.0
+    found = {"status": "ok", **stages.run_small_step()}
+    assert found["status"] == status
+    assert words in (found.get("reason") or found["summary"])
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert [call.split()[1] for call in calls] == ["memcheck", "racecheck"]
+    assert all(call.endswith("gpu_checks.py --small-step") for call in calls)
+
+
+def test_without_the_tool_a_small_step_is_said_to_be_unchecked(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_sanitizer", lambda: None)
+    found = command.Stages(tmp_path / "build", []).run_small_step()
+    assert found == {"status": "not run", "reason": "compute-sanitizer is not installed here"}
+
+
+@pytest.mark.parametrize("short", ["ok", "failed", None])
+def test_the_rest_leaves_out_what_the_second_stage_has_measured(
+    command, tmp_path, monkeypatch, short
+):
+    stages = command.Stages(tmp_path / "build", [])
+    stages.limit = 60.0
+
+    def answer(line):
+        folder = tmp_path / "build" / ("short" if "gpu-short" in line else "step")
+        folder.mkdir(exist_ok=True)
+        results = {"cases": [], "skipped": [], "targets": [], "lost": []}
+        (folder / "step.json").write_text(json.dumps(results))
+        return 0, ""
+
+    lines = answering(stages, monkeypatch, answer)
+    stages.run_short()
+    if short is not None:
+        stages.results["stages"]["short"] = {"status": short}
+    stages.run_step()
+    presets = [line[line.index("--preset") + 1] for line in lines]
+    assert presets == ["gpu-short", "gpu-rest" if short == "ok" else "gpu"]
+    assert {"short", "step"} <= stages.results.keys()
+
+
+def test_cases_of_the_second_stage(bench):
+    step, workload = bench("step"), bench("workload")
+    cases = step.cases_of("gpu-short")
+    assert [(case.name, len(case.shapes)) for case in cases] == [
+        ("adamw-float32-256Mi", 1), ("llava7b-lora16", 448), ("tiny448-warm", 448)
+    ]  # fmt: skip
+    for case in cases:
+        for backend in ("dgg cpp", "dgg triton"):
+            taken = {setting.name for name, setting in case.runs if name == backend}
+            assert {"plain", "clipped", "guided", "replay"} <= taken
+    short, rest = ({c.name: set(c.runs) for c in step.cases_of(preset)}
+                   for preset in ("gpu-short", "gpu-rest"))  # fmt: skip
+    for case in step.cases_of("gpu"):
+        # Together they have all that there is; twice, what is divided by alone.
+        done = short.get(case.name, set())
+        assert set(case.runs) <= done | rest[case.name]
+        assert {name for name, _ in done & rest[case.name]} <= {"torch fused"}
+    assert ("dgg cpp", workload.PLAIN) not in rest["llava7b-lora16"]
+
+
+# -- the checks of the first stage ----------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(bench):
+    return bench("gpu_checks")
+
+
+def here(bench, checks, device=None):
+    return checks.Where(device or bench("machine").open_device("cpu"), [(65,), (3, 5)], [(8,)] * 5)
+
+
+@pytest.mark.usefixtures("quick_interpreter")
+def test_checks_on_the_cpu(bench, checks, monkeypatch):
+    monkeypatch.setattr(checks, "REPEATS", 2)
+    kept = []
+    where = here(bench, checks)
+    missing = checks._dispatch.unavailable("triton", where.device.device)
+    found = checks.run(where, lambda results: kept.append(json.loads(json.dumps(results))))
+    assert list(found) == list(checks.checks()) and kept[-1] == found
+    for name, result in found.items():
+        possible = name.startswith(("reference", "same bits", "agree"))
+        possible = possible and not (missing and "triton" in name)
+        assert result["status"] == ("ok" if possible else "not run"), (name, result)
+    # Of a process that ends in a check the results say in which.
+    begun = next(results["graphs, cpp"] for results in kept if "graphs, cpp" in results)
+    assert begun == {"status": "failed", "seen": "the process ended in it", "seconds": 0.0}
+    assert "| same bits, cpp " in checks.results_table(found)
+
+
+class Counting:
+    """A device whose profile has as many launches as the test says."""
+
+    name = "cuda"
+
+    def __init__(self, kernels, device, waits=None):
+        self.device, self._kernels, self._waits = device, kernels, waits
+
+    def profile(self, calls):
+        for prepare, call in calls:
+            prepare()
+            call()
+        return [self._kernels(2), self._kernels(self.launched)]
+
+    def waits(self, function):
+        function()
+        return self._waits
+
+    def lost(self):
+        return None
+
+
+def test_checks_find_what_is_wrong(bench, checks, monkeypatch):
+    machine = bench("machine")
+    cpu = torch.device("cpu")
+
+    def kernels(number):
+        return machine.Kernels(0.0, number, 0, {"norms": (number, 0.0)})
+
+    device = Counting(kernels, cpu)
+    where = here(bench, checks, device)
+    device.launched = checks.LAUNCHES
+    assert checks.launches("cpp", where) == f"{checks.LAUNCHES} for 5 tensors"
+    device.launched += 1
+    with pytest.raises(checks.Broken, match=f"{checks.LAUNCHES + 1}, not {checks.LAUNCHES}: norms"):
+        checks.launches("cpp", where)
+    assert checks.no_wait("cpp", where) == "4 settings"
+    device._waits = "called a synchronizing operation"
+    with pytest.raises(checks.Broken, match="a plain step waits: called a synchronizing"):
+        checks.no_wait("cpp", where)
+    # Steps that differ from run to run, and backends from each other.
+    taken = checks._steps
+    bias = iter(range(100))
+
+    def drifting(*arguments):
+        return [x + 1e-3 * next(bias) for x in taken(*arguments)]
+
+    monkeypatch.setattr(checks, "_steps", drifting)
+    monkeypatch.setattr(checks, "BACKENDS", ("cpp", "reference"))
+    with pytest.raises(checks.Broken, match="differs from the first"):
+        checks.same_bits("cpp", where)
+    with pytest.raises(checks.Broken, match="what is allowed apart"):
+        checks.agree(where)
+    results = checks.run(where, lambda results: None)
+    assert results["same bits, cpp"]["status"] == "failed"
+    assert results["reference, cpp"]["status"] == "ok"
+
+
+def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    device = Counting(None, torch.device("cpu"))
+    device.lost = lambda: "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(checks.os, "_exit", leave)
+    monkeypatch.setattr(checks, "checks", lambda: {"broken, cpp": lambda where: 1 / 0})
+    kept = []
+    with pytest.raises(Ended, match=str(checks.LOST)):
+        checks.run(here(bench, checks, device), lambda results: kept.append(dict(results)))
+    assert kept[-1]["broken, cpp"]["seen"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.usefixtures("quick_interpreter")
+def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch):
+    if (reason := checks._dispatch.unavailable("triton", torch.device("cpu"))) is not None:
+        pytest.skip(f"no Triton here: {reason}")
+    with monkeypatch.context() as patch, gpu_stand_in.StandIn(patch) as gpu:
+
+        class Device(Counting):
+            def synchronize(self):
+                gpu.wait("synchronize()")
+
+            def waits(self, function):
+                before = len(gpu.waits)
+                function()
+                return ", ".join(gpu.waits[before:]) or None
+
+        where = here(bench, checks, Device(None, gpu_stand_in.DEVICE))
+        assert checks.graphs("triton", where) == f"{checks.REPLAYS} replays"
+        # A replay that leaves something out shows.
+        with monkeypatch.context() as broken:
+            replay = gpu_stand_in.Graph.replay
+            seen = iter(range(100))
+            broken.setattr(
+                gpu_stand_in.Graph, "replay", lambda graph: next(seen) == 3 or replay(graph)
+            )
+            with pytest.raises(checks.Broken, match="other bits"):
+                checks.graphs("triton", where)
 
 
 def test_results_say_which_sources_they_are_of(command, tmp_path):

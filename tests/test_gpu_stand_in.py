@@ -5,14 +5,21 @@
   tables, workspace, state. Where an anchor is overwritten in place a graph stays valid; where it
   cannot, its memory is kept and the user is told to capture anew.
 - Anchors that are kept off the device come through streams with the rules of torch 2.10.
-- Tests of test_gpu.py that need streams or graphs, which would otherwise wait for a GPU.
+- Tests of test_gpu.py whose host side would otherwise wait for a GPU: all that are marked
+  ``real_gpu`` there, but for
+  `test_parameters_on_two_devices` (the stand-in is one device),
+  `test_more_than_2_to_the_31_elements` (the interpreter would take days, and a GPU's memory) and
+  `test_the_two_backends_agree` (the stand-in has Triton's launches alone; test_cuda_host.py runs
+  the CUDA kernels).
 - The stand-in itself: what it is there to find, it finds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import inspect
 import warnings
 
 import pytest
@@ -423,57 +430,103 @@ def test_nothing_is_tried_out_in_a_graph_or_without_memory(gpu, monkeypatch):
     assert _dispatch.choose(None, DEVICE) == "cpp"
 
 
-# -- tests that need streams or graphs ------------------------------------------------------------
+# -- tests of test_gpu.py -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_waiting(gpu):
+    """As `test_gpu.no_waiting`."""
+    before = len(gpu.waits)
+    yield
+    assert gpu.waits[before:] == []
 
 
 @pytest.fixture
 def on_stand_in(gpu, monkeypatch):
-    """test_gpu.py's parameters on the stand-in, fewer elements of them."""
-    monkeypatch.setattr(test_gpu, "DEVICE", DEVICE)
+    """test_gpu.py on the stand-in, with fewer elements and tensors."""
     make = test_gpu.on_device
-    small = {(300, 70): (30, 7), (8193,): (1030,), (1000, 1000): (40, 10), (2048, 2048): (50,)}
-    monkeypatch.setattr(
-        test_gpu, "on_device", lambda shapes: make([small.get(s, s) for s in shapes], device=DEVICE)
-    )
+
+    def smaller(shapes, *arguments, device=DEVICE, **more):
+        small = {(300, 70): (30, 7), (8193,): (1030,), (1000, 1000): (40, 10), (2048, 2048): (50,)}
+        return make([small.get(s, s) for s in shapes], *arguments, device=device, **more)
+
+    def launches(function):
+        before = len(gpu.launched)
+        function()
+        return gpu.launched[before:]
+
+    for name, value in {
+        "DEVICE": DEVICE, "on_device": smaller, "no_waiting": lambda: no_waiting(gpu),
+        "launches": launches, "LORA": [(16, 8), (8, 16)] * 4,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(test_gpu, name, value)
+
+    class Generator(torch.Generator):
+        """What is drawn on the device is drawn by the CPU."""
+
+        def __new__(cls, device=None):
+            return super().__new__(cls)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
     return gpu
 
 
-@pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
-def test_graph_replays_equal_eager_steps(granularity, on_stand_in):
-    test_gpu.test_graph_replays_equal_eager_steps(granularity, "triton")
+GRANULARITIES = ["step", "tensor", "element"]
+KINDS = ["adamw", "sgd-momentum"]
+# Test → the arguments that it is run with, beside the backend.
+RUN = {
+    test_gpu.test_a_lora_step_takes_few_launches: [{"guided": x} for x in (False, True)],
+    test_gpu.test_an_anchor_dropped_while_it_is_measured_takes_nothing_along: [{}],
+    test_gpu.test_a_side_stream_gives_the_same_bits: [{}],
+    test_gpu.test_graph_replays_equal_eager_steps: [{"granularity": x} for x in GRANULARITIES],
+    test_gpu.test_a_whole_training_step_is_captured_on_the_stream_of_its_warm_up: [{}],
+    test_gpu.test_a_step_that_cannot_be_replayed_is_not_captured: [{}],
+    # These run on the CPU, too; what only a device has to do for them is done here.
+    test_gpu.test_a_step_never_waits: [
+        {"kind": kind, "granularity": granularity, "clip": clip, "scope": scope}
+        for kind, clip, scope in (("adamw", 1.0, "global"), ("sgd-momentum", None, "tensor"))
+        for granularity in GRANULARITIES
+    ],
+    test_gpu.test_a_step_under_a_grad_scaler_never_waits: [{"kind": x} for x in KINDS],
+    test_gpu.test_anchors_on_the_host_give_the_same_bits: [{}],
+}
+CANNOT = {
+    test_gpu.test_parameters_on_two_devices: "the stand-in is one device",
+    test_gpu.test_more_than_2_to_the_31_elements: (
+        "the interpreter would take days, and the memory of a GPU"
+    ),
+    test_gpu.test_the_two_backends_agree: (
+        "the stand-in has Triton's launches alone; test_cuda_host.py runs the CUDA kernels"
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    "test",
+    ("test", "arguments"),
     [
-        test_gpu.test_a_side_stream_gives_the_same_bits,
-        test_gpu.test_a_whole_training_step_is_captured_on_the_stream_of_its_warm_up,
-        test_gpu.test_a_step_that_cannot_be_replayed_is_not_captured,
+        pytest.param(
+            test, arguments, id="-".join([test.__name__[5:], *map(str, arguments.values())])
+        )
+        for test, every in RUN.items()
+        for arguments in every
     ],
-)
-def test_streams_and_graphs(test, on_stand_in):
-    test("triton")
+)  # fmt: skip
+def test_what_a_gpu_s_host_does(test, arguments, on_stand_in, bench):
+    if "bench" in inspect.signature(test).parameters:
+        arguments = {**arguments, "bench": bench}
+    test(backend="triton", **arguments)
 
 
-@pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
-@pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
-def test_a_step_never_waits(kind, granularity, gpu, monkeypatch):
-    cls, hyper = test_gpu.OPTIMIZERS[kind]
-    params = test_gpu.on_device([(7, 5), (300,), (0,)], device=DEVICE)
-    optimizer = cls(
-        params, backend="triton", alpha=0.5, granularity=granularity, max_grad_norm=1.0, seed=3,
-        **hyper,
-    )  # fmt: skip
-    for step in range(6):
-        if step == 1:
-            optimizer.set_anchor()
-        for place, p in enumerate(params):
-            p.grad = None if place == 1 and step == 4 else torch.ones_like(p)
-        before = len(gpu.waits)
-        optimizer.step()
-        optimizer.guidance_stats()
-        # What is new is made: state at the first step, tables after an anchor.
-        assert step < 2 or gpu.waits[before:] == []
+def test_no_test_that_needs_a_gpu_is_forgotten():
+    """Each runs here or is named in this file's docstring."""
+    needing = {
+        function
+        for function in vars(test_gpu).values()
+        if test_gpu.real_gpu.mark in getattr(function, "pytestmark", [])
+    }
+    assert needing and needing <= RUN.keys() | CANNOT.keys()
+    assert CANNOT.keys() <= needing - RUN.keys()
+    assert all(function.__name__ in __doc__ for function in CANNOT)
 
 
 # -- the stand-in itself --------------------------------------------------------------------------
@@ -487,6 +540,17 @@ def test_it_tells_the_host_from_the_device(gpu):
         host + here
     before = len(gpu.waits)
     assert here.sum().item() == 3.0 and len(gpu.waits) == before + 1
+
+
+def test_it_counts_what_a_profiler_would(gpu):
+    x = torch.ones(3, device=DEVICE)
+    before = len(gpu.launched)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    x.view(3, 1).t()
+    assert gpu.launched[before:] == []
+    (x * 2).add_(1)
+    assert gpu.launched[before:] == ["aten::mul.Tensor", "aten::add_.Tensor"]
 
 
 def test_it_finds_a_replay_that_works_on_freed_memory(gpu):

@@ -8,11 +8,11 @@ cache fails once as on a network file system (triton#11512).
 
 from __future__ import annotations
 
-import collections
 import errno
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -23,48 +23,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Utils:
-    """Takes every kernel for loaded; those of SPILLS for having spilled registers."""
-
-    SPILLS = {"adam_kernel": [2, 0], "sgd_kernel": [1, 1]}
-
-    def __init__(self):
-        self.loaded = collections.Counter()
-
-    def load_binary(self, name, kernel, shared, device):
-        self.loaded[name] += 1
-        spills = self.SPILLS.get(name, [])[self.loaded[name] - 1 : self.loaded[name]]
-        return 1, f"{name} {self.loaded[name]}", 32, sum(spills), 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
-                "warpSize": 32}  # fmt: skip
-
-
-class Driver:
-    """What Triton asks of a driver, without a GPU."""
-
-    def __init__(self):
-        self.started, self.utils = [], Utils()
-
-    def launcher_cls(self, source, metadata):
-        def start(x, y, z, stream, function, packed, launch, enter, leave, *arguments):
-            # Constants and numbers as they are, of tensors the shape.
-            told = [str(getattr(value, "shape", value)) for value in arguments]
-            self.started.append([metadata.name, [x, y, z], told, function])
-
-        return start
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+# Registers spilled by the variants of a kernel, in the order in which they are loaded.
+SPILLS = {"adam_kernel": [2, 0], "sgd_kernel": [1, 1]}
+BENCH = pathlib.Path(__file__).parents[1] / "bench"
 
 
 def main():
@@ -72,7 +33,15 @@ def main():
     import torch
     import triton
 
-    driver = Driver()
+    from launch_driver import Driver
+
+    started = []
+
+    def note(name, grid, function, arguments):
+        # Constants and numbers as they are, of tensors the shape.
+        started.append([name, grid, [str(getattr(x, "shape", x)) for x in arguments], function])
+
+    driver = Driver(note, SPILLS)
     triton.runtime.driver.set_active(driver)
     put, failed = triton.runtime.cache.FileCacheManager.put, []
 
@@ -147,7 +116,7 @@ def main():
     }
     names = {f.declared.__name__: f.declared.arg_names for f in functions}
     found = {"compiled": compiled, "looked_up": looked_up, "failed": failed, "names": names}
-    print(json.dumps({"started": driver.started, **found}))
+    print(json.dumps({"started": started, **found}))
 
 
 @pytest.mark.slow  # six kernels are compiled
@@ -155,7 +124,7 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+        f"import sys; sys.path[:0] = [{os.path.dirname(__file__)!r}, {str(BENCH)!r}]; "
         "import test_triton_launch; test_triton_launch.main()"
     )
     done = subprocess.run(
@@ -170,7 +139,7 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
         "coefficients_kernel": 1, "draw_flags_kernel": 1,
     }  # fmt: skip
     for name, variants in found["compiled"].items():
-        variants -= name in Utils.SPILLS
+        variants -= name in SPILLS
         grids, told, loaded = zip(*[s[1:] for s in found["started"] if s[0] == name], strict=True)
         single = variants == 1
         assert list(grids) == [[1 if single else m, 1, 1] for m in (3, 16, 1, 3)]
@@ -182,7 +151,7 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
         given = {"grad_scale", "found_inf", "draw_index"} & {*names}
         assert different == (set() if single else given)
         # Triton looks at a launch once per variant, and at one whose cache failed once more.
-        again = name == "norms_kernel" or name in Utils.SPILLS
+        again = name == "norms_kernel" or name in SPILLS
         assert found["looked_up"].count(name) == variants + again
         # Kept is what spills less; compiled again it was loaded second, but not launched for that.
         kept = {"adam_kernel": [1, 2, 2, 3], "sgd_kernel": [1, 1, 1, 3]}
