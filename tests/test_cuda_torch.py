@@ -99,7 +99,7 @@ def _installed(release: str) -> pathlib.Path:
     python, complete = place / "bin" / "python", place / "complete"
     wanted = [
         f"torch=={release}",
-        *_pinned("setuptools", "packaging", "pytest", "pytest-timeout", "hypothesis"),
+        *_pinned("setuptools", "packaging", "pytest", "pytest-timeout", "hypothesis", "expecttest"),
         "numpy<2.4",  # with later ones fails the interpreter of Triton 3.6, which torch 2.10 brings
     ]
     if complete.exists() and complete.read_text().split("\n") == wanted:
@@ -224,9 +224,9 @@ def _assert_loaded(answer: dict, torch_of: Environment, package: pathlib.Path) -
     assert ours == {"_C", "_C_cuda"}
 
 
-def test_loads_beside_the_real_libtorch_cuda(environment, there):
+def test_loads_beside_the_real_libtorch_cuda(environment, there, here):
     _assert_loaded(there, environment, environment.package)
-    assert there["warnings"] == []
+    assert there["warnings"] == here["warnings"]  # of 16 bits
     # Neither its functions nor where words stand in a tensor have changed.
     assert there["native gradients"]
 
