@@ -115,8 +115,13 @@ def _installed(release: str) -> pathlib.Path:
     done = subprocess.run([*pip, *wanted], capture_output=True, text=True)
     if done.returncode:
         shutil.rmtree(place)
-        said = re.findall("^ERROR: (.*)", done.stderr, re.MULTILINE) or done.stderr.splitlines()
-        pytest.skip(f"pip cannot install torch {release} here: {'; '.join(said[-2:])}")
+        # Whose word it is that there is a conflict stands between the errors.
+        said = re.findall(
+            r"^(?:ERROR: |    (?=.*\(constraint\)))(.*)", done.stdout + done.stderr, re.MULTILINE
+        )
+        pytest.skip(
+            f"pip cannot install torch {release} here: {'; '.join(said) or done.stderr[-400:]}"
+        )
     version = (place / "lib").glob("python*/site-packages/torch/version.py")
     if not re.search(r"^cuda\b[^=\n]*=\s*'", next(version).read_text(), re.MULTILINE):
         shutil.rmtree(place)
