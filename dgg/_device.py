@@ -207,7 +207,12 @@ def without_waiting(x: Tensor, device: torch.device) -> Tensor:
 
 def capturing(device: torch.device) -> bool:
     """Returns whether work on ``device`` is being recorded into a graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # Before its first use of a device torch has no stream, and without a driver it raises if asked.
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+    )
 
 
 class Kernels:

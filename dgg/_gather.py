@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # First and last release of torch whose declarations of these functions were read.
-_READ = ((2, 10), (2, 14))
+_READ = ((2, 10), (2, 15))
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 

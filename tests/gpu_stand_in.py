@@ -264,6 +264,7 @@ class StandIn:
             "synchronize": lambda device=None: self.wait("synchronize()"),
             "CUDAGraph": lambda: Graph(self),
             "graph": self.graph,
+            "is_initialized": lambda: True,
             "is_current_stream_capturing": lambda: self.capture is not None,
             "current_device": lambda: 0,
             "_sleep": lambda cycles: None,

@@ -868,11 +868,23 @@ def test_a_library_that_does_not_load(broken, tmp_path):
     assert "default: reference on cpu" in done.stdout
 
 
-def test_fake_parameters():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_parameters(monkeypatch, device):
     """As memory estimators step them: there is nothing that a kernel could read."""
+
+    def asked():
+        raise RuntimeError(
+            "CUDA error: CUDA driver version is insufficient for CUDA runtime version"
+        )
+
+    # As with a CUDA build of torch where there is no driver, be the tensors fake or not.
+    monkeypatch.setattr(_dispatch, "_cuda_error", None)
+    monkeypatch.setattr(_dispatch, "_probed", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
     with FakeTensorMode():
-        p = Parameter(torch.ones(3))
-        p.grad = torch.ones(3)
+        p = Parameter(torch.ones(3, device=device))
+        p.grad = torch.ones(3, device=device)
         opt = dgg.AdamW([("w", p)])
         other = torch.optim.SGD([("w", p)], lr=0.1)
         guidance = dgg.Guidance(other)
