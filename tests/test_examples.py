@@ -25,16 +25,20 @@ import dgg
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# Run by another test, which needs several processes or a trained model for them.
+# Run by another test, which needs several processes or a trained model for them: its file and the
+# function that executes the page's code.
 ELSEWHERE = {
-    "docs/checkpoints.md 1": "checkpoint_worker.py",
-    "docs/checkpoints.md 2": "checkpoint_worker.py",
-    "docs/huggingface.md 2": "test_hf.py",
-    "docs/huggingface.md 3": "test_hf.py",
-    "docs/huggingface.md 5": "test_hf.py",
-    "docs/huggingface.md 6": "test_hf.py",
-    "docs/huggingface.md 7": "test_hf.py",
-    "docs/sharding.md 1": "test_launched.py",
+    "docs/checkpoints.md 1": ("checkpoint_worker.py", "of_the_docs"),
+    "docs/checkpoints.md 2": ("checkpoint_worker.py", "of_the_docs"),
+    "docs/huggingface.md 2": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 3": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 5": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 6": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 7": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/sharding.md 1": (
+        "test_launched.py",
+        "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",
+    ),
 }
 
 
@@ -334,7 +338,7 @@ def distributed(run, monkeypatch, tmp_path, capsys):
     [pytest.param(n, marks=pytest.mark.slow if RUN[n] is trainer else ()) for n in sorted(RUN)],
 )
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_example(name, monkeypatch, tmp_path, capsys):
+def test_example(name, monkeypatch, tmp_path, capsys, one_thread):
     code = compile(EXAMPLES[name], name, "exec")
 
     def run(**given):
@@ -347,8 +351,15 @@ def test_example(name, monkeypatch, tmp_path, capsys):
 
 def test_every_example_is_run():
     assert sorted(EXAMPLES) == sorted([*RUN, *ELSEWHERE])
-    for name, test in ELSEWHERE.items():
-        assert pathlib.Path(name.split()[0]).name in (ROOT / "tests" / test).read_text()
+    for name, (file, function) in ELSEWHERE.items():
+        source = (ROOT / "tests" / file).read_text()
+        assert pathlib.Path(name.split()[0]).name in source
+        (body,) = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef) and node.name == function
+        ]
+        assert "exec(" in body and "read_text()" in body, f"{file}: {function} runs no example"
         compile(EXAMPLES[name], name, "exec")
 
 
