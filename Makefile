@@ -75,8 +75,8 @@ bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
 bench-sharded: $(BUILT) $(TEST) ## time sharded steps on 1, 2 and 4 ranks, count what they send
 	$(BIN)/python bench/sharded.py $(ARGS)
 
-table: $(BUILT) $(TEST) ## write the README's compatibility table from the marks of the tests
-	$(BIN)/python -P tests/compatibility.py --write README.md
+table: $(BUILT) $(TEST) ## write docs/compatibility.md's table from the marks of the tests
+	$(BIN)/python -P tests/compatibility.py --write docs/compatibility.md
 
 # No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
 gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON); 14 minutes at most

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Continual multimodal instruction tuning, small: does guidance reduce forgetting?
 
-    python bench/continual.py --preset tiny --out runs/tiny  # the table of the README
+    python bench/continual.py --preset tiny --out runs/tiny  # docs/forgetting.md has more seeds
     python bench/continual.py --preset tiny --out runs/tiny --resume   # go on after an interruption
     python bench/continual.py --preset full --out runs/full  # more seeds, the paper's ablations
     python bench/continual.py --tune --out runs/tune         # how hyper-parameters were chosen

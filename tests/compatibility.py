@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compatibility table of the README, made from the marks of the tests.
+"""The table of docs/compatibility.md, made from the marks of the tests.
 
-    .venv/bin/python -P tests/compatibility.py                   # prints the table
-    .venv/bin/python -P tests/compatibility.py --write README.md # puts it between the two markers
+    .venv/bin/python -P tests/compatibility.py                  # prints the table
+    .venv/bin/python -P tests/compatibility.py --write FILE     # puts it between the two markers
 
 A test that proves a cell says so: ``@pytest.mark.compat(ENGINE, FEATURE, ...)``; ``"!FEATURE"``
 says that the feature is refused there with an error, which the test looks at. Why a cell is
@@ -18,6 +18,7 @@ import os
 import pathlib
 import string
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -27,11 +28,11 @@ TESTS = pathlib.Path(__file__).resolve().parent
 BEGIN = "<!-- compatibility: begin; `make table` writes this from the marks of the tests -->"
 END = "<!-- compatibility: end -->"
 
-# Engines by table, and features, in the order of the README. Another name in a mark is an error.
+# Engines by table, and features, in the order of the page. Another name in a mark is an error.
 TABLES = (
     ("one process", "DDP", "ZeroRedundancyOptimizer", "FSDP1", "FSDP2", "HSDP", "TP", "TP + FSDP2"),
+    ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"),
     (
-        "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3",
         "accelerate DDP", "accelerate FSDP2", "accelerate DeepSpeed",
         "Trainer DDP", "Trainer FSDP2", "Trainer DeepSpeed",
     ),
@@ -274,11 +275,10 @@ def render(found: Found, reasons: Iterable[Reason] = REASONS, *, strict: bool = 
             cells = " | ".join(content(engine, feature) for engine in table)
             lines.append(f"| {TITLES.get(feature, feature)} | {cells} |")
         lines.append("")
-    lines.append(
-        "Tested by, in `tests/`: " + ", ".join(f"{letters[file]} `{file}`" for file in files) + "."
-    )
+    tested = "Tested by, in `tests/`: " + ", ".join(f"{letters[x]} `{x}`" for x in files) + "."
     if any((e, f) not in found.cells and (e, f) not in why for e in ENGINES for f in FEATURES):
-        lines[-1] += " An empty cell is not tested."
+        tested += " An empty cell is not tested."
+    lines += textwrap.wrap(tested, 120)
     lines += ["", *(f"<sup>{number}</sup> {note}  " for note, number in notes.items())]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The README's compatibility table is the one that the tests make, and cannot lie by accident."""
+"""The table of docs/compatibility.md is the one that the tests make, and cannot lie by accident."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import compatibility
 from compatibility import ABSENT, BELOW, ENGINES, FEATURES, REFUSED, Reason
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def test_every_mark_names_a_cell_and_every_reason_is_needed(found):
     compatibility.check(found)
 
 
-def test_the_readme_has_the_table_that_the_tests_make(found):
-    text = README.read_text(encoding="utf-8")
+def test_the_page_has_the_table_that_the_tests_make(found):
+    text = PAGE.read_text(encoding="utf-8")
     if found.absent:
         pytest.skip(f"tests that are left out here have cells, too: {'; '.join(found.absent)}")
     assert text == compatibility.replaced(text, compatibility.render(found)), "make table"

@@ -53,7 +53,7 @@ ENGINES = {"FSDP2": "fsdp2", "HSDP": "hsdp", "TP": "tp", "TP + FSDP2": "tp_fsdp"
 
 
 def row(engine: str, world: int, *features: str, slowly: bool = False, **case) -> Case:
-    """Returns a case that stands for these columns of the engine's row in the README's table."""
+    """Returns a case that stands for these columns of the engine's row in docs/compatibility.md."""
     marks = [compat(engine, *features)] if features else []
     return Case(world, [*marks, *[slow] * slowly], engine=ENGINES[engine], **case)
 

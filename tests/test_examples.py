@@ -25,16 +25,20 @@ import dgg
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# Run by another test, which needs several processes or a trained model for them.
+# Run by another test, which needs several processes or a trained model for them: its file and the
+# function that executes the page's code.
 ELSEWHERE = {
-    "docs/checkpoints.md 1": "checkpoint_worker.py",
-    "docs/checkpoints.md 2": "checkpoint_worker.py",
-    "docs/huggingface.md 2": "test_hf.py",
-    "docs/huggingface.md 3": "test_hf.py",
-    "docs/huggingface.md 5": "test_hf.py",
-    "docs/huggingface.md 6": "test_hf.py",
-    "docs/huggingface.md 7": "test_hf.py",
-    "docs/sharding.md 1": "test_launched.py",
+    "docs/checkpoints.md 1": ("checkpoint_worker.py", "of_the_docs"),
+    "docs/checkpoints.md 2": ("checkpoint_worker.py", "of_the_docs"),
+    "docs/huggingface.md 2": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 3": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 5": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 6": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 7": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/sharding.md 1": (
+        "test_launched.py",
+        "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",
+    ),
 }
 
 
@@ -91,7 +95,21 @@ def model_and_batches(batches=3):
 
 
 @stand_in("README.md 1")
-def plain_loop(run, monkeypatch, tmp_path):
+def two_tasks(run, monkeypatch, tmp_path, capsys):
+    run()
+    forgot, learnt = [], []
+    for line in capsys.readouterr().out.splitlines():
+        _, lost, right = re.fullmatch(
+            r"alpha=(.*): forgot (.*) points, learnt (.*) %", line
+        ).groups()
+        forgot.append(int(lost))
+        learnt.append(int(right))
+    # Guidance keeps more of the first task and costs a little of the second.
+    assert forgot[1] < forgot[0] - 5 and min(learnt) > 70, (forgot, learnt)
+
+
+@stand_in("docs/replay.md 1")
+def plain_loop(run, monkeypatch, tmp_path, capsys):
     model, tasks = model_and_batches()
     names = run(
         model=model,
@@ -116,9 +134,9 @@ def _with_memory():
     return model, opt, memory, tasks[1]
 
 
-@stand_in("docs/replay.md 1")
 @stand_in("docs/replay.md 2")
-def replay_in_a_loop(run, monkeypatch, tmp_path):
+@stand_in("docs/replay.md 3")
+def replay_in_a_loop(run, monkeypatch, tmp_path, capsys):
     model, opt, memory, loader = _with_memory()
     steps = []
     opt.register_step_pre_hook(lambda *_: steps.append(bool(opt._engine.replay)))
@@ -133,8 +151,8 @@ def replay_in_a_loop(run, monkeypatch, tmp_path):
     assert steps == [True, True, True] and not opt._engine.replay
 
 
-@stand_in("docs/replay.md 3")
-def statistics(run, monkeypatch, tmp_path):
+@stand_in("docs/replay.md 4")
+def statistics(run, monkeypatch, tmp_path, capsys):
     model, opt, _, _ = _with_memory()
     model(torch.ones(1, 4)).sum().backward()
     opt.step()
@@ -143,7 +161,7 @@ def statistics(run, monkeypatch, tmp_path):
 
 @stand_in("README.md 2")
 @stand_in("docs/huggingface.md 1")
-def trainer(run, monkeypatch, tmp_path):
+def trainer(run, monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers")
     given = []
     run(
@@ -164,7 +182,7 @@ def trainer(run, monkeypatch, tmp_path):
 
 @stand_in("docs/huggingface.md 4")
 @stand_in("dgg/_guided.py set_anchor")
-def own_loop(run, monkeypatch, tmp_path):
+def own_loop(run, monkeypatch, tmp_path, capsys):
     model, _ = model_and_batches()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     before = {"weights_of_the_former_task": weights, "weights_after_former_task": weights}
@@ -181,7 +199,7 @@ def own_loop(run, monkeypatch, tmp_path):
 
 
 @stand_in("docs/checkpoints.md 3")
-def resumed_loop(run, monkeypatch, tmp_path):
+def resumed_loop(run, monkeypatch, tmp_path, capsys):
     for start, boundaries, trained in ((0, [0, 1], range(6)), (4, [1], range(4, 6))):
         set_anchors, steps, saves = [], [], []
         run(
@@ -202,7 +220,7 @@ def resumed_loop(run, monkeypatch, tmp_path):
 
 @stand_in("docs/checkpoints.md 4")
 @stand_in("dgg/convert.py convert_state_dict")
-def converted(run, monkeypatch, tmp_path):
+def converted(run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     model, _ = model_and_batches()
     state = {
@@ -222,7 +240,7 @@ def converted(run, monkeypatch, tmp_path):
 
 
 @stand_in("docs/deepspeed.md 1")
-def engine(run, monkeypatch, tmp_path):
+def engine(run, monkeypatch, tmp_path, capsys):
     model, tasks = model_and_batches()
 
     class Engine:
@@ -250,7 +268,7 @@ def engine(run, monkeypatch, tmp_path):
 
 
 @stand_in("docs/deepspeed.md 2")
-def universal(run, monkeypatch, tmp_path):
+def universal(run, monkeypatch, tmp_path, capsys):
     save_file = pytest.importorskip("safetensors.torch").save_file
     monkeypatch.chdir(tmp_path)
     pathlib.Path("path/of/the/former/task").mkdir(parents=True)
@@ -269,7 +287,7 @@ def universal(run, monkeypatch, tmp_path):
 
 
 @stand_in("dgg/optim.py AdamW")
-def adamw(run, monkeypatch, tmp_path):
+def adamw(run, monkeypatch, tmp_path, capsys):
     model, tasks = model_and_batches()
     forward = model.forward
     model.forward = lambda batch: forward(batch).square().mean()
@@ -278,7 +296,7 @@ def adamw(run, monkeypatch, tmp_path):
 
 
 @stand_in("dgg/foreign.py Guidance")
-def guidance(run, monkeypatch, tmp_path):
+def guidance(run, monkeypatch, tmp_path, capsys):
     model = torch.nn.Linear(4, 4, bias=False)  # Muon takes matrices only
     _, (first_task, second_task, _) = model_and_batches()
 
@@ -294,7 +312,7 @@ def guidance(run, monkeypatch, tmp_path):
 
 
 @stand_in("dgg/_loading.py prepare_for_load")
-def distributed(run, monkeypatch, tmp_path):
+def distributed(run, monkeypatch, tmp_path, capsys):
     model, _ = model_and_batches()
     opt = dgg.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
@@ -320,7 +338,7 @@ def distributed(run, monkeypatch, tmp_path):
     [pytest.param(n, marks=pytest.mark.slow if RUN[n] is trainer else ()) for n in sorted(RUN)],
 )
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_example(name, monkeypatch, tmp_path):
+def test_example(name, monkeypatch, tmp_path, capsys, one_thread):
     code = compile(EXAMPLES[name], name, "exec")
 
     def run(**given):
@@ -328,13 +346,20 @@ def test_example(name, monkeypatch, tmp_path):
         exec(code, names)
         return names
 
-    RUN[name](run, monkeypatch, tmp_path)
+    RUN[name](run, monkeypatch, tmp_path, capsys)
 
 
 def test_every_example_is_run():
     assert sorted(EXAMPLES) == sorted([*RUN, *ELSEWHERE])
-    for name, test in ELSEWHERE.items():
-        assert pathlib.Path(name.split()[0]).name in (ROOT / "tests" / test).read_text()
+    for name, (file, function) in ELSEWHERE.items():
+        source = (ROOT / "tests" / file).read_text()
+        assert pathlib.Path(name.split()[0]).name in source
+        (body,) = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef) and node.name == function
+        ]
+        assert "exec(" in body and "read_text()" in body, f"{file}: {function} runs no example"
         compile(EXAMPLES[name], name, "exec")
 
 

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the documentation says of the code is true: options, messages, floors, figures, sizes.
+
+That examples run and links lead somewhere is for test_examples.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import math
+import pathlib
+import re
+import statistics
+
+import pytest
+
+import dgg
+from test_layout import FLOORS
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def text(name):
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def section(page, begin, end):
+    assert page.count(begin) == page.count(end) == 1, begin
+    return page.split(begin)[1].split(end)[0]
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    assert not [line for line in lines if len(line) > 100]
+
+
+WIDE = {"fuzzing.md", "mutation_testing.md", "sanitizers.md"}
+
+
+def test_no_line_of_the_pages_is_longer_than_a_screen():
+    pages = [ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+    assert len(pages) > 10
+    long = [
+        f"{path.name}:{number} ({len(line)})"
+        for path in pages
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 120 and path.name not in WIDE
+    ]
+    assert not long, long
+
+
+# -- the index -------------------------------------------------------------------------------------
+
+
+def test_the_index_lists_every_page_once():
+    listed = re.findall(r"^- \[[^]]+\]\((\S+?\.md)\): \S", text("index.md"), re.M)
+    inside = [name for name in listed if "/" not in name]
+    assert sorted(inside) == sorted(p.name for p in DOCS.glob("*.md") if p.name != "index.md")
+    assert [name for name in listed if "/" in name] == ["../CONTRIBUTING.md"]
+
+
+# -- the floors ------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_the_floors_is_that_of_the_layout():
+    (picture,) = re.findall(r"^```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
+    drawn = [
+        (name, int(floor))
+        for floor, names in re.findall(r"^ +(\d+)  +([\w ]+?) *(?:\|.*)?$", picture, re.M)
+        for name in names.split()
+    ]
+    assert len(drawn) == len(dict(drawn)), "a file stands on two floors"
+    assert dict(drawn) == FLOORS
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def documented_options():
+    """(Names of the heading's classes, {option: {class or "": default as printed, or None}})."""
+    found = []
+    for heading, body in re.findall(
+        r"^## (.*?)\n(.*?)(?=^## |\Z)", text("options.md"), re.M | re.S
+    ):
+        options = {}
+        entries = re.findall(
+            r"^- \*\*`(\w+)(?:=(.+?))?`\*\*(?: \(`(.+?)` in ([\w, ]+)\))?", body, re.M
+        )
+        assert len(entries) == body.count("\n- "), f"{heading}: an entry that is not understood"
+        for name, default, other, classes in entries:
+            assert name not in options, f"{heading}: {name} stands there twice"
+            options[name] = {"": default or None}
+            options[name] |= {cls: other for cls in classes.split(", ") if cls}
+        found.append((heading.split(", "), options))
+    return found
+
+
+def described(name):
+    if name == "set_anchor":
+        return dgg.AdamW.set_anchor
+    return dgg.hf.GuidanceCallback if name == "GuidanceCallback" else getattr(dgg, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AdamW", "Adam", "SGD", "Guidance", "ReplayBuffer", "set_anchor",
+     pytest.param("GuidanceCallback", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_every_option_stands_once_with_its_default(name):
+    if name == "GuidanceCallback":
+        pytest.importorskip("transformers")
+    said = {}
+    for classes, options in documented_options():
+        if name in classes:
+            assert not said.keys() & options.keys()
+            said |= options
+    there = dict(inspect.signature(described(name)).parameters)
+    there.pop("self", None)
+    assert sorted(said) == sorted(there)
+    for option, parameter in there.items():
+        printed = said[option].get(name, said[option][""])
+        if parameter.default is inspect.Parameter.empty:
+            assert printed is None, option
+        else:
+            assert printed is not None, option
+            value = ast.literal_eval(printed)
+            assert value == parameter.default, f"{option}: {printed}, not {parameter.default!r}"
+            assert type(value) is type(parameter.default) or value == 0, option
+
+
+def test_set_anchor_of_guidance_has_the_same_options():
+    ours, theirs = (inspect.signature(cls.set_anchor) for cls in (dgg.AdamW, dgg.Guidance))
+    assert ours.parameters.keys() == theirs.parameters.keys()
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+def literals():
+    """All texts of the package, with … where a value is put in."""
+    found = []
+    for path in sorted((ROOT / "dgg").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(parts))
+    return found
+
+
+def test_every_quoted_message_is_one_of_ours():
+    page = text("troubleshooting.md")
+    quoted = [
+        message
+        for heading, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        if heading.startswith("Errors")
+        for message in re.findall(r"^- `(.+?)` \S", body, re.M)
+    ]
+    assert len(quoted) >= 30
+    assert len(quoted) == page.split("## Errors", 1)[1].count("\n- ")
+    ours = literals()
+    for message in quoted:
+        # Of a text that is put in, `…` may stand at the end or the beginning of ours as well.
+        pattern = ".*?".join(re.escape(piece) for piece in message.strip("… ").split("…"))
+        assert any(re.search(pattern, each, re.S) for each in ours), message
+
+
+# -- the study -------------------------------------------------------------------------------------
+
+# 97.5 % point of Student's t with 4 degrees of freedom.
+_T4 = 2.776445
+_METHODS = {
+    "DGG": "guidance_replay", "replay": "replay", "L2-SP": "l2sp", "ĝ only": "guidance",
+    "sequential": "sequential",
+}  # fmt: skip
+_METRICS = {"final accuracy": "faa", "forgetting": "forgetting", "learning": "learning"}
+
+
+def p_of_t4(t):
+    """Two-sided p of a t with 4 degrees of freedom, in closed form."""
+    angle = math.atan(abs(t) / 2)
+    return 1 - math.sin(angle) * (1 + math.cos(angle) ** 2 / 2)
+
+
+def test_the_differences_of_the_study_follow_from_its_results():
+    stored = ROOT / "bench" / "results" / "continual-tiny-2026-11-21.json"
+    results = json.loads(stored.read_text(encoding="utf-8"))["results"]
+    by_run = {(run["method"], run["seed"]): run for run in results}
+    table = section(text("forgetting.md"), "<!-- differences: begin;", "<!-- differences: end -->")
+    cells = r"(\S.*?), (.*?) − (.*?) \| (.*) \| (.*) ± (.*) \| (.*) to (.*) \| (.*)"
+    rows = re.findall(rf"^\| {cells} \|$", table, re.M)
+    assert len(rows) == table.count("\n|") - 2 == 7
+    number = lambda printed: float(printed.replace("−", "-"))  # noqa: E731
+    for metric, ours, theirs, per_seed, mean, error, low, high, p in rows:
+        key = _METRICS[metric]
+        found = [
+            by_run[_METHODS[ours], seed][key] - by_run[_METHODS[theirs], seed][key]
+            for seed in range(5)
+        ]
+        assert [number(x) for x in per_seed.split(", ")] == pytest.approx(found, abs=0.0501)
+        center, deviation = statistics.mean(found), statistics.stdev(found) / math.sqrt(5)
+        expected = [center, deviation, center - _T4 * deviation, center + _T4 * deviation]
+        assert [*map(number, (mean, error, low, high))] == pytest.approx(expected, abs=0.0501)
+        digits = len(p.split(".")[1])
+        assert round(p_of_t4(center / deviation), digits) == float(p), (metric, ours, theirs)
+
+
+def test_the_readme_says_what_the_study_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    study = text("forgetting.md")
+    assert "+5.3 ± 3.2" in study and "5.3 ± 3.2 points" in readme
+    assert "| 0.17 |" in study and "p = 0.17" in readme and "not significant" in readme
