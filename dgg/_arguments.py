@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from dgg import _callers, _dispatch, _fsdp1, _numbers, anchor, sharding
+from dgg import _callers, _dispatch, _numbers, anchor, sharding
+from dgg.sharding import fsdp1
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
 # every kind of checkpoint, and must agree.
@@ -409,7 +410,7 @@ def check_param(
             f"{label} is not initialised yet (a lazy module's): run a forward pass first, which "
             "gives it its shape"
         )
-    _fsdp1.check(param, label)
+    fsdp1.check(param, label)
     if sharding.is_dtensor(param):
         sharding.check(param, label, elements=elements)
     if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:

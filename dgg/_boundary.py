@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _fsdp1, anchor, sharding
+from dgg import _arguments, anchor, sharding
+from dgg.sharding import fsdp1
 
 
 def plan_anchors(
@@ -75,7 +76,7 @@ def plan_anchors(
     params, labels = [p for p, _ in chosen], [label for _, label in chosen]
     for p, label in chosen:
         _arguments.check_param(p, label, stepped=True)
-        if tensors is not None and _fsdp1.is_one(p):
+        if tensors is not None and fsdp1.is_one(p):
             raise ValueError(
                 f"{label} is FSDP1's, and anchors by name are not cut into its runs: load the "
                 "tensors into the model and call set_anchor() before the next task is trained"

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _device, _fsdp1, _gather, _prefetch, reference, sharding
+from dgg import _device, _gather, _prefetch, reference, sharding
 from dgg.reference import FLOAT_DTYPES
+from dgg.sharding import fsdp1
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -392,7 +393,7 @@ class Rows:
         self._sharded = any(map(sharding.is_dtensor, params))
         self._shards = sharding.Shards(params) if self._sharded else None
         self.reduction = reduction
-        runs = _fsdp1.runs(params)
+        runs = fsdp1.runs(params)
         if self._sharded or process_group is not None or runs:
             self.reduction = sharding.Reduction(params, process_group, runs) or None
         self.places = [sharding.place_of(p) for p in params] if self._sharded or runs else []

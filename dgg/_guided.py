@@ -26,9 +26,7 @@ from dgg import (
     _callers,
     _device,
     _dispatch,
-    _fsdp1,
     _ranges,
-    _zero_redundancy,
     anchor,
     checkpoint,
     guidance,
@@ -39,6 +37,7 @@ from dgg import (
 from dgg._imitable import imitable
 from dgg._loading import Loading
 from dgg._row_cache import RowCache
+from dgg.sharding import fsdp1, zero_redundancy
 
 # Steps after which an optimizer without an anchor, or without any gradient, is told of.
 _LONG, _IDLE = 199, 100
@@ -101,7 +100,7 @@ class Guided(Loading):
             )
         self._capturable = bool(options.pop("capturable"))
         self.process_group = _arguments.check_process_group(options.pop("process_group"), options)
-        self._share = _zero_redundancy.builder()
+        self._share = zero_redundancy.builder()
         if self._share is not None and (self.process_group is not None or self._capturable):
             raise ValueError(
                 "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, whose "
@@ -281,7 +280,7 @@ class Guided(Loading):
             self._unscales
             or bool(self._engine.replay)
             or self.process_group is not None
-            or any(_fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
+            or any(fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
         )
 
     @_step_supports_amp_scaling.setter

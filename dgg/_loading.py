@@ -20,13 +20,13 @@ from dgg import (
     _arguments,
     _boundary,
     _dispatch,
-    _fsdp1,
     _saved_state,
     anchor,
     checkpoint,
     sharding,
 )
 from dgg._imitable import Imitable, imitable
+from dgg.sharding import fsdp1
 
 # What ranks say to each other begins with it.
 _ROOM = "dgg: room for a state dict"
@@ -201,7 +201,7 @@ class Loading(Imitable):
         A rank on which all is empty would not know otherwise that there are norms to be summed.
         """
         for param in group["params"]:
-            empty = _fsdp1.is_empty(param) and param.requires_grad
+            empty = fsdp1.is_empty(param) and param.requires_grad
             if empty and "anchor" not in self.state.get(param, ()):
                 self._init_state(param, group, before_first_step=True)
                 self.state[param]["anchor"] = torch.empty_like(param, requires_grad=False)
@@ -298,7 +298,7 @@ class Loading(Imitable):
                 entry = state_dict["state"].get(key, {})
                 value = entry.get("anchor")
                 if value is None or self._unfilled(value, saved):
-                    present += _fsdp1.is_empty(param)
+                    present += fsdp1.is_empty(param)
                     frozen += not param.requires_grad
                     continue
                 anchor.check_source(value, param, f"parameter {place} of group {number}")

@@ -22,12 +22,12 @@ from dgg import (
     _callers,
     _device,
     _dispatch,
-    _fsdp1,
     _philox,
     _ranges,
     reference,
     sharding,
 )
+from dgg.sharding import fsdp1
 
 # Parameters whose gradients an open replay() block of some optimizer records.
 _recorded: set[int] = set()
@@ -447,7 +447,7 @@ def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
     Raises:
         RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
     """
-    if process_group is not None or any(map(_fsdp1.is_one, params)):
+    if process_group is not None or any(map(fsdp1.is_one, params)):
         raise RuntimeError(
             "a GradScaler would look for inf and NaN in this rank's part of the gradients alone: "
             "call scaler.unscale_(optimizer) before scaler.step(optimizer), of a scaler that sums "

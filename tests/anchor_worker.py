@@ -73,7 +73,7 @@ def run(rank: int, world: int, folder: str, engines: tuple[str, ...]) -> None:
 
     root = pathlib.Path(folder)
     count = 0
-    original = anchor._Safetensors.read
+    original = anchor.sources._Safetensors.read
 
     def read(self, name, param):
         nonlocal count
@@ -81,7 +81,7 @@ def run(rank: int, world: int, folder: str, engines: tuple[str, ...]) -> None:
         count += values.numel()
         return values
 
-    anchor._Safetensors.read = read
+    anchor.sources._Safetensors.read = read
     for engine in engines:
         source = network(1)
         shard(source, engine, world)

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dgg
-from dgg import _names, anchor
+from dgg import anchor
+from dgg.anchor.names import plain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -566,6 +567,6 @@ def test_the_right_tensor_or_an_error(data, paths):
     for name in train:
         found = opt.state[net.get_parameter(name)]["anchor"]
         # A source that has a parameter's very own name is taken at its word.
-        mine = _names.plain(prefix + name)
-        literal = [x for n, x in source.items() if _names.plain(n) == mine]
+        mine = plain(prefix + name)
+        literal = [x for n, x in source.items() if plain(n) == mine]
         assert any(torch.equal(found, x) for x in [tensors[name], *literal]), name

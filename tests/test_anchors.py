@@ -68,14 +68,14 @@ def assert_anchored(opt, model, expected):
 def reads(monkeypatch):
     """Names and sizes of what is read from safetensors files."""
     seen = []
-    original = anchor._Safetensors.read
+    original = anchor.sources._Safetensors.read
 
     def read(self, name, param):
         values = original(self, name, param)
         seen.append((name, values.numel()))
         return values
 
-    monkeypatch.setattr(anchor._Safetensors, "read", read)
+    monkeypatch.setattr(anchor.sources._Safetensors, "read", read)
     return seen
 
 

@@ -73,7 +73,7 @@ def test_the_picture_of_the_floors_is_that_of_the_layout():
     (picture,) = re.findall(r"^```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
     drawn = [
         (name, int(floor))
-        for floor, names in re.findall(r"^ +(\d+)  +([\w ]+?) *(?:\|.*)?$", picture, re.M)
+        for floor, names in re.findall(r"^ *(\d+)  +([\w. ]+?) *(?:\|.*)?$", picture, re.M)
         for name in names.split()
     ]
     assert len(drawn) == len(dict(drawn)), "a file stands on two floors"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Anchors θ*: taking them from the weights, from named tensors or from files, and checking them.
-
-Nothing here changes an optimizer; every check runs before the first byte is written.
-"""
+"""Where anchors θ* come from: named tensors in memory and in files."""
 
 from __future__ import annotations
 
@@ -10,160 +7,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _names, sharding
-from dgg.reference import FLOAT_DTYPES
-
-_COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-
-
-def storage_dtype(param: Tensor, anchor_dtype: torch.dtype | None, label: str) -> torch.dtype:
-    """Returns the dtype an anchor of ``param`` is stored in.
-
-    Args:
-        param: The parameter.
-        anchor_dtype: The optimizer's ``anchor_dtype``; None means the parameter's own.
-        label: Name of the parameter, for the error.
-
-    Raises:
-        TypeError: No complex dtype goes with ``anchor_dtype``.
-    """
-    if anchor_dtype is None:
-        return param.dtype
-    if not param.is_complex():
-        return anchor_dtype
-    if anchor_dtype not in _COMPLEX_OF:
-        raise TypeError(
-            f"{label} is complex and anchor_dtype={anchor_dtype} has no complex counterpart; "
-            "use anchor_dtype=None, torch.float32 or torch.float64"
-        )
-    return _COMPLEX_OF[anchor_dtype]
-
-
-def is_alias(x: Tensor, y: Tensor) -> bool:
-    """Returns whether two tensors (of DTensors their shards) begin at the same memory."""
-    x, y = sharding.local(x), sharding.local(y)
-    if sharding.keeps_values_elsewhere(x) or sharding.keeps_values_elsewhere(y):
-        return False
-    return x.device == y.device and x.data_ptr() == y.data_ptr() != 0
-
-
-def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Returns uninitialised memory for an anchor with the parameter's shape and strides."""
-    device = param.device if device is None else device
-    pinned = device.type == "cpu" and param.device.type == "cuda"
-    with torch.inference_mode(False):  # what is made there nobody could write later
-        made = torch.empty_like(
-            sharding.local(param.detach()),
-            dtype=dtype,
-            device=device,
-            memory_format=torch.preserve_format,
-            requires_grad=False,
-            pin_memory=pinned,
-        )
-    return sharding.like(made, param)
-
-
-def resolved(x: Any) -> Any:
-    """Returns a tensor whose memory holds what it is; anything else as it is.
-
-    Torch's copies between a lazily negated tensor and another dtype have the wrong sign.
-    """
-    if isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj()):
-        return x.resolve_conj().resolve_neg()
-    return x
-
-
-def write(target: Tensor, source: Tensor | Part | None) -> None:
-    """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard.
-
-    None stands for what is there already.
-    """
-    if source is None:
-        return
-    if isinstance(source, Part):
-        sharding.local(target).copy_(source.read())
-        return
-    source = resolved(source)
-    if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
-        source = sharding.shard_of(source, target)
-    elif sharding.is_dtensor(target):
-        source = sharding.local(source.redistribute(target.device_mesh, target.placements))
-    sharding.local(target).copy_(source)
-
-
-def check_source(
-    source: Tensor | Part, param: Tensor, label: str, dtype: torch.dtype | None = None
-) -> None:
-    """Checks that ``source`` can become the anchor of ``param``, stored in ``dtype``.
-
-    Of a source in a file only name, shape and dtype are looked at: `check_values` once it is read.
-
-    Raises:
-        TypeError: Not a tensor, or not of a floating (for complex parameters: complex) dtype.
-        ValueError: Another shape, or values that are not finite, or not in ``dtype``.
-    """
-    if not isinstance(source, (Tensor, Part)):
-        raise TypeError(
-            f"the anchor given for {label} is a {type(source).__name__}, not a tensor; "
-            "pass a mapping from names to tensors, such as a state_dict"
-        )
-    if tuple(source.shape) != tuple(param.shape):
-        raise ValueError(
-            f"the anchor given for {label} has shape {tuple(source.shape)}, the parameter has "
-            f"{tuple(param.shape)}; pass the tensors of the same architecture"
-        )
-    known = isinstance(source.dtype, torch.dtype)  # a file may hold what torch has no name for
-    suitable = known and (
-        source.dtype.is_complex if param.is_complex() else source.dtype in FLOAT_DTYPES
-    )
-    if not suitable or source.layout != torch.strided:
-        raise TypeError(
-            f"the anchor given for {label} is {source.dtype} ({source.layout}); pass dense "
-            "float32, bfloat16, float16 or float64 (for complex parameters: complex) tensors"
-        )
-    if isinstance(source, Part):
-        return
-    if source.device.type == "meta":
-        raise ValueError(
-            f"the anchor of {label} would be taken from the meta device, which holds no values; "
-            "materialise the weights first (to_empty and load them)"
-        )
-    check_values(source, label, dtype)
-
-
-def check_values(source: Tensor, label: str, dtype: torch.dtype | None = None) -> None:
-    """Raises a ValueError unless all values are finite, in ``dtype`` too."""
-    if not finite(source):
-        raise ValueError(
-            f"the anchor of {label} would not be finite: it holds inf or NaN and would turn every "
-            "guided weight into NaN; take the anchor from finite weights"
-        )
-    if dtype is not None and dtype != source.dtype and not finite(source, dtype.to_real()):
-        raise ValueError(
-            f"the anchor of {label} would not be finite: {source.dtype} values of it overflow "
-            f"{dtype}; pass a wider anchor_dtype (torch.bfloat16 has the range of float32)"
-        )
-
-
-def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Returns whether every element is finite (in ``dtype``), without a full-size temporary."""
-    x = sharding.local(x.detach())
-    if x.numel() == 0:
-        return True
-    if x.is_complex():
-        x = torch.view_as_real(x.resolve_conj())
-    low, high = torch.aminmax(x)
-    if dtype is not None:
-        low, high = low.to(dtype), high.to(dtype)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-names_of_parameters, variants = _names.names_of_parameters, _names.variants
+from dgg import sharding
+from dgg.anchor import readings
+from dgg.anchor.memory import Part, check_source, is_alias
 
 
 def find_names(
@@ -200,21 +51,21 @@ def find_names(
 
     words = stored.words if isinstance(stored, Stored) else ()
     try:
-        return _names.find(stored, candidates, model, others, same, words)
-    except _names.Two as two:
+        return readings.find(stored, candidates, model, others, same, words)
+    except readings.Two as two:
         raise ValueError(
             f"{called(two.place)}, may have two tensors{where}, {two.first!r} and {two.second!r}, "
             "which differ: leave out the one that is not meant"
             + ("" if model is not None else ", or pass model=, which tells whose they are")
         ) from None
-    except _names.Shared as shared:
+    except readings.Shared as shared:
         both = " and of ".join(called(place) for place in shared.places)
         raise ValueError(
             f"the tensor {shared.name!r}{where} would be the anchor of {both}: pass the tensors "
             "by their names in the model (set_anchor(model.state_dict(), model=model)), or freeze "
             "one of the two"
         ) from None
-    except _names.Missing as found:
+    except readings.Missing as found:
         missing, reasons = [called(place) for place in found.places], found.reasons
     shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
     have = ", ".join(map(str, list(stored)[:3])) or "nothing"
@@ -342,23 +193,6 @@ class Stored(Mapping):
         shape, dtype = self.kind(name)
         made = torch.empty(shape, dtype=dtype, device="meta")
         return Part(self, name, made, shape, dtype).read()
-
-
-class Part(NamedTuple):
-    """The source of one anchor in a file, of a sharded one this rank's part; nothing is read."""
-
-    stored: Stored
-    name: str
-    param: Tensor
-    shape: tuple[int, ...]
-    dtype: Any
-    layout: torch.layout = torch.strided
-
-    def read(self) -> Tensor:
-        """Returns the values as a plain tensor on the CPU, good until the files are closed."""
-        # Who reads them makes tensors on the default device.
-        with torch.device("cpu"):
-            return self.stored.read(self.name, self.param)
 
 
 class _Safetensors(Stored):

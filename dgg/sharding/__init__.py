@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who holds which part of the parameters: DTensor, FSDP1, ZeroRedundancyOptimizer."""
+
+from dgg.sharding.dtensor import (
+    Place,
+    Shards,
+    all_equal_dtensors,
+    box_of,
+    check,
+    is_dtensor,
+    keeps_values_elsewhere,
+    like,
+    local,
+    place_of,
+    shard_of,
+    version_of,
+)
+from dgg.sharding.reduction import Reduction, on_all_or_none, peers, settled
+
+__all__ = [
+    "Place",
+    "Reduction",
+    "Shards",
+    "all_equal_dtensors",
+    "box_of",
+    "check",
+    "is_dtensor",
+    "keeps_values_elsewhere",
+    "like",
+    "local",
+    "on_all_or_none",
+    "peers",
+    "place_of",
+    "settled",
+    "shard_of",
+    "version_of",
+]
