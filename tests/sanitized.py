@@ -150,9 +150,9 @@ def environment(folder: pathlib.Path, isa: str, *, preload: bool = True) -> dict
         "DGG_ISA": "" if isa == "avx512" else isa,
         "OMP_WAIT_POLICY": "passive",  # threads that spin take the core from others
         # Python keeps what it has until it ends, which is no leak. Of freed memory 64 MB are held
-        # back, a quarter of the default: tests run side by side.
+        # back, a quarter of the default: tests run side by side. Nothing here needs 2 GB at once.
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1:"
-        "quarantine_size_mb=64",
+        "quarantine_size_mb=64:max_allocation_size_mb=2048",
         "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
     }
     if preload:
