@@ -310,23 +310,27 @@ struct Philox {
   }
 };
 
-// The anchor where the draw injects, the parameter itself elsewhere: its difference is then zero.
+// G of equation (5) where each element has a draw of its own: selected, not multiplied away, or the
+// difference of a weight that is infinite would be NaN where nothing pulls.
 template <typename T>
-struct Mask {
+struct GuideDrawn {
+  const T* param;
+  const T* grad;
+  const T* anchor;
+  T* out;
   const uint32_t* words;
   uint32_t threshold;
-  const T* anchor;
-  const T* param;
-  T* out;
   int64_t n;
+  GuideScalars<T> scalars;
 
   DGG_HOST_DEVICE void operator()() const { stream(*this); }
   DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(anchor + i);
+    prefetch(grad + i);
     prefetch(param + i);
+    prefetch(anchor + i);
   }
   DGG_HOST_DEVICE void element(int64_t i) const {
-    out[i] = words[i] < threshold ? anchor[i] : param[i];
+    out[i] = guide<true>(scalars, param[i], grad[i], anchor[i], words[i] < threshold);
   }
 };
 
@@ -800,19 +804,14 @@ void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t beg
   }
 }
 
-// The anchor as the guided loops are to see it.
-template <typename S>
-const S* mask_anchor(const Row& row, const Draws& draws, int64_t begin, int64_t n, const S* anchor,
-                     const S* param, S* buffer) {
-  if constexpr (is_wide<S>()) {
-    if (row.masked) {
-      uint32_t words[kBlock];
-      draw_words(row, draws, kStreamElement, begin, n, words);
-      run(Mask<S>{words, row.threshold, anchor, param, buffer, n});
-      return buffer;
-    }
-  }
-  return anchor;
+// G of a row that is drawn element by element, for loops that guide nothing themselves.
+template <typename T>
+void guide_drawn(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
+                 int64_t n, const T* param, const T* grad, const T* anchor, T* out,
+                 const Ahead& ahead = {}) {
+  uint32_t words[kBlock];
+  draw_words(row, draws, kStreamElement, begin, n, words);
+  run(GuideDrawn<T>{param, grad, anchor, out, words, row.threshold, n, scalars}, ahead);
 }
 
 // A list that keeps its memory from call to call: for hundreds of tiny tensors getting it anew
@@ -1106,7 +1105,7 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
       if (row.copy) row.copy.adopt(begin, n, param);
     }
     const S* const grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
-    ahead.add<S>(row.grad, begin, bool(row.replay));
+    ahead.add<S>(row.grad, begin, row.replay || row.masked);
     ahead.add<S>(row.replay, begin, true);
     S* state[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -1120,9 +1119,16 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
       if (row.guided) ahead.add<S>(row.anchor, begin, row.masked);
     }
     ahead.add<S>(row.copy, begin, true);
-    if (row.guided) {
-      const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, spare + 4 * kBlock);
-      Rule::template block<T, S, true>(scalars, param, grad, state, seen, n, ahead);
+    if (row.masked) {
+      if constexpr (is_wide<S>()) {
+        S* const total = spare + 4 * kBlock;
+        guide_drawn(row, draws, scalars.guide, begin, n, param, grad, anchor, total);
+        auto guided = scalars;
+        guided.guide.grad = T(1);
+        Rule::template block<T, S, false>(guided, param, total, state, nullptr, n, ahead);
+      }
+    } else if (row.guided) {
+      Rule::template block<T, S, true>(scalars, param, grad, state, anchor, n, ahead);
     } else {
       Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n, ahead);
     }
@@ -1251,7 +1257,7 @@ void compute_sgd(const Rows& rows, const Control& control, double* distances, bo
 template <typename T, typename S>
 void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& draws,
                  const Chunk& chunk) {
-  S buffers[5][kBlock];
+  S buffers[4][kBlock];
   const auto scalars = wide.as<T>();
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
@@ -1264,10 +1270,12 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
     if (row.guided) {
       const S* const param = row.param.stage<S>(begin, n, buffers[2]);
       const S* const anchor = row.anchor.stage<S>(begin, n, buffers[3]);
-      const S* const seen = mask_anchor(row, draws, begin, n, anchor, param, buffers[4]);
-      ahead.add<S>(row.param, begin, row.masked);
-      ahead.add<S>(row.anchor, begin, row.masked);
-      run(GuideLoop<T, S, true>{param, grad, seen, out, n, scalars}, ahead);
+      ahead.add<S>(row.param, begin);
+      ahead.add<S>(row.anchor, begin);
+      if constexpr (is_wide<S>()) {
+        if (row.masked) guide_drawn(row, draws, scalars, begin, n, param, grad, anchor, out, ahead);
+      }
+      if (!row.masked) run(GuideLoop<T, S, true>{param, grad, anchor, out, n, scalars}, ahead);
     } else {
       run(GuideLoop<T, S, false>{nullptr, grad, nullptr, out, n, scalars}, ahead);
     }

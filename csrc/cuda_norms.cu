@@ -320,6 +320,7 @@ __global__ void __launch_bounds__(kThreads) draw_flags_kernel(const DrawArgument
   if (threadIdx.x == 0) any = 0;
   __syncthreads();
   const uint32_t draw = static_cast<uint32_t>(*a.draw_index);
+  int drawn = 0;
   for (int64_t i = threadIdx.x; i < a.table_rows; i += kThreads) {
     const int64_t* const columns = a.table + i * kColumns;
     const double* const hyper = a.hyper + columns[kColumnGroup] * a.hypers;
@@ -335,8 +336,9 @@ __global__ void __launch_bounds__(kThreads) draw_flags_kernel(const DrawArgument
       flag = static_cast<double>(word) < threshold ? kInject : 0;
     }
     a.flags[i] = static_cast<uint8_t>((a.flags[i] & kFirstStep) | flag);
-    if (flag) any = 1;
+    drawn |= flag;
   }
+  if (drawn) atomicOr(&any, 1);
   __syncthreads();
   if (threadIdx.x == 0 && a.gate) *a.gate = static_cast<uint8_t>(any);
 }

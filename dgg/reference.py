@@ -182,7 +182,9 @@ def guided_gradient(
     if maximize:
         total = -total
     if difference is not None:
-        total = total + difference * scale.to(h.dtype)
+        guided = total + difference * scale.to(h.dtype)
+        # Selected, not multiplied away: nothing times an infinite difference would be NaN.
+        total = torch.where((scale == 0).to(total.device), total, guided)
     return total
 
 

@@ -207,6 +207,13 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 
+template <typename T>
+T atomicOr(T* address, T value) {
+  const T before = *address;
+  *address |= value;
+  return before;
+}
+
 #endif  // CUDA_ON_THREADS
 
 template <typename T>

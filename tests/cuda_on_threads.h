@@ -108,3 +108,7 @@ inline int atomicAdd(int* address, int value) {
   return releases ? __atomic_fetch_add(address, value, __ATOMIC_RELEASE)
                   : __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
+
+inline int atomicOr(int* address, int value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}

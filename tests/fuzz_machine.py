@@ -182,6 +182,7 @@ class World:
         self.params: list[torch.Tensor] = []
         self.held: list[Held] = []
         self.groups: list[dict] = []
+        self.warned = False  # that replay gradients were dropped
         self.counted = 0  # zero_grad() since the last replay block
         self.resumed: int | None = None
         self.task_named: int | None = None
@@ -245,7 +246,9 @@ class World:
         complexes = any(dtype.is_complex for dtype in self.kinds)
         choices = [None, None, F32, F64] + ([] if complexes else [BF16, F16])
         self.anchor_dtype = options["anchor_dtype"] = rng.choice(choices)
+        options["anchor_device"] = rng.choice([None, None, "cpu"])
         self.default_pull = self.pull(rng)
+        self.options = options
         extra = dict(self.default_pull)
         self.state_dtype, self.master, self.stochastic, self.fused = None, False, False, None
         groups, narrow, bfloat = [], False, False
@@ -363,11 +366,8 @@ class World:
                 )
             entry = self.real_state(p)
             if held.converted and "master" in entry and "master" not in held.state:
-                # Kept while the weights were wider: it must be worth what the weights are.
-                if not same(entry["master"].to(p.dtype), held.theta):
-                    entry.pop("master")
-                else:
-                    held.state["master"] = entry["master"].clone()
+                # Kept while the weights were wider: worth what the rule for masters says.
+                held.state["master"] = self.settled_master(held.theta, entry["master"])
             made = entry.get("max_exp_avg_sq")
             if made is not None and "max_exp_avg_sq" not in held.state and not made.any():
                 # amsgrad was switched on; state_dict() makes what the next step would.
@@ -964,7 +964,15 @@ def zero(w: World, set_to_none: bool) -> None:
         for p in w.params
     ):
         set_to_none = True  # torch cannot write into an expanded, negated or conjugated one
-    w.opt.zero_grad(set_to_none=set_to_none)
+    drops = KEEPS_REPLAY and not w.foreign and w.counted == 1
+    drops = drops and any(held.replay is not None for held in w.held)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        w.opt.zero_grad(set_to_none=set_to_none)
+    said = [str(each.message) for each in heard if "replay" in str(each.message)]
+    if len(said) != int(drops and not w.warned):
+        raise Difference("zero_grad: warnings", f"{said}, dropped {drops}, before {w.warned}")
+    w.warned = w.warned or drops
     for i, p in enumerate(w.params):
         if set_to_none and p.grad is not None or p.grad is not None and model.flat(p.grad).any():
             raise Difference("zero_grad leaves a gradient", f"of p{i}")
@@ -1489,6 +1497,42 @@ def convert(w: World, rng) -> None:
             p.grad_dtype = None
 
 
+@action(0.4)
+def unguide(w: World, rng) -> None:
+    """Takes the guidance off, steps as torch does, and puts a new one on."""
+    if not w.foreign:
+        return
+    w.note("guidance.remove(), step(), a new Guidance")
+    w.guide.remove()
+    twin = copy.deepcopy((w.bag, w.opt))
+    set_gradients(w, rng)
+    for p, q in zip(w.params, (q for g in twin[1].param_groups for q in g["params"]), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    try:
+        w.opt.step()
+    except RuntimeError:
+        # What torch does not take (a lazy view, say) is torch's affair.
+        w.opt.zero_grad()
+        twin = copy.deepcopy((w.bag, w.opt))
+    else:
+        twin[1].step()
+    for i, q in enumerate(q for g in twin[1].param_groups for q in g["params"]):
+        p, held = w.params[i], w.held[i]
+        # Torch's own kernels round otherwise where the memory is laid out otherwise.
+        if not torch.allclose(p, q, rtol=2e-2, atol=1e-3, equal_nan=True):
+            raise Difference("guidance.remove(): steps otherwise than torch", f"p{i}")
+        held.theta = p.detach().clone()
+        state = w.opt.state.get(p, {})
+        held.state = {k: v.clone() for k, v in state.items() if v is not None}
+        held.replay, held.stale = None, None
+    w.guide = dgg.Guidance(w.opt, backend=w.backend, **w.options, **w.default_pull)
+    w.wide = {**w.wide, **{k: v for k, v in w.options.items() if k in WIDE}}
+    w.wide.update(draw_index=0, task_index=0)
+    for group in w.groups:
+        group.update(w.default_pull, anchored=0)
+    w.counted, w.resumed, w.task_named, w.saved = 0, None, None, []
+
+
 @action(1)
 def freeze(w: World, rng) -> None:
     i = rng.randrange(len(w.params))
@@ -1538,7 +1582,7 @@ def drop_caches(w: World) -> None:
     for held in w.held:
         held.replay, held.stale = None, None
     w.counted, w.resumed, w.task_named = 0, None, None
-    w.kept = {}
+    w.kept, w.warned = {}, False
 
 
 @action(1)
@@ -2188,7 +2232,10 @@ def negated_weights(w: World, rng) -> None:
         return
     set_gradients(w, rng)
     right, p.grad = p.data, None
-    p.data = torch._neg_view(-right)
+    same_memory = rng.random() < 0.5
+    p.data = torch._neg_view(right if same_memory else -right)
+    if p.is_complex() and same_memory:
+        p.data = right.conj()
     p.grad = values(rng, w.gen, p.shape, p.dtype)
     try:
         refused_step(w, "negated weights")

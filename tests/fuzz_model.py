@@ -311,15 +311,11 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
             value, error = scales[row.index]
             value, error = strength * value, strength * error
             pull = ops.mul(d[row.index], (value, error + 2 * ops.unit * value + ops.least))
-            if value == 0:
-                # Where a weight is inf or NaN, nothing times it is left open.
-                strange = ~np.isfinite(d[row.index][0])
-                pull = np.where(strange, 0.0, pull[0]), np.where(strange, np.inf, pull[1])
+            if value == 0:  # nothing pulls, be it times inf
+                pull = np.zeros_like(pull[0]), np.zeros_like(pull[1])
             if wide.get("foreign") and groups[row.group].get("maximize", False):
                 pull = -pull[0], pull[1]
-            # Nothing times a weight that is inf or NaN is left open, as above.
-            left = ~np.isfinite(d[row.index][0]) & ~masks[row.index]
-            G = where(masks[row.index], ops.add(G, pull), (G[0], np.where(left, np.inf, G[1])))
+            G = where(masks[row.index], ops.add(G, pull), G)
         total[row.index] = G
         made.rows[row.index] = {"G": G}
     return total, made

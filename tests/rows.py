@@ -331,6 +331,38 @@ def check_nan_and_infinity(call, dtype, bad):
     assert problem.states[2][0].isfinite().sum() == 39
 
 
+def check_what_does_not_pull(call, name, dtype, bad):
+    """Where nothing pulls, what a weight and its anchor are does not reach the gradient.
+
+    Rows: drawn by element, drawn with a scale of 0, not drawn, and wholly drawn.
+    """
+    size = 5003  # whole vectors of every backend, and a rest
+    flags = [ELEMENTS, INJECT, 0, INJECT]
+    # Decay that is added to the gradient would bring the weight in by itself.
+    hyper = {**FULL[name], **({} if name == "guide" else {"weight_decay": 0.0})}
+    problem = Problem([size] * 4, (dtype,) * 5, replay=False)
+    problem.coefficients[reference.SCALES + 1] = 0.0
+    bad_places = torch.zeros(size, dtype=torch.bool)
+    for param, anchor in zip(problem.params, problem.anchors, strict=True):
+        param[::5] = bad
+        anchor[1::7] = bad
+        bad_places[::5] = bad_places[1::7] = True
+    words = _philox.element_words(SEED, DRAW, problem.indices[0], torch.arange(size))
+    pulled = torch.zeros(4, size, dtype=torch.bool)
+    pulled[0], pulled[3] = words < THRESHOLD, True
+    exact = problem.exact()
+    call(name, problem, hyper, flags)
+    reference_step(name, exact, hyper, flags)
+    ours = problem.grads if name == "guide" else problem.states[0]
+    theirs = exact.grads if name == "guide" else exact.states[0]
+    for row in range(4):
+        finite = ~(bad_places & pulled[row])
+        assert torch.equal(ours[row].isfinite(), finite), f"row {row}"
+        assert torch.equal(theirs[row].isfinite(), finite), f"row {row} of the reference"
+        assert torch.equal(ours[row].isnan(), theirs[row].isnan()), f"row {row}"
+        assert_rounding(ours[row][finite], theirs[row][finite], f"row {row}", dtype == F64)
+
+
 def check_rows_without_gradient(call, size):
     """They are untouched; an empty one that has a gradient is counted."""
     problem = Problem([9, size, 9, 0])

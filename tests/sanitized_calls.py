@@ -17,6 +17,7 @@ import ctypes
 import mmap
 import pathlib
 import random
+import resource
 import struct
 import threading
 import warnings
@@ -33,6 +34,8 @@ COLUMNS = 14
     0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
 )  # fmt: skip
 SCALES = 4
+# Beyond it elements have no place in an unsharded parameter (make_rows of cpu.cpp).
+LAST_PLACE = 2**61
 
 # Around a vector, a strip, lanes, a block, four blocks and a chunk of cpu.cpp.
 TINY = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 100]
@@ -41,6 +44,7 @@ CHUNKS = [32767, 32768, 32769, 2 * 32768, 2 * 32768 + 1, 3 * 32768 + 1025]
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e30, -1e30, 3e38, 1e-30, 1e-40,
            5e-324, 1e300, 65504.0, 65520.0, 6e-8, 1.0]  # fmt: skip
 POOL = 1 << 18
+MOST_MEMORY = 1 << 32
 
 
 def pools(wild: bool) -> dict[torch.dtype, torch.Tensor]:
@@ -176,7 +180,11 @@ def places(rng: random.Random, size: int) -> tuple[int, int, int]:
     if rng.random() < 0.6 or size == 0:
         return 0, size, size
     block = rng.choice((1, 2, 3, 5, 64, 1000, size, 2 * size)) if size < 5000 else size // 3 + 1
-    return rng.choice((0, 1, 2, 3, 7, 2**33 + 1)), block, block + rng.choice((0, 1, 3, 1000))
+    base = rng.choice((0, 1, 2, 3, 7, 2**33 + 1, LAST_PLACE - 1))
+    turns = (size - 1) // block
+    if turns and rng.random() < 0.05:
+        return base, block, LAST_PLACE // turns - 1
+    return base, block, block + rng.choice((0, 1, 3, 1000))
 
 
 class Table:
@@ -567,8 +575,8 @@ class Calls:
             # Active rows only are looked at for what an update needs.
             arguments[1] = torch.where(table.grads == 0, table.table[:, PARAM], table.grads)
 
-        kind = rng.choice(("cell", "cell", "cell", "cell", "missing", "tensor", "tensor", "tensor",
-                           "replay", "norms"))  # fmt: skip
+        kind = rng.choice(("cell", "cell", "cell", "cell", "place", "missing", "tensor", "tensor",
+                           "tensor", "replay", "norms"))  # fmt: skip
         if kind == "cell":
             column, value = rng.choice((
                 (NUMEL, -1), (NUMEL, -(2**63)), (GROUP, -1), (GROUP, table.groups),
@@ -579,6 +587,9 @@ class Calls:
             with_cell(column, value)
             if column == BLOCK and table.table[row, NUMEL] == 0:
                 return
+        elif kind == "place":
+            column, value = self._no_place(rng, table.table[row])
+            with_cell(column, value)
         elif kind == "missing":
             if rule == "guide" or table.table[row, NUMEL] == 0:
                 return
@@ -600,7 +611,10 @@ class Calls:
             if rng.random() < 0.5:
                 given[place] = self._spoiled(rng, given[place])
             else:
-                column, value = rng.choice(((NUMEL, -1), (GROUP, -1), (BLOCK, -1), (CODES, 255)))
+                column, value = rng.choice((
+                    (NUMEL, -1), (GROUP, -1), (BLOCK, -1), (CODES, 255),
+                    self._no_place(rng, table.table[row]),
+                ))  # fmt: skip
                 if column == BLOCK and table.table[row, NUMEL] == 0:
                     return
                 given[0] = table.table.clone()
@@ -608,6 +622,18 @@ class Calls:
             self.refuse(memory, ops.norms_table, *given, **table.options("norms"))
             return
         self.refuse(memory, OPERATORS[rule], *arguments, **options)
+
+    @staticmethod
+    def _no_place(rng: random.Random, row: torch.Tensor) -> tuple[int, int]:
+        """Returns a column of a row and a number that leaves an element no place, or any."""
+        choices = [(BASE, -1), (BASE, -(2**63)), (BASE, LAST_PLACE), (BASE, 2**63 - 1),
+                   (STRIDE, -1), (STRIDE, -(2**63)), (NUMEL, LAST_PLACE),
+                   (NUMEL, 2**63 - 1)]  # fmt: skip
+        numel, block = row[NUMEL].item(), row[BLOCK].item()
+        turns = (numel - 1) // block if numel else 0
+        if turns:
+            choices += 2 * [(STRIDE, -(-LAST_PLACE // turns)), (STRIDE, 2**63 - 1)]
+        return rng.choice(choices)
 
     @staticmethod
     def _spoiled(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
@@ -621,6 +647,8 @@ class Calls:
             choices += [x[:, :-1].contiguous(), x.reshape(-1), x.unsqueeze(0), x[:, :0]]
             if x.shape[0] > 1:
                 choices.append(x.t().contiguous().t())
+            if rng.random() < 0.25:
+                return x.new_zeros(())
         spoiled = rng.choice(choices)
         if x.dim() == 2 and x.shape[1] != COLUMNS and spoiled.shape == one_more.shape:
             return x.to(torch.int32)  # more groups than anybody uses are no fault
@@ -677,7 +705,7 @@ class Calls:
 
     def bad_rest(self, memory: Memory) -> None:
         rng = memory.rng
-        kind = rng.choice(("words", "squares", "watch"))
+        kind = rng.choice(("words", "squares", "watch", "end"))
         if kind == "words":
             n = rng.choice((-1, -(2**63)))
             self.refuse(memory, ops.philox_words, 0, 0, 0, n)
@@ -689,9 +717,37 @@ class Calls:
             ))  # fmt: skip
             self.refuse(memory, ops.coefficients, squares, max_grad_norm=1.0, scaling=True,
                         per_tensor=False)  # fmt: skip
-        else:
+        elif kind == "watch":
             tensors = [torch.zeros(3), torch.ones(3).to_sparse()]
             self.refuse(memory, ops.watch, tensors, told="")
+        else:
+            self._end_before_begin(memory)
+
+    def _end_before_begin(self, memory: Memory) -> None:
+        """Ends a step that has not begun, one with more parameters, and one of no watch."""
+        rng, library = memory.rng, self.library
+        params = [torch.nn.Parameter(memory.numbers(rng.choice(TINY), DTYPES[0]))
+                  for _ in range(rng.randint(1, 6))]  # fmt: skip
+        n = len(params)
+        handle = ops.watch([])
+        _gather.watch_params(library, handle, params, [])
+        numbers = memory.of([0] * n, torch.int64), memory.of([0] * n, torch.int64)
+        known = memory.of([0.5] * n, torch.float64)
+        gather = _gather.Gather(library, handle, *numbers, known, [True] * n)
+        if rng.random() < 0.3:  # begun, but with fewer
+            fewer = rng.randrange(n)
+            few = _gather.Gather(library, handle, *numbers, known, [True] * fewer)
+            if few.begin(True) != 0:
+                raise AssertionError("a parameter has a gradient that nobody gave it")
+            self.calls += 1
+        elif rng.random() < 0.3:
+            ops.unwatch(handle)
+        before = [p._version for p in params], list(gather.versions)
+        self.refuse(memory, gather.end, written=rng.random() < 0.7, told="version")
+        if before != ([p._version for p in params], list(gather.versions)):
+            raise AssertionError("a step that has not begun was counted")
+        ops.unwatch(handle)
+        self.calls += 1
 
 
 def provoke(kind: str) -> None:
@@ -731,6 +787,9 @@ def main() -> None:
         provoke(given.provoke)
         print("nothing was found")
         return
+    if given.pages:
+        # What should have been refused may ask for all there is; ASan has a bound of its own.
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     done = Calls(Pages() if given.pages else None)
     progress = None
     if given.progress:

@@ -23,6 +23,7 @@ from rows import (
     FIRST,
     FULL,
     GUIDE,
+    HYPER,
     INJECT,
     SEED,
     SGD,
@@ -194,6 +195,13 @@ def test_nothing_beyond_the_tensor_is_touched(dtype, offset):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_where_they_are(dtype, bad):
     rows.check_nan_and_infinity(call, dtype, bad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HYPER)
+def test_what_does_not_pull_does_not_reach_the_gradient(name, dtype, bad):
+    rows.check_what_does_not_pull(call, name, dtype, bad)
 
 
 def test_half_conversions_are_exact_for_every_value():

@@ -232,6 +232,16 @@ def test_written_parameters_take_their_masters_place(kernels, name, dtype):
     rows.check_adoption(call, name, dtype)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RULES)
+def test_what_does_not_pull_does_not_reach_the_gradient(kernels, name, dtype, bad):
+    def call(name, problem, *arguments):
+        Launches(kernels, problem).update(name, *arguments)
+
+    rows.check_what_does_not_pull(call, name, dtype, bad)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_norms_of_extreme_numbers(kernels, dtype):
     def call(name, problem, hyper, flags, *, look_ahead):

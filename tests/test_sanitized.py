@@ -78,3 +78,11 @@ def test_a_finding_says_how_to_repeat_it(library, monkeypatch, tmp_path):
     monkeypatch.setattr(sanitized, "CALLS", broken)
     with pytest.raises(sanitized.Finding, match=r"scenario 7 of seed 5 .*--seed 5 --first 7"):
         sanitized.run(library, "baseline", 1000, seed=5)
+
+
+def test_a_killed_process_is_no_finding(monkeypatch, tmp_path):
+    killed = tmp_path / "sanitized_calls.py"
+    killed.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr(sanitized, "CALLS", killed)
+    with pytest.raises(RuntimeError, match="killed from outside"):
+        sanitized.run(sanitized.released(), "baseline", 1000, seed=0, pages=True)

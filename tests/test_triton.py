@@ -271,6 +271,13 @@ def test_nan_and_infinity_stay_where_they_are(dtype, bad):
     rows.check_nan_and_infinity(call, dtype, bad)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HYPER)
+def test_what_does_not_pull_does_not_reach_the_gradient(name, dtype, bad):
+    rows.check_what_does_not_pull(call, name, dtype, bad)
+
+
 def plain(**changes):
     """SGD that subtracts the gradient and does nothing else."""
     return {**SGD, "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, **changes}
