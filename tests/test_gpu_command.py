@@ -562,13 +562,14 @@ def test_checks_are_read(command, tmp_path, monkeypatch, code, status, words):
     assert line[0][1].endswith("gpu_checks.py") and "--device" not in line[0]
 
 
+BOTH = "echo 'triton: checked'"
 SANITIZER = """#!/bin/sh
 echo "$@" >> {folder}/calls
 case "$2" in
 memcheck) echo "========= ERROR SUMMARY: {memory} errors" ;;
 racecheck) echo "========= RACECHECK SUMMARY: {races} hazards displayed (0 errors, 0 warnings)" ;;
 esac
-echo "cpp: checked"; echo "triton: checked"
+echo "cpp: checked"
 {end}
 """
 
@@ -576,9 +577,10 @@ echo "cpp: checked"; echo "triton: checked"
 @pytest.mark.parametrize(
     ("memory", "races", "end", "status", "words"),
     [
-        (0, 0, "exit 0", "ok", "errors (cpp, triton), racecheck: 0 errors (cpp, triton)"),
-        (2, 0, "exit 99", "failed", "memcheck: 2 errors, exit code 99"),
-        (0, 1, "exit 0", "failed", "racecheck: 1 errors"),
+        (0, 0, BOTH, "ok", "memcheck: 0 errors (cpp, triton), racecheck: 0 errors (cpp, triton)"),
+        (2, 0, f"{BOTH}; exit 99", "failed", "memcheck: 2 errors, exit code 99"),
+        (0, 1, BOTH, "failed", "racecheck: 1 errors"),
+        (0, 0, "echo triton is not checked", "failed", "memcheck: 0 errors, exit code 0"),
         (0, 0, "echo 'Error: Device not supported'; exit 1", "not run", "memcheck: Device not"),
         (0, 0, "sleep 60", "failed", "racecheck: stopped at its limit"),
         (0, 0, "exit 3", "failed", "exit code 3"),
