@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -31,6 +32,9 @@
 namespace dgg {
 namespace {
 
+// Sizes, then strides.
+using Layout = std::vector<int64_t>;
+
 // Where a tensor's elements lie, and what they are.
 struct Place {
   const void* address = nullptr;
@@ -38,15 +42,39 @@ struct Place {
   int32_t dtype = 0;
   bool contiguous = false;
   bool lazy = false;  // negated or conjugated, which the memory does not show
+  // Of a tensor that is not contiguous: a view of the same memory in another order is another
+  // tensor to the kernels.
+  std::unique_ptr<Layout> layout;
 
-  // A view of the same memory in another order is another tensor to the kernels; what was not
-  // contiguous is told from a contiguous one, which is the change that `.data =` makes.
   bool operator==(const Place& other) const {
     return address == other.address && numel == other.numel && dtype == other.dtype &&
            contiguous == other.contiguous && lazy == other.lazy;
   }
 };
 
+bool has_layout(AtenTensorHandle handle, const Layout& layout) {
+  int64_t dims = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  return !aoti_torch_get_dim(handle, &dims) && 2 * dims == static_cast<int64_t>(layout.size()) &&
+         !aoti_torch_get_sizes(handle, &sizes) && !aoti_torch_get_strides(handle, &strides) &&
+         std::equal(sizes, sizes + dims, layout.begin()) &&
+         std::equal(strides, strides + dims, layout.begin() + dims);
+}
+
+// Null if torch does not tell.
+std::unique_ptr<Layout> layout_of(AtenTensorHandle handle) {
+  int64_t dims = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  if (aoti_torch_get_dim(handle, &dims) || aoti_torch_get_sizes(handle, &sizes) ||
+      aoti_torch_get_strides(handle, &strides)) {
+    return nullptr;
+  }
+  auto layout = std::make_unique<Layout>(sizes, sizes + dims);
+  layout->insert(layout->end(), strides, strides + dims);
+  return layout;
+}
+
+// All but the layout, which is compared without a copy.
 bool place_of(AtenTensorHandle handle, Place& place) {
   return !torch_get_const_data_ptr(handle, &place.address) &&
          !aoti_torch_get_numel(handle, &place.numel) &&
@@ -90,7 +118,14 @@ bool unmoved(Impl impl, const Place& place) {
   Place now;
   if (!place_of(handle_of(impl), now)) return false;
   now.lazy = is_lazy(impl);
-  return now == place;
+  return now == place && (place.layout == nullptr || has_layout(handle_of(impl), *place.layout));
+}
+
+// As place_of, with the layout of what is not contiguous.
+bool whole_place_of(AtenTensorHandle handle, Place& place) {
+  if (!place_of(handle, place)) return false;
+  if (!place.contiguous) place.layout = layout_of(handle);
+  return place.contiguous || place.layout != nullptr;
 }
 
 // A dict of Python, and what it held when the watch began: keys and values in turn.
@@ -174,8 +209,8 @@ int64_t watch(std::vector<torch::stable::Tensor> tensors) {
   for (const auto& tensor : tensors) {
     list->impls.push_back(impl_of(tensor.get()));
     Place place;
-    STD_TORCH_CHECK(place_of(tensor.get(), place), "dgg::watch: a tensor without memory");
-    list->places.push_back(place);
+    STD_TORCH_CHECK(whole_place_of(tensor.get(), place), "dgg::watch: a tensor without memory");
+    list->places.push_back(std::move(place));
   }
   list->owned = std::move(tensors);
   const std::lock_guard<std::mutex> lock(mutex);
@@ -298,8 +333,12 @@ bool take(AtenTensorHandle grad, const Device& device, const Place& param, int64
   if (aoti_torch_get_layout(grad, &layout) || layout != aoti_torch_layout_strided() ||
       !device_of(grad, found) || !(found == device) || aoti_torch_get_dtype(grad, &dtype) ||
       dtype != param.dtype || aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
-      aoti_torch_is_contiguous(grad, &contiguous) || !contiguous ||
       torch_get_const_data_ptr(grad, &data)) {
+    return false;
+  }
+  if (param.layout) {
+    if (!has_layout(grad, *param.layout)) return false;
+  } else if (aoti_torch_is_contiguous(grad, &contiguous) || !contiguous) {
     return false;
   }
   address = reinterpret_cast<int64_t>(data);
@@ -414,10 +453,11 @@ DGG_C_API int64_t dgg_watch_params(int64_t handle, const void* const* objects, i
     std::vector<dgg::Place> places(count);
     for (int64_t i = 0; i < count; ++i) {
       impls.push_back(dgg::impl_in(objects[i]));
-      if (!dgg::place_of(dgg::handle_of(impls[i]), places[i])) return dgg::kUnusual;
+      if (!dgg::whole_place_of(dgg::handle_of(impls[i]), places[i])) return dgg::kUnusual;
     }
     list->impls.insert(list->impls.begin(), impls.begin(), impls.end());
-    list->places.insert(list->places.begin(), places.begin(), places.end());
+    list->places.insert(list->places.begin(), std::make_move_iterator(places.begin()),
+                        std::make_move_iterator(places.end()));
     list->objects.assign(objects, objects + count);
     for (int64_t i = 0; i < anchored; ++i) {
       list->anchors.push_back(anchors[i] < 0 ? -1 : anchors[i] + count);
@@ -464,13 +504,13 @@ DGG_C_API int32_t dgg_unmoved(int64_t handle) {
 // `dgg_gather_end`: their addresses (0: none), and the parameters' versions. The known distance of
 // a parameter whose version, or whose anchor's, moved is dropped. Replay gradients are given by
 // their Python objects (null: none at all) and are the caller's to keep. A row that is not `usual`,
-// or whose gradients are not contiguous, of the parameter's device, dtype and size and free of lazy
-// negation, is named in `odd`: its addresses are the caller's to find. Returns how many have a
-// gradient or a replay gradient, or -1 if a watched tensor moved, or -2 if this is not possible;
-// then nothing is to be used.
+// or whose gradients are not of the parameter's order (contiguous, or its strides), device, dtype
+// and size and free of lazy negation, is named in `odd`: its addresses are the caller's to find.
+// Returns how many have a gradient or a replay gradient, or -1 if a watched tensor moved, or -2 if
+// this is not possible; then nothing is to be used.
 DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses,
                              int64_t* replay_addresses, int64_t* versions, double* distances,
-                             const uint8_t* usual, int64_t* odd, const void* const* replays,
+                             int64_t* odd, const uint8_t* usual, const void* const* replays,
                              int32_t known) {
   try {
     const auto list = dgg::list_of(handle);

@@ -344,8 +344,9 @@ class Watch:
         return _gather.Gather(self._library, self._handle, *memory)
 
     @staticmethod
-    def _place(x: Tensor) -> tuple[int, int, int, bool, torch.dtype]:
-        return id(x), x.data_ptr(), x.numel(), x.is_contiguous(), x.dtype
+    def _place(x: Tensor) -> tuple:
+        order = None if x.is_contiguous() else (x.shape, x.stride())
+        return id(x), x.data_ptr(), x.numel(), order, x.dtype
 
 
 class Rows:
@@ -541,7 +542,11 @@ class Rows:
                 noted = self._noted = torch.ones(
                     len(self.params), dtype=torch.float64, device="cpu"
                 )
-            self._gather = watch.gather(self.params, *self._address_buffers, noted, self._usual)
+            # Those that are dense in another order, too, unless elements have a number each.
+            usual = self._usual if self.stochastic else [not staged for staged in self._staged]
+            self._gather = watch.gather(
+                self.params, *self._address_buffers, noted, usual, self._usual
+            )
         return self._gather is not None
 
     def gather(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
@@ -555,7 +560,7 @@ class Rows:
             Whether it did. If not, a watched tensor moved or a gradient is wrong, and it is for
             `refresh` to take them up or to complain.
         """
-        present = self._gather.begin(self._versions is not None, replays)
+        present = self._gather.begin(self._versions is not None, replays, row_major=elementwise)
         if present < 0:
             return False
         self._gathered = True

@@ -69,8 +69,9 @@ class Gather:
         addresses: int64 [n], receives the gradients' addresses.
         replay_addresses: int64 [n], receives the replay gradients' addresses.
         distances: float64 [n], -1 is written where the parameter or its anchor was changed.
-        usual: For each parameter whether a contiguous gradient of its dtype can be worked on as
-            it is.
+        usual: For each parameter whether a gradient of its dtype and order (contiguous, or of the
+            very strides) can be worked on as it is.
+        row_major: The same where elements are counted in row-major order; ``usual`` if None.
 
     Attributes:
         versions: The parameters' versions; see `begin`.
@@ -84,9 +85,11 @@ class Gather:
         replay_addresses: Tensor,
         distances: Tensor,
         usual: Sequence[bool],
+        row_major: Sequence[bool] | None = None,
     ) -> None:
         count = len(usual)
-        self._usual, self._odd = bytes(usual), array.array("q", bytes(8 * (count + 1)))
+        self._usual = bytes(usual), bytes(usual if row_major is None else row_major)
+        self._odd = array.array("q", bytes(8 * (count + 1)))
         self._memory = addresses, replay_addresses, distances
         self.versions = array.array("q", bytes(8 * count))
         versions = self.versions.buffer_info()[0]
@@ -98,27 +101,30 @@ class Gather:
             replay_addresses.data_ptr(),
             versions,
             distances.data_ptr(),
-            self._usual,
             self._odd.buffer_info()[0],
         )
         self._end = functools.partial(library.end, handle, count, versions)
 
-    def begin(self, known: bool, replays: Sequence[Tensor | None] = ()) -> int:
+    def begin(
+        self, known: bool, replays: Sequence[Tensor | None] = (), *, row_major: bool = False
+    ) -> int:
         """Takes up and keeps the gradients that stand in ``.grad``; reads the versions.
 
         Args:
             known: ``versions`` are those at which the distances were measured. Where one, or an
                 anchor's, has moved the distance is dropped.
             replays: Replay gradients, which the caller keeps; empty if there are none at all.
+            row_major: Elements are counted in row-major order in this step.
 
         Returns:
             How many parameters have a gradient or a replay gradient; negative if a watched tensor
             moved.
         """
+        usual = self._usual[row_major]
         if not replays:
-            return self._begin(None, known)
+            return self._begin(usual, None, known)
         objects = array.array("Q", map(id, replays))
-        return self._begin(objects.buffer_info()[0], known)
+        return self._begin(usual, objects.buffer_info()[0], known)
 
     def odd(self) -> Sequence[int]:
         """Returns the parameters whose addresses `begin` has left for the caller to find."""
@@ -224,6 +230,7 @@ def agrees(library: Library) -> bool:
             torch.zeros(0, 2),
             torch.zeros(4, dtype=torch.float64),
             torch.zeros(5).requires_grad_(),
+            torch.zeros(4, 3).t(),
         ]
         for row, param in enumerate(params):
             if row != 1:
@@ -234,10 +241,10 @@ def agrees(library: Library) -> bool:
         handle = torch.ops.dgg.watch([anchor])
         addresses = torch.zeros(2, len(params), dtype=torch.int64)
         distances = torch.ones(len(params), dtype=torch.float64)
-        anchors = [-1] * (len(params) - 1) + [0]
+        anchors = [-1] * 5 + [0, -1]
         watch_params(library, handle, params, anchors)
-        usual = [True] * len(params)
-        gather = Gather(library, handle, *addresses, distances, usual)
+        usual, row_major = [True] * len(params), [p.is_contiguous() for p in params]
+        gather = Gather(library, handle, *addresses, distances, usual, row_major)
         try:
             return (
                 _says_the_same(gather, params, addresses, distances, anchor)
@@ -297,10 +304,17 @@ def _says_the_same(gather: Gather, params, addresses: Tensor, distances: Tensor,
     if gather.begin(known=True) != len(params) or list(gather.odd()) != [1]:
         return False
     gather.end(written=False)
-    if distances.tolist() != [-1.0] + [1.0] * (len(params) - 2) + [-1.0]:
+    if distances.tolist() != [-1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 1.0]:
         return False
+    if gather.begin(known=True, row_major=True) != len(params) or list(gather.odd()) != [1, 6]:
+        return False
+    gather.end(written=False)
+    params[6].grad = torch.ones(3, 4)
+    if gather.begin(known=True) != len(params) or list(gather.odd()) != [1, 6]:
+        return False
+    gather.end(written=False)
     params[1].grad = torch._neg_view(torch.ones(2, 3))
-    return gather.begin(known=True) == len(params) and list(gather.odd()) == [1]
+    return gather.begin(known=True) == len(params) and list(gather.odd()) == [1, 6]
 
 
 def _sees_dicts(library: Library, handle: int) -> bool:
