@@ -21,6 +21,11 @@ from cases import BF16, F16, F32, F64
 from dgg import _boundary, anchor
 
 
+def numbered(table):
+    # Numbers, not texts, as names of the tests: mutmut passes names on to pytest.
+    return [pytest.param(*row, id=str(place)) for place, row in enumerate(table)]
+
+
 def refused(error, text, call, *arguments, **options):
     """The parts of ``text`` must be said in their order; what stands between is free."""
     with pytest.raises(error) as raised:
@@ -70,12 +75,12 @@ REFUSALS = [
 LEFT_OUT = "(task=3)…in task 1,…task 2 would be left out…end of task 2,…start task 3 with a new"
 
 
-@pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), BEGINNINGS, ids=str)
+@pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), numbered(BEGINNINGS))
 def test_a_task_begins_or_goes_on(task, groups, draws, given, begins):
     assert _boundary.begins_task(task, groups, draws, given=given) is begins
 
 
-@pytest.mark.parametrize(("task", "groups", "error", "text"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("task", "groups", "error", "text"), numbered(REFUSALS))
 def test_tasks_that_cannot_begin(task, groups, error, text):
     refused(error, text, _boundary.begins_task, task, groups, 5, given=False)
 
