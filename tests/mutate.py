@@ -33,7 +33,7 @@ TARGETS = {
     "reference": ["test_reference.py"],
     "_boundary": ["test_boundary.py"],
     "_saved_state": ["test_saved_state.py"],
-    "_loading": ["test_loading.py", "test_state.py", "test_precision.py", "test_misuse.py"],
+    "_loading": ["test_world_of_one.py", "test_loading.py"],
 }
 # Tests among them that start processes or write a gigabyte, and say nothing more.
 SLOW = "scripts_of or library_that or whole_model or shards_read or one_anchor_however"
