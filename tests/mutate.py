@@ -52,6 +52,20 @@ process_isolation = "forkserver"
 """
 
 
+# Appended to the conftest.py of the copy: mutmut mixes the tests of several files, the quickest
+# first, and what a file's tests share would be made anew again and again.
+FILE_BY_FILE = """
+
+_longest_first = pytest_collection_modifyitems
+
+
+def pytest_collection_modifyitems(items):
+    _longest_first(items)
+    files = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=lambda item: files.index(item.path))
+"""
+
+
 class Mutant(NamedTuple):
     """A change that mutmut made."""
 
@@ -72,6 +86,8 @@ def prepare(name: str) -> pathlib.Path:
     shutil.copytree(ROOT / "dgg", folder / "dgg", ignore=without)
     shutil.copytree(ROOT / "kernels", folder / "dgg" / "kernels", ignore=without)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=without)
+    with (folder / "tests" / "conftest.py").open("a") as conftest:
+        conftest.write(FILE_BY_FILE)
     source = folder / "dgg" / f"{name}.py"
     source.write_text(undecorated(source.read_text()))
     tests = json.dumps([f"tests/{test}" for test in TARGETS[name]])
@@ -172,39 +188,49 @@ class _Unworded(ast.NodeTransformer):
         return made
 
 
-def is_wording(folder: pathlib.Path, name: str) -> bool:
-    """Returns whether a mutant changes the text of an error or a warning and nothing else."""
-    module = name.split(".")[1]
-    tree = ast.parse((folder / "mutants" / "dgg" / f"{module}.py").read_text())
-    mutant = name.rpartition(".")[2]
-    wanted = (mutant.rpartition("__mutmut_")[0] + "__mutmut_orig", mutant)
-    bodies = [
-        [ast.unparse(_Unworded().visit(x)) for x in (*node.args.defaults, *node.body)]
+def wording(folder: pathlib.Path, name: str) -> set[str]:
+    """Returns the mutants that change the text of an error or a warning and nothing else."""
+    tree = ast.parse((folder / "mutants" / "dgg" / f"{name}.py").read_text())
+    bodies = {
+        node.name: [ast.unparse(_Unworded().visit(x)) for x in (*node.args.defaults, *node.body)]
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in wanted
-    ]
-    return len(bodies) == 2 and bodies[0] == bodies[1]
+        if isinstance(node, ast.FunctionDef) and "__mutmut_" in node.name
+    }
+    found = set()
+    for key in exit_codes(folder, name):
+        mutant = key.rpartition(".")[2]
+        original = mutant.rpartition("__mutmut_")[0] + "__mutmut_orig"
+        if bodies[mutant] == bodies[original]:
+            found.add(key)
+    return found
+
+
+def exit_codes(folder: pathlib.Path, name: str) -> dict[str, int | None]:
+    """Returns how the tests of every mutant ended, None where they have not run."""
+    meta = (folder / "mutants" / "dgg" / f"{name}.py.meta").read_text()
+    return json.loads(meta)["exit_code_by_key"]
 
 
 def run(name: str, explained: dict[Mutant, str], *, keep: bool) -> list[Mutant]:
     """Tests one file, prints its line of the table, and returns what nobody has explained."""
     began = time.monotonic()
     folder = prepare(name)
-    mutmut(folder, "run", "--max-children", "1")
-    found = json.loads((folder / "mutants" / "dgg" / f"{name}.py.meta").read_text())
-    codes = found["exit_code_by_key"]
+    # Mutants are made by a run, here of one of each function; then it is seen which are wording.
+    mutmut(folder, "run", "--max-children", "1", "*__mutmut_1")
+    left_out = wording(folder, name)
+    tested = [key for key in exit_codes(folder, name) if key not in left_out]
+    mutmut(folder, "run", "--max-children", "1", *tested)
+    codes = {key: code for key, code in exit_codes(folder, name).items() if key not in left_out}
     strange = {k: v for k, v in codes.items() if v not in (*KILLED, *ALIVE, *TIMEOUT)}
     if strange:
         raise SystemExit(f"{name}: neither killed nor alive, exit codes {strange}; see {folder}")
-    alive = [key for key, code in codes.items() if code in ALIVE]
+    alive = [mutant_of(folder, key) for key, code in codes.items() if code in ALIVE]
     slow = sum(code in TIMEOUT for code in codes.values())
-    wording = [key for key in alive if is_wording(folder, key)]
-    left = [mutant_of(folder, key) for key in alive if key not in wording]
-    known = [m for m in left if m in explained]
-    open_ones = [m for m in left if m not in explained]
+    known = [m for m in alive if m in explained]
+    open_ones = [m for m in alive if m not in explained]
     print(
-        f"{name:<12} {len(codes):>5} mutants {len(codes) - len(alive):>5} killed"
-        f" (of these by time {slow}) {len(alive):>4} survived: {len(wording)} wording,"
+        f"{name:<12} {len(codes):>5} mutants, {len(left_out)} of wording apart:"
+        f" {len(codes) - len(alive)} killed (of these by time {slow}),"
         f" {len(known)} explained, {len(open_ones)} open; {time.monotonic() - began:.0f} s",
         flush=True,
     )

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 import checkpoint_worker as worker
 import dgg
 from cases import BF16, F16, F32, F64
+from dgg import _loading, checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
@@ -34,6 +35,8 @@ pytestmark = [
 ]
 GUIDED = {"lr": 0.1, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 5}
 FULL, FLAT = {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}
+# The other cases of `test_checkpoints.py` take no other way through a world of one.
+RESUMED = ["adamw, two groups", "adamw, master", "adamw, no anchor yet", "sgd, no step yet"]
 FROM_0 = {"full_state_dict": True, "broadcast_from_rank0": True}
 
 
@@ -54,13 +57,13 @@ def saved(world, tmp_path_factory):
     """What the worker of `test_checkpoints.py` leaves of a training on one rank."""
     folder = tmp_path_factory.mktemp("saved")
     pathlib.Path(folder, "world").write_text("1")
-    worker.save_all(0, 1, folder, list(worker.CASES), ["nested", "flat", "full", "numbered"])
+    worker.save_all(0, 1, folder, RESUMED, ["nested", "flat", "full", "numbered"])
     return folder
 
 
 @pytest.mark.parametrize("form", worker.FORMATS)
-@pytest.mark.parametrize("case", worker.CASES)
-def test_every_case_goes_on_from_every_format(case, form, saved, tmp_path):
+@pytest.mark.parametrize("case", RESUMED)
+def test_cases_go_on_from_every_format(case, form, saved, tmp_path):
     worker.resume_all(0, 1, tmp_path, saved, [case], [form])
 
 
@@ -72,17 +75,37 @@ def test_as_on_several_ranks(name, tmp_path):
 # -- what is asked for by itself ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(
     "case", ["adamw", "adamw, two groups", "adamw, bf16", "adamw, master", "sgd"]
 )
-def test_a_load_that_asks_for_the_template_gets_room(case, tmp_path):
+def test_a_load_that_asks_for_the_template_gets_room(case, early, tmp_path):
     model, opt = worker.build(case)
     worker.train(case, model, opt, 0, 5)
     worker.save_as("nested", f"{tmp_path}/saved", case, model, opt)
     expected = worker.snapshot(model, opt)
     model, again = worker.build(case, seed=11)
+    if early:  # the state is there before it is known what will be loaded into it
+        get_optimizer_state_dict(model, again, options=worker.options_of("nested", case))
     worker.load_from("stateful", f"{tmp_path}/saved", case, model, again)
     assert not worker.differences(worker.snapshot(model, again), expected)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("rows", [None, "of DeepSpeed's"])
+@pytest.mark.parametrize("awaits", [False, True])
+@pytest.mark.parametrize("known", ["nothing", "broadcast", "a checkpoint"])
+def test_room_is_made_late_of_a_template_alone(template, rows, awaits, known, monkeypatch):
+    """A state that a helper made before it was known what is to be loaded into it."""
+    source = checkpoint.Source(None, "here", broadcast=known == "broadcast")
+    monkeypatch.setattr(checkpoint, "source", lambda: None if known == "nothing" else source)
+    params, opt = guided()
+    opt._template, opt._rows, opt._awaits_load = template, rows, awaits
+    asked = []
+    monkeypatch.setattr(opt, "_make_room_for", asked.append)
+    opt.state_dict()
+    late = template and rows is None and not awaits and known == "a checkpoint"
+    assert asked == ([source] if late else [])
 
 
 @pytest.fixture
@@ -649,7 +672,23 @@ def test_who_imitates_the_class_hands_on():
     outer = Wrapper(wrapper)
     outer.prepare_for_load()
     assert opt._awaits_load and "_awaits_load" not in wrapper.__dict__
-    assert wrapper.load_state_dict.__name__ == "load_state_dict"
     # Something else by that name is nobody to hand on to.
     opt._optimizer = "mine"
     opt.load_state_dict(saved)
+
+
+def test_a_method_is_handed_on_with_all_that_it_is_given():
+    class Told(_loading.Loading):
+        def told(self, *args, **kwargs):
+            """Says so."""
+            return self, args, kwargs
+
+        told = _loading.imitable(told)
+
+    inner, middle, outer = Told(), Told(), Told()
+    outer._optimizer, middle._optimizer = middle, inner
+    for asked in (outer, middle, inner):
+        assert asked.told(1, 2, a=3) == (inner, (1, 2), {"a": 3})
+    inner._optimizer = "mine"
+    assert outer.told() == (inner, (), {})
+    assert (Told.told.__name__, Told.told.__doc__) == ("told", "Says so.")
