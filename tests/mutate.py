@@ -45,7 +45,8 @@ SECTION = """
 source_paths = ["dgg"]
 only_mutate = ["dgg/{name}.py"]
 also_copy = ["dgg", "tests"]
-pytest_add_cli_args = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not ({slow})"]
+# Nobody reads the tracebacks, and the sources that they would quote are megabytes of mutants.
+pytest_add_cli_args = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not ({slow})"]
 pytest_add_cli_args_test_selection = {tests}
 # torch has threads, which a fork does not take along.
 process_isolation = "forkserver"
