@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import types
 
 import pytest
 import torch
@@ -130,8 +131,10 @@ def load(given, **settings):
 
 
 @pytest.mark.parametrize(("form", "settings"), [("full", FULL), ("full", FROM_0), ("flat", FLAT)])
-def test_helpers_bring_the_anchor_along(form, settings, trained):
+def test_helpers_bring_the_anchor_along(form, settings, trained, monkeypatch):
     expected, taken, _ = trained
+    if settings is not FROM_0:  # other ranks may have nothing to load
+        monkeypatch.setattr(dgg.AdamW, "_make_room_together", None)
     model, opt = load(taken[form], **settings)
     found = {**worker.snapshot(model, opt), "weights": expected["weights"]}
     assert not worker.differences(found, expected)
@@ -186,6 +189,14 @@ def test_a_rank_that_cannot_make_room_says_so(trained):
         set_optimizer_state_dict(
             model, opt, copy.deepcopy(trained[1]["full"]), options=StateDictOptions(**FROM_0)
         )
+    assert not opt._awaits_load
+
+
+def test_no_room_together_for_what_has_no_anchor():
+    _, opt = guided(steps=0)
+    given = {"state": {"a": {"step": torch.ones(()), "exp_avg": torch.ones(2, 3)}}}
+    assert opt._make_room_together(checkpoint.Source(None, None, given, broadcast=True)) is False
+    assert not opt.state and not opt._awaits_load
 
 
 @pytest.mark.parametrize("told", [{"a": 1}, ("another", []), ("dgg: room for a state dict",), None])
@@ -236,6 +247,96 @@ def test_other_ranks_errors_are_told(trained, monkeypatch):
     with pytest.raises(ValueError, match="shorter|longer"):
         other._make_room_together(Source())
     assert asked[1][0] == 3 and "er than" in asked[1][1]
+
+
+# -- templates ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def template(monkeypatch):
+    """Makes a template as torch's helper does, for what is known to be loaded into it."""
+
+    def make(opt, source, held=None):
+        monkeypatch.setattr(checkpoint, "source", lambda: source)
+        if held is not None:
+            monkeypatch.setattr(opt, "_held_by", lambda *_: held)
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        opt._make_template()
+        assert opt._template and opt.param_groups[0]["draw_index"] == 0
+
+    return make
+
+
+def test_a_template_has_state_of_what_is_trained(template):
+    params, opt = guided(steps=0)
+    params[0].requires_grad_(False)
+    template(opt, None)
+    assert params[0] not in opt.state and set(opt.state[params[1]]) == ADAM
+
+
+def test_a_template_for_a_state_dict_is_what_it_holds(template):
+    params, opt = guided(steps=0)
+    given = {"state": {"a": {"step": torch.ones(()), "anchor": torch.ones(2, 3, dtype=F16)}}}
+    template(opt, checkpoint.Source(None, None, given))
+    assert set(opt.state[params[0]]) == {"step", "anchor"} and params[1] not in opt.state
+    assert opt.state[params[0]]["anchor"].dtype == F16
+
+
+def test_a_template_for_a_checkpoint_has_the_others_too(template):
+    """torch refuses a checkpoint without them itself, and names what is missing."""
+    params, opt = guided(steps=0)
+    template(opt, checkpoint.Source(None, "here"), [{"anchor": F16}, {}])
+    assert set(opt.state[params[0]]) == {"anchor"} and set(opt.state[params[1]]) == ADAM
+
+
+def test_a_template_in_an_engine_asks_nobody(template):
+    params, opt = guided(steps=0)
+    opt._share = types.SimpleNamespace(others=lambda *_: 0)
+    template(opt, checkpoint.Source(None, None, {"state": []}))
+    assert all(set(opt.state[p]) == ADAM for p in params)
+
+
+@pytest.mark.parametrize(
+    ("held", "made"),
+    [([{"step": F32, "anchor": F16}, {}], True), ([{"step": F32}, {"exp_avg": F32}], False)],
+)
+def test_room_for_a_checkpoint_is_made_if_it_has_anchors(held, made, monkeypatch):
+    params, opt = guided(steps=0)
+    model, asked = torch.nn.Module(), []
+    monkeypatch.setattr(opt, "_held_by", lambda *given: asked.append(given) or held)
+    assert opt._make_room_for(checkpoint.Source(model, "here")) is made
+    assert asked == [("here", model)]
+    assert opt._awaits_load is made and (params[0] in opt.state) is made
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_to_torch(tmp_path):
+    _, opt = guided(steps=0)
+    assert opt._make_room_for(checkpoint.Source(None, tmp_path)) is False
+    assert not opt._awaits_load and not opt.state
+
+
+def test_what_a_state_dict_holds_is_told_by_its_tensors():
+    _, opt = guided(steps=0)
+    entry = {
+        "step": 3.0, "exp_avg": torch.ones(2, 3, dtype=F64), "exp_avg_sq": None,
+        "master": torch.ones(2, 3), "anchor": torch.ones(2, 3, dtype=F16), "else": 1,
+    }  # fmt: skip
+    found = opt._held_in(checkpoint.Source(None, None, {"state": {"a": entry}}))
+    dtypes = {"step": None, "exp_avg": F64, "exp_avg_sq": None, "master": F32, "anchor": F16}
+    assert found == [dtypes, {}]
+
+
+def test_errors_name_a_parameter_by_its_own_name():
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
+    opt = dgg.AdamW([("module.a", params[0]), ("b", params[1])], **GUIDED)
+    given = {"state": {"a": {"exp_avg": torch.ones(5)}}}
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 \(module.a\) has"):
+        opt._held_in(checkpoint.Source(None, None, given))
+    given = {"state": {"0": {"exp_avg": torch.ones(5)}}}
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 has"):
+        dgg.AdamW(params)._held_in(checkpoint.Source(None, None, given))
 
 
 # -- room -----------------------------------------------------------------------------------------
@@ -324,6 +425,7 @@ def test_room_is_just_what_a_checkpoint_holds():
     for wrong in ([{}], [{}, {}, {}]):
         with pytest.raises(ValueError):
             opt._make_room(wrong)
+    assert set(opt.state[params[0]]) == {"step"}
     assert opt.param_groups[0]["anchored"] == 1
 
 
@@ -431,6 +533,46 @@ def test_anchors_of_the_template_are_not_the_checkpoints():
         opt.load_state_dict(state)
     state["param_groups"][0]["anchored"] = 2
     opt.load_state_dict(state)
+    # An anchor of a single number is one, an empty one contradicts nothing.
+    for numbers in (1, 0):
+        opt = dgg.AdamW([Parameter(torch.ones(numbers))], **GUIDED)
+        opt.set_anchor()
+        state = copy.deepcopy(opt.state_dict())
+        state["param_groups"][0]["anchored"] = 0
+        if numbers:
+            with pytest.raises(ValueError, match="group 0 has 0 anchored parameters.* 1 anchors"):
+                opt.load_state_dict(state)
+        else:
+            opt.load_state_dict(state)
+
+
+def test_anchors_beside_groups_that_torch_has_saved_are_counted():
+    _, source = guided()
+    saved = copy.deepcopy(source.state_dict())
+    for name in (*source._guidance, "anchored"):
+        del saved["param_groups"][0][name]
+    params, opt = guided(steps=0)
+    opt.load_state_dict(saved)
+    assert all("anchor" in opt.state[p] for p in params)
+    assert opt.param_groups[0]["anchored"] == 2
+
+
+def test_anchors_on_other_ranks_are_not_lost(monkeypatch):
+    _, opt = guided()
+    saved = copy.deepcopy(opt.state_dict())
+    monkeypatch.setattr(opt, "_others", lambda number: {0: 1}[number])
+    saved["param_groups"][0]["anchored"] = 3
+    opt.load_state_dict(copy.deepcopy(saved))
+    assert opt.param_groups[0]["anchored"] == 3
+    saved["param_groups"][0]["anchored"] = 4
+    with pytest.raises(RuntimeError, match=r"\(4 parameters\) but carries 2 anchors"):
+        opt.load_state_dict(saved)
+    # All are elsewhere.
+    for entry in saved["state"].values():
+        del entry["anchor"]
+    saved["param_groups"][0]["anchored"] = 1
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["anchored"] == 1
 
 
 def test_room_of_a_frozen_parameter_is_taken_although_helpers_leave_it_out():
@@ -448,6 +590,19 @@ def test_room_of_a_frozen_parameter_is_taken_although_helpers_leave_it_out():
     template["state"].pop(0)["anchor"].fill_(float("nan"))
     with pytest.raises(RuntimeError, match=r"1 anchors.*leave out the state of frozen parameters"):
         opt.load_state_dict(template)
+    for p in params:
+        p.requires_grad_(False)
+    template["state"] = {}
+    opt.state[params[1]]["anchor"].fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"0 anchors.*leave out the state of frozen parameters"):
+        opt.load_state_dict(template)
+    # What comes with the state dict goes before what stands in the room.
+    params, opt, template = room_for(saved)
+    params[0].requires_grad_(False)
+    given = copy.deepcopy(template)
+    given["state"][0]["anchor"].fill_(7)
+    opt.load_state_dict(given)
+    assert (opt.state[params[0]]["anchor"] == 7).all()
     # Nor is that of a parameter which is trained.
     params, opt, template = room_for(saved)
     template["state"].pop(0)
@@ -519,13 +674,14 @@ def test_moments_keep_the_dtype_that_was_asked_for(state_dtype):
                 assert mine[name].data_ptr() != entry[name].data_ptr()
 
 
-def test_masters_are_loaded_as_they_are():
+@pytest.mark.parametrize("state_dtype", [None, F32])
+def test_masters_are_loaded_as_they_are(state_dtype):
     params, source = guided(dgg.AdamW, BF16, master_weights=True)
     for entry in source.state.values():
         entry["master"].add_(2.0**-12)
     saved = copy.deepcopy(source.state_dict())
     saved["state"][1]["master"] = saved["state"][1]["master"].double()
-    mine, opt = guided(dgg.AdamW, BF16, steps=0, master_weights=True)
+    mine, opt = guided(dgg.AdamW, BF16, steps=0, master_weights=True, state_dtype=state_dtype)
     opt.load_state_dict(saved)
     for p, entry in zip(mine, saved["state"].values(), strict=True):
         assert opt.state[p]["master"].dtype == F32
@@ -535,6 +691,32 @@ def test_masters_are_loaded_as_they_are():
     assert "master" not in opt.state[mine[0]]
     step(opt)
     assert "master" in opt.state[mine[0]]
+
+
+def test_masters_of_weights_that_have_become_wide_are_left_out():
+    _, source = guided(dgg.AdamW, BF16, master_weights=True)
+    saved = copy.deepcopy(source.state_dict())
+    for key, entry in saved["state"].items():
+        # Whatever stands first.
+        names = ["master", *(entry.keys() - {"master"})]
+        saved["state"][key] = {name: entry[name] for name in names}
+    wide, opt = guided(dgg.AdamW, BF16, steps=0, master_weights=True, state_dtype=F64)
+    for p in wide:
+        p.data = p.data.float()
+    opt.load_state_dict(saved)
+    for p, entry in zip(wide, saved["state"].values(), strict=True):
+        assert "master" not in opt.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(opt.state[p][name], entry[name].double())
+
+
+def test_a_count_that_a_graph_reads_stays_on_its_device():
+    _, opt = guided()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["draw_index"] = torch.tensor(7)
+    opt._capturable = True
+    opt.load_state_dict(saved)
+    assert isinstance(opt.param_groups[0]["draw_index"], torch.Tensor)
 
 
 def test_a_draw_index_on_a_device_comes_back_to_the_host():
@@ -578,10 +760,13 @@ def test_a_task_that_was_named_is_not_overwritten_by_an_earlier_one():
         opt.set_anchor(task=2)
         step(opt, steps)
         if steps < 2:
-            with pytest.raises(ValueError, match=r"set_anchor\(task=2\) was called before"):
+            with pytest.raises(ValueError, match=r"\(task=2\) was called before a state of task 1"):
                 opt.load_state_dict(saved)
         else:
             opt.load_state_dict(saved)
+    _, opt = guided(steps=0)
+    opt.set_anchor(task=1)
+    opt.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("mine", [True, False])
@@ -617,20 +802,24 @@ def test_groups_agree_on_what_is_wide():
 def test_whole_moments_are_sharded_where_their_parameter_is():
     mesh = init_device_mesh("cpu", (1,))
     plain = Parameter(torch.ones(3))
-    p = Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-    opt = dgg.AdamW([p, plain], **GUIDED)
-    step(opt)
+    p = Parameter(distribute_tensor(torch.ones(4, 2, dtype=BF16), mesh, [Shard(0)]))
+    opt = dgg.AdamW([plain, p], master_weights=True, **GUIDED)
     opt.state["noted"] = 1
-    for name in ("exp_avg", "exp_avg_sq"):
-        opt.state[p][name] = opt.state[p][name].to_local() + 1
-    kept = opt.state[plain]["exp_avg"]
+    step(opt)
+    entry = opt.state[p]
+    for name, dtype in (("exp_avg", F32), ("master", F64)):
+        entry[name] = entry[name].to_local().to(dtype) + 1
+    entry["max_exp_avg_sq"] = None
+    kept = opt.state[plain]["exp_avg"], entry["exp_avg_sq"], entry["step"]
     opt._shard_moments()
-    for name in ("exp_avg", "exp_avg_sq"):
-        made = opt.state[p][name]
+    for name, dtype in (("exp_avg", F32), ("master", F64)):
+        made = entry[name]
         assert type(made) is type(p.data) and made.placements == p.placements
-        assert (made.to_local() >= 1).all()
-    assert opt.state[plain]["exp_avg"] is kept
-    assert opt.state[p]["step"] == 1 and not isinstance(opt.state[p]["step"], type(p.data))
+        assert made.dtype == dtype and (made.to_local() >= 1).all()
+    # What is sharded already, and what is not to be.
+    assert kept[0] is opt.state[plain]["exp_avg"]
+    assert kept[1] is entry["exp_avg_sq"] and kept[2] is entry["step"]
+    assert entry["max_exp_avg_sq"] is None
 
 
 def test_what_is_empty_here_is_anchored_all_the_same():
@@ -651,6 +840,16 @@ def test_what_is_empty_here_is_anchored_all_the_same():
     assert ADAM <= opt.state[empty].keys() and opt.state[empty]["step"] == 0
     assert all("anchor" not in opt.state.get(p, ()) for p in (full, other, frozen))
     assert opt.param_groups[0]["anchored"] == 1
+    # What the checkpoint has of it stays as it is.
+    saved["state"] = {0: {**opt.state[empty], "anchor": torch.empty(0, dtype=F16)}}
+    opt.load_state_dict(saved)
+    assert opt.state[empty]["anchor"].dtype == F16
+    # SGD's buffer is begun by the first step.
+    opt = dgg.SGD([empty], momentum=0.9, **GUIDED)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["anchored"] = 1
+    opt.load_state_dict(saved)
+    assert set(opt.state[empty]) == {"anchor"}
 
 
 # -- wrappers -------------------------------------------------------------------------------------
