@@ -335,6 +335,11 @@ def test_moments_that_are_shared_beside_what_is_none():
     # Memory that nobody else has is taken as it is, as torch takes it: no second copy.
     assert opt.state[params[0]]["exp_avg"].data_ptr() == common.data_ptr()
     stepped(opt, 1)
+    saved = copy.deepcopy(source.state_dict())
+    opt.load_state_dict(saved)
+    for p, given in zip(params, saved["state"].values(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert opt.state[p][name].data_ptr() == given[name].data_ptr()
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
