@@ -46,7 +46,7 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
 
-mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; half an hour or more
+mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; half an hour
 	$(BIN)/python -P tests/mutate.py $(ARGS)
 
 sanitize: $(BUILT) $(TEST) ## send CALLS random calls through a C++ library that checks itself

@@ -183,16 +183,15 @@ class Loading(Imitable):
         for entry in self.state.values():
             if not isinstance(entry, dict):
                 continue
-            for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
-                value = entry[name]
+            for name in self._columns:  # masters are copies
+                value = entry.get(name)
                 if not isinstance(value, Tensor) or sharding.is_dtensor(value):
                     continue
                 place = value.device, value.untyped_storage().data_ptr()
-                if not _dispatch.is_dense(value) or value.is_neg() or value.is_conj():
-                    value = value.contiguous().resolve_conj().resolve_neg()
-                    entry[name] = value.clone() if value is entry[name] else value
+                if not _dispatch.is_dense(value):
+                    entry[name] = value.contiguous()
                 elif value.numel() and place in taken:
-                    entry[name] = value.clone(memory_format=torch.preserve_format)
+                    entry[name] = value.clone()
                 taken.add(place)
 
     def _anchor_empty(self, group: dict[str, Any]) -> None:
@@ -204,20 +203,20 @@ class Loading(Imitable):
             empty = fsdp1.is_empty(param) and param.requires_grad
             if empty and "anchor" not in self.state.get(param, ()):
                 self._init_state(param, group, before_first_step=True)
-                self.state[param]["anchor"] = torch.empty_like(param, requires_grad=False)
+                self.state[param]["anchor"] = torch.empty_like(param)
 
     def _load_kept_back(self, state_dict: Mapping[str, Any], names: set[str]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
-                for name in names & state_dict["state"].get(key, {}).keys():
-                    value = state_dict["state"][key][name]
-                    if value is None:
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if name not in names or value is None:
                         continue
-                    dtype = torch.float32
-                    if name == "master" and not self._has_master(param):
-                        continue  # the weights have become wide enough to hold everything
                     if name != "master":
                         dtype = anchor.storage_dtype(param, self._state_dtype, "a parameter")
+                    elif self._has_master(param):
+                        dtype = torch.float32
+                    else:
+                        continue  # the weights have become wide enough to hold everything
                     value = anchor.resolved(value.detach())
                     self.state[param][name] = value.to(param.device, dtype, copy=True)
 
@@ -253,7 +252,7 @@ class Loading(Imitable):
         for param, entry in self.state.items():
             if not sharding.is_dtensor(param) or not isinstance(entry, dict):
                 continue
-            for name in entry.keys() & {*self._columns, "master"} - {"step", "anchor"}:
+            for name in entry.keys() & {*self._columns, "master"} - {"step"}:
                 value = entry[name]
                 if isinstance(value, Tensor) and not sharding.is_dtensor(value):
                     made = anchor.allocate(param, value.dtype, None)
@@ -290,10 +289,10 @@ class Loading(Imitable):
         self._check_entries(state_dict)
         saved_groups = state_dict["param_groups"]
         found: dict[Tensor, Tensor] = {}
-        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             present, filled, frozen = 0, 0, 0
             for place, (param, key) in enumerate(
-                zip(group["params"], saved["params"], strict=False)
+                zip(group["params"], saved["params"], strict=True)
             ):
                 entry = state_dict["state"].get(key, {})
                 value = entry.get("anchor")
@@ -425,7 +424,7 @@ class Loading(Imitable):
                 del state[name]
             if "step" in names:
                 state["step"] = self._step_scalar(p, state.get("step", 0.0))
-            self._make_state(p, [name for name in names if name not in ("step", "anchor")])
+            self._make_state(p, [name for name in names if name != "anchor"])
             if "anchor" in names:
                 dtype = names["anchor"] or anchor.storage_dtype(
                     self._stepped(p), self._anchor_dtype, "a parameter"
@@ -450,7 +449,7 @@ class Loading(Imitable):
 
     def _names(self, model) -> list[list[str]]:
         """Returns the names that every parameter may have in a checkpoint."""
-        known = {} if model is None else anchor.names_of_parameters(model)
+        known = anchor.names_of_parameters(model)
         names: list[list[str]] = []
         for group in self.param_groups:
             own = group.get("param_names", [None] * len(group["params"]))
@@ -527,7 +526,7 @@ class Loading(Imitable):
         by_name = not all(name.isdigit() for name in entries)
         held = []
         for number, (p, entry, mine) in enumerate(zip(params, found, names, strict=True)):
-            label = f"parameter {number} ({', '.join(mine[:1])})"
+            label = f"parameter {number} ({mine[0]})" if mine else f"parameter {number}"
             if source.strict and by_name and p.requires_grad and not {*mine} & entries.keys():
                 raise KeyError(
                     f"the state dict holds nothing of {label}, which is trained: is it another "

@@ -252,7 +252,7 @@ def _check_moment(name: str, value: Any, param: Tensor, label: str) -> None:
 def _number(value: Any) -> float | None:
     """Returns a number, or the one element of a tensor or array, as a float; else None."""
     if isinstance(value, Tensor):
-        dense = value.layout == torch.strided and value.device.type != "meta"
+        dense = value.layout == torch.strided
         if not dense or value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
             return None
     elif not _arguments.is_number(value):

@@ -5,15 +5,17 @@
     make mutate ARGS="reference"               # one of them
     make mutate ARGS="_loading --keep"         # leaves build/mutate/_loading for a closer look
 
-mutmut makes the mutants and runs, for each, the tests that reach the function it is in. A survivor
-is a line that no test needs: either a test is missing, or the mutant does what the original did,
-and then `docs/mutation_testing.md` says why. What is neither fails the run.
+mutmut makes the mutants and finds the tests that reach each function; `mutant_session.py` runs them
+for each of its mutants. A survivor is a line that no test needs: either a test is missing, or the
+mutant does what the original did, and then `docs/mutation_testing.md` says why. What is neither
+fails the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import json
 import os
 import pathlib
@@ -33,19 +35,18 @@ TARGETS = {
     "reference": ["test_reference.py"],
     "_boundary": ["test_boundary.py"],
     "_saved_state": ["test_saved_state.py"],
-    "_loading": ["test_loading.py", "test_state.py", "test_precision.py", "test_misuse.py"],
+    "_loading": ["test_world_of_one.py", "test_loading.py"],
 }
 # Tests among them that start processes or write a gigabyte, and say nothing more.
 SLOW = "scripts_of or library_that or whole_model or shards_read or one_anchor_however"
-# mutmut's exit codes of a test run: no test failed, no test reached it, too slow.
-KILLED, ALIVE, TIMEOUT = (1, 3), (0, 5, 33), (-24, 24, 36, 152)
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", f"not ({SLOW})"]
 
 SECTION = """
 [tool.mutmut]
 source_paths = ["dgg"]
 only_mutate = ["dgg/{name}.py"]
 also_copy = ["dgg", "tests"]
-pytest_add_cli_args = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not ({slow})"]
+pytest_add_cli_args = {options}
 pytest_add_cli_args_test_selection = {tests}
 # torch has threads, which a fork does not take along.
 process_isolation = "forkserver"
@@ -75,7 +76,7 @@ def prepare(name: str) -> pathlib.Path:
     source = folder / "dgg" / f"{name}.py"
     source.write_text(undecorated(source.read_text()))
     tests = json.dumps([f"tests/{test}" for test in TARGETS[name]])
-    section = SECTION.format(name=name, tests=tests, slow=SLOW)
+    section = SECTION.format(name=name, tests=tests, options=json.dumps(OPTIONS))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + section)
     return folder
 
@@ -102,33 +103,45 @@ def undecorated(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mutmut(folder: pathlib.Path, *arguments: str) -> str:
+def python(folder: pathlib.Path, *arguments: str) -> str:
+    """Runs Python in a folder; returns what it has written."""
     # One thread: as many as there are cores would wait for each other on tensors this small.
     env = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
     env.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "-m", "mutmut", *arguments],
+        [sys.executable, *arguments],
         cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"mutmut {' '.join(arguments)} failed in {folder}\n{done.stdout or ''}")
+        raise SystemExit(f"{' '.join(arguments)} failed in {folder}\n{done.stdout or ''}")
     return done.stdout or ""
 
 
-def mutant_of(folder: pathlib.Path, name: str) -> Mutant:
+def functions(folder: pathlib.Path, name: str) -> dict[str, list[str]]:
+    """Returns the lines of every mutant, and of every original, by the name of the function."""
+    source = (folder / "mutants" / "dgg" / f"{name}.py").read_text()
+    lines = source.splitlines()
+    return {
+        node.name: [
+            line.replace(node.name, "function") for line in lines[node.lineno - 1 : node.end_lineno]
+        ]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and "__mutmut_" in node.name
+    }
+
+
+def mutant_of(key: str, lines: dict[str, list[str]]) -> Mutant:
     """Returns the change of a mutant by mutmut's name of it."""
-    removed, added = [], []
-    for line in mutmut(folder, "show", name).splitlines():
-        if line.startswith(("---", "+++")):
-            continue
-        if line.startswith("-"):
-            removed.append(line[1:].strip())
-        elif line.startswith("+"):
-            added.append(line[1:].strip())
-    function = name.rpartition("__mutmut_")[0].rpartition(".")[2]
+    _, module, mutant = key.rsplit(".", 2)
+    function = mutant.rpartition("__mutmut_")[0]
+    changes = list(
+        difflib.unified_diff(lines[f"{function}__mutmut_orig"], lines[mutant], lineterm="", n=0)
+    )[2:]  # the names of files, which have none
+    removed, added = (
+        " ".join(line[1:].strip() for line in changes if line.startswith(sign)) for sign in "-+"
+    )
     function = re.sub(r"^xǁ(\w+)ǁ", r"\1.", function)
-    module = name.split(".")[1]
-    return Mutant(f"{module}.{function.removeprefix('x_')}", " ".join(removed), " ".join(added))
+    return Mutant(f"{module}.{function.removeprefix('x_')}", removed, added)
 
 
 def explanations() -> dict[Mutant, str]:
@@ -172,39 +185,56 @@ class _Unworded(ast.NodeTransformer):
         return made
 
 
-def is_wording(folder: pathlib.Path, name: str) -> bool:
-    """Returns whether a mutant changes the text of an error or a warning and nothing else."""
-    module = name.split(".")[1]
-    tree = ast.parse((folder / "mutants" / "dgg" / f"{module}.py").read_text())
-    mutant = name.rpartition(".")[2]
-    wanted = (mutant.rpartition("__mutmut_")[0] + "__mutmut_orig", mutant)
-    bodies = [
-        [ast.unparse(_Unworded().visit(x)) for x in (*node.args.defaults, *node.body)]
+def wording(folder: pathlib.Path, name: str) -> set[str]:
+    """Returns the mutants that change the text of an error or a warning and nothing else."""
+    tree = ast.parse((folder / "mutants" / "dgg" / f"{name}.py").read_text())
+    bodies = {
+        node.name: [ast.unparse(_Unworded().visit(x)) for x in (*node.args.defaults, *node.body)]
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in wanted
-    ]
-    return len(bodies) == 2 and bodies[0] == bodies[1]
+        if isinstance(node, ast.FunctionDef) and "__mutmut_" in node.name
+    }
+    found = set()
+    for key in mutants(folder, name):
+        mutant = key.rpartition(".")[2]
+        original = mutant.rpartition("__mutmut_")[0] + "__mutmut_orig"
+        if bodies[mutant] == bodies[original]:
+            found.add(key)
+    return found
+
+
+def mutants(folder: pathlib.Path, name: str) -> list[str]:
+    """Returns mutmut's names of all mutants that it has made."""
+    meta = (folder / "mutants" / "dgg" / f"{name}.py.meta").read_text()
+    return list(json.loads(meta)["exit_code_by_key"])
+
+
+def verdicts(folder: pathlib.Path, name: str, tested: list[str]) -> dict[str, str]:
+    """Returns of every mutant whether it was killed, is alive, or became too slow."""
+    given, found = folder / "tested.json", folder / "verdicts.json"
+    given.write_text(json.dumps(tested))
+    files = [f"tests/{test}" for test in TARGETS[name]]
+    session = str(ROOT / "tests" / "mutant_session.py")
+    python(folder / "mutants", "-P", session, str(given), str(found), "--", *OPTIONS, *files)
+    return json.loads(found.read_text())
 
 
 def run(name: str, explained: dict[Mutant, str], *, keep: bool) -> list[Mutant]:
     """Tests one file, prints its line of the table, and returns what nobody has explained."""
     began = time.monotonic()
     folder = prepare(name)
-    mutmut(folder, "run", "--max-children", "1")
-    found = json.loads((folder / "mutants" / "dgg" / f"{name}.py.meta").read_text())
-    codes = found["exit_code_by_key"]
-    strange = {k: v for k, v in codes.items() if v not in (*KILLED, *ALIVE, *TIMEOUT)}
-    if strange:
-        raise SystemExit(f"{name}: neither killed nor alive, exit codes {strange}; see {folder}")
-    alive = [key for key, code in codes.items() if code in ALIVE]
-    slow = sum(code in TIMEOUT for code in codes.values())
-    wording = [key for key in alive if is_wording(folder, key)]
-    left = [mutant_of(folder, key) for key in alive if key not in wording]
-    known = [m for m in left if m in explained]
-    open_ones = [m for m in left if m not in explained]
+    # Mutants are made by a run, here of one of each function.
+    python(folder, "-m", "mutmut", "run", "--max-children", "1", "*__mutmut_1")
+    left_out = wording(folder, name)
+    tested = [key for key in mutants(folder, name) if key not in left_out]
+    found = verdicts(folder, name, tested)
+    lines = functions(folder, name)
+    alive = [mutant_of(key, lines) for key in tested if found[key] == "alive"]
+    slow = sum(verdict == "slow" for verdict in found.values())
+    known = [m for m in alive if m in explained]
+    open_ones = [m for m in alive if m not in explained]
     print(
-        f"{name:<12} {len(codes):>5} mutants {len(codes) - len(alive):>5} killed"
-        f" (of these by time {slow}) {len(alive):>4} survived: {len(wording)} wording,"
+        f"{name:<12} {len(tested):>5} mutants, {len(left_out)} of wording apart:"
+        f" {len(tested) - len(alive)} killed (of these by time {slow}),"
         f" {len(known)} explained, {len(open_ones)} open; {time.monotonic() - began:.0f} s",
         flush=True,
     )

@@ -15,10 +15,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-from torch.nn import Parameter
+from torch.nn import Parameter, UninitializedParameter
 
 from cases import BF16, F16, F32, F64
 from dgg import _boundary, anchor
+
+
+def numbered(table):
+    # Numbers, not texts, as names of the tests: mutmut passes names on to pytest.
+    return [pytest.param(*row, id=str(place)) for place, row in enumerate(table)]
 
 
 def refused(error, text, call, *arguments, **options):
@@ -70,12 +75,12 @@ REFUSALS = [
 LEFT_OUT = "(task=3)…in task 1,…task 2 would be left out…end of task 2,…start task 3 with a new"
 
 
-@pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), BEGINNINGS, ids=str)
+@pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), numbered(BEGINNINGS))
 def test_a_task_begins_or_goes_on(task, groups, draws, given, begins):
     assert _boundary.begins_task(task, groups, draws, given=given) is begins
 
 
-@pytest.mark.parametrize(("task", "groups", "error", "text"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("task", "groups", "error", "text"), numbered(REFUSALS))
 def test_tasks_that_cannot_begin(task, groups, error, text):
     refused(error, text, _boundary.begins_task, task, groups, 5, given=False)
 
@@ -94,6 +99,9 @@ def test_an_anchor_just_resumed_is_not_replaced():
         RuntimeError, "in task 2, after 7 steps…set_anchor(task=2)…set_anchor(task=3)",
         _boundary.refuse_resumed, groups, 7, 7,
     )  # fmt: skip
+    refused(
+        RuntimeError, "in task 1, after 7 steps", _boundary.refuse_resumed, groups_of(1, 3), 7, 7
+    )
     for other, draws, resumed in (
         (groups, 8, 7),  # a step was made since
         (groups, 0, 0),  # it is new
@@ -211,10 +219,14 @@ def test_values_are_looked_at(two):
         TypeError, "parameter 0 of group 0…complex…bfloat16", plan,
         [Parameter(torch.ones(2, dtype=torch.complex64))], dtype=BF16,
     )  # fmt: skip
+    # What cannot be stepped is refused as such, before anything is read from it.
     refused(
-        ValueError, "parameter 0 of group 0…meta device", plan,
-        [Parameter(torch.ones(2, device="meta"))],
+        ValueError, "parameter 0 of group 0…is on the meta device…make the optimizer afterwards",
+        plan, [Parameter(torch.ones(2, device="meta"))],
     )  # fmt: skip
+    refused(
+        ValueError, "parameter 0 of group 0…not initialised yet", plan, [UninitializedParameter()]
+    )
 
 
 def test_what_is_given_must_be_what_it_says(two):
@@ -291,6 +303,27 @@ def test_names_of_what_gets_no_anchor_are_known(two):
     )  # fmt: skip
 
 
+def test_the_tensor_of_another_is_not_taken():
+    """What wrappers put before a name is also a module's: then the tensor is its parameter's."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(3, 2, bias=False)
+            self.weight = Parameter(torch.ones(2, 3))
+
+    model = Inner()
+    given = {"model.weight": torch.ones(2, 3)}
+    assert plan([model.model.weight], tensors=given, model=model)[0][1] is given["model.weight"]
+    refused(KeyError, "parameter 0 of group 0", plan, [model.weight], tensors=given, model=model)
+    # Groups know the frozen parameter by its name.
+    frozen, trained = model.model.weight.requires_grad_(False), model.weight
+    names = {"names": ["model.weight", "weight"], "tensors": given}
+    refused(KeyError, "parameter 'weight'", plan, [frozen, trained], **names)
+    names["names"][0] = "another"
+    assert plan([frozen, trained], **names)[0][1] is given["model.weight"]
+
+
 @pytest.mark.parametrize("path", [str, pathlib.Path])
 def test_tensors_in_a_file(two, tmp_path, path):
     file = tmp_path / "weights.safetensors"
@@ -319,10 +352,21 @@ def test_tensors_in_a_file(two, tmp_path, path):
 def test_devices_that_do_not_go_together(two):
     assert plan(two, device=torch.device("cpu"))[0][2].device.type == "cpu"
     refused(
-        ValueError, "'cuda'…parameter 0 of group 0…'cpu'…None", plan, two,
+        ValueError, "'cuda'…parameter 0 of group 0…on 'cpu'; use 'cpu' or None", plan, two,
         device=torch.device("cuda"),
     )  # fmt: skip
     assert all(t.device.type == "cpu" for _, _, t in plan(two, device=None))
+
+
+def test_an_anchor_may_lie_on_the_host(monkeypatch):
+    """The meta device stands for a GPU here, which needs parameters that may lie on it."""
+    monkeypatch.setattr(_boundary._arguments, "check_param", lambda *_, **__: None)
+    far = Parameter(torch.ones(2, 3, device="meta"))
+    given = {"a": torch.ones(2, 3)}
+    for device, expected in ((None, "meta"), ("cpu", "cpu"), ("meta", "meta")):
+        device = device and torch.device(device)
+        ((_, source, target),) = plan([far], names=["a"], tensors=given, device=device)
+        assert source is given["a"] and target.device.type == expected
 
 
 def test_what_fsdp1_has_taken_is_not_anchored_by_name(two):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dgg
 from cases import BACKENDS
@@ -96,7 +97,16 @@ WRONG = {
     "sparse moment": (entry("exp_avg", torch.zeros(2).to_sparse()), ValueError, "exp_avg.*sparse"),
     "moment of a shape": (entry("exp_avg_sq", torch.zeros(3)), ValueError, r"\(3,\)"),
     "anchor of text": (entry("anchor", "x"), TypeError, "anchor.*str"),
-    "anchor of a shape": (entry("anchor", torch.zeros(3)), ValueError, "anchor.*shape"),
+    "anchor of a shape": (
+        entry("anchor", torch.zeros(3)),
+        ValueError,
+        "the anchor given for parameter 0 of group 0 has shape",
+    ),
+    "the second moment alone": (
+        lambda s: (s["state"].pop(0), s["state"][1].pop("exp_avg")),
+        ValueError,
+        "no exp_avg of parameter 1",
+    ),
     "anchor with NaN": (entry("anchor", torch.full((2,), math.nan)), ValueError, "finite"),
     "anchor on meta": (entry("anchor", torch.zeros(2, device="meta")), ValueError, "meta"),
     "lost anchor": (without("state", "anchor"), RuntimeError, "lost on the way"),
@@ -306,6 +316,116 @@ def test_moments_get_memory_of_their_own(backend, kind):
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
+def test_moments_that_are_shared_beside_what_is_none():
+    """Entries that are no dict, and counts that are no tensors, are passed over one by one."""
+    _, source = make()
+    saved = copy.deepcopy(source.state_dict())
+    saved["param_groups"][0]["anchored"] = 0
+    common = torch.ones(2)
+    state = {"noted": 1}
+    for key, value in ((0, common), (1, torch.ones(3, 2))):
+        state[key] = {"step": 2, "max_exp_avg_sq": None, "exp_avg": value, "exp_avg_sq": value}
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(3, 2))]
+    opt = dgg.AdamW(params, lr=0.1)
+    opt.load_state_dict({**saved, "state": state})
+    assert opt.state["noted"] == 1
+    for p in params:
+        first, second = opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]
+        assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    # Memory that nobody else has is taken as it is, as torch takes it: no second copy.
+    assert opt.state[params[0]]["exp_avg"].data_ptr() == common.data_ptr()
+    stepped(opt, 1)
+    saved = copy.deepcopy(source.state_dict())
+    opt.load_state_dict(saved)
+    for p, given in zip(params, saved["state"].values(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert opt.state[p][name].data_ptr() == given[name].data_ptr()
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_nothing_is_known_of_what_is_empty(nothing):
+    """torch's helpers put empty dicts where a flattened state dict has nothing."""
+    _, source = make()
+    saved = copy.deepcopy(source.state_dict())
+    saved["param_groups"][0]["anchored"] = 1
+    saved["state"][0] = nothing
+    saved["state"][1]["max_exp_avg_sq"] = {}
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(3, 2))]
+    opt = dgg.AdamW(params, lr=0.1)
+    opt.load_state_dict(saved)
+    assert params[0] not in opt.state
+    assert set(opt.state[params[1]]) == {"step", "exp_avg", "exp_avg_sq", "anchor"}
+    stepped(opt, 1)
+
+
+def test_a_state_that_does_not_say_amsgrad_is_without():
+    _, source = make()
+    source.clear_anchor()
+    saved = copy.deepcopy(source.state_dict())
+    del saved["param_groups"][0]["amsgrad"]
+    _, opt = make(amsgrad=True)
+    opt.clear_anchor()
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["amsgrad"] is False
+
+
+def test_a_count_of_steps_is_no_moment():
+    """bfloat16 has no 257."""
+    _, source = make()
+    saved = copy.deepcopy(source.state_dict())
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(257.0)
+    _, opt = make(state_dtype=torch.bfloat16)
+    opt.load_state_dict(saved)
+    for p in opt.param_groups[0]["params"]:
+        assert opt.state[p]["step"] == 257 and opt.state[p]["step"].dtype == torch.float32
+        assert opt.state[p]["exp_avg"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["anchor_dtype", "state_dtype"])
+def test_a_dtype_that_complex_parameters_have_not_is_named(kind):
+    def build(**options):
+        return dgg.AdamW([Parameter(torch.ones(2, dtype=torch.complex64))], **options)
+
+    opt = build(**{kind: torch.bfloat16})
+    with pytest.raises(TypeError, match="^a parameter is complex and.*bfloat16"):
+        if kind == "anchor_dtype":
+            opt.prepare_for_load()
+        else:
+            source = build()
+            stepped(source)
+            opt.load_state_dict(source.state_dict())
+    assert kind == "anchor_dtype" or not opt.state
+
+
+def test_parameters_without_shape_or_memory_of_their_own():
+    """Lazy ones, and those that a library keeps in other tensors."""
+    lazy = torch.nn.LazyLinear(2)
+    pair = Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    for params in (lazy.parameters(), [pair]):
+        opt = dgg.AdamW(params, lr=0.1)
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def test_state_goes_where_the_parameters_and_anchors_are():
+    """The meta device stands for a GPU, and for the host beside one."""
+    _, source = make()
+    saved = copy.deepcopy(source.state_dict())
+    far = [Parameter(torch.ones(s, device="meta")) for s in ((2,), (3, 2))]
+    opt = dgg.AdamW(far, lr=0.1, state_dtype=torch.float64)
+    opt.load_state_dict(saved)
+    for p in far:
+        assert {opt.state[p][name].device.type for name in ("exp_avg", "anchor")} == {"meta"}
+    for load in (True, False):
+        near = [Parameter(torch.ones(s)) for s in ((2,), (3, 2))]
+        opt = dgg.AdamW(near, lr=0.1)
+        opt._anchor_device = torch.device("meta")
+        opt.load_state_dict(saved) if load else opt.prepare_for_load()
+        for p in near:
+            assert opt.state[p]["anchor"].device.type == "meta"
+            assert opt.state[p]["exp_avg"].device.type == "cpu"
+
+
 def test_hooks_run_around_everything():
     """One before may repair the state, one behind sees all of it; a failing one leaves no trace."""
     _, opt = make()
@@ -314,17 +434,20 @@ def test_hooks_run_around_everything():
         state["step"] = str(int(state["step"]))
     seen = []
 
-    def repair(_, state_dict):
+    def repair(optimizer, state_dict):
+        assert optimizer is opt
         state = {k: {**v, "step": float(v["step"])} for k, v in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
     handle = opt.register_load_state_dict_pre_hook(repair)
+    looks = opt.register_load_state_dict_pre_hook(lambda *_: None)
     opt.register_load_state_dict_post_hook(
         lambda o: seen.append(all("anchor" in o.state[p] for p in o.state))
     )
     opt.load_state_dict(saved)
-    assert seen == [True] and len(opt._optimizer_load_state_dict_pre_hooks) == 1
+    assert seen == [True] and len(opt._optimizer_load_state_dict_pre_hooks) == 2
     handle.remove()
+    looks.remove()
 
     def fail(_):
         raise ZeroDivisionError
@@ -357,6 +480,7 @@ def test_model_that_was_made_wide_loads_its_own_state():
     stepped(opt)
     model.float()
     opt.load_state_dict(opt.state_dict())
+    assert all("master" not in opt.state[p] for p in model.parameters())
     stepped(opt)
     assert all("master" not in opt.state[p] for p in model.parameters())
     opt.load_state_dict(opt.state_dict())

@@ -29,7 +29,7 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _RESERVED)
 
 
-def names_of_parameters(model: torch.nn.Module) -> dict[Tensor, list[str]]:
+def names_of_parameters(model: torch.nn.Module | None) -> dict[Tensor, list[str]]:
     """Returns all names of every parameter of ``model``, its own first, tied ones each of theirs.
 
     Besides the plain names: names without what wrappers add (``module.``, ``_orig_mod.``, those
