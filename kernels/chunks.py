@@ -510,15 +510,15 @@ def is_reliable(total):
 def sum_of_row(partials, starts, position, numel):
     """Sum of the partials of a row's chunks; its order depends on their number alone.
 
-    They come from other programs: `volatile` keeps a cache that is not coherent out. An empty row
-    has a chunk that nobody walked.
+    They come from other programs, which `is_last` has waited for. An empty row has a chunk that
+    nobody walked.
     """
     start = tl.load(starts + position)
     stop = tl.where(numel > 0, tl.load(starts + position + 1), start)
     lanes = tl.zeros([TILE], tl.float64)
     for place in tl.range(start, stop, TILE, loop_unroll_factor=2):
         index = place + tl.arange(0, TILE)
-        lanes += tl.load(partials + index, mask=index < stop, other=0.0, volatile=True)
+        lanes += tl.load(partials + index, mask=index < stop, other=0.0)
     return tree_sum(lanes, TILE)
 
 
@@ -529,7 +529,11 @@ def finish_update(
 ):  # fmt: skip
     """Stores what only holds when all of a row is done: its step count and measured distance."""
     position = position_of(chunks, tl.program_id(0))
-    if is_last_of_row(counters, starts, position):
+    if LOOK_AHEAD or STEPS:
+        last = is_last_of_row(counters, starts, position)
+    else:  # nobody reads what is written, so nobody has to be waited for
+        last = tl.load(starts + position) == tl.program_id(0)
+    if last:
         row = tl.load(rows + position).to(tl.int64)
         own = table + row * COLUMNS
         active = tl.load(grads + row) != 0

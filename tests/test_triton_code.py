@@ -388,6 +388,8 @@ def read_amd(compiled, whole):
     return {
         "registers": number("vgpr_count"),
         "scratch": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        "bypassing": count(lines, r"_load_\w+ .*\bsc1\b"),  # the caches
+        "acquires": count(lines, r"^\s*buffer_inv\b"),
         **wide(
             lines, loops, *(rf"\b(global|buffer)_{op}_\w+" for op in ("load", "store")), "x4\\b"
         ),
@@ -572,6 +574,22 @@ def test_machine_code_of_every_pair(target, launch, ask):
 def test_machine_code_of_every_variant(target, mix, kernel, ask):
     for (launch,) in launches(kernel, [mix]):
         check(target, launch, ask(target, launch))
+
+
+@pytest.mark.parametrize(
+    "launch,counters",
+    [
+        (Launch("norms", "f32"), 2),  # of a row's chunks, and of the rows
+        (Launch("adam", "bf16", ANCHOR | LOOK_AHEAD | STOCHASTIC), 1),
+        (Launch("adam", "f32"), 1),  # the last one counts the step that all have read
+        (Launch("sgd", "f32"), 0),
+    ],
+    ids=lambda x: str(x),
+)
+def test_what_others_wrote_is_acquired_once(launch, counters, ask):
+    """On AMD each load that goes around the caches would be waited for by itself."""
+    (kernel,) = ask("gfx942", launch)
+    assert kernel["acquires"] == counters and kernel["bypassing"] == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
