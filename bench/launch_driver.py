@@ -116,9 +116,8 @@ def install() -> Driver:
     if _installed is None:
         if (reason := missing()) is not None:
             raise RuntimeError(reason)
-        import triton
-
         import dgg.kernels
+        import triton
 
         _installed = Driver()
         triton.runtime.driver.set_active(_installed)

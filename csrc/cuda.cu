@@ -152,7 +152,7 @@ Launch make_launch(const char* op, const Arguments& arguments, const Table& t, i
           arguments.data<const int32_t>("chunks", t.chunks, 2 * chunks),
           t.starts ? arguments.data<const int32_t>("starts", *t.starts, count + 1) : nullptr,
           t.partials ? arguments.data<double>("partials", *t.partials, 3 * chunks) : nullptr,
-          t.counters ? arguments.data<int32_t>("counters", *t.counters, count) : nullptr,
+          t.counters ? arguments.data<int32_t>("counters", *t.counters, count + 1) : nullptr,
           arguments.data<const int64_t>("grads", t.grads, n),
           t.replays.numel() ? arguments.data<const int64_t>("replays", t.replays, n) : nullptr,
           chunks,
@@ -161,25 +161,43 @@ Launch make_launch(const char* op, const Arguments& arguments, const Table& t, i
           replay_weight};
 }
 
+CoefficientArguments coefficient_arguments(const Arguments& a, const Tensor& squares, int64_t n,
+                                           double* out, std::optional<double> max_grad_norm,
+                                           bool scaling, bool per_tensor) {
+  return {a.data<const double>("squares", squares, 3 * n),
+          out,
+          n,
+          max_grad_norm.value_or(0),
+          max_grad_norm.has_value(),
+          scaling,
+          per_tensor};
+}
+
 void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                   const Tensor& starts, const Tensor& partials, const Tensor& counters,
                   const Tensor& grads, const Tensor& replays, const Tensor& distances,
                   const Tensor& squares, const OptionalTensor& gate,
-                  const OptionalTensor& grad_scale, int64_t dtypes, double replay_weight,
-                  int64_t which) {
+                  const OptionalTensor& grad_scale, const OptionalTensor& out, int64_t dtypes,
+                  double replay_weight, int64_t which, std::optional<double> max_grad_norm,
+                  bool scaling, bool per_tensor) {
   const char* const op = "norms_launch";
   const Arguments a(op, table);
   const Launch launch =
       make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
                   dtypes, replay_weight);
   const int64_t n = table.size(0);
+  STD_TORCH_CHECK(launch.row_count > 0 || !out, "dgg::", op,
+                  ": the last row's block makes `out`, and there is no row");
+  const CoefficientArguments coefficients = coefficient_arguments(
+      a, squares, n, a.data<double>("out", out, kScales + n), max_grad_norm, scaling, per_tensor);
   const NormArguments arguments{launch,
                                 a.data<double>("distances", distances, n),
                                 a.data<double>("squares", squares, 3 * n),
                                 a.data<const uint8_t>("gate", gate, 1),
                                 a.data<const float>("grad_scale", grad_scale, 1),
                                 n,
-                                static_cast<int>(which)};
+                                static_cast<int>(which),
+                                coefficients};
   if (launch.row_count > 0) a.finish(launch_norms(arguments, a.stream()));
 }
 
@@ -190,10 +208,9 @@ void coefficients_launch(const Tensor& squares, const Tensor& out,
   STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3, "dgg::", op,
                   ": squares must have shape [3, n]");
   const int64_t n = squares.size(1);
+  double* const data = a.data<double>("out", out, kScales + n);
   a.finish(launch_coefficients(
-      {a.data<const double>("squares", squares, 3 * n), a.data<double>("out", out, kScales + n), n,
-       max_grad_norm.value_or(0), max_grad_norm.has_value(), scaling, per_tensor},
-      a.stream()));
+      coefficient_arguments(a, squares, n, data, max_grad_norm, scaling, per_tensor), a.stream()));
 }
 
 void update_launch(const char* op, cudaError_t (*run)(const UpdateArguments&, cudaStream_t),

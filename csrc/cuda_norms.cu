@@ -142,6 +142,44 @@ struct FinishNorms {
   }
 };
 
+// What one block makes of the squares: sums in a fixed order, whatever launches wrote them.
+DGG_DEVICE void make_coefficients(const CoefficientArguments& a) {
+  __shared__ double sums[3][kThreads];
+  const int64_t n = a.table_rows;
+  const int t = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int part = 0; part < 3; ++part) {
+    double sum = 0;
+    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.squares + part * n + i);
+    sums[part][t] = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (t < half) {
+#pragma unroll
+      for (int part = 0; part < 3; ++part) sums[part][t] += sums[part][t + half];
+    }
+    __syncthreads();
+  }
+  const double total = std::sqrt(sums[0][0]), grad = std::sqrt(sums[1][0]),
+               distance = std::sqrt(sums[2][0]);
+  const double clip = a.clipped ? clip_of(a.max_grad_norm, total) : 1;
+  if (t == 0) {
+    a.out[kClip] = clip;
+    a.out[kGradLength] = grad;
+    a.out[kDistanceLength] = distance;
+    a.out[kTotalLength] = total;
+  }
+  const double scale = a.scaling ? scale_of(clip, grad, distance) : 1;
+  for (int64_t i = t; i < n; i += kThreads) {
+    a.out[kScales + i] = a.scaling && a.per_tensor
+                             ? scale_of(clip, std::sqrt(__ldcg(a.squares + n + i)),
+                                        std::sqrt(__ldcg(a.squares + 2 * n + i)))
+                             : scale;
+  }
+}
+
 struct NormRow {
   char *grad, *replay, *param, *anchor;
   int parts, count;
@@ -222,7 +260,9 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
       keep(2, body);
     }
   }
-  if (end.reach(a.launch)) finish_row<3>(a.launch, end, FinishNorms{a});
+  if (!end.reach(a.launch)) return;
+  finish_row<3>(a.launch, end, FinishNorms{a});
+  if (a.coefficients.out != nullptr && end.reach_end(a.launch)) make_coefficients(a.coefficients);
 }
 
 template <typename K>
@@ -277,41 +317,9 @@ using NormKinds = Kinds<Gradients<float>, Gradients<bfloat16>, Gradients<float16
                         Measured<bfloat16, bfloat16, float>, AnyNorms<float>, AnyNorms<double> >;
 #endif
 
-// One block: sums in a fixed order, whatever launches wrote the squares.
+// One block: for squares that have been summed over ranks since.
 __global__ void __launch_bounds__(kThreads) coefficients_kernel(const CoefficientArguments a) {
-  __shared__ double sums[3][kThreads];
-  const int64_t n = a.table_rows;
-  const int t = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int part = 0; part < 3; ++part) {
-    double sum = 0;
-    for (int64_t i = t; i < n; i += kThreads) sum += a.squares[part * n + i];
-    sums[part][t] = sum;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (t < half) {
-#pragma unroll
-      for (int part = 0; part < 3; ++part) sums[part][t] += sums[part][t + half];
-    }
-    __syncthreads();
-  }
-  const double total = std::sqrt(sums[0][0]), grad = std::sqrt(sums[1][0]),
-               distance = std::sqrt(sums[2][0]);
-  const double clip = a.clipped ? clip_of(a.max_grad_norm, total) : 1;
-  if (t == 0) {
-    a.out[kClip] = clip;
-    a.out[kGradLength] = grad;
-    a.out[kDistanceLength] = distance;
-    a.out[kTotalLength] = total;
-  }
-  const double scale = a.scaling ? scale_of(clip, grad, distance) : 1;
-  for (int64_t i = t; i < n; i += kThreads) {
-    a.out[kScales + i] = a.scaling && a.per_tensor ? scale_of(clip, std::sqrt(a.squares[n + i]),
-                                                              std::sqrt(a.squares[2 * n + i]))
-                                                   : scale;
-  }
+  make_coefficients(a);
 }
 
 // One block: the draws of a step that was recorded before its index was known.

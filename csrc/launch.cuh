@@ -5,7 +5,7 @@
 // chunk: groups in which every thread has kElements neighbours are read and written with 128-bit
 // accesses, several at once; what is left, and rows that are not aligned, element by element, with
 // the same arithmetic (update.h). The last block of a row to finish writes what belongs to all of
-// it: norms, distances, step counts.
+// it: norms, distances, step counts; the last of a norm pass also the coefficients.
 //
 // Sums do not depend on scheduling, alignment, dtype combination or kernel: a chunk has kLanes
 // lanes of four neighbouring elements each, summed in order, and everything beyond is summed in
@@ -22,6 +22,17 @@
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments)
 // An address out of a table: without this the compiler does not know what memory it means.
 #define DGG_GLOBAL(address) __builtin_assume(__isGlobal(address))
+// Counts one more in and returns how many there were. Whoever counts later, and has a fence behind
+// that, sees what this thread, and those it met at a barrier, did before. Only the last one needs
+// the fence.
+__device__ __forceinline__ int count_and_release(int* counter) {
+  int before;
+  asm volatile("atom.release.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
 #endif
 
 #include <cmath>
@@ -57,13 +68,23 @@ struct Launch {
   const int32_t* chunks;
   const int32_t* starts;
   double* partials;
-  int32_t* counters;
+  int32_t* counters;  // of each row's chunks, and last of the rows; zero between launches
   const int64_t* grads;
   const int64_t* replays;  // null: no replay gradients at all
   int64_t chunk_count;
   int64_t row_count;
   uint64_t dtypes;
   double replay_weight;
+};
+
+struct CoefficientArguments {
+  const double* squares;
+  double* out;
+  int64_t table_rows;
+  double max_grad_norm;
+  bool clipped;
+  bool scaling;
+  bool per_tensor;
 };
 
 struct NormArguments {
@@ -74,6 +95,7 @@ struct NormArguments {
   const float* grad_scale;
   int64_t table_rows;
   int which;
+  CoefficientArguments coefficients;  // made by the last block of all, unless `out` is null
 };
 
 struct UpdateArguments {
@@ -88,16 +110,6 @@ struct UpdateArguments {
   uint64_t seed;
   uint32_t draw;
   int variant;
-};
-
-struct CoefficientArguments {
-  const double* squares;
-  double* out;
-  int64_t table_rows;
-  double max_grad_norm;
-  bool clipped;
-  bool scaling;
-  bool per_tensor;
 };
 
 struct DrawArguments {
@@ -519,11 +531,20 @@ DGG_DEVICE double sum_partials(const double* partials, int begin, int end, int s
   return sum;
 }
 
+// Whether all others of so many have counted; what they did before is then seen, and the counter is
+// zero again.
+DGG_DEVICE bool is_last(int32_t* counter, int members) {
+  if (count_and_release(counter) != members - 1) return false;
+  __threadfence();
+  *counter = 0;
+  return true;
+}
+
 // The row of a block among those of the launch, and the row's chunks. Read at the beginning, when
 // there are other loads to wait for, and kept in shared memory.
 struct RowEnd {
   int position, begin, end;
-  bool last;
+  bool last, very_last;
 
   DGG_DEVICE void load(const Launch& launch, int64_t number) {
     position = launch.chunks[2 * number];
@@ -533,16 +554,19 @@ struct RowEnd {
 
   // Returns, in every thread, whether this block is the last of the row to come here.
   DGG_DEVICE bool reach(const Launch& launch) {
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(launch.counters + position, 1) == end - begin - 1;
-      if (last) {
-        __threadfence();
-        launch.counters[position] = 0;
-      }
-    }
+    if (threadIdx.x == 0) last = is_last(launch.counters + position, end - begin);
     __syncthreads();
     return last;
+  }
+
+  // Returns, in every thread, whether this block is the last of all that come here, one of each
+  // row.
+  DGG_DEVICE bool reach_end(const Launch& launch) {
+    if (threadIdx.x == 0) {
+      very_last = is_last(launch.counters + launch.row_count, static_cast<int>(launch.row_count));
+    }
+    __syncthreads();
+    return very_last;
   }
 };
 

@@ -68,8 +68,8 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   m.def(
       "norms_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor(c!) distances, "
-      "Tensor(d!) squares, Tensor? gate, Tensor? grad_scale, *, int dtypes, float replay_weight, "
-      "int which) -> ()");
+      "Tensor(d!) squares, Tensor? gate, Tensor? grad_scale, Tensor(e!)? out, *, int dtypes, "
+      "float replay_weight, int which, float? max_grad_norm, bool scaling, bool per_tensor) -> ()");
   m.def(
       "coefficients_launch(Tensor squares, Tensor(a!) out, *, float? max_grad_norm, bool scaling, "
       "bool per_tensor) -> ()");

@@ -391,9 +391,13 @@ struct FinishUpdate {
   DGG_DEVICE void store(int64_t row, const double* sums) const {
     const RowView view(a.launch, row);
     if (!view.active()) return;
-    // What float32 may have spoiled is left to the next norm pass.
-    const bool known = view.columns[kColumnNumel] == 0 || square_sum_is_reliable(sums[0]);
-    a.distances[row] = measured(view) && known ? sums[0] : -1.0;
+    double distance = -1.0;
+    if (measured(view)) {
+      // What float32 may have spoiled is left to the next norm pass.
+      const bool known = view.columns[kColumnNumel] == 0 || square_sum_is_reliable(sums[0]);
+      if (known) distance = sums[0];
+    }
+    a.distances[row] = distance;
     if (Rule::kCountsSteps) {
       float* const step = step_of(view);
       *step += 1.0f;
@@ -440,6 +444,15 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
   }
   __syncthreads();
   if (skip) return;
+  const bool measures = K::kAnchor && (a.variant & kLookAheadBit) != 0;
+  if (Rule::kFinishes && !measures && threadIdx.x == 0) {
+    // Nothing is handed over. All blocks of a row have read its step before the last one writes it,
+    // and count now, when nothing is on its way to memory that a release would wait for.
+    const bool last = Rule::kCountsSteps
+                          ? is_last(a.launch.counters + end.position, end.end - end.begin)
+                          : end.begin == static_cast<int>(blockIdx.x);
+    if (last) FinishUpdate<Rule>{a}.store(a.launch.rows[end.position], nullptr);
+  }
   if (row.work) {
     Update body(row, a);
     walk<Update::kElements, Update::kBatch>(body, row.count, row.aligned);
@@ -449,7 +462,9 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
     }
   }
   if constexpr (Rule::kFinishes) {
-    if (end.reach(a.launch)) finish_row<1>(a.launch, end, FinishUpdate<Rule>{a});
+    if (measures && end.reach(a.launch)) {
+      finish_row<1>(a.launch, end, FinishUpdate<Rule>{a});
+    }
   }
 }
 

@@ -106,15 +106,21 @@ def plan_anchors(
             tensors = anchor.open_path(tensors)
         others = () if model is not None else _other_names(groups, params)
         sources = anchor.match_named(tensors, params, names, labels, dtypes, model, others)
-    plan = []
-    for p, theta, source, label, wanted in zip(
-        params, stepped, sources, labels, dtypes, strict=True
-    ):
+    kept = {}
+    for p, theta, wanted in zip(params, stepped, dtypes, strict=True):
         old = known.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
         # Somebody may have put the weights themselves there.
-        fits = fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta)
-        target = old if fits else anchor.allocate(p, wanted, device)
+        if fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
+            kept[p] = old
+    wanted_of = dict(zip(params, dtypes, strict=True))
+    fresh = [p for p in params if p not in kept]
+    made = anchor.allocate_all(fresh, [wanted_of[p] for p in fresh], device)
+    targets = kept | dict(zip(fresh, made, strict=True))
+    plan = []
+    for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
+        fits = p in kept
+        target = targets[p]
         if isinstance(source, anchor.Part):
             values = source.read()
             anchor.check_values(values, label, wanted)

@@ -39,7 +39,8 @@ class Launch:
         chunks: int32 [m, 2], position in ``rows`` and number within the row; an empty row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
         partials: float64 [3, m], workspace.
-        counters: int32 [k], workspace, zero between launches.
+        counters: int32 [k + 1], workspace, zero between launches: of each row's chunks that are
+            done, and last of the rows.
         window: Window that the rows' anchors come in (`Windows`), -1 if they lie on the device.
     """
 
@@ -107,7 +108,7 @@ def cut(
                 torch.stack([position, number], dim=1).int().to(device),
                 starts.int().to(device),
                 torch.empty(3, total, dtype=torch.float64, device=device),
-                torch.zeros(len(rows), dtype=torch.int32, device=device),
+                torch.zeros(len(rows) + 1, dtype=torch.int32, device=device),
                 kind[1],
             )
         )
@@ -316,23 +317,51 @@ class Kernels:
         self.measured = True
 
     def _measure(self, distances: Tensor, grads: Tensor, replays: Tensor) -> None:
-        squares = torch.empty(3, self.size, dtype=torch.float64, device=self.device)
+        squares = self._squares()
         for number in self._numbers():
             for launch in self._of_window(number):
-                self._functions.norms_launch(
-                    self.table,
-                    *launch.tensors,
-                    grads,
-                    replays,
-                    distances,
-                    squares,
-                    None,
-                    None,
-                    dtypes=launch.dtypes,
-                    replay_weight=0.0,
-                    which=reference.NORM_DISTANCE,
+                self._norms_of(
+                    launch, distances, squares, grads, replays, which=reference.NORM_DISTANCE
                 )
             self._leave_window(number)
+
+    def _squares(self) -> Tensor:
+        return torch.empty(3, self.size, dtype=torch.float64, device=self.device)
+
+    def _norms_of(
+        self,
+        launch: Launch,
+        distances: Tensor,
+        squares: Tensor,
+        grads: Tensor,
+        replays: Tensor,
+        *,
+        which: int,
+        gate: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        out: Tensor | None = None,
+        replay_weight: float = 0.0,
+        max_grad_norm: float | None = None,
+        scaling: bool = False,
+        per_tensor: bool = False,
+    ) -> None:
+        self._functions.norms_launch(
+            self.table,
+            *launch.tensors,
+            grads,
+            replays,
+            distances,
+            squares,
+            gate,
+            grad_scale,
+            out,
+            dtypes=launch.dtypes,
+            replay_weight=replay_weight,
+            which=which,
+            max_grad_norm=max_grad_norm,
+            scaling=scaling,
+            per_tensor=per_tensor,
+        )
 
     def _numbers(self) -> list[int]:
         """Returns the windows in the order of a pass, -1 for the anchors that are here."""
@@ -378,42 +407,56 @@ class Kernels:
                 table[place].copy_(value.reshape(()), non_blocking=True)
         return table.view(len(groups), len(names))
 
-    def norms(
-        self,
-        distances: Tensor,
-        *,
-        replay_weight: float,
-        grad_scale: Tensor | None,
-        which: int,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        """Returns float64 [3, n], the squares of `reference.norms`; fills ``distances``."""
-        if self.windows is not None and which & reference.NORM_DISTANCE and not self.measured:
-            self._measure(distances, self.grads, self.replays)
-        squares = torch.empty(3, self.size, dtype=torch.float64, device=self.device)
-        for launch in self.launches:
-            self._functions.norms_launch(
-                self.table,
-                *launch.tensors,
-                self.grads,
-                self.replays,
-                distances,
-                squares,
-                gate,
-                grad_scale,
-                dtypes=launch.dtypes,
-                replay_weight=replay_weight,
-                which=which,
-            )
+    def norms(self, distances: Tensor, *, which: int, **options) -> Tensor:
+        """Returns float64 [3, n], the squares of `reference.norms`; fills ``distances``.
+
+        Args:
+            distances: float64 [n], known squares or negative.
+            which: Bits of `reference`.
+            options: replay_weight, grad_scale and gate.
+        """
+        squares = self._squares()
+        self._norms(distances, squares, None, which, options, {})
         return squares
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Returns float64 [4 + n] as `reference.coefficients` does."""
-        out = torch.empty(
-            reference.SCALES + squares.shape[1], dtype=torch.float64, device=self.device
-        )
+        out = self._coefficients()
         self._functions.coefficients_launch(squares, out, **settings)
         return out
+
+    def measure(
+        self, distances: Tensor, settings: Mapping[str, Any], *, which: int, **options
+    ) -> Tensor:
+        """Returns the `coefficients`, with these settings, of the `norms`, in no launch more.
+
+        The block that ends the last row of the norm pass makes them.
+        """
+        out = self._coefficients()
+        self._norms(distances, self._squares(), out, which, options, settings)
+        return out
+
+    def _coefficients(self) -> Tensor:
+        return torch.empty(reference.SCALES + self.size, dtype=torch.float64, device=self.device)
+
+    def _norms(
+        self,
+        distances: Tensor,
+        squares: Tensor,
+        out: Tensor | None,
+        which: int,
+        options: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> None:
+        if self.windows is not None and which & reference.NORM_DISTANCE and not self.measured:
+            self._measure(distances, self.grads, self.replays)
+        last = self.launches[-1]
+        for launch in self.launches:
+            finish = {"out": out, **settings} if launch is last else {}
+            self._norms_of(
+                launch, distances, squares, self.grads, self.replays, which=which, **options,
+                **finish,
+            )  # fmt: skip
 
     def update_(
         self,

@@ -1019,6 +1019,32 @@ def coefficients(
     return function(squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
 
 
+def measure(
+    rows: Rows,
+    settings: Mapping[str, Any],
+    *,
+    replay_weight: float,
+    scaling: Scaling,
+    which: int,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
+
+    Args:
+        rows: The rows, refreshed with this step's gradients.
+        settings: What `coefficients` takes besides.
+        replay_weight: As in `norms`, and so the others.
+        scaling: Likewise.
+        which: Likewise.
+        gate: Likewise.
+    """
+    options = {"replay_weight": replay_weight, "which": which}
+    if rows.kernels is not None:
+        options |= {"grad_scale": scaling.grad_scale, "gate": gate}
+        return rows.kernels.measure(rows.distances, settings, **options)
+    return coefficients(rows, norms(rows, scaling=scaling, **options), **settings)
+
+
 class Rule(NamedTuple):
     """An update rule as the backends know it.
 

@@ -150,11 +150,12 @@ class Loading(Imitable):
             _arguments.make_plain(group)
             group.update({k: v for k, v in flags.items() if v is not None or k in group})
             group.update({k: v for k, v in mine.items() if k not in saved})
-        for param, value in anchors.items():
+        dtypes = [value.dtype for value in anchors.values()]
+        made = anchor.allocate_all([*anchors], dtypes, self._anchor_device)
+        for (param, value), target in zip(anchors.items(), made, strict=True):
             # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
-            made = anchor.allocate(param, value.dtype, self._anchor_device)
-            anchor.write(made, value.detach())
-            self.state[param]["anchor"] = made
+            anchor.write(target, value.detach())
+            self.state[param]["anchor"] = target
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if saved.get("anchored"):
                 self._anchor_empty(group)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Brings anchors that are kept off the device to it, window by window, on a stream of its own.
 
-With ``anchor_device="cpu"`` the anchors lie in pinned memory. They are wanted on the steps that
-inject and on no others, and the draws say one step ahead which those are. The device holds two
-buffers; every anchor belongs to one window, every window to one buffer, so an anchor's address on
-the device never changes, and at most two windows are there at a time. A pass over all windows goes
-through them in the opposite order of the pass before, which finds the last two still in place.
+With ``anchor_device="cpu"`` the anchors lie in pinned memory, side by side as they will lie on the
+device, so that a window comes in one copy. They are wanted on the steps that inject and on no
+others, and the draws say one step ahead which those are. The device holds two buffers; every anchor
+belongs to one window, every window to one buffer, so an anchor's address on the device never
+changes, and at most two windows are there at a time. A pass over all windows goes through them in
+the opposite order of the pass before, which finds the last two still in place.
 """
 
 from __future__ import annotations
@@ -29,6 +30,59 @@ def is_away(anchor: Tensor | None, param: Tensor) -> bool:
     return anchor is not None and anchor.device != param.device
 
 
+def cut(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
+    """Cuts anchors into windows, in order.
+
+    Args:
+        lengths: Bytes of every anchor.
+        size: Bytes of a window, which may be as long as its only anchor.
+
+    Returns:
+        For each window the number and the first byte of every anchor in it.
+    """
+    size = WINDOW if size is None else size
+    windows: list[list[tuple[int, int]]] = []
+    used = size
+    for number, length in enumerate(lengths):
+        if not windows or (used + length > size and used > 0):
+            windows.append([])
+            used = 0
+        windows[-1].append((number, used))
+        used += -(-length // _ALIGNMENT) * _ALIGNMENT
+    return windows
+
+
+def side_by_side(
+    like: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool = True
+) -> list[Tensor]:
+    """Returns uninitialised tensors on the CPU that a copy per window can bring to a device.
+
+    Torch rounds each block of pinned memory up to a power of two: here is one for each window.
+    The tensors share memory, but no version: a write to one is no write to the others.
+
+    Args:
+        like: What shapes and strides are taken from.
+        dtypes: Of every tensor.
+        pinned: Whether the memory is pinned.
+    """
+    shapes = [
+        torch.empty_like(x, dtype=dtype, device="meta", memory_format=torch.preserve_format)
+        for x, dtype in zip(like, dtypes, strict=True)
+    ]
+    lengths = [x.nbytes for x in shapes]
+    made = {}
+    for window in cut(lengths):
+        last, begin = window[-1]
+        memory = torch.empty(
+            begin + lengths[last], dtype=torch.uint8, device="cpu", pin_memory=pinned
+        ).untyped_storage()
+        for number, begin in window:
+            x = shapes[number]
+            place = begin // x.element_size(), x.size(), x.stride()
+            made[number] = torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, *place)
+    return [made[number] for number in range(len(shapes))]
+
+
 class Windows:
     """The windows of one device's anchors, and which of them are there.
 
@@ -45,39 +99,30 @@ class Windows:
     def __init__(
         self, anchors: Sequence[Tensor | None], device: torch.device, size: int | None = None
     ) -> None:
-        size = WINDOW if size is None else size
         self._device = device
         self.of_row = [-1] * len(anchors)
-        places: list[list[tuple[int, Tensor, int]]] = []
-        used, longest = size, 1
-        for row, anchor in enumerate(anchors):
-            if anchor is None:
-                continue
-            length = anchor.numel() * anchor.element_size()
-            if not places or (used + length > size and used > 0):
-                places.append([])
-                used = 0
-            places[-1].append((row, anchor, used))
-            self.of_row[row] = len(places) - 1
-            used += -(-length // _ALIGNMENT) * _ALIGNMENT
-            longest = max(longest, used)
-        self.count = len(places)
+        rows = [row for row, anchor in enumerate(anchors) if anchor is not None]
+        lengths = [anchors[row].nbytes for row in rows]
+        windows = cut(lengths, size)
+        self.count = len(windows)
+        ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
+        longest = -(-max(ends, default=1) // _ALIGNMENT) * _ALIGNMENT
         self._buffers = [
             torch.empty(longest, dtype=torch.uint8, device=device)
             for _ in range(min(2, self.count))
         ]
         self.addresses = [0] * len(anchors)
         self._copies: list[list[tuple[Tensor, Tensor]]] = []
-        for number, window in enumerate(places):
+        for number, window in enumerate(windows):
             buffer = self._buffers[number % 2]
-            copies = []
-            for row, anchor, begin in window:
-                target = buffer[begin : begin + anchor.numel() * anchor.element_size()]
-                # The elements in memory order, which the parameter's kernels walk in.
-                flat = _in_memory_order(anchor)
-                copies.append((target.view(flat.dtype), flat))
-                self.addresses[row] = target.data_ptr()
-            self._copies.append(copies)
+            for place, begin in window:
+                self.of_row[rows[place]] = number
+                target = buffer[begin : begin + lengths[place]]
+                self.addresses[rows[place]] = target.data_ptr()
+            found = [(begin, anchors[rows[place]]) for place, begin in window]
+            self._copies.append(
+                [(buffer[begin : begin + len(x)], x) for begin, x in _in_few_pieces(found)]
+            )
         self._held: list[int | None] = [None] * len(self._buffers)
         self._upwards = True
         self._stream = None
@@ -175,7 +220,26 @@ class Windows:
         return None if stream is None else stream.record_event()
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    """Returns a dense tensor as one dimension, in the order of its memory."""
-    x = torch.view_as_real(x) if x.is_complex() else x
-    return x.as_strided((x.numel(),), (1,))
+def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Returns the bytes of anchors, those together that lie as they shall lie.
+
+    Args:
+        anchors: Anchors that are dense, and where they begin in the window. The order of their
+            memory, which the parameter's kernels walk in, stays.
+    """
+    pieces: list[tuple[int, torch.UntypedStorage, int, int]] = []
+    for begin, x in anchors:
+        memory, first = x.untyped_storage(), x.storage_offset() * x.element_size()
+        if not x.nbytes:
+            continue
+        if pieces:
+            start, known, source, _ = pieces[-1]
+            if known.data_ptr() == memory.data_ptr() and first - source == begin - start:
+                pieces[-1] = start, known, source, first + x.nbytes - source
+                continue
+        pieces.append((begin, memory, first, x.nbytes))
+    found = []
+    for begin, memory, first, length in pieces:
+        x = torch.empty(0, dtype=torch.uint8, device=memory.device)  # another GPU's, maybe
+        found.append((begin, x.set_(memory, first, (length,), (1,))))
+    return found

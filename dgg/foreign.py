@@ -279,21 +279,18 @@ class Guidance:
                     "guidance.state_dict() returned"
                 )
             anchor.check_source(value, params[i], labels[i])
-        self._anchors = {
-            params[i]: self._anchor_of(params[i], value)
-            for i, value in state_dict["anchors"].items()
-        }
+        anchors = {params[i]: value for i, value in state_dict["anchors"].items()}
+        dtypes = [value.dtype for value in anchors.values()]
+        made = anchor.allocate_all([*anchors], dtypes, self._anchor_device)
+        for target, value in zip(made, anchors.values(), strict=True):
+            anchor.write(target, value)
+        self._anchors = dict(zip(anchors, made, strict=True))
         engine, mine = self._engine, self.param_groups[0]["draw_index"]
         engine.named = None
         fresh = mine in (0, engine.resumed)
         engine.resumed = groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]
         self._rows, self._gathers = [], False
-
-    def _anchor_of(self, param: Tensor, value: Tensor) -> Tensor:
-        made = anchor.allocate(param, value.dtype, self._anchor_device)
-        anchor.write(made, value)
-        return made
 
     def _before_step(self, optimizer, args, kwargs):
         if not optimizer.state and checkpoint.making_template():

@@ -271,27 +271,27 @@ class Engine:
                     rows.forget(anchors=False)
         if not which:
             return [rows.constant_coefficients() for rows in all_rows]
-        with _ranges.record("dgg.norm"):
-            squares = [
-                _dispatch.norms(
-                    rows,
-                    replay_weight=float(wide["replay_weight"]),
-                    scaling=scaling,
-                    which=which,
-                    gate=None if gates is None else gates[place],
-                )
-                for place, rows in enumerate(all_rows)
-            ]
         per_tensor = wide["norm_scope"] == "tensor"
-        for part, rows in zip(squares, all_rows, strict=True):
-            if rows.reduction is not None:
-                rows.reduction.sum_(part, per_tensor=per_tensor)
         bound = wide["max_grad_norm"]
         settings = {
             "max_grad_norm": None if bound is None else float(bound),
             "scaling": wide["scaling"],
             "per_tensor": per_tensor,
         }
+        options = {
+            "replay_weight": float(wide["replay_weight"]), "scaling": scaling, "which": which
+        }  # fmt: skip
+        gates = [None] * len(all_rows) if gates is None else gates
+        with _ranges.record("dgg.norm"):
+            if len(all_rows) == 1 and all_rows[0].reduction is None:
+                return [_dispatch.measure(all_rows[0], settings, gate=gates[0], **options)]
+            squares = [
+                _dispatch.norms(rows, gate=gate, **options)
+                for rows, gate in zip(all_rows, gates, strict=True)
+            ]
+        for part, rows in zip(squares, all_rows, strict=True):
+            if rows.reduction is not None:
+                rows.reduction.sum_(part, per_tensor=per_tensor)
         if len(all_rows) == 1:
             return [_dispatch.coefficients(all_rows[0], squares[0], **settings)]
         # One norm over several devices: the few squares travel, the gradients stay.

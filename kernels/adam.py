@@ -235,7 +235,7 @@ def adam_launch_(
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
         partials: float64 [3, m], workspace.
-        counters: int32 [k], workspace, zero between launches.
+        counters: int32 [k + 1], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
         coefficients: float64 [4 + n] from `coefficients_launch`.

@@ -80,7 +80,7 @@ _DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
 
 # Launches do not depend on the numbers in these, nor on the alignment of the small tables.
 NUMBERS = ["n", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
-           "hypers", "threshold_column", "strength_column"]  # fmt: skip
+           "members", "settings", "hypers", "threshold_column", "strength_column"]  # fmt: skip
 TABLES = ["table", "rows", "chunks", "starts", "partials", "counters", "grads", "replays",
           "distances", "squares", "gate", "grad_scale", "found_inf", "draw_index", "coefficients",
           "flags", "hyper", "out"]  # fmt: skip
@@ -295,19 +295,25 @@ def chunk_of(rows, chunks, program):
 
 
 @triton.jit
-def is_last(counters, starts, position):
-    """Whether every other chunk of the row is done; if so, the row's counter is zero again.
+def is_last(counter, members):
+    """Whether all others of so many have counted; if so, the counter is zero again.
 
     The barrier collects the program's threads behind the one that counts; what each program did
     before it counted is then visible to the last one.
     """
-    number = tl.load(starts + position + 1) - tl.load(starts + position)
     tl.debug_barrier()
-    arrived = tl.atomic_add(counters + position, 1, sem="acq_rel", scope="gpu")
-    last = arrived == number - 1
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = arrived == members - 1
     if last:
-        tl.store(counters + position, 0)
+        tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def is_last_of_row(counters, starts, position):
+    """Whether every other chunk of the row is done; see `is_last`."""
+    number = tl.load(starts + position + 1) - tl.load(starts + position)
+    return is_last(counters + position, number)
 
 
 @triton.jit
@@ -509,15 +515,15 @@ def is_reliable(total):
 def sum_of_row(partials, starts, position, numel):
     """Sum of the partials of a row's chunks; its order depends on their number alone.
 
-    They come from other programs: `volatile` keeps a cache that is not coherent out. An empty row
-    has a chunk that nobody walked.
+    They come from other programs, which `is_last` has waited for. An empty row has a chunk that
+    nobody walked.
     """
     start = tl.load(starts + position)
     stop = tl.where(numel > 0, tl.load(starts + position + 1), start)
     lanes = tl.zeros([TILE], tl.float64)
     for place in tl.range(start, stop, TILE, loop_unroll_factor=2):
         index = place + tl.arange(0, TILE)
-        lanes += tl.load(partials + index, mask=index < stop, other=0.0, volatile=True)
+        lanes += tl.load(partials + index, mask=index < stop, other=0.0)
     return tree_sum(lanes, TILE)
 
 
@@ -528,7 +534,11 @@ def finish_update(
 ):  # fmt: skip
     """Stores what only holds when all of a row is done: its step count and measured distance."""
     position = position_of(chunks, tl.program_id(0))
-    if is_last(counters, starts, position):
+    if LOOK_AHEAD or STEPS:
+        last = is_last_of_row(counters, starts, position)
+    else:  # nobody reads what is written, so nobody has to be waited for
+        last = tl.load(starts + position) == tl.program_id(0)
+    if last:
         row = tl.load(rows + position).to(tl.int64)
         own = table + row * COLUMNS
         active = tl.load(grads + row) != 0

@@ -13,11 +13,13 @@ from dgg.kernels.chunks import (
     LARGEST,
     NUMEL,
     PARAM,
+    TILE,
     add_squares,
     bits,
     chunk_of,
     dtypes_of,
     is_last,
+    is_last_of_row,
     is_reliable,
     kernel,
     number,
@@ -37,6 +39,12 @@ from dgg.kernels.update import NORM_DISTANCE, NORM_GRAD, NORM_TOTAL, SCALES
 # Blocks that are loaded before the first of them is added up: there is so little to do with one
 # that loads would not keep the memory busy.
 AHEAD = tl.constexpr(4)
+
+# Bits of `settings`: what is made of the squares; FINISH is for a norm pass that makes it.
+CLIPPED = tl.constexpr(1)
+SCALING = tl.constexpr(2)
+PER_TENSOR = tl.constexpr(4)
+FINISH = tl.constexpr(8)
 
 
 @triton.jit
@@ -87,6 +95,57 @@ def _add_differences(
 
 
 @triton.jit
+def _norm(squares, n):
+    lanes = tl.zeros([TILE], tl.float64)
+    for begin in tl.range(0, n, TILE):
+        offset = begin + tl.arange(0, TILE)
+        lanes += tl.load(squares + offset, mask=offset < n, other=0.0)
+    return tl.sqrt(tree_sum(lanes, TILE))
+
+
+@triton.jit
+def _scale(clip, grad, distance):
+    """Equation (4) without the strength."""
+    ratio = clip * grad / distance
+    ratio = tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
+    # Stated apart: 0 / 0 is where backends would differ, and what is not finite has no direction.
+    usable = (grad != 0) & (distance != 0) & (grad <= LARGEST) & (distance <= LARGEST)
+    return tl.where(usable, ratio, 0.0)
+
+
+@triton.jit
+def _make_coefficients(squares, out, n, max_grad_norm, settings):
+    """What one program makes of the squares: the sums over the rows have a fixed order."""
+    total = _norm(squares, n)
+    grad = _norm(squares + n, n)
+    distance = _norm(squares + 2 * n, n)
+    clip = tl.full([], 1.0, tl.float64)
+    if (settings & CLIPPED) != 0:
+        ratio = number(max_grad_norm) / (total + 1e-6)
+        clip = tl.where(ratio > 1.0, 1.0, ratio)
+    tl.store(out, clip)
+    tl.store(out + 1, grad)
+    tl.store(out + 2, distance)
+    tl.store(out + 3, total)
+    scaling = (settings & SCALING) != 0
+    by_tensor = scaling & ((settings & PER_TENSOR) != 0)
+    scale = tl.full([], 1.0, tl.float64)
+    if scaling & (by_tensor == 0):
+        scale = _scale(clip, grad, distance)
+    # An element a thread: roots and quotients in float64 are calls, and what lives across many of
+    # them would be spilled.
+    for begin in tl.range(0, n, TILE // 8):
+        offset = begin + tl.arange(0, TILE // 8)
+        here = offset < n
+        scales = tl.zeros([TILE // 8], tl.float64) + scale
+        if by_tensor:
+            own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
+            gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
+            scales = _scale(clip, own, gap)
+        tl.store(out + SCALES + offset, scales, mask=here)
+
+
+@triton.jit
 def _asked(which, gate):
     """What is to be computed; while no row injects, the device's gate leaves only ||h||."""
     if gate is not None:
@@ -103,12 +162,15 @@ def _program():
 
 @triton.jit
 def _finish_norms(
-    table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-    grad_scale, n, slots, which, HAS_REPLAY: tl.constexpr,
+    table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, out,
+    grad_scale, n, slots, members, which, max_grad_norm, settings, HAS_REPLAY: tl.constexpr,
 ):  # fmt: skip
-    """When all of a row is done, sums its partials and stores what they were for."""
+    """When all of a row is done, sums its partials and stores what they were for.
+
+    And when all of the rows are done, makes the coefficients, if the settings say so.
+    """
     position = position_of(chunks, _program())
-    if is_last(counters, starts, position):
+    if is_last_of_row(counters, starts, position):
         row = tl.load(rows + position).to(tl.int64)
         numel = tl.load(table + row * COLUMNS + NUMEL)
         has_grad = tl.load(grads + row) != 0
@@ -141,16 +203,20 @@ def _finish_norms(
                 distance = sum_of_row(partials + 2 * slots, starts, position, numel)
                 tl.store(distances + row, distance)
         tl.store(squares + 2 * n + row, distance)
+        if (settings & FINISH) != 0:
+            if is_last(counters + members, members):
+                _make_coefficients(squares, out, n, max_grad_norm, settings)
 
 
 @kernel
 def norms_kernel(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, gate,
-    grad_scale, n, slots, which, replay_weight: tl.int64,
+    grad_scale, out, n, slots, members, which, replay_weight: tl.int64, max_grad_norm: tl.int64,
+    settings,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program per chunk; a row's last one sums its chunks."""
+    """A program per chunk; a row's last one sums its chunks, the last row's the rows."""
     which = _asked(which, gate)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
@@ -214,8 +280,8 @@ def norms_kernel(
             tl.store(partials + 2 * slots + program, of_distance)
 
     _finish_norms(
-        table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-        grad_scale, n, slots, which, HAS_REPLAY,
+        table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, out,
+        grad_scale, n, slots, members, which, max_grad_norm, settings, HAS_REPLAY,
     )  # fmt: skip
 
 
@@ -223,10 +289,11 @@ def norms_launch(
     table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
     partials: torch.Tensor, counters: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
     distances: torch.Tensor, squares: torch.Tensor, gate: torch.Tensor | None,
-    grad_scale: torch.Tensor | None, *, dtypes: int, replay_weight: float, which: int,
-    chunk: int = CHUNK,
+    grad_scale: torch.Tensor | None, out: torch.Tensor | None, *, dtypes: int,
+    replay_weight: float, which: int, max_grad_norm: float | None, scaling: bool,
+    per_tensor: bool, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
-    """Computes `reference.norms` of the rows of one launch.
+    """Computes `reference.norms` of the rows of one launch, and what follows from all squares.
 
     Args:
         table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
@@ -234,82 +301,52 @@ def norms_launch(
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
         partials: float64 [3, m], workspace.
-        counters: int32 [k], workspace, zero between launches.
+        counters: int32 [k + 1], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
         distances: float64 [n], known squares or negative; those measured are stored.
         squares: float64 [3, n], the result; written for the rows of the launch.
         gate: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed.
         grad_scale: float32, one element, or None; divisor of the gradients.
+        out: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
+            rows of other launches having been written before.
         dtypes: The rows' dtype codes, 8 bits each.
         replay_weight: w of equation (1).
         which: Bits of `reference.NORM_TOTAL` and its like.
+        max_grad_norm: As in `coefficients_launch`; the same for those that follow.
+        scaling: Of no interest without ``out``.
+        per_tensor: Likewise.
         chunk: Elements of a chunk, a power of two.
     """
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
     n, m = table.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
     pack = pack_of(p, g, r, a)
+    settings = _settings(max_grad_norm, scaling, per_tensor)
+    if out is None:  # the same variant, which then writes nowhere
+        out = squares
+    else:
+        settings |= FINISH.value
     with on_device_of(table):
         norms_kernel[(m,)](
             table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-            gate, grad_scale, n, m, which, bits(replay_weight),
+            gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
+            bits(max_grad_norm or 0.0), settings,
             p, g, r, a, t, replayed, chunk, min(BLOCK, chunk),
             **options_of(table.device, pack),
         )  # fmt: skip
 
 
-@triton.jit
-def _norm(squares, n, BLOCK: tl.constexpr):
-    lanes = tl.zeros([BLOCK], tl.float64)
-    for begin in tl.range(0, n, BLOCK):
-        offset = begin + tl.arange(0, BLOCK)
-        lanes += tl.load(squares + offset, mask=offset < n, other=0.0)
-    return tl.sqrt(tree_sum(lanes, BLOCK))
-
-
-@triton.jit
-def _scale(clip, grad, distance):
-    """Equation (4) without the strength."""
-    ratio = clip * grad / distance
-    ratio = tl.where(ratio > 1.0, 1.0, ratio)  # NaN stays NaN
-    # Stated apart: 0 / 0 is where backends would differ, and what is not finite has no direction.
-    usable = (grad != 0) & (distance != 0) & (grad <= LARGEST) & (distance <= LARGEST)
-    return tl.where(usable, ratio, 0.0)
-
-
 @kernel
-def coefficients_kernel(
-    squares, out, n, max_grad_norm: tl.int64,
-    CLIPPED: tl.constexpr, SCALING: tl.constexpr, PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: the sums over the rows have a fixed order."""
-    n = n.to(tl.int64)
-    total = _norm(squares, n, BLOCK)
-    grad = _norm(squares + n, n, BLOCK)
-    distance = _norm(squares + 2 * n, n, BLOCK)
-    clip = tl.full([], 1.0, tl.float64)
-    if CLIPPED:
-        ratio = number(max_grad_norm) / (total + 1e-6)
-        clip = tl.where(ratio > 1.0, 1.0, ratio)
-    tl.store(out, clip)
-    tl.store(out + 1, grad)
-    tl.store(out + 2, distance)
-    tl.store(out + 3, total)
-    scale = tl.full([], 1.0, tl.float64)
-    if SCALING and not PER_TENSOR:
-        scale = _scale(clip, grad, distance)
-    # An element a thread: roots and quotients in float64 are calls, and what lives across many of
-    # them would be spilled.
-    for begin in tl.range(0, n, BLOCK // 4):
-        offset = begin + tl.arange(0, BLOCK // 4)
-        here = offset < n
-        scales = tl.zeros([BLOCK // 4], tl.float64) + scale
-        if SCALING and PER_TENSOR:
-            own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
-            gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
-            scales = _scale(clip, own, gap)
-        tl.store(out + SCALES + offset, scales, mask=here)
+def coefficients_kernel(squares, out, n, max_grad_norm: tl.int64, settings):
+    """One program: for squares that have been summed over ranks since."""
+    _make_coefficients(squares, out, n.to(tl.int64), max_grad_norm, settings)
+
+
+def _settings(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
+    """Returns the bits that tell a kernel what to make of the squares."""
+    chosen = {CLIPPED: max_grad_norm is not None, SCALING: scaling, PER_TENSOR: per_tensor}
+    return sum(bit.value for bit, there in chosen.items() if there)
 
 
 def coefficients_launch(
@@ -328,6 +365,6 @@ def coefficients_launch(
     with on_device_of(squares):
         coefficients_kernel[(1,)](
             squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
-            max_grad_norm is not None, bool(scaling), bool(per_tensor), BLOCK,
+            _settings(max_grad_norm, scaling, per_tensor),
             **options_of(squares.device),
         )  # fmt: skip

@@ -57,7 +57,8 @@ DGG_ENTRY int64_t count_vector_accesses() {
 DGG_ENTRY int norms(const int64_t* integers, const double* numbers) {
   Reader in{integers};
   const dgg::Launch launch = read_launch(in, numbers[0]);
-  return dgg::launch_norms({launch, in, in, in, in, in, in}, nullptr);
+  return dgg::launch_norms({launch, in, in, in, in, in, in, {in, in, in, numbers[1], in, in, in}},
+                           nullptr);
 }
 
 DGG_ENTRY int update(const int64_t* integers, const double* numbers) {

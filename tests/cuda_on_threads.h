@@ -3,8 +3,8 @@
 // What cuda_on_host.h needs to run all blocks of a launch, and all threads of a block, at once:
 // each is a thread of the CPU. For ThreadSanitizer, which then sees a race where nothing but luck
 // orders two accesses. It knows only the order that is made here, and that is the weakest which
-// CUDA promises: barriers order the threads that meet at them, fences with the atomic beside them
-// release and acquire, and everything else is relaxed.
+// CUDA promises: barriers order the threads that meet at them, a count releases, a fence behind it
+// acquires, and everything else is relaxed.
 //
 // `__shared__ T x;` has to become `auto& x = cuda_on_host::shared<T>([] {});`, one for every block;
 // no macro can do that, tests/test_cuda_tsan.py does.
@@ -72,8 +72,7 @@ T load(const T* address) {
   return *address;
 }
 
-// Of this thread: whether a fence stands before the next atomic, and which atomic was the last.
-inline thread_local bool fenced = false;
+// The counter that this thread was the last to count at.
 inline thread_local int* counted = nullptr;
 
 }  // namespace cuda_on_host
@@ -92,21 +91,16 @@ inline void __syncwarp(unsigned mask) {
   pthread_barrier_wait(&cuda_on_host::pair_barriers[cuda_on_host::block_place.x]);
 }
 
-// Before a relaxed atomic a fence releases, behind one it acquires. ThreadSanitizer does not know
-// fences as such.
-inline void __threadfence() {
+inline int count_and_release(int* counter) {
   using namespace cuda_on_host;
-  fenced = omitted != kRelease;
-  if (counted != nullptr && omitted != kAcquire) __atomic_load_n(counted, __ATOMIC_ACQUIRE);
+  counted = counter;
+  return __atomic_fetch_add(counter, 1, omitted == kRelease ? __ATOMIC_RELAXED : __ATOMIC_RELEASE);
 }
 
-inline int atomicAdd(int* address, int value) {
+// Behind an atomic a fence acquires. ThreadSanitizer does not know fences as such.
+inline void __threadfence() {
   using namespace cuda_on_host;
-  const bool releases = fenced;
-  fenced = false;
-  counted = address;
-  return releases ? __atomic_fetch_add(address, value, __ATOMIC_RELEASE)
-                  : __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  if (counted != nullptr && omitted != kAcquire) __atomic_load_n(counted, __ATOMIC_ACQUIRE);
 }
 
 inline int atomicOr(int* address, int value) {

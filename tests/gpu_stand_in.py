@@ -308,7 +308,7 @@ class StandIn:
 
     def _adopt(self, x, here: bool):
         """Returns a tensor in memory of this allocator, if it has memory of its own."""
-        if not isinstance(x, Tensor) or self.block_of(x) is not None:
+        if not isinstance(x, Tensor) or x.device.type == "meta" or self.block_of(x) is not None:
             return x
         storage = x.untyped_storage()
         wanted, pinned = self._wanted

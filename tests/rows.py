@@ -504,3 +504,34 @@ def check_look_ahead(call, norms, name, dtype, sizes, flags):
         for p, a in zip(problem.params, problem.anchors, strict=True)
     ]
     torch.testing.assert_close(problem.distances, torch.tensor(exact, dtype=F64), rtol=1e-6, atol=0)
+
+
+def check_coefficients_of_the_pass(norms, coefficients, sizes, max_grad_norm, scaling, per_tensor):
+    """What a norm pass makes of its squares is what the launch of its own makes of them.
+
+    Args:
+        norms: Runs the norms of a problem, with the settings and ``out`` for the coefficients.
+        coefficients: Returns the coefficients of squares.
+        sizes: Of the problem's tensors.
+        max_grad_norm: Setting.
+        scaling: Likewise.
+        per_tensor: Likewise.
+    """
+    settings = dict(max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
+    problem = Problem(sizes, replay=False)
+    problem.grads[1] = None
+    problem.anchors[2] = None
+    for row in (1, len(sizes) - 1):  # a launch of other dtypes
+        problem.params[row] = problem.params[row].double()
+    twin_distances = problem.distances.clone()
+    found = []
+    for _ in range(2):  # the counter is ready for the next step
+        out = torch.full((reference.SCALES + len(sizes),), float("nan"), dtype=F64)
+        squares = norms(problem, which=7, out=out, **settings)
+        assert torch.equal(out, coefficients(squares, **settings))
+        assert (out[0] < 1) == (max_grad_norm is not None) and (out[1:4] > 0).all()
+        found.append(bits([out, squares, problem.distances]))
+        problem.distances.copy_(twin_distances)
+    assert found[0] == found[1]
+    # Nobody asks for them: they are left alone, and so are the squares.
+    assert bits([norms(problem, which=7)]) == bits([squares])

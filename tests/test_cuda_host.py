@@ -89,21 +89,19 @@ class Launches:
         doubles = (ctypes.c_double * max(1, len(numbers)))(*numbers)
         assert getattr(self.kernels, name)(array, doubles) == 0
 
-    def norms(self, *, replay_weight=1.0, grad_scale=None, which=7, gate=None):
+    def norms(
+        self, *, replay_weight=1.0, grad_scale=None, which=7, gate=None, out=None,
+        max_grad_norm=None, scaling=False, per_tensor=False,
+    ):  # fmt: skip
         n = len(self.problem.sizes)
         squares = torch.full((3, n), float("nan"), dtype=F64)
         scale = None if grad_scale is None else torch.tensor(grad_scale)
         for launch in self.launches:
-            integers = [
-                *self.leading(launch),
-                self.problem.distances,
-                squares,
-                gate,
-                scale,
-                n,
-                which,
-            ]
-            self.call("norms", integers, replay_weight)
+            last = out if launch is self.launches[-1] else None
+            settings = [squares, last, n, max_grad_norm is not None, scaling, per_tensor]
+            own = [self.problem.distances, squares, gate, scale, n, which]
+            integers = [*self.leading(launch), *own, *settings]
+            self.call("norms", integers, replay_weight, max_grad_norm or 0.0)
             assert not launch.counters.any()
         return squares
 
@@ -620,6 +618,23 @@ def _coefficients(kernels, squares, out, max_grad_norm, scaling, per_tensor):
     assert kernels.coefficients(array, (ctypes.c_double * 1)(max_grad_norm or 0.0)) == 0
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("max_grad_norm", [None, 2.0])
+@pytest.mark.parametrize("scaling,per_tensor", [(True, False), (True, True), (False, False)])
+def test_the_norm_pass_makes_the_coefficients(kernels, scaling, per_tensor, max_grad_norm, order):
+    def norms(problem, **options):
+        return Launches(kernels, problem, order).norms(**options)
+
+    def coefficients(squares, **settings):
+        out = torch.empty(reference.SCALES + squares.shape[1], dtype=F64)
+        _coefficients(kernels, squares, out, *settings.values())
+        return out
+
+    rows.check_coefficients_of_the_pass(
+        norms, coefficients, [*EDGES, *[1] * 300], max_grad_norm, scaling, per_tensor
+    )
+
+
 @pytest.mark.parametrize("spoiled", [0, 1, 2])
 def test_coefficients_keep_nan_and_decide_zero(kernels, spoiled):
     squares = torch.ones(3, 9, dtype=F64)
@@ -723,8 +738,9 @@ def test_operators(kernels, name, flags):
     squares = torch.zeros(3, 3, dtype=F64)
     options = {"dtypes": launch.dtypes, "replay_weight": 0.6}
     torch.ops.dgg.norms_launch(
-        *chunks, *workspace, *gradients, ours.distances, squares, None, scale, which=7, **options
-    )
+        *chunks, *workspace, *gradients, ours.distances, squares, None, scale, None, which=7,
+        max_grad_norm=None, scaling=False, per_tensor=False, **options,
+    )  # fmt: skip
     expected = Launches(kernels, theirs).norms(replay_weight=0.6, grad_scale=2.0)
     assert torch.equal(squares, expected)
     torch.ops.dgg.coefficients_launch(
@@ -745,6 +761,36 @@ def test_operators(kernels, name, flags):
         name, HYPER[name], flags, variant=variant, replay_weight=0.6, grad_scale=2.0
     )
     assert ours.everything() == theirs.everything()
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+def test_norms_operator_makes_the_coefficients(kernels):
+    problem = Problem([CHUNK + 5, 3])
+    launches = Launches(kernels, problem)
+    (launch,) = launches.launches
+    chunks, workspace, gradients = _operator_arguments(launches, launch)
+    squares, out = torch.zeros(3, 2, dtype=F64), torch.zeros(6, dtype=F64)
+    settings = {"max_grad_norm": 2.0, "scaling": True, "per_tensor": True}
+    options = {"dtypes": launch.dtypes, "replay_weight": 0.6, "which": 7, **settings}
+
+    def run(chunks, workspace, out):
+        torch.ops.dgg.norms_launch(
+            *chunks, *workspace, *gradients, problem.distances, squares, None, None, out, **options
+        )
+
+    run(chunks, workspace, out)
+    expected = torch.zeros(6, dtype=F64)
+    torch.ops.dgg.coefficients_launch(squares, expected, **settings)
+    assert torch.equal(out, expected) and (out > 0).all()
+    with pytest.raises(RuntimeError, match="out must be contiguous, of dtype float64 and have 6"):
+        run(chunks, workspace, out[:-1].clone())
+    with pytest.raises(RuntimeError, match="counters must be contiguous, of dtype int32 and have"):
+        run(chunks, (*workspace[:2], workspace[2][:-1].clone()), out)
+    none = (launches.table, launch.rows[:0], launch.chunks[:0])
+    with pytest.raises(RuntimeError, match="the last row's block makes `out`, and there is no row"):
+        run(
+            none, (launch.starts[:1], launch.partials[:, :0].contiguous(), launch.counters[:1]), out
+        )
 
 
 @pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")

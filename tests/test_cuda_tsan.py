@@ -2,7 +2,7 @@
 """The CUDA kernels under ThreadSanitizer, with a thread of the CPU for each of theirs.
 
 tests/test_cuda_host.py runs them one thread at a time, where nothing can race. Here what is not
-ordered by a barrier, or by a fence and the atomic beside it, is reported (cuda_on_threads.h).
+ordered by a barrier, or by a count and the fence behind it, is reported (cuda_on_threads.h).
 """
 
 from __future__ import annotations

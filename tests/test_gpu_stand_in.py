@@ -353,6 +353,30 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
     assert runs[0] == runs[1]
 
 
+def test_anchors_off_the_device_are_few_blocks_of_memory_and_few_copies(gpu, tmp_path):
+    """Torch rounds each block of pinned memory up to a power of two."""
+    run = Training(capturable=False, shapes=[(33,)] * 40, anchor_device="cpu")
+    anchors = [run.optimizer.state[p]["anchor"] for p in run.params]
+    (memory,) = {x.untyped_storage().data_ptr() for x in anchors}
+    assert gpu.blocks[memory].pinned and len(gpu.blocks[memory].bytes) == 39 * 256 + 33 * 4
+    (rows,) = run.optimizer._rows.all_rows
+    assert [len(copies) for copies in rows.kernels.windows._copies] == [1]
+    # A checkpoint has the memory once, and what is loaded lies as it did.
+    torch.save(run.optimizer.state_dict(), tmp_path / "saved.pt")
+    twin = Training(capturable=False, shapes=[(33,)] * 40, anchor_device="cpu", anchored=False)
+    twin.optimizer.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True))
+    loaded = [twin.optimizer.state[p]["anchor"] for p in twin.params]
+    assert len({x.untyped_storage().data_ptr() for x in loaded}) == 1
+    assert_same_bits(anchors, loaded)
+    # Those of the next task take the place of the last one's.
+    run.step()
+    run.optimizer.set_anchor()
+    assert all(
+        run.optimizer.state[p]["anchor"] is x for p, x in zip(run.params, anchors, strict=True)
+    )
+    assert_same_bits(anchors, [p.detach().cpu() for p in run.params])
+
+
 def test_anchors_dropped_while_they_are_measured(gpu):
     run = Training(capturable=False, shapes=MANY, anchor_device="cpu")
     for _ in range(3):

@@ -18,6 +18,7 @@ import copy
 import errno
 import pathlib
 import re
+import types
 
 import pytest
 import torch
@@ -344,7 +345,7 @@ def test_cut_separates_dtypes_and_covers_every_element():
             covered[row] += min(_device.CHUNK, numels[row] - begin)
         counts = launch.starts.diff().tolist()
         assert counts == [-(-max(numels[row], 1) // _device.CHUNK) for row in launch.rows.tolist()]
-        assert len(launch.counters) == len(launch.rows)
+        assert len(launch.counters) == len(launch.rows) + 1
         assert int(launch.starts[-1]) == len(launch.chunks)
     assert covered == numels
     assert sorted(row for launch in launches for row in launch.rows.tolist()) == list(range(5))
@@ -357,6 +358,64 @@ def test_a_lora_list_is_one_launch(rank, chunks):
     numels = 32 * [rank * width for shape in shapes for width in shape]
     (launch,) = _device.cut(numels, [0] * len(numels), CPU)
     assert len(numels) == len(launch.rows) == 448 and len(launch.chunks) == chunks
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of what the engine launches, in order."""
+    from dgg import kernels
+
+    names = []
+
+    def noted(name):
+        function = getattr(kernels, name)
+        return lambda *args, **kwargs: (names.append(name), function(*args, **kwargs))[1]
+
+    functions = types.SimpleNamespace(
+        **{name: noted(name) for name in kernels.__all__ if "launch" in name}
+    )
+    monkeypatch.setattr(_dispatch, "_launchers", lambda backend: functions)
+    return names
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_launches_of_a_step(kind, capturable, launched):
+    """Norms, which make the coefficients, and update; ranks sum between, and need one more."""
+    options = {**GUIDANCE[kind], "alpha": 1.0, "capturable": capturable}
+    run = Run("adamw", "triton", **options)
+    run.run(3)
+    run.step()
+    drawn = ["draw_flags_launch"] * capturable
+    measuring = options.get("scaling", True) or "max_grad_norm" in options
+    del launched[:]
+    run.step()
+    assert launched == drawn + ["norms_launch"] * measuring + ["adam_launch_"]
+    (rows,) = run.optimizer._rows.all_rows
+    rows.reduction = Alone()
+    del launched[:]
+    run.step()
+    summed = ["norms_launch", "coefficients_launch"] * measuring
+    assert launched == [*drawn, *summed, "adam_launch_"]
+
+
+def test_the_last_launch_of_several_dtypes_makes_the_coefficients(launched):
+    options = {"alpha": 1.0, "max_grad_norm": 1.0, "lr": 0.1}
+    runs = []
+    for backend in ("triton", "reference"):
+        params = [*make_params(SHAPES, F32), *make_params([(9,), (40,)], BF16)]
+        optimizer = dgg.AdamW(params, backend=backend, **options)
+        for step in range(4):
+            if step == 1:
+                optimizer.set_anchor()
+            set_grads(params, torch.Generator().manual_seed(step))
+            del launched[:]
+            optimizer.step()
+        runs.append(params)
+        if backend == "triton":
+            assert launched == ["norms_launch"] * 2 + ["adam_launch_"] * 2
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_cuts_that_are_kept_are_few():
@@ -427,6 +486,13 @@ def test_the_engine_calls_native_launches_as_they_are_declared(rule, operators, 
 # Compilation
 
 
+class Alone:
+    """Sums over ranks, of which there is one."""
+
+    def sum_(self, squares, *, per_tensor):
+        pass
+
+
 @pytest.fixture
 def variants(monkeypatch):
     """Collects what Triton would compile: kernel, and whatever it makes a new variant for."""
@@ -485,10 +551,22 @@ def test_a_training_needs_few_variants_and_the_guide_compiles_them_before(
         set_grads(params, torch.Generator().manual_seed(step))
         optimizer.step()
     assert variants <= warmed
-    # Whether a step clips, injects or does both: one kernel of norms and one of coefficients.
+    # Whether a step clips, injects or does both: one kernel of norms, which makes the coefficients.
     counts = collections.Counter(name for name, *_ in variants)
-    assert counts.pop("norms_kernel") == counts.pop("coefficients_kernel") == 1
+    assert counts.pop("norms_kernel") == 1
     assert [*counts.values()] == [most]
+    # Ranks sum between the two.
+    variants.clear()
+    shards = cls(make_params([(7, 5), (40,)], F32), **options)
+    for step in range(4):
+        for group in shards.param_groups:
+            set_grads(group["params"], torch.Generator().manual_seed(step))
+        if shards._rows is not None:
+            monkeypatch.setattr(shards._rows.all_rows[0], "reduction", Alone())
+        if step == 1:
+            shards.set_anchor()
+        shards.step()
+    assert "coefficients_kernel" in {name for name, *_ in variants} and variants <= warmed
 
 
 @pytest.mark.parametrize("failures", [2, 4])

@@ -122,6 +122,60 @@ def test_no_pinned_memory_is_freed_inside_a_capture(monkeypatch):
     assert all(x() is not None for x in pinned)
 
 
+SHAPES = [(100,), (3, 5, 7), (0,), (), (1000,), (17,), (64,), (2, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("size", [256, 1024, 8192])
+def test_anchors_side_by_side_come_in_one_copy_a_window(size, monkeypatch, log):
+    monkeypatch.setattr(_prefetch, "WINDOW", size)
+    like = [torch.zeros(shape) for shape in SHAPES]
+    like[1] = torch.zeros(7, 5, 3).permute(2, 1, 0)
+    dtypes = [DTYPES[place % 4] for place in range(len(like))]
+    together = _prefetch.side_by_side(like, dtypes, pinned=False)
+    for place, (x, anchor, dtype) in enumerate(zip(like, together, dtypes, strict=True)):
+        assert (anchor.shape, anchor.stride(), anchor.dtype) == (x.shape, x.stride(), dtype)
+        before = [other._version for other in together]
+        anchor.fill_(place + 1)
+        before[place] += 1
+        assert [other._version for other in together] == before, "the distances of others hold"
+    alone = [anchor.clone() for anchor in together]
+    found = []
+    for anchors in (together, alone):
+        real = [torch.view_as_real(x) if x.is_complex() else x for x in anchors]
+        made = _prefetch.Windows([real[0], None, *real[1:]], torch.device("cpu"))
+        assert made.of_row[1] == -1 and made.bytes <= 2 * max(size, 8192)
+        copies, bits = [], []
+        for number in range(made.count):
+            del log[:]
+            made.fetch(number)
+            copies.append(len(log))
+            for row, x in enumerate([real[0], None, *real[1:]]):
+                if x is None or made.of_row[row] != number or not x.numel():
+                    continue
+                begin = made.addresses[row] - made._buffers[number % 2].data_ptr()
+                brought = made._buffers[number % 2][begin : begin + x.nbytes]
+                flat = x.as_strided((x.numel(),), (1,))
+                assert torch.equal(brought.view(x.dtype), flat)
+                bits.append((row, brought.tolist()))
+        found.append((copies, bits))
+    assert found[0][1] == found[1][1]
+    assert set(found[0][0]) == {1}
+    assert sum(found[1][0]) == len(SHAPES) - 1, "all but the empty one"
+
+
+def test_memory_of_anchors_is_as_long_as_they_are():
+    like = [torch.zeros(100) for _ in range(9)]
+    made = _prefetch.side_by_side(like, [torch.bfloat16] * 9, pinned=False)
+    (memory,) = {x.untyped_storage().data_ptr() for x in made}
+    assert made[0].untyped_storage().nbytes() == 8 * 256 + 200 and made[0].data_ptr() == memory
+
+
+def test_anchors_of_another_gpu_are_brought_from_there():
+    made = _prefetch.Windows([torch.zeros(3, device=META)], torch.device("cpu"))
+    assert [(x.device, y.device) for x, y in made._copies[0]] == [(torch.device("cpu"), META)]
+
+
 def test_without_a_device_nothing_waits():
     made = _prefetch.Windows([torch.ones(3), None], torch.device("cpu"))
     made.follow()

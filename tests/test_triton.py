@@ -104,17 +104,21 @@ def call(
 
 
 def call_norms(
-    problem, which, *, chunk=CHUNK, replay_weight=1.0, grad_scale=None, gate=None, distances=None
-):
+    problem, which, *, chunk=CHUNK, replay_weight=1.0, grad_scale=None, gate=None, distances=None,
+    out=None, max_grad_norm=None, scaling=False, per_tensor=False,
+):  # fmt: skip
     squares = torch.full((3, len(problem.params)), -9.0, dtype=F64)
     table = problem.table(0)
     if grad_scale is not None:
         grad_scale = torch.tensor([grad_scale])
-    for part in cut(problem, table, chunk):
+    parts = cut(problem, table, chunk)
+    for part in parts:
         kernels.norms_launch(
             table, *part.tensors, addresses(problem.grads), addresses(problem.replays),
             problem.distances if distances is None else distances, squares, gate, grad_scale,
-            dtypes=part.dtypes, replay_weight=replay_weight, which=which, chunk=chunk,
+            out if part is parts[-1] else None, dtypes=part.dtypes, replay_weight=replay_weight,
+            which=which, chunk=chunk, max_grad_norm=max_grad_norm, scaling=scaling,
+            per_tensor=per_tensor,
         )  # fmt: skip
         assert not part.counters.any()
     return squares
@@ -604,6 +608,15 @@ def test_closed_gate_leaves_the_total_norm(gate):
     assert (squares[0] > 0).all()
     assert (squares[1:] > 0).all() if gate else (squares[1:] == 0).all()
     assert (problem.distances >= 0).all() if gate else (problem.distances == -1).all()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 2.0])
+@pytest.mark.parametrize("scaling,per_tensor", [(True, False), (True, True), (False, False)])
+def test_the_norm_pass_makes_the_coefficients(scaling, per_tensor, max_grad_norm):
+    rows.check_coefficients_of_the_pass(
+        call_norms, call_coefficients, [0, 5, CHUNK + 9, 0, 2 * CHUNK, *[1] * 9], max_grad_norm,
+        scaling, per_tensor,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", rows.DTYPES[1:3])

@@ -251,14 +251,15 @@ def record(launch, target):
     int32 = torch.int32
     table = ints(2, 14)
     rows, parts, starts = ints(2, dtype=int32), ints(2, 2, dtype=int32), ints(3, dtype=int32)
-    partials, counters = doubles(3, 2), ints(2, dtype=int32)
+    partials, counters = doubles(3, 2), ints(3, dtype=int32)
     addresses = ints(2), ints(2 if launch.replay else 0)
     common = (*addresses, doubles(6), ints(2, dtype=torch.uint8), doubles(1, 10))
     draws = dict(dtypes=codes, replay_weight=0.5, seed=1, draw=0, variant=launch.variant)
     if launch.kernel == "norms":
         kernels.norms_launch(
             table, rows, parts, starts, partials, counters, *addresses, doubles(2), doubles(3, 2),
-            gate, scale, dtypes=codes, replay_weight=0.5, which=7,
+            gate, scale, doubles(6), dtypes=codes, replay_weight=0.5, which=7, max_grad_norm=1.0,
+            scaling=True, per_tensor=False,
         )  # fmt: skip
     elif launch.kernel == "guide":
         kernels.guide_launch_(table, rows, parts, *common, scale, found, drawn, **draws)
@@ -387,6 +388,8 @@ def read_amd(compiled, whole):
     return {
         "registers": number("vgpr_count"),
         "scratch": number("private_segment_fixed_size") + number("vgpr_spill_count"),
+        "bypassing": count(lines, r"_load_\w+ .*\bsc1\b"),  # the caches
+        "acquires": count(lines, r"^\s*buffer_inv\b"),
         **wide(
             lines, loops, *(rf"\b(global|buffer)_{op}_\w+" for op in ("load", "store")), "x4\\b"
         ),
@@ -494,7 +497,8 @@ def check(target, launch, kernels):
         differences = accesses([param, anchor], pack)
         ahead = 4 * gradients
         assert main["loads"] >= ahead + 4 * differences
-        assert main["stores"] == 0
+        # Of the coefficients four numbers lie side by side.
+        assert main["stores"] == (0 if target in NVIDIA else 2)
     if launch.kernel == "norms" and disassembled:
         assert len(main["loops"]) >= 2
         # A loop each for gradients and differences, besides what is left of an unrolled one.
@@ -570,6 +574,22 @@ def test_machine_code_of_every_pair(target, launch, ask):
 def test_machine_code_of_every_variant(target, mix, kernel, ask):
     for (launch,) in launches(kernel, [mix]):
         check(target, launch, ask(target, launch))
+
+
+@pytest.mark.parametrize(
+    "launch,counters",
+    [
+        (Launch("norms", "f32"), 2),  # of a row's chunks, and of the rows
+        (Launch("adam", "bf16", ANCHOR | LOOK_AHEAD | STOCHASTIC), 1),
+        (Launch("adam", "f32"), 1),  # the last one counts the step that all have read
+        (Launch("sgd", "f32"), 0),
+    ],
+    ids=lambda x: str(x),
+)
+def test_what_others_wrote_is_acquired_once(launch, counters, ask):
+    """On AMD each load that goes around the caches would be waited for by itself."""
+    (kernel,) = ask("gfx942", launch)
+    assert kernel["acquires"] == counters and kernel["bypassing"] == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -81,14 +81,17 @@ def main():
         int32 = torch.int32
         common = (
             ints(rows, 14), ints(rows, dtype=int32), ints(chunks, 2, dtype=int32),
-            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(rows, dtype=int32), ints(rows),
+            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(rows + 1, dtype=int32),
+            ints(rows),
             ints(0),
         )  # fmt: skip
         flags, which = ints(rows, dtype=torch.uint8), {"dtypes": 0, "replay_weight": 0.5}
         coefficients = doubles(4 + rows)
         kernels.norms_launch(
-            *common, doubles(rows), doubles(3, rows), None, extra["grad_scale"], which=7, **which
-        )
+            *common, doubles(rows), doubles(3, rows), None, extra["grad_scale"],
+            coefficients if rows > 1 else None, which=7, scaling=rows > 2, per_tensor=False,
+            max_grad_norm=1.0 if chunks == 3 else None, **which,
+        )  # fmt: skip
         for name, hypers in (("adam", 10), ("sgd", 8)):
             getattr(kernels, f"{name}_launch_")(
                 *common, coefficients, flags, doubles(1, hypers), doubles(rows), *extra.values(),

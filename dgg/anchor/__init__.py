@@ -4,6 +4,7 @@
 from dgg.anchor.memory import (
     Part,
     allocate,
+    allocate_all,
     check_source,
     check_values,
     finite,
@@ -21,6 +22,7 @@ __all__ = [
     "Part",
     "Stored",
     "allocate",
+    "allocate_all",
     "check_source",
     "check_values",
     "find_names",

@@ -6,12 +6,13 @@ Nothing here changes an optimizer; every check runs before the first byte is wri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgg import sharding
+from dgg import _prefetch, sharding
 from dgg.reference import FLOAT_DTYPES
 
 _COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -88,6 +89,25 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
             pin_memory=pinned,
         )
     return sharding.like(made, param)
+
+
+def allocate_all(
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> list[Tensor]:
+    """Returns what `allocate` does for every parameter; in pinned memory those side by side."""
+    away = [
+        number
+        for number, p in enumerate(params)
+        if device is not None and device.type == "cpu" and p.device.type == "cuda"
+    ]
+    shards = [sharding.local(params[number].detach()) for number in away]
+    with torch.inference_mode(False):
+        pinned = _prefetch.side_by_side(shards, [dtypes[number] for number in away])
+    made = dict(zip(away, pinned, strict=True))
+    return [
+        sharding.like(made[number], p) if number in made else allocate(p, dtype, device)
+        for number, (p, dtype) in enumerate(zip(params, dtypes, strict=True))
+    ]
 
 
 def resolved(x: Any) -> Any:
