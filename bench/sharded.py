@@ -158,7 +158,7 @@ class ShardedVariant(Variant):
         super().__init__(workload, setting)
         self.locals = [param.detach().to_local() for param in self.params]
 
-    def fresh_gradients(self) -> None:
+    def ready(self) -> None:
         """Gives every parameter a new gradient, as a backward pass does."""
         for param, grad in zip(self.params, self.workload.local_grads(), strict=True):
             param.grad = self.workload.like(grad, param)
@@ -302,7 +302,7 @@ class ByHand(ShardedVariant):
         )
         workload.move(self.locals)
 
-    def fresh_gradients(self) -> None:
+    def ready(self) -> None:
         """As for the others; the parameters of the model stay DTensors."""
         for shard, grad in zip(self._shards, self.workload.local_grads(), strict=True):
             shard.grad = grad
@@ -392,7 +392,7 @@ def verify(variant: ShardedVariant, oracle: Oracle) -> float:
             draw += 1
             variant.seek(draw)
     for _ in range(VERIFIED_STEPS):
-        variant.fresh_gradients()
+        variant.ready()
         variant()
     variant.seek(0)
     worst = 0.0
@@ -469,9 +469,9 @@ def count_collectives(variant: ShardedVariant, group) -> list[dict[str, object]]
     found = []
     for kind in sorted(variant.shares()):
         # The step before matters: it may start what this one waits for.
-        variant.fresh_gradients()
+        variant.ready()
         variant.approach(kind)
-        variant.fresh_gradients()
+        variant.ready()
         before = group._get_sequence_number_for_group()
         with CommDebugMode() as debug, CollectiveCounter() as counter:
             variant()
@@ -516,9 +516,9 @@ class _Timed:
             raise RuntimeError(f"{variant.name} ({variant.setting.name}) was not verified")
         kinds = sorted(variant.shares())
         if len(kinds) > 1:
-            variant.fresh_gradients()
+            variant.ready()
             variant.approach(kinds[self.turn % len(kinds)])
-        variant.fresh_gradients()
+        variant.ready()
         kind = variant.kind()
         dist.barrier()
         process, thread, begin = time.process_time(), time.thread_time(), time.perf_counter()
