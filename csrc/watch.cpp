@@ -45,11 +45,6 @@ struct Place {
   // Of a tensor that is not contiguous: a view of the same memory in another order is another
   // tensor to the kernels.
   std::unique_ptr<Layout> layout;
-
-  bool operator==(const Place& other) const {
-    return address == other.address && numel == other.numel && dtype == other.dtype &&
-           contiguous == other.contiguous && lazy == other.lazy;
-  }
 };
 
 bool has_layout(AtenTensorHandle handle, const Layout& layout) {
@@ -114,11 +109,19 @@ bool is_lazy(Impl impl) {
   return (*reinterpret_cast<const uint64_t*>(word) & python.lazy) != 0;
 }
 
-bool unmoved(Impl impl, const Place& place) {
-  Place now;
-  if (!place_of(handle_of(impl), now)) return false;
-  now.lazy = is_lazy(impl);
-  return now == place && (place.layout == nullptr || has_layout(handle_of(impl), *place.layout));
+inline bool unmoved(Impl impl, const Place& place) {
+  const void* address = nullptr;
+  int64_t numel = 0;
+  int32_t dtype = 0;
+  bool contiguous = false;
+  const AtenTensorHandle handle = handle_of(impl);
+  if (torch_get_const_data_ptr(handle, &address) || address != place.address ||
+      aoti_torch_get_numel(handle, &numel) || numel != place.numel ||
+      aoti_torch_get_dtype(handle, &dtype) || dtype != place.dtype ||
+      aoti_torch_is_contiguous(handle, &contiguous) || contiguous != place.contiguous) {
+    return false;
+  }
+  return is_lazy(impl) == place.lazy && (contiguous || has_layout(handle, *place.layout));
 }
 
 // As place_of, with the layout of what is not contiguous.
