@@ -369,7 +369,10 @@ class Guided(Loading):
             hyper = derived["hyper"] = [self._hyper(group) for group in groups]
         draw = 0 if self._capturable else wide["draw_index"]
         slot, cache = engine.replay, self._rows
-        replays = slot.of([p for group in groups for p in group["params"]]) if slot else []
+        replays: list[Tensor | None] = []
+        if slot:
+            lists = [group["params"] for group in groups]
+            replays = slot.of(lists[0] if len(lists) == 1 else [p for each in lists for p in each])
         scaling, self._skipped = self._scaler_state(replays)
         skipped = self._skipped is True
         if cache is not None and cache.launched:
