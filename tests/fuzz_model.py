@@ -410,9 +410,9 @@ def _base(kind, rows, groups, total, made) -> None:
     theta = exact(np.concatenate([row.theta for row in rows]))
     G = tuple(np.concatenate([total[row.index][part] for row in rows]) for part in (0, 1))
     held = [theta[0], G[0], *(x for row in rows for x in row.state.values())]
-    extreme = any(x.size and not np.abs(x).max() < 1e12 for x in held)
-    ops = Arithmetic(rows[0].double, extreme)
     lr, decay = each("lr"), each("weight_decay")
+    extreme = any(x.size and not np.abs(x).max() < 1e12 for x in (*held, lr, decay))
+    ops = Arithmetic(rows[0].double, extreme)
     decoupled = each("decoupled").astype(bool)
     out = {}
     if kind == "adam":
