@@ -44,7 +44,8 @@ def plain(name: str, value: Any) -> Any:
     Raises:
         TypeError: An array of several numbers.
     """
-    if isinstance(value, (tuple, list)) and not all(isinstance(x, (int, float)) for x in value):
+    # By type: numpy's float64 is a float.
+    if isinstance(value, (tuple, list)) and not all(type(x) in (int, float, bool) for x in value):
         return type(value)(plain(name, x) for x in value)
     return value if isinstance(value, Tensor) else _numbers.plain(name, value)
 
@@ -189,9 +190,9 @@ class Options:
         self.derived: dict[str, Any] = {}
         self._checked: Any = None
         self._draw: object = object()  # the draw index of captured steps, a tensor
-        # Of every group what reads its options, and the objects it has read; empty if any of them
-        # could change and stay the same object.
-        self._known: list[tuple[Callable[[Mapping[str, Any]], tuple], tuple]] = []
+        # Of every group its keys, what reads its options, and the objects it has read; empty if any
+        # of these could change and stay the same object.
+        self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Returns the first group as the source of the optimizer-wide options.
@@ -227,12 +228,10 @@ class Options:
         """Returns whether all options, of the update rule too, are the objects kept last."""
         if len(groups) != len(self._known):
             return False
-        try:
-            for (options_of, values), group in zip(self._known, groups, strict=True):
-                if not all(map(operator.is_, options_of(group), values)):
-                    return False
-        except KeyError:  # an option was taken out of its group
-            return False
+        for (keys, options_of, values), group in zip(self._known, groups, strict=True):
+            # An option that was taken out, or put back, is one that changed.
+            if list(group) != keys or not all(map(operator.is_, options_of(group), values)):
+                return False
         return True
 
     def _keep(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -242,7 +241,8 @@ class Options:
             if not all(map(_is_fixed, options.values())):
                 self._known = []
                 return
-            self._known.append((operator.itemgetter(*options), tuple(options.values())))
+            read = operator.itemgetter(*options)
+            self._known.append((list(group), read, tuple(options.values())))
 
     def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, group in enumerate(groups):

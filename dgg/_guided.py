@@ -560,8 +560,9 @@ class Guided(Loading):
         if self._capturable:
             self._draw_on(self.param_groups[0]["params"][0].device).add_(1)
             return
+        draw += 1  # one object for all groups, by which the next step knows that they agree
         for group in self.param_groups:
-            group["draw_index"] = draw + 1
+            group["draw_index"] = draw
 
     def _scaler_state(self, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
         """Returns the scaling and whether to skip (a tensor if only the device knows)."""
@@ -852,10 +853,11 @@ class Guided(Loading):
         draws = int(self.param_groups[0]["draw_index"])
         if task is not None:
             task = _arguments.plain("task", task)
-            self._boundary_known = True
             driver = self._driven_by()
             groups = self.param_groups if driver is None else driver.marked(self)
-            if not _boundary.begins_task(task, groups, draws, given=tensors is not None):
+            begins = _boundary.begins_task(task, groups, draws, given=tensors is not None)
+            self._boundary_known = True
+            if not begins:
                 return
         elif tensors is None:
             _boundary.refuse_resumed(self.param_groups, draws, self._engine.resumed)

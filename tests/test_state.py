@@ -16,6 +16,7 @@ import gc
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
 from cases import BACKENDS, BF16, F16, F32, F64, OPTIMIZERS, make_params, set_grads
+from dgg import _arguments
 
 KINDS = ["adamw", "adamw-amsgrad", "adam", "sgd", "sgd-momentum", "sgd-nesterov-maximize"]
 # A seed above 2**63 must survive too. Guided at about every other step, so that some cuts lie
@@ -1104,3 +1106,46 @@ class TestOptionsBetweenSteps:
         optimizer.param_groups[0]["amsgrad"] = True
         optimizer.step()
         assert "max_exp_avg_sq" in optimizer.state[made[0][0]]
+
+    @pytest.mark.parametrize("name", ["lr", "eps", "betas", "maximize"])
+    def test_an_option_put_back_is_looked_at_again(self, name):
+        """A step that missed it has kept the others."""
+        made = self.pair(lr=1e-2)
+        param, optimizer = made[0]
+        value = optimizer.param_groups[0].pop(name)
+        with pytest.raises(KeyError, match=name):
+            optimizer.step()
+        optimizer.param_groups[0][name] = value
+        changed = {"lr": 0.5, "eps": 0.3, "betas": (0.1, 0.2), "maximize": True}[name]
+        for _, each in made:
+            each.step()
+            each.param_groups[0][name] = changed
+            each.step()
+        torch.testing.assert_close(made[0][0], made[1][0])
+        del optimizer.param_groups[0][name]
+        with pytest.raises(KeyError, match=name):
+            optimizer.step()
+
+    def test_groups_that_agree_about_the_draw_are_not_read_again(self, monkeypatch):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        optimizer = dgg.SGD([{"params": [p]} for p in params], lr=0.1)
+        for p in params:
+            p.grad = torch.ones(2)
+        for group in optimizer.param_groups:
+            group["draw_index"] = 1000
+        optimizer.step()
+        monkeypatch.setattr(_arguments.Options, "_read_draws", None)  # not to be called
+        optimizer.step()
+        assert [group["draw_index"] for group in optimizer.param_groups] == [1002, 1002]
+
+    @pytest.mark.parametrize("kind", [np.float64, np.float32])
+    def test_pairs_of_numpy_become_numbers_of_python(self, kind, tmp_path):
+        pair = (kind(0.5), kind(0.75))
+        param = torch.nn.Parameter(torch.ones(2))
+        param.grad = torch.ones(2)
+        for optimizer in (dgg.AdamW([param], betas=pair), dgg.AdamW([param])):
+            optimizer.param_groups[0]["betas"] = list(pair)
+            optimizer.step()
+            torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+            saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+            assert list(saved["param_groups"][0]["betas"]) == [0.5, 0.75]
