@@ -267,11 +267,12 @@ def _spoil_once(rng, d: dict, w: World) -> str:
 
 def _shown(value) -> str:
     if isinstance(value, torch.Tensor):
-        return f"tensor {value.dtype} {tuple(value.shape)}" + (
-            f" {value.item()}"
-            if value.numel() == 1 and not value.is_meta and value.layout == torch.strided
-            else ""
-        )
+        text = f"tensor {value.dtype} {tuple(value.shape)}"
+        if value.numel() == 1 and not value.is_meta and value.layout == torch.strided:
+            # Torch reads no lazily negated number of 8 bits.
+            with contextlib.suppress(NotImplementedError):
+                text += f" {value.item()}"
+        return text
     return repr(value)[:80]
 
 
