@@ -21,6 +21,9 @@ _FILLED_IN = {
     "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
     "decoupled_weight_decay", "nesterov",
 }  # fmt: skip
+# Those among them that are older than all the others: where any other stands these do, too, unless
+# it is the group of an optimizer that has no such option (NAdam, RAdam, Adamax).
+_OLDEST = {"amsgrad", "nesterov"}
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "nesterov")
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
 # float64 counts further by ones, and so does no training.
@@ -133,7 +136,8 @@ def check_group(
         TypeError: An option has the wrong type.
         ValueError: An option is missing or out of range.
     """
-    needed = defaults.keys() - ours.keys() - _FILLED_IN
+    filled_in = _FILLED_IN - (_OLDEST if saved.keys() & (_FILLED_IN - _OLDEST) else set())
+    needed = defaults.keys() - ours.keys() - filled_in
     # Somebody may set alpha in what torch.optim has saved.
     is_ours = bool(saved.keys() & ours.keys() - set(_arguments.PER_GROUP))
     missing = sorted(needed - saved.keys()) + (

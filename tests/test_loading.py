@@ -362,11 +362,29 @@ def test_a_state_that_does_not_say_amsgrad_is_without():
     _, source = make()
     source.clear_anchor()
     saved = copy.deepcopy(source.state_dict())
-    del saved["param_groups"][0]["amsgrad"]
+    oldest = ("params", "lr", "betas", "eps", "weight_decay")  # torch's of the year 2017
+    group = saved["param_groups"][0]
+    saved["param_groups"] = [{name: group[name] for name in oldest}]
     _, opt = make(amsgrad=True)
     opt.clear_anchor()
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["amsgrad"] is False
+
+
+@pytest.mark.parametrize("name", ["NAdam", "RAdam", "Adamax"])
+@pytest.mark.parametrize("stepped_before", [True, False])
+def test_relatives_of_adam_are_another_optimizer(name, stepped_before):
+    """Their groups have what is newer than amsgrad, and no amsgrad."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    source = getattr(torch.optim, name)([param])
+    if stepped_before:
+        source.step()
+    for cls in (dgg.AdamW, dgg.Adam):
+        opt = cls([param], lr=0.1)
+        with pytest.raises(ValueError, match="no amsgrad: it is another optimizer's"):
+            opt.load_state_dict(source.state_dict())
+        assert not opt.state and opt.param_groups[0]["lr"] == 0.1
 
 
 def test_a_count_of_steps_is_no_moment():
