@@ -172,6 +172,7 @@ GOOD_GROUPS = [
     group(ours=False, alpha=0.3),  # set in what torch.optim has saved
     group(ours=False, strength=0.3, alpha=0.3),
     group(without=OPTIONAL),
+    *(group(without=(name,)) for name in OPTIONAL if name not in ("amsgrad", "nesterov")),
     group("sgd", without=OPTIONAL),
     group(lr=0, eps=0, weight_decay=0),
     group(lr=torch.tensor(0.1), betas=[torch.tensor(0.9), torch.tensor([0.99])]),
@@ -197,8 +198,8 @@ NO_FLAG = "{} of group 7 of…neither True nor False"
 NO_COUNT = "anchored={} of group 7 of…no number of parameters"
 
 
-def missing(*names, **how):
-    saved, defaults = group(without=names, **how)
+def missing(*names, kind=None):
+    saved, defaults = group(kind, without=names)
     return (saved, defaults), ValueError, MISSING.format(", ".join(sorted(names)), sorted(saved))
 
 
@@ -207,6 +208,8 @@ BAD_GROUPS = [
     missing("anchored"),
     missing("lr", "seed"),
     missing("alpha", "strength", "seed"),  # anchored remains
+    missing("amsgrad"),  # of an optimizer that has none: what is newer is there
+    missing("nesterov", kind="sgd"),
     *((group(**{n: "x"}), TypeError, NO_NUMBER.format(f"{n}='x'")) for n in ("lr", "eps")),
     *(
         (group("sgd", **{n: None}), TypeError, NO_NUMBER.format(f"{n}=None"))
