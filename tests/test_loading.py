@@ -657,3 +657,21 @@ def test_amsgrad_switched_on_is_in_its_own_state_dict():
     assert all("max_exp_avg_sq" in entry for entry in saved["state"].values())
     opt.load_state_dict(saved)
     stepped(opt, 1)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(3.0), torch.tensor(3), 3])
+def test_one_count_of_two_parameters_becomes_one_for_each(step):
+    """Universal checkpoints give every parameter one and the same tensor, of whatever dtype."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = dgg.AdamW(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(2)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for entry in saved["state"].values():
+        entry["step"] = step
+    opt.load_state_dict(saved)
+    counts = [opt.state[p]["step"] for p in params]
+    assert counts[0] is not counts[1] and all(x.dtype == torch.float32 for x in counts)
+    opt.step()
+    assert [opt.state[p]["step"].item() for p in params] == [4, 4]
