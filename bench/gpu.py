@@ -821,20 +821,17 @@ def _kill(process: subprocess.Popen) -> None:
 
 def sources_digest() -> str:
     """Returns a digest of what is built and run, for machines without the repository."""
-    digest = hashlib.sha256()
-    for name in (*SOURCES, "bench", "tests"):
-        place = ROOT / name
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".toml"):
-                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return _digest(*SOURCES, "bench", "tests")
 
 
 def built_digest() -> str:
     """Returns a digest of what is compiled or installed."""
+    return _digest(*SOURCES)
+
+
+def _digest(*names: str) -> str:
     digest = hashlib.sha256()
-    for name in SOURCES:
+    for name in names:
         place = ROOT / name
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".toml"):

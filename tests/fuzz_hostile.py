@@ -359,9 +359,23 @@ def hostile_load(w: World, rng, case: Case) -> None:
     if rng.random() < 0.25:
         # Replay gradients that wait for the next step are of no checkpoint's concern.
         machine.ACTIONS["replay"][0](w, random.Random(rng.getrandbits(24)))
+    load_and_train(w, rng, case, w.opt, d, take_over)
+
+
+def load_and_train(w: World, rng, case, target, d, accept) -> None:
+    """Loads ``d``, which is refused with a word or taken whole, and makes two steps.
+
+    Args:
+        w: The world.
+        rng: Seeds the steps.
+        case: Notes whether it was taken.
+        target: Who loads it: the optimizer, or what guides it.
+        d: The state.
+        accept: Tells the model what was taken.
+    """
     given = keep_copy(d)
     try:
-        w.opt.load_state_dict(d)
+        target.load_state_dict(d)
     except CLEAR as error:
         if not str(error).strip("'\" "):
             raise Difference("load: an error without a word", type(error).__name__) from error
@@ -370,7 +384,7 @@ def hostile_load(w: World, rng, case: Case) -> None:
         raise Difference(f"load raises {type(error).__name__}", str(error)[:200]) from error
     else:
         case.taken = True
-        take_over(w, given)
+        accept(w, given)
     for _ in range(2):
         machine.ACTIONS["train"][0](w, random.Random(rng.getrandbits(24)))
         w.check("step after a load")
@@ -552,21 +566,7 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
     if rng.random() < 0.03:
         d = rng.choice([None, 3, "x", [], {}, w.opt.state_dict()])
         case.said.append(_shown(d))
-    given = keep_copy(d)
-    try:
-        w.guide.load_state_dict(d)
-    except CLEAR as error:
-        if not str(error).strip("'\" "):
-            raise Difference("load: an error without a word", type(error).__name__) from error
-        w.check("refused load")
-    except Exception as error:
-        raise Difference(f"load raises {type(error).__name__}", str(error)[:200]) from error
-    else:
-        case.taken = True
-        take_over_guidance(w, given)
-    for _ in range(2):
-        machine.ACTIONS["train"][0](w, random.Random(rng.getrandbits(24)))
-        w.check("step after a load")
+    load_and_train(w, rng, case, w.guide, d, take_over_guidance)
 
 
 def take_over_guidance(w: World, d) -> None:

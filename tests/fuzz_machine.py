@@ -889,6 +889,29 @@ def far_ahead(w: World, rng) -> None:
     w.note(f"draw_index = {draw}")
 
 
+def loads(opt, state, shot: dict, error: type[Exception] | None) -> bool:
+    """Loads ``state`` and returns whether it was taken; any other outcome than the model's raises.
+
+    Args:
+        opt: The optimizer.
+        state: What it is to load.
+        shot: The model's copy of what was saved.
+        error: What the load must raise, or None.
+    """
+    try:
+        opt.load_state_dict(state)
+    except Exception as raised:
+        late = isinstance(raised, ValueError) and "no max_exp_avg_sq" in str(raised)
+        if shot["late"] and late:
+            return False
+        if error is None or not isinstance(raised, error):
+            raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
+        return False
+    if error is not None:
+        raise Difference(f"load does not raise {error.__name__}")
+    return True
+
+
 @action(0.7)
 def through_torch(w: World, rng) -> None:
     """torch's optimizer loads our state, and we load its."""
@@ -914,16 +937,8 @@ def through_torch(w: World, rng) -> None:
             if key != "step" and w.params[i].is_floating_point():
                 state[key] = state[key].to(w.params[i].dtype)
     error = expected_of_load(w, shot)
-    try:
-        w.opt.load_state_dict(back)
-    except Exception as raised:
-        if shot["late"] and "no max_exp_avg_sq" in str(raised):
-            return
-        if error is None or not isinstance(raised, error):
-            raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
+    if not loads(w.opt, back, shot, error):
         return
-    if error is not None:
-        raise Difference(f"load does not raise {error.__name__}")
     loaded(w, shot)
 
 
@@ -1719,20 +1734,10 @@ def load(w: World, rng) -> None:
                     f"load raises {type(raised).__name__}", str(raised)[:300]
                 ) from raised
             return
-    else:
-        try:
-            w.opt.load_state_dict(state)
-        except Exception as raised:
-            if isinstance(raised, ValueError) and "no max_exp_avg_sq" in str(raised):
-                if shot["late"]:
-                    return
-            if error is None or not isinstance(raised, error):
-                raise Difference(
-                    f"load raises {type(raised).__name__}", str(raised)[:300]
-                ) from raised
-            return
-    if error is not None:
-        raise Difference(f"load does not raise {error.__name__}")
+        if error is not None:
+            raise Difference(f"load does not raise {error.__name__}")
+    elif not loads(w.opt, state, shot, error):
+        return
     loaded(w, shot)
 
 
@@ -1794,16 +1799,8 @@ def resume(w: World, rng) -> None:
     if any("anchor" in h.state and not finite(h.state["anchor"]) for h in w.held):
         error = ValueError
     w.note(f"a new optimizer loads the state -> {error}")
-    try:
-        opt.load_state_dict(state)
-    except Exception as raised:
-        if shot["late"] and "no max_exp_avg_sq" in str(raised):
-            return
-        if error is None or not isinstance(raised, error):
-            raise Difference(f"load raises {type(raised).__name__}", str(raised)[:300]) from raised
+    if not loads(opt, state, shot, error):
         return
-    if error is not None:
-        raise Difference(f"load does not raise {error.__name__}")
     w.bag, w.params, w.opt, w.guide = bag, params, opt, opt
     w.default_pull = {"alpha": 0.123, "strength": 1.0}
     drop_caches(w)
