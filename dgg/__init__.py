@@ -2,7 +2,7 @@
 """dgg: Dynamic Gradient Guidance for continual fine-tuning, fused into the optimizer step."""
 
 from dgg import metrics
-from dgg._dispatch import show_config
+from dgg.backends import show_config
 from dgg.convert import convert_state_dict
 from dgg.foreign import Guidance
 from dgg.optim import SGD, Adam, AdamW, unwrap

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from dgg import _callers, _dispatch, _numbers, anchor, sharding
+from dgg import _callers, _numbers, anchor, backends, sharding
 from dgg.sharding import fsdp1
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
@@ -266,10 +266,10 @@ def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> N
     devices = dict.fromkeys(p.device for group in groups for p in group["params"])
     for device in devices or (torch.device("cpu"),):
         if device.type != "meta":
-            _dispatch.choose(backend, device)
-        elif backend is not None and backend not in _dispatch.BACKENDS:
+            backends.choose(backend, device)
+        elif backend is not None and backend not in backends.BACKENDS:
             raise ValueError(
-                f"unknown backend {backend!r}; choose one of {_dispatch.BACKENDS} or None"
+                f"unknown backend {backend!r}; choose one of {backends.BACKENDS} or None"
             )
 
 

@@ -253,7 +253,7 @@ def same_order(x: Tensor, y: Tensor) -> bool:
     return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
 
 
-class Watch:
+class MemoryWatch:
     """Tells whether tensors still have the memory, size, order and dtype of the beginning.
 
     Keeps state alive, so that an equal address means the same memory. Of parameters it has nothing
@@ -349,6 +349,66 @@ class Watch:
         return id(x), x.data_ptr(), x.numel(), order, x.dtype
 
 
+ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
+              "strength", "threshold")  # fmt: skip
+SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "strength",
+             "threshold")  # fmt: skip
+GUIDE_HYPER = ("maximize", "strength", "threshold")
+
+
+class Scaling(NamedTuple):
+    """What a GradScaler says of this step's gradients.
+
+    Attributes:
+        divisor: Divisor of the gradients, for backends that run when they are called.
+        grad_scale: The same as a float32 tensor, for launches; None is 1.
+        found_inf: float32 tensor; launches change nothing where it is not 0. None is 0.
+    """
+
+    divisor: float = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Draw(NamedTuple):
+    """The draw of a step.
+
+    Attributes:
+        seed: Seed in [0, 2**64).
+        index: Draw index k.
+        injecting: Whether any row may inject.
+        elements: Whether any row may draw per element.
+        index_tensor: int64 tensor of one element, the draw index that a captured step reads in
+            place of ``index``.
+    """
+
+    seed: int
+    index: int
+    injecting: bool
+    elements: bool
+    index_tensor: Tensor | None = None
+
+
+class Rule(NamedTuple):
+    """An update rule as the backends know it.
+
+    Attributes:
+        name: Of its function in `reference`; the operators' names begin with it.
+        state: Columns of the lists that the reference takes after the gradients.
+        hyper: Hyper-parameters in the order of the kernels' table.
+        optional: The one that makes the rule read and write its optional state.
+    """
+
+    name: str
+    state: tuple[int, ...]
+    hyper: tuple[str, ...]
+    optional: str
+
+
+ADAM = Rule("adam_", (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP), ADAM_HYPER, "amsgrad")
+SGD = Rule("sgd_", (EXP_AVG, ANCHOR), SGD_HYPER, "momentum")
+
+
 class Rows:
     """The parallel lists of one device's parameters, a row per parameter, and their table.
 
@@ -360,7 +420,7 @@ class Rows:
         indices: Tensor index j of each row, counted over all groups.
         anchored: Whether any row has an anchor.
         distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
-        grads: Gradient of each row in the present step or None; see `refresh`.
+        grads: Gradient of each row in the present step or None; see `take_gradients`.
         places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
         replays: Replay gradient of each row or None; empty when there are none at all.
         present: Not 0 if there is a gradient or replay gradient in the present step.
@@ -385,11 +445,13 @@ class Rows:
         capturable: bool = False,
         process_group=None,
         reduction=None,
+        places: Sequence[sharding.Place] | None = None,
+        holders: Sequence[Tensor] | None = None,
     ) -> None:
         absent = [None] * len(params)
         self.backend = backend
         self.stochastic = stochastic
-        self.holders = list(params)
+        self.holders = list(params if holders is None else holders)
         self.params = [sharding.local(p) for p in params]
         self._sharded = any(map(sharding.is_dtensor, params))
         self._shards = sharding.Shards(params) if self._sharded else None
@@ -400,6 +462,8 @@ class Rows:
         self.places = [sharding.place_of(p) for p in params] if self._sharded or runs else []
         for row, run in runs.items():
             self.places[row] = sharding.Place(run.start, *[max(params[row].numel(), 1)] * 2)
+        if places is not None:
+            self.places = list(places)
         self.groups = list(groups)
         self.indices = list(indices)
         self.device = self.params[0].device
@@ -528,8 +592,8 @@ class Rows:
             packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
         return packed
 
-    def gather_by(self, watch: Watch) -> bool:
-        """Prepares `gather`; returns whether it is possible.
+    def watch_gradients(self, watch: MemoryWatch) -> bool:
+        """Prepares `take_native_gradients`; returns whether it is possible.
 
         Args:
             watch: Watches parameters of which the first are these, in the rows' order.
@@ -549,16 +613,16 @@ class Rows:
             )
         return self._gather is not None
 
-    def gather(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
-        """Takes up the gradients of this step from ``.grad``, as `refresh` would, natively.
+    def take_native_gradients(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
+        """Takes up the gradients of this step from ``.grad``, as `take_gradients` would, natively.
 
         Args:
             replays: Replay gradient of each row or None; empty if there are none at all.
-            elementwise: As in `refresh`.
+            elementwise: As in `take_gradients`.
 
         Returns:
             Whether it did. If not, a watched tensor moved or a gradient is wrong, and it is for
-            `refresh` to take them up or to complain.
+            `take_gradients` to take them up or to complain.
         """
         present = self._gather.begin(self._versions is not None, replays, row_major=elementwise)
         if present < 0:
@@ -581,11 +645,11 @@ class Rows:
         return True
 
     def odd_gradients(self) -> list[Tensor]:
-        """Returns the gradients that `gather` could not take up as they are."""
+        """Returns the gradients that `take_native_gradients` could not take up as they are."""
         grads = [self.params[row].grad for row in self._gather.odd()]
         return [g for g in grads if g is not None]
 
-    def refresh(
+    def take_gradients(
         self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
     ) -> None:
         """Takes up the gradients of this step.
@@ -681,7 +745,7 @@ class Rows:
         Args:
             grads: Gradient or None of these rows.
             replays: Replay gradient of each row; empty if there are none at all.
-            elementwise: As in `refresh`.
+            elementwise: As in `take_gradients`.
         """
         pairs = {}
         for row, grad in grads.items():
@@ -813,7 +877,7 @@ class Rows:
 
     def forget_changed(self) -> None:
         """Drops the known distance of every parameter that was changed since it was measured."""
-        if self._versions is None or self._gathered:  # `gather` has done it
+        if self._versions is None or self._gathered:  # `take_native_gradients` has done it
             return
         now = self._now = array.array("q", self._versions_now())
         if now != self._versions:
@@ -826,7 +890,7 @@ class Rows:
                     self.distances[row] = -1.0
             self._versions[:] = now
 
-    def updated(self, look_ahead: bool) -> None:
+    def after_update(self, look_ahead: bool) -> None:
         """Ends a step that wrote the parameters: copies staged ones back, bumps versions."""
         for _, target, copy in self._copies:
             target.copy_(copy)
@@ -884,17 +948,321 @@ class Rows:
         """Lets go of the gradients and of the copies made of them."""
         self.grads, self.replays, self._kept, self._copies, self._grad_copies = [], [], [], [], []
 
+    @property
+    def launched(self) -> bool:
+        """Whether the steps of these rows are launches that nobody waits for."""
+        return self.kernels is not None
+
+    def norms(
+        self,
+        *,
+        replay_weight: float,
+        scaling: Scaling,
+        which: int,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the squares of `reference.norms` for these rows.
+
+        Args:
+            replay_weight: w.
+            scaling: Divisor of the gradients.
+            which: Bits of `reference`.
+            gate: uint8 [1]; a captured step measures for the injection only where it is not 0.
+        """
+        if self.kernels is not None:
+            return self.kernels.norms(
+                self.distances,
+                replay_weight=replay_weight,
+                grad_scale=scaling.grad_scale,
+                which=which,
+                gate=gate,
+            )
+        if self.backend == "cpp":
+            return torch.ops.dgg.norms_table(
+                self._table,
+                self._grad_addresses,
+                self._replay_addresses,
+                self.distances,
+                replay_weight=replay_weight,
+                grad_scale=scaling.divisor,
+                which=which,
+            )
+        return reference.norms(
+            self.tensors(PARAM),
+            self.grads,
+            self.replays,
+            self.tensors(ANCHOR),
+            self.distances,
+            replay_weight=replay_weight,
+            grad_scale=scaling.divisor,
+            which=which,
+        )
+
+    def coefficients(
+        self, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
+    ) -> Tensor:
+        """Returns c, the norms and s as `reference.coefficients` does."""
+        function = reference.coefficients
+        if self.kernels is not None:
+            function = self.kernels.coefficients
+        elif self.backend == "cpp":
+            function = torch.ops.dgg.coefficients
+        return function(
+            squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor
+        )
+
+    def measure(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        replay_weight: float,
+        scaling: Scaling,
+        which: int,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
+
+        Args:
+            settings: What `coefficients` takes besides.
+            replay_weight: As in `norms`, and so the others.
+            scaling: Likewise.
+            which: Likewise.
+            gate: Likewise.
+        """
+        options = {"replay_weight": replay_weight, "which": which}
+        if self.kernels is not None:
+            options |= {"grad_scale": scaling.grad_scale, "gate": gate}
+            return self.kernels.measure(self.distances, settings, **options)
+        return self.coefficients(self.norms(scaling=scaling, **options), **settings)
+
+    def draw_flags(
+        self,
+        flags: Tensor,
+        groups: Sequence[dict],
+        names: Sequence[str],
+        draw_index: Tensor,
+        seed: int,
+        granularity: str,
+    ) -> Tensor:
+        """Draws on the device, for a step that is captured.
+
+        Args:
+            flags: uint8 [n]; INJECT and INJECT_ELEMENTS are set, FIRST_STEP is kept. In place.
+            groups: Hyper-parameters of every group.
+            names: Their order in the kernels' table.
+            draw_index: int64, draw index k.
+            seed: Seed of the draws.
+            granularity: What a draw decides.
+
+        Returns:
+            uint8 [1], whether any row injects.
+        """
+        return self.kernels.draw_flags(
+            flags,
+            self.kernels.hyper(groups, names),
+            draw_index,
+            seed=_signed(seed),
+            granularity=granularity,
+            threshold_column=names.index("threshold"),
+            strength_column=names.index("strength"),
+        )
+
+    def update_(
+        self,
+        rule: Rule,
+        coefficients: Tensor,
+        flags: Tensor,
+        groups: Sequence[dict],
+        draw: Draw,
+        scaling: Scaling,
+        *,
+        look_ahead: bool,
+        replay_weight: float,
+    ) -> None:
+        """Runs an update rule on these rows: all groups in one call, parameters in place.
+
+        Args:
+            rule: `ADAM` or `SGD`.
+            coefficients: float64 [4 + n].
+            flags: uint8 [n].
+            groups: Hyper-parameters of every group, the names in ``rule.hyper``.
+            draw: The draw of the step.
+            scaling: Divisor of the gradients, and whether to change anything.
+            look_ahead: Also measure the distances after the update.
+            replay_weight: w.
+        """
+        if self.kernels is not None:
+            # Anchors that are not here come again for the next step's distances, beside its forward
+            # and backward pass.
+            away = self.kernels.windows is not None
+            here = look_ahead and not away
+            variant = _device.ANCHOR if draw.injecting or here else 0
+            variant |= _device.ELEMENTS if draw.elements else 0
+            variant |= _device.LOOK_AHEAD if here else 0
+            if any(group[rule.optional] for group in groups):
+                variant |= _device.STATE
+            variant |= _device.STOCHASTIC if self.stochastic else 0
+            self.kernels.update_(
+                rule.name,
+                coefficients,
+                flags,
+                self.kernels.hyper(groups, rule.hyper),
+                self.distances,
+                grad_scale=scaling.grad_scale,
+                found_inf=scaling.found_inf,
+                draw_index=draw.index_tensor,
+                replay_weight=replay_weight,
+                seed=_signed(draw.seed),
+                draw=draw.index,
+                variant=variant,
+            )
+            self.kernels.measured = False
+            look_ahead = look_ahead and not (away and self.staged_now)
+            if away and look_ahead:
+                self.kernels.measure_ahead(self.distances)
+        elif self.backend == "cpp":
+            getattr(torch.ops.dgg, rule.name + "table_")(
+                self._table,
+                self._grad_addresses,
+                self._replay_addresses,
+                coefficients,
+                flags,
+                self._hyper_table(groups, rule.hyper),
+                self.distances,
+                replay_weight=replay_weight,
+                grad_scale=scaling.divisor,
+                look_ahead=look_ahead,
+                stochastic=self.stochastic,
+                seed=_signed(draw.seed),
+                draw=draw.index,
+            )
+        else:
+            for number, group in enumerate(groups):
+                getattr(reference, rule.name)(
+                    self.tensors(PARAM),
+                    *self._of_group(number),
+                    *(self.tensors(column) for column in rule.state),
+                    self.distances,
+                    coefficients,
+                    flags,
+                    self.indices,
+                    **{key: group[key] for key in rule.hyper},
+                    look_ahead=look_ahead,
+                    places=[self._place(row) for row in range(len(self.params))]
+                    if self.places
+                    else (),
+                    copies=self.tensors(COPY) if self.has_masters else (),
+                    stochastic=self.stochastic,
+                    replay_weight=replay_weight,
+                    grad_scale=scaling.divisor,
+                    seed=draw.seed,
+                    draw=draw.index,
+                )
+        self.after_update(look_ahead)
+
+    def guide_(
+        self,
+        coefficients: Tensor,
+        flags: Tensor,
+        groups: Sequence[dict],
+        draw: Draw,
+        scaling: Scaling,
+        *,
+        replay_weight: float,
+    ) -> None:
+        """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
+
+        Args:
+            coefficients: float64 [4 + n].
+            flags: uint8 [n].
+            groups: Hyper-parameters of every group, the names in GUIDE_HYPER.
+            draw: The draw of the step.
+            scaling: Divisor of the gradients, and whether to change anything.
+            replay_weight: w.
+        """
+        if self.backend == "reference":
+            for number, group in enumerate(groups):
+                reference.guide_(
+                    self.tensors(PARAM),
+                    *self._of_group(number),
+                    self.tensors(ANCHOR),
+                    coefficients,
+                    flags,
+                    self.indices,
+                    **{key: group[key] for key in GUIDE_HYPER},
+                    replay_weight=replay_weight,
+                    grad_scale=scaling.divisor,
+                    seed=draw.seed,
+                    draw=draw.index,
+                    places=self.places,
+                )
+            _give_back(self._grad_copies)
+            self.release()
+            return
+        if self.kernels is not None:
+            self.kernels.guide_(
+                coefficients,
+                flags,
+                self.kernels.hyper(groups, GUIDE_HYPER),
+                grad_scale=scaling.grad_scale,
+                found_inf=scaling.found_inf,
+                draw_index=draw.index_tensor,
+                replay_weight=replay_weight,
+                seed=_signed(draw.seed),
+                draw=draw.index,
+                variant=(_device.ANCHOR if draw.injecting else 0)
+                | (_device.ELEMENTS if draw.elements else 0),
+            )
+        else:
+            torch.ops.dgg.guide_table_(
+                self._table,
+                self._grad_addresses,
+                self._replay_addresses,
+                coefficients,
+                flags,
+                self._hyper_table(groups, GUIDE_HYPER),
+                replay_weight=replay_weight,
+                grad_scale=scaling.divisor,
+                seed=_signed(draw.seed),
+                draw=draw.index,
+            )
+        _give_back(self._grad_copies)
+        # The table hides the writes from autograd, which must know of them.
+        edited = [p.grad for p in self.params] if self._gathered else self.grads
+        torch.autograd.graph.increment_version([g for g in edited if g is not None])
+        self.abandon()
+
+    def _hyper_table(self, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
+        if groups is self.hyper_groups:
+            return self.hyper
+        self.hyper_groups = groups
+        values = [group[name] for group in groups for name in names]
+        if values != self.hyper_values:
+            numbers = array.array("d", values)
+            self.hyper = torch.frombuffer(numbers, dtype=torch.float64).view(
+                len(groups), len(names)
+            )
+            self.hyper_values = values
+        return self.hyper
+
+    def _of_group(self, number: int) -> tuple[list, list]:
+        # Rows of other groups pass as rows without gradient, which the reference leaves alone.
+        mine = [group == number for group in self.groups]
+        return tuple(
+            [x if own else None for own, x in zip(mine, tensors, strict=True)] if tensors else []
+            for tensors in (self.grads, self.replays)
+        )
+
+
+def make_rows(backend: str, params: Sequence[Tensor], *args: Any, **columns: Any) -> Rows:
+    """Returns the rows of parameters of one device; the arguments are those of `Rows`."""
+    return Rows(backend, params, *args, **columns)
+
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
 # Stands for the address of an empty gradient, which has none but is there: 0 means absent.
 _NOWHERE = 1
 _NO_ADDRESSES = torch.empty(0, dtype=torch.int64, device="cpu")
-
-ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
-              "strength", "threshold")  # fmt: skip
-SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "strength",
-             "threshold")  # fmt: skip
-GUIDE_HYPER = ("maximize", "strength", "threshold")
 
 
 def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -911,359 +1279,8 @@ def _resolved(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     ]
 
 
-def _hyper_table(rows: Rows, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
-    if groups is rows.hyper_groups:
-        return rows.hyper
-    rows.hyper_groups = groups
-    values = [group[name] for group in groups for name in names]
-    if values != rows.hyper_values:
-        numbers = array.array("d", values)
-        rows.hyper = torch.frombuffer(numbers, dtype=torch.float64).view(len(groups), len(names))
-        rows.hyper_values = values
-    return rows.hyper
-
-
 def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-class Scaling(NamedTuple):
-    """What a GradScaler says of this step's gradients.
-
-    Attributes:
-        divisor: Divisor of the gradients, for backends that run when they are called.
-        grad_scale: The same as a float32 tensor, for launches; None is 1.
-        found_inf: float32 tensor; launches change nothing where it is not 0. None is 0.
-    """
-
-    divisor: float = 1.0
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-
-class Draw(NamedTuple):
-    """The draw of a step.
-
-    Attributes:
-        seed: Seed in [0, 2**64).
-        index: Draw index k.
-        injecting: Whether any row may inject.
-        elements: Whether any row may draw per element.
-        index_tensor: int64 tensor of one element, the draw index that a captured step reads in
-            place of ``index``.
-    """
-
-    seed: int
-    index: int
-    injecting: bool
-    elements: bool
-    index_tensor: Tensor | None = None
-
-
-def norms(
-    rows: Rows,
-    *,
-    replay_weight: float,
-    scaling: Scaling,
-    which: int,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """Returns the squares of `reference.norms` for these rows.
-
-    Args:
-        rows: The rows, refreshed with this step's gradients.
-        replay_weight: w.
-        scaling: Divisor of the gradients.
-        which: Bits of `reference`.
-        gate: uint8 [1]; a captured step measures for the injection only where it is not 0.
-    """
-    if rows.kernels is not None:
-        return rows.kernels.norms(
-            rows.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.grad_scale,
-            which=which,
-            gate=gate,
-        )
-    if rows.backend == "cpp":
-        return torch.ops.dgg.norms_table(
-            rows._table,
-            rows._grad_addresses,
-            rows._replay_addresses,
-            rows.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            which=which,
-        )
-    return reference.norms(
-        rows.tensors(PARAM),
-        rows.grads,
-        rows.replays,
-        rows.tensors(ANCHOR),
-        rows.distances,
-        replay_weight=replay_weight,
-        grad_scale=scaling.divisor,
-        which=which,
-    )
-
-
-def coefficients(
-    rows: Rows, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
-) -> Tensor:
-    """Returns c, the norms and s as `reference.coefficients` does."""
-    function = reference.coefficients
-    if rows.kernels is not None:
-        function = rows.kernels.coefficients
-    elif rows.backend == "cpp":
-        function = torch.ops.dgg.coefficients
-    return function(squares, max_grad_norm=max_grad_norm, scaling=scaling, per_tensor=per_tensor)
-
-
-def measure(
-    rows: Rows,
-    settings: Mapping[str, Any],
-    *,
-    replay_weight: float,
-    scaling: Scaling,
-    which: int,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
-
-    Args:
-        rows: The rows, refreshed with this step's gradients.
-        settings: What `coefficients` takes besides.
-        replay_weight: As in `norms`, and so the others.
-        scaling: Likewise.
-        which: Likewise.
-        gate: Likewise.
-    """
-    options = {"replay_weight": replay_weight, "which": which}
-    if rows.kernels is not None:
-        options |= {"grad_scale": scaling.grad_scale, "gate": gate}
-        return rows.kernels.measure(rows.distances, settings, **options)
-    return coefficients(rows, norms(rows, scaling=scaling, **options), **settings)
-
-
-class Rule(NamedTuple):
-    """An update rule as the backends know it.
-
-    Attributes:
-        name: Of its function in `reference`; the operators' names begin with it.
-        state: Columns of the lists that the reference takes after the gradients.
-        hyper: Hyper-parameters in the order of the kernels' table.
-        optional: The one that makes the rule read and write its optional state.
-    """
-
-    name: str
-    state: tuple[int, ...]
-    hyper: tuple[str, ...]
-    optional: str
-
-
-ADAM = Rule("adam_", (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP), ADAM_HYPER, "amsgrad")
-SGD = Rule("sgd_", (EXP_AVG, ANCHOR), SGD_HYPER, "momentum")
-
-
-def draw_flags(
-    rows: Rows,
-    flags: Tensor,
-    groups: Sequence[dict],
-    names: Sequence[str],
-    draw_index: Tensor,
-    seed: int,
-    granularity: str,
-) -> Tensor:
-    """Draws on the device, for a step that is captured.
-
-    Args:
-        rows: Rows whose backend launches.
-        flags: uint8 [n]; INJECT and INJECT_ELEMENTS are set, FIRST_STEP is kept. In place.
-        groups: Hyper-parameters of every group.
-        names: Their order in the kernels' table.
-        draw_index: int64, draw index k.
-        seed: Seed of the draws.
-        granularity: What a draw decides.
-
-    Returns:
-        uint8 [1], whether any row injects.
-    """
-    return rows.kernels.draw_flags(
-        flags,
-        rows.kernels.hyper(groups, names),
-        draw_index,
-        seed=_signed(seed),
-        granularity=granularity,
-        threshold_column=names.index("threshold"),
-        strength_column=names.index("strength"),
-    )
-
-
-def update_(
-    rule: Rule,
-    rows: Rows,
-    coefficients: Tensor,
-    flags: Tensor,
-    groups: Sequence[dict],
-    draw: Draw,
-    scaling: Scaling,
-    *,
-    look_ahead: bool,
-    replay_weight: float,
-) -> None:
-    """Runs an update rule on these rows: all groups in one call, parameters in place.
-
-    Args:
-        rule: `ADAM` or `SGD`.
-        rows: The rows, refreshed with this step's gradients.
-        coefficients: float64 [4 + n].
-        flags: uint8 [n].
-        groups: Hyper-parameters of every group, the names in ``rule.hyper``.
-        draw: The draw of the step.
-        scaling: Divisor of the gradients, and whether to change anything.
-        look_ahead: Also measure the distances after the update.
-        replay_weight: w.
-    """
-    if rows.kernels is not None:
-        # Anchors that are not here come again for the next step's distances, beside its forward
-        # and backward pass.
-        away = rows.kernels.windows is not None
-        here = look_ahead and not away
-        variant = _device.ANCHOR if draw.injecting or here else 0
-        variant |= _device.ELEMENTS if draw.elements else 0
-        variant |= _device.LOOK_AHEAD if here else 0
-        if any(group[rule.optional] for group in groups):
-            variant |= _device.STATE
-        variant |= _device.STOCHASTIC if rows.stochastic else 0
-        rows.kernels.update_(
-            rule.name,
-            coefficients,
-            flags,
-            rows.kernels.hyper(groups, rule.hyper),
-            rows.distances,
-            grad_scale=scaling.grad_scale,
-            found_inf=scaling.found_inf,
-            draw_index=draw.index_tensor,
-            replay_weight=replay_weight,
-            seed=_signed(draw.seed),
-            draw=draw.index,
-            variant=variant,
-        )
-        rows.kernels.measured = False
-        look_ahead = look_ahead and not (away and rows.staged_now)
-        if away and look_ahead:
-            rows.kernels.measure_ahead(rows.distances)
-    elif rows.backend == "cpp":
-        getattr(torch.ops.dgg, rule.name + "table_")(
-            rows._table,
-            rows._grad_addresses,
-            rows._replay_addresses,
-            coefficients,
-            flags,
-            _hyper_table(rows, groups, rule.hyper),
-            rows.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            look_ahead=look_ahead,
-            stochastic=rows.stochastic,
-            seed=_signed(draw.seed),
-            draw=draw.index,
-        )
-    else:
-        for number, group in enumerate(groups):
-            getattr(reference, rule.name)(
-                rows.tensors(PARAM),
-                *_of_group(rows, number),
-                *(rows.tensors(column) for column in rule.state),
-                rows.distances,
-                coefficients,
-                flags,
-                rows.indices,
-                **{key: group[key] for key in rule.hyper},
-                look_ahead=look_ahead,
-                places=[rows._place(row) for row in range(len(rows.params))] if rows.places else (),
-                copies=rows.tensors(COPY) if rows.has_masters else (),
-                stochastic=rows.stochastic,
-                replay_weight=replay_weight,
-                grad_scale=scaling.divisor,
-                seed=draw.seed,
-                draw=draw.index,
-            )
-    rows.updated(look_ahead)
-
-
-def guide_(
-    rows: Rows,
-    coefficients: Tensor,
-    flags: Tensor,
-    groups: Sequence[dict],
-    draw: Draw,
-    scaling: Scaling,
-    *,
-    replay_weight: float,
-) -> None:
-    """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
-
-    Args:
-        rows: The rows, refreshed with this step's gradients.
-        coefficients: float64 [4 + n].
-        flags: uint8 [n].
-        groups: Hyper-parameters of every group, the names in GUIDE_HYPER.
-        draw: The draw of the step.
-        scaling: Divisor of the gradients, and whether to change anything.
-        replay_weight: w.
-    """
-    if rows.backend == "reference":
-        for number, group in enumerate(groups):
-            reference.guide_(
-                rows.tensors(PARAM),
-                *_of_group(rows, number),
-                rows.tensors(ANCHOR),
-                coefficients,
-                flags,
-                rows.indices,
-                **{key: group[key] for key in GUIDE_HYPER},
-                replay_weight=replay_weight,
-                grad_scale=scaling.divisor,
-                seed=draw.seed,
-                draw=draw.index,
-                places=rows.places,
-            )
-        _give_back(rows._grad_copies)
-        rows.release()
-        return
-    if rows.kernels is not None:
-        rows.kernels.guide_(
-            coefficients,
-            flags,
-            rows.kernels.hyper(groups, GUIDE_HYPER),
-            grad_scale=scaling.grad_scale,
-            found_inf=scaling.found_inf,
-            draw_index=draw.index_tensor,
-            replay_weight=replay_weight,
-            seed=_signed(draw.seed),
-            draw=draw.index,
-            variant=(_device.ANCHOR if draw.injecting else 0)
-            | (_device.ELEMENTS if draw.elements else 0),
-        )
-    else:
-        torch.ops.dgg.guide_table_(
-            rows._table,
-            rows._grad_addresses,
-            rows._replay_addresses,
-            coefficients,
-            flags,
-            _hyper_table(rows, groups, GUIDE_HYPER),
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            seed=_signed(draw.seed),
-            draw=draw.index,
-        )
-    _give_back(rows._grad_copies)
-    # The table hides the writes from autograd, which must know of them.
-    edited = [p.grad for p in rows.params] if rows._gathered else rows.grads
-    torch.autograd.graph.increment_version([g for g in edited if g is not None])
-    rows.abandon()
 
 
 def _give_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -1272,12 +1289,3 @@ def _give_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
         value = torch.view_as_complex(copy) if grad.is_complex() else copy
         # Of the same dtype: torch's copy to a lazily negated 16-bit tensor has the wrong sign.
         grad.copy_(value.to(grad.dtype))
-
-
-def _of_group(rows: Rows, number: int) -> tuple[list, list]:
-    # Rows of other groups pass as rows without gradient, which the reference leaves alone.
-    mine = [group == number for group in rows.groups]
-    return tuple(
-        [x if own else None for own, x in zip(mine, tensors, strict=True)] if tensors else []
-        for tensors in (rows.grads, rows.replays)
-    )

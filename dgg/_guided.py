@@ -2,7 +2,7 @@
 """The step of the guided optimizers, their anchor and their replay: all but the base optimizer.
 
 Until an anchor is set each class *is* the torch.optim class it derives from, with one fused pass
-as its step. The flow of a step goes one way: here → `_dispatch` → a backend.
+as its step. The flow of a step goes one way: here → `dgg.backends` → a kernel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from dgg import (
     _arguments,
     _boundary,
     _callers,
-    _device,
-    _dispatch,
     _ranges,
     anchor,
+    backends,
     checkpoint,
     guidance,
     reference,
@@ -86,7 +85,7 @@ class Guided(Loading):
     _idle = 0
     # Steps with fused=True take what a GradScaler says, as torch.optim's do.
     _unscales = False
-    _rule: _dispatch.Rule
+    _rule: backends.Rule
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -160,13 +159,13 @@ class Guided(Loading):
                 "an optimizer per device, or leave it False"
             )
         for device in devices:
-            backend = _dispatch.choose(self._backend, device)
+            backend = backends.choose(self._backend, device)
             if self._fused and backend == "reference":
                 raise RuntimeError(
                     f"foreach=True or fused=True cannot be met on {str(device)!r}, the fused "
-                    f"kernels miss: {_dispatch.unavailable('cpp', device)}"
+                    f"kernels miss: {backends.unavailable('cpp', device)}"
                 )
-            if self._capturable and not _dispatch.launches(backend, device):
+            if self._capturable and not backends.launches(backend, device):
                 raise ValueError(
                     f"capturable=True needs kernels that run on a GPU; on {str(device)!r} the step "
                     f"is the {backend!r} backend's, which no graph can capture: leave it False"
@@ -432,8 +431,8 @@ class Guided(Loading):
         engine.remember(wide, cache.all_rows[0], flags[0], found[0], strength, scaling.found_inf)
         slot.clear()
 
-    def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
-        _dispatch.update_(self._rule, rows, *args, **kwargs)
+    def _update_(self, rows: backends.Rows, *args, **kwargs) -> None:
+        rows.update_(self._rule, *args, **kwargs)
 
     def _driven_by(self) -> zero.Zero | None:
         """Returns the engine that steps its own partitions in place of the parameters, if any."""
@@ -464,7 +463,7 @@ class Guided(Loading):
             grads, replays = self._settled(params, grads, replays)
         if not valid or cache.unchecked:
             self._check_step(params, grads, replays)
-        if params and _device.capturing(params[0].device):
+        if params and backends.capturing(params[0].device):
             # Before anything is made, which would be made in the graph.
             self._check_capture(params[0].device, valid)
         if not valid and not skipped:
@@ -492,7 +491,7 @@ class Guided(Loading):
 
     def _check_capture(self, device: torch.device, valid: bool) -> None:
         """Raises if a graph is being captured that would replay the wrong thing."""
-        if not _device.capturing(device):
+        if not backends.capturing(device):
             return
         if not self._capturable:
             raise RuntimeError(
@@ -505,19 +504,19 @@ class Guided(Loading):
                 "the capture, as torch.cuda.graph() asks for"
             )
 
-    def _captured_step(self, wide, hyper, all_rows, scaling: _dispatch.Scaling) -> None:
+    def _captured_step(self, wide, hyper, all_rows, scaling: backends.Scaling) -> None:
         """A step that decides everything on the device, so that a graph of it can be replayed."""
         (rows,) = all_rows
         draw = self._draw_on(rows.device)
-        if _device.capturing(rows.device):
+        if backends.capturing(rows.device):
             given = [x for g in self.param_groups for x in g.values() if isinstance(x, Tensor)]
             self._captured.append((self._rows, draw, scaling, given))
         flags = self._final_flags(rows, rows.constant_flags(0)).clone()
         gates = None
         if rows.anchored:
             gates = [
-                _dispatch.draw_flags(
-                    rows, flags, hyper, self._rule.hyper, draw, wide["seed"], wide["granularity"]
+                rows.draw_flags(
+                    flags, hyper, self._rule.hyper, draw, wide["seed"], wide["granularity"]
                 )
             ]
         injecting = rows.anchored
@@ -564,12 +563,12 @@ class Guided(Loading):
         for group in self.param_groups:
             group["draw_index"] = draw
 
-    def _scaler_state(self, replays) -> tuple[_dispatch.Scaling, Tensor | bool]:
+    def _scaler_state(self, replays) -> tuple[backends.Scaling, Tensor | bool]:
         """Returns the scaling and whether to skip (a tensor if only the device knows)."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         seen = scale is not None or found is not None
         if not seen and not replays:
-            return _dispatch.Scaling(), False
+            return backends.Scaling(), False
         if replays and scale is None and (seen or guidance.unscaled_unseen()):
             raise RuntimeError(
                 "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
@@ -578,14 +577,13 @@ class Guided(Loading):
                 "GradScaler.step() calls it too: use bfloat16 without a scaler there)"
             )
         if not seen:
-            return _dispatch.Scaling(), False
+            return backends.Scaling(), False
         params = [p for g in self.param_groups for p in g["params"]]
         if scale is not None:
             guidance.refuse_scaler(params, self.process_group)
         devices = dict.fromkeys(p.device for p in params)
         launched = all(
-            _dispatch.launches(_dispatch.choose(self._backend, device), device)
-            for device in devices
+            backends.launches(backends.choose(self._backend, device), device) for device in devices
         )
         scaling, skip = guidance.read_scaler(
             scale, found, next(iter(devices)) if launched else None
@@ -631,7 +629,7 @@ class Guided(Loading):
                 stepped=True,
                 elements=self.param_groups[0]["granularity"] == "element",
             )
-            _dispatch.choose_for(self._backend, param)
+            backends.choose_for(self._backend, param)
             for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
                 if given is not None:
                     _arguments.check_gradient(given, param, label, kind)
@@ -778,7 +776,7 @@ class Guided(Loading):
         )
         self._said_narrow = True
 
-    def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
+    def _final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
         return rows.constant_flags(0) if flags is None else flags
 
     # -- the anchor -----------------------------------------------------------------------------
@@ -1044,7 +1042,7 @@ class Guided(Loading):
     def _step_scalar(self, param: Tensor, step: Any) -> Tensor:
         """Returns ``step`` as a float32 scalar: beside the parameter if launches write it."""
         device = param.device
-        if not _dispatch.launches(_dispatch.choose(self._backend, device), device):
+        if not backends.launches(backends.choose(self._backend, device), device):
             device = torch.device("cpu")
         same = isinstance(step, Tensor) and not step.is_neg()
         if same and (step.dtype, step.dim(), step.device) == (torch.float32, 0, device):

@@ -19,9 +19,9 @@ from torch.nn.parameter import is_lazy
 from dgg import (
     _arguments,
     _boundary,
-    _dispatch,
     _saved_state,
     anchor,
+    backends,
     checkpoint,
     sharding,
 )
@@ -189,7 +189,7 @@ class Loading(Imitable):
                 if not isinstance(value, Tensor) or sharding.is_dtensor(value):
                     continue
                 place = value.device, value.untyped_storage().data_ptr()
-                if not _dispatch.is_dense(value):
+                if not backends.is_dense(value):
                     entry[name] = value.contiguous()
                 elif value.numel() and place in taken:
                     entry[name] = value.clone()

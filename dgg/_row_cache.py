@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from dgg import _dispatch, anchor, sharding
+from dgg import anchor, backends, sharding
 
 if TYPE_CHECKING:
     from dgg._guided import Guided
@@ -64,7 +64,7 @@ class RowCache:
         ]
         # Turning amsgrad or momentum on between two steps asks for state that is not there yet.
         self._needed = [optimizer._needed(group) for group in optimizer.param_groups]
-        self.all_rows: list[_dispatch.Rows] = []
+        self.all_rows: list[backends.Rows] = []
         self._places: list[list[int] | None] = []
         # Frozen parameters of a whole model are not carried through every step.
         usable = [
@@ -93,7 +93,7 @@ class RowCache:
         numbers = range(len(params)) if share is None else share.numbers(params)
         parts: dict[tuple[torch.device, str], list[int]] = {}
         for i in usable:
-            backend = _dispatch.choose_for(optimizer._backend, params[i])
+            backend = backends.choose_for(optimizer._backend, params[i])
             parts.setdefault((params[i].device, backend), []).append(i)
         for (_, backend), places in parts.items():
             state = [states[i] or {} for i in places]
@@ -101,7 +101,7 @@ class RowCache:
                 column: [s.get(name) for s in state] for name, column in optimizer._columns.items()
             }
             self.all_rows.append(
-                _dispatch.Rows(
+                backends.make_rows(
                     backend,
                     [params[i] for i in places],
                     [self._groups[i] for i in places],
@@ -122,7 +122,7 @@ class RowCache:
         # rows come first: their gradients can be taken up on the way.
         place_of = {id(x): place for place, x in enumerate(tensors)}
         anchors = [(states[i] or {}).get("anchor") for places in parts.values() for i in places]
-        self._watch = _dispatch.Watch(
+        self._watch = backends.MemoryWatch(
             [
                 *(p for rows in self.all_rows for p in rows.params),
                 *(p for i, p in enumerate(params) if i not in used and not is_lazy(p)),
@@ -136,7 +136,7 @@ class RowCache:
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         self._lists = Lists(optimizer.param_groups)
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._gathers = len(self.all_rows) == 1 and self.all_rows[0].gather_by(self._watch)
+        self._gathers = len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
 
     def gather(self, optimizer: Guided, replays: list[Tensor | None], *, elementwise: bool) -> bool:
         """Takes up the gradients of this step natively; returns False if that is not enough.
@@ -158,7 +158,7 @@ class RowCache:
                 return False
             places = self._places[0]
             replays = replays if places is None else [replays[i] for i in places]
-        return self.all_rows[0].gather(replays, elementwise=elementwise)
+        return self.all_rows[0].take_native_gradients(replays, elementwise=elementwise)
 
     def abandon(self) -> None:
         """Lets go of the gradients of a step that could not be finished."""
@@ -226,7 +226,7 @@ class RowCache:
     @property
     def launched(self) -> bool:
         """Whether any device's step is launched and not waited for."""
-        return any([rows.kernels is not None for rows in self.all_rows])
+        return any([rows.launched for rows in self.all_rows])
 
     @property
     def unchecked(self) -> bool:
@@ -237,7 +237,7 @@ class RowCache:
         """Hands every device's rows their gradients."""
         for rows, places in zip(self.all_rows, self._places, strict=True):
             if places is None:
-                rows.refresh(grads, replays, elementwise=elementwise)
+                rows.take_gradients(grads, replays, elementwise=elementwise)
             else:
                 mine = [replays[i] for i in places] if replays else []
-                rows.refresh([grads[i] for i in places], mine, elementwise=elementwise)
+                rows.take_gradients([grads[i] for i in places], mine, elementwise=elementwise)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _boundary, _dispatch, anchor, checkpoint, guidance, sharding
+from dgg import _arguments, _boundary, anchor, backends, checkpoint, guidance, sharding
 from dgg._row_cache import Lists
 
 
@@ -108,9 +108,9 @@ class Guidance:
             _arguments.make_plain(group)
         self._anchors: dict[Tensor, Tensor] = {}
         self._engine = guidance.Engine()
-        self._rows: list[tuple[list[int], _dispatch.Rows]] = []
+        self._rows: list[tuple[list[int], backends.Rows]] = []
         self._rows_params: list[Tensor] = []
-        self._watch: _dispatch.Watch | None = None
+        self._watch: backends.MemoryWatch | None = None
         # Whether the gradients of these parameters can be taken up natively.
         self._gathers, self._lists = False, Lists([])
         self._shards: list[tuple[Tensor, Tensor]] = []
@@ -366,7 +366,7 @@ class Guidance:
         if scale is not None:
             guidance.refuse_scaler(params, self.process_group)
         all_rows = self._rows if taken else self._current_rows(params)
-        launched = all_rows and all(rows.kernels is not None for _, rows in all_rows)
+        launched = all_rows and all(rows.launched for _, rows in all_rows)
         device = params[0].device if launched and params else None
         scaling, skip = guidance.read_scaler(scale, found, device)
         if skip:
@@ -397,8 +397,7 @@ class Guidance:
                 for group, mine in zip(groups, self.param_groups, strict=True)
             ]
             for rows, row_flags, row_found in zip(only, flags, found, strict=True):
-                _dispatch.guide_(
-                    rows,
+                rows.guide_(
                     row_found,
                     rows.constant_flags(0) if row_flags is None else row_flags,
                     hyper,
@@ -430,10 +429,10 @@ class Guidance:
             pairs = zip(rows.params, replays, strict=True)
             if any([r is not None and p.grad is None for p, r in pairs]):
                 return False
-        if not rows.gather(replays, elementwise=elementwise):
+        if not rows.take_native_gradients(replays, elementwise=elementwise):
             return False
         # An expanded gradient cannot be written in place.
-        if all([_dispatch.is_dense(x) for x in rows.odd_gradients()]):
+        if all([backends.is_dense(x) for x in rows.odd_gradients()]):
             return True
         rows.abandon()
         return False
@@ -466,15 +465,15 @@ class Guidance:
             shard = sharding.local(p.grad)
             if shard is None and slot and slot.get(p) is not None:
                 p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-            elif shard is not None and not _dispatch.is_dense(shard):
+            elif shard is not None and not backends.is_dense(shard):
                 # An expanded gradient cannot be written in place.
                 shard = shard.clone(memory_format=torch.contiguous_format)
                 p.grad = sharding.like(shard, p)
         for places, rows in all_rows:
             replays = slot.of([params[i] for i in places])
-            rows.refresh([params[i].grad for i in places], replays, elementwise=elementwise)
+            rows.take_gradients([params[i].grad for i in places], replays, elementwise=elementwise)
 
-    def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], _dispatch.Rows]]:
+    def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], backends.Rows]]:
         same = len(params) == len(self._rows_params) and all(
             old is new for old, new in zip(self._rows_params, params, strict=True)
         )
@@ -485,12 +484,12 @@ class Guidance:
         parts: dict[tuple[torch.device, str], list[int]] = {}
         for i, p in enumerate(params):
             if p.dtype.to_real() in anchor.FLOAT_DTYPES:
-                backend = _dispatch.choose_for(self._backend, p)
+                backend = backends.choose_for(self._backend, p)
                 parts.setdefault((p.device, backend), []).append(i)
         self._rows = [
             (
                 places,
-                _dispatch.Rows(
+                backends.make_rows(
                     backend,
                     [params[i] for i in places],
                     [numbers[i] for i in places],
@@ -503,12 +502,12 @@ class Guidance:
         ]
         self._rows_params = params
         anchors = [self._anchors[p] for p in params if p in self._anchors]
-        self._watch = _dispatch.Watch(params, anchors)
+        self._watch = backends.MemoryWatch(params, anchors)
         self._lists = Lists(self.optimizer.param_groups)
         self._gathers = (
             len(self._rows) == 1
             and len(self._rows[0][0]) == len(params)
-            and self._rows[0][1].gather_by(self._watch)
+            and self._rows[0][1].watch_gradients(self._watch)
         )
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]

@@ -20,10 +20,9 @@ from torch import Tensor
 from dgg import (
     _arguments,
     _callers,
-    _device,
-    _dispatch,
     _philox,
     _ranges,
+    backends,
     reference,
     sharding,
 )
@@ -247,9 +246,9 @@ class Engine:
     def measure(
         self,
         wide: Mapping[str, Any],
-        all_rows: Sequence[_dispatch.Rows],
+        all_rows: Sequence[backends.Rows],
         injecting: bool,
-        scaling: _dispatch.Scaling,
+        scaling: backends.Scaling,
         gates: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Returns the coefficients [4 + n] of each device's rows, computing only needed norms.
@@ -284,16 +283,15 @@ class Engine:
         gates = [None] * len(all_rows) if gates is None else gates
         with _ranges.record("dgg.norm"):
             if len(all_rows) == 1 and all_rows[0].reduction is None:
-                return [_dispatch.measure(all_rows[0], settings, gate=gates[0], **options)]
+                return [all_rows[0].measure(settings, gate=gates[0], **options)]
             squares = [
-                _dispatch.norms(rows, gate=gate, **options)
-                for rows, gate in zip(all_rows, gates, strict=True)
+                rows.norms(gate=gate, **options) for rows, gate in zip(all_rows, gates, strict=True)
             ]
         for part, rows in zip(squares, all_rows, strict=True):
             if rows.reduction is not None:
                 rows.reduction.sum_(part, per_tensor=per_tensor)
         if len(all_rows) == 1:
-            return [_dispatch.coefficients(all_rows[0], squares[0], **settings)]
+            return [all_rows[0].coefficients(squares[0], **settings)]
         # One norm over several devices: the few squares travel, the gradients stay.
         home = squares[0].device
         joined = torch.cat([part.to(home) for part in squares], dim=1)
@@ -346,7 +344,7 @@ class Engine:
             # Flags say what was drawn; a parameter without gradient was left alone all the same.
             guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
             if last["active"] is not None:
-                guided = guided & _device.without_waiting(last["active"], guided.device)
+                guided = guided & backends.without_waiting(last["active"], guided.device)
             if last.get("found_inf") is not None:
                 guided = guided & last["found_inf"].eq(0).all()
             stats["injected"], stats["guided"] = guided.any(), guided.sum()
@@ -408,15 +406,15 @@ def threshold(alpha: float | Tensor) -> int | Tensor:
     return _philox.threshold(float(alpha))
 
 
-def drawn(wide: Mapping[str, Any], draw: int, injecting: bool) -> _dispatch.Draw:
+def drawn(wide: Mapping[str, Any], draw: int, injecting: bool) -> backends.Draw:
     """Returns the draw of a step as the backends take it."""
     elements = injecting and wide["granularity"] == "element"
-    return _dispatch.Draw(wide["seed"], draw, injecting, elements)
+    return backends.Draw(wide["seed"], draw, injecting, elements)
 
 
 def read_scaler(
     grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device | None
-) -> tuple[_dispatch.Scaling, bool]:
+) -> tuple[backends.Scaling, bool]:
     """Reads what a GradScaler left on the optimizer: on the host only where nothing is launched.
 
     Args:
@@ -428,14 +426,14 @@ def read_scaler(
         The scaling, and whether the step is known to be skipped; launches find out by themselves.
     """
     if grad_scale is None and found_inf is None:
-        return _dispatch.Scaling(), False
+        return backends.Scaling(), False
     if device is not None:
         there = [
             None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)
         ]
-        return _dispatch.Scaling(1.0, *there), False
+        return backends.Scaling(1.0, *there), False
     skip = found_inf is not None and bool(found_inf)
-    return _dispatch.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
+    return backends.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
 
 
 def refuse_scaler(params: Sequence[Tensor], process_group) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgg import _arguments, _callers, _dispatch, optim
+from dgg import _arguments, _callers, backends, optim
 
 try:
     from transformers import TrainerCallback
@@ -323,7 +323,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             else driver.tensors()
         )
         devices = {p.device for p in tensors}
-        backends = sorted({_dispatch.choose(opt._backend, device) for device in devices})
+        backends = sorted({backends.choose(opt._backend, device) for device in devices})
         text = f"dgg.{type(opt).__name__} (backend {', '.join(backends)}), task {self._task}: "
         if not self._guided:
             return text + "not guided, there is no former task to protect"

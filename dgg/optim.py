@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _dispatch, guidance, reference, sharding
+from dgg import _arguments, backends, guidance, reference, sharding
 from dgg._guided import Guided
 
 __all__ = ["SGD", "Adam", "AdamW"]
@@ -46,7 +46,7 @@ class Adam(Guided, torch.optim.Adam):
         RuntimeError: The named backend cannot run here.
     """
 
-    _rule = _dispatch.ADAM
+    _rule = backends.ADAM
     _columns = {
         "exp_avg": "exp_avgs",
         "exp_avg_sq": "exp_avg_sqs",
@@ -250,7 +250,7 @@ class SGD(Guided, torch.optim.SGD):
         RuntimeError: The named backend cannot run here.
     """
 
-    _rule = _dispatch.SGD
+    _rule = backends.SGD
     _columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
 
     def __init__(
@@ -343,7 +343,7 @@ class SGD(Guided, torch.optim.SGD):
             "threshold": guidance.threshold(group["alpha"]),
         }
 
-    def _final_flags(self, rows: _dispatch.Rows, flags: Tensor | None) -> Tensor:
+    def _final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
         flags = super()._final_flags(rows, flags)
         if not self._fresh:
             return flags
@@ -369,7 +369,7 @@ class SGD(Guided, torch.optim.SGD):
         # A buffer is made by its first step, if that is not skipped.
         return self._rows is None or bool(self._fresh)
 
-    def _update_(self, rows: _dispatch.Rows, *args, **kwargs) -> None:
+    def _update_(self, rows: backends.Rows, *args, **kwargs) -> None:
         super()._update_(rows, *args, **kwargs)
         self._fresh.difference_update(map(id, rows.holders))
 

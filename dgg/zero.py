@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _callers, _dispatch, _ranges, anchor, guidance, reference, sharding
+from dgg import _arguments, _callers, _ranges, anchor, backends, guidance, reference, sharding
 
 
 class Member(NamedTuple):
@@ -85,7 +85,7 @@ class Partition(NamedTuple):
     fragments: list[Fragment]
 
 
-class _FragmentRows(_dispatch.Rows):
+class _FragmentRows(backends.Rows):
     """The rows of one partition: one per fragment, all views into the partition."""
 
     def __init__(self, optimizer, partition: Partition) -> None:
@@ -106,7 +106,7 @@ class _FragmentRows(_dispatch.Rows):
             else:
                 columns[column] = [_cut(value, f) for f in partition.fragments]
         super().__init__(
-            _dispatch.choose(optimizer._backend, partition.tensor.device),
+            backends.choose(optimizer._backend, partition.tensor.device),
             [_cut(partition.tensor, f) for f in partition.fragments],
             [partition.group] * len(members),
             [m.index for m in members],
@@ -166,7 +166,7 @@ class Zero:
         self._holder = weakref.ref(holder)
         self._layout = _LAYOUTS[type(holder).__name__]
         self._partitions: list[Partition] = []
-        self._rows: dict[int, tuple[_dispatch.Watch, list, _FragmentRows]] = {}
+        self._rows: dict[int, tuple[backends.MemoryWatch, list, _FragmentRows]] = {}
         self._now: _Now | None = None
         self._take_up(optimizer, holder)
         self._drop_orphans(optimizer)
@@ -248,7 +248,7 @@ class Zero:
             if watch.unmoved() and all(a is b for a, b in zip(known, values, strict=True)):
                 return rows
         rows = _FragmentRows(optimizer, partition)
-        watch = _dispatch.Watch([partition.tensor], [v for v in values if v is not None])
+        watch = backends.MemoryWatch([partition.tensor], [v for v in values if v is not None])
         self._rows[number] = watch, values, rows
         return rows
 
@@ -344,7 +344,7 @@ class Zero:
         elementwise = now.wide["granularity"] == "element"
         if rows is not None:
             grads = [_cut(partition.tensor.grad, f) for f in partition.fragments]
-            rows.refresh(grads, [], elementwise=elementwise)
+            rows.take_gradients(grads, [], elementwise=elementwise)
         found = self._coefficients(holder, number, rows)
         if rows is None:
             # Nothing of it is anybody's, but its count goes along: checkpoints compare them.
@@ -360,7 +360,7 @@ class Zero:
                 optimizer._final_flags(rows, flags),
                 now.hyper,
                 guidance.drawn(now.wide, now.draw, flags is not None),
-                _dispatch.Scaling(),
+                backends.Scaling(),
                 look_ahead=False,
                 replay_weight=float(now.wide["replay_weight"]),
             )
@@ -378,10 +378,9 @@ class Zero:
         squares = torch.zeros(3, len(partition.members), dtype=torch.float64, device=device)
         if rows is not None:
             rows.forget()
-            mine = _dispatch.norms(
-                rows,
+            mine = rows.norms(
                 replay_weight=1.0,
-                scaling=_dispatch.Scaling(),
+                scaling=backends.Scaling(),
                 which=reference.NORM_GRAD | reference.NORM_DISTANCE,
             )
             squares[:, [f.member for f in partition.fragments]] = mine
@@ -410,7 +409,7 @@ class Zero:
             found = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
         optimizer._engine.remember(
             now.wide, self._partitions[0].tensor, flags, found, now.hyper[0]["strength"],
-            backend=_dispatch.choose(optimizer._backend, device),
+            backend=backends.choose(optimizer._backend, device),
         )  # fmt: skip
         self._now = None
 
@@ -423,12 +422,11 @@ class Zero:
                 if rows is None:
                     continue
                 # A row counts if it has a gradient; every one will have, but not yet.
-                rows.refresh(list(rows.params), [], elementwise=False)
+                rows.take_gradients(list(rows.params), [], elementwise=False)
                 rows.forget()
-                squares = _dispatch.norms(
-                    rows,
+                squares = rows.norms(
                     replay_weight=1.0,
-                    scaling=_dispatch.Scaling(),
+                    scaling=backends.Scaling(),
                     which=reference.NORM_DISTANCE,
                 )
                 total += squares[2].sum().to(total.device)

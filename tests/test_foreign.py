@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 import dgg
 from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
-from dgg import _arguments, _dispatch, _gather, _philox
+from dgg import _arguments, _gather, _philox, backends
 
 # No hyper-parameter at its neutral value where the optimizer has it.
 FOREIGN = {
@@ -611,7 +611,7 @@ def test_an_error_lets_go_of_the_gradients(monkeypatch):
     optimizer.step()
     count = sys.getrefcount(params[0].grad)
     with monkeypatch.context() as patch:
-        patch.setattr(_dispatch, "guide_", lambda *_, **__: 1 / 0)
+        patch.setattr(backends.Rows, "guide_", lambda *_, **__: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):  # pytest would keep the frames
             optimizer.step()
     assert not guide._rows[0][1]._gathered

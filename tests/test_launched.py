@@ -25,7 +25,7 @@ import torch
 
 import dgg
 from cases import BF16, F32, make_params, set_grads
-from dgg import _device, _dispatch, _gather, _prefetch
+from dgg import _device, _dispatch, _gather, _prefetch, backends
 
 CPU = torch.device("cpu")
 MISSING = _dispatch.unavailable("triton", CPU)
@@ -45,6 +45,11 @@ GUIDANCE = {
     "element": {"alpha": 0.4, "granularity": "element", "max_grad_norm": 2.0},
     "unscaled": {"alpha": 0.7, "strength": 0.3, "scaling": False},
 }
+
+
+def capturing_now(patch):
+    for module in (_device, backends):
+        patch.setattr(module, "capturing", lambda device: True)
 
 
 class Run:
@@ -177,7 +182,7 @@ def test_capturable_is_refused_where_it_cannot_be(options, message):
 def test_a_capture_that_would_replay_nonsense_is_refused(monkeypatch):
     plain = Run("adamw", "triton").run(2)
     captured = Run("adamw", "triton", capturable=True)
-    monkeypatch.setattr(_device, "capturing", lambda device: True)
+    capturing_now(monkeypatch)
     before = [p.detach().clone() for p in plain.params]
     with pytest.raises(RuntimeError, match="build the optimizer with capturable=True"):
         plain.step()
@@ -435,7 +440,7 @@ def test_uploads_inside_a_capture(monkeypatch):
     uploads = _device.Uploads(CPU, capturable=True)
     sent = uploads.send("grads", torch.tensor([1, 2]))
     with monkeypatch.context() as capture:
-        capture.setattr(_device, "capturing", lambda device: True)
+        capturing_now(capture)
         target = uploads.send("grads", torch.tensor([1, 2]))
         # Sent before, and recorded all the same: memory of the graph's own.
         assert target is not sent and target.tolist() == [1, 2]
@@ -449,7 +454,7 @@ def test_uploads_inside_a_capture(monkeypatch):
     assert target.tolist() == kept.tolist() == [1, 2], "a replay would read something else"
     # The next capture may bring others; what the first reads stays.
     with monkeypatch.context() as capture:
-        capture.setattr(_device, "capturing", lambda device: True)
+        capturing_now(capture)
         other = uploads.send("grads", torch.tensor([7, 8]))
     assert other is not target and other is not sent
     assert kept.tolist() == [1, 2] and any(x is kept for x, _ in uploads._kept)
