@@ -488,7 +488,8 @@ class GuidanceOverFused(_Replaying):
         )
         if setting.alpha is not None:
             # set_anchor() writes into an anchor that is there already: the shared one.
-            self.optimizer._anchors.update(zip(self.params, workload.anchors, strict=True))
+            for p, anchor in zip(self.params, workload.anchors, strict=True):
+                self.optimizer.state[p]["anchor"] = anchor
             self.optimizer.set_anchor()
             workload.move_anchors()
 

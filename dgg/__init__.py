@@ -3,9 +3,8 @@
 
 from dgg import metrics
 from dgg.backends import show_config
-from dgg.convert import convert_state_dict
-from dgg.foreign import Guidance
-from dgg.optim import SGD, Adam, AdamW, unwrap
+from dgg.checkpoint.convert import convert_state_dict
+from dgg.optim import SGD, Adam, AdamW, Guidance, unwrap
 from dgg.replay import ReplayBuffer
 
 __version__ = "0.1.0.dev0"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from dgg import _callers, _numbers, anchor, backends, sharding
+from dgg import _callers, _numbers, backends, sharding
+from dgg.reference import FLOAT_DTYPES
 from dgg.sharding import fsdp1
 
 # Options of the whole optimizer; they stand in every group, because what stands there survives
@@ -48,6 +49,11 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, (tuple, list)) and not all(type(x) in (int, float, bool) for x in value):
         return type(value)(plain(name, x) for x in value)
     return value if isinstance(value, Tensor) else _numbers.plain(name, value)
+
+
+def plain_numbers(**arguments: Any) -> list[Any]:
+    """Returns what `plain` makes of every argument, in their order."""
+    return [plain(name, value) for name, value in arguments.items()]
 
 
 def _is_fixed(value: Any) -> bool:
@@ -279,9 +285,9 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
     Raises:
         TypeError: It is not one of the floating dtypes of the kernels.
     """
-    if dtype is not None and dtype not in anchor.FLOAT_DTYPES:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"{name}={dtype!r} must be one of {[str(d) for d in anchor.FLOAT_DTYPES]} or None (the "
+            f"{name}={dtype!r} must be one of {[str(d) for d in FLOAT_DTYPES]} or None (the "
             "parameter's dtype)"
         )
     return dtype
@@ -413,7 +419,7 @@ def check_param(
     fsdp1.check(param, label)
     if sharding.is_dtensor(param):
         sharding.check(param, label, elements=elements)
-    if param.layout != torch.strided or param.dtype.to_real() not in anchor.FLOAT_DTYPES:
+    if param.layout != torch.strided or param.dtype.to_real() not in FLOAT_DTYPES:
         raise TypeError(
             f"{label} is {param.dtype} ({param.layout}); dgg optimizes dense float32, bfloat16, "
             "float16, float64 (and complex) parameters: freeze it or convert it"
@@ -450,7 +456,7 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
         ValueError: It has another shape, no values, or memory that cannot be written.
     """
     again = "drop it (del optimizer.state[p]), or put a tensor like the parameter there"
-    if not isinstance(value, Tensor) or value.dtype.to_real() not in anchor.FLOAT_DTYPES:
+    if not isinstance(value, Tensor) or value.dtype.to_real() not in FLOAT_DTYPES:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"the {name} in the state of {label} is {kind}, no floating tensor; {again}"
@@ -518,7 +524,7 @@ def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradien
             f"the {kind} of {label} has shape {tuple(grad.shape)}, the parameter has "
             f"{tuple(param.shape)}; somebody exchanged its data: compute it anew"
         )
-    if grad.is_complex() != param.is_complex() or grad.dtype.to_real() not in anchor.FLOAT_DTYPES:
+    if grad.is_complex() != param.is_complex() or grad.dtype.to_real() not in FLOAT_DTYPES:
         raise TypeError(
             f"the {kind} of {label} is {grad.dtype} for a parameter of {param.dtype}; use float32, "
             "bfloat16, float16 or float64 gradients"

@@ -120,7 +120,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Sets the anchor and alpha of a new task; checks a resumed one."""
         model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
-        opt._boundary_known = True  # which this callback sees to
+        opt._warned.boundary_known = True  # which this callback sees to
         if not getattr(args, "deepspeed", None):
             # DeepSpeed hands the optimizer flat partitions, which no model knows.
             self._check_parameters(opt, model)
@@ -295,7 +295,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return
         opt = _unwrap(kwargs["optimizer"])
         params = [p for group in opt.param_groups for p in group["params"]]
-        if all(p.grad is None for p in params) and not opt._engine.replay:
+        if all(p.grad is None for p in params) and not opt._replay:
             raise RuntimeError(
                 f"none of the optimizer's {len(params)} parameters has a gradient "
                 f"({_shown([self._names.get(p) or str(tuple(p.shape)) for p in params])}): the "

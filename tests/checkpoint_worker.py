@@ -576,9 +576,9 @@ def run_by_itself(rank, world, folder):
         wrong = differences(snapshot(model, optimizer), expected)
         assert not wrong, f"{other}: {wrong}"
     held = [("torch.distributed.checkpoint.state_dict_loader", "load", "reader")]
-    with changed(dgg.checkpoint, "_LOADERS", held), refused(RuntimeError, "lost on the way"):
+    with changed(dgg.checkpoint.source, "_LOADERS", held), refused(RuntimeError, "lost on the way"):
         load_from("stateful", f"{folder}/{case}", case, *build(case, seed=11))
-    with changed(dgg.checkpoint, "source", lambda: None):
+    with changed(dgg.checkpoint.room, "of_template", lambda: None):
         state, (model, optimizer) = only_on_0(copy.deepcopy(taken["full"])), build(case, seed=11)
         lost = refused(RuntimeError, "lost on the way") if rank else contextlib.nullcontext()
         with lost:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 import dgg
 import ranks
-from dgg import zero
+from dgg.deepspeed import partitions
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 STEPS = 50
@@ -911,7 +912,7 @@ def run_without_states(rank: int, world: int, folder: str) -> None:
         assert len(found) == 2 and all(map(torch.equal, found, anchors))
         # DeepSpeed's sign for a norm that is none.
         engine.optimizer._global_grad_norm = -1.0
-        assert zero.Zero._grad_norm(engine.optimizer).isnan()
+        assert partitions.grad_norm(engine.optimizer).isnan()
         engine.destroy()
 
 
@@ -945,7 +946,7 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
         optimizer.set_anchor(named, model=engine.module)
         optimizer.set_anchor(named)
         assert optimizer.param_groups[0]["task_index"] == 2
-        pieces = [p for p in optimizer._driver._partitions]
+        pieces = [p for p in optimizer._driver.partitions]
         for piece in pieces:
             for f in piece.fragments:
                 whole = named[piece.members[f.member].name].flatten()
@@ -1135,7 +1136,7 @@ def run_refusals(rank: int, world: int, folder: str) -> None:
         # No CPU has what it needs, so the constructor would have refused it already.
         model = network()
         optimizer = build(model, "adamw", {})
-        optimizer._capturable = True
+        optimizer._settings = dataclasses.replace(optimizer._settings, capturable=True)
         engine = engine_of(model, optimizer, config(stage))
         check(engine, optimizer, "capturable=True does not go", ValueError, stepping(engine))
 

@@ -327,8 +327,8 @@ class World:
         if not param.numel() or param.dtype not in NARROW:
             # Whether one is left of a parameter that changed its dtype is nobody's concern.
             entry.pop("master", None)
-        if self.foreign and param in self.guide._anchors:
-            entry["anchor"] = self.guide._anchors[param]
+        if self.foreign and "anchor" in self.guide.state.get(param, ()):
+            entry["anchor"] = self.guide.state[param]["anchor"]
         return entry
 
     def group_of(self, index: int) -> int:
@@ -1574,8 +1574,8 @@ def heal(w: World, rng) -> None:
         for key, value in held.state.items():
             if key == "master" or key == "step" or finite(value):
                 continue
-            entry = w.guide._anchors if w.foreign and key == "anchor" else w.opt.state[p]
-            (entry[p] if w.foreign and key == "anchor" else entry[key]).zero_()
+            holder = w.guide if w.foreign and key == "anchor" else w.opt
+            holder.state[p][key].zero_()
             held.state[key] = torch.zeros_like(value)
             w.note(f"{key} of p{i} <- 0")
 

@@ -33,7 +33,7 @@ EXPLAINED = ROOT / "docs" / "mutation_testing.md"
 TARGETS = {
     "_philox": ["test_philox.py"],
     "reference": ["test_reference.py"],
-    "_boundary": ["test_boundary.py"],
+    "_boundary": ["testboundary.py"],
     "_saved_state": ["test_saved_state.py"],
     "_loading": ["test_world_of_one.py", "test_loading.py"],
 }

@@ -531,7 +531,7 @@ def share_misuse():
     loss_of(model, batch(0)).backward()
     ranks.refused(RuntimeError, "keep it, and step it", inner.step)
     # An optimizer that somebody else builds is nobody's share.
-    assert dgg.AdamW(model.parameters())._share is None
+    assert dgg.AdamW(model.parameters())._ownership.has_all
 
 
 # -- FullyShardedDataParallel (FSDP1) -------------------------------------------------------------

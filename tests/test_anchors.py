@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import dgg
-from dgg import _boundary, anchor
+from dgg import anchor
+from dgg.anchor import boundary
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("safetensors")
@@ -486,9 +487,9 @@ def test_which_task_begins(task, state, given, expected):
     present, anchored, steps = state
     if isinstance(expected, str):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=expected):
-            _boundary.begins_task(task, groups(present, anchored), steps, given=given)
+            boundary.begins_task(task, groups(present, anchored), steps, given=given)
     else:
-        found = _boundary.begins_task(task, groups(present, anchored), steps, given=given)
+        found = boundary.begins_task(task, groups(present, anchored), steps, given=given)
         assert found is expected
 
 
@@ -509,7 +510,7 @@ def stepped(model, opt, steps=2):
 
 def state_of(guide, model):
     if isinstance(guide, dgg.Guidance):
-        return dict(guide._anchors)
+        return {p: entry["anchor"] for p, entry in guide.state.items()}
     return {p: guide.state[p]["anchor"] for p in model.parameters() if "anchor" in guide.state[p]}
 
 

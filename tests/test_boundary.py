@@ -3,7 +3,7 @@
 
 `test_anchors.py` sets anchors; here stands every decision before that, each from both sides, and
 that nothing is written by it. ``make mutate`` holds these tests against every line of
-``dgg/_boundary.py``.
+``dgg/boundary.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor, init_device_m
 from torch.nn import Parameter, UninitializedParameter
 
 from cases import BF16, F16, F32, F64
-from dgg import _boundary, anchor
+from dgg import anchor
+from dgg.anchor import boundary
 
 
 def numbered(table):
@@ -77,30 +78,30 @@ LEFT_OUT = "(task=3)…in task 1,…task 2 would be left out…end of task 2,…
 
 @pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), numbered(BEGINNINGS))
 def test_a_task_begins_or_goes_on(task, groups, draws, given, begins):
-    assert _boundary.begins_task(task, groups, draws, given=given) is begins
+    assert boundary.begins_task(task, groups, draws, given=given) is begins
 
 
 @pytest.mark.parametrize(("task", "groups", "error", "text"), numbered(REFUSALS))
 def test_tasks_that_cannot_begin(task, groups, error, text):
-    refused(error, text, _boundary.begins_task, task, groups, 5, given=False)
+    refused(error, text, boundary.begins_task, task, groups, 5, given=False)
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_no_task_is_left_out(given):
     for groups, draws in ((groups_of(1), 1), (groups_of(1, 0, 3), 0)):
-        refused(ValueError, LEFT_OUT, _boundary.begins_task, 3, groups, draws, given=given)
-    assert _boundary.begins_task(3, groups_of(1), 0, given=given)
-    assert _boundary.begins_task(3, groups_of(2, 4), 7, given=given)
+        refused(ValueError, LEFT_OUT, boundary.begins_task, 3, groups, draws, given=given)
+    assert boundary.begins_task(3, groups_of(1), 0, given=given)
+    assert boundary.begins_task(3, groups_of(2, 4), 7, given=given)
 
 
 def test_an_anchor_just_resumed_is_not_replaced():
     groups = groups_of(2, 0, 3)
     refused(
         RuntimeError, "in task 2, after 7 steps…set_anchor(task=2)…set_anchor(task=3)",
-        _boundary.refuse_resumed, groups, 7, 7,
+        boundary.refuse_resumed, groups, 7, 7,
     )  # fmt: skip
     refused(
-        RuntimeError, "in task 1, after 7 steps", _boundary.refuse_resumed, groups_of(1, 3), 7, 7
+        RuntimeError, "in task 1, after 7 steps", boundary.refuse_resumed, groups_of(1, 3), 7, 7
     )
     for other, draws, resumed in (
         (groups, 8, 7),  # a step was made since
@@ -108,19 +109,19 @@ def test_an_anchor_just_resumed_is_not_replaced():
         (groups, 7, None),  # nothing was loaded
         (groups_of(2, 0, 0), 7, 7),  # without anchor
     ):
-        assert _boundary.refuse_resumed(other, draws, resumed) is None
+        assert boundary.refuse_resumed(other, draws, resumed) is None
 
 
 def test_an_anchor_just_set_is_not_replaced_by_an_earlier_one():
     earlier = [{"task_index": 1}, {"task_index": 9}]
     refused(
         ValueError, "set_anchor(task=2) was…a state of task 1 is…then call set_anchor(task=2)",
-        _boundary.refuse_earlier, 2, earlier,
+        boundary.refuse_earlier, 2, earlier,
     )  # fmt: skip
-    refused(ValueError, "state of task 0", _boundary.refuse_earlier, 1, [{}])  # of torch.optim
-    refused(ValueError, "state of task 0", _boundary.refuse_earlier, 1, [])
+    refused(ValueError, "state of task 0", boundary.refuse_earlier, 1, [{}])  # of torch.optim
+    refused(ValueError, "state of task 0", boundary.refuse_earlier, 1, [])
     for named, saved in ((1, earlier), (0, [{}]), (0, []), (None, earlier), (None, [{}])):
-        assert _boundary.refuse_earlier(named, saved) is None
+        assert boundary.refuse_earlier(named, saved) is None
 
 
 # -- which parameters, from what ------------------------------------------------------------------
@@ -136,7 +137,7 @@ def plan(params, *, known=None, tensors=None, model=None, dtype=None, device=Non
     groups = [{"params": list(params)}]
     if "names" in more:
         groups[0]["param_names"] = more.pop("names")
-    return _boundary.plan_anchors(groups, known or {}, tensors, model, dtype, device, **more)
+    return boundary.plan_anchors(groups, known or {}, tensors, model, dtype, device, **more)
 
 
 def of_model():
@@ -168,7 +169,7 @@ def test_what_is_not_trained_gets_none(two):
 
 def test_several_groups_are_one_list(two):
     groups = [{"params": [two[1]]}, {"params": []}, {"params": [two[0]]}]
-    planned = _boundary.plan_anchors(groups, {}, None, None, None, None)
+    planned = boundary.plan_anchors(groups, {}, None, None, None, None)
     assert [p for p, _, _ in planned] == [two[1], two[0]]
 
 
@@ -277,10 +278,10 @@ def test_named_tensors_of_named_groups(two):
     groups = [
         {"params": [two[0]], "param_names": ["a"]}, {"params": [two[1]], "param_names": ["b"]}
     ]  # fmt: skip
-    planned = _boundary.plan_anchors(groups, {}, given, None, None, None)
+    planned = boundary.plan_anchors(groups, {}, given, None, None, None)
     assert [p for p, _, _ in planned] == two
     refused(
-        ValueError, "which name", _boundary.plan_anchors, [groups[0], {"params": [two[1]]}], {},
+        ValueError, "which name", boundary.plan_anchors, [groups[0], {"params": [two[1]]}], {},
         given, None, None, None,
     )  # fmt: skip
 
@@ -289,16 +290,16 @@ def test_names_of_what_gets_no_anchor_are_known(two):
     """A frozen parameter's tensor may be there: it is nobody else's under another name."""
     groups = [{"params": two, "param_names": ["x.a", "a"]}]
     two[0].requires_grad_(False)
-    assert _boundary._other_names(groups, [two[1]]) == ["x.a"]
-    assert _boundary._other_names(groups, two) == []
-    assert _boundary._other_names([*groups, {"params": [], "param_names": []}], []) == ["x.a", "a"]
+    assert boundary._other_names(groups, [two[1]]) == ["x.a"]
+    assert boundary._other_names(groups, two) == []
+    assert boundary._other_names([*groups, {"params": [], "param_names": []}], []) == ["x.a", "a"]
     with pytest.raises(ValueError):
-        _boundary._other_names([{"params": two, "param_names": ["a"]}], [])
+        boundary._other_names([{"params": two, "param_names": ["a"]}], [])
     with pytest.raises(ValueError):
-        _boundary._names_of([{"params": two, "param_names": ["a"]}], None, two[:1])
+        boundary._names_of([{"params": two, "param_names": ["a"]}], None, two[:1])
     # Only "x.a" is there, and it is the frozen one's.
     refused(
-        KeyError, "parameter 'a'", _boundary.plan_anchors, groups, {}, {"x.a": torch.ones(4)}, None,
+        KeyError, "parameter 'a'", boundary.plan_anchors, groups, {}, {"x.a": torch.ones(4)}, None,
         None, None,
     )  # fmt: skip
 
@@ -360,7 +361,7 @@ def test_devices_that_do_not_go_together(two):
 
 def test_an_anchor_may_lie_on_the_host(monkeypatch):
     """The meta device stands for a GPU here, which needs parameters that may lie on it."""
-    monkeypatch.setattr(_boundary._arguments, "check_param", lambda *_, **__: None)
+    monkeypatch.setattr(boundary._arguments, "check_param", lambda *_, **__: None)
     far = Parameter(torch.ones(2, 3, device="meta"))
     given = {"a": torch.ones(2, 3)}
     for device, expected in ((None, "meta"), ("cpu", "cpu"), ("meta", "meta")):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import dataclasses
 import gc
 import inspect
 import io
@@ -260,7 +261,9 @@ def test_grad_scaler_changes_nothing_but_the_scale(kind, backend, unscaled):
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_inf_changes_nothing_but_the_draw(kind, backend, unscaled, bad):
     params, opt = build(kind, backend)
-    opt._unscales = True  # as fused=True does, for which the reference is no backend
+    opt._settings = dataclasses.replace(
+        opt._settings, unscales=True
+    )  # as fused=True does, for which the reference is no backend
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(3):
         opt.zero_grad()
@@ -519,7 +522,7 @@ def test_replay_that_no_step_uses_is_dropped_with_a_warning_once():
     opt.zero_grad()
     record()  # a block more, which begins to count anew
     opt.zero_grad()
-    assert opt._engine.replay
+    assert opt._replay
     with pytest.warns(UserWarning, match="zero_grad.*twice.*clear_replay") as caught:
         opt.zero_grad()
     assert caught[0].filename == __file__
@@ -544,7 +547,7 @@ def test_zero_grad_within_a_block_is_about_the_replay_gradient():
         opt.zero_grad()
         params[0].grad = torch.full((3,), 7.0)
     assert torch.equal(params[0].grad, torch.ones(3))
-    assert torch.equal(opt._engine.replay.get(params[0]), torch.full((3,), 7.0))
+    assert torch.equal(opt._replay.get(params[0]), torch.full((3,), 7.0))
 
 
 def test_replay_block_that_fails_gives_back_what_an_earlier_one_recorded():

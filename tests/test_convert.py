@@ -387,7 +387,7 @@ def test_bitsandbytes_own_numbers():
 @pytest.mark.parametrize("block", [256, 2048])
 def test_blocks_of_any_size(size, block, monkeypatch):
     """The last block is short; pieces of a large tensor are put together."""
-    monkeypatch.setattr("dgg.convert._PIECE", 2048)
+    monkeypatch.setattr("dgg.checkpoint.convert._PIECE", 2048)
     generator = torch.Generator().manual_seed(size)
     codes = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
     absmax = torch.rand(-(-size // block), generator=generator)

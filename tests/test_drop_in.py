@@ -188,6 +188,6 @@ def test_signature_and_defaults_are_torchs(torch_class, ours):
 
 def test_foreach_and_fused_choose_the_backend():
     p = torch.nn.Parameter(torch.zeros(2))
-    assert dgg.AdamW([p], fused=False)._backend == "reference"
-    assert dgg.AdamW([p], foreach=False)._backend == "reference"
-    assert dgg.AdamW([p])._backend is None
+    assert dgg.AdamW([p], fused=False)._settings.backend == "reference"
+    assert dgg.AdamW([p], foreach=False)._settings.backend == "reference"
+    assert dgg.AdamW([p])._settings.backend is None

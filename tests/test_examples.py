@@ -139,7 +139,7 @@ def _with_memory():
 def replay_in_a_loop(run, monkeypatch, tmp_path, capsys):
     model, opt, memory, loader = _with_memory()
     steps = []
-    opt.register_step_pre_hook(lambda *_: steps.append(bool(opt._engine.replay)))
+    opt.register_step_pre_hook(lambda *_: steps.append(bool(opt._replay)))
     run(
         model=model,
         opt=opt,
@@ -148,7 +148,7 @@ def replay_in_a_loop(run, monkeypatch, tmp_path, capsys):
         loss=lambda model, batch: model(batch).square().mean(),
         collate=torch.cat,
     )
-    assert steps == [True, True, True] and not opt._engine.replay
+    assert steps == [True, True, True] and not opt._replay
 
 
 @stand_in("docs/replay.md 4")

@@ -614,7 +614,7 @@ def test_an_error_lets_go_of_the_gradients(monkeypatch):
         patch.setattr(backends.Rows, "guide_", lambda *_, **__: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):  # pytest would keep the frames
             optimizer.step()
-    assert not guide._rows[0][1]._gathered
+    assert not guide._cache.all_rows[0]._gathered
     left = sys.getrefcount(params[0].grad)  # in an assertion pytest would hold one more
     assert left == count
     optimizer.step()

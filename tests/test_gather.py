@@ -39,8 +39,10 @@ def make_optimizer(params, **options):
 
 def is_native(opt, odd=()):
     """Whether the next step's gradients are taken up natively, but for the odd rows."""
-    cache = opt._rows
-    taken = cache is not None and cache.gather(opt, [], elementwise=False)
+    cache = opt._cache
+    taken = cache is not None and cache.take_native_gradients(
+        opt, opt.param_groups, [], elementwise=False
+    )
     if taken:
         assert list(cache.all_rows[0]._gather.odd()) == list(odd)
         cache.abandon()
@@ -111,7 +113,7 @@ def test_same_bits_as_in_python(monkeypatch, change, look_ahead):
                 group["alpha"] = 1.0 if look_ahead or step % 2 else 0.0
             opt.step()
             found += everything(opt)
-        return found, [p._version for p in params], opt._rows._gathers
+        return found, [p._version for p in params], opt._cache._native
 
     native = run()
     monkeypatch.setattr(_gather, "load", lambda: None)
@@ -208,8 +210,10 @@ def test_few_odd_rows_do_not_send_the_others_through_python(kind):
     if kind == "some replays":
         replays[1] = replays[4] = None
         params[2].grad = params[4].grad = None
-    cache = opt._rows
-    assert cache.gather(opt, replays, elementwise="per element" in kind)
+    cache = opt._cache
+    assert cache.take_native_gradients(
+        opt, opt.param_groups, replays, elementwise="per element" in kind
+    )
     rows = cache.all_rows[0]
     assert list(rows._gather.odd()) == odd
     grads = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
@@ -353,12 +357,12 @@ def test_gradients_are_let_go():
 def test_gradients_are_kept_until_the_end():
     params = make_params()
     opt = make_optimizer(params)
-    assert opt._rows.gather(opt, [], elementwise=False)
+    assert opt._cache.take_native_gradients(opt, opt.param_groups, [], elementwise=False)
     seen = [weakref.ref(p.grad) for p in params]
     opt.zero_grad()
     gc.collect()
     assert all(ref() is not None for ref in seen)
-    opt._rows.abandon()
+    opt._cache.abandon()
     gc.collect()
     assert [ref() for ref in seen] == [None] * len(params)
 
@@ -367,14 +371,14 @@ def test_change_behind_the_back_is_measured_again():
     params = make_params()
     opt = make_optimizer(params)
     opt.step()
-    known = opt._rows.all_rows[0].distances.clone()
+    known = opt._cache.all_rows[0].distances.clone()
     assert [d >= 0 for d in known.tolist()] == [p.numel() > 0 for p in params]
     with torch.no_grad():
         params[1].add_(1)
     assert is_native(opt)
     expected = known.clone()
     expected[1] = -1
-    assert torch.equal(opt._rows.all_rows[0].distances, expected)
+    assert torch.equal(opt._cache.all_rows[0].distances, expected)
 
 
 def test_agreement_is_checked(monkeypatch):
@@ -417,7 +421,7 @@ def test_fallback(monkeypatch, reason):
         else:
             monkeypatch.setattr(_gather, "agrees", lambda library: False)
         opt = make_optimizer(make_params())
-        assert not opt._rows._gathers
+        assert not opt._cache._native
         assert not is_native(opt)
     finally:
         monkeypatch.undo()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -116,7 +117,7 @@ class HostOracle(Oracle):
                     key: value.to("cpu", F32 if key == "step" else F64, copy=True)
                     for key, value in optimizer.state[p].items()
                 }
-        self.optimizer._rows = None
+        self.optimizer._cache = None
         for mine, theirs in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
             for key in ("draw_index", "task_index", "anchored"):
                 mine[key] = theirs[key]
@@ -224,7 +225,8 @@ def test_inf_changes_nothing_but_the_draw(kind, backend):
     cls, hyper = OPTIMIZERS[kind]
     params = on_device([(7, 5), (300,)])
     optimizer = cls(params, backend=backend, alpha=1.0, max_grad_norm=1.0, seed=1, **hyper)
-    optimizer._unscales = True  # as fused=True, which this rehearsal on a CPU may not have
+    # As fused=True, which this rehearsal on a CPU may not have.
+    optimizer._settings = dataclasses.replace(optimizer._settings, unscales=True)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(5):

@@ -244,7 +244,7 @@ def test_a_capture_that_failed_leaves_an_optimizer_that_steps(gpu):
         if fails:
             with pytest.raises(RuntimeError, match="run a warm-up step before"), gpu.graph():
                 optimizer.step()
-            assert not optimizer.state and optimizer._rows is None
+            assert not optimizer.state and optimizer._cache is None
         for _ in range(2):
             optimizer.step()
         runs.append([params[0].detach().clone(), optimizer.state[params[0]]["exp_avg"].clone()])
@@ -263,7 +263,7 @@ def test_an_anchor_overwritten_in_place_leaves_a_graph_valid(gpu):
             warnings.simplefilter("error")
             run.optimizer.set_anchor()
         assert run.optimizer.state[run.params[0]]["anchor"] is anchor
-        seen.append(run.optimizer._rows)
+        seen.append(run.optimizer._cache)
 
     interrupted(gpu, between, replays=3)
     assert all(rows is not None for rows in seen) and seen[0] is seen[1] is seen[2]
@@ -346,7 +346,7 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
                 if number == 5:
                     with torch.no_grad():
                         run.params[0].mul_(1.5)
-            windows = run.optimizer._rows.all_rows[0].kernels.windows
+            windows = run.optimizer._cache.all_rows[0].kernels.windows
             assert (windows is not None) == away
             gpu.drain()
             runs.append([p.tolist() for p in run.params])
@@ -359,7 +359,7 @@ def test_anchors_off_the_device_are_few_blocks_of_memory_and_few_copies(gpu, tmp
     anchors = [run.optimizer.state[p]["anchor"] for p in run.params]
     (memory,) = {x.untyped_storage().data_ptr() for x in anchors}
     assert gpu.blocks[memory].pinned and len(gpu.blocks[memory].bytes) == 39 * 256 + 33 * 4
-    (rows,) = run.optimizer._rows.all_rows
+    (rows,) = run.optimizer._cache.all_rows
     assert [len(copies) for copies in rows.kernels.windows._copies] == [1]
     # A checkpoint has the memory once, and what is loaded lies as it did.
     torch.save(run.optimizer.state_dict(), tmp_path / "saved.pt")

@@ -61,7 +61,7 @@ class Oracle:
                     key: value.clone() if key == "step" else value.to(F64, copy=True)
                     for key, value in optimizer.state[p].items()
                 }
-        self.optimizer._rows = None
+        self.optimizer._cache = None
         for mine, theirs in zip(self.optimizer.param_groups, optimizer.param_groups, strict=True):
             for key in ("draw_index", "task_index", "anchored"):
                 mine[key] = theirs[key]

@@ -101,9 +101,9 @@ def test_runs_equal_the_cpu_backend(rule, kind):
     options = {**GUIDANCE[kind], "seed": 11}
     launched = Run(rule, "triton", **options).run()
     plain = Run(rule, "reference", **options).run()
-    assert launched.optimizer._rows.launched and not plain.optimizer._rows.launched
+    assert launched.optimizer._cache.launched and not plain.optimizer._cache.launched
     # Gradients and versions are taken up natively where the library can.
-    assert launched.optimizer._rows._gathers == (_gather.load() is not None)
+    assert launched.optimizer._cache._gathers == (_gather.load() is not None)
     assert_close(launched, plain)
     stats, expected = launched.optimizer.guidance_stats(), plain.optimizer.guidance_stats()
     assert stats.keys() == expected.keys()
@@ -206,12 +206,12 @@ MANY = [(200,), (13, 15), (0,), (190,), ()]
 def test_anchors_that_come_in_windows(dtype, kind, away, monkeypatch):
     options = {**GUIDANCE[kind], "alpha": 0.7, "anchor_dtype": F32, "shapes": MANY, "seed": 2}
     windowed = Run("adamw", "triton", dtype, **options).run()
-    kernels = windowed.optimizer._rows.all_rows[0].kernels
+    kernels = windowed.optimizer._cache.all_rows[0].kernels
     assert kernels.windows.count >= 3, "nothing would ever leave its buffer"
     assert kernels.windows.bytes <= 2 * 1024 + 256, "more than the window is on the device"
     monkeypatch.undo()
     there = Run("adamw", "triton", dtype, **options).run()
-    assert there.optimizer._rows.all_rows[0].kernels.windows is None
+    assert there.optimizer._cache.all_rows[0].kernels.windows is None
     assert_equal(windowed, there)
 
 
@@ -229,7 +229,7 @@ def test_windows_fetch_only_for_steps_that_inject(away, monkeypatch):
         run.step()
         counts.append(len(fetched) - before)
         injected.append(bool(run.optimizer.guidance_stats()["injected"]))
-    windows = run.optimizer._rows.all_rows[0].kernels.windows.count
+    windows = run.optimizer._cache.all_rows[0].kernels.windows.count
     # Once for the pull, once at the end of the step before, for the distances.
     for k in range(1, 7):
         assert counts[k] == windows * (injected[k] + injected[k + 1])
@@ -396,7 +396,7 @@ def test_launches_of_a_step(kind, capturable, launched):
     del launched[:]
     run.step()
     assert launched == drawn + ["norms_launch"] * measuring + ["adam_launch_"]
-    (rows,) = run.optimizer._rows.all_rows
+    (rows,) = run.optimizer._cache.all_rows
     rows.reduction = Alone()
     del launched[:]
     run.step()

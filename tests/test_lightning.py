@@ -127,13 +127,13 @@ def test_wrappers_that_imitate_the_class_hand_on(wrap, cls):
         param.grad = torch.ones(3)
         opt.step()
     wrapped.set_anchor()
-    assert torch.equal(opt.state[param]["anchor"], param.detach()) and opt._rows is None
+    assert torch.equal(opt.state[param]["anchor"], param.detach()) and opt._cache is None
     with wrapped.replay():
         param.grad = torch.ones(3)
     wrapped.zero_grad()
-    assert opt._engine.replay and param.grad is None
+    assert opt._replay and param.grad is None
     wrapped.clear_replay()
-    assert not opt._engine.replay
+    assert not opt._replay
     param.grad = torch.ones(3)
     opt.step()
     opt.step()

@@ -2,6 +2,7 @@
 """load_state_dict: what is not its own is refused by name; an error leaves all as it was."""
 
 import copy
+import dataclasses
 import io
 import math
 
@@ -437,7 +438,7 @@ def test_state_goes_where_the_parameters_and_anchors_are():
     for load in (True, False):
         near = [Parameter(torch.ones(s)) for s in ((2,), (3, 2))]
         opt = dgg.AdamW(near, lr=0.1)
-        opt._anchor_device = torch.device("meta")
+        opt._settings = dataclasses.replace(opt._settings, anchor_device=torch.device("meta"))
         opt.load_state_dict(saved) if load else opt.prepare_for_load()
         for p in near:
             assert opt.state[p]["anchor"].device.type == "meta"

@@ -2,7 +2,8 @@
 """What `load_state_dict` looks at, asked directly: every limit from both sides.
 
 `test_loading.py` shows that a refused load changes nothing; here stands what is refused and how it
-is called. ``make mutate`` holds these tests against every line of ``dgg/_saved_state.py``.
+is called. ``make mutate`` holds these tests against every line of
+``dgg/checkpoint/saved_state.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
-from dgg import _saved_state
-from dgg._saved_state import check_entry, check_form, check_group
+from dgg.checkpoint import saved_state
+from dgg.checkpoint.saved_state import check_entry, check_form, check_group
 
 CONVERT = "…torch.optim.AdamW, Adam, SGD…dgg.convert_state_dict(state_dict, optimizer)"
 PASS = "…optimizer.state_dict()"
@@ -353,8 +354,8 @@ def test_states_that_are_wrong(saved, param, error, text):
 
 
 def test_what_is_shown_of_a_value():
-    assert _saved_state._shown("x" * 58) == f"'{'x' * 58}'"  # 60 characters
-    assert _saved_state._shown("x" * 59) == f"'{'x' * 56}..."
-    assert len(_saved_state._shown("x" * 59)) == 60
-    assert _saved_state._shown(torch.ones(2, 3)) == "a tensor of shape (2, 3)"
-    assert _saved_state._shown(None) == "None"
+    assert saved_state._shown("x" * 58) == f"'{'x' * 58}'"  # 60 characters
+    assert saved_state._shown("x" * 59) == f"'{'x' * 56}..."
+    assert len(saved_state._shown("x" * 59)) == 60
+    assert saved_state._shown(torch.ones(2, 3)) == "a tensor of shape (2, 3)"
+    assert saved_state._shown(None) == "None"

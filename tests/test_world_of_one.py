@@ -4,12 +4,13 @@
 `test_checkpoints.py` saves and resumes on several ranks. Most of what `load_state_dict`,
 `prepare_for_load` and torch's checkpoint helpers need of dgg takes no second rank to be seen, and
 here no process is started: seconds for all of it. ``make mutate`` holds these tests, with those of
-loading, against every line of ``dgg/_loading.py``.
+loading, against every line of ``dgg/checkpoint/load.py and room.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pathlib
 import types
 
@@ -28,7 +29,10 @@ from torch.nn import Parameter
 import checkpoint_worker as worker
 import dgg
 from cases import BF16, F16, F32, F64
-from dgg import _loading, checkpoint
+from dgg import _imitable, sharding
+from dgg.checkpoint import load as loading
+from dgg.checkpoint import room
+from dgg.checkpoint.source import Source
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
@@ -98,15 +102,15 @@ def test_a_load_that_asks_for_the_template_gets_room(case, early, tmp_path):
 @pytest.mark.parametrize("known", ["nothing", "broadcast", "a checkpoint"])
 def test_room_is_made_late_of_a_template_alone(template, rows, awaits, known, monkeypatch):
     """A state that a helper made before it was known what is to be loaded into it."""
-    source = checkpoint.Source(None, "here", broadcast=known == "broadcast")
-    monkeypatch.setattr(checkpoint, "source", lambda: None if known == "nothing" else source)
+    origin = Source(None, "here", broadcast=known == "broadcast")
+    monkeypatch.setattr(loading, "of_template", lambda: None if known == "nothing" else origin)
     params, opt = guided()
-    opt._template, opt._rows, opt._awaits_load = template, rows, awaits
+    opt._template, opt._cache, opt._awaits_load = template, rows, awaits
     asked = []
-    monkeypatch.setattr(opt, "_make_room_for", asked.append)
+    monkeypatch.setattr(room, "make_room_for", lambda _, origin: asked.append(origin))
     opt.state_dict()
     late = template and rows is None and not awaits and known == "a checkpoint"
-    assert asked == ([source] if late else [])
+    assert asked == ([origin] if late else [])
 
 
 @pytest.fixture
@@ -134,7 +138,7 @@ def load(given, **settings):
 def test_helpers_bring_the_anchor_along(form, settings, trained, monkeypatch):
     expected, taken, _ = trained
     if settings is not FROM_0:  # other ranks may have nothing to load
-        monkeypatch.setattr(dgg.AdamW, "_make_room_together", None)
+        monkeypatch.setattr(room, "_make_room_together", None)
     model, opt = load(taken[form], **settings)
     found = {**worker.snapshot(model, opt), "weights": expected["weights"]}
     assert not worker.differences(found, expected)
@@ -195,7 +199,7 @@ def test_a_rank_that_cannot_make_room_says_so(trained):
 def test_no_room_together_for_what_has_no_anchor():
     _, opt = guided(steps=0)
     given = {"state": {"a": {"step": torch.ones(()), "exp_avg": torch.ones(2, 3)}}}
-    assert opt._make_room_together(checkpoint.Source(None, None, given, broadcast=True)) is False
+    assert room._make_room_together(opt, Source(None, None, given, broadcast=True)) is False
     assert not opt.state and not opt._awaits_load
 
 
@@ -239,13 +243,13 @@ def test_other_ranks_errors_are_told(trained, monkeypatch):
             raise AssertionError(f"rank 1 has no {name}")
 
     with pytest.raises(RuntimeError, match="^rank 2 cannot load: no space left$"):
-        opt._make_room_together(Source())
+        room._make_room_together(opt, Source())
     assert asked == [(3, None)]
     assert opt._awaits_load and opt.state[params[0]]["anchor"].isnan().all()
     # What this rank cannot do is its own error, and the others are told.
     other = dgg.AdamW(params[:2], **GUIDED)
     with pytest.raises(ValueError, match="shorter|longer"):
-        other._make_room_together(Source())
+        room._make_room_together(other, Source())
     assert asked[1][0] == 3 and "er than" in asked[1][1]
 
 
@@ -257,13 +261,13 @@ def template(monkeypatch):
     """Makes a template as torch's helper does, for what is known to be loaded into it."""
 
     def make(opt, source, held=None):
-        monkeypatch.setattr(checkpoint, "source", lambda: source)
+        monkeypatch.setattr(room, "of_template", lambda: source)
         if held is not None:
-            monkeypatch.setattr(opt, "_held_by", lambda *_: held)
+            monkeypatch.setattr(room, "_held_by", lambda *_: held)
         for group in opt.param_groups:
             for p in group["params"]:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-        opt._make_template()
+        room.make_template(opt)
         assert opt._template and opt.param_groups[0]["draw_index"] == 0
 
     return make
@@ -279,7 +283,7 @@ def test_a_template_has_state_of_what_is_trained(template):
 def test_a_template_for_a_state_dict_is_what_it_holds(template):
     params, opt = guided(steps=0)
     given = {"state": {"a": {"step": torch.ones(()), "anchor": torch.ones(2, 3, dtype=F16)}}}
-    template(opt, checkpoint.Source(None, None, given))
+    template(opt, Source(None, None, given))
     assert set(opt.state[params[0]]) == {"step", "anchor"} and params[1] not in opt.state
     assert opt.state[params[0]]["anchor"].dtype == F16
 
@@ -287,14 +291,14 @@ def test_a_template_for_a_state_dict_is_what_it_holds(template):
 def test_a_template_for_a_checkpoint_has_the_others_too(template):
     """torch refuses a checkpoint without them itself, and names what is missing."""
     params, opt = guided(steps=0)
-    template(opt, checkpoint.Source(None, "here"), [{"anchor": F16}, {}])
+    template(opt, Source(None, "here"), [{"anchor": F16}, {}])
     assert set(opt.state[params[0]]) == {"anchor"} and set(opt.state[params[1]]) == ADAM
 
 
 def test_a_template_in_an_engine_asks_nobody(template):
     params, opt = guided(steps=0)
-    opt._share = types.SimpleNamespace(others=lambda *_: 0)
-    template(opt, checkpoint.Source(None, None, {"state": []}))
+    opt._ownership = sharding.RankShare(types.SimpleNamespace(anchored_elsewhere=lambda *_: 0))
+    template(opt, Source(None, None, {"state": []}))
     assert all(set(opt.state[p]) == ADAM for p in params)
 
 
@@ -305,15 +309,15 @@ def test_a_template_in_an_engine_asks_nobody(template):
 def test_room_for_a_checkpoint_is_made_if_it_has_anchors(held, made, monkeypatch):
     params, opt = guided(steps=0)
     model, asked = torch.nn.Module(), []
-    monkeypatch.setattr(opt, "_held_by", lambda *given: asked.append(given) or held)
-    assert opt._make_room_for(checkpoint.Source(model, "here")) is made
+    monkeypatch.setattr(room, "_held_by", lambda _, *given: asked.append(given) or held)
+    assert room.make_room_for(opt, Source(model, "here")) is made
     assert asked == [("here", model)]
     assert opt._awaits_load is made and (params[0] in opt.state) is made
 
 
 def test_a_checkpoint_that_cannot_be_read_is_left_to_torch(tmp_path):
     _, opt = guided(steps=0)
-    assert opt._make_room_for(checkpoint.Source(None, tmp_path)) is False
+    assert room.make_room_for(opt, Source(None, tmp_path)) is False
     assert not opt._awaits_load and not opt.state
 
 
@@ -323,7 +327,7 @@ def test_what_a_state_dict_holds_is_told_by_its_tensors():
         "step": 3.0, "exp_avg": torch.ones(2, 3, dtype=F64), "exp_avg_sq": None,
         "master": torch.ones(2, 3), "anchor": torch.ones(2, 3, dtype=F16), "else": 1,
     }  # fmt: skip
-    found = opt._held_in(checkpoint.Source(None, None, {"state": {"a": entry}}))
+    found = room._held_in(opt, Source(None, None, {"state": {"a": entry}}))
     dtypes = {"step": None, "exp_avg": F64, "exp_avg_sq": None, "master": F32, "anchor": F16}
     assert found == [dtypes, {}]
 
@@ -333,10 +337,10 @@ def test_errors_name_a_parameter_by_its_own_name():
     opt = dgg.AdamW([("module.a", params[0]), ("b", params[1])], **GUIDED)
     given = {"state": {"a": {"exp_avg": torch.ones(5)}}}
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 \(module.a\) has"):
-        opt._held_in(checkpoint.Source(None, None, given))
+        room._held_in(opt, Source(None, None, given))
     given = {"state": {"0": {"exp_avg": torch.ones(5)}}}
     with pytest.raises(ValueError, match="exp_avg of parameter 0 has"):
-        dgg.AdamW(params)._held_in(checkpoint.Source(None, None, given))
+        room._held_in(dgg.AdamW(params), Source(None, None, given))
 
 
 # -- room -----------------------------------------------------------------------------------------
@@ -412,19 +416,19 @@ def test_no_room_for_what_is_frozen_and_was_never_trained():
 def test_room_is_just_what_a_checkpoint_holds():
     params, opt = guided(dgg.AdamW, amsgrad=True)
     before = opt.state[params[0]]["exp_avg"].clone()
-    opt._make_room([{"exp_avg": F32, "step": F32, "anchor": F16}, {}])
+    room.make_room(opt, [{"exp_avg": F32, "step": F32, "anchor": F16}, {}])
     entry = opt.state[params[0]]
     assert set(entry) == {"exp_avg", "step", "anchor"}
     assert entry["anchor"].dtype == F16 and entry["step"] == 2
     assert torch.equal(entry["exp_avg"], before)
     assert params[1] not in opt.state
     assert opt.param_groups[0]["anchored"] == 1
-    opt._make_room([{"step": F32}, {"anchor": None}])
+    room.make_room(opt, [{"step": F32}, {"anchor": None}])
     assert set(opt.state[params[0]]) == {"step"}
     assert opt.state[params[1]]["anchor"].dtype == F32
     for wrong in ([{}], [{}, {}, {}]):
         with pytest.raises(ValueError):
-            opt._make_room(wrong)
+            room.make_room(opt, wrong)
     assert set(opt.state[params[0]]) == {"step"}
     assert opt.param_groups[0]["anchored"] == 1
 
@@ -437,7 +441,7 @@ def test_no_room_for_master_weights_that_are_not_kept(tmp_path):
         other.prepare_for_load(tmp_path)
     assert not other.state and not other._awaits_load
     with pytest.raises(ValueError, match="master weight of parameter 1,"):
-        other._make_room([{}, {"master": F32}])
+        room.make_room(other, [{}, {"master": F32}])
 
 
 def test_room_keeps_what_is_asked_of_where_it_lies():
@@ -446,13 +450,13 @@ def test_room_keeps_what_is_asked_of_where_it_lies():
     assert opt.state[params[0]]["anchor"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("attribute", ["_share", "_driver"])
+@pytest.mark.parametrize("attribute", ["share", "driver"])
 def test_no_room_where_an_engine_loads(attribute, monkeypatch):
     params, opt = guided(steps=0)
-    if attribute == "_share":
-        opt._share = object()
+    if attribute == "share":
+        opt._ownership = sharding.RankShare(None)
     else:
-        monkeypatch.setattr(opt, "_driven_by", lambda: object())
+        monkeypatch.setattr(opt, "_deepspeed_driver", lambda: object())
     with pytest.raises(RuntimeError, match="DeepSpeed and ZeroRedundancyOptimizer load their own"):
         opt.prepare_for_load()
     assert not opt.__dict__["state"]
@@ -461,15 +465,15 @@ def test_no_room_where_an_engine_loads(attribute, monkeypatch):
 def test_names_that_a_checkpoint_may_have():
     model = torch.nn.Linear(3, 2)
     opt = dgg.AdamW(model.parameters())
-    assert opt._names(None) == [[], []]
-    assert [names[0] for names in opt._names(model)] == ["weight", "bias"]
+    assert room._names(opt, None) == [[], []]
+    assert [names[0] for names in room._names(opt, model)] == ["weight", "bias"]
     named = dgg.AdamW([("module.x", model.weight), ("y", model.bias)])
-    assert [names[0] for names in named._names(None)] == ["module.x", "y"]
-    assert "x" in named._names(None)[0]
-    both = named._names(model)
+    assert [names[0] for names in room._names(named, None)] == ["module.x", "y"]
+    assert "x" in room._names(named, None)[0]
+    both = room._names(named, model)
     assert both[0][0] == "weight" and "module.x" in both[0]
     stranger = dgg.AdamW([Parameter(torch.ones(1)), model.bias])
-    assert stranger._names(model)[0] == []
+    assert room._names(stranger, model)[0] == []
 
 
 # -- loading into room ----------------------------------------------------------------------------
@@ -560,7 +564,7 @@ def test_anchors_beside_groups_that_torch_has_saved_are_counted():
 def test_anchors_on_other_ranks_are_not_lost(monkeypatch):
     _, opt = guided()
     saved = copy.deepcopy(opt.state_dict())
-    monkeypatch.setattr(opt, "_others", lambda number: {0: 1}[number])
+    monkeypatch.setattr(opt._ownership, "anchored_elsewhere", lambda number, group: {0: 1}[number])
     saved["param_groups"][0]["anchored"] = 3
     opt.load_state_dict(copy.deepcopy(saved))
     assert opt.param_groups[0]["anchored"] == 3
@@ -642,7 +646,7 @@ def test_what_the_checkpoint_does_not_say_stays():
     assert (group["lr"], group["alpha"], group["strength"]) == (0.5, 0.3, 0.7)
     assert (group["draw_index"], group["task_index"], group["anchored"]) == (6, 2, 0)
     assert (group["fused"], group["foreach"], group["capturable"]) == (False, None, False)
-    assert opt._backend == "reference"
+    assert opt._settings.backend == "reference"
 
 
 def test_flags_that_a_checkpoint_lacks_are_not_made_up():
@@ -714,7 +718,7 @@ def test_a_count_that_a_graph_reads_stays_on_its_device():
     _, opt = guided()
     saved = copy.deepcopy(opt.state_dict())
     saved["param_groups"][0]["draw_index"] = torch.tensor(7)
-    opt._capturable = True
+    opt._settings = dataclasses.replace(opt._settings, capturable=True)
     opt.load_state_dict(saved)
     assert isinstance(opt.param_groups[0]["draw_index"], torch.Tensor)
 
@@ -740,15 +744,15 @@ def test_a_resumed_optimizer_knows_it():
         params, opt = guided(steps=0)
         step(opt, steps)
         opt.load_state_dict(saved)
-        assert opt._engine.resumed == resumed
+        assert opt._resumed == resumed
     # Loaded again before any step.
     params, opt = guided(steps=0)
     opt.load_state_dict(saved)
     opt.load_state_dict(saved)
-    assert opt._engine.resumed == draws
+    assert opt._resumed == draws
     step(opt)
     opt.load_state_dict(saved)
-    assert opt._engine.resumed is None
+    assert opt._resumed is None
 
 
 def test_a_task_that_was_named_is_not_overwritten_by_an_earlier_one():
@@ -811,7 +815,7 @@ def test_whole_moments_are_sharded_where_their_parameter_is():
         entry[name] = entry[name].to_local().to(dtype) + 1
     entry["max_exp_avg_sq"] = None
     kept = opt.state[plain]["exp_avg"], entry["exp_avg_sq"], entry["step"]
-    opt._shard_moments()
+    loading._shard_moments(opt)
     for name, dtype in (("exp_avg", F32), ("master", F64)):
         made = entry[name]
         assert type(made) is type(p.data) and made.placements == p.placements
@@ -877,12 +881,12 @@ def test_who_imitates_the_class_hands_on():
 
 
 def test_a_method_is_handed_on_with_all_that_it_is_given():
-    class Told(_loading.Loading):
+    class Told(_imitable.Imitable):
         def told(self, *args, **kwargs):
             """Says so."""
             return self, args, kwargs
 
-        told = _loading.imitable(told)
+        told = _imitable.imitable(told)
 
     inner, middle, outer = Told(), Told(), Told()
     outer._optimizer, middle._optimizer = middle, inner

@@ -15,11 +15,16 @@ from dgg.sharding.dtensor import (
     shard_of,
     version_of,
 )
-from dgg.sharding.reduction import Reduction, on_all_or_none, peers, settled
+from dgg.sharding.ownership import Lost, ProcessGroup, RankShare, Sharded
+from dgg.sharding.reduction import Reduction, on_all_or_none, peers, sum_partial_gradients
 
 __all__ = [
     "Place",
+    "Lost",
+    "ProcessGroup",
+    "RankShare",
     "Reduction",
+    "Sharded",
     "Shards",
     "all_equal_dtensors",
     "box_of",
@@ -31,7 +36,7 @@ __all__ = [
     "on_all_or_none",
     "peers",
     "place_of",
-    "settled",
     "shard_of",
+    "sum_partial_gradients",
     "version_of",
 ]

@@ -19,12 +19,14 @@ from dgg.sharding.dtensor import is_dtensor, like, local
 class _Part(NamedTuple):
     """What is summed together: rows, over which groups one after the other, counted how often.
 
-    ``rows`` are None if they are all there are.
+    ``rows`` are None if they are all there are. ``shares``: they are whole tensors, of which the
+    other ranks have others.
     """
 
     rows: Tensor | None
     groups: list
     weights: Tensor | None
+    shares: bool = False
 
 
 class Reduction:
@@ -79,6 +81,16 @@ class Reduction:
                 ]
                 self._add(list(rows), len(params), _groups_of(mesh, dims), weights)
 
+    @classmethod
+    def of_shares(cls, process_group) -> Reduction:
+        """Returns the sums over whole tensors that are dealt out to the ranks of a group.
+
+        Of norms per tensor only that of clipping runs over the ranks: this rank has the others.
+        """
+        made = cls(())
+        made._parts.append(_Part(None, [process_group], None, shares=True))
+        return made
+
     def _add(self, rows: list[int], count: int, groups: list, weights: list[float]) -> None:
         even = all(weight == 1.0 for weight in weights)
         self._parts.append(
@@ -105,20 +117,24 @@ class Reduction:
         """
         import torch.distributed as dist
 
-        for number, (rows, groups, weights) in enumerate(self._parts):
+        for number, (rows, groups, weights, shares) in enumerate(self._parts):
             if squares.device.type != "cpu":
                 # Copied there once: the numbers of a step stay on its device.
                 rows, weights = (x if x is None else x.to(squares.device) for x in (rows, weights))
-                self._parts[number] = _Part(rows, groups, weights)
+                self._parts[number] = _Part(rows, groups, weights, shares)
             vector = squares if rows is None else squares.index_select(1, rows)
             if weights is not None:
                 vector = vector * weights
-            if not per_tensor:
+            if shares or not per_tensor:
                 vector = vector.sum(dim=1)
             with _ranges.record("dgg.allreduce"):
                 for group in groups:
                     dist.all_reduce(vector, group=group)
-            if per_tensor and rows is not None:
+            if shares:
+                summed = 1 if per_tensor else 3
+                squares[:summed] = 0.0
+                squares[:summed, 0] = vector[:summed]
+            elif per_tensor and rows is not None:
                 squares.index_copy_(1, rows, vector)
             elif per_tensor:
                 squares.copy_(vector)
@@ -219,7 +235,9 @@ def _difference(settings: Sequence[Mapping[str, object]]) -> ValueError | None:
     return None
 
 
-def settled(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def sum_partial_gradients(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Returns gradients with partial ones of replicated parameters summed over their mesh.
 
     Under sequence parallelism every rank has the norms' gradients of its part of the sequence. All

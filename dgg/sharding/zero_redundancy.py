@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _callers, _ranges
+from dgg import _callers
 
 _MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -55,7 +55,7 @@ class Share:
         number = {p: j for j, p in enumerate(self.params())}
         return [number[p] for p in params]
 
-    def others(self, number: int, group: Mapping[str, Any]) -> int:
+    def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
         """Returns how many parameters of group ``number`` are anchored on other ranks, if any."""
         if self._anchored_elsewhere:
             return self._anchored_elsewhere[number]
@@ -68,73 +68,22 @@ class Share:
         The ZeroRedundancyOptimizer hands its own groups down before every step.
         """
         self._anchored_elsewhere = []
-        self._anchored_elsewhere = [self.others(n, group) for n, group in enumerate(groups)]
+        self._anchored_elsewhere = [
+            self.anchored_elsewhere(n, group) for n, group in enumerate(groups)
+        ]
         for mine, whole in zip(groups, self._groups, strict=True):
             mine["anchored"] = sum(p.requires_grad for p in whole["params"]) if anchored else 0
             whole.update({name: mine[name] for name in ("anchored", "task_index")})
 
-    def every_row(self) -> EveryRow:
-        """Returns a stand-in for the rows of all ranks."""
-        return EveryRow(self._groups)
+    def rows(self) -> tuple[list[int], list[int]]:
+        """Returns group and tensor index j of the parameters of all ranks."""
+        numbers = [number for number, group in enumerate(self._groups) for _ in group["params"]]
+        return numbers, list(range(len(numbers)))
 
     @property
-    def reduction(self) -> Reduction:
-        """Sums squares over the shares."""
-        return Reduction(self._optimizer().process_group)
-
-    def peers(self) -> list:
-        """Returns the groups whose ranks have the other shares."""
-        return [self._optimizer().process_group]
-
-    def join(self) -> None:
-        """Takes part in the other ranks' sum with nothing of its own."""
-        device = self.params()[0].device
-        self.reduction.sum_(torch.zeros(3, 1, dtype=torch.float64, device=device), per_tensor=False)
-
-
-class EveryRow:
-    """The rows of all ranks, as far as the flags of a step ask for them."""
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self.anchored = any(group["anchored"] for group in groups)
-        self.groups = [number for number, group in enumerate(groups) for _ in group["params"]]
-        self.indices = list(range(len(self.groups)))
-
-    def constant_flags(self, value: int) -> int:
-        """Returns what is the same for all rows."""
-        return value
-
-    def flags(self, values: list[int], _name: str) -> list[int]:
-        """Returns what is each row's own."""
-        return values
-
-
-class Reduction:
-    """Sums the squares of whole tensors that are dealt out to the ranks of a group."""
-
-    def __init__(self, group) -> None:
-        self._group = group
-
-    def sum_(self, squares: Tensor, *, per_tensor: bool) -> Tensor:
-        """Sums over the ranks; every rank calls it.
-
-        Args:
-            squares: float64 [3, n] of this rank: of h, g and d. Modified in place.
-            per_tensor: Norms of guidance are every row's own, which this rank has already; only
-                that of clipping runs over the ranks.
-
-        Returns:
-            ``squares``; what is summed over the ranks stands in the first row, the others are 0.
-        """
-        import torch.distributed as dist
-
-        sums = squares.sum(dim=1)
-        with _ranges.record("dgg.allreduce"):
-            dist.all_reduce(sums, group=self._group)
-        summed = 1 if per_tensor else 3
-        squares[:summed] = 0.0
-        squares[:summed, 0] = sums[:summed]
-        return squares
+    def process_group(self) -> Any:
+        """The group whose ranks have the shares."""
+        return self._optimizer().process_group
 
 
 def builder() -> Share | None:

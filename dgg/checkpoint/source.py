@@ -60,7 +60,7 @@ def making_template() -> bool:
     return _callers.called_by_name(*_TEMPLATE_MAKERS)
 
 
-def source() -> Source | None:
+def of_template() -> Source | None:
     """Returns what the state being made or asked for will be filled from; None if nobody can know.
 
     Known are a state dict that torch's helper is to load, if it loads by what is there; accelerate,

@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _boundary, anchor, backends, checkpoint, guidance, sharding
-from dgg._row_cache import Lists
+from dgg import _arguments, anchor, backends, sharding
+from dgg.anchor import boundary
+from dgg.checkpoint import source
+from dgg.step import gradients, norms
+from dgg.step.cache import RowCache
+from dgg.step.draws import Decision, Draws
+from dgg.step.gradients import ReplaySlot
+from dgg.step.rule import Rule, threshold
+from dgg.step.run import Verbs, abandon, finish, run
+from dgg.step.settings import Settings
+
+
+class GuideRule(Rule):
+    """Makes every gradient G = c (g + w r) + b s (θ - θ*), equation (5), and nothing else."""
 
 
 class Guidance:
@@ -62,6 +76,11 @@ class Guidance:
         >>> train(model, opt, second_task)
     """
 
+    process_group = sharding.ProcessGroup()
+    # The state is read by nobody who could write it past the versions.
+    _state_read = False
+    _rule = GuideRule()
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -90,30 +109,33 @@ class Guidance:
                 "wrapping it again"
             )
         _arguments.check_backend(backend, optimizer.param_groups)
-        self._backend = backend
-        self._anchor_dtype = _arguments.check_dtype("anchor_dtype", anchor_dtype)
-        self._anchor_device = _arguments.check_anchor_device(anchor_device)
+        self._settings = Settings(
+            backend,
+            anchor_dtype=_arguments.check_dtype("anchor_dtype", anchor_dtype),
+            anchor_device=_arguments.check_anchor_device(anchor_device),
+        )
         self._options = {
             "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
             "granularity": granularity, "max_grad_norm": max_grad_norm,
             "replay_weight": replay_weight, "seed": seed, "draw_index": 0, "task_index": 0,
         }  # fmt: skip
         _arguments.check_options(self._options)
-        self.process_group = _arguments.check_process_group(process_group, self._options)
+        self._ownership = sharding.Sharded(
+            _arguments.check_process_group(process_group, self._options)
+        )
         self.optimizer = optimizer
-        self._given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._original_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.param_groups: list[dict[str, Any]] = []
         self._sync_groups()
         for group in self.param_groups:
             _arguments.make_plain(group)
-        self._anchors: dict[Tensor, Tensor] = {}
-        self._engine = guidance.Engine()
-        self._rows: list[tuple[list[int], backends.Rows]] = []
-        self._rows_params: list[Tensor] = []
-        self._watch: backends.MemoryWatch | None = None
-        # Whether the gradients of these parameters can be taken up natively.
-        self._gathers, self._lists = False, Lists([])
-        self._shards: list[tuple[Tensor, Tensor]] = []
+        # θ* by parameter, under the key that it has in the state of `dgg.AdamW`.
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        self._draws, self._replay = Draws(), ReplaySlot()
+        self._cache: RowCache | None = None
+        self._last: dict[str, Any] | None = None
+        self._resumed: int | None = None
+        self._named: int | None = None
         optimizer._dgg_guided = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -131,6 +153,9 @@ class Guidance:
             self.param_groups.append(
                 {**first, **{n: self._options[n] for n in _arguments.PER_GROUP}}
             )
+
+    def _reset_caches(self) -> None:
+        self._cache = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -162,46 +187,41 @@ class Guidance:
                 it was.
         """
         self._sync_groups()
-        draws = self.param_groups[0]["draw_index"]
-        marked = [{**group, "anchored": len(self._anchors)} for group in self.param_groups]
-        if task is not None:
-            task = _arguments.plain("task", task)
-            if not _boundary.begins_task(task, marked, draws, given=tensors is not None):
-                return
-        elif tensors is None:
-            _boundary.refuse_resumed(marked, draws, self._engine.resumed)
+        count = self._count_anchors()
+        marked = [{**group, "anchored": count} for group in self.param_groups]
+        task = None if task is None else _arguments.plain("task", task)
+        if not boundary.is_due(marked, tensors, task, self._resumed):
+            return
         groups = self.optimizer.param_groups
-        every = [p for group in groups for p in group["params"]]
-        peers = sharding.peers(every, self.process_group)
-        with sharding.on_all_or_none(peers, _arguments.settings_of(self.param_groups)):
-            plan = _boundary.plan_anchors(
-                groups, self._anchors, tensors, model, self._anchor_dtype, self._anchor_device
-            )
-        for param, source, target in plan:
-            anchor.write(target, source)
-            self._anchors[param] = target
-        for group in self.param_groups:
-            group["task_index"] = group["task_index"] + 1 if task is None else task
-        self._engine.named = task
-        self._rows, self._gathers = [], False
+        plan = functools.partial(
+            boundary.plan_anchors, groups, boundary.known_anchors(self.state), tensors, model,
+            self._settings.anchor_dtype, self._settings.anchor_device,
+        )  # fmt: skip
+        boundary.place(self, groups, marked, plan, task)
+        for group, mark in zip(self.param_groups, marked, strict=True):
+            group["task_index"] = mark["task_index"]
+        self._named = task
+
+    def _count_anchors(self) -> int:
+        return sum("anchor" in entry for entry in self.state.values())
 
     def clear_anchor(self) -> None:
         """Drops the anchor: the gradients are left as they are from here on."""
-        self._anchors.clear()
-        self._rows, self._gathers = [], False
+        groups = self.optimizer.param_groups
+        boundary.clear(self, groups, [{} for _ in groups])
 
     def replay(self) -> contextlib.AbstractContextManager[None]:
         """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return self._engine.replay.record(params)
+        return self._replay.record(params)
 
     def clear_replay(self) -> None:
         """Drops the replay gradients that wait for a step; see `dgg.AdamW.clear_replay`."""
-        self._engine.replay.clear()
+        self._replay.clear()
 
-    def guidance_stats(self) -> guidance.Statistics:
+    def guidance_stats(self) -> norms.Statistics:
         """Returns what the last step did, as device tensors; see `dgg.AdamW.guidance_stats`."""
-        return self._engine.statistics(len(self._anchors))
+        return norms.statistics(self._last, self._count_anchors())
 
     def remove(self) -> None:
         """Takes the hook off the optimizer; the anchor is dropped."""
@@ -215,10 +235,13 @@ class Guidance:
         for group in self.param_groups:
             _arguments.make_plain(group)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        anchors = {i: self._anchors[p] for i, p in enumerate(params) if p in self._anchors}
         return {
             "param_groups": [dict(group) for group in self.param_groups],
-            "anchors": anchors,
+            "anchors": {
+                i: self.state[p]["anchor"]
+                for i, p in enumerate(params)
+                if "anchor" in self.state.get(p, ())
+            },
             "params": len(params),
         }
 
@@ -265,7 +288,7 @@ class Guidance:
             _arguments.check_agreement(number, group, groups[0])
             _arguments.check_options(group)
         if self.param_groups[0]["draw_index"] == 0:
-            _boundary.refuse_earlier(self._engine.named, groups)
+            boundary.refuse_earlier(self._named, groups)
         labels = _arguments.group_labels(self.optimizer.param_groups)
         if not isinstance(state_dict["anchors"], Mapping):
             raise TypeError(
@@ -281,19 +304,19 @@ class Guidance:
             anchor.check_source(value, params[i], labels[i])
         anchors = {params[i]: value for i, value in state_dict["anchors"].items()}
         dtypes = [value.dtype for value in anchors.values()]
-        made = anchor.allocate_all([*anchors], dtypes, self._anchor_device)
+        made = anchor.allocate_all([*anchors], dtypes, self._settings.anchor_device)
         for target, value in zip(made, anchors.values(), strict=True):
             anchor.write(target, value)
-        self._anchors = dict(zip(anchors, made, strict=True))
-        engine, mine = self._engine, self.param_groups[0]["draw_index"]
-        engine.named = None
-        fresh = mine in (0, engine.resumed)
-        engine.resumed = groups[0]["draw_index"] if fresh else None
+        self.state = defaultdict(dict)
+        for param, target in zip(anchors, made, strict=True):
+            self.state[param]["anchor"] = target
+        fresh = self.param_groups[0]["draw_index"] in (0, self._resumed)
+        self._named, self._resumed = None, groups[0]["draw_index"] if fresh else None
         self.param_groups = [dict(group) for group in groups]
-        self._rows, self._gathers = [], False
+        self._reset_caches()
 
     def _before_step(self, optimizer, args, kwargs):
-        if not optimizer.state and checkpoint.making_template():
+        if not optimizer.state and source.making_template():
             return None  # no step of the training: it counts no draw
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -317,19 +340,20 @@ class Guidance:
             group["draw_index"] = draw
 
     @torch.no_grad()
-    def _settle(self, params: Sequence[Tensor]) -> None:
+    def _sum_partial_gradients(self, params: Sequence[Tensor]) -> None:
         """Sums partial gradients, in ``.grad``, where the other optimizer wants them too."""
-        slot = self._engine.replay
+        slot = self._replay
         replayed = [p for p in params if slot.get(p) is not None] if slot else []
         both = [*(p.grad for p in params), *map(slot.get, replayed)]
-        found = sharding.settled([*params, *replayed], both)
-        for p, given, whole in zip(params, both, found, strict=False):
+        sums = sharding.sum_partial_gradients([*params, *replayed], both)
+        for p, given, whole in zip(params, both, sums, strict=False):
             if whole is not given:
                 p.grad = whole
-        slot.exchange(replayed, found[len(params) :])
+        slot.exchange(replayed, sums[len(params) :])
 
     def _refuse_partitions(self, params: Sequence[Tensor]) -> None:
-        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in self._given for p in params)
+        given = self._original_ids
+        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in given for p in params)
         if "deepspeed" in sys.modules and any(strange):
             raise RuntimeError(
                 "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
@@ -338,110 +362,14 @@ class Guidance:
             )
 
     def _edit(self) -> None:
-        try:
-            self._edit_or_raise()
-        except BaseException:
-            for _, rows in self._rows:
-                rows.abandon()
-            raise
-
-    def _edit_or_raise(self) -> None:
         self._sync_groups()
-        engine, slot = self._engine, self._engine.replay
-        slot.check_closed()
-        wide = engine.options.read(self.param_groups)
-        draw, elementwise = wide["draw_index"], wide["granularity"] == "element"
-        groups = self.optimizer.param_groups
-        # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
-        scale, found = (getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf"))
-        if slot and (found is not None or guidance.unscaled_unseen()):
-            raise RuntimeError(
-                "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
-                "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
-            )
-        taken = scale is None and found is None and self._gather(groups, elementwise)
-        params = [] if taken else [p for group in groups for p in group["params"]]
-        if not taken:
-            self._check(groups, params, elementwise)
-        if scale is not None:
-            guidance.refuse_scaler(params, self.process_group)
-        all_rows = self._rows if taken else self._current_rows(params)
-        launched = all_rows and all(rows.launched for _, rows in all_rows)
-        device = params[0].device if launched and params else None
-        scaling, skip = guidance.read_scaler(scale, found, device)
-        if skip:
-            engine.remember_skipped(params[0].device)
-            self._set_draw(draw + 1)
-            return
-        if not taken:
-            self._take_up(params, all_rows, elementwise)
-        for _, rows in all_rows:
-            # The other optimizer has moved the parameters since any distance was measured.
-            rows.forget(anchors=False)
-        only = [rows for _, rows in all_rows]
-        flags = [engine.flags(wide, self.param_groups, rows, draw) for rows in only]
-        injecting = any(x is not None for x in flags)
-        injecting = injecting or engine.joins(wide, self.param_groups, only, self.process_group)
-        found = engine.measure(wide, only, injecting, scaling)
-        neutral = not injecting and wide["max_grad_norm"] is None and not slot and scale is None
-        if neutral:
-            for rows in only:
-                rows.abandon()
-        else:
-            hyper = [
-                {
-                    "maximize": bool(group.get("maximize", False)),
-                    "strength": float(mine["strength"]),
-                    "threshold": guidance.threshold(mine["alpha"]),
-                }
-                for group, mine in zip(groups, self.param_groups, strict=True)
-            ]
-            for rows, row_flags, row_found in zip(only, flags, found, strict=True):
-                rows.guide_(
-                    row_found,
-                    rows.constant_flags(0) if row_flags is None else row_flags,
-                    hyper,
-                    guidance.drawn(wide, draw, injecting),
-                    scaling,
-                    replay_weight=float(wide["replay_weight"]),
-                )
-            if scale is not None:
-                # The gradients are unscaled now; the optimizer must not divide them again.
-                self.optimizer.grad_scale = None
-        if only:
-            strength = self.param_groups[0]["strength"]
-            engine.remember(wide, only[0], flags[0], found[0], float(strength), scaling.found_inf)
-        self._set_draw(draw + 1)
-        slot.clear()
-
-    def _gather(self, groups: Sequence[Mapping[str, Any]], elementwise: bool) -> bool:
-        """Takes up the gradients natively, if nothing but their values is new since the last step.
-
-        Then there is nothing to check either: what is strange is left to the long way.
-        """
-        if not (self._gathers and self._lists.same(groups)):
-            return False
-        ((_, rows),), slot = self._rows, self._engine.replay
-        replays: list[Tensor | None] = []
-        if slot:
-            replays = slot.of(rows.params)
-            # Where there is a replay gradient alone, the other optimizer is given a gradient.
-            pairs = zip(rows.params, replays, strict=True)
-            if any([r is not None and p.grad is None for p, r in pairs]):
-                return False
-        if not rows.take_native_gradients(replays, elementwise=elementwise):
-            return False
-        # An expanded gradient cannot be written in place.
-        if all([backends.is_dense(x) for x in rows.odd_gradients()]):
-            return True
-        rows.abandon()
-        return False
+        run(self, _EDIT)
 
     def _check(self, groups, params: Sequence[Tensor], elementwise: bool) -> None:
         """Checks everything that a step relies on."""
-        slot = self._engine.replay
+        slot = self._replay
         self._refuse_partitions(params)
-        self._settle(params)
+        self._sum_partial_gradients(params)
         labels = None
         for i, p in enumerate(params):
             r = slot.get(p) if slot else None
@@ -450,65 +378,119 @@ class Guidance:
                     labels = labels or _arguments.group_labels(groups)
                     _arguments.check_gradient(given, p, labels[i], kind)
                     _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-            if p in self._anchors and self._anchors[p].shape != p.shape:
+            value = self.state.get(p, {}).get("anchor")
+            if value is not None and value.shape != p.shape:
                 label = _arguments.group_labels(groups)[i]
                 raise ValueError(
-                    f"{label} has another shape than its anchor, "
-                    f"{tuple(self._anchors[p].shape)}: call set_anchor() after a parameter has "
-                    "changed its shape"
+                    f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
+                    "set_anchor() after a parameter has changed its shape"
                 )
 
-    def _take_up(self, params: Sequence[Tensor], all_rows, elementwise: bool) -> None:
-        """Takes up the gradients one by one, and makes those that the other optimizer is to see."""
-        slot = self._engine.replay
-        for p in params:
-            shard = sharding.local(p.grad)
-            if shard is None and slot and slot.get(p) is not None:
-                p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-            elif shard is not None and not backends.is_dense(shard):
-                # An expanded gradient cannot be written in place.
-                shard = shard.clone(memory_format=torch.contiguous_format)
-                p.grad = sharding.like(shard, p)
-        for places, rows in all_rows:
-            replays = slot.of([params[i] for i in places])
-            rows.take_gradients([params[i].grad for i in places], replays, elementwise=elementwise)
 
-    def _current_rows(self, params: list[Tensor]) -> list[tuple[list[int], backends.Rows]]:
-        same = len(params) == len(self._rows_params) and all(
-            old is new for old, new in zip(self._rows_params, params, strict=True)
+def _decide(opt: Guidance) -> Decision:
+    """Reads the options of a step; refuses what a GradScaler and a replay cannot do together."""
+    opt._replay.check_closed()
+    options = opt._draws.options.read(opt.param_groups)
+    hyper = [
+        {
+            "maximize": bool(group.get("maximize", False)),
+            "strength": float(own["strength"]),
+            "threshold": threshold(own["alpha"]),
+        }
+        for group, own in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
+    ]
+    decision = Decision(options, opt.param_groups, hyper, options["draw_index"])
+    # The other optimizer moves the parameters past what an update could measure.
+    decision.looks_ahead = False
+    return decision
+
+
+def _take_gradients(opt: Guidance, decision: Decision) -> list[backends.Rows]:
+    """Takes the gradients, and makes those that the other optimizer is to see."""
+    slot, groups = opt._replay, opt.optimizer.param_groups
+    elementwise = decision.options["granularity"] == "element"
+    # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
+    scale, found_inf = (getattr(opt.optimizer, n, None) for n in ("grad_scale", "found_inf"))
+    if slot and (found_inf is not None or gradients.unscaled_unseen()):
+        raise RuntimeError(
+            "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
+            "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
         )
-        same = same and all(p._local_tensor is shard for p, shard in self._shards)
-        if self._rows and same and self._watch is not None and self._watch.unmoved():
-            return self._rows
-        numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
-        parts: dict[tuple[torch.device, str], list[int]] = {}
-        for i, p in enumerate(params):
-            if p.dtype.to_real() in anchor.FLOAT_DTYPES:
-                backend = backends.choose_for(self._backend, p)
-                parts.setdefault((p.device, backend), []).append(i)
-        self._rows = [
-            (
-                places,
-                backends.make_rows(
-                    backend,
-                    [params[i] for i in places],
-                    [numbers[i] for i in places],
-                    places,
-                    anchors=[self._anchors.get(params[i]) for i in places],
-                    process_group=self.process_group,
-                ),
-            )
-            for (_, backend), places in parts.items()
-        ]
-        self._rows_params = params
-        anchors = [self._anchors[p] for p in params if p in self._anchors]
-        self._watch = backends.MemoryWatch(params, anchors)
-        self._lists = Lists(self.optimizer.param_groups)
-        self._gathers = (
-            len(self._rows) == 1
-            and len(self._rows[0][0]) == len(params)
-            and self._rows[0][1].watch_gradients(self._watch)
-        )
-        # Engines exchange the shard inside of a DTensor.
-        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
-        return self._rows
+    if scale is None and found_inf is None and _take_native_gradients(opt, groups, elementwise):
+        return opt._cache.all_rows
+    params = [p for group in groups for p in group["params"]]
+    opt._check(groups, params, elementwise)
+    if scale is not None:
+        gradients.refuse_scaler(params, opt.process_group)
+    launched = bool(params) and all(
+        backends.launches(backends.choose_for(opt._settings.backend, p), p.device) for p in params
+    )
+    decision.scaling, decision.skipped = gradients.read_scaler(
+        scale, found_inf, params[0].device if launched else None
+    )
+    if decision.skipped:
+        return []
+    for p in params:
+        shard = sharding.local(p.grad)
+        if shard is None and slot and slot.get(p) is not None:
+            p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
+        elif shard is not None and not backends.is_dense(shard):
+            # An expanded gradient cannot be written in place.
+            shard = shard.clone(memory_format=torch.contiguous_format)
+            p.grad = sharding.like(shard, p)
+    grads, replays = [p.grad for p in params], slot.of(params)
+    if opt._cache is None or not opt._cache.valid(opt, groups, params, grads, replays):
+        opt._cache = RowCache(opt, groups, params, replays)
+    opt._cache.take_gradients(grads, replays, elementwise=elementwise)
+    return opt._cache.all_rows
+
+
+def _take_native_gradients(opt: Guidance, groups, elementwise: bool) -> bool:
+    """Takes the gradients natively, if nothing but their values is new since the last step.
+
+    Then there is nothing to check either: what is strange is left to the long way.
+    """
+    cache = opt._cache
+    if cache is None:
+        return False
+    replays: list[Tensor | None] = []
+    if opt._replay:
+        replays = opt._replay.of(cache.params)
+        # Where there is a replay gradient alone, the other optimizer is given a gradient.
+        pairs = zip(cache.params, replays, strict=True)
+        if any([r is not None and p.grad is None for p, r in pairs]):
+            return False
+    if not cache.take_native_gradients(opt, groups, replays, elementwise=elementwise):
+        return False
+    # An expanded gradient cannot be written in place.
+    if all([backends.is_dense(x) for x in cache.all_rows[0].odd_gradients()]):
+        return True
+    cache.abandon()
+    return False
+
+
+def _measure(opt: Guidance, decision: Decision, all_rows: list[backends.Rows]) -> list[Tensor]:
+    """Draws and measures; where every gradient would stay what it is none is written."""
+    for rows in all_rows:
+        # The other optimizer has moved the parameters since any distance was measured.
+        rows.forget(anchors=False)
+    found = norms.measure(opt, decision, all_rows)
+    scaled = getattr(opt.optimizer, "grad_scale", None) is not None
+    clips = decision.options["max_grad_norm"] is not None
+    decision.applies = bool(decision.injecting or clips or opt._replay or scaled)
+    if not decision.applies:
+        abandon(opt)
+    return found
+
+
+def _finish(opt: Guidance, decision: Decision, all_rows, found) -> None:
+    """Counts the draw; tells the optimizer that its gradients are unscaled."""
+    if decision.applies and all_rows and getattr(opt.optimizer, "grad_scale", None) is not None:
+        # The gradients are unscaled now; the optimizer must not divide them again.
+        opt.optimizer.grad_scale = None
+    finish(opt, decision, all_rows, found)
+    if decision.skipped:
+        opt._last = norms.record_skipped(opt.optimizer.param_groups[0]["params"][0].device)
+
+
+_EDIT = Verbs(_decide, _take_gradients, _measure, _finish, abandon)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dgg import _arguments, _saved_state, anchor, sharding
+from dgg import _arguments, anchor, sharding
+from dgg.checkpoint import saved_state
 from dgg.reference import FLOAT_DTYPES
 
 # bitsandbytes hides what it quantised in here, so that FSDP does not gather it.
@@ -71,7 +72,7 @@ def convert_state_dict(
         >>> opt.set_anchor()
     """
     groups = _groups_of(optimizer)
-    _saved_state.check_form(state_dict, groups, taken_by="convert_state_dict()")
+    saved_state.check_form(state_dict, groups, taken_by="convert_state_dict()")
     for number, (mine, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
         _check_names(saved, mine, number)
     labels = _labels(groups, state_dict["param_groups"])

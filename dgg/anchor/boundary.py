@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Task boundaries: whether an anchor may be set now, of which parameters, from what."""
+"""Task boundaries: whether an anchor may be set now, of which parameters, from what; setting it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,100 @@ from dgg import _arguments, anchor, sharding
 from dgg.sharding import fsdp1
 
 
+def is_due(
+    groups: Sequence[Mapping[str, Any]],
+    tensors: Any,
+    task: int | None,
+    resumed: int | None,
+) -> bool:
+    """Returns whether ``set_anchor(tensors, task=task)`` is to set the anchor, not to keep it.
+
+    Args:
+        groups: Parameter groups with ``task_index``, ``draw_index`` and ``anchored``.
+        tensors: What the anchor is taken from; None for the present weights.
+        task: Number of the task that is trained now, or None.
+        resumed: Steps that a fresh optimizer was resumed after, or None if it was not.
+
+    Raises:
+        RuntimeError: The anchor of a task in progress is gone, or was just resumed.
+        TypeError: ``task`` is no int.
+        ValueError: ``task`` is over already, or not the next one.
+    """
+    draws = int(groups[0]["draw_index"])
+    if task is not None:
+        return begins_task(task, groups, draws, given=tensors is not None)
+    if tensors is None:
+        refuse_resumed(groups, draws, resumed)
+    return True
+
+
+# A parameter (or partition), what its anchor is taken from, and the memory for it. The source is
+# None where the memory has the values already, or a function that writes them.
+Plan = list[tuple[Tensor, "Tensor | Callable[[Tensor], None] | None", Tensor]]
+
+
+def place(
+    opt,
+    groups: Sequence[dict[str, Any]],
+    marks: Sequence[dict[str, Any]],
+    plan_all: Callable[[], Plan],
+    task: int | None,
+) -> None:
+    """Sets the anchors of a plan, on all ranks or on none.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        marks: For each group the dict that ``anchored`` and ``task_index`` are noted in.
+        plan_all: Returns the plan; it raises before anything is changed.
+        task: Number of the task that begins; None counts one up.
+    """
+    members = opt._ownership.tensors(groups)
+    peers = opt._ownership.peers([p for params in members for p in params])
+    with sharding.on_all_or_none(peers, _arguments.settings_of(marks)):
+        plan = plan_all()
+    group_of = {p: group for group, params in zip(groups, members, strict=True) for p in params}
+    moved = any([target is not opt.state.get(p, {}).get("anchor") for p, _, target in plan])
+    for p, source, target in plan:
+        source(target) if callable(source) else anchor.write(target, source)
+        # Together with the moments: Adam would take a state that holds an anchor alone for
+        # initialised, and checkpoints made before the first step would miss the moments.
+        opt._rule.init_state(opt, p, group_of[p], first=False)
+        opt.state[p]["anchor"] = target
+    for mark, params in zip(marks, members, strict=True):
+        mark["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in params)
+        mark["task_index"] = mark["task_index"] + 1 if task is None else task
+    opt._ownership.note_anchors(marks, anchored=True)
+    opt._awaits_load = False
+    if moved:  # else the next step finds that its distances are those of another anchor
+        opt._reset_caches()
+
+
+def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]) -> None:
+    """Drops all anchors.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        marks: As in `place`.
+    """
+    for mark, params in zip(marks, opt._ownership.tensors(groups), strict=True):
+        for p in params:
+            if p in opt.state:
+                opt.state[p].pop("anchor", None)
+        mark["anchored"] = 0
+    opt._ownership.note_anchors(marks, anchored=False)
+    opt._awaits_load = False
+    opt._reset_caches()
+
+
+def known_anchors(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
+    """Returns the anchor, or None, of every parameter that has state."""
+    return {
+        p: entry.get("anchor") for p, entry in state.items() if isinstance(entry, dict) and entry
+    }
+
+
 def plan_anchors(
     groups: Sequence[Mapping[str, Any]],
     known: Mapping[Tensor, Tensor | None],
@@ -24,15 +118,15 @@ def plan_anchors(
     weights: Callable[[Tensor], Tensor] = Tensor.detach,
     *,
     none: bool = False,
-) -> list[tuple[Tensor, Tensor | anchor.Part | None, Tensor]]:
+) -> Plan:
     """Decides which parameters get an anchor, from what and into which memory.
 
     Nothing that exists is written: of a file each tensor is read into the memory of its new
     anchor; where there is an anchor to be overwritten it is read twice, to be looked at first.
 
     Args:
-        groups: Parameter groups.
-        known: Present anchor (or None) of every parameter that has state.
+        groups: Groups that hold the parameters.
+        known: From `known_anchors`.
         tensors: Named sources, the path of some, or None for the present weights.
         model: Maps names to parameters, or None if the groups know the names.
         dtype: Storage dtype or None for the parameter's.
@@ -41,8 +135,7 @@ def plan_anchors(
         none: Whether there may be nothing to anchor: other ranks have the parameters.
 
     Returns:
-        (parameter, source, target) of every parameter to anchor; a present anchor that fits is
-        its target again. The source is None where the target has the values already.
+        The plan; a present anchor that fits is its target again.
 
     Raises:
         FileNotFoundError: There is nothing at the path.

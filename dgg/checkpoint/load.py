@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loading the state of the guided optimizers: nothing lost, nothing cast, or an error.
+
+torch.optim would cast anchors to the parameters' dtype, and torch.distributed.checkpoint leaves out
+what the template it fills has no room for (see `room`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from dgg import _arguments, anchor, backends, sharding
+from dgg.anchor import boundary
+from dgg.checkpoint import room, saved_state
+from dgg.checkpoint.source import of_template
+from dgg.sharding import fsdp1
+from dgg.step import state
+
+_FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
+_BEFORE, _AFTER = (
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def make_whole(opt) -> None:
+    """Makes an optimizer's state what `state_dict` is to return, with numbers of Python's alone.
+
+    Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room for
+    what that holds, if a helper has made its state before that was known.
+    """
+    if opt._template and opt._cache is None and not opt._awaits_load:
+        origin = of_template()
+        if origin is not None and not origin.broadcast:
+            room.make_room_for(opt, origin)
+    for group in opt.param_groups:
+        _arguments.make_plain(group)
+        if "step" not in opt._rule.columns:  # SGD's buffer is begun by a step
+            continue
+        for p in group["params"]:
+            # amsgrad switched on since the last step: as the next one would do it.
+            if isinstance(entry := opt.state.get(p), dict) and "exp_avg" in entry:
+                state.make(opt, p, opt._rule.needed(group))
+
+
+def load(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
+    """Loads a state dict; after an error the optimizer is as it was.
+
+    Args:
+        opt: The optimizer.
+        state_dict: What was given to ``load_state_dict``.
+        torch_load: ``load_state_dict`` of the torch.optim class.
+    """
+    # What loading replaces it makes anew, and leaves the former as it is.
+    before = dict(opt.__dict__)
+    try:
+        _load_between_hooks(opt, state_dict, torch_load)
+    except BaseException:
+        opt.__dict__.clear()
+        opt.__dict__.update(before)
+        raise
+
+
+def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
+    # Hooks may repair what they are given and look at what was loaded: they run before and
+    # after everything, not only around what torch does of it.
+    hooks = {name: getattr(opt, name) for name in (_BEFORE, _AFTER)}
+    if isinstance(state_dict, Mapping):
+        state_dict = dict(state_dict)
+        for hook in hooks[_BEFORE].values():
+            changed = hook(opt, state_dict)
+            state_dict = state_dict if changed is None else changed
+    for name in hooks:
+        setattr(opt, name, OrderedDict())
+    _load_checked(opt, state_dict, torch_load)
+    for name, registered in hooks.items():
+        setattr(opt, name, registered)
+    for hook in hooks[_AFTER].values():
+        hook(opt)
+
+
+def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
+    state_dict = _completed(opt, state_dict)
+    anchors = _checked_anchors(opt, state_dict)
+    before = int(opt.param_groups[0]["draw_index"]), opt._resumed
+    slot, cache = opt._replay, opt._cache
+    if before[0] <= 1:
+        boundary.refuse_earlier(opt._named, state_dict["param_groups"])
+    flags_before = [
+        {name: group.get(name) for name in _FLAGS_OF_OURS} for group in opt.param_groups
+    ]
+    options_before = [
+        {name: group[name] for name in (*opt._guidance, "anchored")} for group in opt.param_groups
+    ]
+    # torch casts all floating state to the parameter's dtype, which would round an anchor, a
+    # master weight and moments that are kept in another dtype.
+    kept_back = {"anchor", "master"}
+    if opt._settings.state_dtype is not None:
+        kept_back |= opt._rule.columns.keys() - {"step"}
+    stripped = dict(state_dict)
+    stripped["state"] = {
+        key: {k: anchor.resolved(v) for k, v in entry.items() if k not in kept_back}
+        if isinstance(entry, Mapping)
+        else entry
+        for key, entry in state_dict["state"].items()
+    }
+    torch_load(stripped)
+    _load_kept_back(opt, state_dict, kept_back - {"anchor"})
+    _shard_moments(opt)
+    _give_moments_memory(opt)
+    for group, flags, options, saved in zip(
+        opt.param_groups, flags_before, options_before, state_dict["param_groups"], strict=True
+    ):
+        _arguments.make_plain(group)
+        group.update({k: v for k, v in flags.items() if v is not None or k in group})
+        group.update({k: v for k, v in options.items() if k not in saved})
+    dtypes = [value.dtype for value in anchors.values()]
+    made = anchor.allocate_all([*anchors], dtypes, opt._settings.anchor_device)
+    for (param, value), target in zip(anchors.items(), made, strict=True):
+        # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
+        anchor.write(target, value.detach())
+        opt.state[param]["anchor"] = target
+    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+        if saved.get("anchored"):
+            _anchor_empty_shards(opt, group)
+        present = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
+        group["anchored"] = max(present, saved.get("anchored", 0))  # other ranks' included
+    _normalise_steps(opt)
+    # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
+    fresh = before[0] <= 1 or before[0] == before[1]
+    opt._resumed = int(opt.param_groups[0]["draw_index"]) if fresh else None
+    opt._replay = slot
+    opt._awaits_load, opt._cache = False, cache
+    opt._reset_caches()
+    opt._rule.after_load(opt, state_dict)
+
+
+def _give_moments_memory(opt) -> None:
+    """Gives every moment memory of its own, as dense as the parameter's.
+
+    torch takes the checkpoint's tensors as they are: an expanded one, one that two parameters
+    share, or a parameter's own, could not be written.
+    """
+    taken = {
+        (p.device, sharding.local(p).untyped_storage().data_ptr())
+        for group in opt.param_groups
+        for p in group["params"]
+        if not (is_lazy(p) or sharding.keeps_values_elsewhere(p))
+    }
+    for entry in opt.state.values():
+        if not isinstance(entry, dict):
+            continue
+        for name in opt._rule.columns:  # masters are copies
+            value = entry.get(name)
+            if not isinstance(value, Tensor) or sharding.is_dtensor(value):
+                continue
+            place = value.device, value.untyped_storage().data_ptr()
+            if not backends.is_dense(value):
+                entry[name] = value.contiguous()
+            elif value.numel() and place in taken:
+                entry[name] = value.clone()
+            taken.add(place)
+
+
+def _anchor_empty_shards(opt, group: dict[str, Any]) -> None:
+    """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
+
+    A rank on which all is empty would not know otherwise that there are norms to be summed.
+    """
+    for param in group["params"]:
+        empty = fsdp1.is_empty(param) and param.requires_grad
+        if empty and "anchor" not in opt.state.get(param, ()):
+            opt._rule.init_state(opt, param, group, first=False)
+            opt.state[param]["anchor"] = torch.empty_like(param)
+
+
+def _load_kept_back(opt, state_dict: Mapping[str, Any], names: set[str]) -> None:
+    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name not in names or value is None:
+                    continue
+                if name != "master":
+                    dtype = anchor.storage_dtype(param, opt._settings.state_dtype, "a parameter")
+                elif opt._settings.has_master(param):
+                    dtype = torch.float32
+                else:
+                    continue  # the weights have become wide enough to hold everything
+                value = anchor.resolved(value.detach())
+                opt.state[param][name] = value.to(param.device, dtype, copy=True)
+
+
+def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.
+
+    Of flattened ones they put empty dicts where the checkpoint has nothing, and they leave out
+    frozen parameters, whose prepared room the load has filled all the same.
+    """
+    saved_state.check_form(state_dict, opt.param_groups)
+    state = {
+        key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
+        if isinstance(entry, Mapping)
+        else entry
+        for key, entry in state_dict["state"].items()
+    }
+    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            if state.get(key) is None and opt._awaits_load and not param.requires_grad:
+                room = opt.state.get(param, {})
+                if "anchor" in room and anchor.finite(room["anchor"]):
+                    state[key] = dict(room)
+    # None and {} say that nothing is known of a parameter.
+    known = {
+        key: entry
+        for key, entry in state.items()
+        if entry is not None and not (isinstance(entry, Mapping) and not entry)
+    }
+    return {**state_dict, "state": known}
+
+
+def _shard_moments(opt) -> None:
+    """Shards what came as whole tensors: what torch's helpers find no room for."""
+    for param, entry in opt.state.items():
+        if not sharding.is_dtensor(param) or not isinstance(entry, dict):
+            continue
+        for name in entry.keys() & {*opt._rule.columns, "master"} - {"step"}:
+            value = entry[name]
+            if isinstance(value, Tensor) and not sharding.is_dtensor(value):
+                made = anchor.allocate(param, value.dtype, None)
+                anchor.write(made, value.detach())
+                entry[name] = made
+
+
+def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
+    """Checks groups and states but for the anchors."""
+    ours = {**opt._guidance, "anchored": 0}
+    for number, (group, saved) in enumerate(
+        zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    ):
+        saved_state.check_group(number, saved, opt.defaults, ours)
+        options = {**group, **saved}
+        if saved.get("amsgrad") is None:
+            options["amsgrad"] = False
+        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            if key not in state_dict["state"]:
+                continue
+            entry = state_dict["state"][key]
+            label = f"parameter {place} of group {number}"
+            needed = opt._rule.needed_to_load(options, entry)
+            known = [*opt._rule.columns.keys() - {"anchor"}, "master"]
+            saved_state.check_entry(entry, param, label, needed, known)
+            if "master" in entry and not opt._settings.master_weights:
+                raise ValueError(
+                    f"the checkpoint has a master weight of {label}, which this optimizer "
+                    "would not keep; build it with master_weights=True over 16-bit parameters"
+                )
+
+
+def _checked_anchors(opt, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
+    _check_entries(opt, state_dict)
+    saved_groups = state_dict["param_groups"]
+    anchors: dict[Tensor, Tensor] = {}
+    for number, (group, saved) in enumerate(zip(opt.param_groups, saved_groups, strict=True)):
+        present, filled, frozen = 0, 0, 0
+        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            entry = state_dict["state"].get(key, {})
+            value = entry.get("anchor")
+            if value is None or _unfilled(opt, value, saved):
+                present += fsdp1.is_empty(param)
+                frozen += not param.requires_grad
+                continue
+            anchor.check_source(value, param, f"parameter {place} of group {number}")
+            anchors[param] = value
+            present += 1
+            filled += value.numel() > 0
+        check = {name: saved[name] for name in opt._guidance if name in saved}
+        _arguments.check_agreement(number, check, saved_groups[0])
+        _arguments.check_options(check)
+        missing = (
+            saved.get("anchored", 0) - opt._ownership.anchored_elsewhere(number, group) - present
+        )
+        if missing > 0:
+            raise RuntimeError(
+                f"the checkpoint's group {number} was anchored ({saved['anchored']} "
+                f"parameters) but carries {present} anchors: they were lost on the way. "
+                + (
+                    "torch's checkpoint helpers leave out the state of frozen parameters: "
+                    "requires_grad_(True) while it is loaded, or prepare_for_load() with a "
+                    "distributed checkpoint"
+                    if missing <= frozen
+                    else "A new optimizer has no room for them where a distributed checkpoint "
+                    "or torch's set_optimizer_state_dict fills what is there: call "
+                    "prepare_for_load(checkpoint) first, before get_optimizer_state_dict. "
+                    "Otherwise save and load the whole state_dict(), or call "
+                    "set_anchor(tensors) with the previous task's weights after loading one "
+                    "without guidance"
+                )
+            )
+        if filled > saved.get("anchored", filled):
+            raise ValueError(
+                f"the checkpoint's group {number} has {saved['anchored']} anchored parameters, "
+                f"but {filled} anchors came with it: they are not the checkpoint's but this "
+                "optimizer's, as they stood in the template of a partial load. Call "
+                "prepare_for_load(checkpoint) or clear_anchor() before the template is made"
+            )
+    anchored = any("anchor" in entry for entry in opt.state.values() if isinstance(entry, dict))
+    anchored = anchored and not opt._awaits_load
+    if anchored and not anchors and not any(saved.get("anchored") for saved in saved_groups):
+        raise ValueError(
+            "this optimizer has an anchor and the checkpoint carries none: loading would drop "
+            "it silently. Load first and call set_anchor() afterwards, or call clear_anchor() "
+            "before loading"
+        )
+    return anchors
+
+
+def _unfilled(opt, value: Any, saved: Mapping[str, Any]) -> bool:
+    """Returns whether an anchor is prepared room into which nothing was loaded."""
+    if not opt._awaits_load or not isinstance(value, Tensor):
+        return False
+    if sharding.local(value).numel() == 0:  # which only the group can tell
+        return not saved.get("anchored", 1)
+    return not anchor.finite(value)
+
+
+def _normalise_steps(opt) -> None:
+    """Gives ``step`` and the draw index the form that the kernels write."""
+    for param, entry in opt.state.items():
+        if isinstance(entry, dict) and entry.get("step") is not None:
+            # Its own: one count for two parameters would go up twice in a step.
+            entry["step"] = state.step_scalar(opt, param, entry["step"]).clone()
+    for group in opt.param_groups:
+        if isinstance(group["draw_index"], Tensor) and not opt._settings.capturable:
+            group["draw_index"] = int(group["draw_index"])

@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Steps that DeepSpeed's ZeRO optimizers drive, a flat partition at a time.
+
+ZeRO puts flat float32 partitions of this rank in place of the parameters, and its own step calls
+the optimizer's several times: once per parameter group (stages 1 and 2), once per sub-group with
+all other groups emptied (stage 3), or once (its optimizer for bfloat16 with float32 gradients).
+All calls of one engine step make one step here: one draw, one ‖g‖, one ‖θ - θ*‖ over all ranks.
+
+A partition is cut back into the fragments of parameters that it consists of, whose places in the
+unsharded parameters are known. So draws per tensor and per element are those of the unsharded run,
+norms per tensor can be had, and the padding at a partition's end is nobody's: it is never touched
+and counts nowhere.
+
+‖g‖ is the norm that DeepSpeed has measured and clipped by, on every rank the same: it costs neither
+a pass nor a collective. Only it is known at the first call, when the other groups' gradients do
+not yet lie where they are stepped. ‖θ - θ*‖ is measured then, over all partitions and in one
+collective, on the steps that inject. It is not carried over from the pass before, since DeepSpeed
+writes weights past autograd's version counters.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, _callers, _ranges, anchor, backends, reference, sharding
+from dgg.anchor.boundary import Plan
+from dgg.deepspeed import partitions
+from dgg.deepspeed.partitions import Partition, cut
+from dgg.step import draws, norms
+from dgg.step.cache import RowCache
+from dgg.step.draws import Decision
+from dgg.step.run import Verbs
+
+
+class Partitions(sharding.Sharded):
+    """Every rank steps flat partitions that DeepSpeed made of all parameters.
+
+    Args:
+        driver: Knows the partitions.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def tensors(self, groups: Sequence[Mapping[str, Any]]) -> list[list[Tensor]]:
+        """Returns this rank's partitions by group."""
+        return [
+            [p.tensor for p in self._driver.partitions if p.group == number]
+            for number in range(len(groups))
+        ]
+
+    def peers(self, params: Sequence[Tensor]) -> list:
+        """Returns the group whose ranks have the other partitions."""
+        return [self._driver.zero_optimizer.dp_process_group]
+
+    def copied(self) -> sharding.Lost:
+        """Returns that a copy has one rank's partitions and no engine."""
+        return sharding.Lost("group")
+
+
+class _FragmentRows(RowCache):
+    """The rows of all partitions: one for each fragment, all views into its partition."""
+
+    def __init__(self, opt, groups, cuts: Sequence[Partition]) -> None:
+        self._cuts = cuts
+        self.of_partition: dict[int, backends.Rows] = {}
+        super().__init__(opt, groups, [partition.tensor for partition in cuts], [])
+
+    def _make_rows(self, opt, params, states, numbers, usable) -> None:
+        for number, (partition, entry) in enumerate(zip(self._cuts, states, strict=True)):
+            if not partition.fragments:
+                continue  # all padding
+            entry, fragments = entry or {}, partition.fragments
+            members = [partition.members[f.member] for f in fragments]
+            columns: dict[str, list] = {"anchors": [None] * len(members)}
+            for name, column in opt._rule.columns.items():
+                value = entry.get(name)
+                if column == "steps":
+                    # A count is written once per row: the others get one of their own.
+                    copies = [None if value is None else value.clone() for _ in members[1:]]
+                    columns[column] = [value, *copies]
+                else:
+                    columns[column] = [cut(value, f) for f in fragments]
+            rows = backends.make_rows(
+                backends.choose(opt._settings.backend, partition.tensor.device),
+                [cut(partition.tensor, f) for f in fragments],
+                [partition.group] * len(members),
+                [m.index for m in members],
+                places=[sharding.Place(f.base, f.count, f.count) for f in fragments],
+                # What is fresh, and whose version counts, is the partition.
+                holders=[partition.tensor] * len(members),
+                **columns,
+            )
+            self.of_partition[number] = rows
+            self.all_rows.append(rows)
+
+    def _make_watch(self, params, tensors, states, usable) -> backends.MemoryWatch:
+        return backends.MemoryWatch(params, tensors)
+
+    def _can_take_native_gradients(self) -> bool:
+        return False  # gradients stand in the partitions
+
+
+class Driver:
+    """Drives an optimizer for a ZeRO optimizer of DeepSpeed.
+
+    Args:
+        opt: The dgg optimizer.
+        zero_optimizer: DeepSpeed's optimizer around it.
+
+    Attributes:
+        partitions: This rank's, in DeepSpeed's order.
+        verbs: A step's verbs: the first of DeepSpeed's calls decides, the last one finishes.
+
+    Raises:
+        RuntimeError: DeepSpeed is set up in a way that is not supported; the message says what
+            to use instead.
+        ValueError: An option of the optimizer does not go with partitions.
+    """
+
+    def __init__(self, opt, zero_optimizer) -> None:
+        partitions.refuse(opt, zero_optimizer)
+        self._zero_optimizer = weakref.ref(zero_optimizer)
+        self.partitions: list[Partition] = []
+        # What was decided at the first call of an engine step and holds for the others.
+        self._decision: Decision | None = None
+        self.verbs = Verbs(
+            self._decide, self._take_gradients, self._measure, self._finish, self._abandon
+        )
+        self._look_at_partitions(opt)
+        opt._ownership = Partitions(self)
+        self._drop_orphans(opt)
+        dtype = partitions.weights_dtype(zero_optimizer)
+        if dtype in _arguments.NARROW:
+            _arguments.warn_narrow(
+                "DeepSpeed's master weights are",
+                dtype,
+                "leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its "
+                "configuration, then ZeRO keeps them in float32",
+            )
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or None if it is gone."""
+        return self._zero_optimizer()
+
+    def _look_at_partitions(self, opt) -> None:
+        """Looks at the partitions; cuts them anew if they are others than before."""
+        zero_optimizer = self.zero_optimizer
+        tensors = partitions.layout_of(zero_optimizer).partitions(zero_optimizer)
+        if len(tensors) == len(self.partitions) and all(
+            p.tensor is t for p, (t, _) in zip(self.partitions, tensors, strict=True)
+        ):
+            return
+        self.partitions = partitions.partitions_of(opt, zero_optimizer)
+        opt._cache = None
+
+    def _drop_orphans(self, opt) -> None:
+        """Drops the state of parameters that partitions took the place of: nothing can save it."""
+        mine = {id(p.tensor) for p in self.partitions}
+        orphans = [p for p in opt.state if id(p) not in mine]
+        for p in orphans:
+            del opt.state[p]
+        if orphans:
+            warnings.warn(
+                f"the optimizer had state of {len(orphans)} parameters before DeepSpeed's ZeRO put "
+                "partitions in their place, and ZeRO takes none of it along: it is dropped. Call "
+                "set_anchor() after deepspeed.initialize, and resume moments with load_checkpoint",
+                stacklevel=_callers.stacklevel(),
+            )
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def _decide(self, opt) -> Decision:
+        """Returns the decision of the engine step, which its first call makes for all.
+
+        Raises:
+            RuntimeError: The anchor that the groups promise is missing, or DeepSpeed does
+                something that is not known here.
+        """
+        self._look_at_partitions(opt)
+        number_of = {id(p.tensor): number for number, p in enumerate(self.partitions)}
+        self._called = [
+            number_of.get(id(p))
+            for group in opt.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        kind = type(self.zero_optimizer).__name__
+        if None in self._called or not self._called:
+            raise RuntimeError(
+                f"{kind} asks to step a tensor that is none of its partitions: "
+                "either the optimizer was handed to a second engine (build a new one for every "
+                "deepspeed.initialize), or this release of DeepSpeed is not known to dgg (use the "
+                "one that docs/deepspeed.md names)"
+            )
+        if 0 in self._called:
+            self._decision = self._decide_for_all(opt)
+        if self._decision is None:
+            raise RuntimeError(
+                f"{kind} did not begin its step with its first partition; this "
+                "release of DeepSpeed is not known to dgg: use the one that docs/deepspeed.md names"
+            )
+        return self._decision
+
+    def _decide_for_all(self, opt) -> Decision:
+        opt._replay.check_closed()
+        self._part_steps(opt)
+        groups = opt._all_groups
+        options = opt._draws.options.read(groups)
+        decision = Decision(options, groups, draws.hyper_of(opt, groups), options["draw_index"])
+        decision.looks_ahead = False
+        self._flags = self._draw_for_all(opt, decision) if self._is_anchored(opt) else None
+        scaled = self._flags is not None and options["scaling"]
+        # ‖g‖ as DeepSpeed has measured it; c and s where they are the same for all tensors, and
+        # those of each partition where they are not.
+        self._grad_norm: Tensor | None = None
+        self._coefficients: Tensor | None = None
+        self._by_partition: list[Tensor] = []
+        if scaled or options["max_grad_norm"] is not None:
+            device = self.partitions[0].tensor.device
+            norm = partitions.grad_norm(self.zero_optimizer).to(device, torch.float64)
+            self._grad_norm = norm
+            if options["norm_scope"] == "global" or not scaled:
+                squares = torch.zeros(3, 1, dtype=torch.float64, device=device)
+                squares[:2] = norm.square()
+                if scaled:
+                    squares[2] = self._squared_distance(opt)
+                self._coefficients = reference.coefficients(
+                    squares,
+                    max_grad_norm=options["max_grad_norm"],
+                    scaling=scaled,
+                    per_tensor=False,
+                )
+        for group in groups:
+            group["draw_index"] = decision.index + 1
+        return decision
+
+    def _draw_for_all(self, opt, decision: Decision) -> Tensor | None:
+        """Returns the uint8 flags of all members of all partitions; None if none injects."""
+        groups = [p.group for p in self.partitions for _ in p.members]
+        indices = [m.index for p in self.partitions for m in p.members]
+        flags = opt._draws.drawn(decision, groups, indices, decision.index)
+        if flags == 0:
+            return None
+        flags = [flags] * len(groups) if isinstance(flags, int) else flags
+        return torch.tensor(flags, dtype=torch.uint8, device="cpu")
+
+    def _part_steps(self, opt) -> None:
+        # DeepSpeed's universal loader gives all sub-groups one and the same tensor.
+        seen: set[int] = set()
+        for partition in self.partitions:
+            entry = opt.state.get(partition.tensor) or {}
+            step = entry.get("step")
+            if isinstance(step, Tensor):
+                if id(step) in seen:
+                    step = entry["step"] = step.clone()
+                seen.add(id(step))
+
+    def _rows(self, opt) -> dict[int, backends.Rows]:
+        """Returns the rows of every partition that is not all padding."""
+        params = [p.tensor for p in self.partitions]
+        members = opt._ownership.tensors(opt._all_groups)
+        groups = [
+            {**group, "params": own} for group, own in zip(opt._all_groups, members, strict=True)
+        ]
+        grads = [p.grad for p in params]
+        if opt._cache is None or not opt._cache.valid(opt, groups, params, grads, []):
+            opt._cache = _FragmentRows(opt, groups, self.partitions)
+        return opt._cache.of_partition
+
+    def _take_gradients(self, opt, decision: Decision) -> list[backends.Rows]:
+        groups = opt._all_groups
+        for number in self._called:
+            partition = self.partitions[number]
+            opt._rule.init_state(opt, partition.tensor, groups[partition.group], first=True)
+        rows_of = self._rows(opt)
+        elementwise = decision.options["granularity"] == "element"
+        self._stepped = [number for number in self._called if number in rows_of]
+        for number in self._stepped:
+            partition = self.partitions[number]
+            grads = [cut(partition.tensor.grad, f) for f in partition.fragments]
+            rows_of[number].take_gradients(grads, [], elementwise=elementwise)
+        return [rows_of[number] for number in self._stepped]
+
+    def _measure(self, opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
+        rows_of = dict(zip(self._stepped, all_rows, strict=True))
+        found = []
+        for number in self._called:
+            rows = rows_of.get(number)
+            coefficients = self._coefficients_of(decision, number, rows)
+            if rows is None:
+                # Nothing of it is anybody's, but its count goes along: checkpoints compare them.
+                opt._rule.skip_update(opt, self.partitions[number].tensor)
+            else:
+                found.append(coefficients)
+        decision.flags = [
+            None if self._flags is None else opt._draws.flags(decision, rows, decision.index)
+            for rows in all_rows
+        ]
+        draws.settle(decision, any([flags is not None for flags in decision.flags]))
+        return found
+
+    def _coefficients_of(
+        self, decision: Decision, number: int, rows: backends.Rows | None
+    ) -> Tensor | None:
+        """Returns c and s of the rows of one partition; with norms per tensor a collective."""
+        partition = self.partitions[number]
+        if self._coefficients is not None:
+            count = 0 if rows is None else len(rows.params)
+            head, scale = self._coefficients.split([reference.SCALES, 1])
+            return torch.cat([head, scale.expand(count)])
+        if self._grad_norm is None:
+            return None if rows is None else rows.constant_coefficients()
+        device = partition.tensor.device
+        squares = torch.zeros(3, len(partition.members), dtype=torch.float64, device=device)
+        if rows is not None:
+            rows.forget()
+            squares[:, [f.member for f in partition.fragments]] = rows.norms(
+                replay_weight=1.0,
+                scaling=decision.scaling,
+                which=reference.NORM_GRAD | reference.NORM_DISTANCE,
+            )
+        squares = self._sum(squares)
+        squares[0] = 0.0
+        squares[0, 0] = self._grad_norm.square()
+        found = reference.coefficients(
+            squares, max_grad_norm=decision.options["max_grad_norm"], scaling=True, per_tensor=True
+        )
+        self._by_partition.append(found)
+        places = [*range(reference.SCALES)]
+        places += [reference.SCALES + f.member for f in partition.fragments]
+        return found[places]
+
+    def _finish(self, opt, decision: Decision, all_rows, found) -> None:
+        if len(self.partitions) - 1 not in self._called:
+            return
+        device, every = self.partitions[0].tensor.device, self._coefficients
+        if self._by_partition:
+            # ‖g‖ and ‖d‖ over all tensors, from those of every partition.
+            heads = torch.stack([x[: reference.SCALES] for x in self._by_partition])
+            total = heads.square().sum(dim=0).sqrt()
+            head = torch.stack([heads[0, 0], total[1], total[2], heads[0, 3]])
+            every = torch.cat([head, *(x[reference.SCALES :] for x in self._by_partition)])
+        flags = None if self._flags is None else self._flags.to(device)
+        if every is None:
+            every = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
+        backend = backends.choose(opt._settings.backend, device)
+        opt._last = norms.record(decision, device, backend, flags, every, None)
+        self._decision = None
+
+    def _abandon(self, opt) -> None:
+        partitions.put_back(opt, self.zero_optimizer)
+
+    def _squared_distance(self, opt) -> Tensor:
+        """Returns ‖θ - θ*‖² over all partitions of all ranks, float64 [1]: one collective."""
+        with _ranges.record("dgg.norm"):
+            total = torch.zeros(1, dtype=torch.float64, device=self.partitions[0].tensor.device)
+            for rows in self._rows(opt).values():
+                # A row counts if it has a gradient; every one will have, but not yet.
+                rows.take_gradients(list(rows.params), [], elementwise=False)
+                rows.forget()
+                squares = rows.norms(
+                    replay_weight=1.0,
+                    scaling=backends.Scaling(),
+                    which=reference.NORM_DISTANCE,
+                )
+                total += squares[2].sum().to(total.device)
+                rows.release()
+        return self._sum(total)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        group = self.zero_optimizer.dp_process_group
+        if dist.get_world_size(group) == 1:
+            return values
+        # With offloaded partitions the group's backend may want them where the model is.
+        there = values.to(self.partitions[0].members[0].param.device)
+        with _ranges.record("dgg.allreduce"):
+            dist.all_reduce(there, group=group)
+        return there.to(values.device)
+
+    # -- anchors --------------------------------------------------------------------------------
+
+    def _count_anchors(self, opt) -> int:
+        return sum("anchor" in opt.state.get(p.tensor, ()) for p in self.partitions)
+
+    def _is_anchored(self, opt) -> bool:
+        present = self._count_anchors(opt)
+        promised = any(group["anchored"] for group in opt._all_groups)
+        if present == len(self.partitions) or not (present or promised):
+            return present > 0
+        raise RuntimeError(
+            f"the optimizer was anchored but only {present} of {len(self.partitions)} partitions "
+            "have an anchor: the resume lost them (a universal checkpoint of DeepSpeed carries "
+            "none). Load a checkpoint that has them, set them again with set_anchor(tensors) of "
+            "the previous task's weights, or give up guidance with clear_anchor()"
+        )
+
+    def marked_groups(self, opt) -> list[dict[str, Any]]:
+        """Returns the groups, of which none is anchored if a resume brought no anchor at all."""
+        self._look_at_partitions(opt)
+        if self._count_anchors(opt):
+            return opt._all_groups
+        return [{**group, "anchored": 0} for group in opt._all_groups]
+
+    def plan_anchors(
+        self,
+        opt,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+        model: torch.nn.Module | None,
+    ) -> Plan:
+        """Returns of every partition what its fragments' anchors are and the memory for them.
+
+        Args:
+            opt: The dgg optimizer.
+            tensors: Whole tensors by name, the path of some, or None for the present weights.
+            model: Maps names to parameters; None takes DeepSpeed's names.
+
+        Raises:
+            FileNotFoundError: There is nothing at the path.
+            KeyError: A parameter has no tensor.
+            TypeError: A wrong type.
+            ValueError: A shape or a value does not fit.
+        """
+        self._look_at_partitions(opt)
+        if tensors is None and model is not None:
+            raise ValueError("model= maps the names of tensors to parameters; give both or neither")
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
+        if isinstance(tensors, (str, os.PathLike)):
+            tensors = anchor.open_path(tensors)
+        elif tensors is not None and not isinstance(tensors, Mapping):
+            raise TypeError(
+                "set_anchor() takes a mapping from names to tensors or the path of a file or "
+                f"directory of them, not {type(tensors).__name__}"
+            )
+        names = {} if model is None else anchor.names_of_parameters(model)
+        plan = []
+        for number, partition in enumerate(self.partitions):
+            label = f"partition {number}"
+            wanted = anchor.storage_dtype(partition.tensor, opt._settings.anchor_dtype, label)
+            if tensors is None:
+                sources = [cut(partition.tensor, f) for f in partition.fragments]
+                for f, source in zip(partition.fragments, sources, strict=True):
+                    name = partition.members[f.member].name or f"a parameter of {label}"
+                    anchor.check_source(source, source, name, wanted)
+            else:
+                sources = list(_named_sources(partition, tensors, names, model, wanted))
+            old = opt.state.get(partition.tensor, {}).get("anchor")
+            fits = old is not None and old.dtype == wanted and old.shape == partition.tensor.shape
+            if not fits:
+                old = anchor.allocate(partition.tensor, wanted, opt._settings.anchor_device)
+            write = functools.partial(_write_fragments, partition, sources)
+            plan.append((partition.tensor, write, old))
+        return plan
+
+
+def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Tensor) -> None:
+    # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
+    target.zero_()
+    for f, source in zip(partition.fragments, sources, strict=True):
+        cut(target, f).copy_(source)
+
+
+def _named_sources(
+    partition: Partition,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[Tensor, list[str]],
+    model: torch.nn.Module | None,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Yields of every fragment what named whole tensors have for it."""
+    members = partition.members
+    labels = [f"parameter {m.name!r}" for m in members]
+    known = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
+    found = anchor.find_names(tensors, known, labels, model)
+    fragments = {f.member: f for f in partition.fragments}
+    for number, (member, name, label) in enumerate(zip(members, found, labels, strict=True)):
+        # What other ranks have a fragment of is checked, too: all ranks raise or none.
+        source = tensors[name]
+        whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
+        anchor.check_source(source, whole, label, dtype)
+        if number in fragments:
+            f = fragments[number]
+            yield source.detach().reshape(-1)[f.base : f.base + f.count]
+
+
+def find_driver(opt) -> Driver | None:
+    """Returns what drives the optimizer, if a ZeRO optimizer of DeepSpeed does.
+
+    Args:
+        opt: A dgg optimizer whose parameters are not those it was given.
+
+    Raises:
+        RuntimeError: Its parameters are flat partitions of an engine that is not known, or
+            DeepSpeed is set up in a way that is not supported.
+        ValueError: An option of the optimizer does not go with partitions.
+    """
+    zero_optimizer = partitions.find_zero_optimizer(opt)
+    if zero_optimizer is None:
+        partitions.refuse_unknown_partitions(opt)
+        return None
+    try:
+        return Driver(opt, zero_optimizer)
+    except BaseException:
+        partitions.put_back(opt, zero_optimizer)
+        raise

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What DeepSpeed's objects are asked: all that dgg relies on in DeepSpeed stands in this file.
+
+DeepSpeed is never imported: an optimizer that finds other parameters than those it was given looks
+for the DeepSpeed object that has it as its ``optimizer``.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, _callers
+
+
+class Member(NamedTuple):
+    """A parameter of which a partition may have a fragment.
+
+    Attributes:
+        index: Its number in the unsharded optimizer, counted over all groups.
+        name: Its name in the model, or None.
+        param: The model's parameter.
+        shape: Its unsharded shape.
+    """
+
+    index: int
+    name: str | None
+    param: Tensor
+    shape: torch.Size
+
+
+class Fragment(NamedTuple):
+    """Where a run of a parameter's elements lies in this rank's partition.
+
+    Attributes:
+        member: Number of the parameter among the partition's members.
+        start: First element in the partition.
+        count: Number of elements, not 0.
+        base: First element in the parameter, row-major.
+    """
+
+    member: int
+    start: int
+    count: int
+    base: int
+
+
+class Partition(NamedTuple):
+    """This rank's part of a group or sub-group of parameters.
+
+    Attributes:
+        tensor: What the optimizer steps, flat.
+        group: Number of its parameter group.
+        members: The parameters of the group or sub-group, the same on every rank.
+        fragments: What this rank has of them.
+    """
+
+    tensor: Tensor
+    group: int
+    members: list[Member]
+    fragments: list[Fragment]
+
+
+def cut(x: Tensor | None, fragment: Fragment) -> Tensor | None:
+    """Returns a fragment's part of a partition, or None of None."""
+    # From .data, so that the fragments count their versions apart from each other.
+    return None if x is None else x.data.narrow(0, fragment.start, fragment.count)
+
+
+def partitions_of(opt, zero_optimizer) -> list[Partition]:
+    """Returns this rank's partitions, cut into the fragments of parameters that they consist of.
+
+    Args:
+        opt: The dgg optimizer.
+        zero_optimizer: DeepSpeed's optimizer around it.
+
+    Raises:
+        RuntimeError: The engine trains parameters that the optimizer was not built with.
+    """
+    layout = layout_of(zero_optimizer)
+    numbers = {identity: j for j, identity in enumerate(opt._original_ids)}
+    tensors = layout.partitions(zero_optimizer)
+    strange = sum(
+        id(param) not in numbers
+        for number in range(len(tensors))
+        for param, *_ in layout.pieces(zero_optimizer, number)
+    )
+    if strange:
+        raise RuntimeError(
+            f"DeepSpeed's engine trains {strange} parameters that this optimizer was not built "
+            "with, so their draws are not known: the parameters in its groups were exchanged "
+            "before deepspeed.initialize, or it has been in another engine. Build a new "
+            "optimizer over model.parameters() for every engine"
+        )
+    names = getattr(zero_optimizer, "param_names", None) or {}
+    partitions = []
+    for number, (tensor, group) in enumerate(tensors):
+        members, fragments = [], []
+        for param, shape, start, base, count in layout.pieces(zero_optimizer, number):
+            if count > 0:
+                fragments.append(Fragment(len(members), start, count, base))
+            members.append(Member(numbers[id(param)], names.get(param), param, shape))
+        partitions.append(Partition(tensor, group, members, fragments))
+    return partitions
+
+
+def layout_of(zero_optimizer) -> type:
+    """Returns how a kind of ZeRO lays its partitions out."""
+    return _LAYOUTS[type(zero_optimizer).__name__]
+
+
+def grad_norm(zero_optimizer) -> Tensor:
+    """Returns the norm of the gradient that DeepSpeed hands over, clipped if it clips."""
+    norm = zero_optimizer._global_grad_norm
+    if norm is None:
+        raise RuntimeError(
+            "zero_optimization.compute_grad_norm=false leaves out the gradient norm that a "
+            "guided or clipped step needs; set it to true"
+        )
+    if getattr(zero_optimizer, "dynamic_loss_scale", False):
+        # Stages 1 and 2 unscale by the scale of after the step's update, which may have grown.
+        norm = _local_of_step(zero_optimizer, "scaled_global_grad_norm") / zero_optimizer.loss_scale
+    norm = torch.as_tensor(norm).double()
+    # Older releases say -1 where gradients are inf or NaN; the square of that would look fine.
+    norm = torch.where(norm < 0, torch.nan, norm)
+    if zero_optimizer.clip_grad > 0.0:
+        norm = norm / torch.clamp((norm + 1e-6) / zero_optimizer.clip_grad, min=1.0)
+    return norm
+
+
+def put_back(opt, zero_optimizer) -> None:
+    """Makes the groups what they are between steps, after an error in one.
+
+    DeepSpeed would leave them as they were for its call of ``step()``, and whoever then saves what
+    there is would save no more than that.
+    """
+    opt.param_groups = opt._all_groups
+    if _LAYOUTS.get(type(zero_optimizer).__name__) is _Stage3:
+        for group in opt.param_groups:
+            group["params"] = []
+
+
+class _Stage1And2:
+    """ZeRO-1 and ZeRO-2: a partition per group, each parameter one run of the flat group."""
+
+    @staticmethod
+    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
+        """Returns every partition and the number of its parameter group."""
+        return [
+            (p, group) for group, p in enumerate(zero_optimizer.single_partition_of_fp32_groups)
+        ]
+
+    @staticmethod
+    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
+        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
+        params = zero_optimizer.round_robin_bit16_groups[number]
+        size = zero_optimizer.single_partition_of_fp32_groups[number].numel()
+        offsets = zero_optimizer.round_robin_bit16_offsets[number]
+        first = size * _rank(zero_optimizer.real_dp_process_group[number])
+        for param, offset in zip(params, offsets, strict=True):
+            low, high = max(offset, first), min(offset + param.numel(), first + size)
+            yield param, param.shape, max(low - first, 0), max(low - offset, 0), high - low
+
+
+class _BF16:
+    """bfloat16 with float32 gradients (ZeRO-1): as stages 1 and 2, in the groups' own order."""
+
+    @staticmethod
+    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
+        """Returns every partition and the number of its parameter group."""
+        return [(p, group) for group, p in enumerate(zero_optimizer.fp32_groups_flat_partition)]
+
+    @staticmethod
+    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
+        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
+        size = zero_optimizer.fp32_groups_flat_partition[number].numel()
+        first, offset = size * _rank(zero_optimizer.real_dp_process_group[number]), 0
+        for param in zero_optimizer.bf16_groups[number]:
+            low, high = max(offset, first), min(offset + param.numel(), first + size)
+            yield param, param.shape, max(low - first, 0), max(low - offset, 0), high - low
+            offset += param.numel()
+
+
+class _Stage3:
+    """ZeRO-3: a partition per sub-group; of each parameter equal runs on all ranks, padded."""
+
+    @staticmethod
+    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
+        """Returns every partition and the number of its parameter group."""
+        tensors = zero_optimizer.fp32_partitioned_groups_flat
+        return [
+            (p, zero_optimizer.sub_group_to_group_id[number]) for number, p in enumerate(tensors)
+        ]
+
+    @staticmethod
+    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
+        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
+        rank, start = _rank(zero_optimizer.dp_process_group), 0
+        for param in zero_optimizer.fp16_groups[number]:
+            size = param.partition_numel()
+            base = min(rank * size, param.ds_numel)
+            yield param, param.ds_shape, start, base, min(size, param.ds_numel - base)
+            start += size
+
+
+_LAYOUTS = {
+    "DeepSpeedZeroOptimizer": _Stage1And2,
+    "DeepSpeedZeroOptimizerStage3": _Stage3,
+    "BF16_Optimizer": _BF16,
+}
+# What an optimizer of DeepSpeed has that steps partitions.
+_PARTITIONS = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "fp32_groups_flat_partition",
+)
+
+
+def find_zero_optimizer(opt) -> Any:
+    """Returns the ZeRO optimizer of DeepSpeed that has ``opt`` as its ``optimizer``, or None."""
+    if "deepspeed" not in sys.modules:
+        return None
+    return next(filter(_has_partitions, _holders(opt)), None)
+
+
+def _has_partitions(holder) -> bool:
+    return any(hasattr(holder, name) for name in _PARTITIONS)
+
+
+def _holders(opt) -> Iterator[Any]:
+    """Yields the objects of DeepSpeed that have an optimizer as their ``optimizer``."""
+    referrers = gc.get_referrers(opt)
+    entries = [x for x in referrers if isinstance(x, dict)]
+    owners = gc.get_referrers(*entries) if entries else []
+    for owner in (*referrers, *owners):
+        if not type(owner).__module__.startswith("deepspeed."):
+            continue
+        if getattr(owner, "optimizer", None) is opt:
+            yield owner
+
+
+def refuse_unknown_partitions(opt) -> None:
+    """Raises a RuntimeError if an engine that is not known put partitions into the groups."""
+    import torch.distributed as dist
+
+    if opt.process_group is not None or not (dist.is_available() and dist.is_initialized()):
+        return
+    given = set(opt._original_ids)
+    strange = [
+        p
+        for group in opt.param_groups
+        for p in group["params"]
+        if type(p) is Tensor and p.dim() == 1 and id(p) not in given
+    ]
+    # DeepSpeed without ZeRO keeps whole float32 copies of 16-bit parameters.
+    whole = "deepspeed" in sys.modules and any(True for _ in _holders(opt))
+    if strange and not whole and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "somebody put a flat tensor in place of the parameters this optimizer was given, and "
+            "it is not an engine that dgg knows (DeepSpeed's ZeRO is). If every rank has a "
+            "partition of a whole, say over which ranks: process_group=torch.distributed.group."
+            "WORLD (or optimizer.process_group = ...); otherwise norms would be those of one rank"
+        )
+
+
+def refuse(opt, zero_optimizer) -> None:
+    """Raises if DeepSpeed's or the optimizer's options do not go together."""
+    name = type(zero_optimizer).__name__
+    if name not in _LAYOUTS:
+        raise RuntimeError(
+            f"DeepSpeed's {name} is not supported; use ZeRO stage 1, 2 or 3 without zenflow, "
+            "super_offload and MiCS"
+        )
+    reasons = {
+        "expert parameters (MoE) are partitioned over other ranks than the rest: not supported; "
+        "guide a model without them, or use FSDP2": getattr(
+            zero_optimizer, "has_moe_layers", False
+        ),
+        "model parallel ranks beside ZeRO are not supported; use ZeRO alone, or FSDP2 with tensor "
+        "parallelism": _other_ranks(zero_optimizer),
+        "NVMe offload keeps partitions where they cannot be measured; use offload device cpu": (
+            getattr(zero_optimizer, "swap_optimizer", False)
+            or getattr(zero_optimizer, "params_in_nvme_and_cpu", False)
+        ),
+        "zenflow steps selected columns with an optimizer of its own; leave it out": (
+            getattr(zero_optimizer, "zenflow", False)
+        ),
+        "torch_autocast with float16 scales the loss inside every sub-step; use bfloat16, or "
+        "DeepSpeed's fp16": getattr(zero_optimizer, "torch_autocast_gradscaler", None) is not None,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise RuntimeError(f"DeepSpeed: {reason}")
+    options = {
+        "capturable=True": opt._settings.capturable,
+        "stochastic_rounding=True": opt._settings.stochastic_rounding,
+        "process_group=": opt.process_group is not None,
+        "master_weights=True": opt._settings.master_weights
+        and weights_dtype(zero_optimizer) in _arguments.NARROW,
+    }
+    whys = {
+        "capturable=True": "DeepSpeed calls the step piece by piece, no graph captures it",
+        "stochastic_rounding=True": "ZeRO steps float32 weights of its own",
+        "process_group=": "its own process group is used",
+        "master_weights=True": "ZeRO keeps float32 weights itself, unless its configuration has "
+        "bf16_master_weights_and_grads or fp16_master_weights_and_grads: drop that",
+    }
+    for option, given in options.items():
+        if given:
+            raise ValueError(f"{option} does not go with DeepSpeed ({whys[option]}); leave it out")
+
+
+def weights_dtype(zero_optimizer) -> torch.dtype:
+    """Returns the dtype of the weights that ZeRO steps: float32, unless it was told otherwise."""
+    return _LAYOUTS[type(zero_optimizer).__name__].partitions(zero_optimizer)[0][0].dtype
+
+
+def _other_ranks(zero_optimizer) -> bool:
+    import torch.distributed as dist
+
+    group = getattr(zero_optimizer, "model_parallel_group", None)
+    if group is not None and dist.get_world_size(group) > 1:
+        return True
+    mpu = getattr(zero_optimizer, "mpu", None)
+    size = getattr(mpu, "get_model_parallel_world_size", None)
+    if size is not None and size() > 1:
+        return True
+    ranks = _ranks(zero_optimizer.dp_process_group)
+    others = getattr(zero_optimizer, "sub_group_process_groups", ())
+    return any(_ranks(other) != ranks for other in others)
+
+
+def _rank(group) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank(group)
+
+
+def _ranks(group) -> list[int]:
+    import torch.distributed as dist
+
+    if group is None:
+        return list(range(dist.get_world_size()))
+    return dist.get_process_group_ranks(group)
+
+
+def _local_of_step(zero_optimizer, name: str) -> Tensor:
+    """Returns a local variable of the ``step()`` of DeepSpeed's that is running now."""
+    running = (local for owner, local in _callers.methods("step") if owner is zero_optimizer)
+    local = next(running, {})
+    if name in local:
+        return local[name]
+    raise RuntimeError(
+        f"{type(zero_optimizer).__name__}.step() has no {name}; this release of DeepSpeed is not "
+        "known to dgg: use the one that docs/deepspeed.md names, or a static loss scale"
+    )

@@ -1,0 +1,606 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What AdamW, Adam and SGD share: torch.optim's contract, the anchor and the replay.
+
+Until an anchor is set each class *is* the torch.optim class it derives from, with one fused pass
+as its step. The methods hand on: a step to `dgg.step.run`, an anchor to `dgg.anchor.boundary`, a
+checkpoint to `dgg.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as _torch_optimizer
+
+from dgg import _arguments, _callers, _ranges, deepspeed, sharding
+from dgg._imitable import Imitable, imitable
+from dgg.anchor import boundary
+from dgg.checkpoint import load, room, source
+from dgg.sharding import fsdp1, zero_redundancy
+from dgg.step import norms, settings, state
+from dgg.step.cache import RowCache
+from dgg.step.checks import Warned
+from dgg.step.draws import Draws
+from dgg.step.gradients import ReplaySlot
+from dgg.step.rule import Rule
+from dgg.step.run import CAPTURED, EAGER, Verbs, run
+
+
+class Guided(Imitable):
+    """What the guided optimizers share; stands before the torch.optim class in their bases."""
+
+    # The state is room for a checkpoint that is yet to be loaded.
+    _awaits_load = False
+    # The state was made by a checkpoint helper, who may not have known what will be loaded into it.
+    _template = False
+    # The step is being made between torch.optim's hooks.
+    _in_hooks = False
+    _new_rule: type[Rule]
+    process_group = sharding.ProcessGroup()
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
+        """Checks the guidance arguments, then lets torch.optim check and take the others."""
+        name = type(self).__name__
+        if options.pop("differentiable"):
+            raise ValueError(
+                f"dgg.{name} does not support differentiable=True: the fused step writes in place "
+                f"and records no graph; use torch.optim.{name} to differentiate through a step"
+            )
+        process_group = _arguments.check_process_group(options.pop("process_group"), options)
+        self._ownership = sharding.Sharded(process_group)
+        share = zero_redundancy.builder()
+        if share is not None:
+            if process_group is not None or options["capturable"]:
+                raise ValueError(
+                    "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, "
+                    "whose own process group is used and whose ranks synchronise in every step; "
+                    "leave both"
+                )
+            self._ownership = sharding.RankShare(share)
+        self._settings = settings.take_settings(options)
+        self._start_without_caches()
+        self._guidance = {**options, "draw_index": 0, "task_index": 0}
+        _arguments.check_options(self._guidance)
+        _arguments.make_plain(self._guidance)
+        # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
+        # FSDP2's modules does), another one would keep what an engine exchanges alive.
+        self._original_ids, self._driver, self._first_id = [], None, None
+        parent()
+        self._all_groups, self._first_id = self.param_groups, _first(self.param_groups)
+        _arguments.check_backend(self._settings.backend, self.param_groups)
+        every = self._ownership.recorded(self.param_groups)
+        rounding, master = self._settings.stochastic_rounding, self._settings.master_weights
+        _arguments.check_precision(rounding, master, [{"params": every}])
+        settings.check_kernels(
+            self._settings, [p for group in self.param_groups for p in group["params"]]
+        )
+        self.defaults.update(self._guidance)
+        _arguments.make_plain(self.defaults)
+
+    def _start_without_caches(self) -> None:
+        # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
+        self._rule, self._draws, self._replay = self._new_rule(), Draws(), ReplaySlot()
+        self._cache: RowCache | None = None
+        # What the last step did, for the statistics; the last gradients were partial sums of the
+        # ranks'; the last step was skipped.
+        self._last: dict[str, Any] | None = None
+        self._partial = False
+        self._skipped: Tensor | bool = False
+        # Steps that a fresh optimizer was resumed after; the task that was named with the anchor.
+        self._resumed: int | None = None
+        self._named: int | None = None
+        # All that captured steps read and write, for the optimizer's life: a graph knows addresses
+        # alone. First of each the rows.
+        self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_warned", Warned())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy or a pickle needs: torch's three entries and the settings."""
+        kept = {name: getattr(self, name) for name in ("_settings", "_guidance", "_awaits_load")}
+        return {**super().__getstate__(), **kept, "_ownership": self._ownership.copied()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over a copied, pickled or loaded state and starts without caches."""
+        state = dict(state)
+        if "_settings" not in self.__dict__:  # a copy; loading keeps what there is
+            state["_settings"] = settings.settings_in(state)
+            state.setdefault("_ownership", _ownership_in(state))
+        for former in [name for name in state if name in _FORMER_ENTRIES]:
+            del state[former]
+        self._start_without_caches()
+        super().__setstate__(state)
+        # DeepSpeed steps groups one by one in a list of its own.
+        self._all_groups = self.param_groups
+        if "_original_ids" not in self.__dict__:
+            self._original_ids = [id(p) for group in self.param_groups for p in group["params"]]
+            self._driver, self._first_id = None, _first(self.param_groups)
+        for group in self.param_groups:
+            for name, value in self._guidance.items():
+                group.setdefault(name, value)
+            group.setdefault("anchored", 0)
+
+    @imitable
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
+
+        Args:
+            param_group: ``{"params": ..., "lr": ..., "alpha": ..., "strength": ...}``; the other
+                guidance options belong to the whole optimizer.
+
+        Raises:
+            TypeError: A trainable parameter has a dtype that cannot be optimized.
+            ValueError: A guidance option is out of range or not one of a group, or a parameter
+                is given twice.
+        """
+        options = self.param_groups[0] if self.param_groups else self._guidance
+        if isinstance(param_group, dict) and "anchored" in param_group:
+            # A dict that was a group before, since torch.optim keeps the one it is given. What
+            # belonged to that optimizer as a whole does not come along, nor is it changed there.
+            param_group = {k: v for k, v in param_group.items() if k not in _arguments.WIDE}
+        if isinstance(param_group, dict):
+            for name in _arguments.WIDE:
+                if name in param_group and param_group[name] != options[name]:
+                    raise ValueError(
+                        f"{name} is one setting for the whole optimizer ({options[name]!r}); a "
+                        f"group cannot have its own ({param_group[name]!r}). Per group: alpha, "
+                        "strength"
+                    )
+            schedulable = {n: param_group[n] for n in _arguments.PER_GROUP if n in param_group}
+            _arguments.check_options(schedulable)
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _arguments.make_plain(group)
+            seen: set[int] = set()
+            for place, param in enumerate(group["params"]):
+                names = group.get("param_names")
+                label = f"parameter {names[place]!r}" if names else f"parameter {place}"
+                _arguments.check_param(param, f"{label} of group {before}")
+                if id(param) in seen:
+                    raise ValueError(
+                        f"{label} of group {before} is in the group twice and would be updated by "
+                        "two threads at once; pass every parameter once"
+                    )
+                seen.add(id(param))
+        except (TypeError, ValueError):
+            del self.param_groups[before:]
+            raise
+        for name in _arguments.WIDE:
+            group[name] = options[name]
+        for name in _arguments.PER_GROUP:
+            group.setdefault(name, self._guidance[name])
+        group["anchored"] = 0
+        self._original_ids += map(id, group["params"])
+        self._reset_caches()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves it to the step to unscale the gradients.
+
+        As in torch.optim with ``fused=True`` alone; and where a scaler does not see all: replay
+        gradients, and those of other ranks' partitions, of which the step says what to do.
+        """
+        return (
+            self._settings.unscales
+            or bool(self._replay)
+            or self.process_group is not None
+            or any(fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
+        )
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Ignores what torch.optim sets: it follows from the options and the replay gradients."""
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """The state by parameter: torch.optim's keys and ``anchor``.
+
+        Whoever changes the state reads it here first, so that a step need not look at thousands
+        of tensors that nobody touched.
+        """
+        try:
+            state = self.__dict__["state"]
+        except KeyError:  # of a wrapper that imitates the class and looks elsewhere then
+            raise AttributeError("state") from None
+        self._state_read = True
+        return state
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self._state_read = True
+        self.__dict__["state"] = value
+
+    @torch._disable_dynamo
+    @imitable
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as a dict, as torch.optim does; with numbers of Python's alone.
+
+        Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room
+        for what that holds, if a helper has made its state before that was known.
+        """
+        load.make_whole(self)
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    @imitable
+    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of the torch.optim class it replaces.
+
+        Moments follow torch's policy; an anchor keeps the dtype it was saved in. How the step is
+        carried out (foreach, fused, backend) stays as constructed, whatever the checkpoint says.
+        Replay gradients that wait for a step keep waiting.
+
+        Args:
+            state_dict: From ``state_dict()``.
+
+        Raises:
+            KeyError: It is no optimizer's state dict.
+            RuntimeError: The checkpoint says it is anchored but anchors are missing.
+            TypeError: It is no mapping, or a value in it is of the wrong type.
+            ValueError: It is of another class (a key that this one needs is missing), groups or
+                shapes differ, a value is out of range, or it carries no anchor while this
+                optimizer has one. After any error the optimizer is as it was.
+        """
+        load.load(self, state_dict, super().load_state_dict)
+
+    @imitable
+    @torch.no_grad()
+    def prepare_for_load(
+        self,
+        checkpoint: Any = None,
+        *,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
+
+        torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
+        without this a guided checkpoint is refused when it is loaded, unless it is known who loads
+        it: accelerate, the Trainer, a ``Stateful`` and torch's ``set_optimizer_state_dict`` need no
+        call (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or
+        ``get_state_dict`` make the template. It counts as no task and sets no anchor: until the
+        checkpoint is loaded, `step` raises.
+
+        Args:
+            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
+                it holds finds room, in the dtypes it was saved in. None makes room for an anchor of
+                every trainable parameter, in ``anchor_dtype``, beside the other state.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+
+        Raises:
+            FileNotFoundError: There is no distributed checkpoint in the directory.
+            KeyError: The checkpoint holds state, but of no parameter of this optimizer.
+            RuntimeError: The optimizer is driven by an engine with checkpoints of its own.
+            TypeError: ``checkpoint`` is no distributed checkpoint.
+            ValueError: It holds master weights, which this optimizer would not keep.
+
+        Example:
+            >>> opt = dgg.AdamW(model.parameters())
+            >>> opt.prepare_for_load(path, model=model)
+            >>> weights, state = get_state_dict(model, opt)
+            >>> dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            >>> set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
+        """
+        room.prepare(self, checkpoint, model)
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step: G of the guided gradients, then the base optimizer.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError: A gradient is sparse or of an unsupported dtype.
+            ValueError: An option in the groups is out of range.
+            RuntimeError: The anchor that the groups promise is missing.
+        """
+        if (
+            type(self).step is Guided.step
+            and not self._in_hooks
+            and (
+                torch.autograd.profiler._is_profiler_enabled
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _torch_optimizer._global_optimizer_pre_hooks
+                or _torch_optimizer._global_optimizer_post_hooks
+            )
+        ):
+            # torch.optim would always step inside of a range for the profiler, which costs as much
+            # as the update of a hundred tiny tensors. A subclass with a step of its own has torch's
+            # hooks around that one.
+            self._in_hooks = True
+            try:
+                return (
+                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
+                )
+            finally:
+                self._in_hooks = False
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._uncompiled_step()
+        else:
+            # Without the objects of `no_grad` and a decorated function's wrapper: either costs as
+            # much as a small kernel.
+            enabled = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                with _ranges.record("dgg.step"):
+                    verbs = self._verbs()
+                    if verbs is not None:
+                        run(self, verbs)
+            finally:
+                torch._C._set_grad_enabled(enabled)
+        if not self._in_hooks:
+            self._optimizer_step_code()
+        return loss
+
+    step.hooked = True  # torch.optim leaves it as it is
+
+    @torch._disable_dynamo
+    def _uncompiled_step(self) -> None:
+        with _ranges.record("dgg.step"):
+            verbs = self._verbs()
+            if verbs is not None:
+                run(self, verbs)
+
+    def _verbs(self) -> Verbs | None:
+        """Returns how this step is made; None if a checkpoint helper only wants state."""
+        driver = self._deepspeed_driver()
+        if driver is not None:
+            return driver.verbs
+        if self._cache is None and not self.state and source.making_template():
+            room.make_template(self)
+            return None
+        return CAPTURED if self._settings.capturable else EAGER
+
+    def _deepspeed_driver(self) -> deepspeed.Driver | None:
+        """Returns what steps DeepSpeed's partitions in place of the parameters, if it does."""
+        driver = self._driver
+        if driver is not None and driver.zero_optimizer is not None:
+            return driver
+        if driver is None and _first(self.param_groups) == self._first_id:
+            return None
+        # The parameters were exchanged: look once by whom.
+        self._driver = deepspeed.find_driver(self)
+        if self._driver is None:
+            self._first_id = _first(self.param_groups)
+            if driver is not None:  # its engine is gone
+                self._ownership = sharding.Sharded()
+        return self._driver
+
+    def _reset_caches(self) -> None:
+        """Has the next step make its rows anew, and says so if a graph works on the present ones.
+
+        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
+        """
+        if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
+            warnings.warn(
+                "the step of this optimizer was captured into a CUDA graph, and what that reads "
+                "and writes was replaced since: state was loaded or exchanged, a group added, an "
+                "anchor set for the first time or cleared. A replay would go on with what was "
+                "there before: capture it again",
+                stacklevel=_callers.stacklevel(),
+            )
+        self._cache = None
+
+    # -- the anchor -----------------------------------------------------------------------------
+
+    @imitable
+    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.no_grad()
+    def set_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        task: int | None = None,
+    ) -> None:
+        """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
+
+        Every parameter that requires a gradient (or has state from an earlier task) gets an
+        anchor, of its own shape, in ``anchor_dtype``. A second call overwrites the first anchor
+        in place, so there is never more than one. Parameters that join later are guided from the
+        next boundary on.
+
+        Scripts that run a process per task, and any script that is killed and resumed, say with
+        ``task=k`` which task is trained now; the anchor is θ before task k begins. Call it after
+        everything that is to be loaded has been loaded:
+
+        - a new optimizer, or one with the state of the end of task k - 1: the anchor is set;
+        - resumed in the middle of task k: the checkpoint's anchor is kept, nothing is read;
+        - ``task=0``: nothing is set, the first task has nothing to protect (unless ``tensors``
+          are given to guide it towards);
+        - any other state cannot be right and is an error.
+
+        Without ``task`` every call is a boundary, and counts as one; only a new optimizer that
+        has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
+
+        With ``capturable=True`` a CUDA graph of the step stays valid where every anchor is
+        overwritten in place. Where anchors are new (the first call), and after `clear_anchor`,
+        `load_state_dict` or `add_param_group`, it has to be captured again: a warning says so, and
+        what the old graph works on is kept as long as the optimizer.
+
+        Of a path the names are checked first; then every tensor is read one at a time, of sharded
+        parameters each rank's own part only. All ranks call it; if one fails, none has changed
+        anything and the others say what it was.
+
+        Args:
+            tensors: The previous task's weights: named tensors, such as a model's or a peft
+                adapter's state dict; or the path of a safetensors file (or of the index of
+                several), of a directory that ``save_pretrained`` wrote (of a model or an
+                adapter), of a Trainer's last checkpoint or of a checkpoint of
+                torch.distributed.checkpoint. None takes the present weights.
+            model: Maps names to parameters; not needed if the optimizer was built from
+                ``named_parameters()``.
+            task: Number of the task that is trained now, from 0.
+
+        Raises:
+            FileNotFoundError: There is nothing at the path.
+            KeyError: A trainable parameter has no tensor.
+            RuntimeError: It would replace an anchor that was just resumed, the anchor of a task in
+                progress is gone, or another rank failed.
+            TypeError: ``tensors`` or one of them is of the wrong type.
+            ValueError: A shape differs, values are not finite, names are not known, the path is
+                a Trainer's checkpoint from the middle of a training, or ``task`` is over already
+                or not the next one. After any error the former anchor is as it was.
+
+        Example:
+            >>> # train.py --task K, started anew after it was killed
+            >>> model.load_state_dict(resumed["model"] if resumed else weights_after_former_task)
+            >>> opt = dgg.AdamW(model.parameters(), seed=K)
+            >>> if resumed:
+            ...     opt.load_state_dict(resumed["optimizer"])
+            >>> opt.set_anchor(task=K)
+        """
+        driver = self._deepspeed_driver()
+        groups = self.param_groups if driver is None else driver.marked_groups(self)
+        self._warned.boundary_known |= task is not None
+        task = None if task is None else _arguments.plain("task", task)
+        if boundary.is_due(groups, tensors, task, self._resumed):
+            self._place_anchor(tensors, model=model, task=task)
+            self._named = task
+
+    @imitable
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _place_anchor(
+        self,
+        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        task: int | None = None,
+    ) -> None:
+        """Does what `set_anchor` does without asking whether it can be right.
+
+        For frameworks that know by themselves where a task begins, as `dgg.hf` does.
+
+        Args:
+            tensors: As in `set_anchor`.
+            model: As in `set_anchor`.
+            task: Number of the task; None counts one up.
+        """
+        driver = self._deepspeed_driver()
+        if driver is not None:
+            plan = functools.partial(driver.plan_anchors, self, tensors, model)
+        else:
+            plan = functools.partial(
+                boundary.plan_anchors, self.param_groups, boundary.known_anchors(self.state),
+                tensors, model, self._settings.anchor_dtype, self._settings.anchor_device,
+                functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
+            )  # fmt: skip
+        boundary.place(self, self._all_groups, self._all_groups, plan, task)
+
+    @imitable
+    def clear_anchor(self) -> None:
+        """Drops the anchor: from here on the optimizer is torch.optim's again."""
+        self._deepspeed_driver()
+        boundary.clear(self, self._all_groups, self._all_groups)
+
+    # -- replay, statistics, gradients ----------------------------------------------------------
+
+    @imitable
+    def replay(self) -> AbstractContextManager[None]:
+        """Lets the gradients of the block become r, beside ``.grad`` and without a copy.
+
+        ``with opt.replay(): loss_on_replay.backward()``. Several blocks before a step add up. The
+        step consumes them, wherever `zero_grad` (or the model's) is called between the two:
+
+            with opt.replay(): loss(old).backward()      opt.zero_grad()
+            opt.zero_grad()                              with opt.replay(): loss(old).backward()
+            loss(new).backward()                         loss(new).backward()
+            opt.step()                                   opt.step()
+
+        Where a step is left out on purpose, `clear_replay` drops them; a second `zero_grad` of the
+        optimizer without a step in between does so, too, and warns once.
+        """
+        if self._deepspeed_driver() is not None:
+            raise RuntimeError(
+                "replay() cannot keep gradients apart under DeepSpeed's ZeRO, which reduces them "
+                "into partitions of its own in every backward pass: put the replayed examples into "
+                "the batch instead (dgg.ReplayBuffer.mix)"
+            )
+        return self._replay.record(self._ownership.recorded(self.param_groups))
+
+    @imitable
+    def clear_replay(self) -> None:
+        """Drops the replay gradients that wait for a step, where that step is left out."""
+        self._replay.clear()
+
+    @imitable
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients in ``.grad``; those of `replay` are kept for the next step.
+
+        A second call since the last replay block, without a step in between, drops them, too.
+
+        Args:
+            set_to_none: As in torch.optim.
+        """
+        super().zero_grad(set_to_none)
+        self._replay.zero_grad()
+
+    @imitable
+    def guidance_stats(self) -> norms.Statistics:
+        """Returns what the last step did, as tensors on the device: no synchronisation.
+
+        Returns:
+            ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
+            strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
+            ``distance`` (‖θ - θ*‖) and ``clip`` (c); None for what that step had no need to
+            measure. ``anchored`` (int64: how many parameters have an anchor; 0 means that nothing
+            can be guided yet) and ``guided`` (int64: how many were pulled; 0 where nothing was
+            drawn). The attribute ``backend`` names who made the step.
+        """
+        return norms.statistics(self._last, sum(group["anchored"] for group in self.param_groups))
+
+    @property
+    @imitable
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was skipped because gradients were inf or NaN (GradScaler).
+
+        With ``fused=True`` or replay gradients; otherwise the scaler does not even call a step that
+        is to be skipped.
+        """
+        return bool(self._skipped)
+
+
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(
+    lambda self, *args, **kwargs: Guided.step(self, *args, **kwargs)
+)
+
+# Entries of former pickles that `Settings` and `Ownership` took the place of.
+_FORMER_ENTRIES = {*settings.FORMER_NAMES, "_lost_group", "_lost_share"}
+
+
+def _ownership_in(state: Mapping[str, Any]) -> sharding.Sharded:
+    """Returns who holds what of an optimizer that a former release pickled."""
+    if state.get("_lost_share"):
+        return sharding.Lost("share")
+    return sharding.Lost("group") if state.get("_lost_group") else sharding.Sharded()
+
+
+def _first(groups: list[dict[str, Any]]) -> int | None:
+    params = groups[0]["params"] if groups else []
+    return id(params[0]) if params else None

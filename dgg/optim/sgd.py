@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SGD with Dynamic Gradient Guidance: drop-in for ``torch.optim.SGD``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, backends, reference, sharding
+from dgg.optim.guided import Guided
+from dgg.step import state
+from dgg.step.rule import Rule, flag, number, threshold
+
+# torch.optim may be patched later, with this class in place of its own.
+_TorchSGD = torch.optim.SGD
+
+
+class SgdRule(Rule):
+    """SGD, with or without momentum.
+
+    A buffer is made by the first step of its parameter, in which it becomes G (torch: without
+    dampening); ``fresh`` has the identities of the parameters whose buffer was made for this step.
+    """
+
+    kernel = backends.SGD
+    columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
+
+    def __init__(self) -> None:
+        self.fresh: set[int] = set()
+
+    def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the momentum's buffer, if there is momentum."""
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def needed_to_load(self, group: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
+        """Returns the buffer where a step was made: anchor and master may have come before one."""
+        made = {"anchor", "master", "momentum_buffer"}
+        others = isinstance(entry, Mapping) and entry.keys() - made
+        return self.needed(group) if others else ()
+
+    def init_state(self, opt, param: Tensor, group: Mapping[str, Any], *, first: bool) -> None:
+        """Makes the master weight and, for the first step, the buffer."""
+        if opt._settings.has_master(param):
+            state.make(opt, param, ("master",))
+        if group["momentum"] == 0 or not first:
+            return
+        if opt.state[param].get("momentum_buffer") is None:
+            state.make(opt, param, ("momentum_buffer",))
+            self.fresh.add(id(param))
+
+    def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the hyper-parameters that `backends.SGD` names."""
+        return {
+            "lr": number(group, "lr"),
+            "momentum": number(group, "momentum"),
+            "dampening": number(group, "dampening"),
+            "weight_decay": number(group, "weight_decay"),
+            "nesterov": flag(group, "nesterov"),
+            "maximize": flag(group, "maximize"),
+            "strength": number(group, "strength"),
+            "threshold": threshold(group["alpha"]),
+        }
+
+    def final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
+        """Returns the flags with FIRST_STEP where the buffer is fresh."""
+        flags = rows.constant_flags(0) if flags is None else flags
+        if not self.fresh:
+            return flags
+        fresh = [reference.FIRST_STEP if id(p) in self.fresh else 0 for p in rows.holders]
+        return flags | rows.flags(fresh, "fresh")
+
+    def after_update(self, rows: backends.Rows) -> None:
+        """Takes the buffers of these rows for begun."""
+        if self.fresh:
+            self.fresh.difference_update(map(id, rows.holders))
+
+    def after_load(self, opt, state_dict: Mapping[str, Any]) -> None:
+        """Takes buffers of zeros that no step has begun for fresh."""
+        # Torch's checkpoint helpers save buffers of zeros before the first step.
+        if all(saved.get("draw_index", 1) == 0 for saved in state_dict["param_groups"]):
+            self.fresh.update(
+                id(p)
+                for p, entry in opt.state.items()
+                if isinstance(entry, dict)
+                and isinstance(entry.get("momentum_buffer"), Tensor)
+                and not sharding.local(entry["momentum_buffer"]).any()
+            )
+
+    def skip_update(self, opt, param: Tensor) -> None:
+        """Takes the buffer of a parameter for begun that is all padding."""
+        self.fresh.discard(id(param))
+
+    def waits_for_scaler(self, opt) -> bool:
+        """Returns whether a buffer is made by this step, if that is not skipped."""
+        return opt._cache is None or bool(self.fresh)
+
+
+class SGD(Guided, torch.optim.SGD):
+    """`torch.optim.SGD` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    Args:
+        params: Parameters, groups or named parameters, as in torch.optim.
+        lr: Learning rate, a number or a one-element tensor.
+        momentum: Momentum factor μ.
+        dampening: Dampening τ of the momentum.
+        weight_decay: L2 penalty, added to the gradient G.
+        nesterov: Nesterov momentum.
+        maximize: Ascend the objective; the guidance still pulls towards the anchor.
+        foreach: True demands a fused backend, False the tensor-by-tensor reference.
+        differentiable: Refused: the step records no graph.
+        fused: True demands a fused backend, False the reference.
+        guidance: The keyword arguments from ``alpha`` to ``backend`` are those of `AdamW`.
+
+    Raises:
+        TypeError: An argument or a trainable parameter has an unsupported type.
+        ValueError: An argument is out of range, contradicts another, or is refused.
+        RuntimeError: The named backend cannot run here.
+    """
+
+    _new_rule = SgdRule
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        alpha: float = 0.2,
+        strength: float = 1.0,
+        scaling: bool = True,
+        norm_scope: str = "global",
+        granularity: str = "step",
+        max_grad_norm: float | None = None,
+        replay_weight: float = 1.0,
+        seed: int = 0,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
+        process_group=None,
+        backend: str | None = None,
+    ) -> None:
+        lr, momentum, dampening, weight_decay, nesterov, maximize = _arguments.plain_numbers(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
+
+        def parent() -> None:
+            _TorchSGD.__init__(
+                self, params, lr, momentum, dampening, weight_decay, nesterov,
+                maximize=maximize, foreach=foreach, fused=fused,
+            )  # fmt: skip
+
+        self._init_guidance(
+            parent, foreach=foreach, fused=fused, capturable=capturable,
+            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
+            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
+            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
+            anchor_device=anchor_device, state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
+            process_group=process_group, backend=backend,
+        )  # fmt: skip

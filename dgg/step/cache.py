@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a step keeps from the one before: the rows of all parameters and their origin."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from dgg import anchor, backends, sharding
+from dgg.step import checks, gradients
+from dgg.step.draws import Decision
+
+
+class ParamLists:
+    """Tells whether parameter groups still hold the parameters, by identity, of the beginning."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._lists = [list(group["params"]) for group in groups]
+        self._singles = [
+            (number, place, p)
+            for number, members in enumerate(self._lists)
+            for place, p in enumerate(members)
+            if not is_lazy(p) and p.numel() == 1
+        ]
+
+    def same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether they do."""
+        # Comparing lists takes identical members as equal without a look at them. Others meet
+        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
+        # one by one.
+        try:
+            if [group["params"] for group in groups] != self._lists:
+                return False
+        except (RuntimeError, TypeError):
+            return False
+        return all([groups[number]["params"][place] is p for number, place, p in self._singles])
+
+
+class RowCache:
+    """The rows of all parameters, one `backends.Rows` per device, and what they were made from.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        params: All of them.
+        replays: Replay gradient of each or None; empty if there are none at all.
+    """
+
+    def __init__(
+        self,
+        opt,
+        groups: Sequence[Mapping[str, Any]],
+        params: list[Tensor],
+        replays: Sequence[Tensor | None],
+    ) -> None:
+        self.params = params
+        state = opt.state
+        states = [state.get(p) for p in params]
+        self._keys, self._entries = list(state), list(state.values())
+        self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
+        tensors = [
+            v
+            for entry in self._dicts
+            for v in entry.values()
+            if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
+        ]
+        opt._state_read = False
+        # Turning amsgrad or momentum on between two steps asks for state that is not there yet.
+        self._needed = [opt._rule.needed(group) for group in groups]
+        self.all_rows: list[backends.Rows] = []
+        self._places: list[list[int] | None] = []
+        # Frozen parameters of a whole model are not carried through every step.
+        usable = [
+            i
+            for i, p in enumerate(params)
+            if not is_lazy(p)
+            and (
+                states[i]
+                or p.requires_grad
+                or p.grad is not None
+                or (replays and replays[i] is not None)
+            )
+            and p.dtype.to_real() in anchor.FLOAT_DTYPES
+        ]
+        numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+        used, has_master = set(usable), opt._settings.has_master
+        needed = [
+            (*self._needed[number], *(("master",) if has_master(p) else ()))
+            for number, p in zip(numbers, params, strict=True)
+        ]
+        self._unready = [
+            i
+            for i, entry in enumerate(states)
+            if i not in used or any((entry or {}).get(name) is None for name in needed[i])
+        ]
+        self._make_rows(opt, params, states, numbers, usable)
+        self._watch = self._make_watch(params, tensors, states, usable)
+        self._state = opt.__dict__["state"]
+        self._watch.keep_dicts([self._state, *self._dicts])
+        # Engines exchange the shard inside of a DTensor.
+        self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
+        self._lists = ParamLists(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        self._native = self._can_take_native_gradients()
+
+    def _make_rows(self, opt, params, states, numbers, usable) -> None:
+        settings, ownership = opt._settings, opt._ownership
+        indices = ownership.indices(params)
+        parts: dict[tuple[torch.device, str], list[int]] = {}
+        for i in usable:
+            backend = backends.choose_for(settings.backend, params[i])
+            parts.setdefault((params[i].device, backend), []).append(i)
+        for (_, backend), places in parts.items():
+            entries = [states[i] or {} for i in places]
+            columns = {
+                column: [entry.get(name) for entry in entries]
+                for name, column in opt._rule.columns.items()
+            }
+            self.all_rows.append(
+                backends.make_rows(
+                    backend,
+                    [params[i] for i in places],
+                    [numbers[i] for i in places],
+                    [indices[i] for i in places],
+                    masters=[
+                        entry.get("master") if settings.has_master(params[i]) else None
+                        for i, entry in zip(places, entries, strict=True)
+                    ],
+                    stochastic=settings.stochastic_rounding,
+                    capturable=settings.capturable,
+                    process_group=opt.process_group,
+                    reduction=ownership.reduction(params),
+                    **columns,
+                )
+            )
+            self._places.append(None if len(places) == len(params) else places)
+
+    def _make_watch(self, params, tensors, states, usable) -> backends.MemoryWatch:
+        # share_memory_() and `.data =` take the memory from under a tensor. The parameters with
+        # rows come first: their gradients can be taken natively.
+        used = set(usable)
+        place_of = {id(x): place for place, x in enumerate(tensors)}
+        anchors = [(states[i] or {}).get("anchor") for i in self._in_order(usable)]
+        return backends.MemoryWatch(
+            [
+                *(p for rows in self.all_rows for p in rows.params),
+                *(p for i, p in enumerate(params) if i not in used and not is_lazy(p)),
+            ],
+            tensors,
+            [place_of.get(id(x), -1) for x in anchors],
+        )
+
+    def _can_take_native_gradients(self) -> bool:
+        return len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
+
+    def _in_order(self, usable: Sequence[int]) -> list[int]:
+        """Returns the numbers of the parameters that have rows, in the order of the rows."""
+        if len(self.all_rows) == 1:
+            return list(usable)
+        return [i for places in self._places for i in places]
+
+    def take_native_gradients(
+        self, opt, groups, replays: Sequence[Tensor | None], *, elementwise: bool
+    ) -> bool:
+        """Takes the gradients of this step natively; returns False if that is not enough.
+
+        It is enough if nothing was exchanged since (see `valid`) and all gradients are plain, or
+        but a few, which are looked at one by one.
+        """
+        if not (
+            self._native
+            and self._lists.same(groups)
+            and self._same_needs(opt, groups)
+            and not any([self.params[i].grad is not None for i in self._unready])
+            and self._unchanged_state(opt)
+        ):
+            return False
+        if replays:
+            if any([replays[i] is not None for i in self._unready]):
+                return False
+            places = self._places[0]
+            replays = replays if places is None else [replays[i] for i in places]
+        return self.all_rows[0].take_native_gradients(replays, elementwise=elementwise)
+
+    def take_gradients(
+        self, grads: Sequence[Tensor | None], replays: Sequence[Tensor | None], *, elementwise: bool
+    ) -> None:
+        """Hands every device's rows their gradients."""
+        for rows, places in zip(self.all_rows, self._places, strict=True):
+            if places is None:
+                rows.take_gradients(grads, replays, elementwise=elementwise)
+            else:
+                others = [replays[i] for i in places] if replays else []
+                rows.take_gradients([grads[i] for i in places], others, elementwise=elementwise)
+
+    def abandon(self) -> None:
+        """Lets go of the gradients of a step that could not be finished."""
+        for rows in self.all_rows:
+            rows.abandon()
+
+    def valid(self, opt, groups, params: list[Tensor], grads, replays) -> bool:
+        """Returns whether nothing was exchanged since: parameters, memory, state, groups."""
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        if [len(group["params"]) for group in groups] != self._sizes:
+            return False
+        if not self._same_needs(opt, groups):
+            return False
+        if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
+            return False
+        # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
+        if not all([p._local_tensor is shard for p, shard in self._shards]):
+            return False
+        if not (self._watch.unmoved() and self._unchanged_state(opt)):
+            return False
+        self._forget_rewritten()
+        return True
+
+    def anchored_and_removed(self, params: Sequence[Tensor]) -> int | None:
+        """Returns how many anchored parameters are not among ``params`` any more.
+
+        None if others have joined them in the meantime.
+        """
+        before, now = set(map(id, self.params)), set(map(id, params))
+        if now - before:
+            return None
+        return sum(
+            id(p) not in now
+            for p, entry in zip(self._keys, self._entries, strict=True)
+            if isinstance(entry, dict) and "anchor" in entry
+        )
+
+    def _same_needs(self, opt, groups) -> bool:
+        derived = opt._draws.options.derived
+        if "needed" not in derived:
+            derived["needed"] = [opt._rule.needed(group) for group in groups]
+        return self._needed == derived["needed"]
+
+    def _unchanged_state(self, opt) -> bool:
+        if opt.__dict__["state"] is not self._state or not self._watch.same_dicts():
+            return False
+        if opt._state_read:
+            # Whoever read the state may have written into an anchor, and `.data` hides it.
+            for rows in self.all_rows:
+                rows.forget()
+            opt._state_read = False
+        return True
+
+    def _forget_rewritten(self) -> None:
+        """Drops the distances from anchors that were written, through whatever reference."""
+        changed = self._watch.rewritten()
+        first = 0
+        for rows in self.all_rows:
+            rows.forget_rows(
+                [row - first for row in changed if 0 <= row - first < len(rows.params)]
+            )
+            first += len(rows.params)
+
+    @property
+    def launched(self) -> bool:
+        """Whether any device's step is launched and not waited for."""
+        return any([rows.launched for rows in self.all_rows])
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether a backend takes gradients without looking at their kind."""
+        return any([rows.backend == "reference" for rows in self.all_rows])
+
+
+def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
+    """Takes the gradients of a step; everything is checked before state is made.
+
+    Args:
+        opt: The optimizer.
+        decision: Of the step; its replay gradients and scaling are filled in.
+
+    Returns:
+        The rows of every device; empty if the step is skipped.
+    """
+    slot, cache, groups = opt._replay, opt._cache, opt.param_groups
+    if slot:
+        lists = [group["params"] for group in groups]
+        decision.replays = slot.of(lists[0] if len(lists) == 1 else [p for x in lists for p in x])
+    decision.scaling, opt._skipped = gradients.scaler_state(opt, decision.replays)
+    decision.skipped = opt._skipped is True
+    if cache is not None and cache.launched:
+        checks.check_capture(opt, cache.all_rows[0].device, True)
+    elementwise = decision.options["granularity"] == "element"
+    if (
+        cache is None
+        or decision.skipped
+        or not cache.take_native_gradients(opt, groups, decision.replays, elementwise=elementwise)
+    ):
+        cache = _take_one_by_one(opt, decision, elementwise)
+    if decision.skipped:
+        return []
+    if not opt._settings.capturable or not cache.all_rows:
+        idle = opt._warned.idle_steps or not cache.all_rows or not cache.all_rows[0].present
+        if idle or decision.index >= checks.LONG:
+            checks.warn_if_nothing_happens(opt, decision.index, cache.all_rows)
+    return cache.all_rows
+
+
+def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | None:
+    """Takes the gradients after a look at everything they rely on, unless the step is skipped."""
+    cache, groups, replays = opt._cache, opt.param_groups, decision.replays
+    params = [p for group in groups for p in group["params"]]
+    grads = [p.grad for p in params]
+    valid = cache is not None and cache.valid(opt, groups, params, grads, replays)
+    if not valid or opt._partial:
+        grads, replays = _with_sums(opt, params, grads, replays)
+    if not valid or cache.unchecked:
+        checks.check_step(opt, params, grads, replays)
+    if params and backends.capturing(params[0].device):
+        # Before anything is made, which would be made in the graph.
+        checks.check_capture(opt, params[0].device, valid)
+    if decision.skipped:
+        return None
+    if not valid:
+        cache = _remake(opt, params, grads, replays)
+    try:
+        cache.take_gradients(grads, replays, elementwise=elementwise)
+    except (RuntimeError, KeyError):
+        # A gradient of another kind than at the steps before: partial, or say which it is.
+        partial = opt._partial
+        grads, replays = _with_sums(opt, params, grads, replays)
+        checks.check_step(opt, params, grads, replays)
+        if partial or not opt._partial:
+            raise
+        cache.take_gradients(grads, replays, elementwise=elementwise)
+    return cache
+
+
+def _with_sums(opt, params, grads, replays) -> tuple[list, list]:
+    """Sums partial gradients over their ranks, and remembers that there are such."""
+    both = [*grads, *replays]
+    sums = sharding.sum_partial_gradients([*params, *params][: len(both)], both)
+    opt._partial = not all(map(operator.is_, sums, both))
+    return sums[: len(grads)], sums[len(grads) :]
+
+
+def _remake(opt, params: list[Tensor], grads, replays) -> RowCache:
+    """Makes the state that is missing, and the rows anew."""
+    opt._ownership.check()
+    checks.warn_if_idle(opt, params, grads, replays)
+    checks.warn_if_narrow(opt, params, grads, replays)
+    place = 0
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if grads[place] is not None or (replays and replays[place] is not None):
+                opt._rule.init_state(opt, p, group, first=True)
+                if not opt._settings.has_master(p):  # the model has been made wide: model.float()
+                    opt.state.get(p, {}).pop("master", None)
+            place += 1
+    opt._reset_caches()
+    opt._cache = RowCache(opt, opt.param_groups, params, replays)
+    return opt._cache

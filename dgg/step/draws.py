@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Bernoulli draws: which rows inject the guidance at draw k. The same on every rank and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, _philox, backends, reference
+from dgg.step.rule import threshold
+
+_CERTAIN = 1 << 32  # the threshold at α = 1, above every word
+
+
+class Decision:
+    """What a step has decided; made anew at every step.
+
+    Attributes:
+        options: Options of the whole optimizer.
+        groups: Every parameter group.
+        hyper: Hyper-parameters of every group under the kernels' names.
+        index: Draw index k; 0 in a captured step, of which the device knows it.
+        replays: Replay gradient of every parameter or None; empty if there are none at all.
+        scaling: What a GradScaler says.
+        skipped: The step is skipped since gradients are inf or NaN.
+        flags: uint8 flags of every device's rows, or None where none of them injects.
+        injecting: Any row of any rank may inject.
+        draw: The draw as the backends take it.
+        strength: Of the first group, for the statistics.
+        applies: The step changes anything.
+        looks_ahead: The update measures the distances that the next step needs.
+    """
+
+    __slots__ = (
+        "applies", "draw", "flags", "groups", "hyper", "index", "injecting", "looks_ahead",
+        "options", "replays", "scaling", "skipped", "strength",
+    )  # fmt: skip
+
+    def __init__(
+        self, options: Mapping[str, Any], groups: Sequence[dict], hyper: list[dict], index: int
+    ) -> None:
+        self.options, self.groups, self.hyper, self.index = options, groups, hyper, index
+        self.replays: Sequence[Tensor | None] = ()
+        self.scaling = _UNSCALED
+        self.skipped = self.injecting = False
+        self.applies, self.looks_ahead = True, options["scaling"]
+        self.flags: list[Tensor | None] = []
+        self.draw: backends.Draw | None = None
+        self.strength = hyper[0]["strength"] if hyper else 0.0
+
+
+_UNSCALED = backends.Scaling()
+
+
+class Draws:
+    """The draws of one optimizer.
+
+    It keeps nothing that a checkpoint would need: seed and draw index stand in the groups.
+    """
+
+    def __init__(self) -> None:
+        self.options = _arguments.Options()
+        self._word: tuple[int, int, int] | None = None
+
+    def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
+        """Returns the threshold of every group's draws, 0 where nothing can be injected."""
+        limits = self.options.derived.get("limits")
+        if limits is None:
+            limits = self.options.derived["limits"] = [
+                threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups
+            ]
+        return limits
+
+    def drawn(
+        self, decision: Decision, groups: Sequence[int], indices: Sequence[int], index: int
+    ) -> int | list[int]:
+        """Returns the flags of rows at draw ``index``: one number if all have the same.
+
+        Args:
+            decision: Of the step.
+            groups: Group of every row.
+            indices: Tensor index j of every row.
+            index: Draw index.
+        """
+        limits = self.limits(decision.groups)
+        if not any(limits):
+            return 0
+        granularity, seed = decision.options["granularity"], decision.options["seed"]
+        if granularity == "tensor":
+            words = _philox.tensor_words(seed, index, torch.tensor(indices, device="cpu"))
+            limit = torch.tensor([limits[group] for group in groups], device="cpu")
+            hits = words < limit
+            return hits.tolist() if bool(hits.any()) else 0
+        if granularity == "step":
+            # At α = 1 the step is known without its word.
+            sure = all([limit in (0, _CERTAIN) for limit in limits])
+            word = 0 if sure else self._step_word(seed, index)
+            by_group = [reference.INJECT if word < limit else 0 for limit in limits]
+        else:
+            # Above or below all words the elements' draws are known without drawing.
+            by_group = [
+                reference.INJECT if limit == _CERTAIN else reference.INJECT_ELEMENTS if limit else 0
+                for limit in limits
+            ]
+        if len(set(by_group)) == 1:
+            return by_group[0]
+        return [by_group[group] for group in groups]
+
+    def flags(self, decision: Decision, rows: backends.Rows, index: int) -> Tensor | None:
+        """Returns the uint8 flags of rows at draw ``index``; None if none injects."""
+        if not rows.anchored:
+            return None
+        flags = self.drawn(decision, rows.groups, rows.indices, index)
+        if isinstance(flags, int):
+            return rows.constant_flags(flags) if flags else None
+        # Two places: the next step's flags are asked for before this step's are read.
+        return rows.flags(flags, f"flags {index % 2}")
+
+    def must_join_norms(self, decision: Decision, all_rows: Sequence[backends.Rows], opt) -> bool:
+        """Returns whether a rank takes part in norms without knowing if any rank injects.
+
+        Draws per tensor are those of this rank's tensors; of partitions others may have more.
+        """
+        return (
+            opt.process_group is not None
+            and decision.options["granularity"] == "tensor"
+            and any(rows.anchored for rows in all_rows)
+            and any(self.limits(decision.groups))
+        )
+
+    def _step_word(self, seed: int, index: int) -> int:
+        # The look-ahead asks at step k for k + 1, which the next step asks for again.
+        if self._word is None or self._word[:2] != (seed, index):
+            self._word = (seed, index, _philox.step_word(seed, index))
+        return self._word[2]
+
+
+def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the hyper-parameters of every group, made anew only where an option changed."""
+    derived = opt._draws.options.derived
+    hyper = derived.get("hyper")
+    if hyper is None:
+        hyper = derived["hyper"] = [opt._rule.hyper(group) for group in groups]
+    return hyper
+
+
+def decide(opt) -> Decision:
+    """Returns the decision of a step so far as the groups tell it; nothing is changed.
+
+    Raises:
+        RuntimeError: A `replay` block is open.
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or groups disagree.
+    """
+    opt._replay.check_closed()
+    groups = opt.param_groups
+    options = opt._draws.options.read(groups)
+    index = 0 if opt._settings.capturable else options["draw_index"]
+    return Decision(options, groups, hyper_of(opt, groups), index)
+
+
+def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
+    """Draws for the rows of every device: fills the decision's flags."""
+    draws = opt._draws
+    decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
+    everywhere = opt._ownership.everywhere()
+    if everywhere is None:
+        injecting = any([flags is not None for flags in decision.flags])
+        injecting = injecting or draws.must_join_norms(decision, all_rows, opt)
+    else:
+        # Ranks that have nothing to inject take part in the norms of those that do.
+        anchored = any([group["anchored"] for group in decision.groups])
+        injecting = anchored and draws.drawn(decision, *everywhere, decision.index) != 0
+    settle(decision, injecting)
+
+
+def settle(decision: Decision, injecting: bool, index_tensor: Tensor | None = None) -> None:
+    """Notes whether any row may inject, and what the backends are told of the draw.
+
+    Args:
+        decision: Of the step.
+        injecting: Whether any row of any rank may inject.
+        index_tensor: int64 [], the draw index that a captured step reads on the device.
+    """
+    options = decision.options
+    elements = injecting and options["granularity"] == "element"
+    decision.injecting = injecting
+    decision.draw = backends.Draw(
+        options["seed"], decision.index, injecting, elements, index_tensor
+    )
+
+
+def index_on(opt, device: torch.device) -> Tensor:
+    """Returns the draw index as an int64 tensor on ``device``, the same in all groups."""
+    value = opt.param_groups[0]["draw_index"]
+    if not (isinstance(value, Tensor) and value.device == device):
+        value = torch.full((), int(value), dtype=torch.int64, device=device)
+    for group in opt.param_groups:
+        group["draw_index"] = value
+    return value
+
+
+def advance(opt, decision: Decision) -> None:
+    """Counts the draw of a step."""
+    if opt._settings.capturable:
+        index_on(opt, opt.param_groups[0]["params"][0].device).add_(1)
+        return
+    index = decision.index + 1  # one object for all groups, by which the next step sees they agree
+    for group in opt.param_groups:
+        group["draw_index"] = index

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Gradients of a step beside ``.grad``: those of the replay, and what a GradScaler says."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dgg import _callers, anchor, backends, sharding
+from dgg.sharding import fsdp1
+
+_UNSCALED = backends.Scaling()
+
+# Parameters whose gradients an open replay() block of some optimizer records.
+_recorded: set[int] = set()
+
+
+class ReplaySlot:
+    """Holds the replay gradients r between ``with opt.replay():`` and the step that uses them."""
+
+    def __init__(self) -> None:
+        self._grads: dict[int, tuple[Tensor, Tensor]] = {}
+        # The parameters of the last block in their order, and what stands in `_grads` of each.
+        self._recorded: tuple[list[Tensor], list[Tensor | None]] = [], []
+        self._open = False
+        # zero_grad() was called since the last block; a dropped gradient was warned of.
+        self._zeroed = self._warned = False
+
+    def __bool__(self) -> bool:
+        return bool(self._grads)
+
+    def get(self, param: Tensor) -> Tensor | None:
+        """Returns the replay gradient of ``param`` or None."""
+        entry = self._grads.get(id(param))
+        return None if entry is None else entry[1]
+
+    def of(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Returns the replay gradient of each parameter or None; empty if there are none at all."""
+        if not self._grads:
+            return []
+        recorded, grads = self._recorded
+        if len(recorded) == len(params) and all(map(operator.is_, recorded, params)):
+            return grads
+        return [self.get(p) for p in params]
+
+    def check_closed(self) -> None:
+        """Raises a RuntimeError inside a replay() block, where ``.grad`` is not the gradient."""
+        if self._open:
+            raise RuntimeError(
+                "step() inside a replay() block would take the replay gradient for the gradient; "
+                "leave the block before the step"
+            )
+
+    def exchange(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Puts other tensors in place of the replay gradients of ``params``."""
+        for p, grad in zip(params, grads, strict=True):
+            self._grads[id(p)] = (p, grad)
+        self._recorded = [], []
+
+    def clear(self) -> None:
+        """Drops all replay gradients: the step has used them, or nobody wants them any more."""
+        self._grads.clear()
+        self._recorded = [], []
+        self._zeroed = False
+
+    def zero_grad(self) -> None:
+        """Notes that the optimizer has zeroed gradients: after a block that is ``.grad``'s alone.
+
+        So loops may do it anywhere between the block and the step. A second time without a step in
+        between can only mean that the step is not to come, and drops the gradients.
+        """
+        if self._open or not self._grads:
+            return
+        if not self._zeroed:
+            self._zeroed = True
+            return
+        self.clear()
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "zero_grad() was called twice since the replay() block and no step() in between: "
+                "the replay gradients are dropped. Step once per block, or drop them with "
+                "clear_replay() where a step is left out on purpose",
+                stacklevel=_callers.stacklevel(),
+            )
+
+    @contextlib.contextmanager
+    def record(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Lets gradients flow into the slot instead of ``.grad``, without copying any.
+
+        The gradients already in ``.grad`` are put aside and come back at the end; several
+        recordings before a step add up. Only gradients that are views of an engine's buckets, and
+        those of an earlier block, are copied.
+        """
+        if self._open:
+            raise RuntimeError("replay() blocks do not nest; leave the outer one first")
+        identities = set(map(id, params))
+        if not identities.isdisjoint(_recorded):
+            raise RuntimeError(
+                "a replay() block of another optimizer over the same parameters is open and would "
+                "get no gradient of theirs; leave it first, and give each block its own backward()"
+            )
+        for p in params:
+            kept = self.get(p)
+            # torch takes gradients of another dtype where grad_dtype says so (None: of any).
+            dtype = getattr(p, "grad_dtype", p.dtype)
+            if kept is not None and (
+                (kept.device, kept.shape) != (p.device, p.shape) or dtype not in (None, kept.dtype)
+            ):
+                raise RuntimeError(
+                    f"replay gradients of {kept.dtype}, shape {tuple(kept.shape)}, are waiting for "
+                    f"a step and the parameter has become {p.dtype}, {tuple(p.shape)}: step first, "
+                    "or drop them with clear_replay()"
+                )
+        present = [detached_from_bucket(p.grad) for p in params]
+        # Backward passes add to what they find, in place: only a copy of it can come back.
+        before = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
+        self._open = True
+        _recorded.update(identities)
+        try:
+            for p in params:
+                p.grad = self.get(p)
+            yield
+            grads = [detached_from_bucket(p.grad) for p in params]
+            self._grads = {
+                id(p): (p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None
+            }
+            self._recorded = list(params), grads
+            self._zeroed = False
+        except BaseException:
+            self._grads, self._recorded = before, ([], [])
+            raise
+        finally:
+            self._open = False
+            _recorded.difference_update(identities)
+            for p, grad in zip(params, present, strict=True):
+                p.grad = grad
+
+
+def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
+    """Returns a gradient that no later backward pass writes into.
+
+    DistributedDataParallel(gradient_as_bucket_view=True) and FSDP1 make ``.grad`` a view of a
+    bucket that the next backward pass fills again; what autograd makes itself is no view.
+    """
+    if grad is None or sharding.is_dtensor(grad) or not grad._is_view():
+        return grad
+    return grad.clone()
+
+
+def read_scaler(
+    grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device | None
+) -> tuple[backends.Scaling, bool]:
+    """Reads what a GradScaler left on the optimizer: on the host only where nothing is launched.
+
+    Args:
+        grad_scale: Divisor of the gradients, one element, or None.
+        found_inf: Not 0 where a gradient is inf or NaN, one element, or None.
+        device: Where the step is launched, or None where it runs when it is called.
+
+    Returns:
+        The scaling, and whether the step is known to be skipped; launches find out by themselves.
+    """
+    if grad_scale is None and found_inf is None:
+        return _UNSCALED, False
+    if device is not None:
+        there = [
+            None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)
+        ]
+        return backends.Scaling(1.0, *there), False
+    skip = found_inf is not None and bool(found_inf)
+    return backends.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
+
+
+def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
+    """Raises if a GradScaler that lets the step unscale has seen a part of the gradients only.
+
+    Of DTensors torch sums over the ranks what it finds, of FSDP1's runs only unscale_() does: each
+    rank would skip or step its part of the weights, and change its scale, by a verdict of its own.
+
+    Raises:
+        RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
+    """
+    if process_group is not None or any(map(fsdp1.is_one, params)):
+        raise RuntimeError(
+            "a GradScaler would look for inf and NaN in this rank's part of the gradients alone: "
+            "call scaler.unscale_(optimizer) before scaler.step(optimizer), of a scaler that sums "
+            "over the ranks what it finds "
+            "(torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler)"
+        )
+
+
+def unscaled_unseen() -> bool:
+    """Returns whether a GradScaler calls the step that has unscaled ``.grad`` without a word.
+
+    So it does where the optimizer it is given, a wrapper say, does not unscale by itself. Told by
+    who calls; asked only where there are replay gradients, which it cannot have seen.
+    """
+    return _callers.called_by("torch.amp.grad_scaler", "GradScaler", "_maybe_opt_step")
+
+
+def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scaling, Tensor | bool]:
+    """Returns what a GradScaler says of a step, and whether that skips it.
+
+    Args:
+        opt: The optimizer.
+        replays: Replay gradient of every parameter or None; empty if there are none at all.
+
+    Returns:
+        The scaling, and whether the step is skipped: a tensor if only the device knows.
+
+    Raises:
+        RuntimeError: The scaler has unscaled ``.grad`` alone, or has seen a part of the gradients.
+    """
+    scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+    seen = scale is not None or found_inf is not None
+    if not seen and not replays:
+        return _UNSCALED, False
+    if replays and scale is None and (seen or unscaled_unseen()):
+        raise RuntimeError(
+            "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
+            "gradients; do not call it beside replay(): dgg clips in the step itself, set "
+            "max_grad_norm on the optimizer. (Of a wrapper, ZeroRedundancyOptimizer say, "
+            "GradScaler.step() calls it too: use bfloat16 without a scaler there)"
+        )
+    if not seen:
+        return _UNSCALED, False
+    params = [p for group in opt.param_groups for p in group["params"]]
+    if scale is not None:
+        refuse_scaler(params, opt.process_group)
+    devices = dict.fromkeys(p.device for p in params)
+    launched = all(
+        backends.launches(backends.choose(opt._settings.backend, device), device)
+        for device in devices
+    )
+    scaling, skipped = read_scaler(scale, found_inf, next(iter(devices)) if launched else None)
+    present = [r for r in replays if r is not None and r.numel()]
+    if launched:
+        if present and scaling.found_inf is not None:
+            largest = torch.stack(torch._foreach_norm(present, float("inf")))
+            infinite = largest.isfinite().all().logical_not()
+            scaling = scaling._replace(
+                found_inf=scaling.found_inf.reshape(()) + infinite.to(torch.float32)
+            )
+        if scaling.found_inf is not None and opt._rule.waits_for_scaler(opt):
+            skipped = bool(scaling.found_inf)
+        return scaling, skipped or (False if scaling.found_inf is None else scaling.found_inf)
+    if found_inf is not None and not skipped and not all(anchor.finite(r) for r in present):
+        skipped = True
+        warnings.warn(
+            "the step is skipped because the replay gradients are inf or NaN, which GradScaler "
+            "does not see: it will not lower its scale by itself; lower it with "
+            "scaler.update(new_scale)",
+            stacklevel=_callers.stacklevel(),
+        )
+    return scaling, skipped

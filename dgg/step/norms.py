@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Norms of a step, the coefficients c and s that follow from them, and what is told of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _ranges, backends, reference
+from dgg.step import draws
+from dgg.step.draws import Decision
+
+
+def measure(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
+    """Draws, and returns the coefficients float64 [4 + n] of each device's rows."""
+    ownership = opt._ownership
+    if len(all_rows) > 1 and ownership.everywhere() is not None:
+        raise ValueError(
+            "ZeroRedundancyOptimizer over parameters on several devices is not supported; "
+            "build one per device"
+        )
+    draws.draw(opt, decision, all_rows)
+    if all_rows:
+        return coefficients(decision, all_rows)
+    options = decision.options
+    if options["max_grad_norm"] is not None or (decision.injecting and options["scaling"]):
+        ownership.join_norms()
+    return []
+
+
+def coefficients(
+    decision: Decision,
+    all_rows: Sequence[backends.Rows],
+    gates: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Returns the coefficients [4 + n] of each device's rows, computing only needed norms.
+
+    Args:
+        decision: Of the step.
+        all_rows: The rows of every device.
+        gates: uint8 [1] of every device: whether a captured step injects.
+    """
+    options = decision.options
+    bound = options["max_grad_norm"]
+    which = reference.NORM_TOTAL if bound is not None else 0
+    if decision.injecting and options["scaling"]:
+        which |= reference.NORM_GRAD | reference.NORM_DISTANCE
+        for rows in all_rows:
+            if gates is None:
+                rows.forget_changed()
+            else:
+                rows.forget(anchors=False)
+    if not which:
+        return [rows.constant_coefficients() for rows in all_rows]
+    per_tensor = options["norm_scope"] == "tensor"
+    settings = {
+        "max_grad_norm": None if bound is None else float(bound),
+        "scaling": options["scaling"],
+        "per_tensor": per_tensor,
+    }
+    arguments = {
+        "replay_weight": float(options["replay_weight"]),
+        "scaling": decision.scaling,
+        "which": which,
+    }
+    gates = [None] * len(all_rows) if gates is None else gates
+    with _ranges.record("dgg.norm"):
+        if len(all_rows) == 1 and all_rows[0].reduction is None:
+            return [all_rows[0].measure(settings, gate=gates[0], **arguments)]
+        squares = [
+            rows.norms(gate=gate, **arguments) for rows, gate in zip(all_rows, gates, strict=True)
+        ]
+    for part, rows in zip(squares, all_rows, strict=True):
+        if rows.reduction is not None:
+            rows.reduction.sum_(part, per_tensor=per_tensor)
+    if len(all_rows) == 1:
+        return [all_rows[0].coefficients(squares[0], **settings)]
+    # One norm over several devices: the few squares travel, the gradients stay.
+    home = squares[0].device
+    joined = torch.cat([part.to(home) for part in squares], dim=1)
+    every = reference.coefficients(joined, **settings)
+    sizes = [reference.SCALES, *(part.shape[1] for part in squares)]
+    head, *scales = every.split(sizes)
+    return [
+        torch.cat([head, part]).to(rows.device) for part, rows in zip(scales, all_rows, strict=True)
+    ]
+
+
+_STATISTICS = ("injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided")
+
+
+class Statistics(dict):
+    """What a step did: tensors or None by name, which a logger takes as they are.
+
+    Attributes:
+        backend: Name of the backend that made the step, or "" before the first one; also as
+            ``statistics["backend"]``, but none of the items, which are tensors.
+    """
+
+    backend: str = ""
+
+    def __reduce__(self):
+        """Saves the items alone, in a form that ``torch.load(weights_only=True)`` reads."""
+        return OrderedDict, (list(self.items()),)
+
+    def __missing__(self, key: str) -> str:
+        """Returns the backend."""
+        if key == "backend":
+            return self.backend
+        raise KeyError(key)
+
+
+def record(
+    decision: Decision,
+    device: torch.device,
+    backend: str,
+    flags: Tensor | None,
+    found: Tensor,
+    active: Tensor | None,
+) -> dict[str, Any]:
+    """Returns what `statistics` of a step are made of; nothing is computed here.
+
+    Args:
+        decision: Of the step.
+        device: Where the statistics are to be.
+        backend: Who made the step.
+        flags: uint8 [n], or None where none injects.
+        found: float64 [4 + n], the coefficients.
+        active: bool [n] on the CPU, rows with a gradient and an anchor; None if that is all.
+    """
+    options = decision.options
+    return {
+        "flags": flags,
+        "found_inf": decision.scaling.found_inf,
+        "coefficients": found,
+        "strength": decision.strength,
+        "per_tensor": options["norm_scope"] == "tensor",
+        "measured": flags is not None and options["scaling"],
+        "clipped": options["max_grad_norm"] is not None,
+        "device": device,
+        "backend": backend,
+        "active": active,
+    }
+
+
+def record_skipped(device: torch.device) -> dict[str, Any]:
+    """Returns what `statistics` of a step are made of that changed nothing."""
+    return {"flags": None, "coefficients": None, "device": device}
+
+
+def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
+    """Returns the statistics of the last step as tensors on its device; see `AdamW`.
+
+    Args:
+        last: What `record` returned, or None before the first step.
+        anchored: How many parameters have an anchor.
+    """
+    stats = Statistics(dict.fromkeys(_STATISTICS))
+    stats["anchored"] = torch.full((), anchored, dtype=torch.int64, device="cpu")
+    if last is None:
+        return stats
+    stats.backend = last.get("backend", "")
+    flags, found = last["flags"], last["coefficients"]
+    zero = torch.zeros((), device=last["device"], dtype=torch.float32)
+    stats["injected"], stats["guided"] = zero.bool(), zero.long()
+    if flags is not None:
+        # Flags say what was drawn; a parameter without gradient was left alone all the same.
+        guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
+        if last["active"] is not None:
+            guided = guided & backends.without_waiting(last["active"], guided.device)
+        if last.get("found_inf") is not None:
+            guided = guided & last["found_inf"].eq(0).all()
+        stats["injected"], stats["guided"] = guided.any(), guided.sum()
+    stats["scale"] = zero
+    if found is None:
+        return stats
+    if flags is not None:
+        scales = found[reference.SCALES :] * last["strength"]
+        stats["scale"] = scales.float() if last["per_tensor"] else scales[0].float()
+    if last["measured"]:
+        stats["grad_norm"] = found[reference.GRAD_NORM].float()
+        stats["distance"] = found[reference.DISTANCE].float()
+    if last["clipped"]:
+        stats["clip"] = found[reference.CLIP].float()
+    return stats

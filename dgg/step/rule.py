@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What an update rule has to say of itself; `dgg.optim` has one for each optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dgg import _arguments, _philox, backends
+
+
+class Rule:
+    """The rule by which one optimizer changes its parameters.
+
+    Attributes:
+        kernel: What the backends know of it (`backends.Rule`); None if it changes gradients alone.
+        columns: State key → keyword of `backends.make_rows`.
+    """
+
+    kernel: backends.Rule | None = None
+    columns: Mapping[str, str] = {"anchor": "anchors"}
+
+    def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the state keys that a step of the group's parameters reads, ``step`` apart."""
+        return ()
+
+    def needed_to_load(self, group: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
+        """Returns the state keys that a saved entry must have.
+
+        Args:
+            group: Options of the group.
+            entry: The saved state of a parameter.
+        """
+        return ()
+
+    def init_state(self, opt, param: Tensor, group: Mapping[str, Any], *, first: bool) -> None:
+        """Makes the state of ``param`` that is missing.
+
+        Args:
+            opt: The optimizer.
+            param: A parameter.
+            group: Its group.
+            first: A step is about to use it; otherwise it is made for an anchor or a checkpoint.
+        """
+
+    def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the hyper-parameters of a group under the kernels' names, checked.
+
+        Raises:
+            TypeError: One has the wrong type.
+            ValueError: A tensor has more than one element.
+        """
+        return {}
+
+    def final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
+        """Returns the uint8 flags [n] that the update takes; ``flags`` None means none injects."""
+        return rows.constant_flags(0) if flags is None else flags
+
+    def after_update(self, rows: backends.Rows) -> None:
+        """Notes that a step wrote these rows."""
+
+    def after_load(self, opt, state_dict: Mapping[str, Any]) -> None:
+        """Notes what a loaded state dict means for the rule."""
+
+    def skip_update(self, opt, param: Tensor) -> None:
+        """Ends a step in which every element of ``param`` is padding and none is updated."""
+
+    def waits_for_scaler(self, opt) -> bool:
+        """Returns whether this one step must know on the host if a GradScaler skips it."""
+        return False
+
+
+def threshold(alpha: float | Tensor) -> int | Tensor:
+    """Returns the threshold of the draws for a group's alpha: floor(α · 2**32).
+
+    A tensor on an accelerator stays there.
+    """
+    if isinstance(alpha, Tensor) and alpha.device.type != "cpu":
+        return (alpha.double() * 4294967296.0).floor()
+    return _philox.threshold(float(alpha))
+
+
+def number(group: Mapping[str, Any], name: str) -> float | Tensor:
+    """Returns an option of a group as a float; a tensor on an accelerator stays there.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is a tensor of more than one element.
+    """
+    return number_of(name, group[name])
+
+
+def number_of(name: str, value: Any) -> float | Tensor:
+    """Returns what `number` does of an option's value."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} is a tensor of {value.numel()} elements; pass a number or a tensor of one"
+            )
+        # A tensor on an accelerator stays there: reading it would synchronise.
+        if value.device.type != "cpu":
+            return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} in a parameter group must be a number") from None
+
+
+def flag(group: Mapping[str, Any], name: str) -> bool:
+    """Returns an option of a group that is True or False.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    value = group[name]
+    if not isinstance(value, (bool, int)):
+        value = _arguments.plain(name, value)
+        if not isinstance(value, (bool, int)):
+            raise TypeError(f"{name}={value!r} in a parameter group must be True or False")
+    return bool(value)
