@@ -315,16 +315,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 logger.info("%s", self._describe(opt))
 
     def _describe(self, opt) -> str:
-        driver = opt._driven_by()
-        # DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
-        tensors = (
-            [p for group in opt.param_groups for p in group["params"]]
-            if driver is None
-            else driver.tensors()
-        )
-        devices = {p.device for p in tensors}
-        backends = sorted({backends.choose(opt._backend, device) for device in devices})
-        text = f"dgg.{type(opt).__name__} (backend {', '.join(backends)}), task {self._task}: "
+        driver = opt._deepspeed_driver()
+        # Of DeepSpeed's ZeRO-3, too, which keeps the groups empty between the steps.
+        members = opt._ownership.tensors(opt.param_groups)
+        devices = {p.device for params in members for p in params}
+        names = sorted({backends.choose(opt._settings.backend, device) for device in devices})
+        text = f"dgg.{type(opt).__name__} (backend {', '.join(names)}), task {self._task}: "
         if not self._guided:
             return text + "not guided, there is no former task to protect"
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]

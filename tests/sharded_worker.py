@@ -500,9 +500,11 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
 
 
 def _anchored_elsewhere(param):
+    import dataclasses
     import unittest.mock
 
     optimizer = dgg.AdamW([param], anchor_device="cpu")
     # There is no second device here: the parameter pretends to be on one.
-    with unittest.mock.patch.object(optimizer, "_anchor_device", torch.device("cpu", 1)):
+    second = dataclasses.replace(optimizer._settings, anchor_device=torch.device("cpu", 1))
+    with unittest.mock.patch.object(optimizer, "_settings", second):
         optimizer.set_anchor()

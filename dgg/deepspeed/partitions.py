@@ -210,7 +210,7 @@ class _Stage3:
 
 _LAYOUTS = {
     "DeepSpeedZeroOptimizer": _Stage1And2,
-    "DeepSpeedZeroOptimizerStage3": _Stage3,
+    "DeepSpeedZeroOptimizer_Stage3": _Stage3,
     "BF16_Optimizer": _BF16,
 }
 # What an optimizer of DeepSpeed has that steps partitions.

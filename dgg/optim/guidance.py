@@ -391,15 +391,8 @@ def _decide(opt: Guidance) -> Decision:
     """Reads the options of a step; refuses what a GradScaler and a replay cannot do together."""
     opt._replay.check_closed()
     options = opt._draws.options.read(opt.param_groups)
-    hyper = [
-        {
-            "maximize": bool(group.get("maximize", False)),
-            "strength": float(own["strength"]),
-            "threshold": threshold(own["alpha"]),
-        }
-        for group, own in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
-    ]
-    decision = Decision(options, opt.param_groups, hyper, options["draw_index"])
+    decision = Decision(options, opt.param_groups, [], options["draw_index"])
+    decision.strength = float(options["strength"])
     # The other optimizer moves the parameters past what an update could measure.
     decision.looks_ahead = False
     return decision
@@ -477,6 +470,14 @@ def _measure(opt: Guidance, decision: Decision, all_rows: list[backends.Rows]) -
     found = norms.measure(opt, decision, all_rows)
     scaled = getattr(opt.optimizer, "grad_scale", None) is not None
     clips = decision.options["max_grad_norm"] is not None
+    decision.hyper = [
+        {
+            "maximize": bool(group.get("maximize", False)),
+            "strength": float(own["strength"]),
+            "threshold": threshold(own["alpha"]),
+        }
+        for group, own in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
+    ]
     decision.applies = bool(decision.injecting or clips or opt._replay or scaled)
     if not decision.applies:
         abandon(opt)
