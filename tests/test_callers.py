@@ -124,22 +124,24 @@ UNSCALED = [way for way in WAYS if way not in SCALED]
 
 # Where a step warns: how it is brought to, what it says, and the ways that get there.
 OF_STEPS = {
-    ("dgg/_guided.py", "_warn_if_idle"): (without_a_gradient, "first step found no", UNSCALED),
-    ("dgg/_guided.py", "_warn_if_nothing_happens"): (
+    ("dgg/step/checks.py", "warn_if_idle"): (without_a_gradient, "first step found no", UNSCALED),
+    ("dgg/step/checks.py", "warn_if_nothing_happens"): (
         long_without_a_gradient, "has had a gradient for 100", UNSCALED,
     ),
-    ("dgg/_guided.py", "_warn_if_nothing_happens", 2): (
+    ("dgg/step/checks.py", "warn_if_nothing_happens", 2): (
         long_without_an_anchor, "nothing is guided", WAYS,
     ),
-    ("dgg/_guided.py", "_scaler_state"): (with_infinite_replay, "replay gradients are inf", SCALED),
+    ("dgg/step/gradients.py", "scaler_state"): (
+        with_infinite_replay, "replay gradients are inf", SCALED,
+    ),
     ("dgg/_arguments.py", "warn_narrow"): (in_16_bits, "16-bit weights lose", WAYS),
     ("kernels/chunks.py", "_find"): (in_a_cache_that_fails, "Trying again", WAYS),
 }  # fmt: skip
 # The others, and the test that looks at their line.
 OTHERS = {
-    ("dgg/_guided.py", "_drop_rows"): "test_gpu_stand_in.py",
-    ("dgg/guidance.py", "zero_grad"): "below",
-    ("dgg/zero.py", "_drop_orphans"): "deepspeed_worker.py",
+    ("dgg/optim/guided.py", "_reset_caches"): "test_gpu_stand_in.py",
+    ("dgg/step/gradients.py", "zero_grad"): "below",
+    ("dgg/deepspeed/driver.py", "_drop_orphans"): "deepspeed_worker.py",
     ("dgg/hf.py", "_begin"): "test_hf.py",
     ("dgg/hf.py", "_resume"): "test_hf.py",
     ("dgg/hf.py", "_resume", 2): "test_hf.py",
@@ -150,7 +152,7 @@ OTHERS = {
 
 def places_that_warn():
     """Yields file and function of each warning, its number in there if not the first, its call."""
-    for path in sorted([*(ROOT / "dgg").glob("*.py"), *(ROOT / "kernels").glob("*.py")]):
+    for path in sorted([*(ROOT / "dgg").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef):
                 continue

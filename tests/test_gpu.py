@@ -355,7 +355,7 @@ def test_look_ahead_equals_a_measured_distance(backend):
         for p, q in zip(params, twins, strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
         optimizer.step()
-        twin._rows = None  # forgets every distance: the norm pass measures anew
+        twin._cache = None  # forgets every distance: the norm pass measures anew
         twin.step()
         if step > 0:
             pair = [o.guidance_stats()["distance"] for o in (optimizer, twin)]

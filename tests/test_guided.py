@@ -296,7 +296,7 @@ def test_look_ahead_equals_a_measured_distance(backend):
         for p, q in zip(params, twin_params, strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
         optimizer.step()
-        twin._rows = None  # forgets every distance: the norm pass measures anew
+        twin._cache = None  # forgets every distance: the norm pass measures anew
         twin.step()
         assert torch.equal(*(o.guidance_stats()["distance"] for o in (optimizer, twin)))
     for p, q in zip(params, twin_params, strict=True):

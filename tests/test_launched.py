@@ -103,7 +103,7 @@ def test_runs_equal_the_cpu_backend(rule, kind):
     plain = Run(rule, "reference", **options).run()
     assert launched.optimizer._cache.launched and not plain.optimizer._cache.launched
     # Gradients and versions are taken up natively where the library can.
-    assert launched.optimizer._cache._gathers == (_gather.load() is not None)
+    assert launched.optimizer._cache._native == (_gather.load() is not None)
     assert_close(launched, plain)
     stats, expected = launched.optimizer.guidance_stats(), plain.optimizer.guidance_stats()
     assert stats.keys() == expected.keys()
@@ -566,8 +566,8 @@ def test_a_training_needs_few_variants_and_the_guide_compiles_them_before(
     for step in range(4):
         for group in shards.param_groups:
             set_grads(group["params"], torch.Generator().manual_seed(step))
-        if shards._rows is not None:
-            monkeypatch.setattr(shards._rows.all_rows[0], "reduction", Alone())
+        if shards._cache is not None:
+            monkeypatch.setattr(shards._cache.all_rows[0], "reduction", Alone())
         if step == 1:
             shards.set_anchor()
         shards.step()

@@ -23,18 +23,15 @@ from dgg import _arguments, _callers, _ranges, deepspeed, sharding
 from dgg._imitable import Imitable, imitable
 from dgg.anchor import boundary
 from dgg.checkpoint import load, room, source
-from dgg.sharding import fsdp1, zero_redundancy
-from dgg.step import norms, settings, state
-from dgg.step.cache import RowCache
-from dgg.step.checks import Warned
-from dgg.step.draws import Draws
-from dgg.step.gradients import ReplaySlot
+from dgg.optim import construction
+from dgg.sharding import fsdp1
+from dgg.step import norms, state
 from dgg.step.rule import Rule
 from dgg.step.run import CAPTURED, EAGER, Verbs, run
 
 
-class Guided(Imitable):
-    """What the guided optimizers share; stands before the torch.optim class in their bases."""
+class Stepped(Imitable):
+    """An optimizer whose step is `dgg.step.run`."""
 
     # The state is room for a checkpoint that is yet to be loaded.
     _awaits_load = False
@@ -48,60 +45,7 @@ class Guided(Imitable):
     # -- construction ---------------------------------------------------------------------------
 
     def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
-        """Checks the guidance arguments, then lets torch.optim check and take the others."""
-        name = type(self).__name__
-        if options.pop("differentiable"):
-            raise ValueError(
-                f"dgg.{name} does not support differentiable=True: the fused step writes in place "
-                f"and records no graph; use torch.optim.{name} to differentiate through a step"
-            )
-        process_group = _arguments.check_process_group(options.pop("process_group"), options)
-        self._ownership = sharding.Sharded(process_group)
-        share = zero_redundancy.builder()
-        if share is not None:
-            if process_group is not None or options["capturable"]:
-                raise ValueError(
-                    "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, "
-                    "whose own process group is used and whose ranks synchronise in every step; "
-                    "leave both"
-                )
-            self._ownership = sharding.RankShare(share)
-        self._settings = settings.take_settings(options)
-        self._start_without_caches()
-        self._guidance = {**options, "draw_index": 0, "task_index": 0}
-        _arguments.check_options(self._guidance)
-        _arguments.make_plain(self._guidance)
-        # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
-        # FSDP2's modules does), another one would keep what an engine exchanges alive.
-        self._original_ids, self._driver, self._first_id = [], None, None
-        parent()
-        self._all_groups, self._first_id = self.param_groups, _first(self.param_groups)
-        _arguments.check_backend(self._settings.backend, self.param_groups)
-        every = self._ownership.recorded(self.param_groups)
-        rounding, master = self._settings.stochastic_rounding, self._settings.master_weights
-        _arguments.check_precision(rounding, master, [{"params": every}])
-        settings.check_kernels(
-            self._settings, [p for group in self.param_groups for p in group["params"]]
-        )
-        self.defaults.update(self._guidance)
-        _arguments.make_plain(self.defaults)
-
-    def _start_without_caches(self) -> None:
-        # Nothing of this is ever needed by a checkpoint, a copy or a pickle.
-        self._rule, self._draws, self._replay = self._new_rule(), Draws(), ReplaySlot()
-        self._cache: RowCache | None = None
-        # What the last step did, for the statistics; the last gradients were partial sums of the
-        # ranks'; the last step was skipped.
-        self._last: dict[str, Any] | None = None
-        self._partial = False
-        self._skipped: Tensor | bool = False
-        # Steps that a fresh optimizer was resumed after; the task that was named with the anchor.
-        self._resumed: int | None = None
-        self._named: int | None = None
-        # All that captured steps read and write, for the optimizer's life: a graph knows addresses
-        # alone. First of each the rows.
-        self.__dict__.setdefault("_captured", [])
-        self.__dict__.setdefault("_warned", Warned())
+        construction.build(self, parent, options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
@@ -110,23 +54,7 @@ class Guided(Imitable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over a copied, pickled or loaded state and starts without caches."""
-        state = dict(state)
-        if "_settings" not in self.__dict__:  # a copy; loading keeps what there is
-            state["_settings"] = settings.settings_in(state)
-            state.setdefault("_ownership", _ownership_in(state))
-        for former in [name for name in state if name in _FORMER_ENTRIES]:
-            del state[former]
-        self._start_without_caches()
-        super().__setstate__(state)
-        # DeepSpeed steps groups one by one in a list of its own.
-        self._all_groups = self.param_groups
-        if "_original_ids" not in self.__dict__:
-            self._original_ids = [id(p) for group in self.param_groups for p in group["params"]]
-            self._driver, self._first_id = None, _first(self.param_groups)
-        for group in self.param_groups:
-            for name, value in self._guidance.items():
-                group.setdefault(name, value)
-            group.setdefault("anchored", 0)
+        construction.take_state(self, state, super().__setstate__)
 
     @imitable
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,47 +69,7 @@ class Guided(Imitable):
             ValueError: A guidance option is out of range or not one of a group, or a parameter
                 is given twice.
         """
-        options = self.param_groups[0] if self.param_groups else self._guidance
-        if isinstance(param_group, dict) and "anchored" in param_group:
-            # A dict that was a group before, since torch.optim keeps the one it is given. What
-            # belonged to that optimizer as a whole does not come along, nor is it changed there.
-            param_group = {k: v for k, v in param_group.items() if k not in _arguments.WIDE}
-        if isinstance(param_group, dict):
-            for name in _arguments.WIDE:
-                if name in param_group and param_group[name] != options[name]:
-                    raise ValueError(
-                        f"{name} is one setting for the whole optimizer ({options[name]!r}); a "
-                        f"group cannot have its own ({param_group[name]!r}). Per group: alpha, "
-                        "strength"
-                    )
-            schedulable = {n: param_group[n] for n in _arguments.PER_GROUP if n in param_group}
-            _arguments.check_options(schedulable)
-        before = len(self.param_groups)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _arguments.make_plain(group)
-            seen: set[int] = set()
-            for place, param in enumerate(group["params"]):
-                names = group.get("param_names")
-                label = f"parameter {names[place]!r}" if names else f"parameter {place}"
-                _arguments.check_param(param, f"{label} of group {before}")
-                if id(param) in seen:
-                    raise ValueError(
-                        f"{label} of group {before} is in the group twice and would be updated by "
-                        "two threads at once; pass every parameter once"
-                    )
-                seen.add(id(param))
-        except (TypeError, ValueError):
-            del self.param_groups[before:]
-            raise
-        for name in _arguments.WIDE:
-            group[name] = options[name]
-        for name in _arguments.PER_GROUP:
-            group.setdefault(name, self._guidance[name])
-        group["anchored"] = 0
-        self._original_ids += map(id, group["params"])
-        self._reset_caches()
+        construction.add_group(self, param_group, super().add_param_group)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -221,6 +109,126 @@ class Guided(Imitable):
     def state(self, value: dict[Tensor, Any]) -> None:
         self._state_read = True
         self.__dict__["state"] = value
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step: G of the guided gradients, then the base optimizer.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError: A gradient is sparse or of an unsupported dtype.
+            ValueError: An option in the groups is out of range.
+            RuntimeError: The anchor that the groups promise is missing.
+        """
+        if (
+            type(self).step is Stepped.step
+            and not self._in_hooks
+            and (
+                torch.autograd.profiler._is_profiler_enabled
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _torch_optimizer._global_optimizer_pre_hooks
+                or _torch_optimizer._global_optimizer_post_hooks
+            )
+        ):
+            # torch.optim would always step inside of a range for the profiler, which costs as much
+            # as the update of a hundred tiny tensors. A subclass with a step of its own has torch's
+            # hooks around that one.
+            self._in_hooks = True
+            try:
+                return (
+                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
+                )
+            finally:
+                self._in_hooks = False
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                self._uncompiled_step()
+        else:
+            # Without the objects of `no_grad` and a decorated function's wrapper: either costs as
+            # much as a small kernel.
+            enabled = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                with _ranges.record("dgg.step"):
+                    verbs = self._verbs()
+                    if verbs is not None:
+                        run(self, verbs)
+            finally:
+                torch._C._set_grad_enabled(enabled)
+        if not self._in_hooks:
+            self._optimizer_step_code()
+        return loss
+
+    step.hooked = True  # torch.optim leaves it as it is
+
+    @torch._disable_dynamo
+    def _uncompiled_step(self) -> None:
+        with _ranges.record("dgg.step"):
+            verbs = self._verbs()
+            if verbs is not None:
+                run(self, verbs)
+
+    def _verbs(self) -> Verbs | None:
+        """Returns how this step is made; None if a checkpoint helper only wants state."""
+        driver = self._deepspeed_driver()
+        if driver is not None:
+            return driver.verbs
+        if self._cache is None and not self.state and source.making_template():
+            room.make_template(self)
+            return None
+        return CAPTURED if self._settings.capturable else EAGER
+
+    def _deepspeed_driver(self) -> deepspeed.Driver | None:
+        """Returns what steps DeepSpeed's partitions in place of the parameters, if it does."""
+        driver = self._driver
+        if driver is not None and driver.zero_optimizer is not None:
+            return driver
+        if driver is None and construction.first_id(self.param_groups) == self._first_id:
+            return None
+        # The parameters were exchanged: look once by whom.
+        self._driver = deepspeed.find_driver(self)
+        if self._driver is None:
+            self._first_id = construction.first_id(self.param_groups)
+            if driver is not None:  # its engine is gone
+                self._ownership = sharding.Sharded()
+        return self._driver
+
+    def _reset_caches(self) -> None:
+        """Has the next step make its rows anew, and says so if a graph works on the present ones.
+
+        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
+        """
+        if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
+            warnings.warn(
+                "the step of this optimizer was captured into a CUDA graph, and what that reads "
+                "and writes was replaced since: state was loaded or exchanged, a group added, an "
+                "anchor set for the first time or cleared. A replay would go on with what was "
+                "there before: capture it again",
+                stacklevel=_callers.stacklevel(),
+            )
+        self._cache = None
+
+
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(
+    lambda self, *args, **kwargs: Stepped.step(self, *args, **kwargs)
+)
+
+
+class Guided(Stepped):
+    """What the guided optimizers share; stands before the torch.optim class in their bases."""
+
+    # -- checkpoints ----------------------------------------------------------------------------
 
     @torch._disable_dynamo
     @imitable
@@ -296,115 +304,6 @@ class Guided(Imitable):
             >>> set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
         """
         room.prepare(self, checkpoint, model)
-
-    # -- the step -------------------------------------------------------------------------------
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one optimization step: G of the guided gradients, then the base optimizer.
-
-        Args:
-            closure: Evaluates the model again and returns the loss; optional.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            TypeError: A gradient is sparse or of an unsupported dtype.
-            ValueError: An option in the groups is out of range.
-            RuntimeError: The anchor that the groups promise is missing.
-        """
-        if (
-            type(self).step is Guided.step
-            and not self._in_hooks
-            and (
-                torch.autograd.profiler._is_profiler_enabled
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _torch_optimizer._global_optimizer_pre_hooks
-                or _torch_optimizer._global_optimizer_post_hooks
-            )
-        ):
-            # torch.optim would always step inside of a range for the profiler, which costs as much
-            # as the update of a hundred tiny tensors. A subclass with a step of its own has torch's
-            # hooks around that one.
-            self._in_hooks = True
-            try:
-                return (
-                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-                )
-            finally:
-                self._in_hooks = False
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                self._uncompiled_step()
-        else:
-            # Without the objects of `no_grad` and a decorated function's wrapper: either costs as
-            # much as a small kernel.
-            enabled = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)
-            try:
-                with _ranges.record("dgg.step"):
-                    verbs = self._verbs()
-                    if verbs is not None:
-                        run(self, verbs)
-            finally:
-                torch._C._set_grad_enabled(enabled)
-        if not self._in_hooks:
-            self._optimizer_step_code()
-        return loss
-
-    step.hooked = True  # torch.optim leaves it as it is
-
-    @torch._disable_dynamo
-    def _uncompiled_step(self) -> None:
-        with _ranges.record("dgg.step"):
-            verbs = self._verbs()
-            if verbs is not None:
-                run(self, verbs)
-
-    def _verbs(self) -> Verbs | None:
-        """Returns how this step is made; None if a checkpoint helper only wants state."""
-        driver = self._deepspeed_driver()
-        if driver is not None:
-            return driver.verbs
-        if self._cache is None and not self.state and source.making_template():
-            room.make_template(self)
-            return None
-        return CAPTURED if self._settings.capturable else EAGER
-
-    def _deepspeed_driver(self) -> deepspeed.Driver | None:
-        """Returns what steps DeepSpeed's partitions in place of the parameters, if it does."""
-        driver = self._driver
-        if driver is not None and driver.zero_optimizer is not None:
-            return driver
-        if driver is None and _first(self.param_groups) == self._first_id:
-            return None
-        # The parameters were exchanged: look once by whom.
-        self._driver = deepspeed.find_driver(self)
-        if self._driver is None:
-            self._first_id = _first(self.param_groups)
-            if driver is not None:  # its engine is gone
-                self._ownership = sharding.Sharded()
-        return self._driver
-
-    def _reset_caches(self) -> None:
-        """Has the next step make its rows anew, and says so if a graph works on the present ones.
-
-        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
-        """
-        if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
-            warnings.warn(
-                "the step of this optimizer was captured into a CUDA graph, and what that reads "
-                "and writes was replaced since: state was loaded or exchanged, a group added, an "
-                "anchor set for the first time or cleared. A replay would go on with what was "
-                "there before: capture it again",
-                stacklevel=_callers.stacklevel(),
-            )
-        self._cache = None
 
     # -- the anchor -----------------------------------------------------------------------------
 
@@ -584,23 +483,3 @@ class Guided(Imitable):
         is to be skipped.
         """
         return bool(self._skipped)
-
-
-_step_with_hooks = torch.optim.Optimizer.profile_hook_step(
-    lambda self, *args, **kwargs: Guided.step(self, *args, **kwargs)
-)
-
-# Entries of former pickles that `Settings` and `Ownership` took the place of.
-_FORMER_ENTRIES = {*settings.FORMER_NAMES, "_lost_group", "_lost_share"}
-
-
-def _ownership_in(state: Mapping[str, Any]) -> sharding.Sharded:
-    """Returns who holds what of an optimizer that a former release pickled."""
-    if state.get("_lost_share"):
-        return sharding.Lost("share")
-    return sharding.Lost("group") if state.get("_lost_group") else sharding.Sharded()
-
-
-def _first(groups: list[dict[str, Any]]) -> int | None:
-    params = groups[0]["params"] if groups else []
-    return id(params[0]) if params else None
