@@ -23,14 +23,30 @@ import torch
 from torch import Tensor
 
 from dgg import _device, _gather, _prefetch, reference, sharding
+from dgg.kernels.layout import (
+    ADAM_HYPER,
+    ANCHOR,
+    ANCHOR_BIT,
+    COPY,
+    DTYPES,
+    ELEMENTS_BIT,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GUIDE_HYPER,
+    LOOK_AHEAD_BIT,
+    MAX_EXP_AVG_SQ,
+    NUMEL,
+    PARAM,
+    SGD_HYPER,
+    SLOT_BITS,
+    STATE_BIT,
+    STEP,
+    STOCHASTIC_BIT,
+)
 from dgg.reference import FLOAT_DTYPES
 from dgg.sharding import fsdp1
 
 BACKENDS = ("reference", "cpp", "triton")
-
-# Columns of the address table; csrc/ops.cpp names them likewise.
-(PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP, NUMEL, GROUP, DTYPES, INDEX,
- INDEX_BASE, INDEX_BLOCK, INDEX_STRIDE, COPY) = range(14)  # fmt: skip
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
@@ -349,13 +365,6 @@ class MemoryWatch:
         return id(x), x.data_ptr(), x.numel(), order, x.dtype
 
 
-ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
-              "strength", "threshold")  # fmt: skip
-SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "strength",
-             "threshold")  # fmt: skip
-GUIDE_HYPER = ("maximize", "strength", "threshold")
-
-
 class Scaling(NamedTuple):
     """What a GradScaler says of this step's gradients.
 
@@ -589,7 +598,7 @@ class Rows:
         ]
         packed = 0
         for place, dtype in enumerate(dtypes):
-            packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
+            packed |= _DTYPE_CODES[dtype.to_real()] << (SLOT_BITS * place)
         return packed
 
     def watch_gradients(self, watch: MemoryWatch) -> bool:
@@ -1096,12 +1105,12 @@ class Rows:
             # and backward pass.
             away = self.kernels.windows is not None
             here = look_ahead and not away
-            variant = _device.ANCHOR if draw.injecting or here else 0
-            variant |= _device.ELEMENTS if draw.elements else 0
-            variant |= _device.LOOK_AHEAD if here else 0
+            variant = ANCHOR_BIT if draw.injecting or here else 0
+            variant |= ELEMENTS_BIT if draw.elements else 0
+            variant |= LOOK_AHEAD_BIT if here else 0
             if any(group[rule.optional] for group in groups):
-                variant |= _device.STATE
-            variant |= _device.STOCHASTIC if self.stochastic else 0
+                variant |= STATE_BIT
+            variant |= STOCHASTIC_BIT if self.stochastic else 0
             self.kernels.update_(
                 rule.name,
                 coefficients,
@@ -1210,8 +1219,8 @@ class Rows:
                 replay_weight=replay_weight,
                 seed=_signed(draw.seed),
                 draw=draw.index,
-                variant=(_device.ANCHOR if draw.injecting else 0)
-                | (_device.ELEMENTS if draw.elements else 0),
+                variant=(ANCHOR_BIT if draw.injecting else 0)
+                | (ELEMENTS_BIT if draw.elements else 0),
             )
         else:
             torch.ops.dgg.guide_table_(
