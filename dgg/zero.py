@@ -85,39 +85,30 @@ class Partition(NamedTuple):
     fragments: list[Fragment]
 
 
-class _FragmentRows(backends.Rows):
-    """The rows of one partition: one per fragment, all views into the partition."""
-
-    def __init__(self, optimizer, partition: Partition) -> None:
-        # Before the table is made, which asks for them.
-        self.fragment_places = [
-            sharding.Place(f.base, f.count, f.count) for f in partition.fragments
-        ]
-        state = optimizer.state.get(partition.tensor) or {}
-        members = [partition.members[f.member] for f in partition.fragments]
-        columns: dict[str, list] = {"anchors": [None] * len(members)}
-        for name, column in optimizer._columns.items():
-            value = state.get(name)
-            if column == "steps":
-                # A count is written once per row: the others get one of their own.
-                columns[column] = [value] + [
-                    None if value is None else value.clone() for _ in members[1:]
-                ]
-            else:
-                columns[column] = [_cut(value, f) for f in partition.fragments]
-        super().__init__(
-            backends.choose(optimizer._backend, partition.tensor.device),
-            [_cut(partition.tensor, f) for f in partition.fragments],
-            [partition.group] * len(members),
-            [m.index for m in members],
-            **columns,
-        )
-        self.places = self.fragment_places
+def _fragment_rows(optimizer, partition: Partition) -> backends.Rows:
+    """Returns the rows of one partition: one per fragment, all views into the partition."""
+    state = optimizer.state.get(partition.tensor) or {}
+    members = [partition.members[f.member] for f in partition.fragments]
+    columns: dict[str, list] = {"anchors": [None] * len(members)}
+    for name, column in optimizer._columns.items():
+        value = state.get(name)
+        if column == "steps":
+            # A count is written once per row: the others get one of their own.
+            columns[column] = [value] + [
+                None if value is None else value.clone() for _ in members[1:]
+            ]
+        else:
+            columns[column] = [_cut(value, f) for f in partition.fragments]
+    return backends.make_rows(
+        backends.choose(optimizer._backend, partition.tensor.device),
+        [_cut(partition.tensor, f) for f in partition.fragments],
+        [partition.group] * len(members),
+        [m.index for m in members],
+        places=[sharding.Place(f.base, f.count, f.count) for f in partition.fragments],
         # What is fresh, and whose version counts, is the partition.
-        self.holders = [partition.tensor] * len(members)
-
-    def _place(self, row: int) -> tuple[int, int, int]:
-        return self.fragment_places[row]
+        holders=[partition.tensor] * len(members),
+        **columns,
+    )
 
 
 class _Census:
@@ -166,7 +157,7 @@ class Zero:
         self._holder = weakref.ref(holder)
         self._layout = _LAYOUTS[type(holder).__name__]
         self._partitions: list[Partition] = []
-        self._rows: dict[int, tuple[backends.MemoryWatch, list, _FragmentRows]] = {}
+        self._rows: dict[int, tuple[backends.MemoryWatch, list, backends.Rows]] = {}
         self._now: _Now | None = None
         self._take_up(optimizer, holder)
         self._drop_orphans(optimizer)
@@ -236,7 +227,7 @@ class Zero:
                 stacklevel=_callers.stacklevel(),
             )
 
-    def _rows_of(self, optimizer, number: int) -> _FragmentRows | None:
+    def _rows_of(self, optimizer, number: int) -> backends.Rows | None:
         """Returns the rows of a partition, or None if all of it is padding."""
         partition = self._partitions[number]
         if not partition.fragments:
@@ -247,7 +238,7 @@ class Zero:
             watch, known, rows = self._rows[number]
             if watch.unmoved() and all(a is b for a, b in zip(known, values, strict=True)):
                 return rows
-        rows = _FragmentRows(optimizer, partition)
+        rows = _fragment_rows(optimizer, partition)
         watch = backends.MemoryWatch([partition.tensor], [v for v in values if v is not None])
         self._rows[number] = watch, values, rows
         return rows
@@ -365,7 +356,7 @@ class Zero:
                 replay_weight=float(now.wide["replay_weight"]),
             )
 
-    def _coefficients(self, holder, number: int, rows: _FragmentRows | None) -> Tensor | None:
+    def _coefficients(self, holder, number: int, rows: backends.Rows | None) -> Tensor | None:
         """Returns c and s of the rows of one partition; with norms per tensor a collective."""
         now, partition = self._now, self._partitions[number]
         if now.coefficients is not None:

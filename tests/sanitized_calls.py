@@ -38,7 +38,7 @@ from dgg.kernels.layout import (
 from dgg.kernels.layout import DTYPES as CODES
 
 import dgg
-from dgg import _gather
+from dgg.backends import native
 
 ops = torch.ops.dgg
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # in the order of the codes
@@ -271,9 +271,9 @@ class Calls:
     def __init__(self, pages: Pages | None) -> None:
         self.pages = pages
         self.calls = self.refused = self.steps = 0
-        self.library = _gather.load()
+        self.library = native.load()
         if self.library is None:
-            raise RuntimeError("the native functions of dgg/_gather.py cannot be used here")
+            raise RuntimeError("the native functions of dgg/backends/native.py cannot be used here")
 
     def run(self, seed: int, number: int) -> None:
         rng = random.Random(f"{seed}/{number}")
@@ -430,15 +430,15 @@ class Calls:
         n = len(params)
         handle = ops.watch(others)
         anchors = [rng.randrange(-1, len(others)) for _ in range(rng.choice((0, n, n)))]
-        _gather.watch_params(library, handle, params, anchors)
+        native.watch_params(library, handle, params, anchors)
         entries = [
             {i: object() for i in range(rng.randint(0, 4))} for _ in range(rng.randint(0, 3))
         ]
-        _gather.watch_dicts(library, handle, entries)
+        native.watch_dicts(library, handle, entries)
         gradients = memory.of([0] * n, torch.int64), memory.of([0] * n, torch.int64)
         distances = memory.of([0.5] * n, torch.float64)
         usual = [rng.random() < 0.9 for _ in range(n)]
-        gather = _gather.Gather(library, handle, *gradients, distances, usual)
+        gather = native.NativeGradients(library, handle, *gradients, distances, usual)
         self.calls += 4
         for _ in range(rng.randint(1, 5)):
             for param in params:
@@ -740,13 +740,13 @@ class Calls:
                   for _ in range(rng.randint(1, 6))]  # fmt: skip
         n = len(params)
         handle = ops.watch([])
-        _gather.watch_params(library, handle, params, [])
+        native.watch_params(library, handle, params, [])
         numbers = memory.of([0] * n, torch.int64), memory.of([0] * n, torch.int64)
         known = memory.of([0.5] * n, torch.float64)
-        gather = _gather.Gather(library, handle, *numbers, known, [True] * n)
+        gather = native.NativeGradients(library, handle, *numbers, known, [True] * n)
         if rng.random() < 0.3:  # begun, but with fewer
             fewer = rng.randrange(n)
-            few = _gather.Gather(library, handle, *numbers, known, [True] * fewer)
+            few = native.NativeGradients(library, handle, *numbers, known, [True] * fewer)
             if few.begin(True) != 0:
                 raise AssertionError("a parameter has a gradient that nobody gave it")
             self.calls += 1

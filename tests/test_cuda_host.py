@@ -13,7 +13,8 @@ from dgg.kernels import layout
 import cuda_on_host
 import rows
 from cases import BF16, F16, F32, F64, cpp_missing
-from dgg import _device, _philox, reference
+from dgg import _philox, reference
+from dgg.backends import chunks
 from rows import (
     ADAM,
     ADAM_CASES,
@@ -59,14 +60,14 @@ def kernels():
 
 
 class Launches:
-    """The launches of a problem, one per dtype combination, as dgg/_device.py cuts them."""
+    """The launches of a problem, one per dtype combination, as dgg/backends/chunks.py cuts them."""
 
     def __init__(self, kernels, problem, order=0):
         self.kernels, self.problem = kernels, problem
         self.table = problem.table()
         self.grads, self.replays = addresses(problem.grads), addresses(problem.replays)
         codes = self.table[:, layout.DTYPES].tolist()
-        self.launches = _device.cut(problem.sizes, codes, torch.device("cpu"))
+        self.launches = chunks.cut(problem.sizes, codes, torch.device("cpu"))
         kernels.set_block_order(order)
         kernels.count_vector_accesses()
 

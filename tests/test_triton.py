@@ -20,7 +20,8 @@ from dgg.kernels.layout import ANCHOR, GROUP, NUMEL, STRETCH, STRIDE
 import cases
 import rows
 from cases import BF16, F16, F32, F64
-from dgg import _device, _philox, kernels, reference
+from dgg import _philox, kernels, reference
+from dgg.backends import chunks
 from rows import (
     ADAM,
     ADAM_CASES,
@@ -66,7 +67,7 @@ LAUNCHES = {"adam": "adam_launch_", "sgd": "sgd_launch_", "guide": "guide_launch
 
 
 def cut(problem, table, chunk=CHUNK):
-    return _device.cut(
+    return chunks.cut(
         [p.numel() for p in problem.params], table[:, layout.DTYPES].tolist(), CPU, chunk=chunk
     )
 
