@@ -12,6 +12,7 @@ import torch
 
 import dgg
 from cases import cpp_missing
+from dgg import backends, sharding
 from dgg.backends import table
 from dgg.backends.distances import Distances
 
@@ -46,6 +47,39 @@ def test_update_calls_the_operator_itself(rule, monkeypatch):
     param.grad = torch.ones(3)
     {"adam_": dgg.AdamW, "sgd_": dgg.SGD}[rule]([param], lr=0.1, backend="cpp").step()
     assert callers == [table.TableRows.update_.__code__]
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpp", marks=NO_CPP)]
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_elements_of_a_guided_shard_draw_as_those_of_the_whole(backend, dtype):
+    """Kernels see a complex number as a pair of reals, and every real draws by its own place."""
+    generator = torch.Generator().manual_seed(3)
+    param, grad, anchor = (torch.randn(24, generator=generator, dtype=dtype) for _ in range(3))
+    place = sharding.Place(3, 2, 7)  # elements 3, 4, 10, 11, 17, 18
+    elements = [place.base + l // 2 * place.stride + l % 2 for l in range(6)]  # noqa: E741
+
+    def guided(chosen, places):
+        rows = backends.make_rows(
+            backend, [param[chosen]], [0], [5], anchors=[anchor[chosen]], places=places
+        )
+        edited = grad[chosen].clone()
+        rows.take_gradients([edited], [], elementwise=True)
+        rows.guide_(
+            rows.constant_coefficients(),
+            rows.constant_flags(2),
+            [{"maximize": False, "strength": 1.0, "threshold": 2.0**31}],
+            backends.Draw(7, 0, injecting=True, elements=True),
+            backends.Scaling(),
+            replay_weight=1.0,
+        )
+        return edited
+
+    whole = guided(list(range(24)), None)
+    changed = whole != grad
+    assert 0 < changed.sum() < 24
+    assert torch.equal(guided(elements, [place]), whole[elements])
 
 
 def test_distances_hold_until_a_parameter_is_written():

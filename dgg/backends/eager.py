@@ -94,7 +94,7 @@ class ReferenceRows(Rows):
                 grad_scale=scaling.divisor,
                 seed=draw.seed,
                 draw=draw.index,
-                places=self.places,
+                places=self._all_places(),
             )
         give_back(self._grad_copies)
         self.release()
