@@ -40,15 +40,9 @@ class ReferenceRows(Rows):
     def norms(self, *, replay_weight, scaling, which, gate=None) -> Tensor:
         """Calls `reference.norms`."""
         return reference.norms(
-            self.tensors(PARAM),
-            self.grads,
-            self.replays,
-            self.tensors(ANCHOR),
-            self.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            which=which,
-        )
+            self.tensors(PARAM), self.grads, self.replays, self.tensors(ANCHOR), self.distances,
+            replay_weight=replay_weight, grad_scale=scaling.divisor, which=which,
+        )  # fmt: skip
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Calls `reference.coefficients`."""
@@ -60,42 +54,25 @@ class ReferenceRows(Rows):
         """Calls the rule's function in `reference` for each group."""
         for number, group in enumerate(groups):
             getattr(reference, rule.name)(
-                self.tensors(PARAM),
-                *self._of_group(number),
-                *(self.tensors(column) for column in rule.state),
-                self.distances,
-                coefficients,
-                flags,
-                self.indices,
-                **{key: group[key] for key in rule.hyper},
-                look_ahead=look_ahead,
-                places=self._all_places(),
-                copies=self.tensors(COPY) if self._has_masters else (),
-                stochastic=self.stochastic,
-                replay_weight=replay_weight,
-                grad_scale=scaling.divisor,
-                seed=draw.seed,
+                self.tensors(PARAM), *self._of_group(number),
+                *(self.tensors(column) for column in rule.state), self.distances, coefficients,
+                flags, self.indices, **{key: group[key] for key in rule.hyper},
+                look_ahead=look_ahead, places=self._all_places(),
+                copies=self.tensors(COPY) if self._has_masters else (), stochastic=self.stochastic,
+                replay_weight=replay_weight, grad_scale=scaling.divisor, seed=draw.seed,
                 draw=draw.index,
-            )
+            )  # fmt: skip
         self._after_update(look_ahead)
 
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
         """Calls `reference.guide_` for each group."""
         for number, group in enumerate(groups):
             reference.guide_(
-                self.tensors(PARAM),
-                *self._of_group(number),
-                self.tensors(ANCHOR),
-                coefficients,
-                flags,
-                self.indices,
-                **{key: group[key] for key in GUIDE_HYPER},
-                replay_weight=replay_weight,
-                grad_scale=scaling.divisor,
-                seed=draw.seed,
-                draw=draw.index,
-                places=self._all_places(),
-            )
+                self.tensors(PARAM), *self._of_group(number), self.tensors(ANCHOR), coefficients,
+                flags, self.indices, **{key: group[key] for key in GUIDE_HYPER},
+                replay_weight=replay_weight, grad_scale=scaling.divisor, seed=draw.seed,
+                draw=draw.index, places=self._all_places(),
+            )  # fmt: skip
         give_back(self._grad_copies)
         self.release()
 

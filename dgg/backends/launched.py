@@ -220,20 +220,10 @@ class LaunchedRows(TableRows):
         settings: Mapping[str, Any] = _NO_SETTINGS,
     ) -> None:
         self._functions.norms_launch(
-            self._device_table,
-            *launch.tensors,
-            grads,
-            replays,
-            self.distances,
-            squares,
-            gate,
-            grad_scale,
-            out,
-            dtypes=launch.dtypes,
-            replay_weight=replay_weight,
-            which=which,
+            self._device_table, *launch.tensors, grads, replays, self.distances, squares, gate,
+            grad_scale, out, dtypes=launch.dtypes, replay_weight=replay_weight, which=which,
             **settings,
-        )
+        )  # fmt: skip
 
     def _norms(
         self,
@@ -252,17 +242,10 @@ class LaunchedRows(TableRows):
         for launch in self._launches:
             last = launch is self._launches[-1]
             self._launch_norms(
-                launch,
-                squares,
-                grads,
-                replays,
-                which=which,
-                replay_weight=replay_weight,
-                gate=gate,
-                grad_scale=scaling.grad_scale,
-                out=out if last else None,
+                launch, squares, grads, replays, which=which, replay_weight=replay_weight,
+                gate=gate, grad_scale=scaling.grad_scale, out=out if last else None,
                 settings=settings if last else _NO_SETTINGS,
-            )
+            )  # fmt: skip
         return squares
 
     def norms(self, **options) -> Tensor:
@@ -305,16 +288,10 @@ class LaunchedRows(TableRows):
         """
         gate = torch.empty(1, dtype=torch.uint8, device=self.device)
         self._functions.draw_flags_launch(
-            self._device_table,
-            self._hyper(groups, names),
-            draw_index,
-            flags,
-            gate,
-            seed=signed(seed),
-            granularity=GRANULARITIES[granularity],
-            threshold_column=names.index("threshold"),
-            strength_column=names.index("strength"),
-        )
+            self._device_table, self._hyper(groups, names), draw_index, flags, gate,
+            seed=signed(seed), granularity=GRANULARITIES[granularity],
+            threshold_column=names.index("threshold"), strength_column=names.index("strength"),
+        )  # fmt: skip
         return gate
 
     def update_(
@@ -336,23 +313,12 @@ class LaunchedRows(TableRows):
         hyper = self._hyper(groups, rule.hyper)
         for launch in self._as_anchors_come() if variant & ANCHOR_BIT else self._launches:
             function(
-                self._device_table,
-                *launch.tensors,
-                self._device_grads,
-                self._device_replays,
-                coefficients,
-                flags,
-                hyper,
-                self.distances,
-                scaling.grad_scale,
-                scaling.found_inf,
-                draw.index_tensor,
-                dtypes=launch.dtypes,
-                variant=variant | (COPY_BIT if launch.copies else 0),
-                replay_weight=replay_weight,
-                seed=signed(draw.seed),
-                draw=draw.index,
-            )
+                self._device_table, *launch.tensors, self._device_grads, self._device_replays,
+                coefficients, flags, hyper, self.distances, scaling.grad_scale, scaling.found_inf,
+                draw.index_tensor, dtypes=launch.dtypes,
+                variant=variant | (COPY_BIT if launch.copies else 0), replay_weight=replay_weight,
+                seed=signed(draw.seed), draw=draw.index,
+            )  # fmt: skip
         self._measured = False
         look_ahead = look_ahead and not (away and self._staged_now)
         if away and look_ahead:
@@ -364,23 +330,11 @@ class LaunchedRows(TableRows):
         hyper = self._hyper(groups, GUIDE_HYPER)
         for launch in self._as_anchors_come() if draw.injecting else self._launches:
             self._functions.guide_launch_(
-                self._device_table,
-                launch.rows,
-                launch.chunks,
-                self._device_grads,
-                self._device_replays,
-                coefficients,
-                flags,
-                hyper,
-                scaling.grad_scale,
-                scaling.found_inf,
-                draw.index_tensor,
-                dtypes=launch.dtypes,
-                variant=_bits_of(draw),
-                replay_weight=replay_weight,
-                seed=signed(draw.seed),
-                draw=draw.index,
-            )
+                self._device_table, launch.rows, launch.chunks, self._device_grads,
+                self._device_replays, coefficients, flags, hyper, scaling.grad_scale,
+                scaling.found_inf, draw.index_tensor, dtypes=launch.dtypes, variant=_bits_of(draw),
+                replay_weight=replay_weight, seed=signed(draw.seed), draw=draw.index,
+            )  # fmt: skip
         self._after_guide()
 
 

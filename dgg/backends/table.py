@@ -336,14 +336,9 @@ class TableRows(Rows):
     def norms(self, *, replay_weight, scaling, which, gate=None) -> Tensor:
         """Calls the operator that does what `reference.norms` does."""
         return OPERATORS["norms"](
-            self._table,
-            self._grad_addresses,
-            self._replay_addresses,
-            self.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            which=which,
-        )
+            self._table, self._grad_addresses, self._replay_addresses, self.distances,
+            replay_weight=replay_weight, grad_scale=scaling.divisor, which=which,
+        )  # fmt: skip
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Calls the operator that does what `reference.coefficients` does."""
@@ -354,36 +349,20 @@ class TableRows(Rows):
     ) -> None:
         """Calls the rule's operator, once for all groups."""
         OPERATORS[rule.name](
-            self._table,
-            self._grad_addresses,
-            self._replay_addresses,
-            coefficients,
-            flags,
-            self._hyper_table(groups, rule.hyper),
-            self.distances,
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            look_ahead=look_ahead,
-            stochastic=self.stochastic,
-            seed=signed(draw.seed),
-            draw=draw.index,
-        )
+            self._table, self._grad_addresses, self._replay_addresses, coefficients, flags,
+            self._hyper_table(groups, rule.hyper), self.distances, replay_weight=replay_weight,
+            grad_scale=scaling.divisor, look_ahead=look_ahead, stochastic=self.stochastic,
+            seed=signed(draw.seed), draw=draw.index,
+        )  # fmt: skip
         self._after_update(look_ahead)
 
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
         """Calls the operator that does what `reference.guide_` does, once for all groups."""
         OPERATORS["guide_"](
-            self._table,
-            self._grad_addresses,
-            self._replay_addresses,
-            coefficients,
-            flags,
-            self._hyper_table(groups, GUIDE_HYPER),
-            replay_weight=replay_weight,
-            grad_scale=scaling.divisor,
-            seed=signed(draw.seed),
-            draw=draw.index,
-        )
+            self._table, self._grad_addresses, self._replay_addresses, coefficients, flags,
+            self._hyper_table(groups, GUIDE_HYPER), replay_weight=replay_weight,
+            grad_scale=scaling.divisor, seed=signed(draw.seed), draw=draw.index,
+        )  # fmt: skip
         self._after_guide()
 
     def _after_guide(self) -> None:
