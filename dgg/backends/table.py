@@ -121,7 +121,9 @@ class TableRows(Rows):
         self._hyper_values: list[float] = []
         # Whether the native look at them has taken this step's gradients.
         self._taken_natively = False
-        self._start(False)
+        self._grad_addresses = self._address_columns[0].addresses
+        self._replay_addresses = _NO_ADDRESSES
+        self.release()
 
     # -- the table ------------------------------------------------------------------------------
 
@@ -203,8 +205,9 @@ class TableRows(Rows):
         present = native.begin(self._known.versions is not None, replays, row_major=elementwise)
         if present < 0:
             return False
-        self._start(bool(replays))
+        self.release()
         self._taken_natively = True
+        self._replay_addresses = self._address_columns[1].addresses if replays else _NO_ADDRESSES
         self.present, self._complete = present, present == len(self.params)
         odd = native.odd()
         if odd or self._has_masters:
@@ -224,8 +227,9 @@ class TableRows(Rows):
         """Enters the addresses of the gradients, and makes copies of those that need one."""
         self._taken_natively = False
         grads, replays = self._shards_of(grads, replays)
-        self._start(bool(replays))
+        self.release()
         self.grads, self.replays = grads, replays
+        self._replay_addresses = self._address_columns[1].addresses if replays else _NO_ADDRESSES
         self._complete = not any([g is None for g in grads])
         # Of no interest but whether there are any.
         self.present = len(self.params) if self._complete else sum(
@@ -235,14 +239,6 @@ class TableRows(Rows):
         if replays:
             odd |= self._address_columns[1].enter(replays)
         self._take_odd({row: grads[row] for row in sorted(odd)}, replays, elementwise)
-
-    def _start(self, replayed: bool) -> None:
-        self.release()
-        # Versions were read in this step; a row is worked on in copies.
-        self._versions_read = self._staged_now = False
-        self._table = self._base_table
-        self._grad_addresses = self._address_columns[0].addresses
-        self._replay_addresses = self._address_columns[1].addresses if replayed else _NO_ADDRESSES
 
     def _take_odd(
         self, grads: Mapping[int, Tensor | None], replays: Sequence[Tensor | None], elementwise
@@ -321,6 +317,10 @@ class TableRows(Rows):
         # What is worked on in copies: row, tensor, copy; and what else a step must keep alive.
         self._copies: list[tuple[int, Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
+        # The table has other lines where gradients are odd; then rows may be worked on in copies.
+        self._table, self._staged_now = self._base_table, False
+        # Whether the versions that are known were read in this step.
+        self._versions_read = False
 
     def _versions(self) -> Sequence[int]:
         return self._native.versions if self._taken_natively else super()._versions()
@@ -366,7 +366,8 @@ class TableRows(Rows):
         self._after_guide()
 
     def _after_guide(self) -> None:
-        give_back(self._grad_copies)
+        if self._grad_copies:
+            give_back(self._grad_copies)
         # The table hides the writes from autograd, which must know of them.
         edited = [p.grad for p in self.params] if self._taken_natively else self.grads
         torch.autograd.graph.increment_version([g for g in edited if g is not None])
