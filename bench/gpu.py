@@ -125,9 +125,9 @@ print("FOUND " + json.dumps(found))
 """
 _CONFIG = """
 import json, torch, dgg, dgg.kernels
-from dgg import _dispatch
+from dgg import backends
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-missing = {name: _dispatch.unavailable(name, device) for name in ("cpp", "triton")}
+missing = {name: backends.unavailable(name, device) for name in ("cpp", "triton")}
 print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config(), "missing": missing}))
 """
 

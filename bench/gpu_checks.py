@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 
 import dgg
-from dgg import _dispatch
+from dgg import backends
 from gpu_targets import LAUNCHES
 from machine import Cpu, open_device
 from parameter_lists import many_tiny
@@ -219,7 +219,7 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
     """
     results: dict[str, dict] = {}
     gone = None
-    missing = {b: _dispatch.unavailable(b, where.device.device) for b in BACKENDS}
+    missing = {b: backends.unavailable(b, where.device.device) for b in BACKENDS}
     for name, check in checks().items():
         absent = [f"{b}: {missing[b]}" for b in BACKENDS if b in name and missing[b]]
         begin = time.perf_counter()
@@ -258,7 +258,7 @@ def results_table(results: dict[str, dict]) -> str:
 def small_step(device: torch.device) -> None:
     """Two small steps of every kernel: what a memory checker has to see, and nothing else."""
     for backend in BACKENDS:
-        if (reason := _dispatch.unavailable(backend, device)) is not None:
+        if (reason := backends.unavailable(backend, device)) is not None:
             print(f"{backend} is not checked: {reason}")
             continue
         for kind, more in ((dgg.AdamW, {}), (dgg.SGD, {"lr": 0.1, "momentum": 0.9})):

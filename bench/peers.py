@@ -14,11 +14,12 @@ from fractions import Fraction
 from typing import ClassVar
 
 import torch
+from dgg.kernels.layout import CHUNK
 from torch import Tensor
 
 import dgg
 import launch_driver
-from dgg import _device, _dispatch, _philox
+from dgg import _philox, backends
 from workload import (
     BETA1,
     BETA2,
@@ -255,7 +256,7 @@ class Dgg(_Replaying):
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
-        reason = _dispatch.unavailable(self.backend, workload.device)
+        reason = backends.unavailable(self.backend, workload.device)
         if reason is not None:
             raise Unavailable(reason)
         kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
@@ -364,7 +365,7 @@ class DggLaunched(DggTriton):
             error = launch_driver.interpreted(work.optimizer, dtype)[setting.name]
         except RuntimeError as reason:
             raise VerificationError(f"{self.name} ({setting.name}): {reason}") from reason
-        chunks = sum(max(1, -(-p.numel() // _device.CHUNK)) for p in self.params)
+        chunks = sum(max(1, -(-p.numel() // CHUNK)) for p in self.params)
         update = "adam_kernel" if work.optimizer == "adamw" else "sgd_kernel"
         # The norms' kernel where there is a norm, and always the update: once, over all chunks.
         wanted = [(update, chunks)]
@@ -476,7 +477,7 @@ class GuidanceOverFused(_Replaying):
         super().__init__(workload, setting)
         if setting.alpha is None and not setting.clipped and not setting.replay:
             raise Unavailable("without anything to do to the gradients it is torch fused")
-        if (reason := _dispatch.unavailable("cpp", workload.device)) is not None:
+        if (reason := backends.unavailable("cpp", workload.device)) is not None:
             raise Unavailable(reason)
         self._torch = _torch_optimizer(self.params, workload, fused=True)
         self.optimizer = dgg.Guidance(

@@ -49,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
 import scaling
-from dgg import _dispatch
+from dgg import backends
 from machine import open_device, provenance
 from parameter_lists import count
 from peers import Unavailable, Variant
@@ -185,7 +185,7 @@ class Ours(ShardedVariant):
 
     def __init__(self, workload: Sharded, setting: Setting) -> None:
         super().__init__(workload, setting)
-        reason = _dispatch.unavailable("cpp", workload.device)
+        reason = backends.unavailable("cpp", workload.device)
         if reason is not None:
             raise Unavailable(reason)
         self.optimizer = dgg_optimizer(self.params, setting, self.seed, "cpp")

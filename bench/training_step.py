@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import dgg
-from dgg import _dispatch
+from dgg import backends
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, open_device, provenance
 from peers import injections
@@ -137,7 +137,7 @@ def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str
     wanted.append(Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps))
     missing = []
     for backend in ("cpp", "triton"):
-        reason = _dispatch.unavailable(backend, device.device)
+        reason = backends.unavailable(backend, device.device)
         if reason is not None:
             missing.append({"name": f"dgg {backend}", "reason": reason})
             continue

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dgg
-from dgg import _dispatch
+from dgg import backends
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -92,7 +92,7 @@ def assert_rounding(actual, exact, scale, what: str) -> None:
 
 def cpp_missing() -> str | None:
     """Returns why the C++ backend cannot run, or None."""
-    return _dispatch.unavailable("cpp", torch.device("cpu"))
+    return backends.unavailable("cpp", torch.device("cpu"))
 
 
 BACKENDS = [

@@ -19,7 +19,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dgg
-from dgg._dispatch import BACKENDS
+from dgg.backends import BACKENDS
 
 BENCH = pathlib.Path(__file__).parents[1] / "bench"
 _ran: collections.Counter[str] = collections.Counter()

@@ -16,7 +16,8 @@ import warnings
 import torch
 
 import dgg
-from dgg import _dispatch, _gather
+from dgg import backends
+from dgg.backends import libraries, native
 
 CUDA = torch.device("cuda")
 NUMBERS = {"int": 0, "float": 0.5, "bool": False}
@@ -98,14 +99,14 @@ def main() -> None:
                 for x in names
             },
             "kernels": {key: sorted(kernels(key)) for key in ("CPU", "CUDA")},
-            "native gradients": _gather.load() is not None,
+            "native gradients": native.load() is not None,
             "config": dgg.show_config(),
-            "missing": _dispatch._cuda_error,
-            "unavailable": _dispatch.unavailable("cpp", CUDA),
-            "chosen": _dispatch.choose(None, CUDA),
-            "demanded": refusal(_dispatch.choose, "cpp", CUDA),
+            "missing": libraries.cuda_error,
+            "unavailable": backends.unavailable("cpp", CUDA),
+            "chosen": backends.choose(None, CUDA),
+            "demanded": refusal(backends.choose, "cpp", CUDA),
         }
-        if _dispatch._cuda_error is None:
+        if libraries.cuda_error is None:
             found["calls"] = {x: called_without_a_device(x.removeprefix("dgg::")) for x in launches}
         found["steps"] = {
             name: trained(rule, options, work) for name, (rule, options) in work["cases"].items()

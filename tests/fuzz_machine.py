@@ -38,7 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import dgg
 import fuzz_model as model
-from dgg import _dispatch
+from dgg import backends
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 C64, C128 = torch.complex64, torch.complex128
@@ -156,7 +156,7 @@ class World:
         self.notes, self.without = notes, set(without)
         self.counts = collections.Counter()
         self.seed = seed
-        cpp = _dispatch.unavailable("cpp", torch.device("cpu")) is None
+        cpp = backends.unavailable("cpp", torch.device("cpu")) is None
         self.backend = rng.choice(["cpp", "reference"] if cpp else ["reference"])
         self.kind = rng.choices(["AdamW", "Adam", "SGD", "Guidance"], [4, 2, 4, 2])[0]
         self.rule = "sgd" if self.kind == "SGD" else "adam"

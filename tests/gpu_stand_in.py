@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dgg import _dispatch
+from dgg.backends import libraries
 
 DEVICE = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
@@ -252,7 +252,7 @@ class StandIn:
         for name in launches.__all__:
             if "launch" in name:
                 setattr(functions, name, self._launcher(getattr(launches, name)))
-        monkeypatch.setattr(_dispatch, "_launchers", lambda backend: functions)
+        monkeypatch.setattr(libraries, "launchers", lambda backend: functions)
         monkeypatch.setattr(launches, "unavailable", lambda device: None)
         monkeypatch.setattr(torch, "Stream", lambda device=None: Stream(self, "side"))
         monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: self.stream)

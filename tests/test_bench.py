@@ -348,7 +348,7 @@ def test_every_host_case_goes_through(bench):
 def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypatch):
     """The interpreter asks no driver for anything: nothing is started where kernels should be."""
     driver, workload = bench("launch_driver"), bench("workload")
-    if bench("dgg")._dispatch.unavailable("triton", torch.device("cpu")) is not None:
+    if bench("dgg").backends.unavailable("triton", torch.device("cpu")) is not None:
         pytest.skip("no Triton here")
     fake = driver.Driver()
     monkeypatch.setattr(driver, "install", lambda: fake)

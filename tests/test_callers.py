@@ -22,10 +22,10 @@ import pytest
 import torch
 
 import dgg
-from dgg import _callers, _dispatch
+from dgg import _callers, backends
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NO_TRITON = _dispatch.unavailable("triton", torch.device("cpu"))
+NO_TRITON = backends.unavailable("triton", torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 # -- (1) warnings ----------------------------------------------------------------------------------

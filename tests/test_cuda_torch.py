@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import cases
-from dgg import _gather
+from dgg.backends import libraries, native
 from test_cuda_code import NVCC, WRITTEN
 
 pytestmark = [
@@ -44,7 +44,7 @@ pytestmark = [
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The ends of what the package knows: the first and the last release that has native gradients.
-OLDEST, NEWEST = (f"{major}.{minor}.0" for major, minor in _gather._READ)
+OLDEST, NEWEST = (f"{major}.{minor}.0" for major, minor in native._READ)
 ARCHITECTURE = "9.0"
 NEEDED = 14 * 2**30  # bytes on the disk for one release: the wheels and what is in them
 CORE = ["test_gather.py", "test_state.py", "test_drop_in.py", "test_cpp.py", "test_gpu_stand_in.py"]
@@ -206,7 +206,7 @@ def _asked(run, work: pathlib.Path, **options) -> dict:
 @pytest.fixture(scope="module")
 def here(work):
     """What the worker says beside the torch of the tests."""
-    package = pathlib.Path(_gather.__file__).parents[1]
+    package = libraries.FOLDER.parent
     ours = Environment(torch.__version__, pathlib.Path(sys.executable), package)
     return _asked(ours.run, work)
 

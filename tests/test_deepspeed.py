@@ -20,7 +20,7 @@ import torch
 
 import deepspeed_worker as worker
 import ranks
-from dgg import _dispatch
+from dgg import backends
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
@@ -386,7 +386,7 @@ def test_trainer(stage, adapters, trained):
     assert {entry["guidance/task"] for entry in log} == {1}
     # Once in each of the trainings: what is at work, though ZeRO-3's groups are empty then.
     lines = [line for line in said if "(backend " in line]
-    backend = _dispatch.choose(None, torch.device("cpu"))
+    backend = backends.choose(None, torch.device("cpu"))
     assert all(line.startswith(f"dgg.AdamW (backend {backend}), task ") for line in lines)
     assert ["partitions of this rank" in line for line in lines] == [False, True, True, True]
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 import dgg
 from cases import BF16, F32, F64
-from dgg import _dispatch, _gather
+from dgg import backends
+from dgg.backends import native
 
 CPU = torch.device("cpu")
 SHAPES = [(7, 5), (0,), (), (300,)]
@@ -40,18 +41,18 @@ def defaults():
     """Changes the defaults; they come back."""
 
     def change(device, dtype):
-        _gather.load.cache_clear()
+        native.load.cache_clear()
         torch.set_default_dtype(dtype)
         torch.set_default_device(device)
 
     yield change
     torch.set_default_device(None)
     torch.set_default_dtype(F32)
-    _gather.load.cache_clear()
+    native.load.cache_clear()
 
 
 def missing(backend):
-    reason = _dispatch.unavailable(backend, CPU)
+    reason = backends.unavailable(backend, CPU)
     return [] if reason is None else [pytest.mark.skip(reason=reason)]
 
 
@@ -171,9 +172,9 @@ def test_captured_steps(backend, defaults, tmp_path):
 
 def test_parameters_are_watched_natively_all_the_same(defaults):
     """What is found out about torch at the first step is found out under any default."""
-    before = _gather.load() is not None
+    before = native.load() is not None
     defaults("meta", F64)
-    assert (_gather.load() is not None) == before
+    assert (native.load() is not None) == before
 
 
 # -- the source -----------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def calls(tree):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in sorted(ROOT.rglob("*.py")) if p.name != "_gather.py"], ids=lambda p: p.stem
+    "path", [p for p in sorted(ROOT.rglob("*.py")) if p.name != "native.py"], ids=lambda p: p.stem
 )
 def test_every_tensor_is_made_for_a_device_and_of_a_dtype(path):
     tree = ast.parse(path.read_text())

@@ -24,7 +24,8 @@ from torch.nn import Parameter
 
 import dgg
 from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
-from dgg import _arguments, _gather, _philox, backends
+from dgg import _arguments, _philox, backends
+from dgg.backends import native
 from dgg.step.cache import RowCache
 
 # No hyper-parameter at its neutral value where the optimizer has it.
@@ -590,7 +591,7 @@ def _edited(natively, monkeypatch):
     return found + [p.detach() for p in params], looks
 
 
-@pytest.mark.skipif(_gather.load() is None, reason="gradients are taken up in Python here")
+@pytest.mark.skipif(native.load() is None, reason="gradients are taken up in Python here")
 def test_gradients_are_taken_up_natively_and_edited_the_same(monkeypatch):
     native, looks = _edited(True, monkeypatch)
     plain, all_looks = _edited(False, monkeypatch)
@@ -602,7 +603,7 @@ def test_gradients_are_taken_up_natively_and_edited_the_same(monkeypatch):
     assert all(all_looks)
 
 
-@pytest.mark.skipif(_gather.load() is None, reason="gradients are taken up in Python here")
+@pytest.mark.skipif(native.load() is None, reason="gradients are taken up in Python here")
 def test_an_error_lets_go_of_the_gradients(monkeypatch):
     params = make_params([(7, 5)], F32)
     optimizer = torch.optim.SGD(params, lr=0.1)
@@ -615,7 +616,7 @@ def test_an_error_lets_go_of_the_gradients(monkeypatch):
         patch.setattr(backends.Rows, "guide_", lambda *_, **__: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):  # pytest would keep the frames
             optimizer.step()
-    assert not guide._cache.all_rows[0]._gathered
+    assert not guide._cache.all_rows[0]._taken_natively
     left = sys.getrefcount(params[0].grad)  # in an assertion pytest would hold one more
     assert left == count
     optimizer.step()

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import dgg
-from dgg import _dispatch, _gather
+from dgg import backends
+from dgg.backends import native as native_functions
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.unavailable("cpp", torch.device("cpu")) is not None,
+    backends.unavailable("cpp", torch.device("cpu")) is not None,
     reason="the compiled library, which takes the gradients up, is not built here",
 )
 
@@ -44,7 +45,7 @@ def is_native(opt, odd=()):
         opt, opt.param_groups, [], elementwise=False
     )
     if taken:
-        assert list(cache.all_rows[0]._gather.odd()) == list(odd)
+        assert list(cache.all_rows[0]._native.odd()) == list(odd)
         cache.abandon()
     return taken
 
@@ -55,7 +56,7 @@ def everything(opt):
 
 def test_this_torch_is_known():
     # A later torch is not an error, only slower: then read the declarations and move _READ.
-    assert _gather.load() is not None
+    assert native_functions.load() is not None
 
 
 def test_native_path_is_taken():
@@ -116,7 +117,7 @@ def test_same_bits_as_in_python(monkeypatch, change, look_ahead):
         return found, [p._version for p in params], opt._cache._native
 
     native = run()
-    monkeypatch.setattr(_gather, "load", lambda: None)
+    monkeypatch.setattr(native_functions, "load", lambda: None)
     python = run()
     assert (native[2], python[2]) == (True, False)
     assert native[1] == python[1]
@@ -145,7 +146,7 @@ def test_only_odd_gradients_are_left_to_python(change, row):
 def test_lazily_negated_gradients_have_their_sign(monkeypatch, native):
     """Contiguous ones, of more than one element: a kernel would see what is behind the view."""
     if not native:
-        monkeypatch.setattr(_gather, "load", lambda: None)
+        monkeypatch.setattr(native_functions, "load", lambda: None)
     found = []
     for lazy in (True, False):
         params = make_params()
@@ -215,7 +216,7 @@ def test_few_odd_rows_do_not_send_the_others_through_python(kind):
         opt, opt.param_groups, replays, elementwise="per element" in kind
     )
     rows = cache.all_rows[0]
-    assert list(rows._gather.odd()) == odd
+    assert list(rows._native.odd()) == odd
     grads = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
     # What is staged is worked on as a copy.
     copied = odd if kind in ORDERS and "per element" in kind else []
@@ -244,7 +245,7 @@ def test_swapped_parameters_are_seen():
 def test_nothing_of_a_parameter_is_kept_between_steps(monkeypatch, native):
     """Neither the tensor, which swap_tensors wants for itself, nor memory that was exchanged."""
     if not native:
-        monkeypatch.setattr(_gather, "load", lambda: None)
+        monkeypatch.setattr(native_functions, "load", lambda: None)
     params = make_params()
     opt = make_optimizer(params)
     opt.step()
@@ -263,7 +264,7 @@ def test_nothing_of_a_parameter_is_kept_between_steps(monkeypatch, native):
 @pytest.mark.parametrize("entry", ["exp_avg", "anchor"])
 def test_state_exchanged_through_a_kept_entry_is_seen_at_the_next_step(monkeypatch, native, entry):
     if not native:
-        monkeypatch.setattr(_gather, "load", lambda: None)
+        monkeypatch.setattr(native_functions, "load", lambda: None)
     found = []
     for kept in (True, False):
         params = make_params()
@@ -281,7 +282,7 @@ def test_state_exchanged_through_a_kept_entry_is_seen_at_the_next_step(monkeypat
 @pytest.mark.parametrize("native", [True, False])
 def test_anchor_written_through_a_kept_reference_is_seen_at_the_next_step(monkeypatch, native):
     if not native:
-        monkeypatch.setattr(_gather, "load", lambda: None)
+        monkeypatch.setattr(native_functions, "load", lambda: None)
     found = []
     for kept in (True, False):
         params = make_params()
@@ -382,14 +383,14 @@ def test_change_behind_the_back_is_measured_again():
 
 
 def test_agreement_is_checked(monkeypatch):
-    library = _gather.load()
+    library = native_functions.load()
 
     class Wrong:
         pass
 
     for name, function in vars(library).items():
         setattr(Wrong, name, staticmethod(function))
-    assert _gather.agrees(Wrong)
+    assert native_functions.agrees(Wrong)
 
     def shifted(handle, count, addresses, *rest):
         found = library.begin(handle, count, addresses, *rest)
@@ -401,31 +402,31 @@ def test_agreement_is_checked(monkeypatch):
     for name, functions in wrong.items():
         for function in functions:
             setattr(Wrong, name, staticmethod(function))
-            assert not _gather.agrees(Wrong), name
+            assert not native_functions.agrees(Wrong), name
         setattr(Wrong, name, staticmethod(getattr(library, name)))
-    assert _gather.agrees(Wrong)
+    assert native_functions.agrees(Wrong)
 
 
 def test_places_that_are_not_clear_are_not_used(monkeypatch):
-    assert _gather._places() is not None
-    monkeypatch.setattr(_gather, "_words", lambda address, count: [0] * count)
-    assert _gather._places() is None
+    assert native_functions._places() is not None
+    monkeypatch.setattr(native_functions, "_words", lambda address, count: [0] * count)
+    assert native_functions._places() is None
 
 
 @pytest.mark.parametrize("reason", ["later torch", "missing functions"])
 def test_fallback(monkeypatch, reason):
-    _gather.load.cache_clear()
+    native_functions.load.cache_clear()
     try:
         if reason == "later torch":
             monkeypatch.setattr(torch, "__version__", "2.99.0")
         else:
-            monkeypatch.setattr(_gather, "agrees", lambda library: False)
+            monkeypatch.setattr(native_functions, "agrees", lambda library: False)
         opt = make_optimizer(make_params())
         assert not opt._cache._native
         assert not is_native(opt)
     finally:
         monkeypatch.undo()
-        _gather.load.cache_clear()
+        native_functions.load.cache_clear()
 
 
 def test_hooks_of_a_subclass_run_once():
@@ -502,7 +503,7 @@ def test_a_parameter_that_becomes_a_lazy_view_of_its_memory_is_refused():
 def test_a_view_of_the_same_memory_in_another_order_is_seen(monkeypatch, native):
     """From one order that is not row-major to another one: address and size stay."""
     if not native:
-        monkeypatch.setattr(_gather, "load", lambda: None)
+        monkeypatch.setattr(native_functions, "load", lambda: None)
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(3, 3, 3, generator=generator)
     found = []

@@ -34,7 +34,7 @@ from cases import (
     assert_rounding,
     make_params,
 )
-from dgg import _dispatch, _philox
+from dgg import _philox, backends
 from test_guided import Oracle, build, magnitude, warm_moments
 
 DEVICE = torch.device(os.environ.get("DGG_GPU_TESTS_ON", "cuda"))
@@ -53,7 +53,7 @@ LORA = [shape for n, m in LINEARS for shape in ((16, n), (m, 16))] * 32
 def backend(request):
     reason = None
     if not ON_GPU or torch.cuda.is_available():
-        reason = _dispatch.unavailable(request.param, DEVICE)
+        reason = backends.unavailable(request.param, DEVICE)
     if reason is not None:
         if ON_GPU:
             pytest.fail(f"backend {request.param!r} cannot run on this GPU: {reason}")
@@ -752,7 +752,7 @@ def test_rounding_of_bfloat16_is_that_of_the_reference(kind, options, backend):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", ["adamw", "sgd-momentum"])
 def test_the_two_backends_agree(kind, dtype):
-    missing = {b: _dispatch.unavailable(b, DEVICE) for b in ("cpp", "triton")}
+    missing = {b: backends.unavailable(b, DEVICE) for b in ("cpp", "triton")}
     if any(missing.values()):
         pytest.fail(f"both are to run on a GPU: {missing}")
     results = []

@@ -670,7 +670,7 @@ def test_checks_on_the_cpu(bench, checks, monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 2)
     kept = []
     where = here(bench, checks)
-    missing = checks._dispatch.unavailable("triton", where.device.device)
+    missing = checks.backends.unavailable("triton", where.device.device)
     found = checks.run(where, lambda results: kept.append(json.loads(json.dumps(results))))
     assert list(found) == list(checks.checks()) and kept[-1] == found
     for name, result in found.items():
@@ -760,7 +760,7 @@ def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypat
 
 @pytest.mark.usefixtures("quick_interpreter")
 def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch):
-    if (reason := checks._dispatch.unavailable("triton", torch.device("cpu"))) is not None:
+    if (reason := checks.backends.unavailable("triton", torch.device("cpu"))) is not None:
         pytest.skip(f"no Triton here: {reason}")
     with monkeypatch.context() as patch, gpu_stand_in.StandIn(patch) as gpu:
 

@@ -28,10 +28,11 @@ import torch
 import dgg
 import test_gpu
 from cases import F32, F64, make_params
-from dgg import _dispatch, _prefetch
+from dgg import backends
+from dgg.backends import libraries, prefetch
 from gpu_stand_in import DEVICE, FreedMemory, StandIn
 
-MISSING = _dispatch.unavailable("triton", torch.device("cpu"))
+MISSING = backends.unavailable("triton", torch.device("cpu"))
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}"),
     pytest.mark.usefixtures("quick_interpreter"),
@@ -336,7 +337,7 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
     runs = []
     for away in (False, True):
         with monkeypatch.context() as patch, StandIn(patch, strict_streams=strict) as gpu:
-            patch.setattr(_prefetch, "WINDOW", 1024)
+            patch.setattr(prefetch, "WINDOW", 1024)
             device = "cpu" if away else None
             run = Training(capturable=False, shapes=MANY, anchored=False, anchor_device=device)
             for number in range(7):
@@ -346,7 +347,7 @@ def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
                 if number == 5:
                     with torch.no_grad():
                         run.params[0].mul_(1.5)
-            windows = run.optimizer._cache.all_rows[0].kernels.windows
+            windows = run.optimizer._cache.all_rows[0].windows
             assert (windows is not None) == away
             gpu.drain()
             runs.append([p.tolist() for p in run.params])
@@ -360,7 +361,7 @@ def test_anchors_off_the_device_are_few_blocks_of_memory_and_few_copies(gpu, tmp
     (memory,) = {x.untyped_storage().data_ptr() for x in anchors}
     assert gpu.blocks[memory].pinned and len(gpu.blocks[memory].bytes) == 39 * 256 + 33 * 4
     (rows,) = run.optimizer._cache.all_rows
-    assert [len(copies) for copies in rows.kernels.windows._copies] == [1]
+    assert [len(copies) for copies in rows.windows._copies] == [1]
     # A checkpoint has the memory once, and what is loaded lies as it did.
     torch.save(run.optimizer.state_dict(), tmp_path / "saved.pt")
     twin = Training(capturable=False, shapes=[(33,)] * 40, anchor_device="cpu", anchored=False)
@@ -395,10 +396,10 @@ class Library:
 
     def __init__(self, functions, monkeypatch, trouble=None):
         self._functions, self.trouble, self.calls = functions, trouble, 0
-        monkeypatch.setattr(_dispatch, "_cuda_error", None)
-        monkeypatch.setattr(_dispatch, "_probed", {})
+        monkeypatch.setattr(libraries, "cuda_error", None)
+        monkeypatch.setattr(libraries, "probed", {})
         monkeypatch.setattr(
-            _dispatch, "_launchers", lambda backend: self if backend == "cpp" else functions
+            libraries, "launchers", lambda backend: self if backend == "cpp" else functions
         )
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: DEVICE)
@@ -420,7 +421,7 @@ NO_IMAGE = RuntimeError(
 
 
 def test_a_library_that_cannot_run_on_a_device_is_not_taken(gpu, monkeypatch):
-    library = Library(_dispatch._launchers("triton"), monkeypatch, NO_IMAGE)
+    library = Library(libraries.launchers("triton"), monkeypatch, NO_IMAGE)
     params = [torch.nn.Parameter(torch.ones(17, device=DEVICE))]
     optimizer = dgg.AdamW(params, alpha=1.0, max_grad_norm=1.0)
     params[0].grad = torch.ones_like(params[0])
@@ -437,21 +438,21 @@ def test_a_library_that_cannot_run_on_a_device_is_not_taken(gpu, monkeypatch):
 
 
 def test_a_library_that_runs_is_taken(gpu, monkeypatch):
-    library = Library(_dispatch._launchers("triton"), monkeypatch)
-    assert _dispatch.choose(None, DEVICE) == "cpp" == _dispatch.choose(None, DEVICE)
+    library = Library(libraries.launchers("triton"), monkeypatch)
+    assert backends.choose(None, DEVICE) == "cpp" == backends.choose(None, DEVICE)
     assert library.calls == 1
 
 
 def test_nothing_is_tried_out_in_a_graph_or_without_memory(gpu, monkeypatch):
-    library = Library(_dispatch._launchers("triton"), monkeypatch)
+    library = Library(libraries.launchers("triton"), monkeypatch)
     with gpu.graph() as graph:
-        assert _dispatch.choose(None, DEVICE) == "cpp"
+        assert backends.choose(None, DEVICE) == "cpp"
     assert library.calls == 0 and graph.nodes == []
     library.trouble = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        _dispatch.choose(None, DEVICE)
+        backends.choose(None, DEVICE)
     library.trouble = None
-    assert _dispatch.choose(None, DEVICE) == "cpp"
+    assert backends.choose(None, DEVICE) == "cpp"
 
 
 # -- tests of test_gpu.py -------------------------------------------------------------------------

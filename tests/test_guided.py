@@ -265,7 +265,7 @@ def test_element_masks_do_not_depend_on_the_memory_format(backend):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_both_backends_agree_over_many_steps(name):
-    if dgg._dispatch.choose(None, torch.device("cpu")) != "cpp":
+    if dgg.backends.choose(None, torch.device("cpu")) != "cpp":
         pytest.skip("C++ backend missing")
     runs = []
     for backend in ("reference", "cpp"):

@@ -25,10 +25,14 @@ import torch
 
 import dgg
 from cases import BF16, F32, make_params, set_grads
-from dgg import _device, _dispatch, _gather, _prefetch, backends
+from dgg import backends
+from dgg.backends import launched as launched_rows
+from dgg.backends import libraries, native, prefetch
+from dgg.backends import uploads as uploads_of_rows
+from dgg.backends.chunks import CHUNK, Cuts, cut
 
 CPU = torch.device("cpu")
-MISSING = _dispatch.unavailable("triton", CPU)
+MISSING = backends.unavailable("triton", CPU)
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=f"no Triton here: {MISSING}"),
     pytest.mark.usefixtures("quick_interpreter"),
@@ -48,7 +52,7 @@ GUIDANCE = {
 
 
 def capturing_now(patch):
-    for module in (_device, backends):
+    for module in (uploads_of_rows, launched_rows, libraries, backends):
         patch.setattr(module, "capturing", lambda device: True)
 
 
@@ -103,7 +107,7 @@ def test_runs_equal_the_cpu_backend(rule, kind):
     plain = Run(rule, "reference", **options).run()
     assert launched.optimizer._cache.launched and not plain.optimizer._cache.launched
     # Gradients and versions are taken up natively where the library can.
-    assert launched.optimizer._cache._native == (_gather.load() is not None)
+    assert launched.optimizer._cache._native == (native.load() is not None)
     assert_close(launched, plain)
     stats, expected = launched.optimizer.guidance_stats(), plain.optimizer.guidance_stats()
     assert stats.keys() == expected.keys()
@@ -194,8 +198,8 @@ def test_a_capture_that_would_replay_nonsense_is_refused(monkeypatch):
 @pytest.fixture
 def away(monkeypatch):
     """Anchors count as kept elsewhere, and a window holds few of them."""
-    monkeypatch.setattr(_prefetch, "is_away", lambda anchor, param: anchor is not None)
-    monkeypatch.setattr(_prefetch, "WINDOW", 1024)
+    monkeypatch.setattr(launched_rows, "is_away", lambda anchor, param: anchor is not None)
+    monkeypatch.setattr(prefetch, "WINDOW", 1024)
 
 
 MANY = [(200,), (13, 15), (0,), (190,), ()]
@@ -206,20 +210,20 @@ MANY = [(200,), (13, 15), (0,), (190,), ()]
 def test_anchors_that_come_in_windows(dtype, kind, away, monkeypatch):
     options = {**GUIDANCE[kind], "alpha": 0.7, "anchor_dtype": F32, "shapes": MANY, "seed": 2}
     windowed = Run("adamw", "triton", dtype, **options).run()
-    kernels = windowed.optimizer._cache.all_rows[0].kernels
-    assert kernels.windows.count >= 3, "nothing would ever leave its buffer"
-    assert kernels.windows.bytes <= 2 * 1024 + 256, "more than the window is on the device"
+    windows = windowed.optimizer._cache.all_rows[0].windows
+    assert windows.count >= 3, "nothing would ever leave its buffer"
+    assert windows.bytes <= 2 * 1024 + 256, "more than the window is on the device"
     monkeypatch.undo()
     there = Run("adamw", "triton", dtype, **options).run()
-    assert there.optimizer._cache.all_rows[0].kernels.windows is None
+    assert there.optimizer._cache.all_rows[0].windows is None
     assert_equal(windowed, there)
 
 
 def test_windows_fetch_only_for_steps_that_inject(away, monkeypatch):
     fetched = []
-    original = _prefetch.Windows.fetch
+    original = prefetch.AnchorWindows.fetch
     monkeypatch.setattr(
-        _prefetch.Windows, "fetch", lambda self, n: (fetched.append(n), original(self, n))
+        prefetch.AnchorWindows, "fetch", lambda self, n: (fetched.append(n), original(self, n))
     )
     run = Run("adamw", "triton", alpha=0.5, shapes=MANY, seed=9)
     run.optimizer.set_anchor()
@@ -229,7 +233,7 @@ def test_windows_fetch_only_for_steps_that_inject(away, monkeypatch):
         run.step()
         counts.append(len(fetched) - before)
         injected.append(bool(run.optimizer.guidance_stats()["injected"]))
-    windows = run.optimizer._cache.all_rows[0].kernels.windows.count
+    windows = run.optimizer._cache.all_rows[0].windows.count
     # Once for the pull, once at the end of the step before, for the distances.
     for k in range(1, 7):
         assert counts[k] == windows * (injected[k] + injected[k + 1])
@@ -327,7 +331,7 @@ def test_master_weights_and_stochastic_rounding():
 
 
 def test_uploads_happen_when_something_changed():
-    uploads = _device.Uploads(CPU)
+    uploads = uploads_of_rows.Uploads(CPU)
     first = uploads.send("grads", torch.tensor([1, 2, 3]))
     assert uploads.send("grads", torch.tensor([1, 2, 3])) is first
     staged = uploads._sent["grads"][0]
@@ -339,17 +343,17 @@ def test_uploads_happen_when_something_changed():
 
 def test_cut_separates_dtypes_and_covers_every_element():
     numels, codes = [10, 0, 8192, 8193, 30000], [0, 0, 1, 0, 1]
-    launches = _device.cut(numels, codes, CPU)
+    launches = cut(numels, codes, CPU)
     covered = [0] * len(numels)
     for launch in launches:
         assert {codes[row] for row in launch.rows.tolist()} == {launch.dtypes}
         for position, number in launch.chunks.tolist():
             row = int(launch.rows[position])
-            begin = number * _device.CHUNK
+            begin = number * CHUNK
             assert begin < max(numels[row], 1), "an empty row has a chunk"
-            covered[row] += min(_device.CHUNK, numels[row] - begin)
+            covered[row] += min(CHUNK, numels[row] - begin)
         counts = launch.starts.diff().tolist()
-        assert counts == [-(-max(numels[row], 1) // _device.CHUNK) for row in launch.rows.tolist()]
+        assert counts == [-(-max(numels[row], 1) // CHUNK) for row in launch.rows.tolist()]
         assert len(launch.counters) == len(launch.rows) + 1
         assert int(launch.starts[-1]) == len(launch.chunks)
     assert covered == numels
@@ -361,7 +365,7 @@ def test_a_lora_list_is_one_launch(rank, chunks):
     """LLaVA-7B with LoRA on every linear layer: norms and update take one each, however long."""
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     numels = 32 * [rank * width for shape in shapes for width in shape]
-    (launch,) = _device.cut(numels, [0] * len(numels), CPU)
+    (launch,) = cut(numels, [0] * len(numels), CPU)
     assert len(numels) == len(launch.rows) == 448 and len(launch.chunks) == chunks
 
 
@@ -379,7 +383,7 @@ def launched(monkeypatch):
     functions = types.SimpleNamespace(
         **{name: noted(name) for name in kernels.__all__ if "launch" in name}
     )
-    monkeypatch.setattr(_dispatch, "_launchers", lambda backend: functions)
+    monkeypatch.setattr(libraries, "launchers", lambda backend: functions)
     return names
 
 
@@ -425,19 +429,16 @@ def test_the_last_launch_of_several_dtypes_makes_the_coefficients(launched):
 
 def test_cuts_that_are_kept_are_few():
     """Gradients may change their dtype at every step."""
-    found = _device.Kernels(None, CPU, 2, (_dispatch.PARAM, _dispatch.NUMEL, _dispatch.DTYPES))
-    addresses = torch.zeros(2, dtype=torch.int64)
+    cuts = Cuts([5, 5], CPU)
     for turn in range(20):
-        table = torch.zeros(2, 14, dtype=torch.int64)
-        table[:, _dispatch.NUMEL] = 5
-        table[:, _dispatch.DTYPES] = turn % 7
-        found.begin(table, addresses, addresses[:0])
-        assert [launch.dtypes for launch in found.launches] == [turn % 7]
-        assert len(found._launches) <= 4
+        launches = cuts.of((turn % 7,) * 2)
+        assert [launch.dtypes for launch in launches] == [turn % 7]
+        assert cuts.of((turn % 7,) * 2) is launches
+        assert len(cuts._known) <= 4
 
 
 def test_uploads_inside_a_capture(monkeypatch):
-    uploads = _device.Uploads(CPU, capturable=True)
+    uploads = uploads_of_rows.Uploads(CPU, capturable=True)
     sent = uploads.send("grads", torch.tensor([1, 2]))
     with monkeypatch.context() as capture:
         capturing_now(capture)
@@ -463,7 +464,7 @@ def test_uploads_inside_a_capture(monkeypatch):
 @pytest.fixture(scope="module")
 def operators():
     """The native launches' operators, with the Triton kernels behind them on the CPU."""
-    missing = _dispatch.unavailable("cpp", CPU)
+    missing = backends.unavailable("cpp", CPU)
     if missing is not None:
         pytest.skip(f"the operators are declared by the C++ library: {missing}")
     from dgg import kernels
@@ -478,7 +479,7 @@ def operators():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_engine_calls_native_launches_as_they_are_declared(rule, operators, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_launchers", lambda backend: operators)
+    monkeypatch.setattr(libraries, "launchers", lambda backend: operators)
     options = {"alpha": 0.6, "granularity": "element", "max_grad_norm": 1.0, "seed": 2**64 - 3}
     native = Run(rule, "triton", **options).run(5)
     captured = Run(rule, "triton", capturable=True, **options).run(5)

@@ -27,7 +27,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import dgg
 from cases import BACKENDS, F32, make_params, set_grads
-from dgg import _dispatch
+from dgg import backends
+from dgg.backends import libraries
 
 # torch warns of what dgg refuses right after.
 pytestmark = pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with dup")
@@ -174,7 +175,7 @@ def construct(cls, arguments):
     [pytest.param(*row[1:], id=row[0]) for row in WRONG_ARGUMENTS + WRONG_OPTIMIZERS],
 )
 def test_wrong_construction(cls, arguments, error, says):
-    if "fused" in arguments and _dispatch.unavailable("cpp", torch.device("cpu")):
+    if "fused" in arguments and backends.unavailable("cpp", torch.device("cpu")):
         pytest.skip("without the extension fused=True is refused for that reason")
     with pytest.raises(error, match=f"(?s){says}"):
         construct(cls, arguments)
@@ -200,7 +201,7 @@ def test_capturable_is_refused(cls):
 
 @pytest.mark.parametrize("arguments", [{"backend": "cpp"}, {"fused": True}, {"foreach": True}])
 def test_fused_without_the_extension(arguments, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_cpp_error", "no compiler; install one and reinstall dgg")
+    monkeypatch.setattr(libraries, "cpp_error", "no compiler; install one and reinstall dgg")
     with pytest.raises(RuntimeError, match=f"{next(iter(arguments))}=.*install one and reinstall"):
         dgg.AdamW(two(), **arguments)
     dgg.AdamW(two())  # left open, it falls back
@@ -208,7 +209,7 @@ def test_fused_without_the_extension(arguments, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [{"fused": False}, {"foreach": False}])
 def test_unfused_contradicts_a_fused_backend(arguments):
-    if _dispatch.unavailable("cpp", torch.device("cpu")):
+    if backends.unavailable("cpp", torch.device("cpu")):
         pytest.skip("backend='cpp' is refused for another reason: the extension is missing")
     with pytest.raises(ValueError, match=r"fused=.*foreach=.*backend='cpp'.*drop either"):
         dgg.SGD(two(), backend="cpp", **arguments)
@@ -878,8 +879,8 @@ def test_fake_parameters(monkeypatch, device):
         )
 
     # As with a CUDA build of torch where there is no driver, be the tensors fake or not.
-    monkeypatch.setattr(_dispatch, "_cuda_error", None)
-    monkeypatch.setattr(_dispatch, "_probed", {})
+    monkeypatch.setattr(libraries, "cuda_error", None)
+    monkeypatch.setattr(libraries, "probed", {})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked)
     with FakeTensorMode():

@@ -13,7 +13,8 @@ import weakref
 import pytest
 import torch
 
-from dgg import _device, _prefetch
+from dgg.backends import launched, libraries, prefetch
+from dgg.backends import uploads as uploads_of_rows
 
 META = torch.device("meta")  # memory that is never touched, on a device that is not the CPU
 
@@ -58,7 +59,7 @@ def log(monkeypatch):
 
 
 def windows():
-    return _prefetch.Windows([torch.zeros(100) for _ in range(3)], META, size=512)
+    return prefetch.AnchorWindows([torch.zeros(100) for _ in range(3)], META, size=512)
 
 
 def test_a_buffer_is_filled_only_after_what_used_its_memory_before(log):
@@ -91,33 +92,34 @@ def test_a_window_waits_for_the_readers_of_the_one_before(log):
     assert log == []
 
 
-def test_what_the_side_stream_measures_with_is_not_freed_under_it(log):
+def test_what_the_side_stream_measures_with_is_not_freed_under_it(log, monkeypatch):
     functions = types.SimpleNamespace(norms_launch=lambda *_, **__: None)
-    kernels = _device.Kernels(functions, META, 3, (0, 1, 2), windows())
-    vector = torch.zeros(4, device=META)
+    monkeypatch.setattr(libraries, "launchers", lambda backend: functions)
+    monkeypatch.setattr(uploads_of_rows.Uploads, "_pinned", lambda self, x: torch.empty_like(x))
     # Its anchors come within the measuring: a stream in a stream.
-    launch = _device.Launch(0, *(vector.clone() for _ in range(5)), window=0)
-    kernels.launches, kernels.table = [launch], torch.zeros(3, 14, device=META)
-    distances = torch.zeros(3, device=META)
+    params, anchors = [torch.zeros(100, device=META)], [torch.zeros(100)]
+    rows = launched.LaunchedRows("triton", params, [0], [0], anchors=anchors)
+    rows.take_gradients([None], [], elementwise=False)
     del log[:]
-    kernels.measure_ahead(distances)
+    rows._measure_ahead()
     lent = {entry[1] for entry in log if entry[0] == "lend"}
-    assert lent >= {id(x) for x in (*launch.tensors, kernels.table, distances)}
+    (launch,) = rows._launches
+    assert lent >= {id(x) for x in (*launch.tensors, rows._device_table, rows.distances)}
     begun = log.index(("enter", "side"))
     assert ("wait", "side", "main 2") in log[:begun], "it measures what the step has not written"
     assert all(entry[0] != "lend" for entry in log[begun:]), "too late: it is being used already"
     del log[:]
-    kernels.join()
-    assert log[-1][:2] == ("wait", "main") and kernels.windows._pending is None
+    rows._join()
+    assert log[-1][:2] == ("wait", "main") and rows.windows._pending is None
 
 
 def test_no_pinned_memory_is_freed_inside_a_capture(monkeypatch):
     """Freed there, torch's allocator would record an event into the graph and ask it later."""
-    uploads = _device.Uploads(torch.device("cpu"), capturable=True)
+    uploads = uploads_of_rows.Uploads(torch.device("cpu"), capturable=True)
     uploads.send("grads", torch.tensor([1, 2]))
     pinned = [weakref.ref(x) for x in (uploads._sent["grads"][0], uploads._spare["grads"][0])]
     with monkeypatch.context() as capture:
-        capture.setattr(_device, "capturing", lambda device: True)
+        capture.setattr(uploads_of_rows, "capturing", lambda device: True)
         uploads.send("grads", torch.tensor([3, 4]))
     assert all(x() is not None for x in pinned)
 
@@ -128,11 +130,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
 @pytest.mark.parametrize("size", [256, 1024, 8192])
 def test_anchors_side_by_side_come_in_one_copy_a_window(size, monkeypatch, log):
-    monkeypatch.setattr(_prefetch, "WINDOW", size)
+    monkeypatch.setattr(prefetch, "WINDOW", size)
     like = [torch.zeros(shape) for shape in SHAPES]
     like[1] = torch.zeros(7, 5, 3).permute(2, 1, 0)
     dtypes = [DTYPES[place % 4] for place in range(len(like))]
-    together = _prefetch.side_by_side(like, dtypes, pinned=False)
+    together = prefetch.side_by_side(like, dtypes, pinned=False)
     for place, (x, anchor, dtype) in enumerate(zip(like, together, dtypes, strict=True)):
         assert (anchor.shape, anchor.stride(), anchor.dtype) == (x.shape, x.stride(), dtype)
         before = [other._version for other in together]
@@ -143,7 +145,7 @@ def test_anchors_side_by_side_come_in_one_copy_a_window(size, monkeypatch, log):
     found = []
     for anchors in (together, alone):
         real = [torch.view_as_real(x) if x.is_complex() else x for x in anchors]
-        made = _prefetch.Windows([real[0], None, *real[1:]], torch.device("cpu"))
+        made = prefetch.AnchorWindows([real[0], None, *real[1:]], torch.device("cpu"))
         assert made.of_row[1] == -1 and made.bytes <= 2 * max(size, 8192)
         copies, bits = [], []
         for number in range(made.count):
@@ -166,18 +168,18 @@ def test_anchors_side_by_side_come_in_one_copy_a_window(size, monkeypatch, log):
 
 def test_memory_of_anchors_is_as_long_as_they_are():
     like = [torch.zeros(100) for _ in range(9)]
-    made = _prefetch.side_by_side(like, [torch.bfloat16] * 9, pinned=False)
+    made = prefetch.side_by_side(like, [torch.bfloat16] * 9, pinned=False)
     (memory,) = {x.untyped_storage().data_ptr() for x in made}
     assert made[0].untyped_storage().nbytes() == 8 * 256 + 200 and made[0].data_ptr() == memory
 
 
 def test_anchors_of_another_gpu_are_brought_from_there():
-    made = _prefetch.Windows([torch.zeros(3, device=META)], torch.device("cpu"))
+    made = prefetch.AnchorWindows([torch.zeros(3, device=META)], torch.device("cpu"))
     assert [(x.device, y.device) for x, y in made._copies[0]] == [(torch.device("cpu"), META)]
 
 
 def test_without_a_device_nothing_waits():
-    made = _prefetch.Windows([torch.ones(3), None], torch.device("cpu"))
+    made = prefetch.AnchorWindows([torch.ones(3), None], torch.device("cpu"))
     made.follow()
     made.lend([torch.zeros(1)])
     made.fetch(0)

@@ -412,7 +412,7 @@ def test_one_anchor_however_many_tasks(kind):
             set_grads(params, torch.Generator().manual_seed(step))
             with Largest() as largest:
                 opt.step()
-            if dgg._dispatch.unavailable("cpp", torch.device("cpu")) is None and task + step:
+            if dgg.backends.unavailable("cpp", torch.device("cpu")) is None and task + step:
                 assert largest.numel < 100, "the step made a full-size temporary"
             opt.zero_grad()
     assert len(seen) == 1

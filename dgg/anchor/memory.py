@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgg import _prefetch, sharding
+from dgg import backends, sharding
 from dgg.reference import FLOAT_DTYPES
 
 _COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -102,7 +102,7 @@ def allocate_all(
     ]
     shards = [sharding.local(params[number].detach()) for number in away]
     with torch.inference_mode(False):
-        pinned = _prefetch.side_by_side(shards, [dtypes[number] for number in away])
+        pinned = backends.side_by_side(shards, [dtypes[number] for number in away])
     made = dict(zip(away, pinned, strict=True))
     return [
         sharding.like(made[number], p) if number in made else allocate(p, dtype, device)

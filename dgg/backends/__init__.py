@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Who computes: the rows of parameters that a backend steps, and which backends can run here."""
 
-from dgg._device import capturing, without_waiting
-from dgg._dispatch import (
-    ADAM,
+from dgg.backends.choice import (
     BACKENDS,
-    SGD,
-    Draw,
-    MemoryWatch,
-    Rows,
-    Rule,
-    Scaling,
     choose,
     choose_for,
-    is_dense,
     launches,
     make_rows,
-    real_view,
-    same_order,
     show_config,
     unavailable,
 )
+from dgg.backends.prefetch import is_away, side_by_side
+from dgg.backends.rows import (
+    ADAM,
+    SGD,
+    Draw,
+    Rows,
+    Rule,
+    Scaling,
+)
+from dgg.backends.uploads import capturing, without_waiting
+from dgg.backends.views import is_dense, real_view, same_order
+from dgg.backends.watch import MemoryWatch
 
 __all__ = [
     "ADAM",
@@ -34,12 +35,14 @@ __all__ = [
     "capturing",
     "choose",
     "choose_for",
+    "is_away",
     "is_dense",
     "launches",
     "make_rows",
     "real_view",
     "same_order",
     "show_config",
+    "side_by_side",
     "unavailable",
     "without_waiting",
 ]

@@ -14,7 +14,6 @@ import array
 import collections
 import ctypes
 import functools
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dgg.backends.libraries import FOLDER
 
 # First and last release of torch whose declarations of these functions were read.
 _READ = ((2, 10), (2, 15))
@@ -44,9 +45,9 @@ class Library:
         number, address, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
 
         def function(name, result, *arguments):
-            found = getattr(library, name)
-            found.argtypes, found.restype = arguments, result
-            return found
+            made = getattr(library, name)
+            made.argtypes, made.restype = arguments, result
+            return made
 
         self.possible = function("dgg_gather_possible", flag)
         self.python = function("dgg_python", None, number, number, ctypes.c_uint64, *[address] * 2)
@@ -60,8 +61,8 @@ class Library:
         self.end = function("dgg_gather_end", number, number, number, address, flag)
 
 
-class Gather:
-    """What one list of parameters brings to a step.
+class NativeGradients:
+    """What one list of parameters brings to a step: its gradients and versions.
 
     Args:
         library: The native functions.
@@ -157,7 +158,7 @@ def load() -> Library | None:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
     try:
-        library = Library(str(next(pathlib.Path(__file__).parent.glob("_C.*so"))))
+        library = Library(str(next(FOLDER.glob("_C.*so"))))
     except (AttributeError, OSError, StopIteration):
         return None
     try:
@@ -208,16 +209,16 @@ def _places() -> tuple[int, int, int] | None:
             _words(t._cdata, _IMPL_WORDS)[place] & (negated | conjugated) for t in (*tensors, real)
         )
     ]
-    found = _only(keys)
-    return None if impl is None or found is None else (8 * impl, 8 * found[0], found[1])
+    key = _only(keys)
+    return None if impl is None or key is None else (8 * impl, 8 * key[0], key[1])
 
 
 def _words(address: int, count: int) -> list[int]:
     return list((ctypes.c_uint64 * count).from_address(address))
 
 
-def _only(found: list) -> Any:
-    return found[0] if len(found) == 1 else None
+def _only(candidates: list) -> Any:
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def agrees(library: Library) -> bool:
@@ -244,12 +245,12 @@ def agrees(library: Library) -> bool:
         anchors = [-1] * 5 + [0, -1]
         watch_params(library, handle, params, anchors)
         usual, row_major = [True] * len(params), [p.is_contiguous() for p in params]
-        gather = Gather(library, handle, *addresses, distances, usual, row_major)
+        gradients = NativeGradients(library, handle, *addresses, distances, usual, row_major)
         try:
             return (
-                _says_the_same(gather, params, addresses, distances, anchor)
+                _says_the_same(gradients, params, addresses, distances, anchor)
                 and _sees_dicts(library, handle)
-                and _sees_what_is_exchanged(library, handle, gather, params)
+                and _sees_what_is_exchanged(library, handle, gradients, params)
             )
         finally:
             torch.ops.dgg.unwatch(handle)
@@ -271,10 +272,10 @@ def watch_params(
         RuntimeError: One of the parameters has no memory.
     """
     objects, places = array.array("Q", map(id, params)), array.array("q", anchors)
-    found = library.watch_params(
+    status = library.watch_params(
         handle, objects.buffer_info()[0], len(params), places.buffer_info()[0], len(anchors)
     )
-    if found != 0:
+    if status != 0:
         raise RuntimeError("a parameter without memory cannot be watched")
 
 
@@ -284,37 +285,42 @@ def watch_dicts(library: Library, handle: int, dicts: Sequence[dict]) -> None:
     library.watch_dicts(handle, objects.buffer_info()[0], len(dicts))
 
 
-def _says_the_same(gather: Gather, params, addresses: Tensor, distances: Tensor, anchor) -> bool:
+def _says_the_same(
+    gradients: NativeGradients, params, addresses: Tensor, distances: Tensor, anchor
+) -> bool:
     replays = [None, torch.ones(2, 3), *[None] * (len(params) - 2)]
-    if gather.begin(known=False, replays=replays) != len(params) or list(gather.odd()):
+    if gradients.begin(known=False, replays=replays) != len(params) or list(gradients.odd()):
         return False
     versions = [p._version for p in params]
     expected = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
-    if addresses[0].tolist() != expected or list(gather.versions) != versions:
+    if addresses[0].tolist() != expected or list(gradients.versions) != versions:
         return False
     if addresses[1].tolist() != [0 if r is None else r.data_ptr() for r in replays]:
         return False
-    gather.end(written=True)
+    gradients.end(written=True)
     bumped = [v + 1 for v in versions]
-    if [p._version for p in params] != bumped or list(gather.versions) != bumped:
+    if [p._version for p in params] != bumped or list(gradients.versions) != bumped:
         return False
     params[0].add_(1)
     anchor.add_(1)
     params[1].grad = torch.ones(6).view(2, 3).t().contiguous().t()
-    if gather.begin(known=True) != len(params) or list(gather.odd()) != [1]:
+    if gradients.begin(known=True) != len(params) or list(gradients.odd()) != [1]:
         return False
-    gather.end(written=False)
+    gradients.end(written=False)
     if distances.tolist() != [-1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 1.0]:
         return False
-    if gather.begin(known=True, row_major=True) != len(params) or list(gather.odd()) != [1, 6]:
+    if gradients.begin(known=True, row_major=True) != len(params) or list(gradients.odd()) != [
+        1,
+        6,
+    ]:
         return False
-    gather.end(written=False)
+    gradients.end(written=False)
     params[6].grad = torch.ones(3, 4)
-    if gather.begin(known=True) != len(params) or list(gather.odd()) != [1, 6]:
+    if gradients.begin(known=True) != len(params) or list(gradients.odd()) != [1, 6]:
         return False
-    gather.end(written=False)
+    gradients.end(written=False)
     params[1].grad = torch._neg_view(torch.ones(2, 3))
-    return gather.begin(known=True) == len(params) and list(gather.odd()) == [1, 6]
+    return gradients.begin(known=True) == len(params) and list(gradients.odd()) == [1, 6]
 
 
 def _sees_dicts(library: Library, handle: int) -> bool:
@@ -332,18 +338,20 @@ def _sees_dicts(library: Library, handle: int) -> bool:
     return list(map(bool, same)) == [True, False, False, True, False]
 
 
-def _sees_what_is_exchanged(library: Library, handle: int, gather: Gather, params) -> bool:
+def _sees_what_is_exchanged(
+    library: Library, handle: int, gradients: NativeGradients, params
+) -> bool:
     params[1].grad = None
-    if not library.unmoved(handle) or gather.begin(known=True) != len(params) - 1:
+    if not library.unmoved(handle) or gradients.begin(known=True) != len(params) - 1:
         return False
-    gather.end(written=False)
+    gradients.end(written=False)
     moved, other = params[0].data, torch.zeros(3)
     params[0].data = moved.clone()
-    if library.unmoved(handle) or gather.begin(known=True) >= 0:
+    if library.unmoved(handle) or gradients.begin(known=True) >= 0:
         return False
     params[0].data = moved
     if not library.unmoved(handle):
         return False
     params[0].grad = None  # of which another tensor has no business
     torch.utils.swap_tensors(params[0], other)
-    return not library.unmoved(handle) and gather.begin(known=True) < 0
+    return not library.unmoved(handle) and gradients.begin(known=True) < 0

@@ -30,7 +30,7 @@ def is_away(anchor: Tensor | None, param: Tensor) -> bool:
     return anchor is not None and anchor.device != param.device
 
 
-def cut(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
+def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
     """Cuts anchors into windows, in order.
 
     Args:
@@ -71,7 +71,7 @@ def side_by_side(
     ]
     lengths = [x.nbytes for x in shapes]
     made = {}
-    for window in cut(lengths):
+    for window in _into_windows(lengths):
         last, begin = window[-1]
         memory = torch.empty(
             begin + lengths[last], dtype=torch.uint8, device="cpu", pin_memory=pinned
@@ -83,7 +83,7 @@ def side_by_side(
     return [made[number] for number in range(len(shapes))]
 
 
-class Windows:
+class AnchorWindows:
     """The windows of one device's anchors, and which of them are there.
 
     Args:
@@ -103,7 +103,7 @@ class Windows:
         self.of_row = [-1] * len(anchors)
         rows = [row for row, anchor in enumerate(anchors) if anchor is not None]
         lengths = [anchors[row].nbytes for row in rows]
-        windows = cut(lengths, size)
+        windows = _into_windows(lengths, size)
         self.count = len(windows)
         ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
         longest = -(-max(ends, default=1) // _ALIGNMENT) * _ALIGNMENT
@@ -119,11 +119,11 @@ class Windows:
                 self.of_row[rows[place]] = number
                 target = buffer[begin : begin + lengths[place]]
                 self.addresses[rows[place]] = target.data_ptr()
-            found = [(begin, anchors[rows[place]]) for place, begin in window]
+            placed = [(begin, anchors[rows[place]]) for place, begin in window]
             self._copies.append(
-                [(buffer[begin : begin + len(x)], x) for begin, x in _in_few_pieces(found)]
+                [(buffer[begin : begin + len(x)], x) for begin, x in _in_few_pieces(placed)]
             )
-        self._held: list[int | None] = [None] * len(self._buffers)
+        self._contents: list[int | None] = [None] * len(self._buffers)
         self._upwards = True
         self._stream = None
         self._is_aside = False
@@ -145,7 +145,7 @@ class Windows:
 
     def forget(self) -> None:
         """Takes nothing on the device for current: the anchors were written."""
-        self._held = [None] * len(self._buffers)
+        self._contents = [None] * len(self._buffers)
 
     def order(self) -> list[int]:
         """Returns the windows in the order of the next pass."""
@@ -158,7 +158,7 @@ class Windows:
     def fetch(self, number: int) -> None:
         """Starts bringing a window, on the side stream; whoever reads it calls `wait` first."""
         place = number % 2
-        if self._held[place] == number:
+        if self._contents[place] == number:
             return
         with _ranges.record("dgg.prefetch"), self.aside():
             if self._stream is not None and self._read[place] is not None:
@@ -166,7 +166,7 @@ class Windows:
             for target, source in self._copies[number]:
                 target.copy_(source, non_blocking=True)
             self._filled[place] = self._mark(self._stream)
-        self._held[place] = number
+        self._contents[place] = number
 
     def wait(self, number: int) -> None:
         """Lets the current stream wait until a window is there."""
@@ -238,8 +238,8 @@ def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Ten
                 pieces[-1] = start, known, source, first + x.nbytes - source
                 continue
         pieces.append((begin, memory, first, x.nbytes))
-    found = []
+    copied = []
     for begin, memory, first, length in pieces:
         x = torch.empty(0, dtype=torch.uint8, device=memory.device)  # another GPU's, maybe
-        found.append((begin, x.set_(memory, first, (length,), (1,))))
-    return found
+        copied.append((begin, x.set_(memory, first, (length,), (1,))))
+    return copied

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How rows are cut into chunks, the units of work of a launch.
+
+One launch serves all rows of one dtype combination. The cut lies on the device for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgg.kernels.layout import CHUNK, COPY_SLOT, SLOT_BITS, SLOT_MASK
+
+
+@dataclass
+class Launch:
+    """The rows of one dtype combination, cut into chunks; all tensors on the device.
+
+    Attributes:
+        dtypes: Dtype codes of the rows, 8 bits each, as in the table.
+        rows: int32 [k], rows of the table, ascending.
+        chunks: int32 [m, 2], position in ``rows`` and number within the row; an empty row has one.
+        starts: int32 [k + 1], first chunk of the row at each position.
+        partials: float64 [3, m], workspace.
+        counters: int32 [k + 1], workspace, zero between launches: of each row's chunks that are
+            done, and last of the rows.
+        window: Window that the rows' anchors come in, -1 if they lie on the device.
+    """
+
+    dtypes: int
+    rows: Tensor
+    chunks: Tensor
+    starts: Tensor
+    partials: Tensor
+    counters: Tensor
+    window: int = -1
+
+    @property
+    def copies(self) -> bool:
+        """Whether the rows are master weights: their copies are stored in another dtype."""
+        return self.dtypes & SLOT_MASK != self.dtypes >> SLOT_BITS * COPY_SLOT & SLOT_MASK
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The leading arguments of a launch after the table."""
+        return self.rows, self.chunks, self.starts, self.partials, self.counters
+
+
+def cut(
+    numels: Sequence[int],
+    codes: Sequence[int],
+    device: torch.device,
+    *,
+    windows: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> list[Launch]:
+    """Cuts rows into chunks, one `Launch` per dtype combination (and window of anchors).
+
+    Args:
+        numels: Elements of every row.
+        codes: Dtype codes of every row.
+        device: Where the tables are to lie.
+        windows: Window of every row's anchor; None if all anchors lie on the device.
+        chunk: Elements of a chunk.
+
+    Raises:
+        ValueError: More chunks than a 32-bit index holds.
+    """
+    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
+    kinds = list(zip(codes, windows or [-1] * len(codes), strict=True))
+    launches = []
+    for kind in dict.fromkeys(kinds):
+        members = [row for row, other in enumerate(kinds) if other == kind]
+        rows = torch.tensor(members, dtype=torch.int64, device="cpu")
+        # An empty row has a chunk, too: the last one of a row stores what belongs to all of it.
+        counts = ((sizes[rows] + chunk - 1) // chunk).clamp(min=1)
+        starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(counts, 0, out=starts[1:])
+        total = int(starts[-1])
+        if total >= 1 << 31:
+            raise ValueError(
+                f"{int(sizes.sum())} elements make {total} chunks, more than one launch can count; "
+                "split the parameters over more devices"
+            )
+        position = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
+        number = torch.arange(total, device="cpu") - starts[position]
+        launches.append(
+            Launch(
+                kind[0],
+                rows.int().to(device),
+                torch.stack([position, number], dim=1).int().to(device),
+                starts.int().to(device),
+                torch.empty(3, total, dtype=torch.float64, device=device),
+                torch.zeros(len(rows) + 1, dtype=torch.int32, device=device),
+                kind[1],
+            )
+        )
+    return launches
+
+
+class Cuts:
+    """The cuts of one list of rows, by their dtypes.
+
+    Args:
+        numels: Elements of every row.
+        device: Where the tables are to lie.
+        windows: As in `cut`.
+    """
+
+    # Gradients change their dtype when autocast does: a few cuts are worth keeping.
+    _MOST = 4
+
+    def __init__(
+        self, numels: Sequence[int], device: torch.device, windows: Sequence[int] | None = None
+    ) -> None:
+        self._arguments = numels, device, windows
+        self._known: dict[tuple[int, ...], list[Launch]] = {}
+
+    def of(self, codes: tuple[int, ...]) -> list[Launch]:
+        """Returns the launches for these dtype codes of the rows."""
+        if codes not in self._known:
+            while len(self._known) >= self._MOST:
+                del self._known[next(iter(self._known))]
+            numels, device, windows = self._arguments
+            self._known[codes] = cut(numels, codes, device, windows=windows)
+        return self._known[codes]

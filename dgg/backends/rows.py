@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows: the parallel lists that every backend works on, and what all backends share.
+
+A kernel sees plain local tensors and numbers. `Rows` holds them as parallel lists, a row for each
+parameter. Its heirs compute: `ReferenceRows` by torch's operations, `TableRows` by the C++
+operators, `LaunchedRows` by launches of Triton or CUDA.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgg import reference, sharding
+from dgg.backends.distances import Distances
+from dgg.backends.views import real_view, real_views
+from dgg.backends.watch import MemoryWatch
+from dgg.kernels.layout import (
+    ADAM_HYPER,
+    ANCHOR,
+    COPY,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MAX_EXP_AVG_SQ,
+    PARAM,
+    SGD_HYPER,
+    STEP,
+)
+from dgg.sharding import fsdp1
+
+
+class Scaling(NamedTuple):
+    """What a GradScaler says of this step's gradients.
+
+    Attributes:
+        divisor: Divisor of the gradients, for backends that run when they are called.
+        grad_scale: The same as a float32 tensor, for launches; None is 1.
+        found_inf: float32 tensor; launches change nothing where it is not 0. None is 0.
+    """
+
+    divisor: float = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Draw(NamedTuple):
+    """The draw of a step.
+
+    Attributes:
+        seed: Seed in [0, 2**64).
+        index: Draw index k.
+        injecting: Whether any row may inject.
+        elements: Whether any row may draw per element.
+        index_tensor: int64 tensor of one element, the draw index that a captured step reads in
+            place of ``index``.
+    """
+
+    seed: int
+    index: int
+    injecting: bool
+    elements: bool
+    index_tensor: Tensor | None = None
+
+
+class Rule(NamedTuple):
+    """An update rule as the backends know it; any object with these attributes will do.
+
+    Attributes:
+        name: Of its function in `reference`. The operator on the table has the same name in
+            `libraries.OPERATORS`; the launch is called ``adam_launch_`` where this is ``adam_``.
+        state: Columns of the lists that the reference takes after the gradients.
+        hyper: Hyper-parameters in the order of the kernels' table; each group has all of them.
+        optional: The one that makes the rule read and write its optional state.
+    """
+
+    name: str
+    state: tuple[int, ...]
+    hyper: tuple[str, ...]
+    optional: str
+
+
+ADAM = Rule("adam_", (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP), ADAM_HYPER, "amsgrad")
+SGD = Rule("sgd_", (EXP_AVG, ANCHOR), SGD_HYPER, "momentum")
+
+
+class Rows:
+    """The parallel lists of one device's parameters, a row for each parameter.
+
+    A step calls `take_gradients` or `take_native_gradients`, then `measure` (or `norms` and
+    `coefficients`, with a sum over ranks in between), then `update_` or `guide_`; `abandon` where
+    nothing is to be written.
+
+    Args:
+        backend: Who computes.
+        params: Parameters: θ, or with master weights their copies.
+        groups: Number of each row's parameter group.
+        indices: Tensor index j of each row, counted over all groups.
+        anchors: θ* of each row or None. The other lists are of state; None if there is none.
+        exp_avgs: m.
+        exp_avg_sqs: v.
+        max_exp_avg_sqs: v of amsgrad.
+        steps: Step counts.
+        masters: Master weights θ.
+        stochastic: Round what is stored as bfloat16 stochastically.
+        process_group: Ranks that step other parts of the parameters.
+        reduction: What sums squares over ranks, where no parameter tells.
+        places: Where each row's elements lie in the whole tensor, where no parameter tells.
+        holders: What an update counts as a write to, if it is not ``params``.
+
+    Attributes:
+        holders: As given.
+        params: The parameters, of DTensors the local shards.
+        reduction: What sums squares over ranks, or None.
+        places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
+        anchored: Whether any row has an anchor.
+        distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
+        grads: Gradient of each row in the present step or None.
+        replays: Replay gradient of each row or None; empty when there are none at all.
+        present: Not 0 if there is a gradient or replay gradient in the present step.
+    """
+
+    # Whether steps are launches that nobody waits for.
+    launched = False
+    # Whether the kernels see by themselves that a weight is no more the rounding of its master.
+    _finds_written_copies = True
+    present = 0
+    # Whether every row had a gradient in the present step.
+    _complete = False
+
+    def __init__(
+        self,
+        backend: str,
+        params: Sequence[Tensor],
+        groups: Sequence[int],
+        indices: Sequence[int],
+        *,
+        anchors: Sequence[Tensor | None],
+        exp_avgs: Sequence[Tensor | None] | None = None,
+        exp_avg_sqs: Sequence[Tensor | None] | None = None,
+        max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
+        steps: Sequence[Tensor | None] | None = None,
+        masters: Sequence[Tensor | None] | None = None,
+        stochastic: bool = False,
+        process_group=None,
+        reduction=None,
+        places: Sequence[sharding.Place] | None = None,
+        holders: Sequence[Tensor] | None = None,
+    ) -> None:
+        absent = [None] * len(params)
+        self.backend = backend
+        self.stochastic = stochastic
+        self.holders = list(params if holders is None else holders)
+        self.params = [sharding.local(p) for p in params]
+        self.device = self.params[0].device
+        self.groups = list(groups)
+        self.indices = list(indices)
+        self._shards = sharding.Shards(params) if any(map(sharding.is_dtensor, params)) else None
+        runs = fsdp1.runs(params)
+        known_by_params = bool(self._shards is not None or runs)
+        self.reduction = reduction
+        if known_by_params or process_group is not None:
+            self.reduction = sharding.Reduction(params, process_group, runs) or None
+        self.places = [sharding.place_of(p) for p in params] if known_by_params else []
+        for row, run in runs.items():
+            self.places[row] = sharding.Place(run.start, *[max(params[row].numel(), 1)] * 2)
+        if places is not None:
+            self.places = list(places)
+        self._known = Distances(len(self.params), self.device)
+        self.distances = self._known.squares
+        self._constants: dict[object, Tensor] = {}
+        self._masters = real_views(masters or absent)
+        self._has_masters = any(master is not None for master in self._masters)
+        # Versions of the parameters when the masters last agreed with them.
+        self._adopted: array.array | None = None
+        # Kernels see complex tensors as pairs of reals.
+        self._state = {
+            EXP_AVG: real_views(exp_avgs or absent),
+            EXP_AVG_SQ: real_views(exp_avg_sqs or absent),
+            MAX_EXP_AVG_SQ: real_views(max_exp_avg_sqs or absent),
+            ANCHOR: real_views(anchors),
+            STEP: list(steps or absent),
+        }
+        has_anchor = [anchor is not None for anchor in anchors]
+        self.anchored = any(has_anchor)
+        self._has_anchor = torch.tensor(has_anchor, device="cpu")
+        self.grads: list[Tensor | None] = []
+        self.replays: list[Tensor | None] = []
+        # Gradients that are worked on in a copy, and the copies.
+        self._grad_copies: list[tuple[Tensor, Tensor]] = []
+
+    # -- the columns ----------------------------------------------------------------------------
+
+    def tensors(self, column: int) -> list[Tensor | None]:
+        """Returns what the kernels see in a column: a tensor or None of every row."""
+        return [self._tensor(column, row) for row in range(len(self.params))]
+
+    def _tensor(self, column: int, row: int) -> Tensor | None:
+        """Returns what the kernels see of a row's tensor; parameters are looked up every time.
+
+        A view kept from step to step would keep memory that somebody has taken from a parameter.
+        """
+        if column == PARAM and self._masters[row] is not None:
+            return self._masters[row]
+        if column == COPY and self._masters[row] is None:
+            return None
+        if column in (PARAM, COPY):
+            return real_view(self.params[row].detach())
+        return self._state[column][row]
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Returns base, stretch and stride of a row's elements, as kernels count them."""
+        pairs = 2 if self.params[row].is_complex() else 1  # as which kernels see complex numbers
+        place = self.places[row] if self.places else None
+        if place is None:
+            return 0, pairs * self.params[row].numel(), pairs * self.params[row].numel()
+        return tuple(pairs * x for x in place)
+
+    def flags(self, values: Sequence[int], name: str) -> Tensor:
+        """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
+        return torch.tensor(values, dtype=torch.uint8, device="cpu").to(self.device)
+
+    def constant_flags(self, value: int) -> Tensor:
+        """Returns (cached) uint8 flags that are the same for every row; not to be modified."""
+        if value not in self._constants:
+            self._constants[value] = torch.full(
+                (len(self.params),), value, dtype=torch.uint8, device=self.device
+            )
+        return self._constants[value]
+
+    def constant_coefficients(self) -> Tensor:
+        """Returns (cached) coefficients of a step that neither clips nor scales: c = s = 1."""
+        if "coefficients" not in self._constants:
+            self._constants["coefficients"] = torch.ones(
+                reference.SCALES + len(self.params), dtype=torch.float64, device=self.device
+            )
+        return self._constants["coefficients"]
+
+    @property
+    def active(self) -> Tensor:
+        """Whether a row had a gradient in the last step, and an anchor: bool [n] on the CPU."""
+        return self._has_anchor if self._complete else self._has_anchor & self._had_gradients()
+
+    def _had_gradients(self) -> Tensor:
+        """Returns whether each row had a gradient or replay gradient in the last step."""
+        raise NotImplementedError
+
+    # -- the gradients --------------------------------------------------------------------------
+
+    def watch_gradients(self, watch: MemoryWatch) -> bool:
+        """Prepares `TableRows.take_native_gradients`; returns whether it is possible.
+
+        Args:
+            watch: Watches parameters of which the first are these, in the rows' order.
+        """
+        return False
+
+    def take_gradients(
+        self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
+    ) -> None:
+        """Takes the gradients of this step.
+
+        Args:
+            grads: Gradient of each row or None; strided, of the parameter's shape.
+            replays: Replay gradient of each row or None; empty if there are none at all.
+            elementwise: Draws are made per element, which must then lie in row-major order.
+        """
+        raise NotImplementedError
+
+    def _shards_of(self, grads: list, replays: list) -> tuple[list, list]:
+        """Returns the local shards of gradients, after a look at how they are placed."""
+        if self._shards is None:
+            return grads, replays
+        return self._shards.of_grads(grads), [sharding.local(r) for r in replays]
+
+    def _without_gradient(self) -> list[int]:
+        if self._complete:
+            return []
+        return [
+            row
+            for row, grad in enumerate(self.grads)
+            if grad is None and not (self.replays and self.replays[row] is not None)
+        ]
+
+    def abandon(self) -> None:
+        """Ends a step that wrote nothing: lets go of the gradients."""
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the gradients and of the copies made of them."""
+        self.grads, self.replays, self._grad_copies = [], [], []
+
+    # -- what others wrote ----------------------------------------------------------------------
+
+    def _versions(self) -> Sequence[int]:
+        """Returns for each parameter what changes with every write that autograd knows of."""
+        if self._shards is not None:
+            return self._shards.versions()
+        return [p._version for p in self.params]
+
+    def take_up_changes(self) -> None:
+        """Carries changes that somebody made to the parameters over into their master weights.
+
+        An element that is still its master's rounding keeps the master; any other becomes it. What
+        was written through ``.data``, which no version counts, the kernels find by themselves,
+        element by element; for the reference every weight is looked at here.
+        """
+        if not self._has_masters:
+            return
+        now = array.array("q", self._versions())
+        every = self._adopted is None or not self._finds_written_copies
+        if not every and now == self._adopted:
+            return
+        for row, master in enumerate(self._masters):
+            if master is not None and (every or self._adopted[row] != now[row]):
+                master.copy_(reference.adopted(master, self._tensor(COPY, row)))
+        self._adopted = now
+
+    def forget(self, *, anchors: bool = True) -> None:
+        """Drops all known distances.
+
+        Args:
+            anchors: The anchors may have been written, too.
+        """
+        self._known.forget()
+
+    def forget_rows(self, rows: Sequence[int], *, anchors: bool = True) -> None:
+        """Drops the known distances of some rows.
+
+        Args:
+            rows: The rows.
+            anchors: Their anchors were written, not only their parameters.
+        """
+        if rows:
+            self._known.forget_rows(rows)
+
+    def forget_changed(self) -> None:
+        """Drops the known distance of every parameter that was changed since it was measured."""
+        if self._known.versions is not None:
+            self.forget_rows(self._known.written(self._versions()), anchors=False)
+
+    def _after_update(self, look_ahead: bool) -> None:
+        """Ends a step that wrote the parameters.
+
+        Args:
+            look_ahead: The distances were measured after the update.
+        """
+        if look_ahead:
+            self._known.measured(self._versions(), self._without_gradient())
+        if self._has_masters:
+            self._adopted = array.array("q", self._versions())
+        self.release()
+
+    # -- the computation ------------------------------------------------------------------------
+
+    def norms(
+        self,
+        *,
+        replay_weight: float,
+        scaling: Scaling,
+        which: int,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the squares of `reference.norms` for these rows.
+
+        Args:
+            replay_weight: w.
+            scaling: Divisor of the gradients.
+            which: Bits of `reference`.
+            gate: uint8 [1]; a captured step measures for the injection only where it is not 0.
+        """
+        raise NotImplementedError
+
+    def coefficients(
+        self, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
+    ) -> Tensor:
+        """Returns c, the norms and s as `reference.coefficients` does."""
+        raise NotImplementedError
+
+    def measure(self, settings: Mapping[str, Any], **options: Any) -> Tensor:
+        """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
+
+        Args:
+            settings: What `coefficients` takes besides the squares.
+            options: What `norms` takes.
+        """
+        return self.coefficients(self.norms(**options), **settings)
+
+    def update_(
+        self,
+        rule: Rule,
+        coefficients: Tensor,
+        flags: Tensor,
+        groups: Sequence[dict],
+        draw: Draw,
+        scaling: Scaling,
+        *,
+        look_ahead: bool,
+        replay_weight: float,
+    ) -> None:
+        """Runs an update rule on these rows: all groups in one call, parameters in place.
+
+        Args:
+            rule: `ADAM` or `SGD`.
+            coefficients: float64 [4 + n].
+            flags: uint8 [n].
+            groups: Hyper-parameters of every group, the names in ``rule.hyper``.
+            draw: The draw of the step.
+            scaling: Divisor of the gradients, and whether to change anything.
+            look_ahead: Also measure the distances after the update.
+            replay_weight: w.
+        """
+        raise NotImplementedError
+
+    def guide_(
+        self,
+        coefficients: Tensor,
+        flags: Tensor,
+        groups: Sequence[dict],
+        draw: Draw,
+        scaling: Scaling,
+        *,
+        replay_weight: float,
+    ) -> None:
+        """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
+
+        Args:
+            coefficients: float64 [4 + n].
+            flags: uint8 [n].
+            groups: Hyper-parameters of every group, the names in GUIDE_HYPER.
+            draw: The draw of the step.
+            scaling: Divisor of the gradients, and whether to change anything.
+            replay_weight: w.
+        """
+        raise NotImplementedError
