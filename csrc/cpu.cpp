@@ -650,9 +650,8 @@ struct Rows {
   bool anchored(int64_t i) const { return row(i)[kColumnAnchor] != 0; }
 
   Stream stream(int64_t i, int64_t address, int slot) const {
-    const auto codes = static_cast<uint64_t>(row(i)[kColumnDtypes]);
     return {reinterpret_cast<char*>(static_cast<intptr_t>(address)),
-            static_cast<int>(codes >> (8 * slot) & 0xFF)};
+            code_at(static_cast<uint64_t>(row(i)[kColumnDtypes]), slot)};
   }
 };
 
@@ -662,7 +661,7 @@ struct Row {
   Stream param, grad, replay, anchor;
   Stream copy;  // of a master weight
   int64_t numel;
-  int64_t index, base, block, stride;
+  int64_t index, base, stretch, stride;
   double replay_weight;
   bool guided = false;
   bool masked = false;
@@ -681,7 +680,7 @@ struct Row {
         numel(r[kColumnNumel]),
         index(r[kColumnIndex]),
         base(r[kColumnBase]),
-        block(r[kColumnBlock]),
+        stretch(r[kColumnStretch]),
         stride(r[kColumnStride]),
         replay_weight(rows.replay_weight) {}
 };
@@ -793,14 +792,14 @@ void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t beg
   uint32_t quads[kBlock + 8];
   for (int64_t done = 0; done < n;) {
     const int64_t l = begin + done;
-    const int64_t i = unsharded_index(l, row.base, row.block, row.stride);
-    const int64_t stretch = std::min(n - done, row.block - l % row.block);
+    const int64_t i = unsharded_index(l, row.base, row.stretch, row.stride);
+    const int64_t count = std::min(n - done, row.stretch - l % row.stretch);
     const int64_t first = i / 4;
-    const int64_t counters = (i + stretch - 1) / 4 - first + 1;
+    const int64_t counters = (i + count - 1) / 4 - first + 1;
     run(Philox{quads, first, counters, draws.draw, stream + static_cast<uint32_t>(row.index),
                draws.seed});
-    std::memcpy(words + done, quads + i % 4, static_cast<size_t>(stretch) * sizeof(uint32_t));
-    done += stretch;
+    std::memcpy(words + done, quads + i % 4, static_cast<size_t>(count) * sizeof(uint32_t));
+    done += count;
   }
 }
 
@@ -1207,7 +1206,7 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
     AdamRule::Row& row = work.emplace_back(rows, i, look_ahead, stochastic);
     const bool amsgrad = hyper[kAdamAmsgrad] != 0;
     for (int s = 0; s < (amsgrad ? 3 : 2); ++s) {
-      row.state[s] = rows.stream(i, r[kColumnState + s], kSlotState + s);
+      row.state[s] = rows.stream(i, r[kColumnExpAvg + s], kSlotExpAvg + s);
       STD_TORCH_CHECK(row.state[s] || row.numel == 0, "dgg::adam_table_: row ", i,
                       " of table has no address for moment ", s);
     }
@@ -1241,7 +1240,7 @@ void compute_sgd(const Rows& rows, const Control& control, double* distances, bo
     const double* hyper = control.hyper + r[kColumnGroup] * kSgdHypers;
     SgdRule::Row& row = work.emplace_back(rows, i, look_ahead, stochastic);
     if (hyper[kSgdMomentum] != 0) {
-      row.state[0] = rows.stream(i, r[kColumnState], kSlotState);
+      row.state[0] = rows.stream(i, r[kColumnExpAvg], kSlotExpAvg);
       STD_TORCH_CHECK(row.state[0] || row.numel == 0, "dgg::sgd_table_: row ", i,
                       " of table has no address for the momentum buffer");
     }
@@ -1353,20 +1352,19 @@ Rows make_rows(const char* op, const Tensor& table, const Tensor& grads, const T
             grad_scale};
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* r = rows.row(i);
-    STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnBlock] > 0) &&
+    STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnStretch] > 0) &&
                         r[kColumnGroup] >= 0 && r[kColumnGroup] < groups,
-                    "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", block ",
-                    r[kColumnBlock], ", group ", r[kColumnGroup], " of ", groups);
+                    "dgg::", op, ": row ", i, " of table has numel ", r[kColumnNumel], ", stretch ",
+                    r[kColumnStretch], ", group ", r[kColumnGroup], " of ", groups);
     // Places of elements are counted in 64 bits, and words are drawn by fours from their place on.
     constexpr int64_t kLast = int64_t{1} << 61;
-    const int64_t turns = r[kColumnNumel] == 0 ? 0 : (r[kColumnNumel] - 1) / r[kColumnBlock];
+    const int64_t turns = r[kColumnNumel] == 0 ? 0 : (r[kColumnNumel] - 1) / r[kColumnStretch];
     STD_TORCH_CHECK(r[kColumnBase] >= 0 && r[kColumnStride] >= 0 && r[kColumnBase] < kLast &&
                         r[kColumnNumel] < kLast && (turns == 0 || r[kColumnStride] < kLast / turns),
                     "dgg::", op, ": row ", i, " of table has base ", r[kColumnBase], ", stride ",
                     r[kColumnStride], ": its elements would lie at no place");
-    // Every code is below 4: no bit beyond the lowest two of any byte.
-    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & 0xFCFCFCFCFCFCFCFCu) == 0,
-                    "dgg::", op, ": row ", i, " of table has an unknown dtype code");
+    STD_TORCH_CHECK((static_cast<uint64_t>(r[kColumnDtypes]) & kNoDtypes) == 0, "dgg::", op,
+                    ": row ", i, " of table has an unknown dtype code");
   }
   return rows;
 }
@@ -1483,7 +1481,7 @@ class ListTable {
     if (grads_.empty()) grads_.assign(params.size(), 0);
     for (size_t i = 0; i < params.size(); ++i) {
       int64_t* row = &table_[i * kColumns];
-      row[kColumnNumel] = row[kColumnBlock] = row[kColumnStride] = params[i].numel();
+      row[kColumnNumel] = row[kColumnStretch] = row[kColumnStride] = params[i].numel();
       row[kColumnIndex] = indices.empty() ? static_cast<int64_t>(i) : indices[i];
     }
   }
@@ -1504,7 +1502,7 @@ class ListTable {
                           std::equal(sizes.begin(), sizes.end(), expected.begin()),
                       "dgg::", op_, ": ", name, "[", i, "] has another shape than params[", i, "]");
       int64_t* row = &table_[i * kColumns];
-      row[kColumnDtypes] |= code_of(name, i, tensor) << (8 * slot);
+      row[kColumnDtypes] |= code_of(name, i, tensor) << (kSlotBits * slot);
       const int64_t address = address_of(tensor);
       if (column < 0) {
         // An empty tensor may have no address, and is nonetheless there.
@@ -1603,9 +1601,9 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
   table.require("exp_avgs", exp_avgs);
   table.require("exp_avg_sqs", exp_avg_sqs);
   if (amsgrad) table.require("max_exp_avg_sqs", max_exp_avg_sqs);
-  table.add("exp_avgs", exp_avgs, kColumnState, kSlotState);
-  table.add("exp_avg_sqs", exp_avg_sqs, kColumnState + 1, kSlotState + 1);
-  table.add("max_exp_avg_sqs", max_exp_avg_sqs, kColumnState + 2, kSlotState + 2);
+  table.add("exp_avgs", exp_avgs, kColumnExpAvg, kSlotExpAvg);
+  table.add("exp_avg_sqs", exp_avg_sqs, kColumnExpAvgSq, kSlotExpAvgSq);
+  table.add("max_exp_avg_sqs", max_exp_avg_sqs, kColumnMaxExpAvgSq, kSlotMaxExpAvgSq);
   table.add_steps(steps);
   const double hyper[kAdamHypers] = {lr,
                                      beta1,
@@ -1633,7 +1631,7 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
   const char* const op = "sgd_";
   ListTable table(op, params, grads, replays, anchors, indices);
   if (momentum != 0) table.require("momentum_buffers", momentum_buffers);
-  table.add("momentum_buffers", momentum_buffers, kColumnState, kSlotState);
+  table.add("momentum_buffers", momentum_buffers, kColumnExpAvg, kSlotExpAvg);
   const double hyper[kSgdHypers] = {lr,
                                     momentum,
                                     dampening,

@@ -143,7 +143,7 @@ int64_t rows_of(const char* op, const Tensor& table) {
 Launch make_launch(const char* op, const Arguments& arguments, const Table& t, int64_t dtypes,
                    double replay_weight) {
   const int64_t n = rows_of(op, t.table), count = t.rows.numel(), chunks = t.chunks.numel() / 2;
-  STD_TORCH_CHECK((static_cast<uint64_t>(dtypes) & 0xFCFCFCFCFCFCFCFCu) == 0, "dgg::", op,
+  STD_TORCH_CHECK((static_cast<uint64_t>(dtypes) & kNoDtypes) == 0, "dgg::", op,
                   ": dtypes has an unknown dtype code");
   STD_TORCH_CHECK(chunks >= count && chunks <= INT32_MAX, "dgg::", op, ": ", chunks, " chunks for ",
                   count, " rows; a launch has at least one for each, up to ", INT32_MAX);
@@ -292,7 +292,7 @@ void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& d
                       strength_column >= 0 && strength_column < hyper.size(1),
                   "dgg::", op, ": hyper must have shape [groups, columns], with columns ",
                   threshold_column, " and ", strength_column);
-  STD_TORCH_CHECK(granularity >= 0 && granularity <= 2, "dgg::", op,
+  STD_TORCH_CHECK(granularity >= kByStep && granularity <= kByElement, "dgg::", op,
                   ": granularity must be 0 (step), 1 (tensor) or 2 (element), not ", granularity);
   a.finish(
       launch_draw_flags({a.data<const int64_t>("table", table, n * kColumns),

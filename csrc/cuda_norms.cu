@@ -335,11 +335,12 @@ __global__ void __launch_bounds__(kThreads) draw_flags_kernel(const DrawArgument
     double threshold = hyper[a.threshold_column];
     if (!(hyper[a.strength_column] > 0) || columns[kColumnAnchor] == 0) threshold = 0;
     int flag = 0;
-    if (a.granularity == 2) {
+    if (a.granularity == kByElement) {
       flag = threshold >= 4294967296.0 ? kInject : threshold > 0 ? kInjectElements : 0;
     } else {
-      uint32_t word = 0, w1 = 0, w2 = draw, w3 = 0;
-      if (a.granularity == 1) w3 = kStreamTensor + static_cast<uint32_t>(columns[kColumnIndex]);
+      uint32_t word = 0, w1 = 0, w2 = draw, w3 = kStreamStep;
+      if (a.granularity == kByTensor)
+        w3 = kStreamTensor + static_cast<uint32_t>(columns[kColumnIndex]);
       philox(word, w1, w2, w3, a.seed);
       flag = static_cast<double>(word) < threshold ? kInject : 0;
     }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The GPU kernels. A launch serves all rows of the table that share a dtype combination and has a
-// block per chunk of kChunk elements. A block reads its row's addresses and scalars, then walks the
-// chunk: groups in which every thread has kElements neighbours are read and written with 128-bit
-// accesses, several at once; what is left, and rows that are not aligned, element by element, with
-// the same arithmetic (update.h). The last block of a row to finish writes what belongs to all of
-// it: norms, distances, step counts; the last of a norm pass also the coefficients.
+// block per chunk of kLaunchChunk elements. A block reads its row's addresses and scalars, then
+// walks the chunk: groups in which every thread has kElements neighbours are read and written with
+// 128-bit accesses, several at once; what is left, and rows that are not aligned, element by
+// element, with the same arithmetic (update.h). The last block of a row to finish writes what
+// belongs to all of it: norms, distances, step counts; the last of a norm pass also the
+// coefficients.
 //
 // Sums do not depend on scheduling, alignment, dtype combination or kernel: a chunk has kLanes
 // lanes of four neighbouring elements each, summed in order, and everything beyond is summed in
@@ -48,17 +49,7 @@ __device__ __forceinline__ int count_and_release(int* counter) {
 namespace dgg {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 8192;
 constexpr int kLanes = 2 * kThreads;
-
-enum Variant : int {
-  kAnchorBit = 1,
-  kElementsBit = 2,
-  kLookAheadBit = 4,
-  kStateBit = 8,
-  kStochasticBit = 16,
-  kCopyBit = 32
-};
 
 // Arguments, passed by value.
 
@@ -121,7 +112,7 @@ struct DrawArguments {
   int64_t table_rows;
   int64_t hypers;
   uint64_t seed;
-  int granularity;  // 0 step, 1 tensor, 2 element
+  int granularity;
   int threshold_column;
   int strength_column;
 };
@@ -142,10 +133,6 @@ struct Any {};
 
 DGG_HOST_DEVICE constexpr int size_of(int code) {
   return code == kFloat32 ? 4 : code == kFloat64 ? 8 : 2;
-}
-
-DGG_HOST_DEVICE constexpr int code_at(uint64_t dtypes, int slot) {
-  return static_cast<int>(dtypes >> (8 * slot) & 0xFF);
 }
 
 template <typename S>
@@ -620,9 +607,9 @@ struct ChunkView {
   DGG_DEVICE ChunkView(const Launch& launch, int64_t number) {
     const int2 chunk = reinterpret_cast<const int2*>(launch.chunks)[number];
     row = launch.rows[chunk.x];
-    first = static_cast<int64_t>(chunk.y) * kChunk;
+    first = static_cast<int64_t>(chunk.y) * kLaunchChunk;
     const int64_t left = launch.table[row * kColumns + kColumnNumel] - first;
-    count = left < kChunk ? static_cast<int>(left) : kChunk;
+    count = left < kLaunchChunk ? static_cast<int>(left) : kLaunchChunk;
   }
 
   // Address of the chunk of a tensor that lies at `address`; absent stays absent.

@@ -1,22 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Schemas of the native operators, shared by every device library. Those named *_table take a
-// table of addresses and are what a step calls: reading 448 tensors out of lists costs more than
-// updating them. A tensor passed as an address cannot be declared as mutated, so the twins without
-// the suffix take lists and declare every mutation; torch.compile sees those.
-//
-// Table, int64 [n, 14] on the CPU, a row per tensor (kColumn* in cpu.cpp):
-//   0 parameter           1 exp_avg or momentum buffer   2 exp_avg_sq   3 max_exp_avg_sq   4 anchor
-//   5 step (float32)      6 number of elements           7 row of `hyper`
-//   8 dtypes, 8 bits each from the lowest: parameter, gradient, replay, exp_avg, exp_avg_sq,
-//     max_exp_avg_sq, anchor, copy; 0 float32, 1 bfloat16, 2 float16, 3 float64
-//   9 tensor index j     10, 11, 12 base, block, stride: element l of the tensor is element
-//     base + (l / block) * stride + l % block of the unsharded parameter
-//  13 copy: with master weights column 0 is the master and this the parameter the model computes
-//     with, to which every update is written as well, rounded to its dtype
-// An address of 0 means absent. `grads` and `replays` are int64 [n] addresses; `replays` may be
-// empty. A row with neither is left alone. The elements of all tensors of a row are dense and in
-// the same order.
+// table of addresses (table.h) and are what a step calls: reading 448 tensors out of lists costs
+// more than updating them. A tensor passed as an address cannot be declared as mutated, so the
+// twins without the suffix take lists and declare every mutation; torch.compile sees those.
 
 #include <torch/csrc/stable/library.h>
 

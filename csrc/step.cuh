@@ -15,7 +15,7 @@ namespace {
 template <typename T, typename Scalars>
 struct RowOfBlock {
   char *param, *grad, *replay, *state[3], *anchor, *copy;
-  int64_t first, base, block, stride;  // of the unsharded index
+  int64_t first, base, stretch, stride;  // of the unsharded index
   Scalars scalars;
   T replay_weight;
   uint32_t index, threshold, draw;
@@ -107,7 +107,7 @@ struct Body {
   Lanes<T, kElements> lanes;
 
   DGG_DEVICE static Stream<M> state_of(const Row& row, uint64_t dtypes, int s) {
-    return {row.state[s], code_at(dtypes, kSlotState + s)};
+    return {row.state[s], code_at(dtypes, kSlotExpAvg + s)};
   }
 
   DGG_DEVICE Body(const Row& row, const UpdateArguments& a)
@@ -144,8 +144,9 @@ struct Body {
   DGG_DEVICE int64_t unsharded(int i) const {
     const int64_t l = row.first + i;
     // Most parameters are whole, and a 64-bit division is long.
-    return row.block >= row.first + row.count ? row.base + l
-                                              : unsharded_index(l, row.base, row.block, row.stride);
+    return row.stretch >= row.first + row.count
+               ? row.base + l
+               : unsharded_index(l, row.base, row.stretch, row.stride);
   }
 
   DGG_DEVICE void batch(int begin) {
@@ -333,7 +334,7 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
   row.count = chunk.count;
   row.first = chunk.first;
   row.base = c[kColumnBase];
-  row.block = c[kColumnBlock];
+  row.stretch = c[kColumnStretch];
   row.stride = c[kColumnStride];
   row.index = static_cast<uint32_t>(c[kColumnIndex]);
   row.draw = a.draw_index ? static_cast<uint32_t>(*a.draw_index) : a.draw;
@@ -350,8 +351,8 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
   for (int s = 0; s < 3; ++s) {
     const bool there =
         s < Rule::kStates || (s < Rule::kStates + Rule::kOptionalStates && row.state_used);
-    row.state[s] = there ? chunk.at(c[kColumnState + s], dtypes, kSlotState + s) : nullptr;
-    if (there) used |= c[kColumnState + s];
+    row.state[s] = there ? chunk.at(c[kColumnExpAvg + s], dtypes, kSlotExpAvg + s) : nullptr;
+    if (there) used |= c[kColumnExpAvg + s];
   }
   row.anchor = reads_anchor ? chunk.at(c[kColumnAnchor], dtypes, kSlotAnchor) : nullptr;
   if (reads_anchor) used |= c[kColumnAnchor];
@@ -360,8 +361,8 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
   row.aligned = is_aligned(used);
   if (K::kDraws && (row.masked || (a.variant & kStochasticBit))) {
     // A thread's quads must be quads of the unsharded parameter, too.
-    const bool whole = row.block >= c[kColumnNumel];
-    if (row.base % 4 != 0 || (!whole && (row.block % 4 != 0 || row.stride % 4 != 0))) {
+    const bool whole = row.stretch >= c[kColumnNumel];
+    if (row.base % 4 != 0 || (!whole && (row.stretch % 4 != 0 || row.stride % 4 != 0))) {
       row.aligned = false;
     }
   }
@@ -488,7 +489,7 @@ bool suits(const UpdateArguments& a) {
     if (!is(kSlotGrad, code_of<typename K::G>())) return false;
     if (K::kReplay && !is(kSlotReplay, code_of<typename K::G>())) return false;
     for (int s = 0; s < Update::kStates; ++s) {
-      if (!is(kSlotState + s, code_of<typename K::M>())) return false;
+      if (!is(kSlotExpAvg + s, code_of<typename K::M>())) return false;
     }
     if (K::kAnchor && !is(kSlotAnchor, code_of<typename K::A>())) return false;
     if (K::kCopy && !is(kSlotCopy, code_of<typename Update::C>())) return false;

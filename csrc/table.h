@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What every native backend reads from the table of tensors (described in ops.cpp) and from the
-// hyper-parameters, and what it decides from them: which rows are guided and how, and the numbers
-// an update needs. The arithmetic of one element is in update.h.
+// What every native backend reads: the table of tensors, the hyper-parameters, and the numbers that
+// go with them. And what it decides from them: which rows are guided and how, and the numbers an
+// update needs. The arithmetic of one element is in update.h. Python and Triton have the same
+// numbers in kernels/layout.py; tests/test_table_layout.py compares the two.
+//
+// The table is int64 [n, kColumns], a row per tensor. An address of 0 means absent. Gradients are
+// not in it: `grads` and `replays` are int64 [n] addresses, and `replays` may be empty. A row with
+// neither is left alone. The elements of all tensors of a row are dense and in the same order.
 
 #pragma once
 
@@ -16,32 +21,49 @@ namespace dgg {
 
 enum Column : int {
   kColumnParam,
-  kColumnState,  // exp_avg, exp_avg_sq, max_exp_avg_sq; SGD uses the first for its buffer
-  kColumnAnchor = 4,
-  kColumnStep,
-  kColumnNumel,
-  kColumnGroup,
-  kColumnDtypes,
-  kColumnIndex,
+  kColumnExpAvg,  // the momentum buffer of SGD
+  kColumnExpAvgSq,
+  kColumnMaxExpAvgSq,
+  kColumnAnchor,
+  kColumnStep,    // float32
+  kColumnNumel,   // number of elements
+  kColumnGroup,   // row of the hyper-parameters
+  kColumnDtypes,  // codes of the tensors' dtypes, one in each DtypeSlot
+  kColumnIndex,   // tensor index j
+  // Where the elements are in the unsharded parameter: see unsharded_index in update.h.
   kColumnBase,
-  kColumnBlock,
+  kColumnStretch,
   kColumnStride,
+  // With master weights kColumnParam is the master and this the parameter the model computes with,
+  // to which every update is written as well, rounded to its dtype.
   kColumnCopy,
   kColumns
 };
 
-// Position of a tensor's code within the dtype column.
+// Position of a tensor's code within the dtype column, from the lowest bits up.
 enum DtypeSlot : int {
   kSlotParam,
   kSlotGrad,
   kSlotReplay,
-  kSlotState,
-  kSlotAnchor = 6,
+  kSlotExpAvg,
+  kSlotExpAvgSq,
+  kSlotMaxExpAvgSq,
+  kSlotAnchor,
   kSlotCopy,
   kSlots
 };
 
+constexpr int kSlotBits = 8;
+constexpr int kSlotMask = 0xFF;
+
 enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
+
+// Every code is below kDtypes: of each slot no bit beyond the lowest two.
+constexpr uint64_t kNoDtypes = 0xFCFCFCFCFCFCFCFCu;
+
+DGG_HOST_DEVICE constexpr int code_at(uint64_t dtypes, int slot) {
+  return static_cast<int>(dtypes >> (kSlotBits * slot) & kSlotMask);
+}
 
 template <typename S>
 constexpr int code_of() {
@@ -51,11 +73,32 @@ constexpr int code_of() {
                                             : kFloat16;
 }
 
+// Bits of `flags`, one byte for each row.
 enum Flag : int { kInject = 1, kInjectElements = 2, kFirstStep = 4 };
 
+// Bits of `which`: the norms that are asked for.
 enum Which : int { kTotalNorm = 1, kGradNorm = 2, kDistance = 4 };
 
+// Places in `coefficients`; from kScales on there is one for each row.
 enum Coefficient : int { kClip, kGradLength, kDistanceLength, kTotalLength, kScales };
+
+// Bits of `variant`: what a launch has to be compiled for.
+enum Variant : int {
+  kAnchorBit = 1,
+  kElementsBit = 2,
+  kLookAheadBit = 4,
+  kStateBit = 8,
+  kStochasticBit = 16,
+  kCopyBit = 32
+};
+
+// What a draw decides.
+enum Granularity : int { kByStep, kByTensor, kByElement };
+
+// Elements of a chunk on a device, where a launch has a block for each.
+constexpr int kLaunchChunk = 8192;
+
+// Columns of the hyper-parameters, a row per group.
 
 enum AdamHyper : int {
   kAdamLr,
@@ -85,8 +128,8 @@ enum SgdHyper : int {
 
 enum GuideHyper : int { kGuideMaximize, kGuideStrength, kGuideThreshold, kGuideHypers };
 
-// Words of the Philox streams that are not one per step: word 3 of the counter is one of these
-// plus the tensor index.
+// Word 3 of a Philox counter: one of these, plus the tensor index where there is a tensor.
+constexpr uint32_t kStreamStep = 0;
 constexpr uint32_t kStreamTensor = 1;
 constexpr uint32_t kStreamElement = 0x80000000u;
 constexpr uint32_t kStreamRounding = 0xC0000000u;

@@ -157,8 +157,8 @@ DGG_HOST_DEVICE void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& 
 }
 
 // Row-major index in the unsharded parameter of element l of a shard.
-DGG_HOST_DEVICE int64_t unsharded_index(int64_t l, int64_t base, int64_t block, int64_t stride) {
-  return base + (l / block) * stride + l % block;
+DGG_HOST_DEVICE int64_t unsharded_index(int64_t l, int64_t base, int64_t stretch, int64_t stride) {
+  return base + (l / stretch) * stride + l % stretch;
 }
 
 // A master weight, given its rounding and the parameter that ought to be just that: where it is

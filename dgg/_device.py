@@ -18,15 +18,15 @@ from torch import Tensor
 
 from dgg import reference
 from dgg._prefetch import Windows
-
-# Elements of a chunk. A launch has a block per chunk, and sums are formed chunk by chunk in a fixed
-# order, so results do not depend on how blocks are scheduled.
-CHUNK = 8192
-
-# Bits of `variant`: what a launch has to be compiled for.
-ANCHOR, ELEMENTS, LOOK_AHEAD, STATE, STOCHASTIC, COPY = (1 << bit for bit in range(6))
-
-GRANULARITIES = {"step": 0, "tensor": 1, "element": 2}
+from dgg.kernels.layout import (
+    ANCHOR_BIT,
+    CHUNK,
+    COPY_BIT,
+    COPY_SLOT,
+    GRANULARITIES,
+    SLOT_BITS,
+    SLOT_MASK,
+)
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Launch:
     @property
     def copies(self) -> bool:
         """Whether the rows are master weights: their copies are stored in another dtype."""
-        return self.dtypes & 0xFF != self.dtypes >> 56 & 0xFF
+        return self.dtypes & SLOT_MASK != self.dtypes >> SLOT_BITS * COPY_SLOT & SLOT_MASK
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -488,13 +488,13 @@ class Kernels:
                 found_inf,
                 draw_index,
                 dtypes=launch.dtypes,
-                variant=variant | (COPY if launch.copies else 0),
+                variant=variant | (COPY_BIT if launch.copies else 0),
                 **options,
             )
 
     def _reading(self, variant: int) -> Iterator[Launch]:
         """Yields the launches in the order in which the anchors come, if they are read."""
-        if not variant & ANCHOR:
+        if not variant & ANCHOR_BIT:
             yield from self.launches
             return
         for number in self._numbers():

@@ -23,14 +23,30 @@ import torch
 from torch import Tensor
 
 from dgg import _device, _gather, _prefetch, reference, sharding
+from dgg.kernels.layout import (
+    ADAM_HYPER,
+    ANCHOR,
+    ANCHOR_BIT,
+    COPY,
+    DTYPES,
+    ELEMENTS_BIT,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GUIDE_HYPER,
+    LOOK_AHEAD_BIT,
+    MAX_EXP_AVG_SQ,
+    NUMEL,
+    PARAM,
+    SGD_HYPER,
+    SLOT_BITS,
+    STATE_BIT,
+    STEP,
+    STOCHASTIC_BIT,
+)
 from dgg.reference import FLOAT_DTYPES
 from dgg.sharding import fsdp1
 
 BACKENDS = ("reference", "cpp", "triton")
-
-# Columns of the address table; csrc/ops.cpp names them likewise.
-(PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP, NUMEL, GROUP, DTYPES, INDEX,
- INDEX_BASE, INDEX_BLOCK, INDEX_STRIDE, COPY) = range(14)  # fmt: skip
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
@@ -525,7 +541,7 @@ class Rows:
         ]
         packed = 0
         for place, dtype in enumerate(dtypes):
-            packed |= _DTYPE_CODES[dtype.to_real()] << (8 * place)
+            packed |= _DTYPE_CODES[dtype.to_real()] << (SLOT_BITS * place)
         return packed
 
     def gather_by(self, watch: Watch) -> bool:
@@ -890,12 +906,6 @@ _MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
 _NOWHERE = 1
 _NO_ADDRESSES = torch.empty(0, dtype=torch.int64, device="cpu")
 
-ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
-              "strength", "threshold")  # fmt: skip
-SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "strength",
-             "threshold")  # fmt: skip
-GUIDE_HYPER = ("maximize", "strength", "threshold")
-
 
 def _real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [
@@ -1129,12 +1139,12 @@ def update_(
         # and backward pass.
         away = rows.kernels.windows is not None
         here = look_ahead and not away
-        variant = _device.ANCHOR if draw.injecting or here else 0
-        variant |= _device.ELEMENTS if draw.elements else 0
-        variant |= _device.LOOK_AHEAD if here else 0
+        variant = ANCHOR_BIT if draw.injecting or here else 0
+        variant |= ELEMENTS_BIT if draw.elements else 0
+        variant |= LOOK_AHEAD_BIT if here else 0
         if any(group[rule.optional] for group in groups):
-            variant |= _device.STATE
-        variant |= _device.STOCHASTIC if rows.stochastic else 0
+            variant |= STATE_BIT
+        variant |= STOCHASTIC_BIT if rows.stochastic else 0
         rows.kernels.update_(
             rule.name,
             coefficients,
@@ -1243,8 +1253,7 @@ def guide_(
             replay_weight=replay_weight,
             seed=_signed(draw.seed),
             draw=draw.index,
-            variant=(_device.ANCHOR if draw.injecting else 0)
-            | (_device.ELEMENTS if draw.elements else 0),
+            variant=(ANCHOR_BIT if draw.injecting else 0) | (ELEMENTS_BIT if draw.elements else 0),
         )
     else:
         torch.ops.dgg.guide_table_(

@@ -252,8 +252,9 @@ def adam_(
         copies: With master weights (``params``) the parameters that the model computes with,
             which every update is written to as well; else None; may be empty.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
-        places: (base, block, stride) of every row that is a shard: its element l is element
-            base + (l // block) · stride + l % block of the whole parameter. Empty: all are whole.
+        places: (base, stretch, stride) of every row that is a shard: its element l is element
+            base + (l // stretch) · stride + l % stretch of the whole parameter. Empty: all are
+            whole.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -345,8 +346,9 @@ def sgd_(
         look_ahead: Also measure the distance after the update.
         copies: As in `adam_`.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
-        places: (base, block, stride) of every row that is a shard: its element l is element
-            base + (l // block) · stride + l % block of the whole parameter. Empty: all are whole.
+        places: (base, stretch, stride) of every row that is a shard: its element l is element
+            base + (l // stretch) · stride + l % stretch of the whole parameter. Empty: all are
+            whole.
         seed: Seed of the draws.
         draw: Draw index k.
     """
@@ -503,8 +505,8 @@ def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:
     elements = torch.arange(x.numel(), device=x.device).view(x.shape)
     if place is None:
         return elements
-    base, block, stride = place
-    return base + elements // block * stride + elements % block
+    base, stretch, stride = place
+    return base + elements // stretch * stride + elements % stretch
 
 
 def _look_ahead(row, param, anchor, distances, look_ahead) -> None:

@@ -8,14 +8,15 @@ from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
     BLOCK,
-    CHUNK,
     COLUMNS,
     COPY,
+    EXP_AVG,
+    EXP_AVG_SQ,
     GROUP,
+    MAX_EXP_AVG_SQ,
     NUMEL,
     ONCE,
     PARAM,
-    STATE,
     STEP,
     add_squares,
     bits,
@@ -43,15 +44,26 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.layout import ADAM_HYPER, CHUNK
 from dgg.kernels.update import adam, adopted, guided_gradient, narrow, power, widen
 
-# Columns of `hyper`, in the order of ADAM_HYPER in dgg/_dispatch.py.
-HYPERS = tl.constexpr(10)
+# Columns of `hyper`.
+ADAM_LR = tl.constexpr(ADAM_HYPER.index("lr"))
+ADAM_BETA1 = tl.constexpr(ADAM_HYPER.index("beta1"))
+ADAM_BETA2 = tl.constexpr(ADAM_HYPER.index("beta2"))
+ADAM_EPS = tl.constexpr(ADAM_HYPER.index("eps"))
+ADAM_WEIGHT_DECAY = tl.constexpr(ADAM_HYPER.index("weight_decay"))
+ADAM_DECOUPLED = tl.constexpr(ADAM_HYPER.index("decoupled"))
+ADAM_AMSGRAD = tl.constexpr(ADAM_HYPER.index("amsgrad"))
+ADAM_MAXIMIZE = tl.constexpr(ADAM_HYPER.index("maximize"))
+ADAM_STRENGTH = tl.constexpr(ADAM_HYPER.index("strength"))
+ADAM_THRESHOLD = tl.constexpr(ADAM_HYPER.index("threshold"))
+ADAM_HYPERS = tl.constexpr(len(ADAM_HYPER))
 
 
 @triton.jit
 def _adam_chunk(
-    lanes, own, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
+    lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
     first, whole, count, guided, reading, masked, amsgrad, threshold, draw, seed,
     replay_weight, factor, pull, l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps,
     step_size,
@@ -74,7 +86,7 @@ def _adam_chunk(
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+            line, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
         p = read(p_pointer, offset, count, None, T, FAST, ONCE)
         if HAS_COPY:
@@ -100,7 +112,7 @@ def _adam_chunk(
         write(v_pointer, offset, count, None, narrow(v, V), FAST, ONCE)
         if AMSGRAD:
             write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST, ONCE)
-        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
+        words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
         stored = rounded(p, words, P)
         write(p_pointer, offset, count, None, stored, FAST, AGAIN)
         if HAS_COPY:
@@ -124,9 +136,9 @@ def adam_kernel(
 ):  # fmt: skip
     """A program per chunk; a row's last one counts the step and sums the distances."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
-    own = table + row * COLUMNS
+    line = table + row * COLUMNS
     first = place * CHUNK
-    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
     grad = tl.load(grads + row)
     replay = grad * 0
     if HAS_REPLAY:
@@ -137,21 +149,21 @@ def adam_kernel(
         running = running & (tl.load(found_inf) == 0)
 
     if running:
-        param = tl.load(own + PARAM)
-        exp_avg = tl.load(own + STATE)
-        exp_avg_sq = tl.load(own + STATE + 1)
-        group = hyper + tl.load(own + GROUP) * HYPERS
-        lr = tl.load(group)
-        beta1 = tl.load(group + 1)
-        beta2 = tl.load(group + 2)
-        eps = tl.load(group + 3)
-        weight_decay = tl.load(group + 4)
-        decoupled = tl.load(group + 5) != 0
-        step = tl.load(tl.load(own + STEP).to(tl.pointer_type(tl.float32))) + 1.0
+        param = tl.load(line + PARAM)
+        exp_avg = tl.load(line + EXP_AVG)
+        exp_avg_sq = tl.load(line + EXP_AVG_SQ)
+        group = hyper + tl.load(line + GROUP) * ADAM_HYPERS
+        lr = tl.load(group + ADAM_LR)
+        beta1 = tl.load(group + ADAM_BETA1)
+        beta2 = tl.load(group + ADAM_BETA2)
+        eps = tl.load(group + ADAM_EPS)
+        weight_decay = tl.load(group + ADAM_WEIGHT_DECAY)
+        decoupled = tl.load(group + ADAM_DECOUPLED) != 0
+        step = tl.load(tl.load(line + STEP).to(tl.pointer_type(tl.float32))) + 1.0
 
         # In float64: float32 knows 1 - 0.999 to two digits only.
         factor = factor_of(coefficients, grad_scale)
-        factor = tl.where(tl.load(group + 7) != 0, -factor, factor)
+        factor = tl.where(tl.load(group + ADAM_MAXIMIZE) != 0, -factor, factor)
         l2 = tl.where(decoupled, 0.0, weight_decay)
         keep = tl.where(decoupled, 1.0 - lr * weight_decay, 1.0)
         inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - power(beta2, step))
@@ -161,12 +173,12 @@ def adam_kernel(
         amsgrad = False
         max_exp_avg_sq = param
         if AMSGRAD:
-            amsgrad = tl.load(group + 6) != 0
-            max_exp_avg_sq = tl.where(amsgrad, tl.load(own + STATE + 2), 0)
+            amsgrad = tl.load(group + ADAM_AMSGRAD) != 0
+            max_exp_avg_sq = tl.where(amsgrad, tl.load(line + MAX_EXP_AVG_SQ), 0)
             addresses = addresses | max_exp_avg_sq
         copy = param
         if HAS_COPY:
-            copy = tl.load(own + COPY)
+            copy = tl.load(line + COPY)
             addresses = addresses | copy
         anchor = param
         guided = False
@@ -175,10 +187,10 @@ def adam_kernel(
         pull = factor
         threshold = factor
         if HAS_ANCHOR:
-            anchor = tl.load(own + ANCHOR)
-            threshold = tl.load(group + 9)
+            anchor = tl.load(line + ANCHOR)
+            threshold = tl.load(group + ADAM_THRESHOLD)
             pull, guided, masked = guidance_of(
-                row, anchor, flags, coefficients, tl.load(group + 8), threshold
+                row, anchor, flags, coefficients, tl.load(group + ADAM_STRENGTH), threshold
             )
             reading = guided
             if LOOK_AHEAD:
@@ -186,9 +198,9 @@ def adam_kernel(
             addresses = addresses | tl.where(reading, anchor, 0)
         whole = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
         if ROUNDING:
-            whole = tl.where(words_stay_together(own), whole, 0)
+            whole = tl.where(words_stay_together(line), whole, 0)
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
@@ -196,12 +208,12 @@ def adam_kernel(
             if walk == 1:
                 # Read again, not kept through the first walk: for the registers that this frees.
                 # Without them a guided step with bfloat16 anchors would be spilled on sm_90.
-                param = tl.load(own + PARAM)
-                exp_avg_sq = tl.load(own + STATE + 1)
+                param = tl.load(line + PARAM)
+                exp_avg_sq = tl.load(line + EXP_AVG_SQ)
                 if HAS_ANCHOR:
-                    anchor = tl.load(own + ANCHOR)
+                    anchor = tl.load(line + ANCHOR)
             lanes = _adam_chunk(
-                lanes, own, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
+                lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
                 first, whole, count, guided, reading, masked, amsgrad, threshold, draw_word, seed,
                 number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), keep.to(T),
                 (1.0 - beta1).to(T), beta1.to(T), beta2.to(T), (1.0 - beta2).to(T),
@@ -229,7 +241,7 @@ def adam_launch_(
     """Runs `reference.adam_` on the rows of one launch.
 
     Args:
-        table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
+        table: int64 [n, 14], on the device as everything here; columns as in csrc/table.h.
             Tensors are modified in place, step counts too.
         rows: int32 [k], rows of the table that this launch is about.
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
@@ -250,11 +262,11 @@ def adam_launch_(
         replay_weight: w of equation (1).
         seed: Seed of the draws.
         draw: Draw index k if the device does not count it.
-        variant: Bits ANCHOR, ELEMENTS, LOOK_AHEAD, STATE, STOCHASTIC, COPY of dgg/_device.py.
+        variant: Bits of layout.py, ANCHOR_BIT and its like.
         chunk: Elements of a chunk, a power of two.
 
     Raises:
-        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR.
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT.
     """
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)

@@ -22,6 +22,7 @@ import warnings
 import torch
 import triton
 import triton.language as tl
+from dgg.kernels import layout
 from dgg.kernels.update import (
     CERTAIN,
     CLIP,
@@ -42,23 +43,24 @@ from triton.compiler import CompiledKernel
 
 from dgg import _callers
 
-# Columns of the table, as in csrc/ops.cpp.
-PARAM = tl.constexpr(0)
-STATE = tl.constexpr(1)
-ANCHOR = tl.constexpr(4)
-STEP = tl.constexpr(5)
-NUMEL = tl.constexpr(6)
-GROUP = tl.constexpr(7)
-INDEX = tl.constexpr(9)
-BASE = tl.constexpr(10)
-STRETCH = tl.constexpr(11)
-STRIDE = tl.constexpr(12)
-COPY = tl.constexpr(13)
-COLUMNS = tl.constexpr(14)
+# Columns of the table.
+PARAM = tl.constexpr(layout.PARAM)
+EXP_AVG = tl.constexpr(layout.EXP_AVG)
+EXP_AVG_SQ = tl.constexpr(layout.EXP_AVG_SQ)
+MAX_EXP_AVG_SQ = tl.constexpr(layout.MAX_EXP_AVG_SQ)
+ANCHOR = tl.constexpr(layout.ANCHOR)
+STEP = tl.constexpr(layout.STEP)
+NUMEL = tl.constexpr(layout.NUMEL)
+GROUP = tl.constexpr(layout.GROUP)
+INDEX = tl.constexpr(layout.INDEX)
+BASE = tl.constexpr(layout.BASE)
+STRETCH = tl.constexpr(layout.STRETCH)
+STRIDE = tl.constexpr(layout.STRIDE)
+COPY = tl.constexpr(layout.COPY)
+COLUMNS = tl.constexpr(layout.COLUMNS)
 
-# Elements of a chunk and of a block, the part of a chunk that is in registers at one time. Lanes of
-# sums are the elements of a block, so it is the same for all kernels and dtypes.
-CHUNK = 8192
+# Elements of a block, the part of a chunk that is in registers at one time. Lanes of sums are the
+# elements of a block, so it is the same for all kernels and dtypes.
 BLOCK = 1024
 
 # A sum of squares in float32 between these has lost nothing that matters; see `is_reliable`.
@@ -76,7 +78,7 @@ TILE = tl.constexpr(1024)
 AGAIN = tl.constexpr("")
 ONCE = tl.constexpr("evict_first")
 
-_DTYPES = (tl.float32, tl.bfloat16, tl.float16, tl.float64)
+_DTYPES = tuple(getattr(tl, name) for name in layout.DTYPE_NAMES)
 
 # Launches do not depend on the numbers in these, nor on the alignment of the small tables.
 NUMBERS = ["n", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
@@ -230,9 +232,10 @@ def options_of(device: torch.device, pack: int = 4) -> dict[str, object]:
 
 @functools.cache
 def dtypes_of(codes: int) -> tuple:
-    """Returns the eight dtypes packed in ``codes`` and, last, that of the arithmetic."""
-    dtypes = [_DTYPES[codes >> 8 * slot & 0xFF] for slot in range(8)]
-    return (*dtypes, tl.float64 if dtypes[0] == tl.float64 else tl.float32)
+    """Returns the dtypes packed in ``codes``, one of each slot, and that of the arithmetic last."""
+    slots = [codes >> layout.SLOT_BITS * slot & layout.SLOT_MASK for slot in range(layout.SLOTS)]
+    dtypes = [_DTYPES[code] for code in slots]
+    return (*dtypes, tl.float64 if dtypes[layout.PARAM_SLOT] == tl.float64 else tl.float32)
 
 
 def bits(number: float) -> int:
@@ -250,18 +253,21 @@ def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bo
     """Returns what an update is compiled for: anchor, elements, look-ahead, state, rounding, copy.
 
     Args:
-        variant: Bits as in dgg/_device.py.
+        variant: Bits as in layout.py.
         dtypes: From `dtypes_of`; stochastic rounding is for bfloat16 alone.
 
     Raises:
         ValueError: Something is asked for that needs an anchor, without the bit for anchors.
     """
     anchor, elements, look_ahead, state, stochastic, copy = (
-        bool(variant >> bit & 1) for bit in range(6)
-    )
+        bool(variant & bit)
+        for bit in (layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT, layout.STATE_BIT,
+                    layout.STOCHASTIC_BIT, layout.COPY_BIT)
+    )  # fmt: skip
     if (elements or look_ahead) and not anchor:
         raise ValueError(f"variant {variant}: ELEMENTS and LOOK_AHEAD need ANCHOR, too")
-    narrow = dtypes[0] == tl.bfloat16 or (copy and dtypes[7] == tl.bfloat16)
+    narrow = dtypes[layout.PARAM_SLOT] == tl.bfloat16
+    narrow = narrow or (copy and dtypes[layout.COPY_SLOT] == tl.bfloat16)
     return anchor, elements, look_ahead, state, stochastic and narrow, copy
 
 
@@ -436,28 +442,28 @@ def guidance_of(row, anchor, flags, coefficients, strength, threshold):
 
 
 @triton.jit
-def words_stay_together(own):
-    """Whether four neighbours of the row share a counter; `own` is its line of the table."""
+def words_stay_together(line):
+    """Whether four neighbours of the row share a counter; `line` is its line of the table."""
     return quads_stay_together(
-        tl.load(own + BASE), tl.load(own + STRETCH), tl.load(own + STRIDE), tl.load(own + NUMEL)
+        tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE), tl.load(line + NUMEL)
     )
 
 
 @triton.jit
 def words_of(
-    own, first, draw, stream, seed, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr
+    line, first, draw, stream, seed, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr
 ):
     """Words of a block in the row's stream, `first` the place of its first element."""
-    index = tl.load(own + INDEX).to(tl.uint32) + stream
+    index = tl.load(line + INDEX).to(tl.uint32) + stream
     return element_words(
-        first, tl.load(own + BASE), tl.load(own + STRETCH), tl.load(own + STRIDE),
-        tl.load(own + NUMEL), draw, index, seed, BLOCK, PACK, FAST,
+        first, tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE),
+        tl.load(line + NUMEL), draw, index, seed, BLOCK, PACK, FAST,
     )  # fmt: skip
 
 
 @triton.jit
 def drawn_of(
-    own, first, masked, threshold, draw, seed, ELEMENTS: tl.constexpr,
+    line, first, masked, threshold, draw, seed, ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Which elements of a block the draw injects; None in kernels without such draws."""
@@ -466,19 +472,19 @@ def drawn_of(
         drawn = tl.full([BLOCK], 1, tl.int1)
         if masked:
             limit = threshold.to(tl.int64).to(tl.uint32)
-            drawn = words_of(own, first, draw, STREAM_ELEMENT, seed, BLOCK, PACK, FAST) < limit
+            drawn = words_of(line, first, draw, STREAM_ELEMENT, seed, BLOCK, PACK, FAST) < limit
     return drawn
 
 
 @triton.jit
 def rounding_of(
-    own, first, draw, seed, ROUNDING: tl.constexpr,
+    line, first, draw, seed, ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Words of a block for stochastic rounding; None in kernels without."""
     words = None
     if ROUNDING:
-        words = words_of(own, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
+        words = words_of(line, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
     return words
 
 
@@ -540,7 +546,7 @@ def finish_update(
         last = tl.load(starts + position) == tl.program_id(0)
     if last:
         row = tl.load(rows + position).to(tl.int64)
-        own = table + row * COLUMNS
+        line = table + row * COLUMNS
         active = tl.load(grads + row) != 0
         if HAS_REPLAY:
             active = active | (tl.load(replays + row) != 0)
@@ -549,12 +555,12 @@ def finish_update(
         if active:
             distance = tl.full([], -1.0, tl.float64)
             if LOOK_AHEAD:
-                if tl.load(own + ANCHOR) != 0:
-                    numel = tl.load(own + NUMEL)
+                if tl.load(line + ANCHOR) != 0:
+                    numel = tl.load(line + NUMEL)
                     distance = sum_of_row(partials, starts, position, numel)
                     # What float32 may have spoiled is left to the next norm pass.
                     distance = tl.where((numel == 0) | is_reliable(distance), distance, -1.0)
             tl.store(distances + row, distance)
             if STEPS:
-                step = tl.load(own + STEP).to(tl.pointer_type(tl.float32))
+                step = tl.load(line + STEP).to(tl.pointer_type(tl.float32))
                 tl.store(step, tl.load(step) + 1.0)

@@ -4,11 +4,11 @@
 import torch
 import triton
 import triton.language as tl
+from dgg.kernels import layout
 from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
     BLOCK,
-    CHUNK,
     COLUMNS,
     GROUP,
     INDEX,
@@ -35,6 +35,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.layout import CHUNK, GUIDE_HYPER
 from dgg.kernels.update import (
     CERTAIN,
     FIRST_STEP,
@@ -47,17 +48,19 @@ from dgg.kernels.update import (
     one_word,
 )  # fmt: skip
 
-# Columns of `hyper`, in the order of GUIDE_HYPER in dgg/_dispatch.py.
-HYPERS = tl.constexpr(3)
+# Columns of `hyper`.
+GUIDE_MAXIMIZE = tl.constexpr(GUIDE_HYPER.index("maximize"))
+GUIDE_STRENGTH = tl.constexpr(GUIDE_HYPER.index("strength"))
+GUIDE_THRESHOLD = tl.constexpr(GUIDE_HYPER.index("threshold"))
+GUIDE_HYPERS = tl.constexpr(len(GUIDE_HYPER))
 
-# Granularities, as in dgg/_device.py.
-BY_STEP = tl.constexpr(0)
-BY_TENSOR = tl.constexpr(1)
+BY_STEP = tl.constexpr(layout.BY_STEP)
+BY_TENSOR = tl.constexpr(layout.BY_TENSOR)
 
 
 @triton.jit
 def _guide_chunk(
-    own, param, grad, replay, anchor, first, whole, count, guided, masked, threshold, draw,
+    line, param, grad, replay, anchor, first, whole, count, guided, masked, threshold, draw,
     seed, replay_weight, factor, pull,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -71,7 +74,7 @@ def _guide_chunk(
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+            line, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
         h, _ = read_gradient(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
@@ -96,9 +99,9 @@ def guide_kernel(
 ):  # fmt: skip
     """A program per chunk; one with nothing to change changes nothing."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
-    own = table + row * COLUMNS
+    line = table + row * COLUMNS
     first = place * CHUNK
-    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
     grad = tl.load(grads + row)
     replay = grad * 0
     if HAS_REPLAY:
@@ -112,15 +115,15 @@ def guide_kernel(
     threshold = factor
     needed = (factor != 1) | (replay != 0)
     if HAS_ANCHOR:
-        group = hyper + tl.load(own + GROUP) * HYPERS
-        param = tl.load(own + PARAM)
-        anchor = tl.load(own + ANCHOR)
-        threshold = tl.load(group + 2)
+        group = hyper + tl.load(line + GROUP) * GUIDE_HYPERS
+        param = tl.load(line + PARAM)
+        anchor = tl.load(line + ANCHOR)
+        threshold = tl.load(group + GUIDE_THRESHOLD)
         pull, guided, masked = guidance_of(
-            row, anchor, flags, coefficients, tl.load(group + 1), threshold
+            row, anchor, flags, coefficients, tl.load(group + GUIDE_STRENGTH), threshold
         )
         # The other optimizer negates what it is given; the pull must survive that.
-        pull = tl.where(tl.load(group) != 0, -pull, pull)
+        pull = tl.where(tl.load(group + GUIDE_MAXIMIZE) != 0, -pull, pull)
         needed = needed | guided
     running = needed & (grad != 0) & (count > 0)
     if found_inf is not None:
@@ -132,11 +135,11 @@ def guide_kernel(
             addresses = addresses | tl.where(guided, param | anchor, 0)
         whole = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
         draw_word = draw_of(draw_index, draw)
         for walk in tl.static_range(2):
             _guide_chunk(
-                own, param, grad, replay, anchor, first, whole, count, guided, masked, threshold,
+                line, param, grad, replay, anchor, first, whole, count, guided, masked, threshold,
                 draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
                 P, G, R, A, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, BLOCK, PACK, walk == 0,
             )  # fmt: skip
@@ -152,17 +155,17 @@ def guide_launch_(
     """Runs `reference.guide_` on the rows of one launch; arguments as in `adam_launch_`.
 
     A row without a gradient, or without a pull, a replay gradient and a factor, is not written.
-    ``hyper`` is float64 [groups, 3] with columns as in GUIDE_HYPER; of ``variant`` only ANCHOR
-    and ELEMENTS matter.
+    ``hyper`` is float64 [groups, 3] with columns as in GUIDE_HYPER; of ``variant`` only
+    ANCHOR_BIT and ELEMENTS_BIT matter.
     """
     p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
-    anchored = bool(variant & 1)
+    anchored = bool(variant & layout.ANCHOR_BIT)
     pack = pack_of(p, g, r, a)
     with on_device_of(table):
         guide_kernel[(chunks.shape[0],)](
             table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
             draw_index, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
-            replays.shape[0] > 0, anchored, anchored and bool(variant & 2), chunk,
+            replays.shape[0] > 0, anchored, anchored and bool(variant & layout.ELEMENTS_BIT), chunk,
             min(BLOCK, chunk), pack, **options_of(table.device, pack),
         )  # fmt: skip
 
@@ -178,16 +181,16 @@ def draw_flags_kernel(
     for begin in tl.range(0, n, BLOCK):
         row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
         here = row < n
-        own = table + row * COLUMNS
-        group = hyper + tl.load(own + GROUP, mask=here, other=0) * hypers
+        line = table + row * COLUMNS
+        group = hyper + tl.load(line + GROUP, mask=here, other=0) * hypers
         threshold = tl.load(group + threshold_column, mask=here, other=0.0)
         strength = tl.load(group + strength_column, mask=here, other=0.0)
-        anchor = tl.load(own + ANCHOR, mask=here, other=0)
+        anchor = tl.load(line + ANCHOR, mask=here, other=0)
         if GRANULARITY == BY_STEP:
             word = one_word(draw, tl.full([BLOCK], STREAM_STEP, tl.uint32), seed)
             drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
         elif GRANULARITY == BY_TENSOR:
-            index = tl.load(own + INDEX, mask=here, other=0).to(tl.uint32)
+            index = tl.load(line + INDEX, mask=here, other=0).to(tl.uint32)
             word = one_word(draw, index + STREAM_TENSOR, seed)
             drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
         else:
@@ -214,7 +217,7 @@ def draw_flags_launch(
         flags: uint8 [n]; the bits for injection are set anew, the others kept.
         gate: uint8 [1]; set to whether any row injects.
         seed: Seed of the draws.
-        granularity: As numbered in dgg/_device.py.
+        granularity: As numbered in layout.py.
         threshold_column: Column of ``hyper`` with floor(alpha 2**32).
         strength_column: Column of ``hyper`` with the strength; rows with 0 do not inject.
     """

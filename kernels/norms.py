@@ -8,7 +8,6 @@ from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
     BLOCK,
-    CHUNK,
     COLUMNS,
     LARGEST,
     NUMEL,
@@ -34,7 +33,17 @@ from dgg.kernels.chunks import (
     tree_sum,
     whole_blocks,
 )  # fmt: skip
-from dgg.kernels.update import NORM_DISTANCE, NORM_GRAD, NORM_TOTAL, SCALES
+from dgg.kernels.layout import CHUNK
+from dgg.kernels.update import (
+    CLIP,
+    DISTANCE_LENGTH,
+    GRAD_LENGTH,
+    NORM_DISTANCE,
+    NORM_GRAD,
+    NORM_TOTAL,
+    SCALES,
+    TOTAL_LENGTH,
+)
 
 # Blocks that are loaded before the first of them is added up: there is so little to do with one
 # that loads would not keep the memory busy.
@@ -123,10 +132,10 @@ def _make_coefficients(squares, out, n, max_grad_norm, settings):
     if (settings & CLIPPED) != 0:
         ratio = number(max_grad_norm) / (total + 1e-6)
         clip = tl.where(ratio > 1.0, 1.0, ratio)
-    tl.store(out, clip)
-    tl.store(out + 1, grad)
-    tl.store(out + 2, distance)
-    tl.store(out + 3, total)
+    tl.store(out + CLIP, clip)
+    tl.store(out + GRAD_LENGTH, grad)
+    tl.store(out + DISTANCE_LENGTH, distance)
+    tl.store(out + TOTAL_LENGTH, total)
     scaling = (settings & SCALING) != 0
     by_tensor = scaling & ((settings & PER_TENSOR) != 0)
     scale = tl.full([], 1.0, tl.float64)
@@ -222,9 +231,9 @@ def norms_kernel(
     n = n.to(tl.int64)
     program = _program()
     row, place = chunk_of(rows, chunks, program)
-    own = table + row * COLUMNS
+    line = table + row * COLUMNS
     first = place * CHUNK
-    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
     grad = tl.load(grads + row)
     replay = grad * 0
     if HAS_REPLAY:
@@ -259,10 +268,10 @@ def norms_kernel(
             tl.store(partials + program, of_total)
         tl.store(partials + slots + program, of_real)
 
-    anchor = tl.load(own + ANCHOR)
+    anchor = tl.load(line + ANCHOR)
     if active & (count > 0) & (anchor != 0) & ((which & NORM_DISTANCE) != 0):
         if tl.load(distances + row) < 0:
-            param = tl.load(own + PARAM)
+            param = tl.load(line + PARAM)
             lanes = tl.zeros([BLOCK], T)
             whole = whole_blocks(count, param | anchor, BLOCK)
             for walk in tl.static_range(2):
@@ -296,7 +305,7 @@ def norms_launch(
     """Computes `reference.norms` of the rows of one launch, and what follows from all squares.
 
     Args:
-        table: int64 [n, 14], on the device as everything here; columns as in csrc/ops.cpp.
+        table: int64 [n, 14], on the device as everything here; columns as in csrc/table.h.
         rows: int32 [k], rows of the table that this launch is about.
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.

@@ -8,14 +8,13 @@ from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
     BLOCK,
-    CHUNK,
     COLUMNS,
     COPY,
+    EXP_AVG,
     GROUP,
     NUMEL,
     ONCE,
     PARAM,
-    STATE,
     add_squares,
     bits,
     chunk_of,
@@ -42,15 +41,24 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.layout import CHUNK, SGD_HYPER
 from dgg.kernels.update import FIRST_STEP, adopted, guided_gradient, narrow, sgd, widen
 
-# Columns of `hyper`, in the order of SGD_HYPER in dgg/_dispatch.py.
-HYPERS = tl.constexpr(8)
+# Columns of `hyper`.
+SGD_LR = tl.constexpr(SGD_HYPER.index("lr"))
+SGD_MOMENTUM = tl.constexpr(SGD_HYPER.index("momentum"))
+SGD_DAMPENING = tl.constexpr(SGD_HYPER.index("dampening"))
+SGD_WEIGHT_DECAY = tl.constexpr(SGD_HYPER.index("weight_decay"))
+SGD_NESTEROV = tl.constexpr(SGD_HYPER.index("nesterov"))
+SGD_MAXIMIZE = tl.constexpr(SGD_HYPER.index("maximize"))
+SGD_STRENGTH = tl.constexpr(SGD_HYPER.index("strength"))
+SGD_THRESHOLD = tl.constexpr(SGD_HYPER.index("threshold"))
+SGD_HYPERS = tl.constexpr(len(SGD_HYPER))
 
 
 @triton.jit
 def _sgd_chunk(
-    lanes, own, param, grad, replay, buffer, anchor, copy, first, whole, count,
+    lanes, line, param, grad, replay, buffer, anchor, copy, first, whole, count,
     guided, reading, masked, remembering, fresh, threshold, draw, seed, replay_weight, factor,
     pull, l2, lr, momentum, undamped, nesterov,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
@@ -70,7 +78,7 @@ def _sgd_chunk(
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
-            own, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
+            line, first + place, masked, threshold, draw, seed, ELEMENTS, BLOCK, PACK, FAST
         )
         p = read(p_pointer, offset, count, None, T, FAST, ONCE)
         if HAS_COPY:
@@ -90,7 +98,7 @@ def _sgd_chunk(
         p, b = sgd(p, total, b, l2, lr, momentum, undamped, nesterov, fresh)
         if MOMENTUM:
             write(b_pointer, offset, count, remembering, narrow(b, M), FAST, ONCE)
-        words = rounding_of(own, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
+        words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
         stored = rounded(p, words, P)
         write(p_pointer, offset, count, None, stored, FAST, AGAIN)
         if HAS_COPY:
@@ -114,9 +122,9 @@ def sgd_kernel(
 ):  # fmt: skip
     """A program per chunk; a row's last one sums the distances."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
-    own = table + row * COLUMNS
+    line = table + row * COLUMNS
     first = place * CHUNK
-    count = tl.minimum(tl.load(own + NUMEL) - first, CHUNK).to(tl.int32)
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
     grad = tl.load(grads + row)
     replay = grad * 0
     if HAS_REPLAY:
@@ -127,15 +135,15 @@ def sgd_kernel(
         running = running & (tl.load(found_inf) == 0)
 
     if running:
-        param = tl.load(own + PARAM)
-        group = hyper + tl.load(own + GROUP) * HYPERS
-        lr = tl.load(group)
-        momentum = tl.load(group + 1)
-        undamped = 1.0 - tl.load(group + 2)
-        l2 = tl.load(group + 3)
-        nesterov = tl.load(group + 4) != 0
+        param = tl.load(line + PARAM)
+        group = hyper + tl.load(line + GROUP) * SGD_HYPERS
+        lr = tl.load(group + SGD_LR)
+        momentum = tl.load(group + SGD_MOMENTUM)
+        undamped = 1.0 - tl.load(group + SGD_DAMPENING)
+        l2 = tl.load(group + SGD_WEIGHT_DECAY)
+        nesterov = tl.load(group + SGD_NESTEROV) != 0
         factor = factor_of(coefficients, grad_scale)
-        factor = tl.where(tl.load(group + 5) != 0, -factor, factor)
+        factor = tl.where(tl.load(group + SGD_MAXIMIZE) != 0, -factor, factor)
 
         addresses = param | grad | replay
         remembering = False
@@ -144,11 +152,11 @@ def sgd_kernel(
         if MOMENTUM:
             remembering = momentum != 0
             fresh = (tl.load(flags + row).to(tl.int32) & FIRST_STEP) != 0
-            buffer = tl.where(remembering, tl.load(own + STATE), 0)
+            buffer = tl.where(remembering, tl.load(line + EXP_AVG), 0)
             addresses = addresses | buffer
         copy = param
         if HAS_COPY:
-            copy = tl.load(own + COPY)
+            copy = tl.load(line + COPY)
             addresses = addresses | copy
         anchor = param
         guided = False
@@ -157,10 +165,10 @@ def sgd_kernel(
         pull = factor
         threshold = factor
         if HAS_ANCHOR:
-            anchor = tl.load(own + ANCHOR)
-            threshold = tl.load(group + 7)
+            anchor = tl.load(line + ANCHOR)
+            threshold = tl.load(group + SGD_THRESHOLD)
             pull, guided, masked = guidance_of(
-                row, anchor, flags, coefficients, tl.load(group + 6), threshold
+                row, anchor, flags, coefficients, tl.load(group + SGD_STRENGTH), threshold
             )
             reading = guided
             if LOOK_AHEAD:
@@ -168,20 +176,20 @@ def sgd_kernel(
             addresses = addresses | tl.where(reading, anchor, 0)
         whole = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(own), whole, 0)
+            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
         if ROUNDING:
-            whole = tl.where(words_stay_together(own), whole, 0)
+            whole = tl.where(words_stay_together(line), whole, 0)
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
         for walk in tl.static_range(2):
             if walk == 1:
                 # Read again, not kept through the first walk: for the registers that this frees.
-                param = tl.load(own + PARAM)
+                param = tl.load(line + PARAM)
                 if HAS_ANCHOR:
-                    anchor = tl.load(own + ANCHOR)
+                    anchor = tl.load(line + ANCHOR)
             lanes = _sgd_chunk(
-                lanes, own, param, grad, replay, buffer, anchor, copy, first, whole, count,
+                lanes, line, param, grad, replay, buffer, anchor, copy, first, whole, count,
                 guided, reading, masked, remembering, fresh, threshold, draw_word, seed,
                 number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), lr.to(T),
                 momentum.to(T), undamped.to(T), nesterov,
@@ -207,11 +215,11 @@ def sgd_launch_(
 ) -> None:  # fmt: skip
     """Runs `reference.sgd_` on the rows of one launch; arguments as in `adam_launch_`.
 
-    ``hyper`` is float64 [groups, 8] with columns as in SGD_HYPER, and STATE in ``variant`` says
+    ``hyper`` is float64 [groups, 8] with columns as in SGD_HYPER, and STATE_BIT in ``variant`` says
     that some group has momentum.
 
     Raises:
-        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR.
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT.
     """
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)

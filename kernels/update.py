@@ -9,29 +9,33 @@ of its own accord), so that an element's result depends on nothing but its opera
 
 import triton
 import triton.language as tl
+from dgg.kernels import layout
 
 # The interpreter's own conversions of bfloat16 truncate and lose small numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Bits of `flags`.
-INJECT = tl.constexpr(1)
-INJECT_ELEMENTS = tl.constexpr(2)
-FIRST_STEP = tl.constexpr(4)
+INJECT = tl.constexpr(layout.INJECT)
+INJECT_ELEMENTS = tl.constexpr(layout.INJECT_ELEMENTS)
+FIRST_STEP = tl.constexpr(layout.FIRST_STEP)
 
 # Bits of `which`.
-NORM_TOTAL = tl.constexpr(1)
-NORM_GRAD = tl.constexpr(2)
-NORM_DISTANCE = tl.constexpr(4)
+NORM_TOTAL = tl.constexpr(layout.NORM_TOTAL)
+NORM_GRAD = tl.constexpr(layout.NORM_GRAD)
+NORM_DISTANCE = tl.constexpr(layout.NORM_DISTANCE)
 
 # Places in `coefficients`.
-CLIP = tl.constexpr(0)
-SCALES = tl.constexpr(4)
+CLIP = tl.constexpr(layout.CLIP)
+GRAD_LENGTH = tl.constexpr(layout.GRAD_LENGTH)
+DISTANCE_LENGTH = tl.constexpr(layout.DISTANCE_LENGTH)
+TOTAL_LENGTH = tl.constexpr(layout.TOTAL_LENGTH)
+SCALES = tl.constexpr(layout.SCALES)
 
 # Counter word 3 of Philox. A tensor's stream is this plus its index.
-STREAM_STEP = tl.constexpr(0)
-STREAM_TENSOR = tl.constexpr(1)
-STREAM_ELEMENT = tl.constexpr(0x80000000)
-STREAM_ROUNDING = tl.constexpr(0xC0000000)
+STREAM_STEP = tl.constexpr(layout.STREAM_STEP)
+STREAM_TENSOR = tl.constexpr(layout.STREAM_TENSOR)
+STREAM_ELEMENT = tl.constexpr(layout.STREAM_ELEMENT)
+STREAM_ROUNDING = tl.constexpr(layout.STREAM_ROUNDING)
 
 # Thresholds are compared with 32-bit words; this one is never reached.
 CERTAIN = tl.constexpr(4294967296.0)

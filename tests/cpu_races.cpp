@@ -59,17 +59,17 @@ struct Problem {
       int64_t codes = 0;
       const auto fresh = [&](int slot) {
         const int dtype = static_cast<int>((i + (i % 2 ? slot : 0)) % kDtypes);
-        codes |= static_cast<int64_t>(dtype) << (8 * slot);
+        codes |= static_cast<int64_t>(dtype) << (kSlotBits * slot);
         return tensor(size, dtype);
       };
       const int64_t param = fresh(kSlotParam), grad = fresh(kSlotGrad), again = fresh(kSlotReplay);
       int64_t states[kStates];
-      for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotState + s);
+      for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotExpAvg + s);
       const int64_t anchor = fresh(kSlotAnchor), copy = i % 3 ? 0 : fresh(kSlotCopy);
       const int64_t step = reinterpret_cast<int64_t>(&steps[i]);
-      const int64_t block = i % 2 ? 1000 : size;
+      const int64_t stretch = i % 2 ? 1000 : size;
       for (const int64_t cell : {param, states[0], states[1], states[2], anchor, step, size,
-                                 int64_t(0), codes, i, int64_t(0), block, block + 3, copy}) {
+                                 int64_t(0), codes, i, int64_t(0), stretch, stretch + 3, copy}) {
         table.push_back(cell);
       }
       grads.push_back(grad);

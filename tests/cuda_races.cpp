@@ -29,11 +29,12 @@ struct Problem {
 
   explicit Problem(const Kind& kind) {
     // Of several chunks with a rest, of none, of less than one, and of exactly some.
-    const std::vector<int64_t> sizes{5 * kChunk + 17, 0, 3, kChunk, 2 * kChunk, 700, 1, kChunk + 1};
+    const std::vector<int64_t> sizes{5 * kLaunchChunk + 17, 0,   3, kLaunchChunk,
+                                     2 * kLaunchChunk,      700, 1, kLaunchChunk + 1};
     const int n = static_cast<int>(sizes.size());
     steps.assign(n, 3.0f);
     for (int slot = 0; slot < kSlots; ++slot) {
-      dtypes |= static_cast<uint64_t>(std::max(kind[slot], 0)) << (8 * slot);
+      dtypes |= static_cast<uint64_t>(std::max(kind[slot], 0)) << (kSlotBits * slot);
     }
     for (int i = 0; i < n; ++i) {
       const int64_t size = sizes[i];
@@ -41,7 +42,7 @@ struct Problem {
       const auto fresh = [&](int slot) { return tensor(size, kind[slot], i % 3 == 2); };
       const int64_t param = fresh(kSlotParam);
       int64_t states[kStates];
-      for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotState + s);
+      for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotExpAvg + s);
       const int64_t anchor = fresh(kSlotAnchor);
       const int64_t copy = kind[kSlotCopy] < 0 ? 0 : fresh(kSlotCopy);
       const int64_t step = reinterpret_cast<int64_t>(&steps[i]);
@@ -53,7 +54,8 @@ struct Problem {
       grads.push_back(i == 6 ? 0 : fresh(kSlotGrad));
       replays.push_back(i % 3 ? fresh(kSlotReplay) : 0);
       rows.push_back(i);
-      const int count = std::max<int>(1, static_cast<int>((size + kChunk - 1) / kChunk));
+      const int count =
+          std::max<int>(1, static_cast<int>((size + kLaunchChunk - 1) / kLaunchChunk));
       for (int k = 0; k < count; ++k) {
         chunks.push_back(i);
         chunks.push_back(k);

@@ -14,9 +14,10 @@ import hashlib
 import itertools
 
 import torch
+from dgg.kernels import layout
 
 from cases import BF16, F16, F32, F64, ROUNDING
-from dgg import _device, _philox, reference
+from dgg import _philox, reference
 
 DTYPES = [F32, BF16, F16, F64]  # in the order of their codes
 THRESHOLD = _philox.threshold(0.3)
@@ -189,7 +190,7 @@ class Problem:
             kinds = [param, self.grads[row], self.replays[row] if self.replays else None, *state,
                      self.anchors[row], self.copies[row]]  # fmt: skip
             codes = sum(
-                DTYPES.index((param if x is None else x).dtype) << 8 * place
+                DTYPES.index((param if x is None else x).dtype) << layout.SLOT_BITS * place
                 for place, x in enumerate(kinds)
             )
             rows.append(
@@ -208,12 +209,12 @@ class Problem:
 def variant_of(groups, flags, extra=0):
     """Returns the variant of a launch that rows with these numbers and flags need."""
     variant = extra
-    if (flags & (INJECT | ELEMENTS)).any() or extra & _device.LOOK_AHEAD:
-        variant |= _device.ANCHOR
+    if (flags & (INJECT | ELEMENTS)).any() or extra & layout.LOOK_AHEAD_BIT:
+        variant |= layout.ANCHOR_BIT
     if (flags & ELEMENTS).any():
-        variant |= _device.ELEMENTS
+        variant |= layout.ELEMENTS_BIT
     if any(group.get("amsgrad") or group.get("momentum") for group in groups):
-        variant |= _device.STATE
+        variant |= layout.STATE_BIT
     return variant
 
 

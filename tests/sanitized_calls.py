@@ -23,17 +23,25 @@ import threading
 import warnings
 
 import torch
+from dgg.kernels.layout import (
+    BASE,
+    COLUMNS,
+    EXP_AVG,
+    GROUP,
+    NUMEL,
+    PARAM,
+    SCALES,
+    STEP,
+    STRETCH,
+    STRIDE,
+)
+from dgg.kernels.layout import DTYPES as CODES
 
 import dgg
 from dgg import _gather
 
 ops = torch.ops.dgg
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # in the order of the codes
-COLUMNS = 14
-(PARAM, STATE, ANCHOR, STEP, NUMEL, GROUP, CODES, INDEX, BASE, BLOCK, STRIDE, COPY) = (
-    0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-)  # fmt: skip
-SCALES = 4
 # Beyond it elements have no place in an unsharded parameter (make_rows of cpu.cpp).
 LAST_PLACE = 2**61
 
@@ -176,15 +184,16 @@ RULES = {"adam": adam_numbers, "sgd": sgd_numbers, "guide": guide_numbers}
 
 
 def places(rng: random.Random, size: int) -> tuple[int, int, int]:
-    """Returns base, block and stride: the whole tensor, or how a shard may lie in it."""
+    """Returns base, stretch and stride: the whole tensor, or how a shard may lie in it."""
     if rng.random() < 0.6 or size == 0:
         return 0, size, size
-    block = rng.choice((1, 2, 3, 5, 64, 1000, size, 2 * size)) if size < 5000 else size // 3 + 1
+    some = (1, 2, 3, 5, 64, 1000, size, 2 * size)
+    stretch = rng.choice(some) if size < 5000 else size // 3 + 1
     base = rng.choice((0, 1, 2, 3, 7, 2**33 + 1, LAST_PLACE - 1))
-    turns = (size - 1) // block
+    turns = (size - 1) // stretch
     if turns and rng.random() < 0.05:
-        return base, block, LAST_PLACE // turns - 1
-    return base, block, block + rng.choice((0, 1, 3, 1000))
+        return base, stretch, LAST_PLACE // turns - 1
+    return base, stretch, stretch + rng.choice((0, 1, 3, 1000))
 
 
 class Table:
@@ -210,12 +219,12 @@ class Table:
             replay = tensor(2, 0.3) if any_replay else None
             states = [tensor(3 + place) for place in range(3)]
             step = memory.of([rng.choice((0.0, 3.0, 2.0**24, 1e9, float("inf")))], DTYPES[0])
-            base, block, stride = places(rng, size)
+            base, stretch, stride = places(rng, size)
             codes = sum(DTYPES.index(kind) << 8 * slot for slot, kind in enumerate(kinds))
             table += [
                 address(tensor(0)), *map(address, states), address(tensor(6, 0.25)),
                 address(step), size, rng.randrange(self.groups), codes,
-                rng.choice((row, 2**31, a_word(rng))), base, block, stride,
+                rng.choice((row, 2**31, a_word(rng))), base, stretch, stride,
                 address(tensor(7, 0.7)),
             ]  # fmt: skip
             grads.append(address(grad))
@@ -582,10 +591,11 @@ class Calls:
                 (NUMEL, -1), (NUMEL, -(2**63)), (GROUP, -1), (GROUP, table.groups),
                 (GROUP, 2**62), (GROUP, 2**63 - 1), (GROUP, -(2**63)),
                 (CODES, 4 << 8 * rng.randrange(8)), (CODES, -1), (CODES, -(2**63)),
-                (CODES, 0x80 << 8 * rng.randrange(7)), (BLOCK, 0), (BLOCK, -3), (BLOCK, -(2**63)),
+                (CODES, 0x80 << 8 * rng.randrange(7)), (STRETCH, 0), (STRETCH, -3),
+                (STRETCH, -(2**63)),
             ))  # fmt: skip
             with_cell(column, value)
-            if column == BLOCK and table.table[row, NUMEL] == 0:
+            if column == STRETCH and table.table[row, NUMEL] == 0:
                 return
         elif kind == "place":
             column, value = self._no_place(rng, table.table[row])
@@ -593,7 +603,7 @@ class Calls:
         elif kind == "missing":
             if rule == "guide" or table.table[row, NUMEL] == 0:
                 return
-            with_cell(STEP if rule == "adam" and rng.random() < 0.3 else STATE, 0)
+            with_cell(STEP if rule == "adam" and rng.random() < 0.3 else EXP_AVG, 0)
             if rule == "sgd":
                 arguments[5][:, 1] = 0.9
         elif kind == "tensor":
@@ -612,10 +622,10 @@ class Calls:
                 given[place] = self._spoiled(rng, given[place])
             else:
                 column, value = rng.choice((
-                    (NUMEL, -1), (GROUP, -1), (BLOCK, -1), (CODES, 255),
+                    (NUMEL, -1), (GROUP, -1), (STRETCH, -1), (CODES, 255),
                     self._no_place(rng, table.table[row]),
                 ))  # fmt: skip
-                if column == BLOCK and table.table[row, NUMEL] == 0:
+                if column == STRETCH and table.table[row, NUMEL] == 0:
                     return
                 given[0] = table.table.clone()
                 given[0][row, column] = value
@@ -629,8 +639,8 @@ class Calls:
         choices = [(BASE, -1), (BASE, -(2**63)), (BASE, LAST_PLACE), (BASE, 2**63 - 1),
                    (STRIDE, -1), (STRIDE, -(2**63)), (NUMEL, LAST_PLACE),
                    (NUMEL, 2**63 - 1)]  # fmt: skip
-        numel, block = row[NUMEL].item(), row[BLOCK].item()
-        turns = (numel - 1) // block if numel else 0
+        numel, stretch = row[NUMEL].item(), row[STRETCH].item()
+        turns = (numel - 1) // stretch if numel else 0
         if turns:
             choices += 2 * [(STRIDE, -(-LAST_PLACE // turns)), (STRIDE, 2**63 - 1)]
         return rng.choice(choices)

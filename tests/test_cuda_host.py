@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from dgg.kernels import layout
 
 import cuda_on_host
 import rows
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.skipif(
     cuda_on_host.missing() is not None, reason=str(cuda_on_host.missing())
 )
 
-CHUNK = _device.CHUNK
+CHUNK = layout.CHUNK
 # Around the elements of a vector, of a group of 256 threads and of a chunk; the last has more
 # chunks than one thread adds up.
 EDGES = [0, 1, 3, 5, 1023, 1024, 1027, 2049, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2050]
@@ -64,7 +65,7 @@ class Launches:
         self.kernels, self.problem = kernels, problem
         self.table = problem.table()
         self.grads, self.replays = addresses(problem.grads), addresses(problem.replays)
-        codes = self.table[:, 8].tolist()
+        codes = self.table[:, layout.DTYPES].tolist()
         self.launches = _device.cut(problem.sizes, codes, torch.device("cpu"))
         kernels.set_block_order(order)
         kernels.count_vector_accesses()
@@ -189,7 +190,7 @@ def test_every_dtype_combination(kernels, name, flags):
     ]
 
     def call(name, problem, hyper, flags, *, look_ahead=False, **options):
-        extra = _device.LOOK_AHEAD if look_ahead else 0
+        extra = layout.LOOK_AHEAD_BIT if look_ahead else 0
         variant = variant_of([hyper], problem.flags(flags), extra)
         Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
 
@@ -223,7 +224,7 @@ def test_same_bits_as_the_cpu_backend(kernels, name):
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_written_parameters_take_their_masters_place(kernels, name, dtype):
     def call(name, problem, hyper, flags, *, look_ahead, **options):
-        extra = _device.COPY | (_device.LOOK_AHEAD if look_ahead else 0)
+        extra = layout.COPY_BIT | (layout.LOOK_AHEAD_BIT if look_ahead else 0)
         variant = variant_of([hyper], problem.flags(flags), extra)
         Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
 
@@ -243,7 +244,9 @@ def test_what_does_not_pull_does_not_reach_the_gradient(kernels, name, dtype, ba
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_norms_of_extreme_numbers(kernels, dtype):
     def call(name, problem, hyper, flags, *, look_ahead):
-        variant = variant_of([hyper], problem.flags(flags), _device.LOOK_AHEAD | _device.ANCHOR)
+        variant = variant_of(
+            [hyper], problem.flags(flags), layout.LOOK_AHEAD_BIT | layout.ANCHOR_BIT
+        )
         Launches(kernels, problem).update(name, hyper, flags, variant=variant)
 
     def norms(problem, which, *, distances=None):
@@ -270,8 +273,8 @@ def test_misaligned_views(kernels, name, kind):
         squares = launches.norms(replay_weight=0.6)
         launches.update(
             name, hyper, ELEMENTS, replay_weight=0.6,
-            variant=_device.ANCHOR | _device.ELEMENTS | _device.STATE
-            | (_device.LOOK_AHEAD if name != "guide" else 0),
+            variant=layout.ANCHOR_BIT | layout.ELEMENTS_BIT | layout.STATE_BIT
+            | (layout.LOOK_AHEAD_BIT if name != "guide" else 0),
         )  # fmt: skip
         vectors.append(kernels.count_vector_accesses())
         problem.assert_guards()
@@ -286,10 +289,10 @@ def test_misaligned_views(kernels, name, kind):
     "shard", [(0, 40, 100), (8, 12, 16), (2, 10, 31), (5, 1, 3), (96, 4096, 5000)]
 )
 def test_element_draws_of_a_shard(kernels, name, shard):
-    base, block, stride = shard
+    base, stretch, stride = shard
     n = CHUNK + 2049
     local = torch.arange(n)
-    index = base + (local // block) * stride + local % block
+    index = base + (local // stretch) * stride + local % stretch
     whole = int(index.max()) + 1
     problem = Problem([n], replay=False)
     problem.shards = [shard]
@@ -368,7 +371,7 @@ def test_launch_of_empty_rows(kernels, sizes):
     problem = Problem(sizes, replay=False)
     launches = Launches(kernels, problem)
     assert (launches.norms() == 0).all() and (problem.distances == 0).all()
-    variant = _device.ANCHOR | _device.LOOK_AHEAD
+    variant = layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT
     launches.update("adam", ADAM, INJECT, variant=variant)
     launches.update("sgd", SGD, INJECT, variant=variant)
     launches.update("guide", GUIDE, INJECT)
@@ -408,14 +411,14 @@ def test_rows_that_neither_inject_nor_look_ahead_do_not_read_their_anchors(kerne
     n, groups = 2 * CHUNK, 2 * CHUNK // 1024
     counts = {}
     for flags in (0, INJECT):
-        for look_ahead in (0, _device.LOOK_AHEAD):
+        for look_ahead in (0, layout.LOOK_AHEAD_BIT):
             problem = Problem([n], replay=False)
-            variant = _device.ANCHOR | look_ahead
+            variant = layout.ANCHOR_BIT | look_ahead
             Launches(kernels, problem).update("adam", ADAM, flags, variant=variant)
             counts[flags, look_ahead] = kernels.count_vector_accesses() / groups / 256
     plain, guided = 4 + 2, 5 + 2  # stores of the parameter are ordinary ones, which do not count
-    assert counts == {(0, 0): plain, (INJECT, 0): guided, (0, _device.LOOK_AHEAD): guided,
-                      (INJECT, _device.LOOK_AHEAD): guided}  # fmt: skip
+    assert counts == {(0, 0): plain, (INJECT, 0): guided, (0, layout.LOOK_AHEAD_BIT): guided,
+                      (INJECT, layout.LOOK_AHEAD_BIT): guided}  # fmt: skip
 
 
 @pytest.mark.parametrize("pull", ["strength", "coefficient", "threshold", "no anchor"])
@@ -450,7 +453,7 @@ def test_found_inf_changes_nothing(kernels, name, found):
     problem = Problem([CHUNK + 5, 3, 0])
     before = problem.everything()
     launches = Launches(kernels, problem)
-    variant = _device.ANCHOR | (_device.LOOK_AHEAD if name != "guide" else 0)
+    variant = layout.ANCHOR_BIT | (layout.LOOK_AHEAD_BIT if name != "guide" else 0)
     launches.update(name, HYPER[name], INJECT, found_inf=found, variant=variant)
     assert problem.everything() == before
     launches.update(name, HYPER[name], INJECT, found_inf=0.0, variant=variant)
@@ -472,7 +475,7 @@ def test_stochastic_rounding(kernels, name, kind, flags):
     wide = Problem(sizes, (F32, *kind[1:]), replay=False)
     for ours, theirs in zip(problem.params, wide.params, strict=True):
         theirs.copy_(ours)
-    extra = _device.STOCHASTIC | (_device.STATE if name == "sgd" else 0)
+    extra = layout.STOCHASTIC_BIT | (layout.STATE_BIT if name == "sgd" else 0)
     flag_list = problem.flags(flags)
     variant = variant_of([HYPER[name]], flag_list, extra)
     Launches(kernels, problem).update(name, HYPER[name], flags, variant=variant)
@@ -502,7 +505,7 @@ def test_stochastic_rounding_of_infinities_and_nan(kernels):
     problem.params[0].copy_(values)
     problem.grads[0].zero_()
     hyper = {**SGD, "momentum": 0.0, "weight_decay": 0.0}
-    Launches(kernels, problem).update("sgd", hyper, 0, variant=_device.STOCHASTIC)
+    Launches(kernels, problem).update("sgd", hyper, 0, variant=layout.STOCHASTIC_BIT)
     torch.testing.assert_close(problem.params[0].float(), values, equal_nan=True, rtol=0, atol=0)
 
 
@@ -514,7 +517,7 @@ def test_copy(kernels, name, copy, flags, stochastic):
     kind = (F32, copy, copy, F32, F32, copy)
     problem = Problem([CHUNK + 1029, 3], kind, replay=False, copies=True)
     exact = problem.exact()
-    extra = _device.COPY | (_device.STOCHASTIC if stochastic else 0)
+    extra = layout.COPY_BIT | (layout.STOCHASTIC_BIT if stochastic else 0)
     flag_list = problem.flags(flags)
     variant = variant_of([HYPER[name]], flag_list, extra)
     Launches(kernels, problem).update(name, HYPER[name], flags, variant=variant)
@@ -586,7 +589,7 @@ def test_distance_after_the_update_is_the_next_norm(kernels, kind, name):
     problem.grads[4] = None
     problem.anchors[5] = None
     problem.distances.fill_(0.25)
-    variant = _device.ANCHOR | _device.LOOK_AHEAD | (_device.STATE if name == "sgd" else 0)
+    variant = layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT | (layout.STATE_BIT if name == "sgd" else 0)
     Launches(kernels, problem).update(name, HYPER[name], INJECT, variant=variant)
     found = problem.distances.clone()
     assert found[4] == 0.25 and found[5] == -1
@@ -648,7 +651,7 @@ def test_coefficients_keep_nan_and_decide_zero(kernels, spoiled):
         torch.testing.assert_close(out, expected, rtol=1e-14, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("granularity", _device.GRANULARITIES)
+@pytest.mark.parametrize("granularity", layout.GRANULARITIES)
 def test_draw_flags(kernels, granularity):
     n = 600
     problem = Problem([1] * n, replay=False)
@@ -663,7 +666,7 @@ def test_draw_flags(kernels, granularity):
     for draw in (DRAW, DRAW + 1, 2**33 + 1):
         flags = torch.tensor([row % 8 for row in range(n)], dtype=torch.uint8)
         gate = torch.full((1,), 7, dtype=torch.uint8)
-        code = _device.GRANULARITIES[granularity]
+        code = layout.GRANULARITIES[granularity]
         tensors = [table, hyper, torch.tensor(draw), flags, gate]
         values = [*(x.data_ptr() for x in tensors), n, 3, SIGNED_SEED, code, 2, 1]
         assert kernels.draw_flags((ctypes.c_int64 * len(values))(*values), None) == 0
@@ -704,7 +707,9 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, flags):
         launches = Launches(kernels, problem, order)
         squares = launches.norms(replay_weight=0.6)
         for name in ("adam", "sgd"):
-            variant = _device.ANCHOR | _device.LOOK_AHEAD | _device.ELEMENTS | _device.STATE
+            variant = (
+                layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT | layout.ELEMENTS_BIT | layout.STATE_BIT
+            )
             launches.update(name, HYPER[name], flags, variant=variant, replay_weight=0.6)
         launches.update("guide", GUIDE, flags, replay_weight=0.6)
         seen.add((problem.everything(), bits([squares])))
@@ -733,7 +738,9 @@ def test_operators(kernels, name, flags):
     chunks, workspace, gradients = _operator_arguments(launches, launch)
     flag_list = ours.flags(flags)
     hyper = numbers_of(HYPER[name])
-    variant = variant_of([HYPER[name]], flag_list) | (_device.LOOK_AHEAD if name != "guide" else 0)
+    variant = variant_of([HYPER[name]], flag_list) | (
+        layout.LOOK_AHEAD_BIT if name != "guide" else 0
+    )
     scale, found = torch.tensor(2.0), torch.zeros(1)
     squares = torch.zeros(3, 3, dtype=F64)
     options = {"dtypes": launch.dtypes, "replay_weight": 0.6}

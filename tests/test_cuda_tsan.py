@@ -37,7 +37,10 @@ KERNELS = {
                      "AnyNorms<float>",
 }  # fmt: skip
 # Small blocks and chunks: a row of many chunks then takes as many threads as a CPU can start.
-SMALLER = {"kThreads = 256;": "kThreads = 32;", "kChunk = 8192;": "kChunk = 1024;"}
+SMALLER = {
+    "launch.cuh": ("kThreads = 256;", "kThreads = 32;"),
+    "table.h": ("kLaunchChunk = 8192;", "kLaunchChunk = 1024;"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,10 @@ def program(tmp_path_factory):
         )
         assert "__shared__" not in text or source.name == "cuda_on_host.h"
         shared += count
-        if source.name == "launch.cuh":
-            for before, after in SMALLER.items():
-                assert text.count(before) == 1
-                text = text.replace(before, after)
+        if source.name in SMALLER:
+            before, after = SMALLER[source.name]
+            assert text.count(before) == 1
+            text = text.replace(before, after)
         (folder / source.name).write_text(text)
     assert shared >= 10
     common = ["-DCUDA_ON_THREADS", "-include", str(ROOT / "tests" / "cuda_on_host.h"), "-I",

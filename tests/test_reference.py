@@ -45,8 +45,8 @@ def flat(x):
 def word(row, element, stream, *, places=PLACES, seed=SEED, draw=DRAW):
     """The word of an element of a shard, from the generator's definition."""
     if places:
-        base, block, stride = places[row]
-        element = base + (element // block) * stride + element % block
+        base, stretch, stride = places[row]
+        element = base + (element // stretch) * stride + element % stretch
     quad = element // 4
     counter = (quad % 2**32, quad // 2**32, draw % 2**32, stream + INDICES[row])
     return _philox.block(seed, counter)[element % 4]

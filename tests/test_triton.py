@@ -14,6 +14,8 @@ import sys
 
 import pytest
 import torch
+from dgg.kernels import layout
+from dgg.kernels.layout import ANCHOR, GROUP, NUMEL, STRETCH, STRIDE
 
 import cases
 import rows
@@ -59,13 +61,14 @@ pytestmark = [
 
 CHUNK = 256
 EDGES = [1, 3, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
-STRETCH, STRIDE = 11, 12  # columns of the table
 
 LAUNCHES = {"adam": "adam_launch_", "sgd": "sgd_launch_", "guide": "guide_launch_"}
 
 
 def cut(problem, table, chunk=CHUNK):
-    return _device.cut([p.numel() for p in problem.params], table[:, 8].tolist(), CPU, chunk=chunk)
+    return _device.cut(
+        [p.numel() for p in problem.params], table[:, layout.DTYPES].tolist(), CPU, chunk=chunk
+    )
 
 
 def call(
@@ -77,11 +80,11 @@ def call(
     if table is None:
         table = problem.table(states_of(name, hyper), stepped=name == "adam")
     flags, numbers = problem.flags(flags), numbers_of(hyper)
-    extra = _device.LOOK_AHEAD if look_ahead else 0
+    extra = layout.LOOK_AHEAD_BIT if look_ahead else 0
     if stochastic:
-        extra |= _device.STOCHASTIC
+        extra |= layout.STOCHASTIC_BIT
     if any(copy is not None for copy in problem.copies):
-        extra |= _device.COPY
+        extra |= layout.COPY_BIT
     variant = variant_of(hyper if isinstance(hyper, list) else [hyper], flags, extra)
     grads, replays = addresses(problem.grads), addresses(problem.replays)
     if grad_scale is not None:
@@ -238,15 +241,15 @@ def test_dtype_combinations(name):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_chunks_as_they_are_used(dtype):
     # The real chunk has several blocks; here are whole chunks, whole blocks and a ragged end.
-    sizes = [_device.CHUNK + 1024 + 5, 1024, 1023, 2049]
+    sizes = [layout.CHUNK + 1024 + 5, 1024, 1023, 2049]
     problem = Problem(sizes, (dtype,) * 5, replay=False)
     exact = problem.exact()
     unknown = torch.full_like(problem.distances, -1.0)
     hyper = FULL["adam"]
-    call("adam", problem, hyper, ELEMENTS, chunk=_device.CHUNK, look_ahead=True)
+    call("adam", problem, hyper, ELEMENTS, chunk=layout.CHUNK, look_ahead=True)
     reference_step("adam", exact, hyper, ELEMENTS)
     assert_same_step("adam", problem, exact, hyper, "real chunks")
-    squares = call_norms(problem, 7, chunk=_device.CHUNK, distances=unknown)
+    squares = call_norms(problem, 7, chunk=layout.CHUNK, distances=unknown)
     assert torch.equal(squares[2], problem.distances)
     expected = [g.double().square().sum().item() for g in problem.grads]
     torch.testing.assert_close(squares[1], torch.tensor(expected, dtype=F64), rtol=1e-6, atol=0)
@@ -302,14 +305,14 @@ def test_half_conversions_are_exact_for_every_value(dtype):
     # that rounds.
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     param = values.clone()
-    call("sgd", lone(param, torch.zeros(len(values))), plain(lr=0.5), 0, chunk=_device.CHUNK)
+    call("sgd", lone(param, torch.zeros(len(values))), plain(lr=0.5), 0, chunk=layout.CHUNK)
     numbers = ~values.isnan()
     assert torch.equal(param[numbers], values[numbers])
     assert param[~numbers].isnan().all()
     rough = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
     rough = rough * values.float().nan_to_num(1.0, 1.0, 1.0)
     rounded = torch.zeros(len(values), dtype=dtype)
-    call("sgd", lone(rounded, -rough), plain(), 0, chunk=_device.CHUNK)
+    call("sgd", lone(rounded, -rough), plain(), 0, chunk=layout.CHUNK)
     assert torch.equal(rounded, rough.to(dtype))
 
 
@@ -393,9 +396,9 @@ def test_elements_beyond_2_to_the_33():
     exact = problem.exact()
     skipped = number * CHUNK
     table = problem.table(2)
-    for column in (0, 1, 2, 4):
+    for column in (layout.PARAM, layout.EXP_AVG, layout.EXP_AVG_SQ, ANCHOR):
         table[0, column] -= skipped * 4
-    table[0, 6] = table[0, STRETCH] = table[0, STRIDE] = skipped + CHUNK + 40
+    table[0, NUMEL] = table[0, STRETCH] = table[0, STRIDE] = skipped + CHUNK + 40
     grads = addresses(problem.grads) - skipped * 4
     kernels.adam_launch_(
         table, torch.zeros(1, dtype=torch.int32),
@@ -404,7 +407,7 @@ def test_elements_beyond_2_to_the_33():
         torch.zeros(1, dtype=torch.int32), grads, torch.empty(0, dtype=torch.int64),
         problem.coefficients, problem.flags(ELEMENTS), numbers_of(ADAM), problem.distances,
         None, None, None, dtypes=0, replay_weight=1.0, seed=SIGNED_SEED, draw=DRAW,
-        variant=_device.ANCHOR | _device.ELEMENTS, chunk=CHUNK,
+        variant=layout.ANCHOR_BIT | layout.ELEMENTS_BIT, chunk=CHUNK,
     )  # fmt: skip
     elements = torch.arange(skipped, skipped + CHUNK + 40)
     drawn = _philox.element_words(SEED, DRAW, problem.indices[0], elements) < THRESHOLD
@@ -422,7 +425,7 @@ def test_a_variant_that_contradicts_itself_is_refused():
             problem.table(2), *part.tensors, addresses(problem.grads), addresses([]),
             problem.coefficients, problem.flags(0), torch.zeros(1, 10, dtype=F64),
             problem.distances, None, None, None, dtypes=0, replay_weight=1.0, seed=0, draw=0,
-            variant=_device.LOOK_AHEAD,
+            variant=layout.LOOK_AHEAD_BIT,
         )  # fmt: skip
 
 
@@ -538,14 +541,14 @@ def test_copies_of_master_weights(kinds, offset):
     assert torch.equal(squares[2], problem.distances)
 
 
-@pytest.mark.parametrize("granularity", _device.GRANULARITIES)
+@pytest.mark.parametrize("granularity", layout.GRANULARITIES)
 def test_draws_on_the_device(granularity):
     n, draw = 1030, 2**32 + 9
     problem = Problem([0] * n, replay=False)
     table = problem.table(0)
-    table[:, 4] = 1
-    table[::5, 4] = 0  # without an anchor
-    table[:, 7] = torch.arange(n) % 4
+    table[:, ANCHOR] = 1
+    table[::5, ANCHOR] = 0  # without an anchor
+    table[:, GROUP] = torch.arange(n) % 4
     alphas, strengths = [0.5, 0.0, 1.0, 0.5], [0.7, 0.7, 0.7, 0.0]
     thresholds = torch.tensor([_philox.threshold(alpha) for alpha in alphas])
     hyper = torch.tensor(
@@ -558,11 +561,11 @@ def test_draws_on_the_device(granularity):
     def draw_flags():
         kernels.draw_flags_launch(
             table, hyper, torch.tensor(draw), flags, gate, seed=SIGNED_SEED,
-            granularity=_device.GRANULARITIES[granularity], threshold_column=1, strength_column=3,
+            granularity=layout.GRANULARITIES[granularity], threshold_column=1, strength_column=3,
         )  # fmt: skip
 
     draw_flags()
-    own = thresholds[table[:, 7]]
+    own = thresholds[table[:, GROUP]]
     if granularity == "step":
         injected = (_philox.step_word(SEED, draw) < own).long() * INJECT
     elif granularity == "tensor":
@@ -570,12 +573,12 @@ def test_draws_on_the_device(granularity):
         injected = (words < own).long() * INJECT
     else:
         injected = torch.where(own == 2**32, INJECT, torch.where(own > 0, ELEMENTS, 0))
-    injected[(table[:, 4] == 0) | (table[:, 7] == 3)] = 0
+    injected[(table[:, ANCHOR] == 0) | (table[:, GROUP] == 3)] = 0
     expected = injected.to(torch.uint8)
     expected[1::3] |= FIRST
     assert torch.equal(flags, expected)
     assert injected.any() and gate.item() == 1
-    table[:, 4] = 0
+    table[:, ANCHOR] = 0
     draw_flags()
     assert gate.item() == 0 and set(flags.tolist()) == {0, FIRST}
 

@@ -34,9 +34,9 @@ import tempfile
 
 import pytest
 import torch
+from dgg.kernels import layout
 
 from cases import BF16, F16, F32, F64
-from dgg import _device
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -50,8 +50,8 @@ if importlib.util.find_spec("triton") is not None:
 
 
 DTYPES = [F32, BF16, F16, F64]  # in the order of their codes
-ANCHOR, ELEMENTS, LOOK_AHEAD = _device.ANCHOR, _device.ELEMENTS, _device.LOOK_AHEAD
-STATE, STOCHASTIC, COPY = _device.STATE, _device.STOCHASTIC, _device.COPY
+ANCHOR, ELEMENTS, LOOK_AHEAD = layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT
+STATE, STOCHASTIC, COPY = layout.STATE_BIT, layout.STOCHASTIC_BIT, layout.COPY_BIT
 
 NVIDIA = ["sm_80", "sm_90", "sm_100", "sm_120"]
 TARGETS = [*NVIDIA, "gfx942"]
@@ -247,9 +247,9 @@ def record(launch, target):
     gate = ints(1, dtype=torch.uint8) if launch.device else None
     param, grad, state, anchor, copy = MIXES[launch.mix]
     kinds = [param, grad, grad, state, state, state, anchor, copy]
-    codes = sum(DTYPES.index(kind) << 8 * place for place, kind in enumerate(kinds))
+    codes = sum(DTYPES.index(kind) << layout.SLOT_BITS * place for place, kind in enumerate(kinds))
     int32 = torch.int32
-    table = ints(2, 14)
+    table = ints(2, layout.COLUMNS)
     rows, parts, starts = ints(2, dtype=int32), ints(2, 2, dtype=int32), ints(3, dtype=int32)
     partials, counters = doubles(3, 2), ints(3, dtype=int32)
     addresses = ints(2), ints(2 if launch.replay else 0)

@@ -21,11 +21,11 @@ from torch import Tensor
 class Place(NamedTuple):
     """Where a shard's elements lie in the whole parameter.
 
-    Local element l is element base + (l // block) · stride + l % block, both row-major.
+    Local element l is element base + (l // stretch) · stride + l % stretch, both row-major.
     """
 
     base: int
-    block: int
+    stretch: int
     stride: int
 
 
