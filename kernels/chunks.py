@@ -66,10 +66,10 @@ LARGEST = tl.constexpr(1.7976931348623157e308)
 TILE = tl.constexpr(1024)
 
 # Whether a stream is wanted again soon; what is not makes room in the cache first. As in
-# csrc/launch.cuh: an update reads everything for the last time of its step, and writes parameters
-# for the next forward pass, but moments for a step before which a whole training step has been
-# through the cache. A norm pass leaves what it reads to the update behind it, and the gradient edit
-# its results, and parameters, to the optimizer behind it.
+# csrc/cuda_update.cuh: an update reads everything for the last time of its step, and writes
+# parameters for the next forward pass, but moments for a step before which a whole training step
+# has been through the cache. A norm pass leaves what it reads to the update behind it, and the
+# gradient edit its results, and parameters, to the optimizer behind it.
 AGAIN = tl.constexpr("")
 ONCE = tl.constexpr("evict_first")
 
