@@ -300,6 +300,7 @@ if __name__ == "__main__":
                     "csrc/cpu_chunks.h",
                     "csrc/cpu_loops.h",
                     "csrc/table.h",
+                    "csrc/torch_inside.h",
                     "csrc/update.h",
                 ],
                 define_macros=[TARGET],

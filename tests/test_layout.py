@@ -60,7 +60,7 @@ SOURCES = sorted(
     path
     for folder in ("dgg", "kernels", "csrc", "tests", "bench")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in {".py", ".h", ".cpp", ".cu"}
+    if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ) + [ROOT / "setup.py"]
 PYTHON_SOURCES = [path for path in SOURCES if path.suffix == ".py"]
 
@@ -138,6 +138,16 @@ def test_everything_but_triton_works_without_triton(tmp_path):
 def test_no_standard_library_names():
     clashes = [relative(p) for p in PYTHON_SOURCES if p.stem in sys.stdlib_module_names]
     assert not clashes
+
+
+def test_kernels_and_csrc_are_short():
+    lengths = {
+        relative(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCES
+        if relative(path).split("/")[0] in ("kernels", "csrc")
+    }
+    del lengths["csrc/cpu.cpp"]
+    assert not {name: length for name, length in lengths.items() if length > 500}
 
 
 def test_license_line_in_every_source():
