@@ -294,8 +294,15 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 CPP,
-                sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/watch.cpp"],
-                depends=["csrc/table.h", "csrc/update.h"],
+                sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_lists.cpp", "csrc/watch.cpp"],
+                depends=[
+                    "csrc/cpu_arguments.h",
+                    "csrc/cpu_chunks.h",
+                    "csrc/cpu_loops.h",
+                    "csrc/table.h",
+                    "csrc/torch_inside.h",
+                    "csrc/update.h",
+                ],
                 define_macros=[TARGET],
                 language="c++",
                 py_limited_api=True,
@@ -310,7 +317,13 @@ if __name__ == "__main__":
                     "csrc/cuda_guide.cu",
                     "csrc/cuda.cu",
                 ],
-                depends=["csrc/launch.cuh", "csrc/step.cuh", "csrc/table.h", "csrc/update.h"],
+                depends=[
+                    "csrc/cuda_chunk.cuh",
+                    "csrc/cuda_streams.cuh",
+                    "csrc/cuda_update.cuh",
+                    "csrc/table.h",
+                    "csrc/update.h",
+                ],
                 language="c++",
                 py_limited_api=True,
             ),

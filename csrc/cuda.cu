@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The CUDA operators: arguments are checked and handed to the launches of launch.cuh, on the
+// The CUDA operators: arguments are checked and handed to the launches of cuda_chunk.cuh, on the
 // current stream of the tensors' device. Nothing here waits for the device or allocates memory on
 // it.
 //
@@ -14,7 +14,7 @@
 
 #include <optional>
 
-#include "launch.cuh"
+#include "cuda_chunk.cuh"
 
 #ifdef DGG_ON_HOST  // tests run the kernels, and these operators, on the CPU
 #define DGG_DISPATCH_KEY CPU

@@ -2,7 +2,7 @@
 //
 // Adam and AdamW on a GPU.
 
-#include "step.cuh"
+#include "cuda_update.cuh"
 
 namespace dgg {
 namespace {

@@ -2,7 +2,7 @@
 //
 // The gradient edit on a GPU, for an optimizer of someone else's: every gradient becomes G.
 
-#include "step.cuh"
+#include "cuda_update.cuh"
 
 namespace dgg {
 namespace {

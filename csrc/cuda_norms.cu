@@ -2,7 +2,7 @@
 //
 // What happens before an update: the squares of norms, the numbers made of them, the draws.
 
-#include "launch.cuh"
+#include "cuda_chunk.cuh"
 
 namespace dgg {
 namespace {

@@ -2,7 +2,7 @@
 //
 // SGD on a GPU.
 
-#include "step.cuh"
+#include "cuda_update.cuh"
 
 namespace dgg {
 namespace {

@@ -65,6 +65,10 @@ DGG_HOST_DEVICE constexpr int code_at(uint64_t dtypes, int slot) {
   return static_cast<int>(dtypes >> (kSlotBits * slot) & kSlotMask);
 }
 
+DGG_HOST_DEVICE constexpr int size_of(int code) {
+  return code == kFloat32 ? 4 : code == kFloat64 ? 8 : 2;
+}
+
 template <typename S>
 constexpr int code_of() {
   return std::is_same<S, float>::value      ? kFloat32

@@ -2,8 +2,9 @@
 """Triton kernels, installed as ``dgg.kernels``.
 
 One launch serves all tensors of one dtype combination: it reads their addresses from a table and
-takes a program per chunk. The math stands in update.py, once; chunks.py says how a chunk is found
-and walked; norms.py, adam.py, sgd.py and guide.py hold the kernels and their launches.
+takes a program per chunk. The math stands in update.py, once; layout.py says what stands where in
+the table; chunks.py says how a chunk is found and walked; norms.py, adam.py, sgd.py and guide.py
+hold the kernels, and launcher.py launches them.
 
 The folder is a package of its own, and this file stays, because an editable install maps
 ``dgg.kernels`` to it. Importing it imports neither Triton nor a kernel: names are looked up when

@@ -28,7 +28,6 @@ from dgg.kernels.chunks import (
     features_of,
     finish_update,
     guidance_of,
-    kernel,
     number,
     on_device_of,
     options_of,
@@ -44,6 +43,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import ADAM_HYPER, CHUNK
 from dgg.kernels.update import adam, adopted, guided_gradient, narrow, power, widen
 

@@ -22,7 +22,6 @@ from dgg.kernels.chunks import (
     dtypes_of,
     factor_of,
     guidance_of,
-    kernel,
     number,
     on_device_of,
     options_of,
@@ -35,6 +34,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK, GUIDE_HYPER
 from dgg.kernels.update import (
     CERTAIN,

@@ -20,7 +20,6 @@ from dgg.kernels.chunks import (
     is_last,
     is_last_of_row,
     is_reliable,
-    kernel,
     number,
     on_device_of,
     options_of,
@@ -33,6 +32,7 @@ from dgg.kernels.chunks import (
     tree_sum,
     whole_blocks,
 )  # fmt: skip
+from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.update import (
     CLIP,

@@ -25,7 +25,6 @@ from dgg.kernels.chunks import (
     features_of,
     finish_update,
     guidance_of,
-    kernel,
     number,
     on_device_of,
     options_of,
@@ -41,6 +40,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
+from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK, SGD_HYPER
 from dgg.kernels.update import FIRST_STEP, adopted, guided_gradient, narrow, sgd, widen
 

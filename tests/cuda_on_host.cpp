@@ -3,7 +3,7 @@
 // Entries to the kernels that cuda_on_host.h runs, for ctypes: addresses and integers in one array,
 // floating-point numbers in another.
 
-#include "../csrc/launch.cuh"
+#include "../csrc/cuda_chunk.cuh"
 
 namespace cuda_on_host {
 

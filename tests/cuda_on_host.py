@@ -30,7 +30,7 @@ UNITS = [
     ROOT / "csrc" / "cuda.cu",
     ROOT / "tests" / "cuda_on_host.cpp",
 ]
-HEADERS = [ROOT / "csrc" / name for name in ("update.h", "table.h", "launch.cuh", "step.cuh")]
+HEADERS = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh")])
 COMPILER = shutil.which("g++")
 
 

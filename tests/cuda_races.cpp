@@ -4,7 +4,7 @@
 // An argument names what is left out of the order that CUDA makes. tests/test_cuda_tsan.py compiles
 // this, with small blocks and chunks, so that rows of many chunks take few threads.
 
-#include "launch.cuh"
+#include "cuda_chunk.cuh"
 
 #include <cstdio>
 

@@ -27,8 +27,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 CALLS = ROOT / "tests" / "sanitized_calls.py"
-SOURCES = [ROOT / "csrc" / name for name in ("ops.cpp", "cpu.cpp", "watch.cpp")]
-HEADERS = [ROOT / "csrc" / name for name in ("table.h", "update.h")]
+SOURCES = [ROOT / "csrc" / name for name in ("ops.cpp", "cpu.cpp", "cpu_lists.cpp", "watch.cpp")]
+HEADERS = sorted((ROOT / "csrc").glob("*.h"))
 COMPILER = shutil.which("g++")
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 # Division by zero is not among these: 1 / 0 is inf in IEEE 754, and a gradient scale of 0 or a

@@ -135,7 +135,7 @@ OF_STEPS = {
         with_infinite_replay, "replay gradients are inf", SCALED,
     ),
     ("dgg/_arguments.py", "warn_narrow"): (in_16_bits, "16-bit weights lose", WAYS),
-    ("kernels/chunks.py", "_find"): (in_a_cache_that_fails, "Trying again", WAYS),
+    ("kernels/launcher.py", "_find"): (in_a_cache_that_fails, "Trying again", WAYS),
 }  # fmt: skip
 # The others, and the test that looks at their line.
 OTHERS = {
@@ -146,7 +146,7 @@ OTHERS = {
     ("dgg/hf.py", "_resume"): "test_hf.py",
     ("dgg/hf.py", "_resume", 2): "test_hf.py",
     ("dgg/hf.py", "_warn_of_ignored_lr"): "test_hf.py",
-    ("kernels/chunks.py", "_without_spills"): "below",
+    ("kernels/launcher.py", "_without_spills"): "below",
 }
 
 
@@ -196,7 +196,7 @@ def test_a_warning_of_a_step_is_about_the_users_line(place, way, monkeypatch):
 
 
 def cache_that_fails_once(monkeypatch):
-    from dgg.kernels import chunks
+    from dgg.kernels import launcher
 
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     run, failed = interpreter.InterpretedFunction.run, []
@@ -208,7 +208,7 @@ def cache_that_fails_once(monkeypatch):
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", flaky)
-    monkeypatch.setattr(chunks, "PAUSES", (0.0,))
+    monkeypatch.setattr(launcher, "PAUSES", (0.0,))
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["itself", "by accelerate"])
@@ -233,7 +233,7 @@ def test_gradients_zeroed_twice_are_about_the_users_line(where, wrap):
 
 @pytest.mark.skipif(NO_TRITON is not None, reason=f"no Triton here: {NO_TRITON}")
 def test_a_kernel_that_keeps_its_spills_is_about_the_users_line():
-    from dgg.kernels import chunks
+    from dgg.kernels import launcher
     from triton.compiler import CompiledKernel
 
     class Spilling(CompiledKernel):
@@ -256,7 +256,7 @@ def test_a_kernel_that_keeps_its_spills_is_about_the_users_line():
 
     declared = types.SimpleNamespace(fn=function, run=run, __name__="adam_kernel")
     with pytest.warns(UserWarning, match="adam_kernel keeps registers.*out of regis") as heard:
-        chunks.Kernel(declared, [])[(1,)](torch.ones(1))
+        launcher.Kernel(declared, [])[(1,)](torch.ones(1))
     assert heard[0].filename == __file__
 
 

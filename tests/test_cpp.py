@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ops = torch.ops.dgg
-BLOCK, CHUNK = 1024, 32768  # kBlock and kChunk of cpu.cpp
+BLOCK, CHUNK = 1024, 32768  # kBlock of cpu_loops.h, kChunk of cpu_chunks.h
 EDGES = [1, 3, 31, 33, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK + 1, 2 * CHUNK + 3]
 
 

@@ -43,14 +43,14 @@ FAULTS = {
 
 
 def build(folder: pathlib.Path, name: str, change: tuple[str, str] | None = None) -> pathlib.Path:
-    for source in (ROOT / "csrc").glob("*.h"):
-        (folder / source.name).write_text(source.read_text())
-    source = ROOT / "csrc" / f"{name}.cpp"
-    text = source.read_text()
-    if change is not None:
-        assert change[0] in text
-        text = text.replace(*change)
-    (folder / source.name).write_text(text)
+    changed = 0
+    for source in [ROOT / "csrc" / f"{name}.cpp", *(ROOT / "csrc").glob("*.h")]:
+        text = source.read_text()
+        if change is not None and change[0] in text:
+            text = text.replace(*change)
+            changed += 1
+        (folder / source.name).write_text(text)
+    assert changed == (change is not None)
     options = ["-I", str(folder), "-isystem", str(TORCH / "include"),
                "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]

@@ -101,7 +101,7 @@ def _compile(unit: str, machine: int, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _groups_at_once(loads: int) -> int:
-    """Groups of vectors that a thread reads before it computes; csrc/launch.cuh says the same."""
+    """Groups of vectors that a thread reads before it computes, as in csrc/cuda_chunk.cuh."""
     return 1 if loads >= 5 else 2 if loads >= 3 else 4
 
 

@@ -38,7 +38,7 @@ KERNELS = {
 }  # fmt: skip
 # Small blocks and chunks: a row of many chunks then takes as many threads as a CPU can start.
 SMALLER = {
-    "launch.cuh": ("kThreads = 256;", "kThreads = 32;"),
+    "cuda_chunk.cuh": ("kThreads = 256;", "kThreads = 32;"),
     "table.h": ("kLaunchChunk = 8192;", "kLaunchChunk = 1024;"),
 }
 

@@ -507,7 +507,7 @@ def variants(monkeypatch):
     run, found = interpreter.InterpretedFunction.run, set()
 
     def kind(value):
-        # Sizes and numbers are not looked at (NUMBERS and TABLES of kernels/chunks.py).
+        # Sizes and numbers are not looked at (NUMBERS and TABLES of kernels/launcher.py).
         return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
     def collect(self, *arguments, **options):
@@ -578,7 +578,7 @@ def test_a_training_needs_few_variants_and_the_guide_compiles_them_before(
 @pytest.mark.parametrize("failures", [2, 4])
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale"), ImportError("cannot stat")])
 def test_a_cache_that_fails_for_a_moment_is_tried_again(error, failures, monkeypatch):
-    chunks = pytest.importorskip("dgg.kernels.chunks")
+    launcher = pytest.importorskip("dgg.kernels.launcher")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     run, left = interpreter.InterpretedFunction.run, [failures]
 
@@ -590,7 +590,7 @@ def test_a_cache_that_fails_for_a_moment_is_tried_again(error, failures, monkeyp
 
     expected = Run("adamw", "triton").run(1, anchor_at=None)
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", flaky)
-    monkeypatch.setattr(chunks, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(launcher, "PAUSES", (0.0, 0.0, 0.0))
     run_again = Run("adamw", "triton")
     before = [p.detach().clone() for p in run_again.params]
     if failures > 3:

@@ -418,7 +418,7 @@ def wide(lines, loops, load, store, width):
 
 def answer(target, launch, whole):
     """Compiles a launch; returns what its machine code is like, a dict for each kernel."""
-    from dgg.kernels.chunks import ROOM
+    from dgg.kernels.launcher import ROOM
 
     result = []
     for function, arguments, options in record(launch, target):

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "launch.cuh"
+#include "cuda_chunk.cuh"
 
 namespace dgg {
 namespace {
@@ -43,24 +43,6 @@ struct Kind {
 
 template <typename T, bool kAnchor>
 using AnyKind = Kind<T, Any, Any, Any, Any, Any, kAnchor, true, true, true>;
-
-// Four words for the quad of elements from i on, i a multiple of four.
-DGG_DEVICE void quad_words(uint32_t* words, int64_t i, uint32_t draw, uint32_t stream,
-                           uint64_t seed) {
-  const uint64_t counter = static_cast<uint64_t>(i) / 4;
-  words[0] = static_cast<uint32_t>(counter);
-  words[1] = static_cast<uint32_t>(counter >> 32);
-  words[2] = draw;
-  words[3] = stream;
-  philox(words[0], words[1], words[2], words[3], seed);
-}
-
-DGG_DEVICE uint32_t element_word(int64_t i, uint32_t draw, uint32_t stream, uint64_t seed) {
-  uint32_t words[4];
-  quad_words(words, i & ~int64_t{3}, draw, stream, seed);
-  const uint32_t low = i & 1 ? words[1] : words[0], high = i & 1 ? words[3] : words[2];
-  return i & 2 ? high : low;
-}
 
 template <typename Rule, typename K>
 struct Body {
