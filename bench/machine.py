@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from witness import lost_device
+from gpu.witness import lost_device
 
 _FALLBACK_CACHE = 32 * 2**20
 # Kept between what is profiled and what is not: far more than the clocks of host and device

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is compared: dgg's backends and everything a user would write or install instead.
 
-Imported by step.py and test_step.py. Every peer is written as well as its style allows: few
+Every peer is written as well as its style allows: few
 passes, few temporaries, no Python work that can be hoisted out of the step. Each class says how
 many bytes its step has to move, with write-allocate where a line is written that was not read.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import dgg
-import launch_driver
 from dgg import _device, _dispatch, _philox
+from gpu import launch_driver
 from workload import (
     BETA1,
     BETA2,

@@ -18,8 +18,7 @@ leaves them, and all ranks meet at a barrier. Caches are warm: nothing is evicte
 
 Each figure is the median (over kinds of steps, as in step.py, by their share), of the rank where it
 is largest. With more ranks than cores the ranks wait for each other's time slices: the times of
-those runs say how a crowded machine behaves, not what so many machines would do. For that there is
-the model in scaling.py, computed from the collectives counted here.
+those runs say how a crowded machine behaves, not what so many machines would do.
 
 Collectives are counted apart from the timing, three times: by a dispatch mode that also adds up
 their bytes, by torch's CommDebugMode, and by the sequence number of the process group, which no
@@ -48,12 +47,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
-import scaling
 from dgg import _dispatch
 from machine import open_device, provenance
 from parameter_lists import count
 from peers import Unavailable, Variant
-from step_report import find, provenance_lines, table, targets_table, write
+from report import find, provenance_lines, table, targets_table, write
 from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
 
 SCHEMA = 1
@@ -173,7 +171,7 @@ class ShardedVariant(Variant):
         return 1e-4 + 2e-10 * max(torch.Size(shape).numel() for shape in self.workload.shapes)
 
     def elements_moved(self) -> None:
-        """Not accounted here; scaling.py has the bytes of a step."""
+        """Not accounted."""
         return None
 
 
@@ -810,8 +808,6 @@ def main(arguments: list[str] | None = None) -> int:
     results["targets"] = targets(results["cases"])
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
-    results["model"] = scaling.model(results["cases"], quick=options.quick)
-    say(scaling.page(results["model"], markdown=options.markdown))
     results["complete"] = True
     if options.out is not None:
         for path in write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False):

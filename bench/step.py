@@ -13,7 +13,7 @@ Every variant is compared with the float64 reference before it is timed (the run
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
 and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
 50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, round_robin.py and peers.py; what wall, host, device and kernel time are,
+described in workload.py, timing.py and peers.py; what wall, host, device and kernel time are,
 in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
 stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
 order of their importance, and the results are written after each.
@@ -32,7 +32,8 @@ import time
 
 import torch
 
-from gpu_targets import backend_table, gpu_targets
+from gpu.targets import backend_table, gpu_targets
+from gpu.witness import LOST
 from machine import Cpu, DeviceLost, Streams, open_device, provenance
 from parameter_lists import (
     count,
@@ -44,8 +45,7 @@ from parameter_lists import (
 )
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
-from round_robin import Case, run_case
-from step_report import (
+from report import (
     bandwidth_line,
     case_table,
     fill_shares,
@@ -55,7 +55,7 @@ from step_report import (
     targets_table,
     write,
 )
-from witness import LOST
+from timing import Case, run_case
 from workload import (
     CLIPPED,
     GUIDED,

@@ -29,11 +29,11 @@ from torch import Tensor
 
 import dgg
 from dgg import _dispatch
+from gpu.witness import LOST
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, open_device, provenance
 from peers import injections
-from step_report import provenance_lines, table, write
-from witness import LOST
+from report import provenance_lines, table, write
 
 SCHEMA = 1
 LR, CLIP = 1e-4, 1.0

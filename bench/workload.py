@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The tensors a benchmark case steps on, and the check of a step against the float64 reference.
 
-Imported by step.py, peers.py and test_step.py.
-
 All variants of a case work on the same memory, each through Parameters with version counters of
 their own. That is fair (no variant is lucky with its pages), and a case of 10**8 elements needs 6
 arrays instead of 5 per variant. A variant therefore finds parameters that others have moved; what

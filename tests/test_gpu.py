@@ -264,7 +264,7 @@ def launches(function):
 @real_gpu
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_lora_step_takes_few_launches(guided, backend, bench):
-    most = bench("gpu_targets").LAUNCHES if guided else 1
+    most = bench("gpu.targets").LAUNCHES if guided else 1
     params = [torch.nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in LORA]
     clip = 1.0 if guided else None
     optimizer = dgg.AdamW(params, backend=backend, alpha=1.0, max_grad_norm=clip)

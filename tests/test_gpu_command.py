@@ -46,7 +46,7 @@ NAMES = [line[4:].partition("(")[0] for line in TESTS.splitlines() if line.start
 
 @pytest.fixture
 def command(bench, monkeypatch):
-    found = bench("gpu")
+    found = bench("gpu.run")
     monkeypatch.setattr(found, "PATIENCE", 8.0)
     return found
 
@@ -266,7 +266,7 @@ def test_training_results_are_kept_before_the_device_is_lost(bench, broken):
     "name", ["for-loop", "foreach + fused", "foreach + clip_grad_norm_ + fused"]
 )
 def test_peers_compute_the_step_where_numbers_stay_on_the_device(bench, name, dtype):
-    peers, workload, robin = bench("peers"), bench("workload"), bench("round_robin")
+    peers, workload, robin = bench("peers"), bench("workload"), bench("timing")
     shapes = [(7,), (3, 5), (64,)]
     work = workload.Workload(shapes, dtype, "adamw", torch.device("cpu"))
     variant = peers.IMPLEMENTATIONS[name](work, workload.GUIDED)
@@ -559,7 +559,7 @@ def test_checks_are_read(command, tmp_path, monkeypatch, code, status, words):
     assert (
         stages.results["checks"] == found and "| same bits, cpp | ok | 21 runs |" in stages.page()
     )
-    assert line[0][1].endswith("gpu_checks.py") and "--device" not in line[0]
+    assert line[0][1].endswith("gpu/checks.py") and "--device" not in line[0]
 
 
 BOTH = "echo 'triton: checked'"
@@ -600,7 +600,7 @@ def test_a_small_step_is_checked_by_both_tools(
     assert words in (found.get("reason") or found["summary"])
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert [call.split()[1] for call in calls] == ["memcheck", "racecheck"]
-    assert all(call.endswith("gpu_checks.py --small-step") for call in calls)
+    assert all(call.endswith("gpu/checks.py --small-step") for call in calls)
 
 
 def test_without_the_tool_a_small_step_is_said_to_be_unchecked(command, tmp_path, monkeypatch):
@@ -658,7 +658,7 @@ def test_cases_of_the_second_stage(bench):
 
 @pytest.fixture
 def checks(bench):
-    return bench("gpu_checks")
+    return bench("gpu.checks")
 
 
 def here(bench, checks, device=None):

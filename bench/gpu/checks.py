@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What has to hold on a GPU before anything is worth measuring: a minute, for both backends.
 
-    python bench/gpu_checks.py --out build/checks    # every check; checks.json after each
-    python bench/gpu_checks.py --small-step          # one small step alone, for compute-sanitizer
+    python bench/gpu/checks.py --out build/checks    # every check; checks.json after each
+    python bench/gpu/checks.py --small-step          # one small step alone, for compute-sanitizer
 
 Each check says what it saw. One that fails does not stop the others; where a kernel takes the
-device with it the process ends with the exit code LOST, and the results say at which check. gpu.py
+device with it the process ends with the exit code LOST, and the results say at which check. run.py
 runs it in its first stage.
 """
 
@@ -23,15 +23,17 @@ from collections.abc import Callable
 
 import torch
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import dgg
 from dgg import _dispatch
-from gpu_targets import LAUNCHES
+from gpu.targets import LAUNCHES
+from gpu.witness import LOST
 from machine import Cpu, open_device
 from parameter_lists import many_tiny
 from peers import IMPLEMENTATIONS, Variant
-from round_robin import verify
-from step_report import replace, table
-from witness import LOST
+from report import replace, table
+from timing import verify
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
 
 BACKENDS = ("cpp", "triton")

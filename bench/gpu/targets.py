@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from step_report import find, table
+from report import find, table
 
 BACKENDS = ("dgg cpp", "dgg triton")
 PLAIN, CLIPPED = ("torch fused", "plain"), ("torch fused", "clipped")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables, targets on a CPU, JSON and plots of the step benchmark; imported by step.py."""
+"""Tables, targets on a CPU, JSON and plots of the step benchmark."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A pytest plugin for gpu.py: says at once how each test ended, and gives up a lost device.
+"""A pytest plugin for run.py: says at once how each test ended, and gives up a lost device.
 
 A kernel that reads where it must not takes the whole process with it: every later call to CUDA
 fails, and each test behind it would be blamed. So the process ends there, with the exit code LOST,
@@ -128,7 +128,7 @@ def _message(report) -> str:
 
 
 def pytest_configure(config) -> None:
-    """Registers the plugin where gpu.py asks for it."""
+    """Registers the plugin where run.py asks for it."""
     path = os.environ.get("DGG_WITNESS")
     if path:
         number, parts = map(int, os.environ.get("DGG_PART", "0/1").split("/"))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Everything that needs a GPU, in one command: build, checks, benchmarks, tests, report.
 
-    python3 bench/gpu.py                        # what `make gpu` runs; 14 minutes at the most
-    python3 bench/gpu.py --stage 1              # one of its stages; the build lasts for later calls
-    python3 bench/gpu.py --parts build,step     # single parts
-    python3 bench/gpu.py --parts profile        # what a LoRA step runs; in none of the stages
-    python3 bench/gpu.py --parts build,step --limit 480 --budget 560    # all cases, ten minutes
-    python3 bench/gpu.py --out results          # results there too (default: $OUT if set)
+    python3 bench/gpu/run.py                      # what `make gpu` runs; 14 minutes at the most
+    python3 bench/gpu/run.py --stage 1            # one of its stages; a build lasts for later calls
+    python3 bench/gpu/run.py --parts build,step   # single parts
+    python3 bench/gpu/run.py --parts profile      # what a LoRA step runs; in none of the stages
+    python3 bench/gpu/run.py --parts build,step --limit 480 --budget 560    # all cases, ten minutes
+    python3 bench/gpu/run.py --out results        # results there too (default: $OUT if set)
 
-1. At most 4 minutes. Does it work: the build, `dgg.show_config()`, the checks of gpu_checks.py (the
+1. At most 4 minutes. Does it work: the build, `dgg.show_config()`, the checks of checks.py (the
    reference, the same bits again, both backends alike, no wait, launches, graphs), and
    compute-sanitizer's memcheck and racecheck on a small step, where there is one.
 2. At most 6 minutes. What it costs: 256 Mi in one tensor, a LoRA and 448 tiny tensors, each plain,
@@ -46,9 +46,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import witness
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from gpu import witness
+
+GPU = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 SOURCES = ("dgg", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE",
@@ -433,10 +436,10 @@ class Stages:
         return json.loads(made.read_text(encoding="utf-8")) == self._recipe()
 
     def run_checks(self) -> dict:
-        """Runs bench/gpu_checks.py; its results stand under "checks"."""
+        """Runs bench/gpu/checks.py; its results stand under "checks"."""
         folder = self.build / "checks"
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--out", folder]
+        command = [sys.executable, GPU / "checks.py", "--out", folder]
         command += ["--device", "cpu"] if self.rehearsal else []
         code, output = self.command(command, show=True)
         path = folder / "checks.json"
@@ -461,7 +464,7 @@ class Stages:
         sanitizer = _sanitizer()
         if sanitizer is None:
             return {"status": "not run", "reason": "compute-sanitizer is not installed here"}
-        script = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--small-step"]
+        script = [sys.executable, GPU / "checks.py", "--small-step"]
         script += ["--device", "cpu"] if self.rehearsal else []
         end, running, counted, bad, refused = time.monotonic() + self.limit, {}, {}, [], []
         for tool in TOOLS:
@@ -625,10 +628,16 @@ class Stages:
         return {"summary": f"{len(found['cases'])} models"}
 
     def run_profile(self) -> dict:
-        """Profiles LoRA steps with bench/nsys_step.py; trace or report go to the results."""
+        """Profiles LoRA steps with bench/gpu/nsys_step.py; trace or report go to the results."""
         folder = self.build / "profile"
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, ROOT / "bench" / "nsys_step.py", "--launch", "--out", folder]
+        command = [
+            sys.executable,
+            ROOT / "bench" / "gpu" / "nsys_step.py",
+            "--launch",
+            "--out",
+            folder,
+        ]
         command += ["--shape", "tiny", "--device", "cpu"] if self.rehearsal else []
         code, output = self.command(command, show=True)
         made = sorted(path for path in folder.glob("step*") if path.is_file())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Verification and interleaved timing of one benchmark case; imported by step.py, test_step.py.
+"""Verification and interleaved timing of one benchmark case.
 
 Cache policy: before every timed step the gradients are written anew (as a backward pass would,
 and because some variants edit them), and replay gradients put where a step finds them. A cold case
