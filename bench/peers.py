@@ -172,7 +172,7 @@ class Variant(abc.ABC):
         and miss more of the sum the longer a tensor is: on a CPU, 1e-5 of the norm of 10**6 normal
         elements, 1.1e-2 of that of 10**8. Guidance left out or scaled wrongly is off by more.
         """
-        longest = max((p.numel() for p in self.workload.params), default=0)
+        longest = max((p.numel() for p in self.params), default=0)
         base = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
         base += 2e-10 * longest
         return base, base
@@ -203,8 +203,8 @@ def _preset(
     *,
     step_device: torch.device | str = "cpu",
 ) -> None:
-    """Makes an optimizer work on the workload's moments."""
-    for row, param in enumerate(params):
+    """Makes an optimizer work on the workload's moments, if there are any."""
+    for row, param in enumerate(params if work.moments else ()):
         state = optimizer.state[param]
         if work.optimizer == "adamw":
             state["step"] = torch.tensor(float(FIRST_STEP), device=step_device)
@@ -213,25 +213,46 @@ def _preset(
             state["momentum_buffer"] = work.moments[0][row]
 
 
-def _arguments(work: Workload) -> dict[str, object]:
+def arguments(work: Workload) -> dict[str, object]:
+    """Returns the hyper-parameters of a workload's optimizer."""
     if work.optimizer == "adamw":
         return {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     momentum = MOMENTUM if work.optimizer == "momentum" else 0.0
     return {"lr": LR, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
 
 
+def guidance(work: Workload, setting: Setting, seed: int, backend: str) -> dict[str, object]:
+    """Returns the arguments of an optimizer of ours for a setting."""
+    return {
+        "alpha": 0.2 if setting.alpha is None else setting.alpha,
+        "max_grad_norm": work.max_grad_norm if setting.clipped else None,
+        "seed": seed,
+        "backend": backend,
+    }
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Returns why a backend of ours cannot run on a device, or None."""
+    return _dispatch.unavailable(backend, device)
+
+
+def _require(backend: str, work: Workload) -> None:
+    if (reason := unavailable(backend, work.device)) is not None:
+        raise Unavailable(reason)
+
+
 def _torch_optimizer(params, work: Workload, **how: bool) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if work.optimizer == "adamw" else torch.optim.SGD
-    optimizer = kind(params, **_arguments(work), **how)
+    optimizer = kind(params, **arguments(work), **how)
     # Only torch's fused step wants its count on the device.
     _preset(optimizer, params, work, step_device=work.device if how.get("fused") else "cpu")
     return optimizer
 
 
-class _Replaying(Variant):
-    """Has replay gradients in a slot of their own, as ``self.optimizer.replay()`` leaves them."""
+class _Guiding(Variant):
+    """Has an optimizer of ours, which keeps replay gradients in a slot of their own."""
 
-    replays = True
+    guided = replays = True
 
     def ready(self) -> None:
         """The same, and the replay gradients wait for the step."""
@@ -246,44 +267,37 @@ class _Replaying(Variant):
             for param, replay in zip(self.params, self.workload.replays, strict=True):
                 param.grad = replay
 
-
-class Dgg(_Replaying):
-    """The package under test."""
-
-    guided = True
-    backend: ClassVar[str]
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        reason = _dispatch.unavailable(self.backend, workload.device)
-        if reason is not None:
-            raise Unavailable(reason)
-        kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
-        self.optimizer = kind(
-            self.params,
-            **_arguments(workload),
-            alpha=0.2 if setting.alpha is None else setting.alpha,
-            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
-            seed=self.seed,
-            backend=self.backend,
-        )
-        _preset(self.optimizer, self.params, workload)
-        if setting.alpha is not None:
-            # set_anchor() writes into an anchor that is there already: the shared one.
-            for param, anchor in zip(self.params, workload.anchors, strict=True):
-                self.optimizer.state[param]["anchor"] = anchor
-            self.optimizer.set_anchor()
-            workload.move_anchors()
-
-    def step(self, inject: bool) -> None:
-        """Takes one step; the optimizer draws for itself."""
-        self.optimizer.step()
-
     def seek(self, draw: int) -> None:
         """Goes to a draw index; it stands in the groups, as after a resume."""
         super().seek(draw)
         for group in self.optimizer.param_groups:
             group["draw_index"] = draw
+
+
+class Dgg(_Guiding):
+    """The package under test."""
+
+    backend: ClassVar[str]
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        _require(self.backend, workload)
+        kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
+        self.optimizer = kind(
+            self.params,
+            **arguments(workload),
+            **guidance(workload, setting, self.seed, self.backend),
+        )
+        _preset(self.optimizer, self.params, workload)
+        if setting.alpha is not None:
+            state = self.optimizer.state
+            workload.set_anchors(
+                self.optimizer, lambda p, anchor: state[p].update(anchor=anchor), self.params
+            )
+
+    def step(self, inject: bool) -> None:
+        """Takes one step; the optimizer draws for itself."""
+        self.optimizer.step()
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """Returns the defaults of torch.testing: dgg has no excuse."""
@@ -403,11 +417,12 @@ class TorchFused(Variant):
     name = "torch fused"
     guided = False
     foreign = True
+    how: ClassVar[dict[str, bool]] = {"fused": True}
     foreach_clip: ClassVar[bool | None] = None
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
-        self.optimizer = _torch_optimizer(self.params, workload, fused=True)
+        self.optimizer = _torch_optimizer(self.params, workload, **self.how)
 
     def step(self, inject: bool) -> None:
         """Clips if asked to and steps."""
@@ -465,42 +480,26 @@ class AddFusedForeachClip(AddFused):
         super().__init__(workload, setting)
 
 
-class GuidanceOverFused(_Replaying):
+class GuidanceOverFused(_Guiding):
     """`dgg.Guidance` over torch's fused optimizer: the gradients are edited, torch steps."""
 
     name = "dgg Guidance + torch fused"
-    guided = True
     built_on = "torch fused"
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
         if setting.alpha is None and not setting.clipped and not setting.replay:
             raise Unavailable("without anything to do to the gradients it is torch fused")
-        if (reason := _dispatch.unavailable("cpp", workload.device)) is not None:
-            raise Unavailable(reason)
+        _require("cpp", workload)
         self._torch = _torch_optimizer(self.params, workload, fused=True)
-        self.optimizer = dgg.Guidance(
-            self._torch,
-            alpha=0.2 if setting.alpha is None else setting.alpha,
-            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
-            seed=self.seed,
-            backend="cpp",
-        )
+        self.optimizer = dgg.Guidance(self._torch, **guidance(workload, setting, self.seed, "cpp"))
         if setting.alpha is not None:
-            # set_anchor() writes into an anchor that is there already: the shared one.
-            self.optimizer._anchors.update(zip(self.params, workload.anchors, strict=True))
-            self.optimizer.set_anchor()
-            workload.move_anchors()
+            hold = self.optimizer._anchors.__setitem__
+            workload.set_anchors(self.optimizer, hold, self.params)
 
     def step(self, inject: bool) -> None:
         """Torch's step; the guidance hangs on it."""
         self._torch.step()
-
-    def seek(self, draw: int) -> None:
-        """Goes to a draw index; it stands in the groups, as after a resume."""
-        super().seek(draw)
-        for group in self.optimizer.param_groups:
-            group["draw_index"] = draw
 
     def elements_moved(self) -> float | None:
         """Norms: g, r, and d's two; the edit: g twice, r, d's two; the update."""
@@ -758,53 +757,19 @@ def _deepspeed_kernels(name: str) -> None:
         )
 
 
-class DeepSpeedCpuAdam(Variant):
-    """DeepSpeed's AdamW for CPUs, where it is installed; it has neither guidance nor clipping."""
-
-    name = "DeepSpeedCPUAdam"
-    guided = False
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        if workload.optimizer != "adamw" or setting.clipped:
-            raise Unavailable("it is a plain AdamW")
-        try:
-            _deepspeed_kernels("cpu_adam")
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            self.optimizer = DeepSpeedCPUAdam(
-                self.params, **_arguments(workload), adamw_mode=True, fp32_optimizer_states=False
-            )
-        except Unavailable:
-            raise
-        except Exception as error:  # not installed, or built for another torch
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
-        for row, param in enumerate(self.params):
-            moments = (moment[row] for moment in workload.moments)
-            state = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
-            self.optimizer.state[param].update(step=FIRST_STEP, **dict(state))
-
-    def step(self, inject: bool) -> None:
-        """Steps."""
-        self.optimizer.step()
-
-    def elements_moved(self) -> float | None:
-        """One pass."""
-        return self._update_arrays()
-
-
 class _ForeignAdamW(Variant):
     """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping."""
 
     guided = False
     foreign = True
+    where: ClassVar[str] = "cuda"
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
         if workload.optimizer != "adamw" or setting.clipped:
             raise Unavailable("it is a plain AdamW")
-        if workload.device.type != "cuda":
-            raise Unavailable("it runs on a GPU only")
+        if workload.device.type != self.where:
+            raise Unavailable(f"it runs on a {'GPU' if self.where == 'cuda' else 'CPU'} only")
         try:
             self.optimizer = self._build()
             for row, param in enumerate(self.params):
@@ -833,6 +798,21 @@ class _ForeignAdamW(Variant):
         return self._update_arrays()
 
 
+class DeepSpeedCpuAdam(_ForeignAdamW):
+    """DeepSpeed's AdamW for CPUs; one that computes something else ends the run."""
+
+    name = "DeepSpeedCPUAdam"
+    foreign = False
+    where = "cpu"
+
+    def _build(self):
+        _deepspeed_kernels("cpu_adam")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        how = {"adamw_mode": True, "fp32_optimizer_states": False}
+        return DeepSpeedCPUAdam(self.params, **arguments(self.workload), **how)
+
+
 class ApexFusedAdam(_ForeignAdamW):
     """NVIDIA apex."""
 
@@ -841,7 +821,7 @@ class ApexFusedAdam(_ForeignAdamW):
     def _build(self):
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
 
 
 class DeepSpeedFusedAdam(_ForeignAdamW):
@@ -853,7 +833,7 @@ class DeepSpeedFusedAdam(_ForeignAdamW):
         _deepspeed_kernels("fused_adam")
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
 
 
 class BitsAndBytes(_ForeignAdamW):
@@ -864,7 +844,7 @@ class BitsAndBytes(_ForeignAdamW):
     def _build(self):
         from bitsandbytes.optim import AdamW32bit
 
-        return AdamW32bit(self.params, **_arguments(self.workload))
+        return AdamW32bit(self.params, **arguments(self.workload))
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         self.optimizer.state[param].update(step=FIRST_STEP, state1=exp_avg, state2=exp_avg_sq)
@@ -878,7 +858,7 @@ class Optimi(_ForeignAdamW):
     def _build(self):
         from optimi import AdamW
 
-        return AdamW(self.params, triton=True, kahan_sum=False, **_arguments(self.workload))
+        return AdamW(self.params, triton=True, kahan_sum=False, **arguments(self.workload))
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         super()._seed_state(param, exp_avg, exp_avg_sq)

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables, targets on a CPU, JSON and plots of the step benchmark."""
+"""What every benchmark reports: where its numbers are from, tables, targets, JSON.
+
+Imports no torch before it is asked about one: gpu/run.py must start where torch does not.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import pathlib
+import platform
+import re
+import subprocess
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
 
 HEADER = (
@@ -78,32 +87,82 @@ def _numeric(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "<>≤≥"
 
 
+def milliseconds(entry: dict, *figures: str) -> list[str]:
+    """Returns cells of times; empty ones for what was not measured."""
+    return ["" if entry[name] is None else _figure(entry[name] * 1e3) for name in figures]
+
+
+def ratios(
+    entry: dict, opponents: Iterable[dict | None], figure: str = "seconds", digits: int = 2
+) -> list[str]:
+    """Returns cells of a figure divided by that of others; empty ones for who is not there."""
+    return [
+        "" if other is None else f"{entry[figure] / other[figure]:.{digits}f}"
+        for other in opponents
+    ]
+
+
+def page(title: str, rows: Sequence[Sequence[str]], notes: Iterable[str], *, markdown: bool) -> str:
+    """Returns title, table and notes of one case."""
+    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown), *notes]
+    return "\n".join(lines) + "\n"
+
+
+def absences(case: dict) -> list[str]:
+    """Returns a line for every variant that was not run."""
+    return [
+        f"not run: {missing['name']}"
+        + (f" ({missing['setting']})" if "setting" in missing else "")
+        + f": {missing['reason']}"
+        for missing in case["not_run"]
+    ]
+
+
 def case_table(case: dict, *, markdown: bool) -> str:
     """Returns title and table of one case, and the comparisons that dgg loses."""
-    if case.get("device", "cpu") != "cpu":
-        rows = [GPU_HEADER, *(_gpu_row(case, entry) for entry in case["variants"])]
-        return _page(case, rows, markdown)
-    rows = [HEADER]
+    on_gpu = _has_device(case)
+    rows, cells = ([GPU_HEADER], _gpu_cells) if on_gpu else ([HEADER], _cpu_cells)
+    opponents = [find(case, *opponent) for opponent in OPPONENTS]
     for entry in case["variants"]:
-        ratios = _ratios(case, entry, "seconds")
-        known = entry["bytes"] is not None
-        share = entry["share_of_bandwidth"]
-        rows.append(
-            (
-                entry["name"],
-                entry["setting"],
-                _figure(entry["seconds"] * 1e3),
-                _figure(entry["low"] * 1e3),
-                _figure(entry["high"] * 1e3),
-                str(entry["samples"]),
-                _figure(entry["ns_per_element"]),
-                f"{entry['bytes_per_element']:.1f}" if known else "",
-                f"{entry['bandwidth'] / 1e9:.1f}" if known else "",
-                f"{share:.0%}" if share is not None else "",
-                *ratios,
-            )
-        )
-    return _page(case, rows, markdown)
+        rows.append((entry["name"], entry["setting"], *cells(entry), *ratios(entry, opponents)))
+        if on_gpu:
+            rows[-1] += tuple(ratios(entry, opponents, "device_seconds"))
+    return page(_title(case), rows, _notes(case), markdown=markdown)
+
+
+def _has_device(case: dict) -> bool:
+    """Whether host and device are two."""
+    return case.get("device", "cpu") != "cpu"
+
+
+def _cell(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else format(value * scale, form)
+
+
+def _cpu_cells(entry: dict) -> tuple[str, ...]:
+    return (
+        *milliseconds(entry, "seconds", "low", "high"),
+        str(entry["samples"]),
+        _figure(entry["ns_per_element"]),
+        _cell(entry["bytes_per_element"], ".1f"),
+        _cell(entry["bandwidth"], ".1f", 1e-9),
+        _cell(entry["share_of_bandwidth"], ".0%"),
+    )
+
+
+def _gpu_cells(entry: dict) -> tuple[str, ...]:
+    times = ("seconds", "host_seconds", "device_seconds", "device_low", "device_high")
+    late = (entry["device_late"] or 0.0) > 0.1
+    return (
+        *milliseconds(entry, *times, "kernel_seconds"),
+        _cell(entry["launches"], ""),
+        "yes" if entry["waits_for_device"] else "no",
+        _cell(entry["temporary_bytes"], ".1f", 2**-20),
+        f"{entry['samples']}{' late' if late else ''}",
+        _cell(entry["bytes_per_element"], ".1f"),
+        _cell(entry["bandwidth"], ".0f", 1e-9),
+        _cell(entry["share_of_bandwidth"], ".1%"),
+    )
 
 
 # What dgg is measured against in the table of the host's time, by setting.
@@ -127,88 +186,51 @@ def host_table(case: dict, *, markdown: bool) -> str:
     rows = [("variant", "setting", "ms", "20 %", "80 %", "n", "/plain", "/peer", "/added")]
     for entry in case["variants"]:
         name, setting = entry["name"], entry["setting"]
-        others = (
-            find(case, name, "plain"),
-            find(case, *PEERS[setting]) if name.startswith("dgg") else None,
-            find(case, *ADD_AND_CLIP) if name.startswith("dgg") else None,
-        )
-        ratios = [
-            "" if other is None else f"{entry['seconds'] / other['seconds']:.2f}"
-            for other in others
-        ]
-        times = [_figure(entry[figure] * 1e3) for figure in ("seconds", "low", "high")]
-        rows.append((name, setting, *times, str(entry["samples"]), *ratios))
-    page = _page(case, rows, markdown)
-    lines = page.splitlines()
-    return "\n".join(
+        peers = (PEERS[setting], ADD_AND_CLIP) if name.startswith("dgg") else ()
+        others = [find(case, *other) for other in ((name, "plain"), *peers)]
+        cells = [*milliseconds(entry, "seconds", "low", "high"), str(entry["samples"])]
+        cells += ratios(entry, others) + [""] * (3 - len(others))
+        rows.append((name, setting, *cells))
+    notes = [
         textwrap.fill(line, 100, subsequent_indent="    ")
         if line.startswith(("LOST", "not run"))
         else line
-        for line in lines
-    ) + "\n" * page.endswith("\n")
-
-
-def _ratios(case: dict, entry: dict, figure: str) -> list[str]:
-    opponents = [find(case, *opponent) for opponent in OPPONENTS]
-    return [
-        "" if opponent is None else f"{entry[figure] / opponent[figure]:.2f}"
-        for opponent in opponents
+        for line in _notes(case)
     ]
+    return page(_title(case), rows, notes, markdown=markdown)
 
 
-def _gpu_row(case: dict, entry: dict) -> tuple[str, ...]:
-    def milliseconds(figure: str) -> str:
-        return "" if entry[figure] is None else _figure(entry[figure] * 1e3)
-
-    known, share = entry["bytes"] is not None, entry["share_of_bandwidth"]
-    late = entry["device_late"] or 0.0
+def _title(case: dict) -> str:
     return (
-        entry["name"],
-        entry["setting"],
-        *map(milliseconds, ("seconds", "host_seconds", "device_seconds")),
-        *map(milliseconds, ("device_low", "device_high")),
-        milliseconds("kernel_seconds"),
-        "" if entry["launches"] is None else str(entry["launches"]),
-        "yes" if entry["waits_for_device"] else "no",
-        "" if entry["temporary_bytes"] is None else f"{entry['temporary_bytes'] / 2**20:.1f}",
-        f"{entry['samples']}{' late' if late > 0.1 else ''}",
-        f"{entry['bytes_per_element']:.1f}" if known else "",
-        f"{entry['bandwidth'] / 1e9:.0f}" if known else "",
-        "" if share is None else f"{share:.1%}",
-        *_ratios(case, entry, "seconds"),
-        *_ratios(case, entry, "device_seconds"),
-    )
-
-
-def _page(case: dict, rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    title = (
         f"{case['case']}: {case['optimizer']}, {case['dtype']}, {case['elements']:,} elements in "
         f"{case['tensors']} tensor{'s' * (case['tensors'] > 1)}, {case['cache']} caches"
         + (", channels last" if case.get("channels_last") else "")
     )
-    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown)]
+
+
+def _notes(case: dict) -> list[str]:
     drawn = {
         (e["setting"], e["seed"], e["injected_fraction"])
         for e in case["variants"]
         if e["setting"].startswith("alpha")
     }
-    for setting, seed, fraction in sorted(drawn):
-        lines.append(f"{setting}: seed {seed}, {fraction:.1%} of the draws in the window inject")
-    for missing in case["not_run"]:
-        lines.append(f"not run: {missing['name']} ({missing['setting']}): {missing['reason']}")
-    if case.get("device", "cpu") != "cpu":
+    lines = [
+        f"{setting}: seed {seed}, {fraction:.1%} of the draws in the window inject"
+        for setting, seed, fraction in sorted(drawn)
+    ]
+    lines += absences(case)
+    if _has_device(case):
         if case["profiler"]:
             lines.append(f"no kernel times: {case['profiler']}")
         if any((entry["device_late"] or 0.0) > 0.1 for entry in case["variants"]):
             lines.append("late: the host did not keep ahead, its time is in the device time")
-    lines.extend(losses(case))
-    return "\n".join(lines) + "\n"
+    return lines + losses(case)
 
 
 def losses(case: dict) -> list[str]:
     """Returns a line for every comparison that dgg loses, by the medians."""
     figures = [("seconds", "time")]
-    if case.get("device", "cpu") != "cpu":
+    if _has_device(case):
         figures = [("seconds", "wall time"), ("device_seconds", "device time")]
     found = []
     for entry in case["variants"]:
@@ -238,99 +260,115 @@ def _figure(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _reading_alone(case: dict) -> float | None:
-    """Returns the seconds that reading g twice and θ, m, v, θ* once takes at the fastest rate."""
-    rates = [rate for name, rate in case["memory_bandwidth"].items() if name.startswith("read")]
-    return 24 * case["elements"] / max(rates) if rates else None
+def target(
+    what: str, value: float, shown: str = ".3f", *, most: float | None = None,
+    least: float | None = None, stated: str = ".2f",
+) -> dict:  # fmt: skip
+    """Returns a comparison with a target: what, target, measured, value, met.
+
+    Args:
+        what: What was measured.
+        value: The result.
+        shown: Format of the result.
+        most: The target, if the value is not to be above it.
+        least: The target, if the value is not to be below it; without both there is none.
+        stated: Format of the target.
+    """
+    words, met = "no target", None
+    if most is not None:
+        words, met = f"≤ {most:{stated}}", value <= most
+    elif least is not None:
+        words, met = f"≥ {least:{stated}}", value >= least
+    measured = format(value, shown)
+    return {"what": what, "target": words, "measured": measured, "value": value, "met": met}
+
+
+def quotient(
+    case: dict | None, ours: tuple[str, str], theirs: tuple[str, str], figure: str = "seconds"
+) -> float | None:
+    """Returns a figure of one (variant, setting) over that of another; None: not both ran."""
+    pair = [find(case, *run) for run in (ours, theirs)] if case is not None else [None]
+    if any(entry is None or entry[figure] is None for entry in pair):
+        return None
+    return pair[0][figure] / pair[1][figure]
+
+
+FLAGSHIP = "adamw-float32-32Mi"
+FOREACH = ("foreach + fused", "foreach + fused, d kept", "foreach + clip_grad_norm_ + fused")
 
 
 def targets(cases: Iterable[dict], memory: Sequence[dict]) -> list[dict]:
-    """Compares results with the project's targets.
-
-    Returns:
-        For every target that the results can speak to: what, target, measured, met.
-    """
+    """Compares results with the project's targets: all that the results can speak to."""
     by_name = {case["case"]: case for case in cases}
     found: list[dict] = []
 
-    def ratio(case_name, what, mine, other, limit, name="dgg cpp") -> None:
-        case = by_name.get(case_name)
-        if case is None:
+    def ratio(case_name, what, mine, other, most, name="dgg cpp") -> None:
+        value = quotient(by_name.get(case_name), (name, mine), other)
+        if value is None:
             return
-        ours, theirs = find(case, name, mine), find(case, *other)
-        if ours is None or theirs is None:
-            return
-        value = ours["seconds"] / theirs["seconds"]
         if mine.startswith("alpha"):
-            what += f" ({ours['samples']} steps)"
-        found.append(
-            {"what": f"{case_name}: {what}",
-             "target": "no target" if limit is None else f"≤ {limit:.2f}",
-             "measured": f"{value:.3f}", "value": value,
-             "met": None if limit is None else value <= limit}
-        )  # fmt: skip
+            what += f" ({find(by_name[case_name], name, mine)['samples']} steps)"
+        found.append(target(f"{case_name}: {what}", value, most=most))
 
-    fused, clipped = ("torch fused", "plain"), ("torch fused", "clipped")
-    ratio("adamw-float32-32Mi", "plain / torch fused", "plain", fused, 1.00)
-    ratio("adamw-float32-32Mi", "guided, clipped / clip + fused", "guided", clipped, 0.90)
-    ratio("adamw-float32-32Mi", "alpha=0.2, clipped / clip + fused", "alpha=0.2", clipped, 0.82)
-    flagship = by_name.get("adamw-float32-32Mi")
-    foreach = ("foreach + fused", "foreach + fused, d kept", "foreach + clip_grad_norm_ + fused")
-    reading = _reading_alone(flagship) if flagship else None
-    for name in foreach if flagship else ():
-        ours, theirs = find(flagship, "dgg cpp", "guided"), find(flagship, name, "guided")
-        if ours is None or theirs is None:
+    clipped, always = ("torch fused", "clipped"), "guided, clipped / clip + fused"
+
+    def against_fused(case_name, plain, guided, sampled) -> None:
+        ratio(case_name, "plain / torch fused", "plain", ("torch fused", "plain"), plain)
+        ratio(case_name, always, "guided", clipped, guided)
+        ratio(case_name, "alpha=0.2, clipped / clip + fused", "alpha=0.2", clipped, sampled)
+
+    against_fused(FLAGSHIP, 1.00, 0.90, 0.82)
+    if FLAGSHIP in by_name:
+        found += _judge_flagship(by_name[FLAGSHIP])
+    for name in ("tiny448-cold", "tiny448-warm"):
+        ratio(name, always, "guided", clipped, 0.15)
+        best = ("torch fused, foreach clip", "clipped")
+        ratio(name, "guided, clipped / foreach clip + fused", "guided", best, 0.15)
+    ratio("tiny448-warm", "replay / plain", "replay", ("dgg cpp", "plain"), 1.50)
+    # A LoRA's time is the memory's, too: it is shown without a target.
+    for name, added, foreign in (("tiny448-warm", 0.25, 0.35), ("llava7b-lora16", None, None)):
+        what = "replay, guided, clipped / add + clip + fused"
+        ratio(name, what, "replay, guided", ADD_AND_CLIP, added)
+        what = "Guidance over torch fused / foreach guidance + torch fused"
+        ratio(name, what, "guided", PEERS["guided"], foreign, "dgg Guidance + torch fused")
+    for kind in ("adamw-bfloat16", "sgd-float32", "momentum-float32", "sgd-bfloat16",
+                 "momentum-bfloat16"):  # fmt: skip
+        against_fused(f"{kind}-32Mi", 1.00, 1.00, 1.00)
+    for entry in memory:
+        what = f"memory: {entry['case']}, arrays of the weights' size beyond θ, g, m, v"
+        judged = {"target": "1 (the anchor)", "met": entry["met"]}
+        found.append({**target(what, entry["extra_arrays"]), **judged})
+    return found
+
+
+def _judge_flagship(case: dict) -> list[dict]:
+    found = []
+    reading = _reading_alone(case)
+    for name in FOREACH:
+        if (value := quotient(case, (name, "guided"), ("dgg cpp", "guided"))) is None:
             continue
-        value = theirs["seconds"] / ours["seconds"]
         # The target is for guidance, `clip_grad_norm_` and the fused optimizer one after the other.
         # In the first every spare pass is taken out by hand: merely reading what a step must read
         # may take longer than the target leaves. The second buys its speed with another copy of
         # the weights.
-        named = name == foreach[-1]
-        found.append(
-            {"what": f"adamw-float32-32Mi: times faster than {name}",
-             "target": "≥ 4.20" if named else "no target", "measured": f"{value:.2f}",
-             "value": value, "met": value >= 4.2 if named else None}
-        )  # fmt: skip
+        least = 4.2 if name == FOREACH[-1] else None
+        found.append(target(f"{FLAGSHIP}: times faster than {name}", value, ".2f", least=least))
         if reading is not None:
-            value = theirs["seconds"] / reading
-            found.append(
-                {"what": "adamw-float32-32Mi: … and if a step only read its 24 bytes an element",
-                 "target": "no target", "measured": f"{value:.2f}", "value": value, "met": None}
-            )  # fmt: skip
+            what = f"{FLAGSHIP}: … and if a step only read its 24 bytes an element"
+            found.append(target(what, find(case, name, "guided")["seconds"] / reading, ".2f"))
     for setting in ("plain", "guided", "alpha=0.2"):
-        entry = find(flagship, "dgg cpp", setting) if flagship else None
+        entry = find(case, "dgg cpp", setting)
         if entry is not None and entry["share_of_bandwidth"] is not None:
-            value = entry["share_of_bandwidth"]
-            found.append(
-                {"what": f"adamw-float32-32Mi: {setting}, share of best of copy and triad",
-                 "target": "≥ 90 %", "measured": f"{value:.1%}", "value": value,
-                 "met": value >= 0.9}
-            )  # fmt: skip
-    for name in ("tiny448-cold", "tiny448-warm"):
-        ratio(name, "guided, clipped / clip + fused", "guided", clipped, 0.15)
-        best = ("torch fused, foreach clip", "clipped")
-        ratio(name, "guided, clipped / foreach clip + fused", "guided", best, 0.15)
-    ratio("tiny448-warm", "replay / plain", "replay", ("dgg cpp", "plain"), 1.50)
-    for name in ("tiny448-warm", "llava7b-lora16"):
-        judged = name == "tiny448-warm"
-        ratio(name, "replay, guided, clipped / add + clip + fused", "replay, guided",
-              ADD_AND_CLIP, 0.25 if judged else None)  # fmt: skip
-        ratio(name, "Guidance over torch fused / foreach guidance + torch fused", "guided",
-              ("foreach + fused", "guided"), 0.35 if judged else None,
-              "dgg Guidance + torch fused")  # fmt: skip
-    for name in ("adamw-bfloat16-32Mi", "sgd-float32-32Mi", "momentum-float32-32Mi",
-                 "sgd-bfloat16-32Mi", "momentum-bfloat16-32Mi"):  # fmt: skip
-        ratio(name, "plain / torch fused", "plain", fused, 1.00)
-        ratio(name, "guided, clipped / clip + fused", "guided", clipped, 1.00)
-        ratio(name, "alpha=0.2, clipped / clip + fused", "alpha=0.2", clipped, 1.00)
-    for entry in memory:
-        found.append(
-            {"what": f"memory: {entry['case']}, arrays of the weights' size beyond θ, g, m, v",
-             "target": "1 (the anchor)", "measured": f"{entry['extra_arrays']:.3f}",
-             "value": entry["extra_arrays"], "met": entry["met"]}
-        )  # fmt: skip
+            what = f"{FLAGSHIP}: {setting}, share of best of copy and triad"
+            share = target(what, entry["share_of_bandwidth"], ".1%", least=0.9)
+            found.append({**share, "target": "≥ 90 %"})
     return found
+
+
+def _reading_alone(case: dict) -> float | None:
+    """Returns the seconds that reading g twice and θ, m, v, θ* once takes at the fastest rate."""
+    rates = [rate for name, rate in case["memory_bandwidth"].items() if name.startswith("read")]
+    return 24 * case["elements"] / max(rates) if rates else None
 
 
 def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
@@ -345,6 +383,105 @@ def bandwidth_line(bandwidth: dict[str, float]) -> str:
     """Returns one line about the measured bandwidth."""
     parts = ", ".join(f"{name} {value / 1e9:.1f} GB/s" for name, value in bandwidth.items())
     return f"memory bandwidth (a CPU's with write-allocate counted): {parts}"
+
+
+def provenance(device) -> dict[str, object]:
+    """Returns what a reader needs to judge or repeat the numbers."""
+    import torch
+
+    import dgg
+
+    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    active = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
+    configuration = dgg.show_config().splitlines()
+    gpu = None
+    if device.device.type == "cuda":
+        gpu = {**gpu_report(), "cache": device.cache_bytes}
+    return {
+        "gpu": gpu,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device.name,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache": device.cache_bytes,
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "huge_pages": active[1] if active else None,
+        "load_average": os.getloadavg(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dgg": dgg.__version__,
+        "backends": [line.strip() for line in configuration[1:]],
+        "compiler": (output(["g++", "--version"]) or "none").splitlines()[0],
+        "commit": commit(),
+        "uncommitted_changes": uncommitted_changes(),
+    }
+
+
+# What nvidia-smi is asked for; asking changes nothing.
+_GPU_FIELDS = (
+    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem",
+    "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
+    "utilization.gpu", "ecc.mode.current", "mig.mode.current", "compute_cap",
+)  # fmt: skip
+
+
+def gpu_report() -> dict[str, str | None]:
+    """Returns what nvidia-smi and torch say about the GPU; no setting is touched."""
+    import torch
+
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i"]
+    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    answer = output([*query, str(place)])
+    values = [value.strip() for value in answer.split(",")] if answer else []
+    found: dict[str, str | None] = dict.fromkeys(_GPU_FIELDS)
+    if len(values) == len(_GPU_FIELDS):
+        found.update(zip(_GPU_FIELDS, values, strict=True))
+    elif torch.cuda.is_available():
+        found["name"] = torch.cuda.get_device_name(place)
+    found["cuda"] = torch.version.cuda
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+def commit() -> str | None:
+    """Returns the commit that is checked out; None: not known here."""
+    return _git("rev-parse", "HEAD")
+
+
+def uncommitted_changes() -> bool | None:
+    """Returns whether tracked files differ from the commit; None: not known here."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return None if changed is None else bool(changed)
+
+
+def _git(*arguments: str) -> str | None:
+    return output(["git", "-C", str(pathlib.Path(__file__).parent), *arguments])
+
+
+def cpu_model() -> str:
+    """Returns the processor's name."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def output(command: list[str]) -> str | None:
+    """Returns what a short command prints; None: it is not here, or failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def provenance_lines(found: dict) -> str:
@@ -373,15 +510,40 @@ def provenance_lines(found: dict) -> str:
     )
 
 
-def write(
-    folder: pathlib.Path, results: dict, text: str, stem: str, *, drawn: bool = True
-) -> list[pathlib.Path]:
-    """Writes JSON, table and (unless ``drawn`` is False) plots; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / f"{stem}.json", folder / f"{stem}.md"
-    replace(data, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    replace(page, text)
-    return [data, page, *(plots(folder, results, stem) if drawn else [])]
+class Printer:
+    """Prints lines and keeps them for the page written beside the JSON.
+
+    Args:
+        markdown: Tables are to be markdown.
+        folder: Where JSON and page go; None: nothing is written.
+        kind: Their name, before the date.
+    """
+
+    def __init__(
+        self, markdown: bool = False, folder: pathlib.Path | None = None, kind: str = ""
+    ) -> None:
+        self.markdown, self.lines, self._folder = markdown, [], folder
+        self._stem = f"{kind}-{time.strftime('%Y-%m-%d', time.gmtime())}"
+
+    def __call__(self, line: str) -> None:
+        """Prints one line or paragraph."""
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def begin(self, origin: dict) -> None:
+        """Prints where the numbers are from, and whether something else was going on there."""
+        self(provenance_lines(origin) + "\n")
+        if origin["load_average"][0] > 0.5 and origin["device"] == "cpu":
+            self("This machine is not quiet: take the times as provisional.\n")
+
+    def write(self, results: dict, *more: str) -> list[pathlib.Path]:
+        """Writes results, and what was printed and ``more``; returns the files."""
+        if self._folder is None:
+            return []
+        files = [self._folder / f"{self._stem}.{suffix}" for suffix in ("json", "md")]
+        replace(files[0], json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        replace(files[1], "\n".join([*self.lines, *more]) + "\n")
+        return files
 
 
 def replace(path: pathlib.Path, text: str) -> None:
@@ -390,61 +552,3 @@ def replace(path: pathlib.Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
-
-
-def plots(folder: pathlib.Path, results: dict, stem: str) -> list[pathlib.Path]:
-    """Draws time and share of bandwidth over the number of elements, a file per optimizer."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no plots")
-        return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    files = []
-    single = [case for case in results["cases"] if case["tensors"] == 1]
-    for kind in sorted({(case["optimizer"], case["dtype"]) for case in single}):
-        cases = sorted(
-            (c for c in single if (c["optimizer"], c["dtype"]) == kind), key=lambda c: c["elements"]
-        )
-        if len(cases) < 2:
-            continue
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
-        names = dict.fromkeys((e["name"], e["setting"]) for c in cases for e in c["variants"])
-        for number, (name, setting) in enumerate(names):
-            points = [(c["elements"], find(c, name, setting)) for c in cases]
-            points = [(n, e) for n, e in points if e is not None]
-            style = {
-                "marker": "o" if name.startswith("dgg") else ".",
-                "linewidth": 2.2 if name.startswith("dgg") else 1.1,
-                "linestyle": "-" if name.startswith("dgg") else "--",
-                "color": f"C{number % 10}" if number < 10 else "0.5",
-            }
-            sizes, label = [n for n, _ in points], f"{name}, {setting}"
-            left.plot(sizes, [e["ns_per_element"] for _, e in points], label=label, **style)
-            shares = [(n, e["share_of_bandwidth"]) for n, e in points if e["share_of_bandwidth"]]
-            if shares:
-                right.plot(*zip(*shares, strict=True), label=label, **style)
-        left.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns per element and step")
-        right.axhline(1.0, color="black", linewidth=0.8)
-        right.set(
-            xscale="log", xlabel="elements", ylabel="share of the best of copy and triad", ylim=0
-        )
-        left.grid(alpha=0.3)
-        right.grid(alpha=0.3)
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-        found = results["provenance"]
-        where = f"{found['cpu']}, {found['threads']} threads"
-        if found.get("gpu"):
-            where = found["gpu"]["name"]
-        figure.suptitle(
-            f"{kind[0]}, {kind[1]}, one tensor: {where}, torch {found['torch']}", fontsize=10
-        )
-        figure.tight_layout(rect=(0, 0.06 + 0.035 * ((len(labels) + 3) // 4), 1, 1))
-        path = folder / f"{stem}-{kind[0]}-{kind[1]}.png"
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
-        files.append(path)
-    return files

@@ -33,8 +33,7 @@ import time
 import torch
 
 from gpu.targets import backend_table, gpu_targets
-from gpu.witness import LOST
-from machine import Cpu, DeviceLost, Streams, open_device, provenance
+from machine import Cpu, DeviceLost, Streams, give_up, open_device
 from parameter_lists import (
     count,
     llava_7b_full,
@@ -46,14 +45,14 @@ from parameter_lists import (
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
 from report import (
+    Printer,
     bandwidth_line,
     case_table,
     fill_shares,
     host_table,
-    provenance_lines,
+    provenance,
     targets,
     targets_table,
-    write,
 )
 from timing import Case, run_case
 from workload import (
@@ -327,11 +326,12 @@ def run(
         DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
     """
     before = before or {}
-    lost = [*before.get("lost", [])]
+    lost, skipped = [*before.get("lost", [])], []
     results: dict[str, object] = {
         "schema": SCHEMA, "provenance": provenance(device), "cases": [*before.get("cases", [])],
-        "skipped": [], "lost": lost,
+        "skipped": skipped, "lost": lost,
     }  # fmt: skip
+    keep_results = keep or (lambda results: None)
     done = {case["case"] for case in results["cases"]}
     culprits = {entry["name"] for entry in lost}
     cases = [
@@ -339,9 +339,12 @@ def run(
         for case in cases
         if case.name not in done
     ]
-    say(provenance_lines(results["provenance"]) + "\n")
-    if results["provenance"]["load_average"][0] > 0.5 and device.name == "cpu":
-        say("This machine is not quiet: take the times as provisional.\n")
+
+    def skip(reason: str, words: str = "skipped", **more: bool) -> None:
+        skipped.append({"case": case.name, "reason": reason, **more})
+        say(f"{case.name} {words}: {reason}\n")
+
+    say.begin(results["provenance"])
     streams = Streams(device, stream_elements)
     for _ in range(5):
         streams.run(device)
@@ -350,8 +353,7 @@ def run(
     for case in cases:
         begin = time.perf_counter()
         if begin > deadline:
-            results["skipped"].append({"case": case.name, "reason": "no time was left for it"})
-            say(f"{case.name} skipped: no time was left for it\n")
+            skip("no time was left for it")
             continue
         # Neighbours take bandwidth as they please: large cases measure it between their own steps.
         large = count(case.shapes) * case.dtype.itemsize >= device.cache_bytes and not case.spare
@@ -359,9 +361,7 @@ def run(
         try:
             entry = run_case(case, device, own, log=say, forgiving=keep is not None)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            reason = str(error).splitlines()[0]
-            results["skipped"].append({"case": case.name, "reason": reason})
-            say(f"{case.name} skipped: {reason}\n")
+            skip(str(error).splitlines()[0])
             continue
         except DeviceLost as error:
             lost.append(
@@ -369,17 +369,15 @@ def run(
                  "reason": error.reason}
             )  # fmt: skip
             say(f"{case.name}: THE DEVICE WAS LOST by {error}\n")
-            if keep is not None:
-                keep(results)
+            keep_results(results)
             raise
         except Exception as error:
             if keep is None:
                 raise
             # One case of many: time on a GPU is rare.
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            results["skipped"].append({"case": case.name, "reason": reason, "wrong": True})
-            say(f"{case.name} FAILED: {reason}\n")
-            keep(results)
+            first = (str(error).splitlines() or [""])[0]
+            skip(f"{type(error).__name__}: {first}", "FAILED", wrong=True)
+            keep_results(results)
             continue
         entry["memory_bandwidth"] = own.bandwidth() if own else overall
         entry["wall_seconds"] = time.perf_counter() - begin
@@ -391,22 +389,9 @@ def run(
         # Of what the host does for every tensor memory says nothing.
         memory = "" if host else bandwidth_line(entry["memory_bandwidth"]) + "; "
         say(f"{memory}{entry['wall_seconds']:.0f} s\n")
-        if keep is not None:
-            keep(results)
+        keep_results(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
     return results
-
-
-class Printer:
-    """Prints lines and keeps them for the page written beside the JSON."""
-
-    def __init__(self, markdown: bool) -> None:
-        self.markdown, self.lines = markdown, []
-
-    def __call__(self, line: str) -> None:
-        """Prints one line or paragraph."""
-        self.lines.append(line)
-        print(line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -415,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="threads of torch and dgg; default: all cores")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for JSON, table and plots")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and tables")
     parser.add_argument("--markdown", action="store_true", help="print tables as markdown")
     parser.add_argument("--memory", action="store_true", help="peak memory only")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
@@ -435,7 +420,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    say = Printer(options.markdown)
+    cases = [case for case in cases_of(preset) if options.only in case.name]
+    if not cases:
+        names = ", ".join(case.name for case in cases_of(preset))
+        parser.error(f"--only {options.only}: no such case; there are {names}")
     try:
         device = open_device(options.device)
     except ValueError as error:
@@ -443,66 +431,53 @@ def main(arguments: list[str] | None = None) -> int:
     before = None
     if options.resume is not None:
         before = json.loads(options.resume.read_text(encoding="utf-8"))
+    kind = "memory" if options.memory else "step"
+    say = Printer(options.markdown, options.out, f"{kind}-{options.device}")
     settings = {
         "preset": preset,
         "threads": torch.get_num_threads(),
         "flagship": GPU_FLAGSHIP if preset in GPU_PRESETS else FLAGSHIP,
     }
-    kind = "memory" if options.memory else "step"
-    stem = f"{kind}-{options.device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 
-    def keep(results: dict[str, object]) -> None:
-        if options.out is not None:
-            partial = {**results, "settings": settings, "memory": [], "complete": False}
-            partial["targets"] = judge(partial, preset)
-            write(options.out, partial, "\n".join(say.lines) + "\n", stem, drawn=False)
+    def judged(results: dict[str, object], memory: list[dict], complete: bool) -> dict[str, object]:
+        """Returns the results with the targets that they can speak to."""
+        results = {**results, "settings": settings, "complete": complete, "memory": memory}
+        on_gpu = preset in GPU_PRESETS
+        found = gpu_targets(results["cases"]) if on_gpu else targets(results["cases"], memory)
+        return {**results, "targets": found}
 
-    if options.memory:
-        results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
-    else:
-        cases = [case for case in cases_of(preset) if options.only in case.name]
-        if not cases:
-            names = ", ".join(case.name for case in cases_of(preset))
-            parser.error(f"--only {options.only}: no such case; there are {names}")
+    results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
+    if not options.memory:
         elements = 2**25 if options.device == "cpu" else 2**28
         elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
+        # What takes long is kept after every case.
+        keep = None
+        if preset in (*GPU_PRESETS, "full"):
+            keep = lambda results: say.write(judged(results, [], False))  # noqa: E731
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
-                deadline=began + options.deadline,
-                keep=keep if preset in (*GPU_PRESETS, "full") else None,  # they take long
-                before=before, host=preset == "host",
+                deadline=began + options.deadline, keep=keep, before=before, host=preset == "host",
             )  # fmt: skip
         except DeviceLost as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            # Nothing can be tidied up on a device that is lost, and trying may hang.
-            os._exit(LOST)
+            give_up(error)
         except VerificationError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    results["settings"], results["complete"] = settings, True
-    results["memory"] = []
+    memory = []
     if options.memory or preset in ("targets", "full"):
         size = 2**20 if preset == "smoke" else 2**24
-        results["memory"] = [measure_memory(case, size) for case in MEMORY_CASES]
-    results["targets"] = judge(results, preset)
+        memory = [measure_memory(case, size) for case in MEMORY_CASES]
+    results = judged(results, memory, True)
     if preset in GPU_PRESETS:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
         say(targets_table(results["targets"], markdown=options.markdown))
-    if options.out is not None:
-        for path in write(options.out, results, "\n".join(say.lines) + "\n", stem):
-            print(f"wrote {path}")
+    for path in say.write(results):
+        print(f"wrote {path}")
     wrong = [missing["wrong"] for case in results["cases"] for missing in case["not_run"]]
     wrong += [skipped.get("wrong", False) for skipped in results["skipped"]]
     return int(any(wrong))
-
-
-def judge(results: dict[str, object], preset: str) -> list[dict]:
-    """Returns the targets that the results can speak to."""
-    if preset in GPU_PRESETS:
-        return gpu_targets(results["cases"])
-    return targets(results["cases"], results["memory"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -116,6 +117,20 @@ class Workload:
         """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
         for param, anchor in zip(self.params, self.anchors, strict=True):
             anchor.normal_(std=2.0, generator=self._generator).add_(param)
+
+    def set_anchors(self, optimizer, hold: Callable[[Tensor, Tensor], object], params) -> None:
+        """Makes an optimizer of ours set the anchors that all variants share.
+
+        Args:
+            optimizer: Which has ``set_anchor()``.
+            hold: (parameter, anchor) → puts it where the optimizer has its anchors.
+            params: The optimizer's.
+        """
+        # set_anchor() writes into an anchor that is there already.
+        for param, anchor in zip(params, self.anchors, strict=True):
+            hold(param, anchor)
+        optimizer.set_anchor()
+        self.move_anchors()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns Parameters on the shared memory, with the shared gradients.

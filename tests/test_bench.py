@@ -173,7 +173,7 @@ def test_unverified_variant_is_not_timed(bench):
     work, variant, _ = _variant(bench, "torch fused", bench("workload").PLAIN)
     before = [p.clone() for p in work.params]
     with pytest.raises(robin.NotVerified, match="torch fused"):
-        robin._Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
+        robin.Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
     assert all(map(torch.equal, before, work.params))
 
 

@@ -181,7 +181,7 @@ def test_wrong_variant_is_refused(bench, alone, mistake):
         sharded.verify(variant, oracle)
     assert not variant.verified
     with pytest.raises(RuntimeError, match="was not verified"):
-        sharded._Timed(variant, 0.0, []).run()
+        bench("timing").Timed(variant, 0.0).take_turn(sharded.Rank())
 
 
 def test_counts_that_disagree_end_the_run(bench, alone, monkeypatch):

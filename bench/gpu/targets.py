@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from report import find, table
+from report import find, quotient, ratios, table, target
 
 BACKENDS = ("dgg cpp", "dgg triton")
 PLAIN, CLIPPED = ("torch fused", "plain"), ("torch fused", "clipped")
@@ -49,77 +49,33 @@ def gpu_targets(cases: Iterable[dict]) -> list[dict]:
     """Returns for every target that the results can speak to: what, target, measured, met."""
     by_name = {case["case"]: case for case in cases}
     found: list[dict] = []
-
-    def add(what: str, value: float, shown: str, target: str, met: bool | None) -> None:
-        found.append(
-            {"what": what, "target": target, "measured": shown, "value": value, "met": met}
-        )
-
-    def pair(case_name: str, backend: str, setting: str, other: tuple[str, str], figure: str):
-        case = by_name.get(case_name)
-        if case is None:
-            return None
-        ours, theirs = find(case, backend, setting), find(case, *other)
-        if ours is None or theirs is None or ours[figure] is None or theirs[figure] is None:
-            return None
-        return ours[figure], theirs[figure]
-
     for backend in BACKENDS:
+        guided = (backend, "guided")
         for name, setting, other, figure, limit in RATIOS:
-            if (both := pair(name, backend, setting, other, figure)) is None:
-                continue
-            value = both[0] / both[1]
-            add(
-                f"{name}, {backend}: {setting} / {' '.join(other)}, {_WORDS[figure]}",
-                value,
-                f"{value:.3f}",
-                "no target" if limit is None else f"≤ {limit:.2f}",
-                None if limit is None else value <= limit,
-            )
+            value = quotient(by_name.get(name), (backend, setting), other, figure)
+            if value is not None:
+                what = f"{setting} / {' '.join(other)}, {_WORDS[figure]}"
+                found.append(target(f"{name}, {backend}: {what}", value, most=limit))
         for name, other, figure, least in SPEEDUPS:
-            if (both := pair(name, backend, "guided", other, figure)) is None:
-                continue
-            value = both[1] / both[0]
-            add(
-                f"{name}, {backend}: times faster than {other[0]}, {_WORDS[figure]}",
-                value,
-                f"{value:.2f}",
-                "no target" if least is None else f"≥ {least:.1f}",
-                None if least is None else value >= least,
-            )
-        for name, case in by_name.items():
+            value = quotient(by_name.get(name), other, guided, figure)
+            if value is not None:
+                what = f"{name}, {backend}: times faster than {other[0]}, {_WORDS[figure]}"
+                found.append(target(what, value, ".2f", least=least, stated=".1f"))
+        ours = [(name, case, e) for name, case in by_name.items() for e in case["variants"]
+                if e["name"] == backend]  # fmt: skip
+        for name, case, entry in ours:
             judged = case["elements"] >= 2**28 and case["optimizer"] == "adamw"
-            for entry in case["variants"] if judged else ():
-                share = entry["share_of_bandwidth"]
-                if entry["name"] != backend or share is None:
-                    continue
-                add(
-                    f"{name}, {backend}: {entry['setting']}, share of copy bandwidth",
-                    share,
-                    f"{share:.1%}",
-                    f"≥ {SHARE:.0%}",
-                    share >= SHARE,
-                )
-        lora = by_name.get(LORA)
-        for entry in lora["variants"] if lora else ():
-            if entry["name"] == backend and entry["launches"] is not None:
-                add(
-                    f"{LORA}, {backend}: {entry['setting']}, kernel launches of a step",
-                    entry["launches"],
-                    str(entry["launches"]),
-                    f"≤ {LAUNCHES}",
-                    entry["launches"] <= LAUNCHES,
-                )
-        entries = [e for c in by_name.values() for e in c["variants"] if e["name"] == backend]
-        if entries:
-            waiting = sum(entry["waits_for_device"] is not None for entry in entries)
-            add(
-                f"{backend}: of {len(entries)} measured steps, those that wait for the device",
-                waiting,
-                str(waiting),
-                "0",
-                waiting == 0,
-            )
+            if judged and (share := entry["share_of_bandwidth"]) is not None:
+                what = f"{name}, {backend}: {entry['setting']}, share of copy bandwidth"
+                found.append(target(what, share, ".1%", least=SHARE, stated=".0%"))
+        for name, _, entry in ours:
+            if name == LORA and entry["launches"] is not None:
+                what = f"{LORA}, {backend}: {entry['setting']}, kernel launches of a step"
+                found.append(target(what, entry["launches"], "", most=LAUNCHES, stated=""))
+        if ours:
+            waiting = sum(entry["waits_for_device"] is not None for *_, entry in ours)
+            what = f"{backend}: of {len(ours)} measured steps, those that wait for the device"
+            found.append({**target(what, waiting, "", most=0), "target": "0"})
     return found
 
 
@@ -130,6 +86,6 @@ def backend_table(cases: Iterable[dict], *, markdown: bool) -> str:
         for entry in case["variants"]:
             other = find(case, "dgg triton", entry["setting"])
             if entry["name"] == "dgg cpp" and other is not None:
-                ratios = [f"{entry[figure] / other[figure]:.2f}" for figure in (WALL, HOST, DEVICE)]
-                rows.append((case["case"], entry["setting"], *ratios))
+                cells = [ratios(entry, [other], figure)[0] for figure in (WALL, HOST, DEVICE)]
+                rows.append((case["case"], entry["setting"], *cells))
     return table(rows, markdown=markdown) + "\n" if len(rows) > 1 else ""
