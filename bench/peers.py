@@ -76,6 +76,7 @@ class Variant(abc.ABC):
         name: As the tables call it.
         guided: Whether it has the settings with an alpha.
         replays: Whether it has the settings with replay gradients.
+        needs: Fields of the setting without which it would be another variant → that variant.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
         built_on: The variant whose optimizer it calls: where that computes something else, this one
@@ -88,6 +89,7 @@ class Variant(abc.ABC):
     name: ClassVar[str]
     guided: ClassVar[bool]
     replays: ClassVar[bool] = False
+    needs: ClassVar[dict[str, str]] = {}
     foreign: ClassVar[bool] = False
     built_on: ClassVar[str | None] = None
     verified = False
@@ -97,6 +99,10 @@ class Variant(abc.ABC):
             raise Unavailable("it has no guidance")
         if setting.replay and not self.replays:
             raise Unavailable("it has no replay gradients")
+        for field, other in self.needs.items():
+            if not getattr(setting, field):
+                words = {"clipped": "clipping", "replay": "replay gradients"}[field]
+                raise Unavailable(f"without {words} it is {other}")
         self.workload, self.setting, self.calls = workload, setting, 0
         self._draw = 0
         self.seed = 0
@@ -177,9 +183,9 @@ class Variant(abc.ABC):
         base += 2e-10 * longest
         return base, base
 
-    @abc.abstractmethod
     def elements_moved(self) -> float | None:
-        """Returns arrays read and written per step, e.g. 7 for AdamW; None: not accounted."""
+        """Returns arrays read and written per step; by default one pass of the update."""
+        return self._update_arrays()
 
     def bytes_moved(self) -> float | None:
         """Returns the bytes a step has to move."""
@@ -325,11 +331,7 @@ class DggCppBlock(DggCpp):
     """
 
     name = "dgg cpp, replay() timed"
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.replay:
-            raise Unavailable("without replay gradients it is dgg cpp")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"replay": "dgg cpp"}
 
     def ready(self) -> None:
         """Gradients alone; what is kept from a step that was not taken is dropped."""
@@ -440,11 +442,7 @@ class TorchFusedForeachClip(TorchFused):
 
     name = "torch fused, foreach clip"
     foreach_clip = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.clipped:
-            raise Unavailable("without clipping it is torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"clipped": "torch fused"}
 
 
 class AddFused(TorchFused):
@@ -452,11 +450,7 @@ class AddFused(TorchFused):
 
     name = "add + torch fused"
     replays = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.replay:
-            raise Unavailable("without replay gradients it is torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"replay": "torch fused"}
 
     def step(self, inject: bool) -> None:
         """Adds, clips if asked to, steps."""
@@ -473,11 +467,7 @@ class AddFusedForeachClip(AddFused):
 
     name = "add + torch fused, foreach clip"
     foreach_clip = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.clipped:
-            raise Unavailable("without clipping it is add + torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {**AddFused.needs, "clipped": "add + torch fused"}
 
 
 class GuidanceOverFused(_Guiding):
@@ -792,10 +782,6 @@ class _ForeignAdamW(Variant):
     def step(self, inject: bool) -> None:
         """Steps."""
         self.optimizer.step()
-
-    def elements_moved(self) -> float | None:
-        """One pass."""
-        return self._update_arrays()
 
 
 class DeepSpeedCpuAdam(_ForeignAdamW):

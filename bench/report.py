@@ -549,6 +549,7 @@ class Printer:
 def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all: who is interrupted leaves the former one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
+    # Of this process alone: a worker whose parent was killed may be writing the same file.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

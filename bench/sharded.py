@@ -45,29 +45,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
+import peers
+import report
 from machine import Cpu
 from parameter_lists import count
-from peers import (
-    DggCpp,
-    TorchFused,
-    TorchFusedForeachClip,
-    Unavailable,
-    Variant,
-    arguments,
-    guidance,
-)
-from report import (
-    Printer,
-    absences,
-    find,
-    losses,
-    page,
-    provenance,
-    quotient,
-    ratios,
-    target,
-    targets_table,
-)
+from peers import Unavailable, Variant
+from report import Printer, find, target
 from timing import MIN_SAMPLES, Timed, rounds_of
 from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
 
@@ -194,7 +177,7 @@ class OverShards(Variant):
         return None
 
 
-class Ours(OverShards, DggCpp):
+class Ours(OverShards, peers.DggCpp):
     """The package under test."""
 
     guided = True
@@ -204,7 +187,7 @@ class Ours(OverShards, DggCpp):
         return 1e-5, 0.0
 
 
-class Fused(OverShards, TorchFused):
+class Fused(OverShards, peers.TorchFused):
     """torch.optim.AdamW over DTensors, behind torch.nn.utils.clip_grad_norm_ if it clips."""
 
 
@@ -222,7 +205,7 @@ class Loop(Fused):
     how: ClassVar[dict[str, bool]] = {"foreach": False, "fused": False}
 
 
-class FusedForeachClip(OverShards, TorchFusedForeachClip):
+class FusedForeachClip(OverShards, peers.TorchFusedForeachClip):
     """torch fused with the clipping told to use foreach."""
 
 
@@ -262,7 +245,7 @@ class ByHand(OverShards):
         super().__init__(workload, setting)
         self._shards = [torch.nn.Parameter(x) for x in self.locals]
         self._anchors = [workload.shard(x).to_local() for x in workload.whole("anchors")]
-        self.optimizer = torch.optim.AdamW(self._shards, **arguments(workload), fused=True)
+        self.optimizer = torch.optim.AdamW(self._shards, **peers.arguments(workload), fused=True)
 
     def ready(self) -> None:
         """As for the others; the parameters of the model stay DTensors."""
@@ -318,8 +301,8 @@ class Oracle:
             params = [torch.nn.Parameter(x.double()) for x in self._work.whole("anchors")]
             optimizer = dgg.AdamW(
                 params,
-                **arguments(self._work),
-                **guidance(self._work, setting, variant.seed, "reference"),
+                **peers.arguments(self._work),
+                **peers.guidance(self._work, setting, variant.seed, "reference"),
             )
             if setting.alpha is not None:
                 optimizer.set_anchor()
@@ -616,16 +599,16 @@ def case_table(case: dict, cores: int, *, markdown: bool) -> str:
             str(entry["samples"]),
             f"{entry['collectives_per_step']:g}",
             f"{entry['bytes_per_step']:g}",
-            *ratios(entry, opponents),
+            *report.ratios(entry, opponents),
         )
         for entry in case["variants"]
     ]
-    notes = absences(case) + losses(case)
+    notes = report.absences(case) + report.losses(case)
     if case["ranks"] > cores:
         notes.append(
             f"{case['ranks']} ranks share {cores} cores: most of the time is waiting for a core"
         )
-    return page(title, rows, notes, markdown=markdown)
+    return report.page(title, rows, notes, markdown=markdown)
 
 
 def targets(cases: Sequence[dict]) -> list[dict]:
@@ -637,7 +620,7 @@ def targets(cases: Sequence[dict]) -> list[dict]:
             continue
         stated = case["case"] == "small120-2"
         for other, limit in ((FUSED, 0.35), (FOREACH_CLIP, None)) if stated else ():
-            value = quotient(case, ("dgg cpp", "guided"), (other, "clipped"))
+            value = report.quotient(case, ("dgg cpp", "guided"), (other, "clipped"))
             if value is not None:
                 what = f"{case['case']}: guided, clipped / {other} over DTensor, clipped"
                 found.append(target(what, value, most=limit))
@@ -669,7 +652,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = options.ranks or ([2] if options.quick else [1, 2, 4])
     say = Printer(options.markdown, options.out, "sharded-cpu")
     results: dict[str, object] = {
-        "schema": SCHEMA, "provenance": provenance(Cpu()),
+        "schema": SCHEMA, "provenance": report.provenance(Cpu()),
         "settings": {
             "quick": options.quick, "ranks": ranks, "rounds": rounds, "seconds": options.seconds,
             "backend": "gloo", "threads_per_rank": 1, "max_norm": MAX_NORM,
@@ -687,7 +670,7 @@ def main(arguments: list[str] | None = None) -> int:
     results["provenance"]["load_average_after"] = os.getloadavg()
     results["targets"] = targets(results["cases"])
     if results["targets"]:
-        say(targets_table(results["targets"], markdown=options.markdown))
+        say(report.targets_table(results["targets"], markdown=options.markdown))
     results["complete"] = True
     for path in say.write(results):
         print(f"wrote {path}")

@@ -32,28 +32,13 @@ import time
 
 import torch
 
+import parameter_lists
+import report
 from gpu.targets import backend_table, gpu_targets
 from machine import Cpu, DeviceLost, Streams, give_up, open_device
-from parameter_lists import (
-    count,
-    llava_7b_full,
-    llava_7b_lora,
-    many_tiny,
-    of_four_dimensions,
-    one_tensor,
-)
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
-from report import (
-    Printer,
-    bandwidth_line,
-    case_table,
-    fill_shares,
-    host_table,
-    provenance,
-    targets,
-    targets_table,
-)
+from report import Printer, provenance
 from timing import Case, run_case
 from workload import (
     CLIPPED,
@@ -129,17 +114,19 @@ def _size_name(elements: int) -> str:
 
 def _single(elements: int, runs: list[Run], *, optimizer="adamw", dtype=torch.float32, **limits):
     name = f"{optimizer}-{_dtype_name(dtype)}-{_size_name(elements)}"
-    return Case(name, one_tensor(elements), dtype, optimizer, runs, **limits)
+    return Case(name, parameter_lists.one_tensor(elements), dtype, optimizer, runs, **limits)
 
 
 def _lora(rank: int, runs: list[Run], *, dtype=torch.float32, **limits) -> Case:
     name = f"llava7b-lora{rank}" + ("" if dtype == torch.float32 else f"-{_dtype_name(dtype)}")
-    return Case(name, llava_7b_lora(rank), dtype, "adamw", runs, **limits)
+    return Case(name, parameter_lists.llava_7b_lora(rank), dtype, "adamw", runs, **limits)
 
 
 def _tiny(runs: list[Run], *, cold: bool, rounds: int) -> Case:
     name = "tiny448-cold" if cold else "tiny448-warm"
-    return Case(name, many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold)
+    return Case(
+        name, parameter_lists.many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold
+    )
 
 
 def host_cases() -> list[Case]:
@@ -151,8 +138,8 @@ def host_cases() -> list[Case]:
     apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
     cases = []
     for name, shapes, runs, cold, rounds, seconds in (
-        ("tiny448-warm", many_tiny(), every, False, 60, 10.0),
-        ("llava7b-lora16", llava_7b_lora(16), few, True, 7, 15.0),
+        ("tiny448-warm", parameter_lists.many_tiny(), every, False, 60, 10.0),
+        ("llava7b-lora16", parameter_lists.llava_7b_lora(16), few, True, 7, 15.0),
     ):
 
         def case(suffix, shapes, runs, *, cold, rounds, name=name, seconds=seconds, **more):
@@ -161,7 +148,7 @@ def host_cases() -> list[Case]:
                 seconds=seconds, **more,
             )  # fmt: skip
 
-        last = of_four_dimensions(shapes)
+        last = parameter_lists.of_four_dimensions(shapes)
         cases += [
             case("", shapes, runs, cold=cold, rounds=rounds),
             case("-channels-last", last, apart, cold=cold, rounds=rounds, channels_last=True),
@@ -209,7 +196,7 @@ def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
             cases.append(_single(10**exponent, runs, dtype=dtype, **limits(16, 6)))
     cases.append(
         Case(
-            "llava7b-full-bfloat16", llava_7b_full(), bf16, "adamw",
+            "llava7b-full-bfloat16", parameter_lists.llava_7b_full(), bf16, "adamw",
             [(b, s) for b in GPU_BACKENDS for s in (PLAIN, GUIDED, ALPHA)] + peers,
             spare=True, **limits(8, 15),
         )
@@ -256,7 +243,17 @@ def cases_of(preset: str) -> list[Case]:
     if preset == "smoke":
         runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
         cases = [_single(n, runs, rounds=8) for n in (1000, 10000)]
-        cases.append(Case("tiny", many_tiny(5), torch.float32, "adamw", runs, rounds=8, cold=False))
+        cases.append(
+            Case(
+                "tiny",
+                parameter_lists.many_tiny(5),
+                torch.float32,
+                "adamw",
+                runs,
+                rounds=8,
+                cold=False,
+            )
+        )
         for optimizer, dtype in OTHERS:
             cases.append(_single(1000, eager, optimizer=optimizer, dtype=dtype, rounds=8))
         return cases
@@ -356,7 +353,10 @@ def run(
             skip("no time was left for it")
             continue
         # Neighbours take bandwidth as they please: large cases measure it between their own steps.
-        large = count(case.shapes) * case.dtype.itemsize >= device.cache_bytes and not case.spare
+        large = (
+            parameter_lists.count(case.shapes) * case.dtype.itemsize >= device.cache_bytes
+            and not case.spare
+        )
         own = Streams(device, stream_elements) if large else None
         try:
             entry = run_case(case, device, own, log=say, forgiving=keep is not None)
@@ -383,11 +383,11 @@ def run(
         entry["wall_seconds"] = time.perf_counter() - begin
         # The ceiling is a copy; on a CPU triad often gives more.
         ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
-        fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
+        report.fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
         results["cases"].append(entry)
-        say((host_table if host else case_table)(entry, markdown=say.markdown))
+        say((report.host_table if host else report.case_table)(entry, markdown=say.markdown))
         # Of what the host does for every tensor memory says nothing.
-        memory = "" if host else bandwidth_line(entry["memory_bandwidth"]) + "; "
+        memory = "" if host else report.bandwidth_line(entry["memory_bandwidth"]) + "; "
         say(f"{memory}{entry['wall_seconds']:.0f} s\n")
         keep_results(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
@@ -443,7 +443,9 @@ def main(arguments: list[str] | None = None) -> int:
         """Returns the results with the targets that they can speak to."""
         results = {**results, "settings": settings, "complete": complete, "memory": memory}
         on_gpu = preset in GPU_PRESETS
-        found = gpu_targets(results["cases"]) if on_gpu else targets(results["cases"], memory)
+        found = (
+            gpu_targets(results["cases"]) if on_gpu else report.targets(results["cases"], memory)
+        )
         return {**results, "targets": found}
 
     results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
@@ -472,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     if preset in GPU_PRESETS:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
-        say(targets_table(results["targets"], markdown=options.markdown))
+        say(report.targets_table(results["targets"], markdown=options.markdown))
     for path in say.write(results):
         print(f"wrote {path}")
     wrong = [missing["wrong"] for case in results["cases"] for missing in case["not_run"]]

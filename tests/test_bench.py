@@ -323,7 +323,7 @@ def test_every_host_case_goes_through(bench):
                             rounds=3, cold=False, seconds=2.0)
         for case in cases
     ]  # fmt: skip
-    say = step.Printer(markdown=False)
+    say = bench("report").Printer(markdown=False)
     device = bench("machine").open_device("cpu")
     results = step.run(small, device, stream_elements=2**10, say=say, host=True)
     assert [case["case"] for case in results["cases"]] == [case.name for case in cases]
@@ -457,7 +457,7 @@ def test_every_gpu_case_goes_through(bench, gpu, tmp_path):
     # One of a kind: all settings, a list, a spare one, another optimizer.
     kinds = ("adamw-float32-256Mi", "llava7b-lora16", "llava7b-full-bfloat16", "sgd-bfloat16-256Mi")
     cases = [case for case in cases if case.name in kinds]
-    kept, say = [], step.Printer(markdown=True)
+    kept, say = [], bench("report").Printer(markdown=True)
     results = step.run(
         cases, gpu, stream_elements=2**10, say=say, keep=lambda r: kept.append(len(r["cases"]))
     )
@@ -486,7 +486,11 @@ def test_no_case_begins_after_the_deadline(bench, gpu):
     step = bench("step")
     cases = [_shrunk(case) for case in step.gpu_cases()[:2]]
     results = step.run(
-        cases, gpu, stream_elements=2**10, say=step.Printer(False), deadline=time.perf_counter()
+        cases,
+        gpu,
+        stream_elements=2**10,
+        say=bench("report").Printer(False),
+        deadline=time.perf_counter(),
     )
     assert results["cases"] == []
     assert [s["reason"] for s in results["skipped"]] == ["no time was left for it"] * 2
@@ -503,7 +507,7 @@ def test_a_broken_variant_costs_a_gpu_run_only_itself(bench, gpu, monkeypatch, b
 
     monkeypatch.setattr(peers.ForeachGuidance, "_differences", differences)
     cases = [_shrunk(case) for case in step.gpu_cases()[:1]]
-    say = step.Printer(False)
+    say = bench("report").Printer(False)
     results = step.run(cases, gpu, stream_elements=2**10, say=say, keep=lambda r: None)
     (case,) = results["cases"]
     (missing,) = [m for m in case["not_run"] if m["wrong"]]

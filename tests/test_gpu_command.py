@@ -180,7 +180,7 @@ def two_cases(step):
 def test_the_benchmark_goes_on_without_what_lost_the_device(bench, broken, when):
     step, machine = bench("step"), bench("machine")
     broken.when, kept = when, []
-    options = {"stream_elements": 2**10, "say": step.Printer(False)}
+    options = {"stream_elements": 2**10, "say": bench("report").Printer(False)}
     keep = {"keep": lambda results: kept.append(json.loads(json.dumps(results)))}
     with pytest.raises(machine.DeviceLost, match="torch fused .*illegal memory access"):
         step.run(two_cases(step), broken.device, **options, **keep)
@@ -200,7 +200,7 @@ def test_a_case_that_fails_costs_a_gpu_run_only_itself(bench, broken, monkeypatc
     cases = [two_cases(step)[0], dataclasses.replace(two_cases(step)[0], name="behind")]
     answers = iter([False, True])
     monkeypatch.setattr(workload.Workload, "finite", lambda self: next(answers))
-    options = {"stream_elements": 2**10, "say": step.Printer(False)}
+    options = {"stream_elements": 2**10, "say": bench("report").Printer(False)}
     found = step.run(cases, broken.device, **options, keep=lambda results: None)
     assert [case["case"] for case in found["cases"]] == ["behind"]
     (skipped,) = found["skipped"]
@@ -670,7 +670,7 @@ def test_checks_on_the_cpu(bench, checks, monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 2)
     kept = []
     where = here(bench, checks)
-    missing = checks._dispatch.unavailable("triton", where.device.device)
+    missing = bench("peers").unavailable("triton", where.device.device)
     found = checks.run(where, lambda results: kept.append(json.loads(json.dumps(results))))
     assert list(found) == list(checks.checks()) and kept[-1] == found
     for name, result in found.items():
@@ -750,17 +750,17 @@ def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypat
 
     device = Counting(None, torch.device("cpu"))
     device.lost = lambda: "CUDA error: an illegal memory access was encountered"
-    monkeypatch.setattr(checks.os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(checks, "checks", lambda: {"broken, cpp": lambda where: 1 / 0})
     kept = []
-    with pytest.raises(Ended, match=str(checks.LOST)):
+    with pytest.raises(Ended, match=str(bench("gpu.witness").LOST)):
         checks.run(here(bench, checks, device), lambda results: kept.append(dict(results)))
     assert kept[-1]["broken, cpp"]["seen"] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.usefixtures("quick_interpreter")
 def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch):
-    if (reason := checks._dispatch.unavailable("triton", torch.device("cpu"))) is not None:
+    if (reason := bench("peers").unavailable("triton", torch.device("cpu"))) is not None:
         pytest.skip(f"no Triton here: {reason}")
     with monkeypatch.context() as patch, gpu_stand_in.StandIn(patch) as gpu:
 

@@ -15,23 +15,20 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dgg
-from dgg import _dispatch
 from gpu.targets import LAUNCHES
-from gpu.witness import LOST
-from machine import Cpu, open_device
+from machine import Cpu, give_up, open_device
 from parameter_lists import many_tiny
-from peers import IMPLEMENTATIONS, Variant
+from peers import IMPLEMENTATIONS, Variant, unavailable
 from report import replace, table
 from timing import verify
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
@@ -155,20 +152,48 @@ def graphs(backend: str, where: Where) -> str:
     """Replays of a captured step, and as many eager ones: the same bits."""
     if where.device.name == "cpu":
         raise NotHere("the CPU has no graphs")
-    device, runs = where.device.device, []
-    for captured in (False, True):
+
+    def build() -> list[torch.nn.Parameter]:
         generator = torch.Generator().manual_seed(1)
-        params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
-            for shape in where.shapes
-        ]
+        made = [torch.randn(shape, generator=generator) for shape in where.shapes]
+        return [torch.nn.Parameter(x.to(where.device.device)) for x in made]
+
+    runs = []
+    for optimizer, params in eager_and_replayed(build, backend, REPLAYS):
+        where.device.synchronize()
+        runs.append([p.detach().clone() for p in params])
+        runs[-1] += [x.clone() for p in params for x in optimizer.state[p].values()]
+    if not all(map(torch.equal, *runs)):
+        raise Broken("replays and eager steps give other bits")
+    return f"{REPLAYS} replays"
+
+
+def eager_and_replayed(
+    build: Callable[[], list[torch.nn.Parameter]], backend: str, steps: int, **options
+) -> Iterator[tuple[dgg.AdamW, list[torch.nn.Parameter]]]:
+    """Yields optimizer and parameters after eager steps, then after replays of a captured one.
+
+    Learning rate and alpha lie on the device and change from step to step. Two steps, with the
+    anchor set between them, come before.
+
+    Args:
+        build: Returns the parameters, the same values at each call.
+        backend: Of the optimizer.
+        steps: How many.
+        options: More arguments of the optimizer.
+    """
+    for captured in (False, True):
+        params = build()
         optimizer = dgg.AdamW(
-            params, alpha=0.5, seed=8, max_grad_norm=1.0, capturable=True, backend=backend
-        )
+            params, alpha=0.5, seed=8, max_grad_norm=1.0, capturable=True, backend=backend,
+            **options,
+        )  # fmt: skip
         group = optimizer.param_groups[0]
-        group["lr"] = torch.full((), 1e-3, device=device)
+        group["lr"] = torch.tensor(1e-3, device=params[0].device)
+        group["alpha"] = torch.tensor(0.5, device=params[0].device)
         for p in params:
             p.grad = torch.zeros_like(p)
+        generator = torch.Generator().manual_seed(3)
 
         def fill(params=params, generator=generator) -> None:
             for p in params:
@@ -189,16 +214,12 @@ def graphs(backend: str, where: Where) -> str:
             with torch.cuda.graph(graph):
                 optimizer.step()
             step = graph.replay
-        for number in range(REPLAYS):
+        for number in range(steps):
             fill()
             group["lr"].fill_(1e-3 / (number + 1))
+            group["alpha"].fill_((number % 3) / 2)
             step()
-        where.device.synchronize()
-        runs.append([p.detach().clone() for p in params])
-        runs[-1] += [x.clone() for p in params for x in optimizer.state[p].values()]
-    if not all(map(torch.equal, *runs)):
-        raise Broken("replays and eager steps give other bits")
-    return f"{REPLAYS} replays"
+        yield optimizer, params
 
 
 def checks() -> dict[str, Callable[[Where], str]]:
@@ -221,7 +242,7 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
     """
     results: dict[str, dict] = {}
     gone = None
-    missing = {b: _dispatch.unavailable(b, where.device.device) for b in BACKENDS}
+    missing = {b: unavailable(b, where.device.device) for b in BACKENDS}
     for name, check in checks().items():
         absent = [f"{b}: {missing[b]}" for b in BACKENDS if b in name and missing[b]]
         begin = time.perf_counter()
@@ -244,9 +265,7 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
         print(f"{status:>7}  {name}: {seen} ({seconds} s)", flush=True)
         keep(results)
         if gone is not None:
-            print(f"THE DEVICE WAS LOST: {gone}", flush=True)
-            # Nothing can be tidied up on a device that is lost, and trying may hang.
-            os._exit(LOST)
+            give_up(gone)
     return results
 
 
@@ -260,7 +279,7 @@ def results_table(results: dict[str, dict]) -> str:
 def small_step(device: torch.device) -> None:
     """Two small steps of every kernel: what a memory checker has to see, and nothing else."""
     for backend in BACKENDS:
-        if (reason := _dispatch.unavailable(backend, device)) is not None:
+        if (reason := unavailable(backend, device)) is not None:
             print(f"{backend} is not checked: {reason}")
             continue
         for kind, more in ((dgg.AdamW, {}), (dgg.SGD, {"lr": 0.1, "momentum": 0.9})):
