@@ -15,6 +15,7 @@ A step has up to four times, each measured in a way of its own and never mixed:
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import re
@@ -344,6 +345,14 @@ def open_device(name: str) -> Cpu:
             raise ValueError("--device cuda: there is no GPU here that torch can use")
         return Gpu()
     raise ValueError(f"--device {name}: cpu and cuda are measured")
+
+
+def device_of(parser: argparse.ArgumentParser, name: str) -> Cpu:
+    """Returns the device called ``name``; ends the script with its usage if there is none."""
+    try:
+        return open_device(name)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 class Streams:

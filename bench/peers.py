@@ -19,6 +19,7 @@ from torch import Tensor
 import dgg
 from dgg import _device, _dispatch, _philox
 from gpu import launch_driver
+from report import first_line
 from workload import (
     BETA1,
     BETA2,
@@ -698,8 +699,8 @@ class CompiledGuidance(Variant):
         except Exception as error:
             if self.calls:
                 raise
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unavailable(f"it does not compile here: {first[0]}") from error
+            reason = first_line(error, Exception)
+            raise Unavailable(f"it does not compile here: {reason}") from error
 
     def elements_moved(self) -> float | None:
         """Norms 1 + 2, then the update with the anchor."""
@@ -767,8 +768,7 @@ class _ForeignAdamW(Variant):
         except Unavailable:
             raise
         except Exception as error:  # not installed, or built for another torch: all one here
-            first = (str(error).splitlines() or [""])[0]
-            raise Unavailable(f"{type(error).__name__}: {first}") from error
+            raise Unavailable(first_line(error)) from error
 
     @abc.abstractmethod
     def _build(self) -> torch.optim.Optimizer: ...

@@ -541,9 +541,20 @@ class Printer:
         if self._folder is None:
             return []
         files = [self._folder / f"{self._stem}.{suffix}" for suffix in ("json", "md")]
-        replace(files[0], json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_json(files[0], results)
         replace(files[1], "\n".join([*self.lines, *more]) + "\n")
         return files
+
+
+def first_line(error: Exception, *told: type[Exception]) -> str:
+    """Returns the first line of an error, behind its kind if it is none of ``told``."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, told) else f"{type(error).__name__}: {first}"
+
+
+def write_json(path: pathlib.Path, results: object) -> None:
+    """Writes results whole or not at all."""
+    replace(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def replace(path: pathlib.Path, text: str) -> None:

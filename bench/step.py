@@ -35,7 +35,7 @@ import torch
 import parameter_lists
 import report
 from gpu.targets import backend_table, gpu_targets
-from machine import Cpu, DeviceLost, Streams, give_up, open_device
+from machine import Cpu, DeviceLost, Streams, device_of, give_up
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
 from report import Printer, provenance
@@ -62,6 +62,7 @@ FLAGSHIP = 32 * MI
 # The same on a GPU: 1 GiB an array in float32.
 GPU_FLAGSHIP = 256 * MI
 
+TOO_LARGE = (MemoryError, torch.OutOfMemoryError)
 Run = tuple[str, Setting]
 
 OURS: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
@@ -360,8 +361,8 @@ def run(
         own = Streams(device, stream_elements) if large else None
         try:
             entry = run_case(case, device, own, log=say, forgiving=keep is not None)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            skip(str(error).splitlines()[0])
+        except TOO_LARGE as error:
+            skip(report.first_line(error, *TOO_LARGE))
             continue
         except DeviceLost as error:
             lost.append(
@@ -375,8 +376,7 @@ def run(
             if keep is None:
                 raise
             # One case of many: time on a GPU is rare.
-            first = (str(error).splitlines() or [""])[0]
-            skip(f"{type(error).__name__}: {first}", "FAILED", wrong=True)
+            skip(report.first_line(error), "FAILED", wrong=True)
             keep_results(results)
             continue
         entry["memory_bandwidth"] = own.bandwidth() if own else overall
@@ -424,10 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         names = ", ".join(case.name for case in cases_of(preset))
         parser.error(f"--only {options.only}: no such case; there are {names}")
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = device_of(parser, options.device)
     before = None
     if options.resume is not None:
         before = json.loads(options.resume.read_text(encoding="utf-8"))

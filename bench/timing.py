@@ -25,6 +25,7 @@ import torch
 
 from machine import Cpu, DeviceLost, Kernels, Streams
 from peers import IMPLEMENTATIONS, Unavailable, Variant
+from report import first_line
 from workload import Setting, VerificationError, Verifier, Workload
 
 MIN_SAMPLES = 7
@@ -33,6 +34,10 @@ SLOW = 0.1
 # Steps of each kind that are profiled; none of a loop over so many tensors, whose thousands of
 # events take longer to sort than all the rest.
 PROFILED, MANY_TENSORS = 3, 64
+
+
+# Errors whose text says why a variant is left out.
+LEFT_OUT = (Unavailable, VerificationError, torch.OutOfMemoryError)
 
 
 class NotVerified(RuntimeError):
@@ -240,7 +245,7 @@ def run_case(
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
-        except (Unavailable, VerificationError, torch.OutOfMemoryError) as reason:
+        except LEFT_OUT as reason:
             differs = isinstance(reason, VerificationError)
             wrong = differs and not variant.foreign and variant.built_on not in differing
             if differs:
@@ -284,9 +289,7 @@ def run_case(
 
 
 def _absent(name: str, setting: Setting, error: Exception, wrong: bool, log) -> dict[str, object]:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not isinstance(error, (Unavailable, VerificationError, torch.OutOfMemoryError)):
-        reason = f"{type(error).__name__}: {reason}"
+    reason = first_line(error, *LEFT_OUT)
     log(f"  {name} ({setting.name}) {'WRONG' if wrong else 'not run'}: {reason}")
     return {"name": name, "setting": setting.name, "reason": reason, "wrong": wrong}
 

@@ -28,9 +28,9 @@ from torch import Tensor
 
 import dgg
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
-from machine import Cpu, DeviceLost, give_up, open_device
+from machine import Cpu, DeviceLost, device_of, give_up
 from peers import injections, unavailable
-from report import Printer, absences, page, provenance, ratios
+from report import Printer, absences, first_line, page, provenance, ratios
 from timing import quantile, weigh
 
 SCHEMA = 1
@@ -322,9 +322,8 @@ def run_model(
         try:
             times, used = train(built, data, variant, device)
         except Exception as error:  # too large, or broken: the others are measured all the same
-            first = (str(error).splitlines() or [""])[0]
             large = isinstance(error, torch.OutOfMemoryError)
-            reason = first if large else f"{type(error).__name__}: {first}"
+            reason = first_line(error, torch.OutOfMemoryError)
             found["not_run"].append({"name": label, "reason": reason, "wrong": not large})
             say(f"  {label} not run: {reason}")
             if (lost := device.lost()) is not None:
@@ -389,10 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     if options.device == "cpu" and options.preset != "smoke":
         parser.error("7 billion weights need a GPU: --device cuda, or --preset smoke")
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = device_of(parser, options.device)
     say = Printer(True, options.out, f"training-{options.device}")
     results = {"schema": SCHEMA, "provenance": provenance(device), "preset": options.preset,
                "cases": []}  # fmt: skip

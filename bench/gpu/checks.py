@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -26,10 +25,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dgg
 from gpu.targets import LAUNCHES
-from machine import Cpu, give_up, open_device
+from machine import Cpu, device_of, give_up
 from parameter_lists import many_tiny
 from peers import IMPLEMENTATIONS, Variant, unavailable
-from report import replace, table
+from report import first_line, table, write_json
 from timing import verify
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
 
@@ -256,9 +255,7 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
         except NotHere as reason:
             status, seen = "not run", str(reason)
         except Exception as error:  # whatever it is, the next check may tell more
-            status = "failed"
-            words = (str(error).splitlines() or [""])[0]
-            seen = words if isinstance(error, Broken) else f"{type(error).__name__}: {words}"
+            status, seen = "failed", first_line(error, Broken)
             gone = where.device.lost()
         seconds = round(time.perf_counter() - begin, 1)
         results[name] = {"status": status, "seen": seen, "seconds": seconds}
@@ -308,18 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small_step:
         small_step(torch.device(options.device))
         return 0
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = device_of(parser, options.device)
     print(dgg.show_config(), flush=True)
     small = options.device == "cpu"
     where = Where(device, SMALL if small else SHAPES, many_tiny(5 if small else 448))
 
     def keep(results: dict[str, dict]) -> None:
         if options.out is not None:
-            text = json.dumps({"checks": results}, indent=1, ensure_ascii=False) + "\n"
-            replace(options.out / "checks.json", text)
+            write_json(options.out / "checks.json", {"checks": results})
 
     results = run(where, keep)
     print("\n" + results_table(results))

@@ -130,10 +130,11 @@ for name in ("pytest", "setuptools", "pip"):
 print("FOUND " + json.dumps(found))
 """
 _CONFIG = """
-import json, torch, dgg, dgg.kernels
-from dgg import _dispatch
+import json, sys, torch, dgg, dgg.kernels
+sys.path.append(sys.argv[1])
+import peers
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-missing = {name: _dispatch.unavailable(name, device) for name in ("cpp", "triton")}
+missing = {name: peers.unavailable(name, device) for name in ("cpp", "triton")}
 print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config(), "missing": missing}))
 """
 
@@ -239,7 +240,7 @@ class Stages:
             except Failed as error:
                 found = {"status": "failed", "reason": str(error)}
             except Exception as error:  # nothing that one part meets may cost the others
-                found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+                found = {"status": "failed", "reason": report.first_line(error)}
         found["seconds"] = round(time.monotonic() - begin, 1)
         self.results["stages"][name] = found
         self._mine.append(name)
@@ -307,8 +308,7 @@ class Stages:
             with contextlib.suppress(OSError):  # a read-only checkout
                 folder.mkdir(parents=True, exist_ok=True)
                 for stem, (results, page) in files.items():
-                    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-                    report.replace(folder / f"{stem}.json", text)
+                    report.write_json(folder / f"{stem}.json", results)
                     report.replace(folder / f"{stem}.md", page)
 
     def _of_stage(self) -> dict:
@@ -406,7 +406,7 @@ class Stages:
         return self._built("Python alone", notes)
 
     def _built(self, words: str, notes: list[str]) -> dict:
-        _, output = self.command([sys.executable, "-c", _CONFIG], limit=120)
+        _, output = self.command([sys.executable, "-c", _CONFIG, GPU.parent], limit=120)
         found = _found(output)
         if found is None:
             raise Failed(f"dgg built {words} cannot be imported: {_tail(output)}")
