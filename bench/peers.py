@@ -223,9 +223,9 @@ def _preset(
 def arguments(work: Workload) -> dict[str, object]:
     """Returns the hyper-parameters of a workload's optimizer."""
     if work.optimizer == "adamw":
-        return {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+        return {"lr": work.lr, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     momentum = MOMENTUM if work.optimizer == "momentum" else 0.0
-    return {"lr": LR, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
+    return {"lr": work.lr, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
 
 
 def guidance(work: Workload, setting: Setting, seed: int, backend: str) -> dict[str, object]:

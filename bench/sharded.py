@@ -95,7 +95,7 @@ class Sharded:
         mesh: One-dimensional device mesh.
     """
 
-    optimizer = "adamw"
+    optimizer, lr = "adamw", 1e-3
     dtype = torch.float32
     device = torch.device("cpu")
     max_grad_norm = MAX_NORM

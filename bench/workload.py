@@ -77,6 +77,8 @@ class Workload:
         channels_last: All tensors (of four dimensions) lie in memory channels last.
     """
 
+    lr = LR
+
     def __init__(
         self,
         shapes,
