@@ -9,7 +9,7 @@ many bytes its step has to move, with write-allocate where a line is written tha
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import ClassVar
 
@@ -581,14 +581,14 @@ class ForeachGuidance(_EagerGuidance):
         """Guides all gradients, then steps."""
         params, anchors = self.params, self.workload.anchors
         grads = [p.grad for p in params]
-        grad_norm = total_norm = _total_norm(grads)
+        grad_norm = total_norm = norm_of(grads)
         if self.setting.replay:
             torch._foreach_add_(grads, self.workload.replays)
-            total_norm = _total_norm(grads)
+            total_norm = norm_of(grads)
         clip = self._clip(total_norm)
         if inject:
             differences = self._differences(params, anchors)
-            scale = torch.clamp(clip * grad_norm / _total_norm(differences), max=1.0)
+            scale = torch.clamp(clip * grad_norm / norm_of(differences), max=1.0)
             if self._on_host:
                 if self.setting.clipped:
                     torch._foreach_mul_(grads, clip.item())
@@ -624,16 +624,11 @@ class ForeachGuidanceTypical(_EagerGuidance):
     @torch.no_grad()
     def step(self, inject: bool) -> None:
         """Clips, guides, steps."""
-        params, anchors = self.params, self.workload.anchors
         if self.setting.clipped:
-            torch.nn.utils.clip_grad_norm_(params, self._max_norm, foreach=True)
+            torch.nn.utils.clip_grad_norm_(self.params, self._max_norm, foreach=True)
         if inject:
-            grads = [p.grad for p in params]
-            differences = torch._foreach_sub(params, anchors)
-            scale = torch.clamp(_total_norm(grads) / _total_norm(differences), max=1.0)
-            torch._foreach_mul_(differences, scale if self._on_host else self._scalar(scale))
-            torch._foreach_add_(grads, differences)
-            del differences
+            dtype = None if self._on_host else self.workload.dtype
+            guide_by_foreach(self.params, self.workload.anchors, dtype=dtype)
         self.optimizer.step()
 
     def elements_moved(self) -> float | None:
@@ -660,10 +655,31 @@ class ForeachGuidanceKeptBuffer(ForeachGuidance):
         return self._kept
 
 
-def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-    )
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of all tensors together, summed in float32 at least."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
+
+
+def guide_by_foreach(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], *, grad_norm: Tensor | None = None,
+    norm: Callable[[Sequence[Tensor]], Tensor] = norm_of, dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Adds s d to the gradients by torch._foreach_*, a line for each formula.
+
+    Args:
+        params: Parameters with gradients.
+        anchors: θ* of each.
+        grad_norm: Norm of the gradients, if it is known.
+        norm: How norms are taken.
+        dtype: Of s. On a GPU that of the tensors: else there is a kernel for each of them.
+    """
+    grads = [p.grad for p in params]
+    differences = torch._foreach_sub(params, anchors)
+    grad_norm = norm(grads) if grad_norm is None else grad_norm
+    scale = torch.clamp(grad_norm / norm(differences), max=1.0)
+    torch._foreach_mul_(differences, scale if dtype is None else scale.to(dtype))
+    torch._foreach_add_(grads, differences)
 
 
 class CompiledGuidance(Variant):

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -224,11 +225,10 @@ class ForeachGuidance(Fused):
         """Clips, guides, steps; the norm that the clipping found is used again."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM, foreach=True)
         if inject:
-            differences = torch._foreach_sub(self.params, self._anchors)
-            distance = torch.nn.utils.get_total_norm(differences, foreach=True)
-            scale = torch.clamp(torch.clamp(norm, max=MAX_NORM) / distance, max=1.0)
-            torch._foreach_mul_(differences, scale)
-            torch._foreach_add_([param.grad for param in self.params], differences)
+            peers.guide_by_foreach(
+                self.params, self._anchors, grad_norm=torch.clamp(norm, max=MAX_NORM),
+                norm=functools.partial(torch.nn.utils.get_total_norm, foreach=True),
+            )  # fmt: skip
         self.optimizer.step()
 
 

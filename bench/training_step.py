@@ -29,7 +29,7 @@ from torch import Tensor
 import dgg
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, device_of, give_up
-from peers import injections, unavailable
+from peers import guide_by_foreach, injections, unavailable
 from report import Printer, absences, first_line, page, provenance, ratios
 from timing import quantile, weigh
 
@@ -87,24 +87,13 @@ def _torch_fused(params: Sequence[Tensor], alpha, seed):
 def _foreach(params: Sequence[Tensor], alpha, seed):
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
     anchors = [p.detach().clone() for p in params]
-    wide = torch.promote_types(params[0].dtype, torch.float32)
     _leave(params)
 
     @torch.no_grad()
     def step(inject: bool) -> None:
         torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
         if inject:
-            grads = [p.grad for p in params]
-            differences = torch._foreach_sub(params, anchors)
-            norms = [
-                torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, wide)))
-                for x in (grads, differences)
-            ]
-            scale = torch.clamp(norms[0] / norms[1], max=1.0)
-            # Of their dtype, or there is a kernel for every tensor.
-            torch._foreach_mul_(differences, scale.to(differences[0].dtype))
-            torch._foreach_add_(grads, differences)
-            del differences
+            guide_by_foreach(params, anchors, dtype=params[0].dtype)
         optimizer.step()
 
     return step, (optimizer, anchors)

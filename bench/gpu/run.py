@@ -166,6 +166,8 @@ class Stages:
         most: float | None = None,
     ) -> None:
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
+        # A rehearsal runs beside other tests, on few cores.
+        self._slower = 2 if rehearsal else 1
         self.site, self.work = build / "site", build / "work"
         self.deadline = self.end = time.monotonic() + budget
         self.limit, self.most = 0.0, most
@@ -194,8 +196,7 @@ class Stages:
         self.number, self._mine, self._first_page = number, [], len(self.pages)
         seconds = None if number is None else STAGES[number].seconds
         if seconds is not None:
-            # A rehearsal runs beside other tests, on few cores.
-            seconds *= 2 if self.rehearsal else 1
+            seconds *= self._slower
         begin = time.monotonic()
         self.end = self.deadline if seconds is None else min(self.deadline, begin + seconds)
         if number is not None:
@@ -227,8 +228,7 @@ class Stages:
     def run(self, name: str, function: Callable[[], dict], later: Sequence[str]) -> None:
         """Runs one part within its share of what is left, and writes the results."""
         left = self.end - time.monotonic() - sum(LIMITS[stage][1] for stage in later)
-        # A rehearsal runs beside other tests, on few cores.
-        most = self.most or LIMITS[name][0] * (2 if self.rehearsal else 1)
+        most = self.most or LIMITS[name][0] * self._slower
         self.limit = min(most, left)
         begin = time.monotonic()
         self.say(f"\n## {name} (at most {max(0, self.limit):.0f} s)")
@@ -746,7 +746,8 @@ class Part:
             how = f"its process ended with exit code {code}"
         self._process = None
         if open_test is not None:
-            self._note(test=open_test, outcome="failed", message=how, seconds=0, lost=how)
+            failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
+            witness.note(self.path, test=open_test, **failed)
         elif code != witness.LOST:
             self.failed = f"pytest: {how}"
             return False
@@ -767,11 +768,6 @@ class Part:
         """Returns what the processes printed."""
         exists = self._printed.exists()
         return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
-
-    def _note(self, **record: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            # A line of its own: the process may have been stopped in the middle of one.
-            file.write("\n" + json.dumps(record) + "\n")
 
 
 def summarise(found: Iterable[dict]) -> dict:
