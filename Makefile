@@ -80,14 +80,14 @@ table: $(BUILT) $(TEST) ## write docs/compatibility.md's table from the marks of
 
 # No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
 gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON); 14 minutes at most
-	$(PYTHON) bench/gpu.py $(ARGS)
+	$(PYTHON) bench/gpu/run.py $(ARGS)
 
 profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else torch.profiler
-	$(BIN)/python bench/nsys_step.py --launch --out build/profile $(ARGS)
+	$(BIN)/python bench/gpu/nsys_step.py --launch --out build/profile $(ARGS)
 
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find dgg kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

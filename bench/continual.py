@@ -20,13 +20,14 @@ import multiprocessing
 import os
 import platform
 import queue
-import subprocess
 import sys
 import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from report import commit, cpu_model, replace, uncommitted_changes
 
 # Two processes of one thread each beat one process of two threads at this size, and one thread adds
 # up in one order only. The variables must be set before torch is loaded, in the workers too.
@@ -307,7 +308,7 @@ def _worker(index: int, parent: int, waiting, news, out: Path, resume: bool) -> 
             continue
         result["run"] = job.name
         result["fingerprint"] = methods.fingerprint(job.method, job.settings, job.seed)
-        _write(_result_path(out, job), json.dumps(result, indent=1) + "\n")
+        replace(_result_path(out, job), json.dumps(result, indent=1) + "\n")
         _checkpoint_path(out, job).unlink(missing_ok=True)
         news.put(
             (
@@ -317,12 +318,6 @@ def _worker(index: int, parent: int, waiting, news, out: Path, resume: bool) -> 
             )
         )
     news.put(("end", index))
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 # --------------------------------------------------------------------------------------- report
@@ -344,7 +339,7 @@ def _report(results, jobs: list[Job], out: Path, options, seconds: float, origin
         **origin,
     }
     data = {"config": config, "results": results}
-    _write(out / "results.json", json.dumps(data, indent=1) + "\n")
+    replace(out / "results.json", json.dumps(data, indent=1) + "\n")
     if options.tune:
         print(_tuning_table(results))
         return
@@ -354,7 +349,7 @@ def _report(results, jobs: list[Job], out: Path, options, seconds: float, origin
         matrix = AccuracyMatrix.from_rows(result["matrix"], result["tasks"])
         matrix.to_csv(out / "matrices" / f"{result['run']}.csv")
     text = report.table(results)
-    _write(out / "table.md", text + "\n")
+    replace(out / "table.md", text + "\n")
     report.picture(results, out / "continual.png")
     print("\n" + text)
     print(
@@ -380,39 +375,14 @@ def _provenance() -> dict[str, Any]:
             versions[package] = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit(),
+        "dirty": bool(uncommitted_changes()),
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _processor(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _pretrain() -> int:

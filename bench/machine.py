@@ -15,20 +15,19 @@ A step has up to four times, each measured in a way of its own and never mixed:
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import os
 import pathlib
-import platform
 import re
-import subprocess
+import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
-from witness import lost_device
+from gpu.witness import LOST, lost_device
 
 _FALLBACK_CACHE = 32 * 2**20
 # Kept between what is profiled and what is not: far more than the clocks of host and device
@@ -48,6 +47,16 @@ class DeviceLost(RuntimeError):
     def __init__(self, name: str, setting: str, reason: str) -> None:
         super().__init__(f"{name} ({setting}): {reason}")
         self.name, self.setting, self.reason = name, setting, reason
+
+
+def give_up(reason: object) -> NoReturn:
+    """Ends the process with the exit code LOST.
+
+    Nothing can be tidied up on a device that is lost, and trying may hang.
+    """
+    print(f"error: THE DEVICE WAS LOST: {reason}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
 
 
 class Kernels(NamedTuple):
@@ -338,6 +347,14 @@ def open_device(name: str) -> Cpu:
     raise ValueError(f"--device {name}: cpu and cuda are measured")
 
 
+def device_of(parser: argparse.ArgumentParser, name: str) -> Cpu:
+    """Returns the device called ``name``; ends the script with its usage if there is none."""
+    try:
+        return open_device(name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 class Streams:
     """Copy and triad, the measure of what the memory can do; timed between the steps.
 
@@ -401,83 +418,3 @@ def _last_level_cache() -> int:
         text = (index / "size").read_text().strip()
         sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
     return max(sizes, default=_FALLBACK_CACHE)
-
-
-def provenance(device: Cpu) -> dict[str, object]:
-    """Returns what a reader needs to judge or repeat the numbers."""
-    import dgg
-
-    folder = pathlib.Path(__file__).parent
-    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    active = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
-    configuration = dgg.show_config().splitlines()
-    changed = _output(["git", "-C", str(folder), "status", "--porcelain", "-uno"])
-    gpu = None
-    if device.device.type == "cuda":
-        gpu = {**gpu_report(), "cache": device.cache_bytes}
-    return {
-        "gpu": gpu,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device.name,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "last_level_cache": device.cache_bytes,
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "huge_pages": active[1] if active else None,
-        "load_average": os.getloadavg(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dgg": dgg.__version__,
-        "backends": [line.strip() for line in configuration[1:]],
-        "compiler": (_output(["g++", "--version"]) or "none").splitlines()[0],
-        "commit": _output(["git", "-C", str(folder), "rev-parse", "HEAD"]),
-        "uncommitted_changes": None if changed is None else bool(changed),
-    }
-
-
-# What nvidia-smi is asked for; asking changes nothing.
-_GPU_FIELDS = (
-    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem",
-    "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-    "utilization.gpu", "ecc.mode.current", "mig.mode.current", "compute_cap",
-)  # fmt: skip
-
-
-def gpu_report() -> dict[str, str | None]:
-    """Returns what nvidia-smi and torch say about the GPU; no setting is touched."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i"]
-    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    answer = _output([*query, str(place)])
-    values = [value.strip() for value in answer.split(",")] if answer else []
-    found: dict[str, str | None] = dict.fromkeys(_GPU_FIELDS)
-    if len(values) == len(_GPU_FIELDS):
-        found.update(zip(_GPU_FIELDS, values, strict=True))
-    elif torch.cuda.is_available():
-        found["name"] = torch.cuda.get_device_name(place)
-    found["cuda"] = torch.version.cuda
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    return found
-
-
-def _cpu_model() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Parameter lists the step benchmark runs on; imported by step.py and test_step.py."""
+"""Parameter lists the step benchmark runs on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What is compared: dgg's backends and everything a user would write or install instead.
 
-Imported by step.py and test_step.py. Every peer is written as well as its style allows: few
+Every peer is written as well as its style allows: few
 passes, few temporaries, no Python work that can be hoisted out of the step. Each class says how
 many bytes its step has to move, with write-allocate where a line is written that was not read.
 """
@@ -9,7 +9,7 @@ many bytes its step has to move, with write-allocate where a line is written tha
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import ClassVar
 
@@ -18,8 +18,9 @@ from dgg.kernels.layout import CHUNK
 from torch import Tensor
 
 import dgg
-import launch_driver
 from dgg import _philox, backends
+from gpu import launch_driver
+from report import first_line
 from workload import (
     BETA1,
     BETA2,
@@ -77,6 +78,7 @@ class Variant(abc.ABC):
         name: As the tables call it.
         guided: Whether it has the settings with an alpha.
         replays: Whether it has the settings with replay gradients.
+        needs: Fields of the setting without which it would be another variant → that variant.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
         built_on: The variant whose optimizer it calls: where that computes something else, this one
@@ -89,6 +91,7 @@ class Variant(abc.ABC):
     name: ClassVar[str]
     guided: ClassVar[bool]
     replays: ClassVar[bool] = False
+    needs: ClassVar[dict[str, str]] = {}
     foreign: ClassVar[bool] = False
     built_on: ClassVar[str | None] = None
     verified = False
@@ -98,6 +101,10 @@ class Variant(abc.ABC):
             raise Unavailable("it has no guidance")
         if setting.replay and not self.replays:
             raise Unavailable("it has no replay gradients")
+        for field, other in self.needs.items():
+            if not getattr(setting, field):
+                words = {"clipped": "clipping", "replay": "replay gradients"}[field]
+                raise Unavailable(f"without {words} it is {other}")
         self.workload, self.setting, self.calls = workload, setting, 0
         self._draw = 0
         self.seed = 0
@@ -173,14 +180,14 @@ class Variant(abc.ABC):
         and miss more of the sum the longer a tensor is: on a CPU, 1e-5 of the norm of 10**6 normal
         elements, 1.1e-2 of that of 10**8. Guidance left out or scaled wrongly is off by more.
         """
-        longest = max((p.numel() for p in self.workload.params), default=0)
+        longest = max((p.numel() for p in self.params), default=0)
         base = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
         base += 2e-10 * longest
         return base, base
 
-    @abc.abstractmethod
     def elements_moved(self) -> float | None:
-        """Returns arrays read and written per step, e.g. 7 for AdamW; None: not accounted."""
+        """Returns arrays read and written per step; by default one pass of the update."""
+        return self._update_arrays()
 
     def bytes_moved(self) -> float | None:
         """Returns the bytes a step has to move."""
@@ -204,8 +211,8 @@ def _preset(
     *,
     step_device: torch.device | str = "cpu",
 ) -> None:
-    """Makes an optimizer work on the workload's moments."""
-    for row, param in enumerate(params):
+    """Makes an optimizer work on the workload's moments, if there are any."""
+    for row, param in enumerate(params if work.moments else ()):
         state = optimizer.state[param]
         if work.optimizer == "adamw":
             state["step"] = torch.tensor(float(FIRST_STEP), device=step_device)
@@ -214,25 +221,46 @@ def _preset(
             state["momentum_buffer"] = work.moments[0][row]
 
 
-def _arguments(work: Workload) -> dict[str, object]:
+def arguments(work: Workload) -> dict[str, object]:
+    """Returns the hyper-parameters of a workload's optimizer."""
     if work.optimizer == "adamw":
-        return {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+        return {"lr": work.lr, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     momentum = MOMENTUM if work.optimizer == "momentum" else 0.0
-    return {"lr": LR, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
+    return {"lr": work.lr, "momentum": momentum, "weight_decay": WEIGHT_DECAY}
+
+
+def guidance(work: Workload, setting: Setting, seed: int, backend: str) -> dict[str, object]:
+    """Returns the arguments of an optimizer of ours for a setting."""
+    return {
+        "alpha": 0.2 if setting.alpha is None else setting.alpha,
+        "max_grad_norm": work.max_grad_norm if setting.clipped else None,
+        "seed": seed,
+        "backend": backend,
+    }
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Returns why a backend of ours cannot run on a device, or None."""
+    return backends.unavailable(backend, device)
+
+
+def _require(backend: str, work: Workload) -> None:
+    if (reason := unavailable(backend, work.device)) is not None:
+        raise Unavailable(reason)
 
 
 def _torch_optimizer(params, work: Workload, **how: bool) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if work.optimizer == "adamw" else torch.optim.SGD
-    optimizer = kind(params, **_arguments(work), **how)
+    optimizer = kind(params, **arguments(work), **how)
     # Only torch's fused step wants its count on the device.
     _preset(optimizer, params, work, step_device=work.device if how.get("fused") else "cpu")
     return optimizer
 
 
-class _Replaying(Variant):
-    """Has replay gradients in a slot of their own, as ``self.optimizer.replay()`` leaves them."""
+class _Guiding(Variant):
+    """Has an optimizer of ours, which keeps replay gradients in a slot of their own."""
 
-    replays = True
+    guided = replays = True
 
     def ready(self) -> None:
         """The same, and the replay gradients wait for the step."""
@@ -247,44 +275,34 @@ class _Replaying(Variant):
             for param, replay in zip(self.params, self.workload.replays, strict=True):
                 param.grad = replay
 
-
-class Dgg(_Replaying):
-    """The package under test."""
-
-    guided = True
-    backend: ClassVar[str]
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        reason = backends.unavailable(self.backend, workload.device)
-        if reason is not None:
-            raise Unavailable(reason)
-        kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
-        self.optimizer = kind(
-            self.params,
-            **_arguments(workload),
-            alpha=0.2 if setting.alpha is None else setting.alpha,
-            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
-            seed=self.seed,
-            backend=self.backend,
-        )
-        _preset(self.optimizer, self.params, workload)
-        if setting.alpha is not None:
-            # set_anchor() writes into an anchor that is there already: the shared one.
-            for param, anchor in zip(self.params, workload.anchors, strict=True):
-                self.optimizer.state[param]["anchor"] = anchor
-            self.optimizer.set_anchor()
-            workload.move_anchors()
-
-    def step(self, inject: bool) -> None:
-        """Takes one step; the optimizer draws for itself."""
-        self.optimizer.step()
-
     def seek(self, draw: int) -> None:
         """Goes to a draw index; it stands in the groups, as after a resume."""
         super().seek(draw)
         for group in self.optimizer.param_groups:
             group["draw_index"] = draw
+
+
+class Dgg(_Guiding):
+    """The package under test."""
+
+    backend: ClassVar[str]
+
+    def __init__(self, workload: Workload, setting: Setting) -> None:
+        super().__init__(workload, setting)
+        _require(self.backend, workload)
+        kind = dgg.AdamW if workload.optimizer == "adamw" else dgg.SGD
+        self.optimizer = kind(
+            self.params,
+            **arguments(workload),
+            **guidance(workload, setting, self.seed, self.backend),
+        )
+        _preset(self.optimizer, self.params, workload)
+        if setting.alpha is not None:
+            workload.set_anchors(self.optimizer, self.params)
+
+    def step(self, inject: bool) -> None:
+        """Takes one step; the optimizer draws for itself."""
+        self.optimizer.step()
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """Returns the defaults of torch.testing: dgg has no excuse."""
@@ -312,11 +330,7 @@ class DggCppBlock(DggCpp):
     """
 
     name = "dgg cpp, replay() timed"
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.replay:
-            raise Unavailable("without replay gradients it is dgg cpp")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"replay": "dgg cpp"}
 
     def ready(self) -> None:
         """Gradients alone; what is kept from a step that was not taken is dropped."""
@@ -404,11 +418,12 @@ class TorchFused(Variant):
     name = "torch fused"
     guided = False
     foreign = True
+    how: ClassVar[dict[str, bool]] = {"fused": True}
     foreach_clip: ClassVar[bool | None] = None
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
-        self.optimizer = _torch_optimizer(self.params, workload, fused=True)
+        self.optimizer = _torch_optimizer(self.params, workload, **self.how)
 
     def step(self, inject: bool) -> None:
         """Clips if asked to and steps."""
@@ -426,11 +441,7 @@ class TorchFusedForeachClip(TorchFused):
 
     name = "torch fused, foreach clip"
     foreach_clip = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.clipped:
-            raise Unavailable("without clipping it is torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"clipped": "torch fused"}
 
 
 class AddFused(TorchFused):
@@ -438,11 +449,7 @@ class AddFused(TorchFused):
 
     name = "add + torch fused"
     replays = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.replay:
-            raise Unavailable("without replay gradients it is torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {"replay": "torch fused"}
 
     def step(self, inject: bool) -> None:
         """Adds, clips if asked to, steps."""
@@ -459,50 +466,28 @@ class AddFusedForeachClip(AddFused):
 
     name = "add + torch fused, foreach clip"
     foreach_clip = True
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        if not setting.clipped:
-            raise Unavailable("without clipping it is add + torch fused")
-        super().__init__(workload, setting)
+    needs: ClassVar[dict[str, str]] = {**AddFused.needs, "clipped": "add + torch fused"}
 
 
-class GuidanceOverFused(_Replaying):
+class GuidanceOverFused(_Guiding):
     """`dgg.Guidance` over torch's fused optimizer: the gradients are edited, torch steps."""
 
     name = "dgg Guidance + torch fused"
-    guided = True
     built_on = "torch fused"
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
         if setting.alpha is None and not setting.clipped and not setting.replay:
             raise Unavailable("without anything to do to the gradients it is torch fused")
-        if (reason := backends.unavailable("cpp", workload.device)) is not None:
-            raise Unavailable(reason)
+        _require("cpp", workload)
         self._torch = _torch_optimizer(self.params, workload, fused=True)
-        self.optimizer = dgg.Guidance(
-            self._torch,
-            alpha=0.2 if setting.alpha is None else setting.alpha,
-            max_grad_norm=workload.max_grad_norm if setting.clipped else None,
-            seed=self.seed,
-            backend="cpp",
-        )
+        self.optimizer = dgg.Guidance(self._torch, **guidance(workload, setting, self.seed, "cpp"))
         if setting.alpha is not None:
-            # set_anchor() writes into an anchor that is there already: the shared one.
-            for p, anchor in zip(self.params, workload.anchors, strict=True):
-                self.optimizer.state[p]["anchor"] = anchor
-            self.optimizer.set_anchor()
-            workload.move_anchors()
+            workload.set_anchors(self.optimizer, self.params)
 
     def step(self, inject: bool) -> None:
         """Torch's step; the guidance hangs on it."""
         self._torch.step()
-
-    def seek(self, draw: int) -> None:
-        """Goes to a draw index; it stands in the groups, as after a resume."""
-        super().seek(draw)
-        for group in self.optimizer.param_groups:
-            group["draw_index"] = draw
 
     def elements_moved(self) -> float | None:
         """Norms: g, r, and d's two; the edit: g twice, r, d's two; the update."""
@@ -593,14 +578,14 @@ class ForeachGuidance(_EagerGuidance):
         """Guides all gradients, then steps."""
         params, anchors = self.params, self.workload.anchors
         grads = [p.grad for p in params]
-        grad_norm = total_norm = _total_norm(grads)
+        grad_norm = total_norm = norm_of(grads)
         if self.setting.replay:
             torch._foreach_add_(grads, self.workload.replays)
-            total_norm = _total_norm(grads)
+            total_norm = norm_of(grads)
         clip = self._clip(total_norm)
         if inject:
             differences = self._differences(params, anchors)
-            scale = torch.clamp(clip * grad_norm / _total_norm(differences), max=1.0)
+            scale = torch.clamp(clip * grad_norm / norm_of(differences), max=1.0)
             if self._on_host:
                 if self.setting.clipped:
                     torch._foreach_mul_(grads, clip.item())
@@ -636,16 +621,11 @@ class ForeachGuidanceTypical(_EagerGuidance):
     @torch.no_grad()
     def step(self, inject: bool) -> None:
         """Clips, guides, steps."""
-        params, anchors = self.params, self.workload.anchors
         if self.setting.clipped:
-            torch.nn.utils.clip_grad_norm_(params, self._max_norm, foreach=True)
+            torch.nn.utils.clip_grad_norm_(self.params, self._max_norm, foreach=True)
         if inject:
-            grads = [p.grad for p in params]
-            differences = torch._foreach_sub(params, anchors)
-            scale = torch.clamp(_total_norm(grads) / _total_norm(differences), max=1.0)
-            torch._foreach_mul_(differences, scale if self._on_host else self._scalar(scale))
-            torch._foreach_add_(grads, differences)
-            del differences
+            dtype = None if self._on_host else self.workload.dtype
+            guide_by_foreach(self.params, self.workload.anchors, dtype=dtype)
         self.optimizer.step()
 
     def elements_moved(self) -> float | None:
@@ -672,10 +652,31 @@ class ForeachGuidanceKeptBuffer(ForeachGuidance):
         return self._kept
 
 
-def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
-    )
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of all tensors together, summed in float32 at least."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
+
+
+def guide_by_foreach(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], *, grad_norm: Tensor | None = None,
+    norm: Callable[[Sequence[Tensor]], Tensor] = norm_of, dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Adds s d to the gradients by torch._foreach_*, a line for each formula.
+
+    Args:
+        params: Parameters with gradients.
+        anchors: θ* of each.
+        grad_norm: Norm of the gradients, if it is known.
+        norm: How norms are taken.
+        dtype: Of s. On a GPU that of the tensors: else there is a kernel for each of them.
+    """
+    grads = [p.grad for p in params]
+    differences = torch._foreach_sub(params, anchors)
+    grad_norm = norm(grads) if grad_norm is None else grad_norm
+    scale = torch.clamp(grad_norm / norm(differences), max=1.0)
+    torch._foreach_mul_(differences, scale if dtype is None else scale.to(dtype))
+    torch._foreach_add_(grads, differences)
 
 
 class CompiledGuidance(Variant):
@@ -711,8 +712,8 @@ class CompiledGuidance(Variant):
         except Exception as error:
             if self.calls:
                 raise
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unavailable(f"it does not compile here: {first[0]}") from error
+            reason = first_line(error, Exception)
+            raise Unavailable(f"it does not compile here: {reason}") from error
 
     def elements_moved(self) -> float | None:
         """Norms 1 + 2, then the update with the anchor."""
@@ -760,53 +761,19 @@ def _deepspeed_kernels(name: str) -> None:
         )
 
 
-class DeepSpeedCpuAdam(Variant):
-    """DeepSpeed's AdamW for CPUs, where it is installed; it has neither guidance nor clipping."""
-
-    name = "DeepSpeedCPUAdam"
-    guided = False
-
-    def __init__(self, workload: Workload, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        if workload.optimizer != "adamw" or setting.clipped:
-            raise Unavailable("it is a plain AdamW")
-        try:
-            _deepspeed_kernels("cpu_adam")
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            self.optimizer = DeepSpeedCPUAdam(
-                self.params, **_arguments(workload), adamw_mode=True, fp32_optimizer_states=False
-            )
-        except Unavailable:
-            raise
-        except Exception as error:  # not installed, or built for another torch
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
-        for row, param in enumerate(self.params):
-            moments = (moment[row] for moment in workload.moments)
-            state = zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
-            self.optimizer.state[param].update(step=FIRST_STEP, **dict(state))
-
-    def step(self, inject: bool) -> None:
-        """Steps."""
-        self.optimizer.step()
-
-    def elements_moved(self) -> float | None:
-        """One pass."""
-        return self._update_arrays()
-
-
 class _ForeignAdamW(Variant):
     """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping."""
 
     guided = False
     foreign = True
+    where: ClassVar[str] = "cuda"
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
         if workload.optimizer != "adamw" or setting.clipped:
             raise Unavailable("it is a plain AdamW")
-        if workload.device.type != "cuda":
-            raise Unavailable("it runs on a GPU only")
+        if workload.device.type != self.where:
+            raise Unavailable(f"it runs on a {'GPU' if self.where == 'cuda' else 'CPU'} only")
         try:
             self.optimizer = self._build()
             for row, param in enumerate(self.params):
@@ -814,8 +781,7 @@ class _ForeignAdamW(Variant):
         except Unavailable:
             raise
         except Exception as error:  # not installed, or built for another torch: all one here
-            first = (str(error).splitlines() or [""])[0]
-            raise Unavailable(f"{type(error).__name__}: {first}") from error
+            raise Unavailable(first_line(error)) from error
 
     @abc.abstractmethod
     def _build(self) -> torch.optim.Optimizer: ...
@@ -830,9 +796,20 @@ class _ForeignAdamW(Variant):
         """Steps."""
         self.optimizer.step()
 
-    def elements_moved(self) -> float | None:
-        """One pass."""
-        return self._update_arrays()
+
+class DeepSpeedCpuAdam(_ForeignAdamW):
+    """DeepSpeed's AdamW for CPUs; one that computes something else ends the run."""
+
+    name = "DeepSpeedCPUAdam"
+    foreign = False
+    where = "cpu"
+
+    def _build(self):
+        _deepspeed_kernels("cpu_adam")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        how = {"adamw_mode": True, "fp32_optimizer_states": False}
+        return DeepSpeedCPUAdam(self.params, **arguments(self.workload), **how)
 
 
 class ApexFusedAdam(_ForeignAdamW):
@@ -843,7 +820,7 @@ class ApexFusedAdam(_ForeignAdamW):
     def _build(self):
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
 
 
 class DeepSpeedFusedAdam(_ForeignAdamW):
@@ -855,7 +832,7 @@ class DeepSpeedFusedAdam(_ForeignAdamW):
         _deepspeed_kernels("fused_adam")
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **_arguments(self.workload))
+        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
 
 
 class BitsAndBytes(_ForeignAdamW):
@@ -866,7 +843,7 @@ class BitsAndBytes(_ForeignAdamW):
     def _build(self):
         from bitsandbytes.optim import AdamW32bit
 
-        return AdamW32bit(self.params, **_arguments(self.workload))
+        return AdamW32bit(self.params, **arguments(self.workload))
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         self.optimizer.state[param].update(step=FIRST_STEP, state1=exp_avg, state2=exp_avg_sq)
@@ -880,7 +857,7 @@ class Optimi(_ForeignAdamW):
     def _build(self):
         from optimi import AdamW
 
-        return AdamW(self.params, triton=True, kahan_sum=False, **_arguments(self.workload))
+        return AdamW(self.params, triton=True, kahan_sum=False, **arguments(self.workload))
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         super()._seed_state(param, exp_avg, exp_avg_sq)

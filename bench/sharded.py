@@ -7,9 +7,10 @@
 
 The parameters are DTensors, sharded along their first dimension, as FSDP2 makes them; every rank is
 a process with one torch thread. Every variant is compared with the unsharded float64 reference
-before it is timed. Then the variants take turns, in an order that is the same on all ranks and
-another in each round. Before each timed step the gradients are new DTensors, as a backward pass
-leaves them, and all ranks meet at a barrier. Caches are warm: nothing is evicted between the steps.
+before it is timed. Then the variants take turns (timing.py), in an order that is the same on all
+ranks and another in each round. Before each timed step the gradients are new DTensors, as a
+backward pass leaves them, and all ranks meet at a barrier. Caches are warm: nothing is evicted
+between the steps.
 
 - ``seconds``: until ``step()`` (with the clipping before it) has returned: on a CPU, where host and
   device are one, that is host and wall time at once, waiting for the other ranks included;
@@ -18,8 +19,7 @@ leaves them, and all ranks meet at a barrier. Caches are warm: nothing is evicte
 
 Each figure is the median (over kinds of steps, as in step.py, by their share), of the rank where it
 is largest. With more ranks than cores the ranks wait for each other's time slices: the times of
-those runs say how a crowded machine behaves, not what so many machines would do. For that there is
-the model in scaling.py, computed from the collectives counted here.
+those runs say how a crowded machine behaves, not what so many machines would do.
 
 Collectives are counted apart from the timing, three times: by a dispatch mode that also adds up
 their bytes, by torch's CommDebugMode, and by the sequence number of the process group, which no
@@ -29,13 +29,11 @@ collective gets past. Where they disagree the run ends.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
-import gc
+import functools
 import json
 import os
 import pathlib
-import random
 import sys
 import tempfile
 import time
@@ -48,22 +46,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
-import scaling
-from dgg import backends
-from machine import open_device, provenance
+import peers
+import report
+from machine import Cpu
 from parameter_lists import count
 from peers import Unavailable, Variant
-from step_report import find, provenance_lines, table, targets_table, write
+from report import Printer, find, target
+from timing import MIN_SAMPLES, Timed, rounds_of
 from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
 
 SCHEMA = 1
 ALPHA = sampled(0.2)
-LR, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.01, 1.0
+MAX_NORM = 1.0
 # ‖g‖ is twice the largest norm allowed: clipping is always at work.
 GRAD_NORM = 2.0
 # Steps in a row that are compared with the reference, so that what dgg measures ahead is used.
 VERIFIED_STEPS = 3
-MIN_SAMPLES = 7
 # A variant that would use this share of a case's time takes part in fewer rounds.
 SLOW = 0.15
 TIMEOUT = datetime.timedelta(seconds=120)
@@ -98,10 +96,11 @@ class Sharded:
         mesh: One-dimensional device mesh.
     """
 
-    optimizer = "adamw"
+    optimizer, lr = "adamw", 1e-3
     dtype = torch.float32
     device = torch.device("cpu")
     max_grad_norm = MAX_NORM
+    # Steps begin without any, as in a training.
     moments = ()
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], mesh) -> None:
@@ -143,20 +142,26 @@ class Sharded:
         for param, moved in zip(locals_, self._moved, strict=True):
             param.copy_(moved)
 
+    def set_anchors(self, optimizer, params) -> None:
+        """Makes an optimizer of ours set its anchors, where the parameters stand."""
+        optimizer.set_anchor()
+
     def local_grads(self) -> list[Tensor]:
         """Returns this rank's gradients, in new memory."""
         return [grad.clone() for grad in self._grads]
 
 
-class ShardedVariant(Variant):
-    """One implementation over DTensor parameters."""
+class OverShards(Variant):
+    """What a variant does otherwise where its parameters are DTensors."""
 
     guided = False
     optimizer: torch.optim.Optimizer
 
     def __init__(self, workload: Sharded, setting: Setting) -> None:
+        # The parameters stand at the anchors while the optimizer is made.
         super().__init__(workload, setting)
         self.locals = [param.detach().to_local() for param in self.params]
+        workload.move(self.locals)
 
     def ready(self) -> None:
         """Gives every parameter a new gradient, as a backward pass does."""
@@ -168,103 +173,48 @@ class ShardedVariant(Variant):
         moments = [self.optimizer.state[param]["exp_avg"].to_local() for param in self.params]
         return {"θ": self.locals, "m": moments}
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Returns the relative tolerance; torch's float32 norms miss more of a long tensor."""
-        return 1e-4 + 2e-10 * max(torch.Size(shape).numel() for shape in self.workload.shapes)
-
     def elements_moved(self) -> None:
-        """Not accounted here; scaling.py has the bytes of a step."""
+        """Not accounted."""
         return None
 
 
-class Ours(ShardedVariant):
+class Ours(OverShards, peers.DggCpp):
     """The package under test."""
 
-    name = "dgg cpp"
     guided = True
 
-    def __init__(self, workload: Sharded, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        reason = backends.unavailable("cpp", workload.device)
-        if reason is not None:
-            raise Unavailable(reason)
-        self.optimizer = dgg_optimizer(self.params, setting, self.seed, "cpp")
-        workload.move(self.locals)
-
-    def step(self, inject: bool) -> None:
-        """Takes one step; the optimizer draws for itself."""
-        self.optimizer.step()
-
-    def seek(self, draw: int) -> None:
-        """Goes to a draw index; it stands in the groups, as after a resume."""
-        super().seek(draw)
-        self.optimizer.param_groups[0]["draw_index"] = draw
-
-    def tolerance(self, dtype: torch.dtype) -> float:
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """Returns what float32 arithmetic leaves."""
-        return 1e-5
+        return 1e-5, 0.0
 
 
-def dgg_optimizer(params, setting: Setting, seed: int, backend: str) -> dgg.AdamW:
-    """Returns dgg's optimizer in a setting, with the anchor where the parameters stand."""
-    optimizer = dgg.AdamW(
-        params, lr=LR, weight_decay=WEIGHT_DECAY, seed=seed, backend=backend,
-        alpha=0.0 if setting.alpha is None else setting.alpha,
-        max_grad_norm=MAX_NORM if setting.clipped else None,
-    )  # fmt: skip
-    if setting.alpha is not None:
-        optimizer.set_anchor()
-    return optimizer
-
-
-class TorchFused(ShardedVariant):
+class Fused(OverShards, peers.TorchFused):
     """torch.optim.AdamW over DTensors, behind torch.nn.utils.clip_grad_norm_ if it clips."""
 
-    name = FUSED
-    how: ClassVar[dict[str, bool]] = {"fused": True}
-    foreach_clip: ClassVar[bool | None] = None
 
-    def __init__(self, workload: Sharded, setting: Setting) -> None:
-        super().__init__(workload, setting)
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=LR, weight_decay=WEIGHT_DECAY, **self.how
-        )
-        workload.move(self.locals)
-
-    def step(self, inject: bool) -> None:
-        """Clips if asked to and steps."""
-        if self.setting.clipped:
-            torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM, foreach=self.foreach_clip)
-        self.optimizer.step()
-
-
-class TorchForeach(TorchFused):
+class Foreach(Fused):
     """The same with foreach=True."""
 
     name = FOREACH
     how: ClassVar[dict[str, bool]] = {"foreach": True}
 
 
-class TorchLoop(TorchFused):
+class Loop(Fused):
     """The same, a parameter after the other."""
 
     name = LOOP
     how: ClassVar[dict[str, bool]] = {"foreach": False, "fused": False}
 
 
-class TorchFusedForeachClip(TorchFused):
+class FusedForeachClip(OverShards, peers.TorchFusedForeachClip):
     """torch fused with the clipping told to use foreach."""
 
-    name = FOREACH_CLIP
-    foreach_clip = True
 
-
-class ForeachGuidance(TorchFused):
+class ForeachGuidance(Fused):
     """Guidance by torch._foreach_* over DTensors, between clipping and the fused optimizer."""
 
     name = EAGER
     guided = True
-    foreach_clip = True
 
     def __init__(self, workload: Sharded, setting: Setting) -> None:
         super().__init__(workload, setting)
@@ -273,18 +223,16 @@ class ForeachGuidance(TorchFused):
     @torch.no_grad()
     def step(self, inject: bool) -> None:
         """Clips, guides, steps; the norm that the clipping found is used again."""
-        clip = torch.nn.utils.clip_grad_norm_
-        norm = clip(self.params, MAX_NORM, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM, foreach=True)
         if inject:
-            differences = torch._foreach_sub(self.params, self._anchors)
-            distance = torch.nn.utils.get_total_norm(differences, foreach=True)
-            scale = torch.clamp(torch.clamp(norm, max=MAX_NORM) / distance, max=1.0)
-            torch._foreach_mul_(differences, scale)
-            torch._foreach_add_([param.grad for param in self.params], differences)
+            peers.guide_by_foreach(
+                self.params, self._anchors, grad_norm=torch.clamp(norm, max=MAX_NORM),
+                norm=functools.partial(torch.nn.utils.get_total_norm, foreach=True),
+            )  # fmt: skip
         self.optimizer.step()
 
 
-class ByHand(ShardedVariant):
+class ByHand(OverShards):
     """What a careful user writes without dgg: plain local shards, one all-reduce, torch fused.
 
     The optimizer holds plain tensors then: what is saved of it are one rank's shards.
@@ -296,11 +244,8 @@ class ByHand(ShardedVariant):
     def __init__(self, workload: Sharded, setting: Setting) -> None:
         super().__init__(workload, setting)
         self._shards = [torch.nn.Parameter(x) for x in self.locals]
-        self._anchors = [x.clone() for x in self.locals]
-        self.optimizer = torch.optim.AdamW(
-            self._shards, lr=LR, weight_decay=WEIGHT_DECAY, fused=True
-        )
-        workload.move(self.locals)
+        self._anchors = [workload.shard(x).to_local() for x in workload.whole("anchors")]
+        self.optimizer = torch.optim.AdamW(self._shards, **peers.arguments(workload), fused=True)
 
     def ready(self) -> None:
         """As for the others; the parameters of the model stay DTensors."""
@@ -336,12 +281,10 @@ class ByHand(ShardedVariant):
         return {"θ": self.locals, "m": moments}
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Sharded, Setting], ShardedVariant]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Sharded, Setting], OverShards]] = {
     kind.name: kind
-    for kind in (
-        Ours, TorchFused, TorchForeach, TorchLoop, TorchFusedForeachClip, ForeachGuidance, ByHand,
-    )
-}  # fmt: skip
+    for kind in (Ours, Fused, Foreach, Loop, FusedForeachClip, ForeachGuidance, ByHand)
+}
 
 
 class Oracle:
@@ -351,12 +294,18 @@ class Oracle:
         self._work = work
         self._found: dict[str, dict[str, list[Tensor]]] = {}
 
-    def results(self, variant: ShardedVariant, draw: int) -> dict[str, list[Tensor]]:
+    def results(self, variant: OverShards, draw: int) -> dict[str, list[Tensor]]:
         """Returns this rank's shards of parameters and first moments after the verified steps."""
         setting = variant.setting
         if setting.name not in self._found:
             params = [torch.nn.Parameter(x.double()) for x in self._work.whole("anchors")]
-            optimizer = dgg_optimizer(params, setting, variant.seed, "reference")
+            optimizer = dgg.AdamW(
+                params,
+                **peers.arguments(self._work),
+                **peers.guidance(self._work, setting, variant.seed, "reference"),
+            )
+            if setting.alpha is not None:
+                optimizer.set_anchor()
             optimizer.param_groups[0]["draw_index"] = draw
             grads = [x.double() for x in self._work.whole("grads")]
             with torch.no_grad():
@@ -374,7 +323,7 @@ class Oracle:
         return self._found[setting.name]
 
 
-def verify(variant: ShardedVariant, oracle: Oracle) -> float:
+def verify(variant: OverShards, oracle: Oracle) -> float:
     """Takes the first steps of a variant and compares them; only then it may be timed.
 
     Every rank compares its shards; a mistake on one is an error on all.
@@ -403,7 +352,7 @@ def verify(variant: ShardedVariant, oracle: Oracle) -> float:
                 continue
             scale = want.square().mean().sqrt() + want.abs()
             error = float(((got.double() - want).abs() / scale).max())
-            error /= variant.tolerance(torch.float32)
+            error /= variant.tolerance(torch.float32)[0]
             worst = max(worst, error) if error == error else float("inf")
     found = [0.0] * dist.get_world_size()
     dist.all_gather_object(found, worst)
@@ -458,7 +407,7 @@ def bound(function, args, kwargs) -> dict[str, object]:
     return found
 
 
-def count_collectives(variant: ShardedVariant, group) -> list[dict[str, object]]:
+def count_collectives(variant: OverShards, group) -> list[dict[str, object]]:
     """Counts what each kind of step of a variant sends.
 
     Raises:
@@ -469,7 +418,6 @@ def count_collectives(variant: ShardedVariant, group) -> list[dict[str, object]]
     found = []
     for kind in sorted(variant.shares()):
         # The step before matters: it may start what this one waits for.
-        variant.ready()
         variant.approach(kind)
         variant.ready()
         before = group._get_sequence_number_for_group()
@@ -497,48 +445,19 @@ def count_collectives(variant: ShardedVariant, group) -> list[dict[str, object]]
 FIGURES = ("seconds", "cpu_seconds", "process_seconds")
 
 
-@dataclasses.dataclass
-class _Timed:
-    variant: ShardedVariant
-    error: float
-    collectives: list[dict[str, object]]
-    stride: int = 1
-    turn: int = 0
+class Rank(Cpu):
+    """A rank's CPU: a step begins when all ranks are there."""
 
-    def __post_init__(self) -> None:
-        # Figure → kind of step → samples of this rank.
-        self.samples = {name: {kind: [] for kind in self.variant.shares()} for name in FIGURES}
+    stratified = True
 
-    def run(self, record: bool = True) -> None:
-        """Times a step of the kind whose turn it is."""
-        variant = self.variant
-        if not variant.verified:
-            raise RuntimeError(f"{variant.name} ({variant.setting.name}) was not verified")
-        kinds = sorted(variant.shares())
-        if len(kinds) > 1:
-            variant.ready()
-            variant.approach(kinds[self.turn % len(kinds)])
-        variant.ready()
-        kind = variant.kind()
+    def wall(self, function: Callable[[], object]) -> dict[str, float]:
+        """Returns the times of one call: of the clock, of this thread, of all threads."""
         dist.barrier()
         process, thread, begin = time.process_time(), time.thread_time(), time.perf_counter()
-        variant()
+        function()
         end = time.perf_counter()
         taken = (end - begin, time.thread_time() - thread, time.process_time() - process)
-        if record:
-            self.turn += 1
-            for name, value in zip(FIGURES, taken, strict=True):
-                self.samples[name][kind].append(value)
-
-    def quantiles(self, figure: str, q: float) -> float:
-        """Returns a quantile of this rank, averaged over the kinds of steps by their share."""
-        total = weight = 0.0
-        for kind, share in self.variant.shares().items():
-            values = torch.tensor(self.samples[figure][kind], dtype=torch.float64)
-            if len(values):
-                total += float(share) * float(values.quantile(q))
-                weight += float(share)
-        return total / weight
+        return dict(zip(FIGURES, taken, strict=True))
 
 
 def run_case(name: str, mesh, rounds: int, seconds: float, log) -> dict[str, object]:
@@ -548,22 +467,21 @@ def run_case(name: str, mesh, rounds: int, seconds: float, log) -> dict[str, obj
         The case's entry in the results, the same on all ranks.
     """
     begin = time.perf_counter()
-    group = mesh.get_group()
     work = Sharded(LISTS[name], mesh)
     oracle = Oracle(work)
-    timed, absent = [], []
+    timed, counted, absent = [], [], []
     for implementation, setting in RUNS:
         try:
             variant = IMPLEMENTATIONS[implementation](work, setting)
         except Unavailable as reason:
             absent.append({"name": implementation, "setting": setting.name, "reason": str(reason)})
             continue
-        error = verify(variant, oracle)
-        timed.append(_Timed(variant, error, count_collectives(variant, group)))
+        timed.append(Timed(variant, verify(variant, oracle)))
+        counted.append(count_collectives(variant, mesh.get_group()))
     del oracle
     log(f"  {name}: verified and counted, {time.perf_counter() - begin:.0f} s")
     rounds = _measure(timed, rounds, seconds)
-    entries = [_entry(entry) for entry in timed]
+    entries = [_entry(*pair) for pair in zip(timed, counted, strict=True)]
     for entry in timed:
         if not all(torch.isfinite(x).all() for x in entry.variant.locals):
             raise FloatingPointError(f"{name}: {entry.variant.name} left parameters not finite")
@@ -585,48 +503,32 @@ def run_case(name: str, mesh, rounds: int, seconds: float, log) -> dict[str, obj
     }
 
 
-def _measure(timed: list[_Timed], rounds: int, seconds: float) -> int:
-    costs = []
+def _measure(timed: list[Timed], rounds: int, seconds: float) -> int:
+    device, costs = Rank(), []
     for entry in timed:
-        costs.append(min(_whole_turn(entry) for _ in range(3)))
+        turns = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            entry.take_turn(device)
+            turns.append(time.perf_counter() - begin)
+        costs.append(min(turns))
+        entry.samples.clear()
     # The first rank plans for all: ranks with plans of their own would wait for each other.
-    plan = [[1.0] * len(timed), rounds]
-    if dist.get_rank() == 0:
-        for row, cost in enumerate(costs):
-            affordable = max(MIN_SAMPLES, SLOW * seconds / cost)
-            plan[0][row] = max(1, int(rounds / affordable))
-        whole = sum(cost / stride for cost, stride in zip(costs, plan[0], strict=True))
-        plan[1] = max(MIN_SAMPLES * max(plan[0]), min(rounds, int(seconds / whole)))
-    dist.broadcast_object_list(plan, src=0)
-    strides, rounds = plan
-    for entry, stride in zip(timed, strides, strict=True):
-        entry.stride = int(stride)
-    order = random.Random(0)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(int(rounds)):
-            turn = [entry for entry in timed if number % entry.stride == 0]
-            order.shuffle(turn)
-            for entry in turn:
-                entry.run()
-    finally:
-        if collecting:
-            gc.enable()
-    return int(rounds)
+    dist.broadcast_object_list(costs, src=0)
+    for entry, cost in zip(timed, costs, strict=True):
+        entry.be_slow(rounds, SLOW * seconds / cost)
+    whole = sum(cost / entry.stride for entry, cost in zip(timed, costs, strict=True))
+    least = MIN_SAMPLES * max(entry.stride for entry in timed)
+    rounds = max(least, min(rounds, int(seconds / whole)))
+    for turn in rounds_of(timed, rounds):
+        for entry in turn:
+            entry.take_turn(device)
+    return rounds
 
 
-def _whole_turn(entry: _Timed) -> float:
-    """Returns the seconds of a turn with all that comes before the timed step."""
-    begin = time.perf_counter()
-    entry.run(record=False)
-    return time.perf_counter() - begin
-
-
-def _entry(entry: _Timed) -> dict[str, object]:
+def _entry(entry: Timed, collectives: list[dict[str, object]]) -> dict[str, object]:
     """Returns a variant's entry, from the figures of all ranks."""
-    own = {(name, q): entry.quantiles(name, q) for name in FIGURES for q in (0.0, 0.2, 0.5, 0.8)}
+    own = {(name, q): entry.quantile(q, name) for name in FIGURES for q in (0.0, 0.2, 0.5, 0.8)}
     ranks: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(ranks, own)
     slowest = max(ranks, key=lambda found: found["seconds", 0.5])
@@ -641,12 +543,12 @@ def _entry(entry: _Timed) -> dict[str, object]:
         "seconds_by_rank": [found["seconds", 0.5] for found in ranks],
         "cpu_seconds": max(found["cpu_seconds", 0.5] for found in ranks),
         "process_seconds": max(found["process_seconds", 0.5] for found in ranks),
-        "samples": sum(map(len, entry.samples["seconds"].values())),
-        "collectives": entry.collectives,
-        "collectives_per_step": sum(c["share"] * c["count"] for c in entry.collectives),
-        "bytes_per_step": sum(c["share"] * c["bytes"] for c in entry.collectives),
+        "samples": entry.count(),
+        "collectives": collectives,
+        "collectives_per_step": sum(c["share"] * c["count"] for c in collectives),
+        "bytes_per_step": sum(c["share"] * c["bytes"] for c in collectives),
         "seed": variant.seed,
-        "injected_fraction": sum(c["share"] for c in entry.collectives if c["injects"]),
+        "injected_fraction": sum(c["share"] for c in collectives if c["injects"]),
         "error_in_tolerances": entry.error,
     }
 
@@ -660,11 +562,8 @@ def work(rank: int, world: int, folder: str, names: Sequence[str], rounds: int, 
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world,))
-    cases = []
-    for name in names:
-        cases.append(
-            run_case(name, mesh, rounds, seconds, print if rank == 0 else lambda line: None)
-        )
+    log = print if rank == 0 else lambda line: None
+    cases = [run_case(name, mesh, rounds, seconds, log) for name in names]
     if rank == 0:
         pathlib.Path(folder, "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     dist.barrier()
@@ -691,73 +590,44 @@ def case_table(case: dict, cores: int, *, markdown: bool) -> str:
         f"{case['list']} on {case['ranks']} rank{'s' * (case['ranks'] > 1)}: AdamW, float32, "
         f"{case['elements']:,} elements in {case['tensors']} DTensors, Shard(0)"
     )
-    rows = [HEADER]
     opponents = [find(case, *opponent) for opponent in OPPONENTS]
-    for entry in case["variants"]:
-        rows.append(
-            (
-                entry["name"],
-                entry["setting"],
-                *(f"{entry[key] * 1e3:.3f}" for key in ("seconds", "low", "high", "cpu_seconds")),
-                str(entry["samples"]),
-                f"{entry['collectives_per_step']:g}",
-                f"{entry['bytes_per_step']:g}",
-                *("" if o is None else f"{entry['seconds'] / o['seconds']:.2f}" for o in opponents),
-            )
+    rows = [HEADER] + [
+        (
+            entry["name"],
+            entry["setting"],
+            *(f"{entry[key] * 1e3:.3f}" for key in ("seconds", "low", "high", "cpu_seconds")),
+            str(entry["samples"]),
+            f"{entry['collectives_per_step']:g}",
+            f"{entry['bytes_per_step']:g}",
+            *report.ratios(entry, opponents),
         )
-    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown)]
-    for missing in case["not_run"]:
-        lines.append(f"not run: {missing['name']} ({missing['setting']}): {missing['reason']}")
-    lines.extend(losses(case))
+        for entry in case["variants"]
+    ]
+    notes = report.absences(case) + report.losses(case)
     if case["ranks"] > cores:
-        lines.append(
+        notes.append(
             f"{case['ranks']} ranks share {cores} cores: most of the time is waiting for a core"
         )
-    return "\n".join(lines) + "\n"
-
-
-def losses(case: dict) -> list[str]:
-    """Returns a line for every comparison that dgg loses, by the medians."""
-    found = []
-    for mine in case["variants"]:
-        for other in case["variants"]:
-            same = mine["setting"] == other["setting"]
-            if mine["name"] != "dgg cpp" or other["name"] == "dgg cpp" or not same:
-                continue
-            if mine["seconds"] > other["seconds"]:
-                found.append(
-                    f"LOST: dgg cpp ({mine['setting']}) takes "
-                    f"{mine['seconds'] / other['seconds']:.2f} x the time of {other['name']}"
-                )
-    return found
+    return report.page(title, rows, notes, markdown=markdown)
 
 
 def targets(cases: Sequence[dict]) -> list[dict]:
     """Compares results with the project's targets: what, target, measured, met."""
     found = []
     for case in cases:
-        mine = {setting: find(case, "dgg cpp", setting) for setting in ("plain", "guided")}
-        if None in mine.values():
+        ours = {setting: find(case, "dgg cpp", setting) for setting in ("plain", "guided")}
+        if None in ours.values():
             continue
-        for other, limit in ((FUSED, 0.35), (FOREACH_CLIP, None)):
-            opponent = find(case, other, "clipped")
-            stated = case["case"] == "small120-2"
-            if opponent is None or not stated:
-                continue
-            value = mine["guided"]["seconds"] / opponent["seconds"]
-            found.append(
-                {"what": f"{case['case']}: guided, clipped / {other} over DTensor, clipped",
-                 "target": "no target" if limit is None else f"≤ {limit:.2f}",
-                 "measured": f"{value:.3f}", "value": value,
-                 "met": None if limit is None else value <= limit}
-            )  # fmt: skip
+        stated = case["case"] == "small120-2"
+        for other, limit in ((FUSED, 0.35), (FOREACH_CLIP, None)) if stated else ():
+            value = report.quotient(case, ("dgg cpp", "guided"), (other, "clipped"))
+            if value is not None:
+                what = f"{case['case']}: guided, clipped / {other} over DTensor, clipped"
+                found.append(target(what, value, most=limit))
         for setting, limit in (("plain", 0), ("guided", 1)):
-            value = max(c["count"] for c in mine[setting]["collectives"])
-            found.append(
-                {"what": f"{case['case']}: collectives in a {setting} step",
-                 "target": f"≤ {limit}", "measured": str(value), "value": value,
-                 "met": value <= limit}
-            )  # fmt: skip
+            what = f"{case['case']}: collectives in a {setting} step"
+            value = max(c["count"] for c in ours[setting]["collectives"])
+            found.append(target(what, value, "", most=limit, stated=""))
     return found
 
 
@@ -780,42 +650,30 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     rounds = options.rounds or (8 if options.quick else 100)
     ranks = options.ranks or ([2] if options.quick else [1, 2, 4])
+    say = Printer(options.markdown, options.out, "sharded-cpu")
     results: dict[str, object] = {
-        "schema": SCHEMA, "provenance": provenance(open_device("cpu")),
+        "schema": SCHEMA, "provenance": report.provenance(Cpu()),
         "settings": {
             "quick": options.quick, "ranks": ranks, "rounds": rounds, "seconds": options.seconds,
             "backend": "gloo", "threads_per_rank": 1, "max_norm": MAX_NORM,
         },
         "cases": [], "complete": False,
     }  # fmt: skip
-    stem = f"sharded-cpu-{time.strftime('%Y-%m-%d', time.gmtime())}"
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    say(provenance_lines(results["provenance"]) + "\n")
-    cores = results["provenance"]["cores"]
-    if results["provenance"]["load_average"][0] > 0.5:
-        say("This machine is not quiet: take the times as provisional.\n")
+    say.begin(results["provenance"])
     for world in ranks:
         for case in run(world, names, rounds, options.seconds):
             results["cases"].append(case)
+            cores = results["provenance"]["cores"]
             say(case_table(case, cores, markdown=options.markdown))
         # Whatever ends the run, what it has measured stays.
-        if options.out is not None:
-            write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False)
+        say.write(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
     results["targets"] = targets(results["cases"])
     if results["targets"]:
-        say(targets_table(results["targets"], markdown=options.markdown))
-    results["model"] = scaling.model(results["cases"], quick=options.quick)
-    say(scaling.page(results["model"], markdown=options.markdown))
+        say(report.targets_table(results["targets"], markdown=options.markdown))
     results["complete"] = True
-    if options.out is not None:
-        for path in write(options.out, results, "\n".join(lines) + "\n", stem, drawn=False):
-            print(f"wrote {path}")
+    for path in say.write(results):
+        print(f"wrote {path}")
     return 0
 
 

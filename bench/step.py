@@ -13,7 +13,7 @@ Every variant is compared with the float64 reference before it is timed (the run
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
 and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
 50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, round_robin.py and peers.py; what wall, host, device and kernel time are,
+described in workload.py, timing.py and peers.py; what wall, host, device and kernel time are,
 in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
 stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
 order of their importance, and the results are written after each.
@@ -32,30 +32,14 @@ import time
 
 import torch
 
-from gpu_targets import backend_table, gpu_targets
-from machine import Cpu, DeviceLost, Streams, open_device, provenance
-from parameter_lists import (
-    count,
-    llava_7b_full,
-    llava_7b_lora,
-    many_tiny,
-    of_four_dimensions,
-    one_tensor,
-)
+import parameter_lists
+import report
+from gpu.targets import backend_table, gpu_targets
+from machine import Cpu, DeviceLost, Streams, device_of, give_up
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
-from round_robin import Case, run_case
-from step_report import (
-    bandwidth_line,
-    case_table,
-    fill_shares,
-    host_table,
-    provenance_lines,
-    targets,
-    targets_table,
-    write,
-)
-from witness import LOST
+from report import Printer, provenance
+from timing import Case, run_case
 from workload import (
     CLIPPED,
     GUIDED,
@@ -78,6 +62,7 @@ FLAGSHIP = 32 * MI
 # The same on a GPU: 1 GiB an array in float32.
 GPU_FLAGSHIP = 256 * MI
 
+TOO_LARGE = (MemoryError, torch.OutOfMemoryError)
 Run = tuple[str, Setting]
 
 OURS: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
@@ -130,17 +115,19 @@ def _size_name(elements: int) -> str:
 
 def _single(elements: int, runs: list[Run], *, optimizer="adamw", dtype=torch.float32, **limits):
     name = f"{optimizer}-{_dtype_name(dtype)}-{_size_name(elements)}"
-    return Case(name, one_tensor(elements), dtype, optimizer, runs, **limits)
+    return Case(name, parameter_lists.one_tensor(elements), dtype, optimizer, runs, **limits)
 
 
 def _lora(rank: int, runs: list[Run], *, dtype=torch.float32, **limits) -> Case:
     name = f"llava7b-lora{rank}" + ("" if dtype == torch.float32 else f"-{_dtype_name(dtype)}")
-    return Case(name, llava_7b_lora(rank), dtype, "adamw", runs, **limits)
+    return Case(name, parameter_lists.llava_7b_lora(rank), dtype, "adamw", runs, **limits)
 
 
 def _tiny(runs: list[Run], *, cold: bool, rounds: int) -> Case:
     name = "tiny448-cold" if cold else "tiny448-warm"
-    return Case(name, many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold)
+    return Case(
+        name, parameter_lists.many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold
+    )
 
 
 def host_cases() -> list[Case]:
@@ -152,8 +139,8 @@ def host_cases() -> list[Case]:
     apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
     cases = []
     for name, shapes, runs, cold, rounds, seconds in (
-        ("tiny448-warm", many_tiny(), every, False, 60, 10.0),
-        ("llava7b-lora16", llava_7b_lora(16), few, True, 7, 15.0),
+        ("tiny448-warm", parameter_lists.many_tiny(), every, False, 60, 10.0),
+        ("llava7b-lora16", parameter_lists.llava_7b_lora(16), few, True, 7, 15.0),
     ):
 
         def case(suffix, shapes, runs, *, cold, rounds, name=name, seconds=seconds, **more):
@@ -162,7 +149,7 @@ def host_cases() -> list[Case]:
                 seconds=seconds, **more,
             )  # fmt: skip
 
-        last = of_four_dimensions(shapes)
+        last = parameter_lists.of_four_dimensions(shapes)
         cases += [
             case("", shapes, runs, cold=cold, rounds=rounds),
             case("-channels-last", last, apart, cold=cold, rounds=rounds, channels_last=True),
@@ -210,7 +197,7 @@ def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
             cases.append(_single(10**exponent, runs, dtype=dtype, **limits(16, 6)))
     cases.append(
         Case(
-            "llava7b-full-bfloat16", llava_7b_full(), bf16, "adamw",
+            "llava7b-full-bfloat16", parameter_lists.llava_7b_full(), bf16, "adamw",
             [(b, s) for b in GPU_BACKENDS for s in (PLAIN, GUIDED, ALPHA)] + peers,
             spare=True, **limits(8, 15),
         )
@@ -257,7 +244,17 @@ def cases_of(preset: str) -> list[Case]:
     if preset == "smoke":
         runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
         cases = [_single(n, runs, rounds=8) for n in (1000, 10000)]
-        cases.append(Case("tiny", many_tiny(5), torch.float32, "adamw", runs, rounds=8, cold=False))
+        cases.append(
+            Case(
+                "tiny",
+                parameter_lists.many_tiny(5),
+                torch.float32,
+                "adamw",
+                runs,
+                rounds=8,
+                cold=False,
+            )
+        )
         for optimizer, dtype in OTHERS:
             cases.append(_single(1000, eager, optimizer=optimizer, dtype=dtype, rounds=8))
         return cases
@@ -327,11 +324,12 @@ def run(
         DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
     """
     before = before or {}
-    lost = [*before.get("lost", [])]
+    lost, skipped = [*before.get("lost", [])], []
     results: dict[str, object] = {
         "schema": SCHEMA, "provenance": provenance(device), "cases": [*before.get("cases", [])],
-        "skipped": [], "lost": lost,
+        "skipped": skipped, "lost": lost,
     }  # fmt: skip
+    keep_results = keep or (lambda results: None)
     done = {case["case"] for case in results["cases"]}
     culprits = {entry["name"] for entry in lost}
     cases = [
@@ -339,9 +337,12 @@ def run(
         for case in cases
         if case.name not in done
     ]
-    say(provenance_lines(results["provenance"]) + "\n")
-    if results["provenance"]["load_average"][0] > 0.5 and device.name == "cpu":
-        say("This machine is not quiet: take the times as provisional.\n")
+
+    def skip(reason: str, words: str = "skipped", **more: bool) -> None:
+        skipped.append({"case": case.name, "reason": reason, **more})
+        say(f"{case.name} {words}: {reason}\n")
+
+    say.begin(results["provenance"])
     streams = Streams(device, stream_elements)
     for _ in range(5):
         streams.run(device)
@@ -350,18 +351,18 @@ def run(
     for case in cases:
         begin = time.perf_counter()
         if begin > deadline:
-            results["skipped"].append({"case": case.name, "reason": "no time was left for it"})
-            say(f"{case.name} skipped: no time was left for it\n")
+            skip("no time was left for it")
             continue
         # Neighbours take bandwidth as they please: large cases measure it between their own steps.
-        large = count(case.shapes) * case.dtype.itemsize >= device.cache_bytes and not case.spare
+        large = (
+            parameter_lists.count(case.shapes) * case.dtype.itemsize >= device.cache_bytes
+            and not case.spare
+        )
         own = Streams(device, stream_elements) if large else None
         try:
             entry = run_case(case, device, own, log=say, forgiving=keep is not None)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            reason = str(error).splitlines()[0]
-            results["skipped"].append({"case": case.name, "reason": reason})
-            say(f"{case.name} skipped: {reason}\n")
+        except TOO_LARGE as error:
+            skip(report.first_line(error, *TOO_LARGE))
             continue
         except DeviceLost as error:
             lost.append(
@@ -369,44 +370,28 @@ def run(
                  "reason": error.reason}
             )  # fmt: skip
             say(f"{case.name}: THE DEVICE WAS LOST by {error}\n")
-            if keep is not None:
-                keep(results)
+            keep_results(results)
             raise
         except Exception as error:
             if keep is None:
                 raise
             # One case of many: time on a GPU is rare.
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            results["skipped"].append({"case": case.name, "reason": reason, "wrong": True})
-            say(f"{case.name} FAILED: {reason}\n")
-            keep(results)
+            skip(report.first_line(error), "FAILED", wrong=True)
+            keep_results(results)
             continue
         entry["memory_bandwidth"] = own.bandwidth() if own else overall
         entry["wall_seconds"] = time.perf_counter() - begin
         # The ceiling is a copy; on a CPU triad often gives more.
         ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
-        fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
+        report.fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
         results["cases"].append(entry)
-        say((host_table if host else case_table)(entry, markdown=say.markdown))
+        say((report.host_table if host else report.case_table)(entry, markdown=say.markdown))
         # Of what the host does for every tensor memory says nothing.
-        memory = "" if host else bandwidth_line(entry["memory_bandwidth"]) + "; "
+        memory = "" if host else report.bandwidth_line(entry["memory_bandwidth"]) + "; "
         say(f"{memory}{entry['wall_seconds']:.0f} s\n")
-        if keep is not None:
-            keep(results)
+        keep_results(results)
     results["provenance"]["load_average_after"] = os.getloadavg()
     return results
-
-
-class Printer:
-    """Prints lines and keeps them for the page written beside the JSON."""
-
-    def __init__(self, markdown: bool) -> None:
-        self.markdown, self.lines = markdown, []
-
-    def __call__(self, line: str) -> None:
-        """Prints one line or paragraph."""
-        self.lines.append(line)
-        print(line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -415,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="threads of torch and dgg; default: all cores")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for JSON, table and plots")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and tables")
     parser.add_argument("--markdown", action="store_true", help="print tables as markdown")
     parser.add_argument("--memory", action="store_true", help="peak memory only")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
@@ -435,74 +420,63 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    say = Printer(options.markdown)
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    cases = [case for case in cases_of(preset) if options.only in case.name]
+    if not cases:
+        names = ", ".join(case.name for case in cases_of(preset))
+        parser.error(f"--only {options.only}: no such case; there are {names}")
+    device = device_of(parser, options.device)
     before = None
     if options.resume is not None:
         before = json.loads(options.resume.read_text(encoding="utf-8"))
+    kind = "memory" if options.memory else "step"
+    say = Printer(options.markdown, options.out, f"{kind}-{options.device}")
     settings = {
         "preset": preset,
         "threads": torch.get_num_threads(),
         "flagship": GPU_FLAGSHIP if preset in GPU_PRESETS else FLAGSHIP,
     }
-    kind = "memory" if options.memory else "step"
-    stem = f"{kind}-{options.device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 
-    def keep(results: dict[str, object]) -> None:
-        if options.out is not None:
-            partial = {**results, "settings": settings, "memory": [], "complete": False}
-            partial["targets"] = judge(partial, preset)
-            write(options.out, partial, "\n".join(say.lines) + "\n", stem, drawn=False)
+    def judged(results: dict[str, object], memory: list[dict], complete: bool) -> dict[str, object]:
+        """Returns the results with the targets that they can speak to."""
+        results = {**results, "settings": settings, "complete": complete, "memory": memory}
+        on_gpu = preset in GPU_PRESETS
+        found = (
+            gpu_targets(results["cases"]) if on_gpu else report.targets(results["cases"], memory)
+        )
+        return {**results, "targets": found}
 
-    if options.memory:
-        results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
-    else:
-        cases = [case for case in cases_of(preset) if options.only in case.name]
-        if not cases:
-            names = ", ".join(case.name for case in cases_of(preset))
-            parser.error(f"--only {options.only}: no such case; there are {names}")
+    results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
+    if not options.memory:
         elements = 2**25 if options.device == "cpu" else 2**28
         elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
+        # What takes long is kept after every case.
+        keep = None
+        if preset in (*GPU_PRESETS, "full"):
+            keep = lambda results: say.write(judged(results, [], False))  # noqa: E731
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
-                deadline=began + options.deadline,
-                keep=keep if preset in (*GPU_PRESETS, "full") else None,  # they take long
-                before=before, host=preset == "host",
+                deadline=began + options.deadline, keep=keep, before=before, host=preset == "host",
             )  # fmt: skip
         except DeviceLost as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            # Nothing can be tidied up on a device that is lost, and trying may hang.
-            os._exit(LOST)
+            give_up(error)
         except VerificationError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    results["settings"], results["complete"] = settings, True
-    results["memory"] = []
+    memory = []
     if options.memory or preset in ("targets", "full"):
         size = 2**20 if preset == "smoke" else 2**24
-        results["memory"] = [measure_memory(case, size) for case in MEMORY_CASES]
-    results["targets"] = judge(results, preset)
+        memory = [measure_memory(case, size) for case in MEMORY_CASES]
+    results = judged(results, memory, True)
     if preset in GPU_PRESETS:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
-        say(targets_table(results["targets"], markdown=options.markdown))
-    if options.out is not None:
-        for path in write(options.out, results, "\n".join(say.lines) + "\n", stem):
-            print(f"wrote {path}")
+        say(report.targets_table(results["targets"], markdown=options.markdown))
+    for path in say.write(results):
+        print(f"wrote {path}")
     wrong = [missing["wrong"] for case in results["cases"] for missing in case["not_run"]]
     wrong += [skipped.get("wrong", False) for skipped in results["skipped"]]
     return int(any(wrong))
-
-
-def judge(results: dict[str, object], preset: str) -> list[dict]:
-    """Returns the targets that the results can speak to."""
-    if preset in GPU_PRESETS:
-        return gpu_targets(results["cases"])
-    return targets(results["cases"], results["memory"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import gc
 import math
-import os
 import pathlib
 import sys
 import time
@@ -28,12 +27,11 @@ import torch
 from torch import Tensor
 
 import dgg
-from dgg import backends
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
-from machine import Cpu, DeviceLost, open_device, provenance
-from peers import injections
-from step_report import provenance_lines, table, write
-from witness import LOST
+from machine import Cpu, DeviceLost, device_of, give_up
+from peers import guide_by_foreach, injections, unavailable
+from report import Printer, absences, first_line, page, provenance, ratios
+from timing import quantile, weigh
 
 SCHEMA = 1
 LR, CLIP = 1e-4, 1.0
@@ -89,24 +87,13 @@ def _torch_fused(params: Sequence[Tensor], alpha, seed):
 def _foreach(params: Sequence[Tensor], alpha, seed):
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
     anchors = [p.detach().clone() for p in params]
-    wide = torch.promote_types(params[0].dtype, torch.float32)
     _leave(params)
 
     @torch.no_grad()
     def step(inject: bool) -> None:
         torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
         if inject:
-            grads = [p.grad for p in params]
-            differences = torch._foreach_sub(params, anchors)
-            norms = [
-                torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x, 2, wide)))
-                for x in (grads, differences)
-            ]
-            scale = torch.clamp(norms[0] / norms[1], max=1.0)
-            # Of their dtype, or there is a kernel for every tensor.
-            torch._foreach_mul_(differences, scale.to(differences[0].dtype))
-            torch._foreach_add_(grads, differences)
-            del differences
+            guide_by_foreach(params, anchors, dtype=params[0].dtype)
         optimizer.step()
 
     return step, (optimizer, anchors)
@@ -137,7 +124,7 @@ def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str
     wanted.append(Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps))
     missing = []
     for backend in ("cpp", "triton"):
-        reason = backends.unavailable(backend, device.device)
+        reason = unavailable(backend, device.device)
         if reason is not None:
             missing.append({"name": f"dgg {backend}", "reason": reason})
             continue
@@ -198,16 +185,14 @@ def train(
 ) -> tuple[dict[bool, list[tuple[float, float]]], dict[str, int | None]]:
     """Trains one block; returns (step, optimizer) seconds by kind of step, and bytes."""
     params = [p for p in model.parameters() if p.requires_grad]
-    window = variant.steps
-    # Warm-up steps are draws too: the window begins behind them.
-    seed = 0
+    seed, pattern = 0, [False] * (WARM_UP + variant.steps)
     if variant.alpha is not None:
-        wanted = round(variant.alpha * window)
-        while sum(injections(seed, variant.alpha, WARM_UP + window)[WARM_UP:]) != wanted:
+        wanted = round(variant.alpha * variant.steps)
+        pattern = injections(seed, variant.alpha, len(pattern))
+        # Warm-up steps are draws too: the window begins behind them.
+        while sum(pattern[WARM_UP:]) != wanted:
             seed += 1
-        pattern = injections(seed, variant.alpha, WARM_UP + window)
-    else:
-        pattern = [False] * (WARM_UP + window)
+            pattern = injections(seed, variant.alpha, len(pattern))
     step, kept = variant.build(params, variant.alpha, seed)
     times: dict[bool, list[tuple[float, float]]] = {}
     memory: dict[str, int | None] = {"peak": None, "steady": None}
@@ -239,30 +224,17 @@ def train(
     return times, memory
 
 
-def _median(values: Sequence[float], q: float = 0.5) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
 def summary(
     variant: Variant, blocks: Sequence[dict[bool, list[tuple[float, float]]]], memory: dict
 ) -> dict[str, object]:
     """Returns a variant's entry: medians of either kind of step, weighed by alpha."""
     alpha = variant.alpha or 0.0
-    kinds = {
-        kind: [pair for block in blocks for pair in block.get(kind, [])] for kind in (True, False)
-    }
-    weights = {kind: share for kind, share in ((True, alpha), (False, 1 - alpha)) if kinds[kind]}
-    total = sum(weights.values())
+    kinds = {kind: [x for block in blocks for x in block.get(kind, [])] for kind in (True, False)}
 
     def weighed(place: int, q: float = 0.5) -> float:
-        return (
-            sum(
-                share * _median([pair[place] for pair in kinds[kind]], q)
-                for kind, share in weights.items()
-            )
-            / total
-        )
+        times = {kind: [pair[place] for pair in pairs] for kind, pairs in kinds.items() if pairs}
+        found = {kind: quantile(values, q) for kind, values in times.items()}
+        return weigh(found, {True: alpha, False: 1 - alpha})
 
     return {
         "name": variant.name,
@@ -339,9 +311,8 @@ def run_model(
         try:
             times, used = train(built, data, variant, device)
         except Exception as error:  # too large, or broken: the others are measured all the same
-            first = (str(error).splitlines() or [""])[0]
             large = isinstance(error, torch.OutOfMemoryError)
-            reason = first if large else f"{type(error).__name__}: {first}"
+            reason = first_line(error, torch.OutOfMemoryError)
             found["not_run"].append({"name": label, "reason": reason, "wrong": not large})
             say(f"  {label} not run: {reason}")
             if (lost := device.lost()) is not None:
@@ -366,10 +337,7 @@ def case_table(case: dict, *, markdown: bool) -> str:
     ]  # fmt: skip
     base = next((e for e in case["variants"] if e["name"].startswith("torch fused")), None)
     for entry in case["variants"]:
-        gib = [
-            "" if entry[name] is None else f"{entry[name] / 2**30:.2f}"
-            for name in ("peak_bytes", "steady_bytes")
-        ]
+        gib = [entry[name] and entry[name] / 2**30 for name in ("peak_bytes", "steady_bytes")]
         rows.append(
             (
                 entry["name"],
@@ -377,9 +345,9 @@ def case_table(case: dict, *, markdown: bool) -> str:
                 *(f"{entry[name] * 1e3:.2f}" for name in ("seconds", "low", "high")),
                 f"{entry['optimizer_seconds'] * 1e3:.3f}",
                 f"{entry['optimizer_share']:.1%}",
-                *gib,
+                *("" if size is None else f"{size:.2f}" for size in gib),
                 str(entry["samples"]),
-                "" if base is None else f"{entry['seconds'] / base['seconds']:.3f}",
+                *ratios(entry, [base], digits=3),
             )
         )
     what = "full fine-tuning" if case["rank"] is None else f"LoRA rank {case['rank']}"
@@ -388,9 +356,7 @@ def case_table(case: dict, *, markdown: bool) -> str:
         f"{case['trained'] / 1e6:.4g} M trained in {case['tensors']} tensors, "
         f"{case['positions']} positions"
     )
-    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown)]
-    lines += [f"not run: {missing['name']}: {missing['reason']}" for missing in case["not_run"]]
-    return "\n".join(lines) + "\n"
+    return page(title, rows, absences(case), markdown=markdown)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -411,45 +377,32 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     if options.device == "cpu" and options.preset != "smoke":
         parser.error("7 billion weights need a GPU: --device cuda, or --preset smoke")
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = device_of(parser, options.device)
+    say = Printer(True, options.out, f"training-{options.device}")
     results = {"schema": SCHEMA, "provenance": provenance(device), "preset": options.preset,
                "cases": []}  # fmt: skip
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    say(provenance_lines(results["provenance"]) + "\n")
+    say.begin(results["provenance"])
     wanted, missing = variants(device, 5 if options.preset == "smoke" else 10)
     for name in options.without:
         missing.append({"name": name, "reason": "left out: it lost the device elsewhere"})
         wanted = [variant for variant in wanted if not variant.name.startswith(name)]
-    date = results["provenance"]["date"][:10]
+    limit = begin + options.deadline
+
+    def keep(found: dict) -> None:
+        say.write(
+            {**results, "cases": [*results["cases"], found]}, case_table(found, markdown=True)
+        )
+
     for model in models(device, options.preset):
         if options.only not in model.name:
             continue
-        if time.perf_counter() - begin > options.deadline:
+        if time.perf_counter() > limit:
             say(f"{model.name} skipped: no time was left for it\n")
             continue
-
-        def keep(found: dict) -> None:
-            partial = {**results, "cases": [*results["cases"], found]}
-            if options.out is not None:
-                stem = f"training-{options.device}-{date}"
-                text = "\n".join([*lines, case_table(found, markdown=True)]) + "\n"
-                write(options.out, partial, text, stem, drawn=False)
-
-        limit = begin + options.deadline
         try:
             found = run_model(model, device, wanted, say, deadline=limit, keep=keep)
         except DeviceLost as error:
-            print(f"error: the device was lost by {error}", file=sys.stderr, flush=True)
-            # Nothing can be tidied up on a device that is lost, and trying may hang.
-            os._exit(LOST)
+            give_up(error)
         found["not_run"] += missing
         keep(found)
         results["cases"].append(found)

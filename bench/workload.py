@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The tensors a benchmark case steps on, and the check of a step against the float64 reference.
 
-Imported by step.py, peers.py and test_step.py.
-
 All variants of a case work on the same memory, each through Parameters with version counters of
 their own. That is fair (no variant is lucky with its pages), and a case of 10**8 elements needs 6
 arrays instead of 5 per variant. A variant therefore finds parameters that others have moved; what
@@ -78,6 +76,8 @@ class Workload:
         channels_last: All tensors (of four dimensions) lie in memory channels last.
     """
 
+    lr = LR
+
     def __init__(
         self,
         shapes,
@@ -118,6 +118,19 @@ class Workload:
         """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
         for param, anchor in zip(self.params, self.anchors, strict=True):
             anchor.normal_(std=2.0, generator=self._generator).add_(param)
+
+    def set_anchors(self, optimizer, params) -> None:
+        """Makes an optimizer of ours set the anchors that all variants share.
+
+        Args:
+            optimizer: Which has ``set_anchor()``.
+            params: The optimizer's.
+        """
+        # set_anchor() writes into an anchor that is there already.
+        for param, anchor in zip(params, self.anchors, strict=True):
+            optimizer.state[param]["anchor"] = anchor
+        optimizer.set_anchor()
+        self.move_anchors()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns Parameters on the shared memory, with the shared gradients.

@@ -85,7 +85,7 @@ def test_guided_variants_pass_their_verification(bench, name, alpha):
         _, variant, verifier = _variant(bench, name, bench("workload").sampled(alpha))
     except bench("peers").Unavailable as reason:
         pytest.skip(str(reason))
-    assert bench("round_robin").verify(variant, verifier) <= 1
+    assert bench("timing").verify(variant, verifier) <= 1
     assert variant.verified
 
 
@@ -114,7 +114,7 @@ def test_replaying_variants_pass_their_verification(bench, name, setting, channe
         pytest.skip(str(reason))
     everything = [*work.params, *work.grads, *work.anchors, *work.replays, *sum(work.moments, [])]
     assert all(x.is_contiguous() != channels_last for x in everything)
-    assert bench("round_robin").verify(variant, verifier) <= 1
+    assert bench("timing").verify(variant, verifier) <= 1
     assert variant.verified and (variant.bytes_moved() or 0) >= 0
     # Whoever was timed finds the gradients again, and waiting replay gradients at every step.
     variant.ready()
@@ -132,12 +132,12 @@ def test_replaying_variants_pass_their_verification(bench, name, setting, channe
 def test_a_variant_that_leaves_the_replay_gradients_out_is_refused(bench, name, setting):
     workload = bench("workload")
     _, variant, verifier = _variant(bench, name, getattr(workload, setting))
-    assert bench("round_robin").verify(variant, verifier) <= 1
+    assert bench("timing").verify(variant, verifier) <= 1
     # The same memory, but what it takes for the replay gradients are zeros.
     variant.workload = copy.copy(variant.workload)
     variant.workload.replays = list(map(torch.zeros_like, variant.workload.replays))
     with pytest.raises(workload.VerificationError, match="tolerance"):
-        bench("round_robin").verify(variant, verifier)
+        bench("timing").verify(variant, verifier)
 
 
 def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
@@ -164,16 +164,16 @@ def test_wrong_variant_is_refused(bench, mistake):
     else:
         variant._max_norm *= 1.01
     with pytest.raises(workload.VerificationError, match="foreach"):
-        bench("round_robin").verify(variant, verifier)
+        bench("timing").verify(variant, verifier)
     assert not variant.verified
 
 
 def test_unverified_variant_is_not_timed(bench):
-    robin = bench("round_robin")
+    robin = bench("timing")
     work, variant, _ = _variant(bench, "torch fused", bench("workload").PLAIN)
     before = [p.clone() for p in work.params]
     with pytest.raises(robin.NotVerified, match="torch fused"):
-        robin._Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
+        robin.Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
     assert all(map(torch.equal, before, work.params))
 
 
@@ -238,7 +238,7 @@ def test_one_anchor_and_no_other_temporary(bench):
 
 
 def test_targets_are_judged(bench):
-    report = bench("step_report")
+    report = bench("report")
     case = {"case": "adamw-float32-32Mi", "elements": 10**9, "variants": [],
             "memory_bandwidth": {"copy": 4e10, "read (a)": 1.5e10, "read (b)": 2.4e10}}  # fmt: skip
     times = {("dgg cpp", "plain"): 0.95, ("dgg cpp", "guided"): 1.2, ("dgg cpp", "alpha=0.2"): 1.0,
@@ -285,7 +285,7 @@ def _host_case(name="tiny448-warm"):
 
 
 def test_targets_of_the_host_are_judged(bench):
-    report, case = bench("step_report"), _host_case()
+    report, case = bench("report"), _host_case()
     found = report.targets([case], [])
     assert [t["met"] for t in found] == [True] * 3
     assert [t["target"] for t in found] == ["≤ 1.50", "≤ 0.25", "≤ 0.35"]
@@ -298,7 +298,7 @@ def test_targets_of_the_host_are_judged(bench):
 
 
 def test_ratios_of_the_host_s_table(bench):
-    lines = bench("step_report").host_table(_host_case(), markdown=False).splitlines()
+    lines = bench("report").host_table(_host_case(), markdown=False).splitlines()
     assert max(map(len, lines)) <= 100
     # Behind the number of samples: to the same code's plain step, to the setting's peer, and to
     # adding, clipping and the fused step one after the other.
@@ -323,7 +323,7 @@ def test_every_host_case_goes_through(bench):
                             rounds=3, cold=False, seconds=2.0)
         for case in cases
     ]  # fmt: skip
-    say = step.Printer(markdown=False)
+    say = bench("report").Printer(markdown=False)
     device = bench("machine").open_device("cpu")
     results = step.run(small, device, stream_elements=2**10, say=say, host=True)
     assert [case["case"] for case in results["cases"]] == [case.name for case in cases]
@@ -347,7 +347,7 @@ def test_every_host_case_goes_through(bench):
 
 def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypatch):
     """The interpreter asks no driver for anything: nothing is started where kernels should be."""
-    driver, workload = bench("launch_driver"), bench("workload")
+    driver, workload = bench("gpu.launch_driver"), bench("workload")
     if bench("dgg").backends.unavailable("triton", torch.device("cpu")) is not None:
         pytest.skip("no Triton here")
     fake = driver.Driver()
@@ -358,7 +358,7 @@ def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypa
         bench, "dgg triton, nothing started", workload.CLIPPED, [(9000,), (3,)]
     )
     with pytest.raises(workload.VerificationError, match=r"starts \[\], not .*'adam_kernel', 3"):
-        bench("round_robin").verify(variant, verifier)
+        bench("timing").verify(variant, verifier)
     assert not variant.verified
 
     def step(inject):
@@ -366,7 +366,7 @@ def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypa
             fake.started(name, [3 if name != "coefficients_kernel" else 1, 1, 1], "", ())
 
     variant.step = step
-    assert bench("round_robin").verify(variant, verifier) == 0.5 and variant.verified
+    assert bench("timing").verify(variant, verifier) == 0.5 and variant.verified
 
 
 @pytest.mark.slow  # kernels are compiled, and interpreted in another process
@@ -451,13 +451,13 @@ def _shrunk(case):
 
 
 def test_every_gpu_case_goes_through(bench, gpu, tmp_path):
-    step, report = bench("step"), bench("step_report")
+    step, report = bench("step"), bench("report")
     cases = [_shrunk(case) for case in step.gpu_cases()]
     assert cases[0].name == "adamw-float32-256Mi" and len({c.name for c in cases}) == len(cases)
     # One of a kind: all settings, a list, a spare one, another optimizer.
     kinds = ("adamw-float32-256Mi", "llava7b-lora16", "llava7b-full-bfloat16", "sgd-bfloat16-256Mi")
     cases = [case for case in cases if case.name in kinds]
-    kept, say = [], step.Printer(markdown=True)
+    kept, say = [], bench("report").Printer(markdown=True)
     results = step.run(
         cases, gpu, stream_elements=2**10, say=say, keep=lambda r: kept.append(len(r["cases"]))
     )
@@ -486,7 +486,11 @@ def test_no_case_begins_after_the_deadline(bench, gpu):
     step = bench("step")
     cases = [_shrunk(case) for case in step.gpu_cases()[:2]]
     results = step.run(
-        cases, gpu, stream_elements=2**10, say=step.Printer(False), deadline=time.perf_counter()
+        cases,
+        gpu,
+        stream_elements=2**10,
+        say=bench("report").Printer(False),
+        deadline=time.perf_counter(),
     )
     assert results["cases"] == []
     assert [s["reason"] for s in results["skipped"]] == ["no time was left for it"] * 2
@@ -503,7 +507,7 @@ def test_a_broken_variant_costs_a_gpu_run_only_itself(bench, gpu, monkeypatch, b
 
     monkeypatch.setattr(peers.ForeachGuidance, "_differences", differences)
     cases = [_shrunk(case) for case in step.gpu_cases()[:1]]
-    say = step.Printer(False)
+    say = bench("report").Printer(False)
     results = step.run(cases, gpu, stream_elements=2**10, say=say, keep=lambda r: None)
     (case,) = results["cases"]
     (missing,) = [m for m in case["not_run"] if m["wrong"]]
@@ -527,8 +531,8 @@ def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkey
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "foreign", Foreign)
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "behind", Behind)
     runs = [(name, workload.PLAIN) for name in ("foreign", "behind", "torch fused")]
-    case = bench("round_robin").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
-    found = bench("round_robin").run_case(case, gpu)
+    case = bench("timing").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
+    found = bench("timing").run_case(case, gpu)
     assert [entry["name"] for entry in found["variants"]] == ["torch fused"]
     assert [entry["name"] for entry in found["not_run"]] == ["foreign", "behind"]
     for entry in found["not_run"]:
@@ -536,7 +540,7 @@ def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkey
     # Alone it has nobody to blame.
     case = dataclasses.replace(case, runs=runs[1:])
     with pytest.raises(bench("workload").VerificationError):
-        bench("round_robin").run_case(case, gpu)
+        bench("timing").run_case(case, gpu)
 
 
 def test_kinds_of_steps_come_behind_the_step_that_precedes_them(bench):
@@ -622,7 +626,7 @@ def _gpu_results():
 
 
 def test_gpu_targets_are_judged(bench):
-    judge = bench("gpu_targets").gpu_targets
+    judge = bench("gpu.targets").gpu_targets
     found = {target["what"]: target for target in judge(_gpu_results())}
     assert all(target["met"] is not False for target in found.values()), found
     judged = [target for target in found.values() if target["met"] is not None]
@@ -648,24 +652,24 @@ def test_gpu_targets_are_judged(bench):
 def test_a_missed_gpu_target_shows(bench, case, place, change, words):
     cases = _gpu_results()
     cases[case]["variants"][place].update(change)
-    found = bench("gpu_targets").gpu_targets(cases)
+    found = bench("gpu.targets").gpu_targets(cases)
     missed = [target["what"] for target in found if target["met"] is False]
     assert len(missed) == 1 and words in missed[0]
-    assert "NO" in bench("step_report").targets_table(found, markdown=True)
+    assert "NO" in bench("report").targets_table(found, markdown=True)
 
 
 def test_gpu_losses_are_named_by_the_clock_that_lost(bench):
     cases = _gpu_results()
     cases[0]["device"] = "cuda"
     cases[0]["variants"][0]["device_seconds"] = 29.0
-    assert bench("step_report").losses(cases[0]) == [
+    assert bench("report").losses(cases[0]) == [
         "LOST: dgg cpp (plain) takes 1.04 x the device time of torch fused (plain)"
     ]
 
 
 def test_backends_are_compared_where_both_ran(bench):
     cases = _gpu_results()
-    table = bench("gpu_targets").backend_table
+    table = bench("gpu.targets").backend_table
     assert table(cases, markdown=True) == ""
     twin = {**cases[0]["variants"][0], "name": "dgg triton", "device_seconds": 56.0}
     cases[0]["variants"].append(twin)
@@ -691,7 +695,7 @@ def rehearsed(tmp_path_factory):
     """All of `make gpu` but the build, which takes a minute, and what only a GPU can do."""
     out = tmp_path_factory.mktemp("gpu")
     options = ["--rehearse", "--parts", STAGES, "--out", out, "--build", out / "build"]
-    printed = run_script("gpu.py", *options)
+    printed = run_script("gpu/run.py", *options)
     (path,) = out.glob("*.json")
     return json.loads(path.read_text()), printed, path
 
@@ -808,7 +812,7 @@ def test_lists_are_those_of_the_model(bench):
 
 
 def test_profile_on_a_cpu(tmp_path):
-    printed = run_script("nsys_step.py", "--launch", "--shape", "tiny", "--out", tmp_path)
+    printed = run_script("gpu/nsys_step.py", "--launch", "--shape", "tiny", "--out", tmp_path)
     assert "torch.profiler" in printed
     for name in ("dgg.step", "dgg.norm", "dgg.update"):
         assert f"| {name} " in printed, printed
@@ -820,7 +824,7 @@ def test_profile_on_a_cpu(tmp_path):
 
 
 def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
-    nsys = bench("nsys_step")
+    nsys = bench("gpu.nsys_step")
     taken = []
     training = types.SimpleNamespace(step=lambda: taken.append("step"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: taken.append("wait"))
@@ -833,7 +837,7 @@ def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
 def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
     bench, monkeypatch, tmp_path, capsys
 ):
-    nsys = bench("nsys_step")
+    nsys = bench("gpu.nsys_step")
     fake = tmp_path / "nsys"
     fake.write_text(f'#!/bin/sh\necho "$DGG_NVTX $@" >> {tmp_path}/calls\nexit 3\n')
     fake.chmod(0o755)
@@ -853,7 +857,7 @@ def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
 
 
 def test_profile_tables_sort_kernels(bench):
-    nsys = bench("nsys_step")
+    nsys = bench("gpu.nsys_step")
     on_host = torch.autograd.DeviceType.CPU
 
     def host(name, start, end, kernels=()):
@@ -877,18 +881,18 @@ def test_profile_tables_sort_kernels(bench):
 
 
 def test_gpu_command_without_a_gpu_says_so(tmp_path):
-    printed = run_script("gpu.py", "--build", tmp_path / "build", "--out", tmp_path, expect=2)
+    printed = run_script("gpu/run.py", "--build", tmp_path / "build", "--out", tmp_path, expect=2)
     assert "no GPU here that torch can use" in printed
     assert not list(tmp_path.glob("*.json"))
 
 
 @pytest.fixture
 def stages(bench, tmp_path):
-    return bench("gpu").Stages(tmp_path / "build", [tmp_path], budget=100, rehearsal=True)
+    return bench("gpu.run").Stages(tmp_path / "build", [tmp_path], budget=100, rehearsal=True)
 
 
 def test_a_failing_stage_stops_nothing(bench, stages, tmp_path):
-    gpu = bench("gpu")
+    gpu = bench("gpu.run")
     begun = []
 
     def failing():
@@ -912,7 +916,7 @@ def test_a_failing_stage_stops_nothing(bench, stages, tmp_path):
 
 def test_a_stage_leaves_time_for_those_behind_it(bench, stages):
     limits = []
-    kept = sum(bench("gpu").LIMITS[name][1] for name in ("step", "training"))
+    kept = sum(bench("gpu.run").LIMITS[name][1] for name in ("step", "training"))
     stages.end = time.monotonic() + kept + 50
     stages.run("tests", lambda: limits.append(stages.limit) or {}, ["step", "training"])
     assert limits[0] == pytest.approx(50, abs=2)
@@ -937,7 +941,7 @@ def test_the_repository_root_is_on_no_path_of_a_stage(stages):
 
 
 def test_device_names_make_file_names(bench):
-    slug = bench("gpu").slug
+    slug = bench("gpu.run").slug
     assert slug("NVIDIA H200") == "h200"
     assert slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
     assert slug("AMD Instinct MI300X") == "amd-instinct-mi300x"

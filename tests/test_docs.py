@@ -13,6 +13,7 @@ import math
 import pathlib
 import re
 import statistics
+import subprocess
 
 import pytest
 
@@ -208,6 +209,20 @@ def test_the_differences_of_the_study_follow_from_its_results():
         assert [*map(number, (mean, error, low, high))] == pytest.approx(expected, abs=0.0501)
         digits = len(p.split(".")[1])
         assert round(p_of_t4(center / deviation), digits) == float(p), (metric, ours, theirs)
+
+
+def test_every_stored_result_is_cited():
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    cited = "".join(page.read_text(encoding="utf-8") for page in pages)
+    # What a run has left there counts once it is committed.
+    listing = ["git", "-C", str(ROOT), "ls-files", "bench/results"]
+    tracked = subprocess.run(listing, capture_output=True, text=True, timeout=60).stdout.split()
+    if not tracked:
+        pytest.skip("no repository: results that are kept cannot be told from those of a run")
+    stored = {pathlib.Path(path).name for path in tracked} - {"README.md"}
+    assert not [name for name in sorted(stored) if name not in cited]
+    named = set(re.findall(r"bench/results/([\w.-]+)", cited))
+    assert named and named <= {*stored, "README.md"}
 
 
 def test_the_readme_says_what_the_study_says():

@@ -266,7 +266,7 @@ def launches(function):
 @real_gpu
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_lora_step_takes_few_launches(guided, backend, bench):
-    most = bench("gpu_targets").LAUNCHES if guided else 1
+    most = bench("gpu.targets").LAUNCHES if guided else 1
     params = [torch.nn.Parameter(torch.ones(shape, device=DEVICE)) for shape in LORA]
     clip = 1.0 if guided else None
     optimizer = dgg.AdamW(params, backend=backend, alpha=1.0, max_grad_norm=clip)
@@ -440,48 +440,14 @@ def test_a_side_stream_gives_the_same_bits(backend):
 
 @real_gpu
 @pytest.mark.parametrize("granularity", ["step", "tensor", "element"])
-def test_graph_replays_equal_eager_steps(granularity, backend):
+def test_graph_replays_equal_eager_steps(granularity, backend, bench):
     """Draw, learning rate and alpha are read on the device, so replays change with them."""
     runs = []
-    for captured in (False, True):
-        params = on_device([(300, 70), (17,), (8193,)])
-        optimizer = dgg.AdamW(
-            params, alpha=0.5, seed=8, granularity=granularity, max_grad_norm=1.0,
-            capturable=True, backend=backend,
-        )  # fmt: skip
-        group = optimizer.param_groups[0]
-        group["lr"] = torch.tensor(1e-3, device=DEVICE)
-        group["alpha"] = torch.tensor(0.5, device=DEVICE)
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        generator = torch.Generator().manual_seed(3)
-
-        def fill(generator=generator, params=params):
-            for p in params:
-                p.grad.copy_(torch.randn(p.shape, generator=generator))
-
-        fill()
-        # As torch.cuda.graph() asks for: warm-up on a side stream.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            optimizer.step()
-            optimizer.set_anchor()
-            optimizer.step()
-        torch.cuda.current_stream().wait_stream(side)
-        step = optimizer.step
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step()
-            step = graph.replay
-        for number in range(12):
-            fill()
-            group["lr"].fill_(1e-3 / (number + 1))
-            group["alpha"].fill_((number % 3) / 2)
-            step()
+    for optimizer, params in bench("gpu.checks").eager_and_replayed(
+        lambda: on_device([(300, 70), (17,), (8193,)]), backend, 12, granularity=granularity
+    ):
         torch.cuda.synchronize()
-        assert int(group["draw_index"]) == 14
+        assert int(optimizer.param_groups[0]["draw_index"]) == 14
         runs.append(state_of(optimizer, params))
     assert_same_bits(*runs)
 

@@ -46,7 +46,7 @@ NAMES = [line[4:].partition("(")[0] for line in TESTS.splitlines() if line.start
 
 @pytest.fixture
 def command(bench, monkeypatch):
-    found = bench("gpu")
+    found = bench("gpu.run")
     monkeypatch.setattr(found, "PATIENCE", 8.0)
     return found
 
@@ -180,7 +180,7 @@ def two_cases(step):
 def test_the_benchmark_goes_on_without_what_lost_the_device(bench, broken, when):
     step, machine = bench("step"), bench("machine")
     broken.when, kept = when, []
-    options = {"stream_elements": 2**10, "say": step.Printer(False)}
+    options = {"stream_elements": 2**10, "say": bench("report").Printer(False)}
     keep = {"keep": lambda results: kept.append(json.loads(json.dumps(results)))}
     with pytest.raises(machine.DeviceLost, match="torch fused .*illegal memory access"):
         step.run(two_cases(step), broken.device, **options, **keep)
@@ -200,7 +200,7 @@ def test_a_case_that_fails_costs_a_gpu_run_only_itself(bench, broken, monkeypatc
     cases = [two_cases(step)[0], dataclasses.replace(two_cases(step)[0], name="behind")]
     answers = iter([False, True])
     monkeypatch.setattr(workload.Workload, "finite", lambda self: next(answers))
-    options = {"stream_elements": 2**10, "say": step.Printer(False)}
+    options = {"stream_elements": 2**10, "say": bench("report").Printer(False)}
     found = step.run(cases, broken.device, **options, keep=lambda results: None)
     assert [case["case"] for case in found["cases"]] == ["behind"]
     (skipped,) = found["skipped"]
@@ -266,7 +266,7 @@ def test_training_results_are_kept_before_the_device_is_lost(bench, broken):
     "name", ["for-loop", "foreach + fused", "foreach + clip_grad_norm_ + fused"]
 )
 def test_peers_compute_the_step_where_numbers_stay_on_the_device(bench, name, dtype):
-    peers, workload, robin = bench("peers"), bench("workload"), bench("round_robin")
+    peers, workload, robin = bench("peers"), bench("workload"), bench("timing")
     shapes = [(7,), (3, 5), (64,)]
     work = workload.Workload(shapes, dtype, "adamw", torch.device("cpu"))
     variant = peers.IMPLEMENTATIONS[name](work, workload.GUIDED)
@@ -559,7 +559,7 @@ def test_checks_are_read(command, tmp_path, monkeypatch, code, status, words):
     assert (
         stages.results["checks"] == found and "| same bits, cpp | ok | 21 runs |" in stages.page()
     )
-    assert line[0][1].endswith("gpu_checks.py") and "--device" not in line[0]
+    assert line[0][1].endswith("gpu/checks.py") and "--device" not in line[0]
 
 
 BOTH = "echo 'triton: checked'"
@@ -600,7 +600,7 @@ def test_a_small_step_is_checked_by_both_tools(
     assert words in (found.get("reason") or found["summary"])
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert [call.split()[1] for call in calls] == ["memcheck", "racecheck"]
-    assert all(call.endswith("gpu_checks.py --small-step") for call in calls)
+    assert all(call.endswith("gpu/checks.py --small-step") for call in calls)
 
 
 def test_without_the_tool_a_small_step_is_said_to_be_unchecked(command, tmp_path, monkeypatch):
@@ -658,7 +658,7 @@ def test_cases_of_the_second_stage(bench):
 
 @pytest.fixture
 def checks(bench):
-    return bench("gpu_checks")
+    return bench("gpu.checks")
 
 
 def here(bench, checks, device=None):
@@ -670,7 +670,7 @@ def test_checks_on_the_cpu(bench, checks, monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 2)
     kept = []
     where = here(bench, checks)
-    missing = checks.backends.unavailable("triton", where.device.device)
+    missing = bench("peers").unavailable("triton", where.device.device)
     found = checks.run(where, lambda results: kept.append(json.loads(json.dumps(results))))
     assert list(found) == list(checks.checks()) and kept[-1] == found
     for name, result in found.items():
@@ -750,17 +750,17 @@ def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypat
 
     device = Counting(None, torch.device("cpu"))
     device.lost = lambda: "CUDA error: an illegal memory access was encountered"
-    monkeypatch.setattr(checks.os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(checks, "checks", lambda: {"broken, cpp": lambda where: 1 / 0})
     kept = []
-    with pytest.raises(Ended, match=str(checks.LOST)):
+    with pytest.raises(Ended, match=str(bench("gpu.witness").LOST)):
         checks.run(here(bench, checks, device), lambda results: kept.append(dict(results)))
     assert kept[-1]["broken, cpp"]["seen"] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.usefixtures("quick_interpreter")
 def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch):
-    if (reason := checks.backends.unavailable("triton", torch.device("cpu"))) is not None:
+    if (reason := bench("peers").unavailable("triton", torch.device("cpu"))) is not None:
         pytest.skip(f"no Triton here: {reason}")
     with monkeypatch.context() as patch, gpu_stand_in.StandIn(patch) as gpu:
 

@@ -33,7 +33,7 @@ def main():
     import torch
     import triton
 
-    from launch_driver import Driver
+    from gpu.launch_driver import Driver
 
     started = []
 

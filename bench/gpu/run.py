@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Everything that needs a GPU, in one command: build, checks, benchmarks, tests, report.
 
-    python3 bench/gpu.py                        # what `make gpu` runs; 14 minutes at the most
-    python3 bench/gpu.py --stage 1              # one of its stages; the build lasts for later calls
-    python3 bench/gpu.py --parts build,step     # single parts
-    python3 bench/gpu.py --parts profile        # what a LoRA step runs; in none of the stages
-    python3 bench/gpu.py --parts build,step --limit 480 --budget 560    # all cases, ten minutes
-    python3 bench/gpu.py --out results          # results there too (default: $OUT if set)
+    python3 bench/gpu/run.py                      # what `make gpu` runs; 14 minutes at the most
+    python3 bench/gpu/run.py --stage 1            # one of its stages; a build lasts for later calls
+    python3 bench/gpu/run.py --parts build,step   # single parts
+    python3 bench/gpu/run.py --parts profile      # what a LoRA step runs; in none of the stages
+    python3 bench/gpu/run.py --parts build,step --limit 480 --budget 560    # all cases, ten minutes
+    python3 bench/gpu/run.py --out results        # results there too (default: $OUT if set)
 
-1. At most 4 minutes. Does it work: the build, `dgg.show_config()`, the checks of gpu_checks.py (the
+1. At most 4 minutes. Does it work: the build, `dgg.show_config()`, the checks of checks.py (the
    reference, the same bits again, both backends alike, no wait, launches, graphs), and
    compute-sanitizer's memcheck and racecheck on a small step, where there is one.
 2. At most 6 minutes. What it costs: 256 Mi in one tensor, a LoRA and 448 tiny tensors, each plain,
@@ -46,9 +46,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import witness
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import report
+from gpu import witness
+
+GPU = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
 SOURCES = ("dgg", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE",
@@ -92,6 +96,8 @@ STAGES = {
 BUDGET = 840
 # The two tools of compute-sanitizer for a small step, and the line that each ends with.
 TOOLS = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
+# Without torch's cache every tensor is an allocation of its own, with an end to run over.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # The benchmark begins no case so close to its limit.
 LAST_CASE = 45
 # A test that takes longer hangs: the slowest compiles a few kernels while other tests do, too.
@@ -124,10 +130,11 @@ for name in ("pytest", "setuptools", "pip"):
 print("FOUND " + json.dumps(found))
 """
 _CONFIG = """
-import json, torch, dgg, dgg.kernels
-from dgg import backends
+import json, sys, torch, dgg, dgg.kernels
+sys.path.append(sys.argv[1])
+import peers
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-missing = {name: backends.unavailable(name, device) for name in ("cpp", "triton")}
+missing = {name: peers.unavailable(name, device) for name in ("cpp", "triton")}
 print("FOUND " + json.dumps({"dgg": dgg.__file__, "config": dgg.show_config(), "missing": missing}))
 """
 
@@ -159,6 +166,8 @@ class Stages:
         most: float | None = None,
     ) -> None:
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
+        # A rehearsal runs beside other tests, on few cores.
+        self._slower = 2 if rehearsal else 1
         self.site, self.work = build / "site", build / "work"
         self.deadline = self.end = time.monotonic() + budget
         self.limit, self.most = 0.0, most
@@ -172,7 +181,7 @@ class Stages:
             "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rehearsal": rehearsal,
-            "commit": commit or _commit(),
+            "commit": commit or report.commit(),
             "sources": sources_digest(),
             "stages": {},
         }
@@ -187,8 +196,7 @@ class Stages:
         self.number, self._mine, self._first_page = number, [], len(self.pages)
         seconds = None if number is None else STAGES[number].seconds
         if seconds is not None:
-            # A rehearsal runs beside other tests, on few cores.
-            seconds *= 2 if self.rehearsal else 1
+            seconds *= self._slower
         begin = time.monotonic()
         self.end = self.deadline if seconds is None else min(self.deadline, begin + seconds)
         if number is not None:
@@ -220,8 +228,7 @@ class Stages:
     def run(self, name: str, function: Callable[[], dict], later: Sequence[str]) -> None:
         """Runs one part within its share of what is left, and writes the results."""
         left = self.end - time.monotonic() - sum(LIMITS[stage][1] for stage in later)
-        # A rehearsal runs beside other tests, on few cores.
-        most = self.most or LIMITS[name][0] * (2 if self.rehearsal else 1)
+        most = self.most or LIMITS[name][0] * self._slower
         self.limit = min(most, left)
         begin = time.monotonic()
         self.say(f"\n## {name} (at most {max(0, self.limit):.0f} s)")
@@ -233,7 +240,7 @@ class Stages:
             except Failed as error:
                 found = {"status": "failed", "reason": str(error)}
             except Exception as error:  # nothing that one part meets may cost the others
-                found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+                found = {"status": "failed", "reason": report.first_line(error)}
         found["seconds"] = round(time.monotonic() - begin, 1)
         self.results["stages"][name] = found
         self._mine.append(name)
@@ -301,9 +308,8 @@ class Stages:
             with contextlib.suppress(OSError):  # a read-only checkout
                 folder.mkdir(parents=True, exist_ok=True)
                 for stem, (results, page) in files.items():
-                    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-                    _replace(folder / f"{stem}.json", text)
-                    _replace(folder / f"{stem}.md", page)
+                    report.write_json(folder / f"{stem}.json", results)
+                    report.replace(folder / f"{stem}.md", page)
 
     def _of_stage(self) -> dict:
         """Returns the results of this stage: where, when, with what, and what its parts found."""
@@ -330,13 +336,13 @@ class Stages:
 
     def summary(self, names: Iterable[str] | None = None) -> str:
         """Returns the table of the parts."""
-        rows = ["| part | status | s | |", "|---|---|---:|---|"]
-        for name in self.results["stages"] if names is None else names:
-            found = self.results["stages"][name]
-            words = found.get("summary") or found.get("reason") or ""
-            first = words.splitlines()[0] if words else ""
-            rows.append(f"| {name} | {found['status']} | {found['seconds']} | {first} |")
-        return "\n".join(rows) + "\n"
+        parts = self.results["stages"]
+        rows = []
+        for name in parts if names is None else names:
+            found = parts[name]
+            words = found.get("summary") or found.get("reason") or " "
+            rows.append((name, found["status"], found["seconds"], words.splitlines()[0].strip()))
+        return f"| part | status | s | |\n|---|---|---:|---|\n{_rows(*rows)}\n"
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -352,7 +358,7 @@ class Stages:
                   "Graphics", "SM  ", "Memory  ", "Gpu  ", "ECC Mode", "Current  ", "MIG Mode",
                   "Persistence")  # fmt: skip
         kept = [line.strip() for line in report.splitlines() if line.strip().startswith(wanted)]
-        nvcc = shutil.which("nvcc") or _first(["/usr/local/cuda/bin/nvcc"])
+        nvcc = _tool("nvcc")
         version = self.command([nvcc, "--version"], limit=20)[1] if nvcc else ""
         return {
             "found": found,
@@ -400,7 +406,7 @@ class Stages:
         return self._built("Python alone", notes)
 
     def _built(self, words: str, notes: list[str]) -> dict:
-        _, output = self.command([sys.executable, "-c", _CONFIG], limit=120)
+        _, output = self.command([sys.executable, "-c", _CONFIG, GPU.parent], limit=120)
         found = _found(output)
         if found is None:
             raise Failed(f"dgg built {words} cannot be imported: {_tail(output)}")
@@ -410,7 +416,7 @@ class Stages:
         self.say(found["config"])
         result = {"how": words, "notes": notes, "libraries": libraries, **found}
         if words == "with CUDA" or self.rehearsal:
-            _replace(self.build / "built.json", json.dumps(self._recipe()))
+            report.replace(self.build / "built.json", json.dumps(self._recipe()))
         for name, reason in found["missing"].items() if not self.rehearsal else ():
             if reason is not None and not (name == "cpp" and words != "with CUDA"):
                 notes.append(f"{name} cannot run: {reason}")
@@ -432,26 +438,32 @@ class Stages:
             return False
         return json.loads(made.read_text(encoding="utf-8")) == self._recipe()
 
-    def run_checks(self) -> dict:
-        """Runs bench/gpu_checks.py; its results stand under "checks"."""
-        folder = self.build / "checks"
+    def _script(
+        self, name: str, script: pathlib.Path, *arguments: object,
+        rehearsed: Sequence[str], otherwise: Sequence[str] = (),
+    ) -> tuple[pathlib.Path, int | None, str]:  # fmt: skip
+        """Runs a script of bench/; returns its folder, its exit code and what it printed."""
+        folder = self.build / name
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--out", folder]
-        command += ["--device", "cpu"] if self.rehearsal else []
-        code, output = self.command(command, show=True)
+        how = rehearsed if self.rehearsal else otherwise
+        command = [sys.executable, script, "--out", folder, *how, *arguments]
+        return folder, *self.command(command, show=True)
+
+    def run_checks(self) -> dict:
+        """Runs bench/gpu/checks.py; its results stand under "checks"."""
+        cpu = ["--device", "cpu"]
+        folder, code, output = self._script("checks", GPU / "checks.py", rehearsed=cpu)
         path = folder / "checks.json"
         if not path.exists():
             raise Failed(f"it made no check: {_tail(output)}")
         found = json.loads(path.read_text(encoding="utf-8"))["checks"]
         self.results["checks"] = found
         by = {s: [n for n, c in found.items() if c["status"] == s] for s in ("failed", "not run")}
-        rows = [f"| {n} | {c['status']} | {c['seen']} | {c['seconds']} |" for n, c in found.items()]
-        head = ["### Checks\n", "| check | status | seen | s |", "|---|---|---|---:|"]
-        self.pages.append("\n".join([*head, *rows]) + "\n")
+        rows = _rows(*((n, c["status"], c["seen"], c["seconds"]) for n, c in found.items()))
+        head = "### Checks\n\n| check | status | seen | s |\n|---|---|---|---:|"
+        self.pages.append(f"{head}\n{rows}\n")
         if code != 0 or by["failed"]:
-            ends = {None: "stopped at its limit", witness.LOST: "the device was lost"}
-            what = [ends.get(code, f"exit code {code}")]
-            what += [f"{name}: {found[name]['seen']}" for name in by["failed"]]
+            what = [_ended(code)] + [f"{name}: {found[name]['seen']}" for name in by["failed"]]
             raise Failed("; ".join(what))
         done = len(found) - len(by["not run"])
         return {"summary": f"{done} checks, {len(by['not run'])} not possible here"}
@@ -461,25 +473,20 @@ class Stages:
         sanitizer = _sanitizer()
         if sanitizer is None:
             return {"status": "not run", "reason": "compute-sanitizer is not installed here"}
-        script = [sys.executable, ROOT / "bench" / "gpu_checks.py", "--small-step"]
+        script = [sys.executable, GPU / "checks.py", "--small-step"]
         script += ["--device", "cpu"] if self.rehearsal else []
         end, running, counted, bad, refused = time.monotonic() + self.limit, {}, {}, [], []
         for tool in TOOLS:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes",
-                       "all"]  # fmt: skip
-            # Not API errors: torch asks the driver for functions that need not be there.
-            command += ["--report-api-errors", "no"] if tool == "memcheck" else []
             printed = self.work / f"{tool}.log"
             with printed.open("w", encoding="utf-8") as output:
-                # Without torch's cache every tensor is an allocation with an end to run over.
-                more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-                running[tool] = self._start([*command, *script], more, output), printed
+                command = [*_sanitized(tool, sanitizer), *script]
+                running[tool] = self._start(command, UNCACHED, output), printed
         for tool, (process, printed) in running.items():
             code = _wait(process, end - time.monotonic())
             output = printed.read_text(encoding="utf-8", errors="replace")
             self._log.write(output)
-            if no := re.search(r"Device not supported|Unable to find|LibraryNotLoaded", output):
-                refused.append(f"{tool}: {no[0]}")
+            if reason := _refusal(output):
+                refused.append(f"{tool}: {reason}")
                 continue
             numbers = [int(number) for number in re.findall(TOOLS[tool], output)]
             checked = [b for b in ("cpp", "triton") if f"{b}: checked" in output]
@@ -489,8 +496,7 @@ class Stages:
             if code is None:
                 bad.append(f"{tool}: stopped at its limit")
             elif code != 0 or not numbers or any(numbers) or len(checked) < wanted:
-                kept = [line for line in output.splitlines() if line.startswith("=========")][:60]
-                self.pages.append(f"### {tool}\n\n```\n" + "\n".join(kept) + "\n```\n")
+                self.pages.append(_block(tool, _said(output)))
                 bad.append(f"{tool}: {sum(numbers)} errors, exit code {code}: {_tail(output, 3)}")
         if bad:
             return {"tools": counted, "status": "failed", "reason": "; ".join(bad + refused)}
@@ -547,7 +553,7 @@ class Stages:
         page += [f"FAILED {failure['name']}: {failure['message']}" for failure in found["failures"]]
         page += [f"{n} skipped: {reason}" for reason, n in found["skip_reasons"].items()]
         self.say("\n".join([*page, *tails]))
-        self.pages.append("### Tests\n\n```\n" + "\n".join(page) + "\n```\n")
+        self.pages.append(_block("Tests", page))
         reasons = [part.failed for part in share if part.failed]
         if stopped:
             reasons.append("stopped at its limit; not all tests were run")
@@ -610,27 +616,21 @@ class Stages:
 
     def run_training(self) -> dict:
         """Runs bench/training_step.py; its results stand under "training"."""
-        folder = self.build / "training"
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [
-            sys.executable, ROOT / "bench" / "training_step.py", "--out", folder,
-            "--deadline", max(5.0, self.limit - 15),
-        ]  # fmt: skip
-        command += ["--preset", "smoke"] if self.rehearsal else ["--device", "cuda"]
-        every = [self.results.get(name, {}).get("lost", []) for name in ("short", "step")]
-        for lost in sum(every, []):
-            command += ["--without", lost["name"]]
-        code, output = self.command(command, show=True)
+        lost = [x for name in ("short", "step") for x in self.results.get(name, {}).get("lost", [])]
+        without = [word for x in lost for word in ("--without", x["name"])]
+        folder, code, output = self._script(
+            "training", ROOT / "bench" / "training_step.py", "--deadline",
+            max(5.0, self.limit - 15), *without, rehearsed=["--preset", "smoke"],
+            otherwise=["--device", "cuda"],
+        )  # fmt: skip
         found = self._take("training", folder, code, output)
         return {"summary": f"{len(found['cases'])} models"}
 
     def run_profile(self) -> dict:
-        """Profiles LoRA steps with bench/nsys_step.py; trace or report go to the results."""
-        folder = self.build / "profile"
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, ROOT / "bench" / "nsys_step.py", "--launch", "--out", folder]
-        command += ["--shape", "tiny", "--device", "cpu"] if self.rehearsal else []
-        code, output = self.command(command, show=True)
+        """Profiles LoRA steps with bench/gpu/nsys_step.py; trace or report go to the results."""
+        tiny = ["--shape", "tiny", "--device", "cpu"]
+        nsys = GPU / "nsys_step.py"
+        folder, code, output = self._script("profile", nsys, "--launch", rehearsed=tiny)
         made = sorted(path for path in folder.glob("step*") if path.is_file())
         for target in self.outputs:
             if target == RESULTS:
@@ -642,8 +642,7 @@ class Stages:
                     shutil.copy2(path, target / path.name)
         self.pages.append(f"### Profile\n\n{output}\n")
         if code != 0:
-            what = "stopped at its limit" if code is None else f"exit code {code}"
-            raise Failed(f"{what}: {_tail(output)}")
+            raise Failed(f"{_ended(code)}: {_tail(output)}")
         return {"summary": ", ".join(path.name for path in made)}
 
     def _take(self, name: str, folder: pathlib.Path, code: int | None, output: str) -> dict:
@@ -654,8 +653,7 @@ class Stages:
         if pages:
             self.pages.append(pages[0].read_text(encoding="utf-8"))
         if code != 0:
-            what = "stopped at its limit" if code is None else f"exit code {code}"
-            raise Failed(f"{what}: {_tail(output)}")
+            raise Failed(f"{_ended(code)}: {_tail(output)}")
         if not files:
             raise Failed(f"it wrote no results: {_tail(output)}")
         return self.results[name]
@@ -667,30 +665,24 @@ class Stages:
             return {"status": "not run", "reason": "compute-sanitizer is not installed here"}
         if not self.environment.get("pytest"):
             return {"status": "not run", "reason": "pytest is not installed here"}
-        # Not API errors: torch asks the driver for functions that need not be there.
-        prefix = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", "--target-processes",
-                  "all", "--report-api-errors", "no"]  # fmt: skip
         # What lost the device is looked at, too: here it is said which access it was.
         lost = self.results["stages"].get("tests", {}).get("lost", [])[:3]
-        report = self.work / "sanitizer.jsonl"
-        report.unlink(missing_ok=True)
-        # Without torch's cache every tensor is an allocation of its own, with an end to run over.
+        path = self.work / "sanitizer.jsonl"
+        path.unlink(missing_ok=True)
         code, output = self.command(
-            [*prefix, *self._pytest(["-m", "gpu"])], PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            DGG_WITNESS=str(report), DGG_ONLY="\n".join(["overrun", *lost]),
+            [*_sanitized("memcheck", sanitizer), *self._pytest(["-m", "gpu"])],
+            DGG_WITNESS=str(path), DGG_ONLY="\n".join(["overrun", *lost]), **UNCACHED,
         )  # fmt: skip
-        refused = re.search(r"Device not supported|Unable to find|LibraryNotLoaded", output)
-        if refused:
-            return {"status": "not run", "reason": f"compute-sanitizer: {refused[0]}"}
-        found = summarise(witness.records(report))
+        if reason := _refusal(output):
+            return {"status": "not run", "reason": f"compute-sanitizer: {reason}"}
+        found = summarise(witness.records(path))
         summaries = [int(number) for number in re.findall(r"ERROR SUMMARY: (\d+) error", output)]
         counted = {"errors": sum(summaries), "passed": found["passed"], "skipped": found["skipped"]}
         if code is None:
             reason = f"stopped at its limit; {found['passed']} tests had passed"
             return {**counted, "status": "failed", "reason": reason}
         if code != 0 or not summaries or any(summaries):
-            kept = [line for line in output.splitlines() if line.startswith("=========")][:60]
-            self.pages.append("### Memory check\n\n```\n" + "\n".join(kept) + "\n```\n")
+            self.pages.append(_block("Memory check", _said(output)))
             words = f"{sum(summaries)} errors, exit code {code}, {found['failed']} tests failed"
             return {**counted, "status": "failed", "reason": f"{words}: {_tail(output)}"}
         return {**counted, "summary": f"memcheck: 0 errors, {found['passed']} tests"}
@@ -754,7 +746,8 @@ class Part:
             how = f"its process ended with exit code {code}"
         self._process = None
         if open_test is not None:
-            self._note(test=open_test, outcome="failed", message=how, seconds=0, lost=how)
+            failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
+            witness.note(self.path, test=open_test, **failed)
         elif code != witness.LOST:
             self.failed = f"pytest: {how}"
             return False
@@ -775,11 +768,6 @@ class Part:
         """Returns what the processes printed."""
         exists = self._printed.exists()
         return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
-
-    def _note(self, **record: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            # A line of its own: the process may have been stopped in the middle of one.
-            file.write("\n" + json.dumps(record) + "\n")
 
 
 def summarise(found: Iterable[dict]) -> dict:
@@ -855,28 +843,47 @@ def _tail(output: str, lines: int = 8) -> str:
     return "\n".join(output.strip().splitlines()[-lines:])
 
 
-def _first(paths: Sequence[str]) -> str | None:
-    return next((path for path in paths if pathlib.Path(path).exists()), None)
+def _tool(name: str) -> str | None:
+    """Returns where a program is, on the path or where CUDA puts its own."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def _sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or _first(["/usr/local/cuda/bin/compute-sanitizer"])
+    return _tool("compute-sanitizer")
 
 
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+def _sanitized(tool: str, sanitizer: str) -> list[str]:
+    """Returns the beginning of a command that runs under one of compute-sanitizer's tools."""
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
+    # Not API errors: torch asks the driver for functions that need not be there.
+    return command + (["--report-api-errors", "no"] if tool == "memcheck" else [])
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def _refusal(output: str) -> str | None:
+    """Returns why compute-sanitizer cannot run here, or None."""
+    found = re.search(r"Device not supported|Unable to find|LibraryNotLoaded", output)
+    return found and found[0]
+
+
+def _said(output: str) -> list[str]:
+    """Returns the first lines that are compute-sanitizer's own."""
+    return [line for line in output.splitlines() if line.startswith("=========")][:60]
+
+
+def _ended(code: int | None) -> str:
+    """Returns how a process ended, in words."""
+    words = {None: "stopped at its limit", witness.LOST: "the device was lost"}
+    return words.get(code, f"exit code {code}")
+
+
+def _block(title: str, lines: Iterable[str]) -> str:
+    """Returns lines as they are, in markdown."""
+    return "\n".join([f"### {title}\n", "```", *lines, "```\n"])
+
+
+def _rows(*rows: Iterable[object]) -> str:
+    """Returns rows of a markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

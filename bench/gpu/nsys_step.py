@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Profiles the optimizer steps of a LoRA training: what runs, on the host and on the device.
 
-    python bench/nsys_step.py --launch --out build/profile   # what `make profile` runs
+    python bench/gpu/nsys_step.py --launch --out build/profile   # what `make profile` runs
 
 With ``--launch`` it starts itself under Nsight Systems where there is a GPU and `nsys`, and prints
 the summaries of kernels and ranges; the capture covers the measured steps alone, after the warm-up
@@ -18,11 +18,13 @@ import shutil
 import subprocess
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import torch
 
 import dgg
 from llava_shaped import TINY, Shape, batch, make
-from step_report import table
+from report import table
 
 WARM_UP = 10
 MOST_STEPS = 3  # traces of many steps are too large to open

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What has to hold on a GPU before anything is worth measuring: a minute, for both backends.
 
-    python bench/gpu_checks.py --out build/checks    # every check; checks.json after each
-    python bench/gpu_checks.py --small-step          # one small step alone, for compute-sanitizer
+    python bench/gpu/checks.py --out build/checks    # every check; checks.json after each
+    python bench/gpu/checks.py --small-step          # one small step alone, for compute-sanitizer
 
 Each check says what it saw. One that fails does not stop the others; where a kernel takes the
-device with it the process ends with the exit code LOST, and the results say at which check. gpu.py
+device with it the process ends with the exit code LOST, and the results say at which check. run.py
 runs it in its first stage.
 """
 
@@ -14,24 +14,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import dgg
-from dgg import backends
-from gpu_targets import LAUNCHES
-from machine import Cpu, open_device
+from gpu.targets import LAUNCHES
+from machine import Cpu, device_of, give_up
 from parameter_lists import many_tiny
-from peers import IMPLEMENTATIONS, Variant
-from round_robin import verify
-from step_report import replace, table
-from witness import LOST
+from peers import IMPLEMENTATIONS, Variant, unavailable
+from report import first_line, table, write_json
+from timing import verify
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
 
 BACKENDS = ("cpp", "triton")
@@ -153,20 +151,48 @@ def graphs(backend: str, where: Where) -> str:
     """Replays of a captured step, and as many eager ones: the same bits."""
     if where.device.name == "cpu":
         raise NotHere("the CPU has no graphs")
-    device, runs = where.device.device, []
-    for captured in (False, True):
+
+    def build() -> list[torch.nn.Parameter]:
         generator = torch.Generator().manual_seed(1)
-        params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
-            for shape in where.shapes
-        ]
+        made = [torch.randn(shape, generator=generator) for shape in where.shapes]
+        return [torch.nn.Parameter(x.to(where.device.device)) for x in made]
+
+    runs = []
+    for optimizer, params in eager_and_replayed(build, backend, REPLAYS):
+        where.device.synchronize()
+        runs.append([p.detach().clone() for p in params])
+        runs[-1] += [x.clone() for p in params for x in optimizer.state[p].values()]
+    if not all(map(torch.equal, *runs)):
+        raise Broken("replays and eager steps give other bits")
+    return f"{REPLAYS} replays"
+
+
+def eager_and_replayed(
+    build: Callable[[], list[torch.nn.Parameter]], backend: str, steps: int, **options
+) -> Iterator[tuple[dgg.AdamW, list[torch.nn.Parameter]]]:
+    """Yields optimizer and parameters after eager steps, then after replays of a captured one.
+
+    Learning rate and alpha lie on the device and change from step to step. Two steps, with the
+    anchor set between them, come before.
+
+    Args:
+        build: Returns the parameters, the same values at each call.
+        backend: Of the optimizer.
+        steps: How many.
+        options: More arguments of the optimizer.
+    """
+    for captured in (False, True):
+        params = build()
         optimizer = dgg.AdamW(
-            params, alpha=0.5, seed=8, max_grad_norm=1.0, capturable=True, backend=backend
-        )
+            params, alpha=0.5, seed=8, max_grad_norm=1.0, capturable=True, backend=backend,
+            **options,
+        )  # fmt: skip
         group = optimizer.param_groups[0]
-        group["lr"] = torch.full((), 1e-3, device=device)
+        group["lr"] = torch.tensor(1e-3, device=params[0].device)
+        group["alpha"] = torch.tensor(0.5, device=params[0].device)
         for p in params:
             p.grad = torch.zeros_like(p)
+        generator = torch.Generator().manual_seed(3)
 
         def fill(params=params, generator=generator) -> None:
             for p in params:
@@ -187,16 +213,12 @@ def graphs(backend: str, where: Where) -> str:
             with torch.cuda.graph(graph):
                 optimizer.step()
             step = graph.replay
-        for number in range(REPLAYS):
+        for number in range(steps):
             fill()
             group["lr"].fill_(1e-3 / (number + 1))
+            group["alpha"].fill_((number % 3) / 2)
             step()
-        where.device.synchronize()
-        runs.append([p.detach().clone() for p in params])
-        runs[-1] += [x.clone() for p in params for x in optimizer.state[p].values()]
-    if not all(map(torch.equal, *runs)):
-        raise Broken("replays and eager steps give other bits")
-    return f"{REPLAYS} replays"
+        yield optimizer, params
 
 
 def checks() -> dict[str, Callable[[Where], str]]:
@@ -219,7 +241,7 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
     """
     results: dict[str, dict] = {}
     gone = None
-    missing = {b: backends.unavailable(b, where.device.device) for b in BACKENDS}
+    missing = {b: unavailable(b, where.device.device) for b in BACKENDS}
     for name, check in checks().items():
         absent = [f"{b}: {missing[b]}" for b in BACKENDS if b in name and missing[b]]
         begin = time.perf_counter()
@@ -233,18 +255,14 @@ def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict
         except NotHere as reason:
             status, seen = "not run", str(reason)
         except Exception as error:  # whatever it is, the next check may tell more
-            status = "failed"
-            words = (str(error).splitlines() or [""])[0]
-            seen = words if isinstance(error, Broken) else f"{type(error).__name__}: {words}"
+            status, seen = "failed", first_line(error, Broken)
             gone = where.device.lost()
         seconds = round(time.perf_counter() - begin, 1)
         results[name] = {"status": status, "seen": seen, "seconds": seconds}
         print(f"{status:>7}  {name}: {seen} ({seconds} s)", flush=True)
         keep(results)
         if gone is not None:
-            print(f"THE DEVICE WAS LOST: {gone}", flush=True)
-            # Nothing can be tidied up on a device that is lost, and trying may hang.
-            os._exit(LOST)
+            give_up(gone)
     return results
 
 
@@ -258,7 +276,7 @@ def results_table(results: dict[str, dict]) -> str:
 def small_step(device: torch.device) -> None:
     """Two small steps of every kernel: what a memory checker has to see, and nothing else."""
     for backend in BACKENDS:
-        if (reason := backends.unavailable(backend, device)) is not None:
+        if (reason := unavailable(backend, device)) is not None:
             print(f"{backend} is not checked: {reason}")
             continue
         for kind, more in ((dgg.AdamW, {}), (dgg.SGD, {"lr": 0.1, "momentum": 0.9})):
@@ -287,18 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small_step:
         small_step(torch.device(options.device))
         return 0
-    try:
-        device = open_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = device_of(parser, options.device)
     print(dgg.show_config(), flush=True)
     small = options.device == "cpu"
     where = Where(device, SMALL if small else SHAPES, many_tiny(5 if small else 448))
 
     def keep(results: dict[str, dict]) -> None:
         if options.out is not None:
-            text = json.dumps({"checks": results}, indent=1, ensure_ascii=False) + "\n"
-            replace(options.out / "checks.json", text)
+            write_json(options.out / "checks.json", {"checks": results})
 
     results = run(where, keep)
     print("\n" + results_table(results))

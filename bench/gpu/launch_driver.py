@@ -9,8 +9,8 @@ copies costs.
 
 Nothing is computed then, so `DggLaunched` is verified in two halves: a process of its own, with
 Triton's interpreter as the device, takes the same steps and compares them with the float64
-reference (``TRITON_INTERPRET=1 python bench/launch_driver.py adamw float32``); here every step has
-to start each of its kernels once, over all chunks of the list. Imported by peers.py and tests.
+reference (``TRITON_INTERPRET=1 python bench/gpu/launch_driver.py adamw float32``); here every step
+has to start each of its kernels once, over all chunks of the list. Imported by peers.py and tests.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def interpreted(optimizer: str, dtype: str) -> dict[str, float]:
 def main(optimizer: str, dtype: str) -> int:
     """Verifies the Triton kernels in the interpreter; prints the error in tolerances."""
     import peers
-    import round_robin
+    import timing
     import workload
 
     found = {}
@@ -169,10 +169,12 @@ def main(optimizer: str, dtype: str) -> int:
             torch.device("cpu"), replay=setting.replay,
         )  # fmt: skip
         variant = peers.DggTriton(work, setting)
-        found[setting.name] = round_robin.verify(variant, workload.Verifier(work))
+        found[setting.name] = timing.verify(variant, workload.Verifier(work))
     print(json.dumps(found))
     return 0
 
 
 if __name__ == "__main__":
+    # For bench/, where what is compared is described.
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     sys.exit(main(*sys.argv[1:]))

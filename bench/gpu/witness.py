@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A pytest plugin for gpu.py: says at once how each test ended, and gives up a lost device.
+"""A pytest plugin for run.py: says at once how each test ended, and gives up a lost device.
 
 A kernel that reads where it must not takes the whole process with it: every later call to CUDA
 fails, and each test behind it would be blamed. So the process ends there, with the exit code LOST,
@@ -31,6 +31,12 @@ def records(path: pathlib.Path) -> list[dict]:
         except ValueError:
             continue
     return found
+
+
+def note(path: pathlib.Path, **record: object) -> None:
+    """Appends a record, on a line of its own: the one before may have been cut off."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(record) + "\n")
 
 
 def unfinished(found: list[dict]) -> str | None:
@@ -73,11 +79,6 @@ class Witness:
     def __init__(self, path: pathlib.Path, part: tuple[int, int], only: list[str]) -> None:
         self._part, self._path, self._only = part, path, only
         self._known = {record["test"] for record in records(path) if "test" in record}
-        self._messages: dict[str, str] = {}
-
-    def _say(self, **record: object) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
     def pytest_collection_modifyitems(self, config, items) -> None:
         """Keeps this part's tests that have not ended yet."""
@@ -91,11 +92,12 @@ class Witness:
     def pytest_collectreport(self, report) -> None:
         """Notes a file that cannot be imported."""
         if report.failed and report.nodeid not in self._known:
-            self._say(test=report.nodeid, outcome="failed", message=_message(report), seconds=0)
+            failed = {"outcome": "failed", "message": _message(report), "seconds": 0}
+            note(self._path, test=report.nodeid, **failed)
 
     def pytest_runtest_logstart(self, nodeid) -> None:
         """Notes that a test begins."""
-        self._say(begin=nodeid)
+        note(self._path, begin=nodeid)
 
     def pytest_runtest_logreport(self, report) -> None:
         """Notes how a test ended; ends the process with it if the device is lost."""
@@ -106,9 +108,9 @@ class Witness:
         reason = lost_device()
         message = _message(report)
         outcome = "failed" if reason else report.outcome
-        self._say(
-            test=report.nodeid, outcome=outcome, seconds=round(report.duration, 2), lost=reason,
-            message=(f"{message}; " if message and reason else message) + (reason or ""),
+        note(
+            self._path, test=report.nodeid, outcome=outcome, seconds=round(report.duration, 2),
+            lost=reason, message="; ".join(filter(None, (message, reason))),
         )  # fmt: skip
         if reason:
             print(report.longreprtext, flush=True)
@@ -128,7 +130,7 @@ def _message(report) -> str:
 
 
 def pytest_configure(config) -> None:
-    """Registers the plugin where gpu.py asks for it."""
+    """Registers the plugin where run.py asks for it."""
     path = os.environ.get("DGG_WITNESS")
     if path:
         number, parts = map(int, os.environ.get("DGG_PART", "0/1").split("/"))

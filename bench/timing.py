@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Verification and interleaved timing of one benchmark case; imported by step.py, test_step.py.
+"""Verification and interleaved timing: of a case of step.py in whole, of sharded.py its turns.
 
 Cache policy: before every timed step the gradients are written anew (as a backward pass would,
 and because some variants edit them), and replay gradients put where a step finds them. A cold case
@@ -19,11 +19,13 @@ import dataclasses
 import gc
 import random
 import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from machine import Cpu, DeviceLost, Kernels, Streams
 from peers import IMPLEMENTATIONS, Unavailable, Variant
+from report import first_line
 from workload import Setting, VerificationError, Verifier, Workload
 
 MIN_SAMPLES = 7
@@ -32,6 +34,10 @@ SLOW = 0.1
 # Steps of each kind that are profiled; none of a loop over so many tensors, whose thousands of
 # events take longer to sort than all the rest.
 PROFILED, MANY_TENSORS = 3, 64
+
+
+# Errors whose text says why a variant is left out.
+LEFT_OUT = (Unavailable, VerificationError, torch.OutOfMemoryError)
 
 
 class NotVerified(RuntimeError):
@@ -104,7 +110,14 @@ def verify(variant: Variant, verifier: Verifier) -> float:
     return worst
 
 
-class _Timed:
+class Timed:
+    """A variant and what was measured of it.
+
+    Args:
+        variant: The variant.
+        error: What its verification found, in tolerances.
+    """
+
     def __init__(self, variant: Variant, error: float) -> None:
         self.variant, self.error, self.stride = variant, error, 1
         # Figure ("seconds", "host_seconds", ...) → kind of step → samples.
@@ -116,6 +129,7 @@ class _Timed:
         self.running = False  # it is its turn
 
     def kinds(self) -> list[tuple[bool, bool]]:
+        """Returns its kinds of steps."""
         return sorted(self.variant.shares())
 
     def approach(self) -> None:
@@ -124,34 +138,58 @@ class _Timed:
         if len(kinds) > 1:
             self.variant.approach(kinds[self.turn % len(kinds)])
 
+    def take_turn(self, device: Cpu, *, cold: bool = False) -> None:
+        """Takes a step for each of the device's probes and keeps the times."""
+        self.running = True
+        for probe in device.probes:
+            if device.stratified:
+                self.approach()
+            self.variant.ready()
+            if cold:
+                device.evict()
+            self.run(probe)
+        self.turn += 1
+        self.running = False
+
+    def be_slow(self, rounds: int, affordable: float) -> None:
+        """Takes part in so many rounds that no more steps are taken than are affordable."""
+        self.stride = max(1, int(rounds / max(MIN_SAMPLES, affordable)))
+
     def run(self, probe) -> None:
+        """Measures the next step."""
         if not self.variant.verified:
-            raise NotVerified(f"{self.variant.name} ({self.variant.setting.name})")
+            raise NotVerified(f"{self.variant.name} ({self.variant.setting.name}) was not verified")
         kind = self.variant.kind()
         for name, value in probe(self.variant).items():
             self.samples.setdefault(name, {}).setdefault(kind, []).append(value)
 
     def count(self) -> int:
+        """Returns how many steps were timed."""
         return sum(map(len, self.samples.get("seconds", {}).values()))
 
     def weigh(self, values: dict[tuple[bool, bool], float]) -> float | None:
         """Averages a value of each kind of step by the kinds' shares."""
-        shares = {k: s for k, s in self.variant.shares().items() if k in values}
-        if not shares:
-            return None
-        return sum(float(s) * values[k] for k, s in shares.items()) / float(sum(shares.values()))
+        return weigh(values, self.variant.shares())
 
     def quantile(self, q: float, figure: str = "seconds") -> float | None:
         """Quantile of a step's time, averaged over the kinds of steps by their share."""
         kinds = self.samples.get(figure, {})
-        return self.weigh({kind: _quantile(times, q) for kind, times in kinds.items()})
+        return self.weigh({kind: quantile(times, q) for kind, times in kinds.items()})
 
     def mean(self, figure: str = "seconds") -> float:
+        """Returns the mean over all that was measured."""
         times = [t for kind in self.samples[figure].values() for t in kind]
         return sum(times) / len(times)
 
 
-def _quantile(values: list[float], q: float) -> float:
+def weigh(values: Mapping[object, float], shares: Mapping[object, float]) -> float | None:
+    """Averages a value of each kind by the shares of the kinds that have one; None: none has."""
+    total = sum(float(shares[kind]) for kind in values)
+    return sum(float(shares[kind]) * values[kind] for kind in values) / total if total else None
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Returns a quantile, between two values in proportion."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -199,7 +237,7 @@ def run_case(
         replay=case.replay, channels_last=case.channels_last,
     )  # fmt: skip
     verifier = Verifier(work)
-    timed: list[_Timed] = []
+    timed: list[Timed] = []
     absent: list[dict[str, str]] = []
     differing: set[str | None] = set()
     for name, setting in case.runs:
@@ -207,7 +245,7 @@ def run_case(
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             error = verify(variant, verifier)
-        except (Unavailable, VerificationError, torch.OutOfMemoryError) as reason:
+        except LEFT_OUT as reason:
             differs = isinstance(reason, VerificationError)
             wrong = differs and not variant.foreign and variant.built_on not in differing
             if differs:
@@ -223,7 +261,7 @@ def run_case(
                 raise DeviceLost(name, setting.name, lost) from error
             absent.append(_absent(name, setting, error, True, log))
             continue
-        timed.append(_Timed(variant, error))
+        timed.append(Timed(variant, error))
     try:
         rounds = _measure(case, timed, work, device, streams)
         profiled = _profile(case, timed, work, device)
@@ -251,14 +289,12 @@ def run_case(
 
 
 def _absent(name: str, setting: Setting, error: Exception, wrong: bool, log) -> dict[str, object]:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not isinstance(error, (Unavailable, VerificationError, torch.OutOfMemoryError)):
-        reason = f"{type(error).__name__}: {reason}"
+    reason = first_line(error, *LEFT_OUT)
     log(f"  {name} ({setting.name}) {'WRONG' if wrong else 'not run'}: {reason}")
     return {"name": name, "setting": setting.name, "reason": reason, "wrong": wrong}
 
 
-def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
+def _measure(case, timed: list[Timed], work, device: Cpu, streams) -> int:
     for entry in timed:
         times, entry.running = [], True
         for _ in range(3):
@@ -266,43 +302,39 @@ def _measure(case, timed: list[_Timed], work, device: Cpu, streams) -> int:
             times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
         entry.running = False
-        affordable = SLOW * case.seconds / (min(times) * len(device.probes))
-        if affordable < case.rounds:
-            entry.stride = max(1, case.rounds // max(MIN_SAMPLES, int(affordable)))
+        entry.be_slow(case.rounds, SLOW * case.seconds / (min(times) * len(device.probes)))
+    begin, done = time.perf_counter(), 0
+    for turn in rounds_of(timed, case.rounds):
+        late = time.perf_counter() - begin > 2 * case.seconds
+        if late and min(entry.count() for entry in timed) >= MIN_SAMPLES:
+            break
+        for entry in turn:
+            entry.take_turn(device, cold=case.cold)
+        if streams is not None:
+            device.evict()
+            streams.run(device)
+        done += 1
+    return done
+
+
+def rounds_of(timed: Sequence[Timed], rounds: int) -> Iterator[list[Timed]]:
+    """Yields who takes part in each round, in which order; no garbage is collected meanwhile."""
     order = random.Random(0)
-    begin = time.perf_counter()
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(case.rounds):
-            late = time.perf_counter() - begin > 2 * case.seconds
-            if late and min(entry.count() for entry in timed) >= MIN_SAMPLES:
-                return number
+        for number in range(rounds):
             # Another order every round: no variant is always behind the same other one.
-            turn = [e for e in timed if number % e.stride == 0]
+            turn = [entry for entry in timed if number % entry.stride == 0]
             order.shuffle(turn)
-            for entry in turn:
-                entry.running = True
-                for probe in device.probes:
-                    if device.stratified:
-                        entry.approach()
-                    entry.variant.ready()
-                    if case.cold:
-                        device.evict()
-                    entry.run(probe)
-                entry.turn += 1
-                entry.running = False
-            if streams is not None:
-                device.evict()
-                streams.run(device)
+            yield turn
     finally:
         if collecting:
             gc.enable()
-    return case.rounds
 
 
-def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
+def _profile(case, timed: list[Timed], work, device: Cpu) -> str | None:
     """Profiles some steps of every variant; returns why there is no profile, or None."""
 
     def ready(variant: Variant) -> None:
@@ -340,11 +372,11 @@ def _profile(case, timed: list[_Timed], work, device: Cpu) -> str | None:
     return None
 
 
-def _kernel_figures(entry: _Timed) -> dict[str, object]:
+def _kernel_figures(entry: Timed) -> dict[str, object]:
     if not entry.kernels:
         return {"kernel_seconds": None, "launches": None, "copies": None, "kernels": {}}
     median = {
-        kind: _quantile([call.seconds for call in calls], 0.5)
+        kind: quantile([call.seconds for call in calls], 0.5)
         for kind, calls in entry.kernels.items()
     }
     calls = [call for found in entry.kernels.values() for call in found]
@@ -363,7 +395,7 @@ def _kernel_figures(entry: _Timed) -> dict[str, object]:
     }
 
 
-def _entry(entry: _Timed, elements: int) -> dict[str, object]:
+def _entry(entry: Timed, elements: int) -> dict[str, object]:
     variant = entry.variant
     seconds, moved = entry.quantile(0.5), variant.bytes_moved()
     on_device = entry.quantile(0.5, "device_seconds")
