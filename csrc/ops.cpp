@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "int threshold, float replay_weight, float grad_scale, int seed, int draw) -> ()");
 
   // On a device a step is launched: table and everything else lie there, and nothing waits for
-  // them. One launch serves the rows of one dtype combination, cut into chunks (dgg/_device.py);
+  // them. One launch serves the rows of one dtype combination, cut into chunks (dgg/backends/chunks.py);
   // `dtypes` are their codes, `variant` says what the kernel must be able to do. Tensors passed as
   // addresses are written, too.
   m.def(

@@ -5,7 +5,7 @@
 //
 // The stable interface of torch does not know gradients and version counters. The three functions
 // for them are looked up by name in the torch that is loaded. Nor does it know Python's objects and
-// lazy negation, for which it is found out where the words stand that tell. dgg/_gather.py tries
+// lazy negation, for which it is found out where the words stand that tell. dgg/backends/native.py tries
 // all of it before its first use and does the work in Python wherever something is missing or
 // different.
 
@@ -75,7 +75,7 @@ bool place_of(AtenTensorHandle handle, Place& place) {
 
 // A tensor handle of the stable interface is a pointer to an at::Tensor, whose only member is the
 // pointer to its TensorImpl: an array of such pointers is one of tensors, without a cache line for
-// each. What rests on this is tried by dgg/_gather.py before anybody relies on it.
+// each. What rests on this is tried by dgg/backends/native.py before anybody relies on it.
 using Impl = const void*;
 
 Impl impl_of(AtenTensorHandle tensor) {
@@ -85,7 +85,7 @@ AtenTensorHandle handle_of(Impl& impl) {
   return reinterpret_cast<AtenTensorHandle>(&impl);
 }
 
-// How to look into Python's objects; found out by dgg/_gather.py.
+// How to look into Python's objects; found out by dgg/backends/native.py.
 struct Python {
   int64_t impl_offset = 0;  // of the pointer to the TensorImpl in a tensor's Python object
   int64_t keys_offset = 0;  // of the word of a TensorImpl that says what it is lazily

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +27,7 @@ PER_GROUP = ("alpha", "strength")
 # Weights whose spacing is so wide that small updates are lost.
 NARROW = (torch.bfloat16, torch.float16)
 _LARGEST = sys.float_info.max
-# The draw index of the last step that a number of 64 bits can count.
-_LAST = (1 << 63) - 1
-_PLAIN_TYPES = {float, int, bool, str, type(None)}
-# Entries of a group that are looked at elsewhere, or at every step.
-_MOVING = ("params", "param_names", "draw_index")
+PLAIN_TYPES = {float, int, bool, str, type(None)}
 _CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
 
 
@@ -56,17 +51,10 @@ def plain_numbers(**arguments: Any) -> list[Any]:
     return [plain(name, value) for name, value in arguments.items()]
 
 
-def _is_fixed(value: Any) -> bool:
-    """Returns whether ``value`` can only change by becoming another object."""
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return type(value) in _PLAIN_TYPES
-
-
 def make_plain(group: dict[str, Any]) -> None:
     """Makes numpy's numbers among the options of a group Python's, in place."""
     for name, value in group.items():
-        if name not in ("params", "param_names") and type(value) not in _PLAIN_TYPES:
+        if name not in ("params", "param_names") and type(value) not in PLAIN_TYPES:
             group[name] = plain(name, value)
 
 
@@ -163,7 +151,7 @@ def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, A
         if any(away) and name == "draw_index":
             # That of captured steps: one tensor for all groups, made so when loaded.
             continue
-        if _plain(group[name]) != _plain(first[name]):
+        if comparable(group[name]) != comparable(first[name]):
             raise ValueError(
                 f"{name} is one setting for the whole optimizer, but group 0 has "
                 f"{first[name]!r} and group {number} has {group[name]!r}; set it in all groups"
@@ -176,90 +164,13 @@ def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: x.item() if isinstance(x, Tensor) else x for name, x in first.items()}
 
 
-def _plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
+    """Returns what tells two values of an option apart; nothing is waited for."""
     if not isinstance(value, Tensor):
         return value
     # What lies on an accelerator is not read, only told apart; what is no number, refused later.
     readable = value.numel() == 1 and value.device.type == "cpu" and value.layout == torch.strided
     return value.item() if readable else id(value)
-
-
-class Options:
-    """The options in force at one step, read from the groups and checked when they change.
-
-    Attributes:
-        derived: What others have made of the options, by name; emptied as soon as an option may
-            be another one.
-    """
-
-    def __init__(self) -> None:
-        self.derived: dict[str, Any] = {}
-        self._checked: Any = None
-        self._draw: object = object()  # the draw index of captured steps, a tensor
-        # Of every group its keys, what reads its options, and the objects it has read; empty if any
-        # of these could change and stay the same object.
-        self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
-
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Returns the first group as the source of the optimizer-wide options.
-
-        Raises:
-            TypeError: An option has the wrong type.
-            ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
-        """
-        first = groups[0]
-        # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
-        draw = first["draw_index"]
-        known = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
-        if not known or any([group["draw_index"] is not draw for group in groups]):
-            self._read_draws(groups)
-        if self._unchanged(groups):
-            return first
-        self.derived.clear()
-        present = [
-            tuple([_plain(g[name]) for name in (*WIDE, *PER_GROUP) if name != "draw_index"])
-            for g in groups
-        ]
-        if present != self._checked:
-            for number, group in enumerate(groups):
-                check_agreement(number, group, first)
-                check_options({name: group[name] for name in (*WIDE, *PER_GROUP)})
-            for group in groups:
-                make_plain(group)
-            self._checked = present
-        self._keep(groups)
-        return first
-
-    def _unchanged(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Returns whether all options, of the update rule too, are the objects kept last."""
-        if len(groups) != len(self._known):
-            return False
-        for (keys, options_of, values), group in zip(self._known, groups, strict=True):
-            # An option that was taken out, or put back, is one that changed.
-            if list(group) != keys or not all(map(operator.is_, options_of(group), values)):
-                return False
-        return True
-
-    def _keep(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._known = []
-        for group in groups:
-            options = {name: value for name, value in group.items() if name not in _MOVING}
-            if not all(map(_is_fixed, options.values())):
-                self._known = []
-                return
-            read = operator.itemgetter(*options)
-            self._known.append((list(group), read, tuple(options.values())))
-
-    def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for number, group in enumerate(groups):
-            check_options({"draw_index": group["draw_index"]})
-            check_agreement(number, {"draw_index": group["draw_index"]}, groups[0])
-        draw = groups[0]["draw_index"]
-        if isinstance(draw, Tensor):
-            self._draw = draw
-            return
-        for group in groups:
-            group["draw_index"] = plain("draw_index", draw)
 
 
 def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> None:

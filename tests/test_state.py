@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgg
 from cases import BACKENDS, BF16, F16, F32, F64, OPTIMIZERS, make_params, set_grads
-from dgg import _arguments
+from dgg.step import options
 
 KINDS = ["adamw", "adamw-amsgrad", "adam", "sgd", "sgd-momentum", "sgd-nesterov-maximize"]
 # A seed above 2**63 must survive too. Guided at about every other step, so that some cuts lie
@@ -1134,7 +1134,7 @@ class TestOptionsBetweenSteps:
         for group in optimizer.param_groups:
             group["draw_index"] = 1000
         optimizer.step()
-        monkeypatch.setattr(_arguments.Options, "_read_draws", None)  # not to be called
+        monkeypatch.setattr(options.Options, "_read_draws", None)  # not to be called
         optimizer.step()
         assert [group["draw_index"] for group in optimizer.param_groups] == [1002, 1002]
 

@@ -30,7 +30,6 @@ from dgg.kernels.layout import (
     SGD_HYPER,
     STEP,
 )
-from dgg.sharding import fsdp1
 
 
 class Scaling(NamedTuple):
@@ -106,16 +105,13 @@ class Rows:
         steps: Step counts.
         masters: Master weights θ.
         stochastic: Round what is stored as bfloat16 stochastically.
-        process_group: Ranks that step other parts of the parameters.
-        reduction: What sums squares over ranks, where no parameter tells.
-        places: Where each row's elements lie in the whole tensor, where no parameter tells.
+        reduction: What sums squares over ranks, or None.
+        places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
         holders: What an update counts as a write to, if it is not ``params``.
 
     Attributes:
         holders: As given.
         params: The parameters, of DTensors the local shards.
-        reduction: What sums squares over ranks, or None.
-        places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
         anchored: Whether any row has an anchor.
         distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
         grads: Gradient of each row in the present step or None.
@@ -145,9 +141,8 @@ class Rows:
         steps: Sequence[Tensor | None] | None = None,
         masters: Sequence[Tensor | None] | None = None,
         stochastic: bool = False,
-        process_group=None,
-        reduction=None,
-        places: Sequence[sharding.Place] | None = None,
+        reduction: sharding.Reduction | None = None,
+        places: Sequence[sharding.Place | None] = (),
         holders: Sequence[Tensor] | None = None,
     ) -> None:
         absent = [None] * len(params)
@@ -159,16 +154,7 @@ class Rows:
         self.groups = list(groups)
         self.indices = list(indices)
         self._shards = sharding.Shards(params) if any(map(sharding.is_dtensor, params)) else None
-        runs = fsdp1.runs(params)
-        known_by_params = bool(self._shards is not None or runs)
-        self.reduction = reduction
-        if known_by_params or process_group is not None:
-            self.reduction = sharding.Reduction(params, process_group, runs) or None
-        self.places = [sharding.place_of(p) for p in params] if known_by_params else []
-        for row, run in runs.items():
-            self.places[row] = sharding.Place(run.start, *[max(params[row].numel(), 1)] * 2)
-        if places is not None:
-            self.places = list(places)
+        self.reduction, self.places = reduction, list(places)
         self._known = Distances(len(self.params), self.device)
         self.distances = self._known.squares
         self._constants: dict[object, Tensor] = {}

@@ -20,19 +20,17 @@ writes weights past autograd's version counters.
 
 from __future__ import annotations
 
-import functools
-import os
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _callers, _ranges, anchor, backends, reference, sharding
+from dgg import _arguments, _callers, _ranges, backends, reference, sharding
 from dgg.anchor.boundary import Plan
-from dgg.deepspeed import partitions
+from dgg.deepspeed import anchors, partitions
 from dgg.deepspeed.partitions import Partition, cut
 from dgg.step import draws, norms
 from dgg.step.cache import RowCache
@@ -414,86 +412,10 @@ class Driver:
             return opt._all_groups
         return [{**group, "anchored": 0} for group in opt._all_groups]
 
-    def plan_anchors(
-        self,
-        opt,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None,
-        model: torch.nn.Module | None,
-    ) -> Plan:
-        """Returns of every partition what its fragments' anchors are and the memory for them.
-
-        Args:
-            opt: The dgg optimizer.
-            tensors: Whole tensors by name, the path of some, or None for the present weights.
-            model: Maps names to parameters; None takes DeepSpeed's names.
-
-        Raises:
-            FileNotFoundError: There is nothing at the path.
-            KeyError: A parameter has no tensor.
-            TypeError: A wrong type.
-            ValueError: A shape or a value does not fit.
-        """
+    def plan_anchors(self, opt, tensors: Any, model: torch.nn.Module | None) -> Plan:
+        """Returns the plan of `anchors.plan_anchors` for the partitions of now."""
         self._look_at_partitions(opt)
-        if tensors is None and model is not None:
-            raise ValueError("model= maps the names of tensors to parameters; give both or neither")
-        if model is not None and not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
-        if isinstance(tensors, (str, os.PathLike)):
-            tensors = anchor.open_path(tensors)
-        elif tensors is not None and not isinstance(tensors, Mapping):
-            raise TypeError(
-                "set_anchor() takes a mapping from names to tensors or the path of a file or "
-                f"directory of them, not {type(tensors).__name__}"
-            )
-        names = {} if model is None else anchor.names_of_parameters(model)
-        plan = []
-        for number, partition in enumerate(self.partitions):
-            label = f"partition {number}"
-            wanted = anchor.storage_dtype(partition.tensor, opt._settings.anchor_dtype, label)
-            if tensors is None:
-                sources = [cut(partition.tensor, f) for f in partition.fragments]
-                for f, source in zip(partition.fragments, sources, strict=True):
-                    name = partition.members[f.member].name or f"a parameter of {label}"
-                    anchor.check_source(source, source, name, wanted)
-            else:
-                sources = list(_named_sources(partition, tensors, names, model, wanted))
-            old = opt.state.get(partition.tensor, {}).get("anchor")
-            fits = old is not None and old.dtype == wanted and old.shape == partition.tensor.shape
-            if not fits:
-                old = anchor.allocate(partition.tensor, wanted, opt._settings.anchor_device)
-            write = functools.partial(_write_fragments, partition, sources)
-            plan.append((partition.tensor, write, old))
-        return plan
-
-
-def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Tensor) -> None:
-    # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
-    target.zero_()
-    for f, source in zip(partition.fragments, sources, strict=True):
-        cut(target, f).copy_(source)
-
-
-def _named_sources(
-    partition: Partition,
-    tensors: Mapping[str, Tensor],
-    names: Mapping[Tensor, list[str]],
-    model: torch.nn.Module | None,
-    dtype: torch.dtype,
-) -> Iterator[Tensor]:
-    """Yields of every fragment what named whole tensors have for it."""
-    members = partition.members
-    labels = [f"parameter {m.name!r}" for m in members]
-    known = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
-    found = anchor.find_names(tensors, known, labels, model)
-    fragments = {f.member: f for f in partition.fragments}
-    for number, (member, name, label) in enumerate(zip(members, found, labels, strict=True)):
-        # What other ranks have a fragment of is checked, too: all ranks raise or none.
-        source = tensors[name]
-        whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
-        anchor.check_source(source, whole, label, dtype)
-        if number in fragments:
-            f = fragments[number]
-            yield source.detach().reshape(-1)[f.base : f.base + f.count]
+        return anchors.plan_anchors(opt, self.partitions, tensors, model)
 
 
 def find_driver(opt) -> Driver | None:

@@ -258,50 +258,9 @@ class Guidance:
             ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
         """
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                f"load_state_dict() takes what state_dict() returned, not "
-                f"{type(state_dict).__name__}; torch.load the file first"
-            )
-        if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
-            raise KeyError(
-                f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
-                "param_groups and params; pass what guidance.state_dict() returned"
-            )
         self._sync_groups()
+        _check_saved(self, params, state_dict)
         groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups) or state_dict["params"] != len(params):
-            raise ValueError(
-                f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
-                f"the optimizer has {len(params)} in {len(self.param_groups)}; load it beside the "
-                "optimizer it was saved with"
-            )
-        for number, group in enumerate(groups):
-            absent = [
-                name for name in (*_arguments.WIDE, *_arguments.PER_GROUP) if name not in group
-            ]
-            if absent:
-                raise KeyError(
-                    f"group {number} of the state dict lacks {absent}; pass what "
-                    "guidance.state_dict() returned"
-                )
-            _arguments.check_agreement(number, group, groups[0])
-            _arguments.check_options(group)
-        if self.param_groups[0]["draw_index"] == 0:
-            boundary.refuse_earlier(self._named, groups)
-        labels = _arguments.group_labels(self.optimizer.param_groups)
-        if not isinstance(state_dict["anchors"], Mapping):
-            raise TypeError(
-                f"the state dict's anchors are a {type(state_dict['anchors']).__name__}, not a "
-                "dict by parameter number; pass what guidance.state_dict() returned"
-            )
-        for i, value in state_dict["anchors"].items():
-            if type(i) is not int or i not in range(len(params)):
-                raise KeyError(
-                    f"the state dict has an anchor of parameter {i!r} of {len(params)}; pass what "
-                    "guidance.state_dict() returned"
-                )
-            anchor.check_source(value, params[i], labels[i])
         anchors = {params[i]: value for i, value in state_dict["anchors"].items()}
         dtypes = [value.dtype for value in anchors.values()]
         made = anchor.allocate_all([*anchors], dtypes, self._settings.anchor_device)
@@ -385,6 +344,51 @@ class Guidance:
                     f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
                     "set_anchor() after a parameter has changed its shape"
                 )
+
+
+def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> None:
+    """Checks a state dict before anything is changed; see `Guidance.load_state_dict`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_state_dict() takes what state_dict() returned, not "
+            f"{type(state_dict).__name__}; torch.load the file first"
+        )
+    if not state_dict.keys() >= {"param_groups", "anchors", "params"}:
+        raise KeyError(
+            f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
+            "param_groups and params; pass what guidance.state_dict() returned"
+        )
+    groups = state_dict["param_groups"]
+    if len(groups) != len(opt.param_groups) or state_dict["params"] != len(params):
+        raise ValueError(
+            f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
+            f"the optimizer has {len(params)} in {len(opt.param_groups)}; load it beside the "
+            "optimizer it was saved with"
+        )
+    for number, group in enumerate(groups):
+        absent = [name for name in (*_arguments.WIDE, *_arguments.PER_GROUP) if name not in group]
+        if absent:
+            raise KeyError(
+                f"group {number} of the state dict lacks {absent}; pass what "
+                "guidance.state_dict() returned"
+            )
+        _arguments.check_agreement(number, group, groups[0])
+        _arguments.check_options(group)
+    if opt.param_groups[0]["draw_index"] == 0:
+        boundary.refuse_earlier(opt._named, groups)
+    labels = _arguments.group_labels(opt.optimizer.param_groups)
+    if not isinstance(state_dict["anchors"], Mapping):
+        raise TypeError(
+            f"the state dict's anchors are a {type(state_dict['anchors']).__name__}, not a "
+            "dict by parameter number; pass what guidance.state_dict() returned"
+        )
+    for i, value in state_dict["anchors"].items():
+        if type(i) is not int or i not in range(len(params)):
+            raise KeyError(
+                f"the state dict has an anchor of parameter {i!r} of {len(params)}; pass what "
+                "guidance.state_dict() returned"
+            )
+        anchor.check_source(value, params[i], labels[i])
 
 
 def _decide(opt: Guidance) -> Decision:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg.sharding import reduction, zero_redundancy
+from dgg.sharding import fsdp1, zero_redundancy
+from dgg.sharding.dtensor import Place, is_dtensor, place_of
+from dgg.sharding.reduction import Reduction
+from dgg.sharding.reduction import peers as peers_of
 
 
 class Sharded:
@@ -50,13 +53,30 @@ class Sharded:
         """
         return None
 
-    def reduction(self, params: Sequence[Tensor]) -> reduction.Reduction | None:
-        """Returns what sums squares over the ranks; None if the parameters tell it themselves."""
-        return None
+    def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
+        """Returns where this rank's part of each parameter lies in the whole, and what sums.
+
+        Args:
+            params: Parameters of one device.
+
+        Returns:
+            Their places, empty if all are whole; and the sums over the ranks that hold the other
+            parts, None if there are none.
+        """
+        runs = fsdp1.runs(params)
+        sharded = any(map(is_dtensor, params))
+        if not (sharded or runs or self.process_group is not None):
+            return [], None
+        places: list[Place | None] = []
+        if sharded or runs:
+            places = [place_of(p) for p in params]
+        for row, run in runs.items():
+            places[row] = Place(run.start, *[max(params[row].numel(), 1)] * 2)
+        return places, Reduction(params, self.process_group, runs) or None
 
     def peers(self, params: Sequence[Tensor]) -> list:
         """Returns the groups whose ranks have the other parts."""
-        return reduction.peers(params, self.process_group)
+        return peers_of(params, self.process_group)
 
     def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
         """Returns how many parameters of a group are anchored on other ranks alone.
@@ -106,9 +126,9 @@ class RankShare(Sharded):
         """Returns group and tensor index of the parameters of all ranks."""
         return self._share.rows()
 
-    def reduction(self, params: Sequence[Tensor]) -> reduction.Reduction:
-        """Returns what sums over the shares."""
-        return reduction.Reduction.of_shares(self._share.process_group)
+    def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
+        """Returns that the tensors are whole, and what sums over the shares."""
+        return [], Reduction.of_shares(self._share.process_group)
 
     def peers(self, params: Sequence[Tensor]) -> list:
         """Returns the group whose ranks have the other shares."""
@@ -125,7 +145,7 @@ class RankShare(Sharded):
     def join_norms(self) -> None:
         """Takes part in the other ranks' sum with nothing of its own."""
         zero = self._share.params()[0].new_zeros(3, 1, dtype=torch.float64)
-        self.reduction(()).sum_(zero, per_tensor=False)
+        Reduction.of_shares(self._share.process_group).sum_(zero, per_tensor=False)
 
     @property
     def has_all(self) -> bool:

@@ -121,6 +121,7 @@ class RowCache:
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
             }
+            runs, reduction = ownership.parts([params[i] for i in places])
             self.all_rows.append(
                 backends.make_rows(
                     backend,
@@ -133,8 +134,8 @@ class RowCache:
                     ],
                     stochastic=settings.stochastic_rounding,
                     capturable=settings.capturable,
-                    process_group=opt.process_group,
-                    reduction=ownership.reduction(params),
+                    reduction=reduction,
+                    places=runs,
                     **columns,
                 )
             )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _philox, backends, reference
+from dgg import _philox, backends, reference
+from dgg.step.options import Options
 from dgg.step.rule import threshold
 
 _CERTAIN = 1 << 32  # the threshold at α = 1, above every word
@@ -62,7 +63,7 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self.options = _arguments.Options()
+        self.options = Options()
         self._word: tuple[int, int, int] | None = None
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:

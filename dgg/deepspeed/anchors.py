@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Anchors of DeepSpeed's partitions: from their float32 weights, or cut out of whole tensors."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dgg import anchor
+from dgg.anchor.boundary import Plan
+from dgg.deepspeed.partitions import Partition, cut
+
+
+def plan_anchors(
+    opt,
+    partitions: Sequence[Partition],
+    tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+    model: torch.nn.Module | None,
+) -> Plan:
+    """Returns of every partition what its fragments' anchors are and the memory for them.
+
+    Args:
+        opt: The dgg optimizer.
+        partitions: This rank's.
+        tensors: Whole tensors by name, the path of some, or None for the present weights.
+        model: Maps names to parameters; None takes DeepSpeed's names.
+
+    Raises:
+        FileNotFoundError: There is nothing at the path.
+        KeyError: A parameter has no tensor.
+        TypeError: A wrong type.
+        ValueError: A shape or a value does not fit.
+    """
+    if tensors is None and model is not None:
+        raise ValueError("model= maps the names of tensors to parameters; give both or neither")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(tensors, (str, os.PathLike)):
+        tensors = anchor.open_path(tensors)
+    elif tensors is not None and not isinstance(tensors, Mapping):
+        raise TypeError(
+            "set_anchor() takes a mapping from names to tensors or the path of a file or "
+            f"directory of them, not {type(tensors).__name__}"
+        )
+    names = {} if model is None else anchor.names_of_parameters(model)
+    plan = []
+    for number, partition in enumerate(partitions):
+        label = f"partition {number}"
+        wanted = anchor.storage_dtype(partition.tensor, opt._settings.anchor_dtype, label)
+        if tensors is None:
+            sources = [cut(partition.tensor, f) for f in partition.fragments]
+            for f, source in zip(partition.fragments, sources, strict=True):
+                name = partition.members[f.member].name or f"a parameter of {label}"
+                anchor.check_source(source, source, name, wanted)
+        else:
+            sources = list(_named_sources(partition, tensors, names, model, wanted))
+        old = opt.state.get(partition.tensor, {}).get("anchor")
+        fits = old is not None and old.dtype == wanted and old.shape == partition.tensor.shape
+        if not fits:
+            old = anchor.allocate(partition.tensor, wanted, opt._settings.anchor_device)
+        write = functools.partial(_write_fragments, partition, sources)
+        plan.append((partition.tensor, write, old))
+    return plan
+
+
+def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Tensor) -> None:
+    # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
+    target.zero_()
+    for f, source in zip(partition.fragments, sources, strict=True):
+        cut(target, f).copy_(source)
+
+
+def _named_sources(
+    partition: Partition,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[Tensor, list[str]],
+    model: torch.nn.Module | None,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Yields of every fragment what named whole tensors have for it."""
+    members = partition.members
+    labels = [f"parameter {m.name!r}" for m in members]
+    known = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
+    found = anchor.find_names(tensors, known, labels, model)
+    fragments = {f.member: f for f in partition.fragments}
+    for number, (member, name, label) in enumerate(zip(members, found, labels, strict=True)):
+        # What other ranks have a fragment of is checked, too: all ranks raise or none.
+        source = tensors[name]
+        whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
+        anchor.check_source(source, whole, label, dtype)
+        if number in fragments:
+            f = fragments[number]
+            yield source.detach().reshape(-1)[f.base : f.base + f.count]

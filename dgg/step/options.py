@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The options in force at a step: read from the groups, checked where one changed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dgg import _arguments
+
+# The draw index of the last step that a number of 64 bits can count.
+_LAST = (1 << 63) - 1
+# Entries of a group that are looked at elsewhere, or at every step.
+_MOVING = ("params", "param_names", "draw_index")
+_CHECKED = (*_arguments.WIDE, *_arguments.PER_GROUP)
+_COMPARED = tuple(name for name in _CHECKED if name != "draw_index")
+
+
+class Options:
+    """The options in force at one step, read from the groups and checked when they change.
+
+    Attributes:
+        derived: What others have made of the options, by name; emptied as soon as an option may
+            be another one.
+    """
+
+    def __init__(self) -> None:
+        self.derived: dict[str, Any] = {}
+        self._checked: Any = None
+        self._draw: object = object()  # the draw index of captured steps, a tensor
+        # Of every group its keys, what reads its options, and the objects it has read; empty if any
+        # of these could change and stay the same object.
+        self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Returns the first group as the source of the optimizer-wide options.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
+        """
+        first = groups[0]
+        # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
+        draw = first["draw_index"]
+        known = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
+        if not known or any([group["draw_index"] is not draw for group in groups]):
+            self._read_draws(groups)
+        if self._unchanged(groups):
+            return first
+        self.derived.clear()
+        present = [
+            tuple(
+                [
+                    _arguments.comparable(g[name])
+                    for name in (*_arguments.WIDE, *_arguments.PER_GROUP)
+                    if name != "draw_index"
+                ]
+            )
+            for g in groups
+        ]
+        if present != self._checked:
+            for number, group in enumerate(groups):
+                _arguments.check_agreement(number, group, first)
+                _arguments.check_options(
+                    {name: group[name] for name in (*_arguments.WIDE, *_arguments.PER_GROUP)}
+                )
+            for group in groups:
+                _arguments.make_plain(group)
+            self._checked = present
+        self._keep(groups)
+        return first
+
+    def _unchanged(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether all options, of the update rule too, are the objects kept last."""
+        if len(groups) != len(self._known):
+            return False
+        for (keys, options_of, values), group in zip(self._known, groups, strict=True):
+            # An option that was taken out, or put back, is one that changed.
+            if list(group) != keys or not all(map(operator.is_, options_of(group), values)):
+                return False
+        return True
+
+    def _keep(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._known = []
+        for group in groups:
+            options = {name: value for name, value in group.items() if name not in _MOVING}
+            if not all(map(_is_fixed, options.values())):
+                self._known = []
+                return
+            read = operator.itemgetter(*options)
+            self._known.append((list(group), read, tuple(options.values())))
+
+    def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for number, group in enumerate(groups):
+            _arguments.check_options({"draw_index": group["draw_index"]})
+            _arguments.check_agreement(number, {"draw_index": group["draw_index"]}, groups[0])
+        draw = groups[0]["draw_index"]
+        if isinstance(draw, Tensor):
+            self._draw = draw
+            return
+        for group in groups:
+            group["draw_index"] = _arguments.plain("draw_index", draw)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Returns whether ``value`` can only change by becoming another object."""
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return type(value) in _arguments.PLAIN_TYPES
