@@ -136,7 +136,8 @@ def _link(target: pathlib.Path, place: pathlib.Path) -> None:
 
 
 def _link_package(folder: pathlib.Path) -> None:
-    for source in (ROOT / "dgg").glob("*.py"):
+    packages = [path.parent for path in (ROOT / "dgg").glob("*/__init__.py")]
+    for source in [*(ROOT / "dgg").glob("*.py"), *packages]:
         _link(source, folder / source.name)
     _link(ROOT / "kernels", folder / "kernels")
 
