@@ -323,8 +323,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             else driver.tensors()
         )
         devices = {p.device for p in tensors}
-        backends = sorted({backends.choose(opt._backend, device) for device in devices})
-        text = f"dgg.{type(opt).__name__} (backend {', '.join(backends)}), task {self._task}: "
+        names = sorted({backends.choose(opt._backend, device) for device in devices})
+        text = f"dgg.{type(opt).__name__} (backend {', '.join(names)}), task {self._task}: "
         if not self._guided:
             return text + "not guided, there is no former task to protect"
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
