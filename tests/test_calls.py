@@ -24,7 +24,7 @@ def make(kind):
     params = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(4)]
     options = {"alpha": 1.0, "max_grad_norm": 1.0, "backend": "cpp"}
     if kind == "Guidance":
-        optimizer = torch.optim.SGD(params, lr=0.1)
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
         guided = dgg.Guidance(optimizer, **options)
     else:
         more = {"momentum": 0.9} if kind == "SGD" else {}
