@@ -32,13 +32,15 @@ import time
 
 import torch
 
+import cpu_targets
 import parameter_lists
 import report
 from gpu.targets import backend_table, gpu_targets
 from machine import Cpu, DeviceLost, Streams, device_of, give_up
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
-from report import Printer, provenance
+from provenance import provenance
+from report import Printer
 from timing import Case, run_case
 from workload import (
     CLIPPED,
@@ -441,7 +443,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = {**results, "settings": settings, "complete": complete, "memory": memory}
         on_gpu = preset in GPU_PRESETS
         found = (
-            gpu_targets(results["cases"]) if on_gpu else report.targets(results["cases"], memory)
+            gpu_targets(results["cases"])
+            if on_gpu
+            else cpu_targets.targets(results["cases"], memory)
         )
         return {**results, "targets": found}
 

@@ -24,8 +24,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from machine import Cpu, DeviceLost, Kernels, Streams
-from peers import IMPLEMENTATIONS, Unavailable, Variant
+from peers import IMPLEMENTATIONS
 from report import first_line
+from variant import Unavailable, Variant
 from workload import Setting, VerificationError, Verifier, Workload
 
 MIN_SAMPLES = 7
@@ -97,14 +98,10 @@ def verify(variant: Variant, verifier: Verifier) -> float:
     worst = 0.0
     draws = range(2)
     if variant.setting.alpha not in (None, 0.0, 1.0):
-        kinds = [variant.injects()]
-        for draw in range(1, variant.window):
-            variant.seek(draw)
-            kinds.append(variant.injects())
-        draws = (kinds.index(True), kinds.index(False))
+        draws = (variant.pattern.index(True), variant.pattern.index(False))
     for draw in draws:
         variant.seek(draw)
-        worst = max(worst, verifier.check(variant, injects=variant.injects()))
+        worst = max(worst, verifier.check(variant, injects=variant.pattern[draw]))
     variant.seek(0)
     variant.verified = True
     return worst

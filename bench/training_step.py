@@ -27,11 +27,14 @@ import torch
 from torch import Tensor
 
 import dgg
+from dgg import backends
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, device_of, give_up
-from peers import guide_by_foreach, injections, unavailable
-from report import Printer, absences, first_line, page, provenance, ratios
+from provenance import provenance
+from report import Printer, absences, first_line, page, ratios
 from timing import quantile, weigh
+from torch_variants import guide_by_foreach
+from variant import injections
 
 SCHEMA = 1
 LR, CLIP = 1e-4, 1.0
@@ -124,7 +127,7 @@ def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str
     wanted.append(Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps))
     missing = []
     for backend in ("cpp", "triton"):
-        reason = unavailable(backend, device.device)
+        reason = backends.unavailable(backend, device.device)
         if reason is not None:
             missing.append({"name": f"dgg {backend}", "reason": reason})
             continue

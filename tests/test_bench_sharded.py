@@ -134,7 +134,7 @@ def test_counter_sees_every_way_to_send(bench, alone):
     from torch.distributed._functional_collectives import all_reduce
 
     group = alone.get_group()
-    with bench("sharded").CollectiveCounter() as counter:
+    with bench("collectives").CollectiveCounter() as counter:
         dist.all_reduce(torch.ones(3, dtype=torch.float64), group=group)
         assert (counter.operations, counter.asynchronous, counter.bytes) == (
             {"all_reduce": 1},

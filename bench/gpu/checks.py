@@ -24,12 +24,14 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dgg
+from dgg.backends import unavailable
 from gpu.targets import LAUNCHES
 from machine import Cpu, device_of, give_up
 from parameter_lists import many_tiny
-from peers import IMPLEMENTATIONS, Variant, unavailable
+from peers import IMPLEMENTATIONS
 from report import first_line, table, write_json
 from timing import verify
+from variant import Variant
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
 
 BACKENDS = ("cpp", "triton")
