@@ -45,8 +45,8 @@ def targets(cases: Iterable[dict], memory: Sequence[dict]) -> list[dict]:
         ratio(name, what, "replay, guided", ADD_AND_CLIP, added)
         what = "Guidance over torch fused / foreach guidance + torch fused"
         ratio(name, what, "guided", PEERS["guided"], foreign, "dgg Guidance + torch fused")
-    for kind in ("adamw-bfloat16", "sgd-float32", "momentum-float32", "sgd-bfloat16",
-                 "momentum-bfloat16"):  # fmt: skip
+    others = ("sgd-float32", "momentum-float32", "sgd-bfloat16", "momentum-bfloat16")
+    for kind in ("adamw-bfloat16", *others):
         against_fused(f"{kind}-32Mi", 1.00, 1.00, 1.00)
     for entry in memory:
         what = f"memory: {entry['case']}, arrays of the weights' size beyond θ, g, m, v"

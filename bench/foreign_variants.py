@@ -41,16 +41,16 @@ class _ForeignAdamW(Variant):
         if workload.device.type != self.where:
             raise Unavailable(f"it runs on a {'GPU' if self.where == 'cuda' else 'CPU'} only")
         try:
-            self.optimizer = self._build()
-            for row, param in enumerate(self.params):
-                self._seed_state(param, *(moment[row] for moment in workload.moments))
+            self.optimizer = self._build(self.params, **arguments(workload))
+            for param, *moments in zip(self.params, *workload.moments, strict=True):
+                self._seed_state(param, *moments)
         except Unavailable:
             raise
         except Exception as error:  # not installed, or built for another torch: all one here
             raise Unavailable(first_line(error)) from error
 
     @abc.abstractmethod
-    def _build(self) -> torch.optim.Optimizer: ...
+    def _build(self, params, **how) -> torch.optim.Optimizer: ...
 
     def _seed_state(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         state = self.optimizer.state[param]
@@ -66,23 +66,20 @@ class DeepSpeedCpuAdam(_ForeignAdamW):
     foreign = False
     where = "cpu"
 
-    def _build(self):
+    def _build(self, params, **how):
         _deepspeed_kernels("cpu_adam")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        how = {"adamw_mode": True, "fp32_optimizer_states": False}
-        return DeepSpeedCPUAdam(self.params, **arguments(self.workload), **how)
+        return DeepSpeedCPUAdam(params, adamw_mode=True, fp32_optimizer_states=False, **how)
 
 
 class ApexFusedAdam(_ForeignAdamW):
-    """NVIDIA apex."""
-
     name = "apex FusedAdam"
 
-    def _build(self):
+    def _build(self, params, **how):
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
+        return FusedAdam(params, adam_w_mode=True, **how)
 
 
 class DeepSpeedFusedAdam(_ForeignAdamW):
@@ -90,11 +87,11 @@ class DeepSpeedFusedAdam(_ForeignAdamW):
 
     name = "DeepSpeed FusedAdam"
 
-    def _build(self):
+    def _build(self, params, **how):
         _deepspeed_kernels("fused_adam")
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(self.params, adam_w_mode=True, **arguments(self.workload))
+        return FusedAdam(params, adam_w_mode=True, **how)
 
 
 class BitsAndBytes(_ForeignAdamW):
@@ -102,10 +99,10 @@ class BitsAndBytes(_ForeignAdamW):
 
     name = "bitsandbytes AdamW32bit"
 
-    def _build(self):
+    def _build(self, params, **how):
         from bitsandbytes.optim import AdamW32bit
 
-        return AdamW32bit(self.params, **arguments(self.workload))
+        return AdamW32bit(params, **how)
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         self.optimizer.state[param].update(step=FIRST_STEP, state1=exp_avg, state2=exp_avg_sq)
@@ -116,10 +113,10 @@ class Optimi(_ForeignAdamW):
 
     name = "optimi AdamW"
 
-    def _build(self):
+    def _build(self, params, **how):
         from optimi import AdamW
 
-        return AdamW(self.params, triton=True, kahan_sum=False, **arguments(self.workload))
+        return AdamW(params, triton=True, kahan_sum=False, **how)
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         super()._seed_state(param, exp_avg, exp_avg_sq)

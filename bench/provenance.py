@@ -97,11 +97,8 @@ def _git(*arguments: str) -> str | None:
 def cpu_model() -> str:
     """Returns the processor's name."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    found = cpuinfo.exists() and re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def output(command: list[str]) -> str | None:
@@ -126,9 +123,8 @@ def provenance_lines(found: dict) -> str:
     )
     backends = "; ".join(" ".join(line.split()) for line in found["backends"] if "usable" in line)
     load = ", ".join(f"{x:.2f}" for x in found["load_average"])
-    commit = (found["commit"] or "unknown")[:12] + (
-        " with uncommitted changes" if found["uncommitted_changes"] else ""
-    )
+    changed = " with uncommitted changes" if found["uncommitted_changes"] else ""
+    commit = (found["commit"] or "unknown")[:12] + changed
     return (
         f"{card}{found['cpu']}, {found['cores']} cores, {found['threads']} threads, "
         f"{found['memory'] / 2**30:.0f} GiB, last-level cache "

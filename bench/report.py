@@ -34,10 +34,8 @@ OPPONENTS = (
 
 def find(case: dict, name: str, setting: str) -> dict | None:
     """Returns the entry of a variant in a case's results, or None."""
-    for entry in case["variants"]:
-        if (entry["name"], entry["setting"]) == (name, setting):
-            return entry
-    return None
+    found = (e for e in case["variants"] if (e["name"], e["setting"]) == (name, setting))
+    return next(found, None)
 
 
 def fill_shares(case: dict, best: float) -> None:
@@ -66,15 +64,9 @@ def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
         if number == 0:
-            rule = ["-" * width for width in widths]
-            if markdown:
-                marks = [
-                    dashes if to_left else dashes[:-1] + ":"
-                    for dashes, to_left in zip(rule, left, strict=True)
-                ]
-                lines.append(f"| {' | '.join(marks)} |")
-            else:
-                lines.append("  ".join(rule))
+            ends = ["-" if to_left or not markdown else ":" for to_left in left]
+            rule = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
+            lines.append(f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
     return "\n".join(lines)
 
 
@@ -105,12 +97,11 @@ def page(title: str, rows: Sequence[Sequence[str]], notes: Iterable[str], *, mar
 
 def absences(case: dict) -> list[str]:
     """Returns a line for every variant that was not run."""
-    return [
-        f"not run: {missing['name']}"
-        + (f" ({missing['setting']})" if "setting" in missing else "")
-        + f": {missing['reason']}"
-        for missing in case["not_run"]
-    ]
+    found = []
+    for missing in case["not_run"]:
+        setting = f" ({missing['setting']})" if "setting" in missing else ""
+        found.append(f"not run: {missing['name']}{setting}: {missing['reason']}")
+    return found
 
 
 def case_table(case: dict, *, markdown: bool) -> str:
@@ -204,11 +195,8 @@ def _title(case: dict) -> str:
 
 
 def _notes(case: dict) -> list[str]:
-    drawn = {
-        (e["setting"], e["seed"], e["injected_fraction"])
-        for e in case["variants"]
-        if e["setting"].startswith("alpha")
-    }
+    sampled = [e for e in case["variants"] if e["setting"].startswith("alpha")]
+    drawn = {(e["setting"], e["seed"], e["injected_fraction"]) for e in sampled}
     lines = [
         f"{setting}: seed {seed}, {fraction:.1%} of the draws in the window inject"
         for setting, seed, fraction in sorted(drawn)
@@ -239,12 +227,9 @@ def losses(case: dict) -> list[str]:
             # Guidance and clipping together are to cost less than clipping alone.
             cheaper = other["setting"] == "clipped" and entry["setting"] not in ("plain", "clipped")
             for figure, words in figures if like or cheaper else ():
-                if entry[figure] > other[figure]:
-                    found.append(
-                        f"LOST: {entry['name']} ({entry['setting']}) takes "
-                        f"{entry[figure] / other[figure]:.2f} x the {words} of {other['name']} "
-                        f"({other['setting']})"
-                    )
+                if (ratio := entry[figure] / other[figure]) > 1:
+                    mine, theirs = (f"{e['name']} ({e['setting']})" for e in (entry, other))
+                    found.append(f"LOST: {mine} takes {ratio:.2f} x the {words} of {theirs}")
     return found
 
 
@@ -311,9 +296,7 @@ class Printer:
         kind: Their name, before the date.
     """
 
-    def __init__(
-        self, markdown: bool = False, folder: pathlib.Path | None = None, kind: str = ""
-    ) -> None:
+    def __init__(self, markdown: bool, folder: pathlib.Path | None = None, kind: str = "") -> None:
         self.markdown, self.lines, self._folder = markdown, [], folder
         self._stem = f"{kind}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 

@@ -42,21 +42,12 @@ import torch
 import torch.distributed as dist
 
 import report
+import sharded_peers as peers
 from collectives import count_collectives
 from machine import Cpu
 from provenance import provenance
 from report import Printer, find, target
-from sharded_peers import (
-    EAGER,
-    FOREACH_CLIP,
-    FUSED,
-    IMPLEMENTATIONS,
-    MAX_NORM,
-    RUNS,
-    Oracle,
-    Sharded,
-    verify,
-)
+from sharded_peers import EAGER, FOREACH_CLIP, FUSED
 from timing import MIN_SAMPLES, Timed, rounds_of
 from variant import Unavailable
 
@@ -75,8 +66,6 @@ LISTS: dict[str, list[tuple[int, ...]]] = {
     "tiny12": [(8, 6), (5,), (1, 7)] * 4,
 }
 FULL, QUICK = ("small120", "lora448", "large16Mi"), ("tiny6", "tiny12")
-
-
 FIGURES = ("seconds", "cpu_seconds", "process_seconds")
 
 
@@ -102,16 +91,16 @@ def run_case(name: str, mesh, rounds: int, seconds: float, log) -> dict[str, obj
         The case's entry in the results, the same on all ranks.
     """
     begin = time.perf_counter()
-    work = Sharded(LISTS[name], mesh)
-    oracle = Oracle(work)
+    work = peers.Sharded(LISTS[name], mesh)
+    oracle = peers.Oracle(work)
     timed, counted, absent = [], [], []
-    for implementation, setting in RUNS:
+    for implementation, setting in peers.RUNS:
         try:
-            variant = IMPLEMENTATIONS[implementation](work, setting)
+            variant = peers.IMPLEMENTATIONS[implementation](work, setting)
         except Unavailable as reason:
             absent.append({"name": implementation, "setting": setting.name, "reason": str(reason)})
             continue
-        timed.append(Timed(variant, verify(variant, oracle)))
+        timed.append(Timed(variant, peers.verify(variant, oracle)))
         counted.append(count_collectives(variant, mesh.get_group()))
     del oracle
     log(f"  {name}: verified and counted, {time.perf_counter() - begin:.0f} s")
@@ -238,11 +227,9 @@ def case_table(case: dict, cores: int, *, markdown: bool) -> str:
         )
         for entry in case["variants"]
     ]
-    notes = report.absences(case) + report.losses(case)
-    if case["ranks"] > cores:
-        notes.append(
-            f"{case['ranks']} ranks share {cores} cores: most of the time is waiting for a core"
-        )
+    notes, ranks = report.absences(case) + report.losses(case), case["ranks"]
+    if ranks > cores:
+        notes.append(f"{ranks} ranks share {cores} cores: most of the time is waiting for a core")
     return report.page(title, rows, notes, markdown=markdown)
 
 
@@ -290,15 +277,15 @@ def main(arguments: list[str] | None = None) -> int:
         "schema": SCHEMA, "provenance": provenance(Cpu()),
         "settings": {
             "quick": options.quick, "ranks": ranks, "rounds": rounds, "seconds": options.seconds,
-            "backend": "gloo", "threads_per_rank": 1, "max_norm": MAX_NORM,
+            "backend": "gloo", "threads_per_rank": 1, "max_norm": peers.MAX_NORM,
         },
         "cases": [], "complete": False,
     }  # fmt: skip
     say.begin(results["provenance"])
+    cores = results["provenance"]["cores"]
     for world in ranks:
         for case in run(world, names, rounds, options.seconds):
             results["cases"].append(case)
-            cores = results["provenance"]["cores"]
             say(case_table(case, cores, markdown=options.markdown))
         # Whatever ends the run, what it has measured stays.
         say.write(results)

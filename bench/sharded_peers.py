@@ -25,7 +25,6 @@ GRAD_NORM = 2.0
 # Steps in a row that are compared with the reference, so that what dgg measures ahead is used.
 VERIFIED_STEPS = 3
 
-
 FUSED, FOREACH, LOOP = "torch fused", "torch foreach", "torch for-loop"
 FOREACH_CLIP, EAGER, BY_HAND = "torch fused, foreach clip", "foreach guidance", "by hand on shards"
 RUNS: list[tuple[str, Setting]] = [
@@ -38,12 +37,7 @@ RUNS: list[tuple[str, Setting]] = [
 
 
 class Sharded:
-    """Parameters, gradients and anchors of one case, the same numbers on any number of ranks.
-
-    Args:
-        shapes: Shapes of the whole parameters.
-        mesh: One-dimensional device mesh.
-    """
+    """Parameters, gradients and anchors of one case, the same numbers on any number of ranks."""
 
     optimizer, lr = "adamw", 1e-3
     dtype = torch.float32
@@ -53,10 +47,8 @@ class Sharded:
     moments = ()
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], mesh) -> None:
-        self.shapes, self.mesh = shapes, mesh
-        self.elements = count(list(shapes))
-        self._grads = [x.to_local() for x in map(self.shard, self.whole("grads"))]
-        self._moved = [x.to_local() for x in map(self.shard, self.whole("moved"))]
+        self.shapes, self.mesh, self.elements = shapes, mesh, count(shapes)
+        self._grads = [self.shard(x).to_local() for x in self.whole("grads")]
 
     def whole(self, what: str) -> list[Tensor]:
         """Returns unsharded float32 tensors: ``anchors``, ``moved`` (θ) or ``grads``."""
@@ -72,24 +64,9 @@ class Sharded:
 
         return distribute_tensor(whole, self.mesh, [Shard(0)], src_data_rank=None)
 
-    def like(self, local: Tensor, param):
-        """Returns a local tensor as a DTensor placed as a parameter is."""
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(
-            local, self.mesh, param.placements, run_check=False, shape=param.shape,
-            stride=param.stride(),
-        )  # fmt: skip
-
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns new DTensor parameters that stand at the anchors."""
         return [torch.nn.Parameter(self.shard(x)) for x in self.whole("anchors")]
-
-    @torch.no_grad()
-    def move(self, locals_: Sequence[Tensor]) -> None:
-        """Takes the local parameters away from the anchors."""
-        for param, moved in zip(locals_, self._moved, strict=True):
-            param.copy_(moved)
 
     def set_anchors(self, optimizer, params) -> None:
         """Makes an optimizer of ours set its anchors, where the parameters stand."""
@@ -109,21 +86,22 @@ class OverShards(Variant):
         # The parameters stand at the anchors while the optimizer is made.
         super().__init__(workload, setting)
         self.locals = [param.detach().to_local() for param in self.params]
-        workload.move(self.locals)
+        for param, moved in zip(self.locals, workload.whole("moved"), strict=True):
+            param.copy_(workload.shard(moved).to_local())
 
     def ready(self) -> None:
         """Gives every parameter a new gradient, as a backward pass does."""
+        from torch.distributed.tensor import DTensor
+
         for param, grad in zip(self.params, self.workload.local_grads(), strict=True):
-            param.grad = self.workload.like(grad, param)
+            place = param.device_mesh, param.placements
+            how = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+            param.grad = DTensor.from_local(grad, *place, **how)
 
     def results(self) -> dict[str, list[Tensor]]:
         """Returns this rank's shards of parameters and first moments."""
         moments = [self.optimizer.state[param]["exp_avg"].to_local() for param in self.params]
         return {"θ": self.locals, "m": moments}
-
-    def elements_moved(self) -> None:
-        """Not accounted."""
-        return None
 
 
 class Ours(OverShards, DggCpp):
@@ -132,8 +110,7 @@ class Ours(OverShards, DggCpp):
     guided = True
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Returns what float32 arithmetic leaves."""
-        return 1e-5, 0.0
+        return 1e-5, 0.0  # what float32 arithmetic leaves
 
 
 class Fused(OverShards, TorchFused):
@@ -213,9 +190,8 @@ class ByHand(OverShards):
         if inject:
             differences = torch._foreach_sub(self._shards, self._anchors)
             lists.append(differences)
-        squares = torch.stack(
-            [torch.stack(torch._foreach_norm(x)).double().square().sum() for x in lists]
-        )
+        norms = [torch.stack(torch._foreach_norm(x)).double() for x in lists]
+        squares = torch.stack([x.square().sum() for x in norms])
         dist.all_reduce(squares, group=self.workload.mesh.get_group())
         norms = squares.sqrt().tolist()
         clip = min(1.0, MAX_NORM / (norms[0] + 1e-6))
@@ -224,7 +200,6 @@ class ByHand(OverShards):
             torch._foreach_add_(grads, differences, alpha=min(1.0, clip * norms[0] / norms[1]))
 
     def results(self) -> dict[str, list[Tensor]]:
-        """Returns this rank's shards of parameters and first moments."""
         moments = [self.optimizer.state[shard]["exp_avg"] for shard in self._shards]
         return {"θ": self.locals, "m": moments}
 
@@ -247,11 +222,8 @@ class Oracle:
         setting = variant.setting
         if setting.name not in self._found:
             params = [torch.nn.Parameter(x.double()) for x in self._work.whole("anchors")]
-            optimizer = dgg.AdamW(
-                params,
-                **arguments(self._work),
-                **guidance(self._work, setting, variant.seed, "reference"),
-            )
+            how = guidance(self._work, setting, variant.seed, "reference")
+            optimizer = dgg.AdamW(params, **arguments(self._work), **how)
             if setting.alpha is not None:
                 optimizer.set_anchor()
             optimizer.param_groups[0]["draw_index"] = draw

@@ -28,7 +28,6 @@ class TorchFused(Variant):
         self.optimizer = torch_optimizer(self.params, workload, **self.how)
 
     def step(self, inject: bool) -> None:
-        """Clips if asked to and steps."""
         if self.setting.clipped:
             torch.nn.utils.clip_grad_norm_(self.params, self._max_norm, foreach=self.foreach_clip)
         self.optimizer.step()
@@ -54,7 +53,6 @@ class AddFused(TorchFused):
     needs: ClassVar[dict[str, str]] = {"replay": "torch fused"}
 
     def step(self, inject: bool) -> None:
-        """Adds, clips if asked to, steps."""
         torch._foreach_add_([p.grad for p in self.params], self.workload.replays)
         super().step(inject)
 
@@ -110,12 +108,11 @@ class LoopGuidance(_EagerGuidance):
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:
-        """Guides each gradient, then steps."""
         params, anchors = self.params, self.workload.anchors
         grads = [p.grad for p in params]
         grad_norm = torch.stack([g.norm(dtype=torch.float32) for g in grads]).norm()
         clip = self._clip(grad_norm)
-        differences = scale = None
+        differences = None
         if inject:
             differences = [p - a for p, a in zip(params, anchors, strict=True)]
             distance = torch.stack([d.norm(dtype=torch.float32) for d in differences]).norm()
@@ -124,11 +121,10 @@ class LoopGuidance(_EagerGuidance):
         for row, grad in enumerate(grads):
             if self.setting.clipped:
                 grad.mul_(clip)
-            if differences is not None:
-                if self._on_host:
-                    grad.add_(differences[row], alpha=scale)
-                else:
-                    grad.add_(differences[row].mul_(scale))
+            if inject and self._on_host:
+                grad.add_(differences[row], alpha=scale)
+            elif inject:
+                grad.add_(differences[row].mul_(scale))
         del differences
         self.optimizer.step()
 
@@ -150,7 +146,6 @@ class ForeachGuidance(_EagerGuidance):
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:
-        """Guides all gradients, then steps."""
         params, anchors = self.params, self.workload.anchors
         grads = [p.grad for p in params]
         grad_norm = total_norm = norm_of(grads)
@@ -158,21 +153,18 @@ class ForeachGuidance(_EagerGuidance):
             torch._foreach_add_(grads, self.workload.replays)
             total_norm = norm_of(grads)
         clip = self._clip(total_norm)
+        differences = None
         if inject:
             differences = self._differences(params, anchors)
             scale = torch.clamp(clip * grad_norm / norm_of(differences), max=1.0)
-            if self._on_host:
-                if self.setting.clipped:
-                    torch._foreach_mul_(grads, clip.item())
-                torch._foreach_add_(grads, differences, alpha=scale.item())
-            else:
-                if self.setting.clipped:
-                    torch._foreach_mul_(grads, self._scalar(clip))
-                torch._foreach_mul_(differences, self._scalar(scale))
-                torch._foreach_add_(grads, differences)
-            del differences
-        elif self.setting.clipped:
+        if self.setting.clipped:
             torch._foreach_mul_(grads, self._scalar(clip))
+        if inject and self._on_host:
+            torch._foreach_add_(grads, differences, alpha=scale.item())
+        elif inject:
+            torch._foreach_mul_(differences, self._scalar(scale))
+            torch._foreach_add_(grads, differences)
+        del differences
         self.optimizer.step()
 
     def elements_moved(self) -> float | None:
@@ -195,7 +187,6 @@ class ForeachGuidanceTypical(_EagerGuidance):
 
     @torch.no_grad()
     def step(self, inject: bool) -> None:
-        """Clips, guides, steps."""
         if self.setting.clipped:
             torch.nn.utils.clip_grad_norm_(self.params, self._max_norm, foreach=True)
         if inject:
@@ -265,10 +256,8 @@ class CompiledGuidance(Variant):
         if setting.alpha != 1.0:
             raise Unavailable("the compiled step injects always")
         if len(workload.params) > 16:
-            raise Unavailable(
-                f"inductor unrolls the step: compiling {len(workload.params)} tensors with a C++ "
-                "compiler takes longer than the whole benchmark"
-            )
+            many = f"inductor unrolls the step: compiling {len(workload.params)} tensors with a C++"
+            raise Unavailable(f"{many} compiler takes longer than the whole benchmark")
         self._step = torch.tensor(float(FIRST_STEP), device=workload.device)
         self._grads = [p.grad for p in self.params]
         # Every size is compiled for itself; a limit on recompilations would fall back to eager.
@@ -279,11 +268,9 @@ class CompiledGuidance(Variant):
     def step(self, inject: bool) -> None:
         """Runs the compiled function; the first call compiles."""
         work = self.workload
+        tensors = (self.params, self._grads, work.anchors, work.moments, self._step)
         try:
-            self._compiled(
-                self.params, self._grads, work.anchors, work.moments, self._step,
-                self._max_norm, work.optimizer,
-            )  # fmt: skip
+            self._compiled(*tensors, self._max_norm, work.optimizer)
         except Exception as error:
             if self.calls:
                 raise

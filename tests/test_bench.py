@@ -310,7 +310,7 @@ def test_ratios_of_the_host_s_table(bench):
 def test_every_host_case_goes_through(bench):
     """All but the launched steps, which the interpreter of these tests has no use for."""
     step = bench("step")
-    cases = step.cases_of("host")
+    cases = step.PRESETS["host"]()
     assert [case.name for case in cases[:3]] == [
         "tiny448-warm", "tiny448-warm-channels-last", "tiny448-warm-launched"
     ]  # fmt: skip
@@ -531,7 +531,7 @@ def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkey
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "foreign", Foreign)
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "behind", Behind)
     runs = [(name, workload.PLAIN) for name in ("foreign", "behind", "torch fused")]
-    case = bench("timing").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
+    case = bench("timing").Case("one", [(9,)], runs, rounds=3)
     found = bench("timing").run_case(case, gpu)
     assert [entry["name"] for entry in found["variants"]] == ["torch fused"]
     assert [entry["name"] for entry in found["not_run"]] == ["foreign", "behind"]

@@ -172,7 +172,7 @@ def broken(bench, monkeypatch):
 
 
 def two_cases(step):
-    first = next(case for case in step.cases_of("smoke") if case.name == "adamw-float32-1e3")
+    first = next(case for case in step.PRESETS["smoke"]() if case.name == "adamw-float32-1e3")
     runs = [run for run in first.runs if run[0] in ("dgg reference", "torch fused", "for-loop")]
     without = [run for run in runs if run[0] != "torch fused"]
     limits = {"rounds": 3, "seconds": 1.0}
@@ -251,7 +251,7 @@ def test_training_results_are_kept_before_the_device_is_lost(bench, broken):
             broken.lost = "CUDA error: misaligned address"
             raise RuntimeError(broken.lost)
 
-        return step, None
+        return step
 
     (model,) = [m for m in training.models(broken.device, "smoke") if m.name == "lora2"]
     wanted = [
@@ -651,7 +651,7 @@ def test_the_rest_leaves_out_what_the_second_stage_has_measured(
 
 def test_cases_of_the_second_stage(bench):
     step, workload = bench("step"), bench("workload")
-    cases = step.cases_of("gpu-short")
+    cases = step.PRESETS["gpu-short"]()
     assert [(case.name, len(case.shapes)) for case in cases] == [
         ("adamw-float32-256Mi", 1), ("llava7b-lora16", 448), ("tiny448-warm", 448)
     ]  # fmt: skip
@@ -659,9 +659,9 @@ def test_cases_of_the_second_stage(bench):
         for backend in ("dgg cpp", "dgg triton"):
             taken = {setting.name for name, setting in case.runs if name == backend}
             assert {"plain", "clipped", "guided", "replay"} <= taken
-    short, rest = ({c.name: set(c.runs) for c in step.cases_of(preset)}
+    short, rest = ({c.name: set(c.runs) for c in step.PRESETS[preset]()}
                    for preset in ("gpu-short", "gpu-rest"))  # fmt: skip
-    for case in step.cases_of("gpu"):
+    for case in step.PRESETS["gpu"]():
         # Together they have all that there is; twice, what is divided by alone.
         done = short.get(case.name, set())
         assert set(case.runs) <= done | rest[case.name]

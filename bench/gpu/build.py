@@ -114,13 +114,7 @@ def build_package(stages: Stages) -> dict:
 
 
 def import_built(stages: Stages, words: str, notes: list[str]) -> dict:
-    """Imports what was built; returns what the part found.
-
-    Args:
-        stages: The run.
-        words: How it was built.
-        notes: What went wrong before.
-    """
+    """Imports what was built as ``words`` say; returns that and what went wrong before."""
     found, output = _answer(stages, _CONFIG, 120)
     if found is None:
         raise Failed(f"dgg built {words} cannot be imported: {tail(output)}")

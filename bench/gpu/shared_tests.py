@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import shutil
@@ -103,16 +104,13 @@ class Part:
     """
 
     def __init__(
-        self,
-        folder: pathlib.Path,
-        number: tuple[int, int],
-        launch: Callable[..., subprocess.Popen],
+        self, folder: pathlib.Path, number: tuple[int, int], launch: Callable[..., subprocess.Popen]
     ) -> None:
-        self.path = folder / f"{number[0]}.jsonl"
+        part, parts = number
+        self.path, self._printed = folder / f"{part}.jsonl", folder / f"{part}.log"
         self.failed: str | None = None
-        self._printed = folder / f"{number[0]}.log"
         # Tensors on the CPU are small here, and the processes many.
-        self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{number[0]}/{number[1]}",
+        self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{part}/{parts}",
                       "OMP_NUM_THREADS": "2"}  # fmt: skip
         self._launch, self._starts = launch, 0
         self._process: subprocess.Popen | None = None
@@ -177,14 +175,11 @@ def summarise(found: Iterable[dict]) -> dict:
     by = {name: [] for name in ("passed", "failed", "skipped")}
     for record in ends.values():
         by[record["outcome"]].append(record)
-    reasons: dict[str, int] = {}
-    for record in by["skipped"]:
-        reasons[record["message"]] = reasons.get(record["message"], 0) + 1
     slowest = sorted(ends.values(), key=lambda record: -record["seconds"])[:10]
     return {
         **{name: len(records) for name, records in by.items()},
         "failures": [{"name": r["test"], "message": r["message"]} for r in by["failed"]],
-        "skip_reasons": reasons,
+        "skip_reasons": dict(collections.Counter(record["message"] for record in by["skipped"])),
         "lost": [record["test"] for record in ends.values() if record.get("lost")],
         "slowest": [{"name": r["test"], "seconds": r["seconds"]} for r in slowest],
     }

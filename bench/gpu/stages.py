@@ -38,17 +38,11 @@ LIMITS = {
 
 
 class Stage(NamedTuple):
-    """A stage of the command.
-
-    Attributes:
-        name: For its table.
-        seconds: What it may take; None: until the deadline of all.
-        parts: Its parts, in order.
-    """
+    """A stage of the command."""
 
     name: str
-    seconds: float | None
-    parts: tuple[str, ...]
+    seconds: float | None  # what it may take; None: until the deadline of all
+    parts: tuple[str, ...]  # in their order
 
 
 STAGES = {
@@ -77,15 +71,9 @@ class Stages:
     """
 
     def __init__(
-        self,
-        build: pathlib.Path,
-        outputs: Sequence[pathlib.Path],
-        *,
-        budget: float = BUDGET,
-        rehearsal: bool = False,
-        commit: str | None = None,
-        most: float | None = None,
-    ) -> None:
+        self, build: pathlib.Path, outputs: Sequence[pathlib.Path], *, budget: float = BUDGET,
+        rehearsal: bool = False, commit: str | None = None, most: float | None = None,
+    ) -> None:  # fmt: skip
         self.build, self.outputs, self.rehearsal = build, list(outputs), rehearsal
         # A rehearsal runs beside other tests, on few cores.
         self._slower = 2 if rehearsal else 1
@@ -109,8 +97,6 @@ class Stages:
         self.pages: list[str] = []
         self.work.mkdir(parents=True, exist_ok=True)
         self.log = (build / "gpu.log").open("w", encoding="utf-8")
-
-    # -- running --------------------------------------------------------------------------------
 
     def begin(self, number: int | None) -> None:
         """Begins a stage; None: single parts, which have all the time."""
@@ -136,12 +122,11 @@ class Stages:
         return int(any(map(self._failed, self.results["stages"])))
 
     def _state(self) -> str:
-        """Returns "ok" or "failed"."""
         return "failed" if any(map(self._failed, self._mine)) else "ok"
 
     def _failed(self, name: str) -> bool:
         found = self.results["stages"][name]
-        set_aside = {name for stage in STAGES.values() if stage.seconds for name in stage.parts}
+        set_aside = {part for stage in STAGES.values() if stage.seconds for part in stage.parts}
         return found["status"] == "failed" or "late" in found and name in set_aside
 
     def run(self, name: str, part: Callable[[Stages], dict], later: Sequence[str]) -> None:
