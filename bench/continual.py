@@ -27,7 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from report import commit, cpu_model, replace, uncommitted_changes
+from provenance import commit, cpu_model, uncommitted_changes
+from report import replace
 
 # Two processes of one thread each beat one process of two threads at this size, and one thread adds
 # up in one order only. The variables must be set before torch is loaded, in the workers too.
@@ -78,11 +79,12 @@ TUNING_SEEDS = (100, 101)
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     if options.pretrain:
         return _pretrain()
     if options.out is None:
-        _parser().error("--out is needed")
+        parser.error("--out is needed")
     preset = PRESETS[options.preset]
     out: Path = options.out
     # What runs is what is loaded now, whatever is committed meanwhile.
@@ -123,9 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ----------------------------------------------------------------------------------------- jobs
-
-
 def _jobs(preset: Preset, options) -> list[Job]:
     from minivqa.methods import METHODS, Settings, variant
 
@@ -149,9 +148,9 @@ _GRID = (
     *(("replay", {"lr": lr}) for lr in (1e-3, 1.5e-3, 2e-3, 3e-3)),
     *(("guidance_replay", {"lr": 1.5e-3, "alpha": alpha}) for alpha in (0.05, 0.1)),
     *(("guidance_replay", {"lr": 3e-3, "alpha": alpha}) for alpha in (0.05, 0.1, 0.2)),
-    *(("l2sp", {"lr": 1.5e-3, "penalty": penalty}) for penalty in (0.1,)),
+    ("l2sp", {"lr": 1.5e-3, "penalty": 0.1}),
     *(("l2sp", {"lr": 3e-3, "penalty": penalty}) for penalty in (0.1, 0.3, 1.0)),
-    *(("guidance", {"lr": 3e-3, "alpha": alpha}) for alpha in (0.1,)),
+    ("guidance", {"lr": 3e-3, "alpha": 0.1}),
 )
 
 
@@ -200,9 +199,6 @@ def _prepare(out: Path, jobs: list[Job], resume: bool) -> None:
                 raise SystemExit(f"{result} is of another experiment; use another --out")
 
 
-# -------------------------------------------------------------------------------------- workers
-
-
 def _work(jobs: list[Job], out: Path, resume: bool, workers: int, *, quiet: bool) -> bool:
     """Run the jobs in processes of their own, with a progress bar each; False if one failed."""
     from tqdm import tqdm
@@ -213,20 +209,16 @@ def _work(jobs: list[Job], out: Path, resume: bool, workers: int, *, quiet: bool
         waiting.put(job)
     for _ in range(workers):
         waiting.put(None)
-    processes = [
-        context.Process(
-            target=_worker, args=(k, os.getpid(), waiting, news, out, resume), daemon=True
-        )
-        for k in range(workers)
-    ]
-    for process in processes:
-        process.start()
+    processes = []
+    for k in range(workers):
+        more = (k, os.getpid(), waiting, news, out, resume)
+        processes.append(context.Process(target=_worker, args=more, daemon=True))
+        processes[-1].start()
     total = tqdm(total=len(jobs), desc="runs", position=0, disable=quiet, dynamic_ncols=True)
     bars = [
         tqdm(position=k + 1, disable=quiet, leave=False, dynamic_ncols=True) for k in range(workers)
     ]
-    failed = 0
-    finished = 0
+    failed = finished = 0
     try:
         while finished < workers:
             try:
@@ -238,16 +230,13 @@ def _work(jobs: list[Job], out: Path, resume: bool, workers: int, *, quiet: bool
                     return False
                 continue
             if kind == "start":
-                name, steps = rest
-                bars[worker].reset(total=steps)
-                bars[worker].set_description(name)
+                bars[worker].reset(total=rest[1])
+                bars[worker].set_description(rest[0])
             elif kind == "step":
-                (done,) = rest
-                bars[worker].update(done - bars[worker].n)
+                bars[worker].update(rest[0] - bars[worker].n)
             elif kind == "result":
-                (text,) = rest
                 total.update()
-                total.write(text) if not quiet else print(text, flush=True)
+                print(rest[0], flush=True) if quiet else total.write(rest[0])
             elif kind == "error":
                 failed += 1
                 print(rest[0], file=sys.stderr)
@@ -293,14 +282,9 @@ def _worker(index: int, parent: int, waiting, news, out: Path, resume: bool) -> 
 
         try:
             result = methods.run(
-                job.method,
-                job.settings,
-                job.seed,
-                _checkpoint_path(out, job),
-                resume=resume,
-                progress=progress,
-                stop=orphaned,
-            )
+                job.method, job.settings, job.seed, _checkpoint_path(out, job), resume=resume,
+                progress=progress, stop=orphaned,
+            )  # fmt: skip
         except methods.Interrupted:
             break
         except Exception:
@@ -310,17 +294,9 @@ def _worker(index: int, parent: int, waiting, news, out: Path, resume: bool) -> 
         result["fingerprint"] = methods.fingerprint(job.method, job.settings, job.seed)
         replace(_result_path(out, job), json.dumps(result, indent=1) + "\n")
         _checkpoint_path(out, job).unlink(missing_ok=True)
-        news.put(
-            (
-                "result",
-                index,
-                f"{job.name:28s} FAA {result['faa']:5.1f}   {result['seconds']:4.0f} s",
-            )
-        )
+        text = f"{job.name:28s} FAA {result['faa']:5.1f}   {result['seconds']:4.0f} s"
+        news.put(("result", index, text))
     news.put(("end", index))
-
-
-# --------------------------------------------------------------------------------------- report
 
 
 def _report(results, jobs: list[Job], out: Path, options, seconds: float, origin) -> None:
@@ -351,10 +327,8 @@ def _report(results, jobs: list[Job], out: Path, options, seconds: float, origin
     text = report.table(results)
     replace(out / "table.md", text + "\n")
     report.picture(results, out / "continual.png")
-    print("\n" + text)
-    print(
-        f"\n{len(results)} runs, {seconds:.0f} s; {out / 'results.json'}, {out / 'continual.png'}"
-    )
+    print(f"\n{text}\n\n{len(results)} runs, {seconds:.0f} s; "
+          f"{out / 'results.json'}, {out / 'continual.png'}")  # fmt: skip
 
 
 def _tuning_table(results) -> str:
@@ -392,7 +366,7 @@ def _pretrain() -> int:
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    scores = model.pretrain(log=lambda line: print(line, flush=True))
+    scores = model.pretrain()
     print({name: round(value, 1) for name, value in scores.items()})
     print(f"{model.BASE_PATH}: {time.perf_counter() - began:.0f} s")
     return 0

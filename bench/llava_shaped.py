@@ -105,22 +105,14 @@ class LlavaShaped(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.project = nn.Sequential(
-            nn.Linear(shape.vision, shape.hidden),
-            nn.GELU(),
-            nn.Linear(shape.hidden, shape.hidden),
-        )
+        first, second = nn.Linear(shape.vision, shape.hidden), nn.Linear(shape.hidden, shape.hidden)
+        self.project = nn.Sequential(first, nn.GELU(), second)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the loss of the text behind the image.
-
-        Args:
-            features: [items, patches, vision].
-            tokens: int64 [items, text].
-        """
+        """Returns the loss of tokens [items, text] behind features [items, patches, vision]."""
         x = torch.cat([self.project(features), self.embed(tokens)], 1)
         length, width = x.shape[1], self.shape.hidden // self.shape.heads
         rate = 1e4 ** -(torch.arange(0, width, 2, device=x.device) / width)
@@ -133,13 +125,9 @@ class LlavaShaped(nn.Module):
 
 
 def make(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None) -> LlavaShaped:
-    """Returns a model with random weights.
+    """Returns a model with random weights; nothing of its size is made elsewhere.
 
-    Args:
-        shape: Its sizes.
-        device: Where it is made; nothing of its size is made elsewhere.
-        dtype: Of the weights.
-        rank: LoRA on all linear layers of the blocks, everything else frozen; None: all is trained.
+    With a LoRA rank all linear layers of the blocks have adapters, and everything else is frozen.
     """
     with torch.device("meta"):
         model = LlavaShaped(shape).to(dtype)

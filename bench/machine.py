@@ -38,10 +38,7 @@ _GUARD_SECONDS = 3e-4
 class DeviceLost(RuntimeError):
     """A kernel took the process's access to the device with it; nothing can be run any more.
 
-    Args:
-        name: The implementation that ran it.
-        setting: Its setting.
-        reason: What CUDA says.
+    ``name`` and ``setting`` say what ran it, ``reason`` what CUDA says.
     """
 
     def __init__(self, name: str, setting: str, reason: str) -> None:
@@ -121,8 +118,7 @@ class Cpu:
     ) -> list[Kernels] | str:
         """Returns what each call ran on the device, or why that is not known.
 
-        Args:
-            calls: (what comes before and is not looked at, what is looked at).
+        Before each comes another that is not looked at.
         """
         return "the host is the device"
 
@@ -188,7 +184,6 @@ class Gpu(Cpu):
         return first.elapsed_time(last) * 1e-3, began
 
     def synchronize(self) -> None:
-        """Waits for the device."""
         torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int:
@@ -201,7 +196,6 @@ class Gpu(Cpu):
         torch.cuda.empty_cache()
 
     def lost(self) -> str | None:
-        """Returns why nothing can be run on the device any more, or None."""
         return lost_device()
 
     def temporary_bytes(self, function: Callable[[], object]) -> int | None:
@@ -256,17 +250,14 @@ class Gpu(Cpu):
         return {"device_seconds": seconds, "late": float(late)}
 
     def time(self, function: Callable[[], object]) -> float:
-        """Returns the seconds a large call takes on the device."""
         self._host_seconds = 1e-4
         return self.queued(function)["device_seconds"]
 
     @property
     def probes(self):
-        """Wall and host time in one call, device time in another."""
         return self.wall, self.queued
 
     def profile(self, calls) -> list[Kernels] | str:
-        """Returns what each call ran on the device, by torch.profiler."""
         try:
             with self._profiler() as profiler:
                 for number, (prepare, function) in enumerate(calls):
@@ -280,9 +271,9 @@ class Gpu(Cpu):
             found = kernels_of(profiler.events(), len(calls))
         except RuntimeError as error:
             return f"torch.profiler: {str(error).splitlines()[0]}"
-        if not any(call.launches for call in found):
-            return "torch.profiler saw no kernels here (CUPTI is missing or refused)"
-        return found
+        if any(call.launches for call in found):
+            return found
+        return "torch.profiler saw no kernels here (CUPTI is missing or refused)"
 
 
 _MEASURED = "measured call "
@@ -290,12 +281,7 @@ _COPIES = ("Memcpy", "Memset")
 
 
 def kernels_of(events: Iterable, calls: int) -> list[Kernels]:
-    """Sorts a profile's kernels by the call that ran them.
-
-    Args:
-        events: ``profiler.events()``; calls are ranges named ``measured call <number>``.
-        calls: How many there were.
-    """
+    """Sorts a profile's kernels by the call that ran them: ranges ``measured call <number>``."""
     on_host = torch.autograd.DeviceType.CPU
     windows: dict[int, tuple[float, float]] = {}
     host_names = set()
@@ -304,10 +290,8 @@ def kernels_of(events: Iterable, calls: int) -> list[Kernels]:
         if event.device_type == on_host:
             host_names.add(event.name)
             if event.name.startswith(_MEASURED):
-                windows[int(event.name.removeprefix(_MEASURED))] = (
-                    event.time_range.start,
-                    event.time_range.end,
-                )
+                span = event.time_range
+                windows[int(event.name.removeprefix(_MEASURED))] = span.start, span.end
         else:
             device.append(event)
     # A range of the host has a shadow of its name on the device.
@@ -336,15 +320,11 @@ def open_device(name: str) -> Cpu:
     """Returns the device called ``name``: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: The benchmark does not know it, or there is none here.
+        ValueError: There is none here.
     """
-    if name == "cpu":
-        return Cpu()
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: there is no GPU here that torch can use")
-        return Gpu()
-    raise ValueError(f"--device {name}: cpu and cuda are measured")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here that torch can use")
+    return Gpu() if name == "cuda" else Cpu()
 
 
 def device_of(parser: argparse.ArgumentParser, name: str) -> Cpu:
@@ -366,8 +346,8 @@ class Streams:
     """
 
     def __init__(self, device: Cpu, elements: int) -> None:
+        self._device, loaded = device, device.write_allocate
         self._a, self._b, self._c = (torch.ones(elements, device=device.device) for _ in range(3))
-        loaded = device.write_allocate
         self.bytes = {
             "copy": (2 + loaded) * 4 * elements,
             "triad": (3 + loaded) * 4 * elements,
@@ -377,24 +357,25 @@ class Streams:
         self.bytes |= {name: size for name, (size, _) in self._readers.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.bytes}
 
-    def run(self, device: Cpu) -> None:
+    def run(self) -> None:
         """Times each once."""
-        self.seconds["copy"].append(device.time(lambda: self._a.copy_(self._b)))
-        self.seconds["triad"].append(
-            device.time(lambda: torch.add(self._b, self._c, alpha=0.5, out=self._a))
-        )
-        self.seconds["in place"].append(device.time(lambda: self._c.add_(self._b, alpha=1e-3)))
-        for name, (_, read) in self._readers.items():
-            device.evict()  # what was just read may still be in a large cache
-            self.seconds[name].append(device.time(read))
+        a, b, c = self._a, self._b, self._c
+        for name, call in (
+            ("copy", lambda: a.copy_(b)),
+            ("triad", lambda: torch.add(b, c, alpha=0.5, out=a)),
+            ("in place", lambda: c.add_(b, alpha=1e-3)),
+            *((name, read) for name, (_, read) in self._readers.items()),
+        ):
+            if name in self._readers:
+                self._device.evict()  # what was just read may still be in a large cache
+            self.seconds[name].append(self._device.time(call))
 
     def bandwidth(self) -> dict[str, float]:
         """Returns bytes per second of each, from the medians."""
-        return {
-            name: self.bytes[name] / sorted(times)[len(times) // 2]
-            for name, times in self.seconds.items()
-            if times
+        taken = {
+            name: sorted(times)[len(times) // 2] for name, times in self.seconds.items() if times
         }
+        return {name: self.bytes[name] / seconds for name, seconds in taken.items()}
 
 
 def _readers(first: torch.Tensor, second: torch.Tensor) -> dict[str, tuple[int, Callable]]:

@@ -24,11 +24,7 @@ def many_tiny(tensors: int = 448, elements: int = 8) -> list[tuple[int, ...]]:
 
 
 def llava_7b_lora(rank: int) -> list[tuple[int, ...]]:
-    """Returns the LoRA matrices of all linear layers of LLaVA-7B's language model.
-
-    Args:
-        rank: LoRA rank; every linear layer gets A [rank, inputs] and B [outputs, rank].
-    """
+    """Returns A [rank, inputs] and B [outputs, rank] of all linear layers of LLaVA-7B's Llama."""
     layer = [shape for inputs, outputs in LINEARS for shape in ((rank, inputs), (outputs, rank))]
     return layer * LAYERS
 

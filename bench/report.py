@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every benchmark reports: where its numbers are from, tables, targets, JSON.
-
-Imports no torch before it is asked about one: gpu/run.py must start where torch does not.
-"""
+"""What every benchmark reports: tables, comparisons with targets, JSON."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import pathlib
-import platform
-import re
-import subprocess
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
+
+from provenance import provenance_lines
 
 HEADER = (
     "variant", "setting", "ms", "20 %", "80 %", "n", "ns/elem", "B/elem", "GB/s", "of memory",
@@ -39,10 +34,8 @@ OPPONENTS = (
 
 def find(case: dict, name: str, setting: str) -> dict | None:
     """Returns the entry of a variant in a case's results, or None."""
-    for entry in case["variants"]:
-        if (entry["name"], entry["setting"]) == (name, setting):
-            return entry
-    return None
+    found = (e for e in case["variants"] if (e["name"], e["setting"]) == (name, setting))
+    return next(found, None)
 
 
 def fill_shares(case: dict, best: float) -> None:
@@ -71,15 +64,9 @@ def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
         if number == 0:
-            rule = ["-" * width for width in widths]
-            if markdown:
-                marks = [
-                    dashes if to_left else dashes[:-1] + ":"
-                    for dashes, to_left in zip(rule, left, strict=True)
-                ]
-                lines.append(f"| {' | '.join(marks)} |")
-            else:
-                lines.append("  ".join(rule))
+            ends = ["-" if to_left or not markdown else ":" for to_left in left]
+            rule = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
+            lines.append(f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
     return "\n".join(lines)
 
 
@@ -110,12 +97,11 @@ def page(title: str, rows: Sequence[Sequence[str]], notes: Iterable[str], *, mar
 
 def absences(case: dict) -> list[str]:
     """Returns a line for every variant that was not run."""
-    return [
-        f"not run: {missing['name']}"
-        + (f" ({missing['setting']})" if "setting" in missing else "")
-        + f": {missing['reason']}"
-        for missing in case["not_run"]
-    ]
+    found = []
+    for missing in case["not_run"]:
+        setting = f" ({missing['setting']})" if "setting" in missing else ""
+        found.append(f"not run: {missing['name']}{setting}: {missing['reason']}")
+    return found
 
 
 def case_table(case: dict, *, markdown: bool) -> str:
@@ -209,11 +195,8 @@ def _title(case: dict) -> str:
 
 
 def _notes(case: dict) -> list[str]:
-    drawn = {
-        (e["setting"], e["seed"], e["injected_fraction"])
-        for e in case["variants"]
-        if e["setting"].startswith("alpha")
-    }
+    sampled = [e for e in case["variants"] if e["setting"].startswith("alpha")]
+    drawn = {(e["setting"], e["seed"], e["injected_fraction"]) for e in sampled}
     lines = [
         f"{setting}: seed {seed}, {fraction:.1%} of the draws in the window inject"
         for setting, seed, fraction in sorted(drawn)
@@ -244,12 +227,9 @@ def losses(case: dict) -> list[str]:
             # Guidance and clipping together are to cost less than clipping alone.
             cheaper = other["setting"] == "clipped" and entry["setting"] not in ("plain", "clipped")
             for figure, words in figures if like or cheaper else ():
-                if entry[figure] > other[figure]:
-                    found.append(
-                        f"LOST: {entry['name']} ({entry['setting']}) takes "
-                        f"{entry[figure] / other[figure]:.2f} x the {words} of {other['name']} "
-                        f"({other['setting']})"
-                    )
+                if (ratio := entry[figure] / other[figure]) > 1:
+                    mine, theirs = (f"{e['name']} ({e['setting']})" for e in (entry, other))
+                    found.append(f"LOST: {mine} takes {ratio:.2f} x the {words} of {theirs}")
     return found
 
 
@@ -293,84 +273,6 @@ def quotient(
     return pair[0][figure] / pair[1][figure]
 
 
-FLAGSHIP = "adamw-float32-32Mi"
-FOREACH = ("foreach + fused", "foreach + fused, d kept", "foreach + clip_grad_norm_ + fused")
-
-
-def targets(cases: Iterable[dict], memory: Sequence[dict]) -> list[dict]:
-    """Compares results with the project's targets: all that the results can speak to."""
-    by_name = {case["case"]: case for case in cases}
-    found: list[dict] = []
-
-    def ratio(case_name, what, mine, other, most, name="dgg cpp") -> None:
-        value = quotient(by_name.get(case_name), (name, mine), other)
-        if value is None:
-            return
-        if mine.startswith("alpha"):
-            what += f" ({find(by_name[case_name], name, mine)['samples']} steps)"
-        found.append(target(f"{case_name}: {what}", value, most=most))
-
-    clipped, always = ("torch fused", "clipped"), "guided, clipped / clip + fused"
-
-    def against_fused(case_name, plain, guided, sampled) -> None:
-        ratio(case_name, "plain / torch fused", "plain", ("torch fused", "plain"), plain)
-        ratio(case_name, always, "guided", clipped, guided)
-        ratio(case_name, "alpha=0.2, clipped / clip + fused", "alpha=0.2", clipped, sampled)
-
-    against_fused(FLAGSHIP, 1.00, 0.90, 0.82)
-    if FLAGSHIP in by_name:
-        found += _judge_flagship(by_name[FLAGSHIP])
-    for name in ("tiny448-cold", "tiny448-warm"):
-        ratio(name, always, "guided", clipped, 0.15)
-        best = ("torch fused, foreach clip", "clipped")
-        ratio(name, "guided, clipped / foreach clip + fused", "guided", best, 0.15)
-    ratio("tiny448-warm", "replay / plain", "replay", ("dgg cpp", "plain"), 1.50)
-    # A LoRA's time is the memory's, too: it is shown without a target.
-    for name, added, foreign in (("tiny448-warm", 0.25, 0.35), ("llava7b-lora16", None, None)):
-        what = "replay, guided, clipped / add + clip + fused"
-        ratio(name, what, "replay, guided", ADD_AND_CLIP, added)
-        what = "Guidance over torch fused / foreach guidance + torch fused"
-        ratio(name, what, "guided", PEERS["guided"], foreign, "dgg Guidance + torch fused")
-    for kind in ("adamw-bfloat16", "sgd-float32", "momentum-float32", "sgd-bfloat16",
-                 "momentum-bfloat16"):  # fmt: skip
-        against_fused(f"{kind}-32Mi", 1.00, 1.00, 1.00)
-    for entry in memory:
-        what = f"memory: {entry['case']}, arrays of the weights' size beyond θ, g, m, v"
-        judged = {"target": "1 (the anchor)", "met": entry["met"]}
-        found.append({**target(what, entry["extra_arrays"]), **judged})
-    return found
-
-
-def _judge_flagship(case: dict) -> list[dict]:
-    found = []
-    reading = _reading_alone(case)
-    for name in FOREACH:
-        if (value := quotient(case, (name, "guided"), ("dgg cpp", "guided"))) is None:
-            continue
-        # The target is for guidance, `clip_grad_norm_` and the fused optimizer one after the other.
-        # In the first every spare pass is taken out by hand: merely reading what a step must read
-        # may take longer than the target leaves. The second buys its speed with another copy of
-        # the weights.
-        least = 4.2 if name == FOREACH[-1] else None
-        found.append(target(f"{FLAGSHIP}: times faster than {name}", value, ".2f", least=least))
-        if reading is not None:
-            what = f"{FLAGSHIP}: … and if a step only read its 24 bytes an element"
-            found.append(target(what, find(case, name, "guided")["seconds"] / reading, ".2f"))
-    for setting in ("plain", "guided", "alpha=0.2"):
-        entry = find(case, "dgg cpp", setting)
-        if entry is not None and entry["share_of_bandwidth"] is not None:
-            what = f"{FLAGSHIP}: {setting}, share of best of copy and triad"
-            share = target(what, entry["share_of_bandwidth"], ".1%", least=0.9)
-            found.append({**share, "target": "≥ 90 %"})
-    return found
-
-
-def _reading_alone(case: dict) -> float | None:
-    """Returns the seconds that reading g twice and θ, m, v, θ* once takes at the fastest rate."""
-    rates = [rate for name, rate in case["memory_bandwidth"].items() if name.startswith("read")]
-    return 24 * case["elements"] / max(rates) if rates else None
-
-
 def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
     """Returns the table target, measured, met."""
     words = {True: "yes", False: "NO", None: "-"}
@@ -385,131 +287,6 @@ def bandwidth_line(bandwidth: dict[str, float]) -> str:
     return f"memory bandwidth (a CPU's with write-allocate counted): {parts}"
 
 
-def provenance(device) -> dict[str, object]:
-    """Returns what a reader needs to judge or repeat the numbers."""
-    import torch
-
-    import dgg
-
-    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    active = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
-    configuration = dgg.show_config().splitlines()
-    gpu = None
-    if device.device.type == "cuda":
-        gpu = {**gpu_report(), "cache": device.cache_bytes}
-    return {
-        "gpu": gpu,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device.name,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "last_level_cache": device.cache_bytes,
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "huge_pages": active[1] if active else None,
-        "load_average": os.getloadavg(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dgg": dgg.__version__,
-        "backends": [line.strip() for line in configuration[1:]],
-        "compiler": (output(["g++", "--version"]) or "none").splitlines()[0],
-        "commit": commit(),
-        "uncommitted_changes": uncommitted_changes(),
-    }
-
-
-# What nvidia-smi is asked for; asking changes nothing.
-_GPU_FIELDS = (
-    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem",
-    "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-    "utilization.gpu", "ecc.mode.current", "mig.mode.current", "compute_cap",
-)  # fmt: skip
-
-
-def gpu_report() -> dict[str, str | None]:
-    """Returns what nvidia-smi and torch say about the GPU; no setting is touched."""
-    import torch
-
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i"]
-    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    answer = output([*query, str(place)])
-    values = [value.strip() for value in answer.split(",")] if answer else []
-    found: dict[str, str | None] = dict.fromkeys(_GPU_FIELDS)
-    if len(values) == len(_GPU_FIELDS):
-        found.update(zip(_GPU_FIELDS, values, strict=True))
-    elif torch.cuda.is_available():
-        found["name"] = torch.cuda.get_device_name(place)
-    found["cuda"] = torch.version.cuda
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    return found
-
-
-def commit() -> str | None:
-    """Returns the commit that is checked out; None: not known here."""
-    return _git("rev-parse", "HEAD")
-
-
-def uncommitted_changes() -> bool | None:
-    """Returns whether tracked files differ from the commit; None: not known here."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return None if changed is None else bool(changed)
-
-
-def _git(*arguments: str) -> str | None:
-    return output(["git", "-C", str(pathlib.Path(__file__).parent), *arguments])
-
-
-def cpu_model() -> str:
-    """Returns the processor's name."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def output(command: list[str]) -> str | None:
-    """Returns what a short command prints; None: it is not here, or failed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def provenance_lines(found: dict) -> str:
-    """Returns where and when the numbers were taken."""
-    gpu = found.get("gpu") or {}
-    card = (
-        f"{gpu['name']}, {gpu['memory.total']}, driver {gpu['driver_version']}, CUDA "
-        f"{gpu['cuda']}, Triton {gpu['triton']}, SM {gpu['clocks.sm']} of {gpu['clocks.max.sm']}, "
-        f"memory {gpu['clocks.mem']} of {gpu['clocks.max.mem']}, power {gpu['power.draw']} of "
-        f"{gpu['power.limit']}, {gpu['temperature.gpu']} °C\n"
-        if gpu
-        else ""
-    )
-    backends = "; ".join(" ".join(line.split()) for line in found["backends"] if "usable" in line)
-    load = ", ".join(f"{x:.2f}" for x in found["load_average"])
-    commit = (found["commit"] or "unknown")[:12] + (
-        " with uncommitted changes" if found["uncommitted_changes"] else ""
-    )
-    return (
-        f"{card}{found['cpu']}, {found['cores']} cores, {found['threads']} threads, "
-        f"{found['memory'] / 2**30:.0f} GiB, last-level cache "
-        f"{found['last_level_cache'] / 2**20:.1f} MiB, huge pages: {found['huge_pages']}\n"
-        f"torch {found['torch']}, dgg {found['dgg']}, {found['compiler']}, "
-        f"Python {found['python']}\n{backends}\n"
-        f"commit {commit}, {found['date']}, load average {load}"
-    )
-
-
 class Printer:
     """Prints lines and keeps them for the page written beside the JSON.
 
@@ -519,9 +296,7 @@ class Printer:
         kind: Their name, before the date.
     """
 
-    def __init__(
-        self, markdown: bool = False, folder: pathlib.Path | None = None, kind: str = ""
-    ) -> None:
+    def __init__(self, markdown: bool, folder: pathlib.Path | None = None, kind: str = "") -> None:
         self.markdown, self.lines, self._folder = markdown, [], folder
         self._stem = f"{kind}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 

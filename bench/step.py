@@ -13,7 +13,7 @@ Every variant is compared with the float64 reference before it is timed (the run
 differs), then all variants of a case take turns in one process. Times are medians with the 20th
 and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
 50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, timing.py and peers.py; what wall, host, device and kernel time are,
+described in workload.py, timing.py and variant.py; what wall, host, device and kernel time are,
 in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
 stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
 order of their importance, and the results are written after each.
@@ -32,31 +32,22 @@ import time
 
 import torch
 
+import cpu_targets
 import parameter_lists
 import report
 from gpu.targets import backend_table, gpu_targets
 from machine import Cpu, DeviceLost, Streams, device_of, give_up
 from peak_memory import CASES as MEMORY_CASES
 from peak_memory import measure as measure_memory
-from report import Printer, provenance
+from provenance import provenance
+from report import Printer
 from timing import Case, run_case
-from workload import (
-    CLIPPED,
-    GUIDED,
-    PLAIN,
-    REPLAY,
-    REPLAY_CLIPPED,
-    REPLAY_GUIDED,
-    SETTINGS,
-    Setting,
-    VerificationError,
-    sampled,
-)
+from workload import SETTINGS, Setting, VerificationError, sampled
 
 SCHEMA = 2
-PRESETS = ("smoke", "quick", "targets", "host", "full", "gpu", "gpu-short", "gpu-rest")
+PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_CLIPPED, REPLAY_GUIDED = SETTINGS
 ALPHA = sampled(0.2)
-MI = 2**20
+MI, BF16 = 2**20, torch.bfloat16
 # The size the targets are stated for; 32 Mi = 33,554,432 elements, 128 MiB an array in float32.
 FLAGSHIP = 32 * MI
 # The same on a GPU: 1 GiB an array in float32.
@@ -75,6 +66,7 @@ FOREACH: list[Run] = [
 ]
 SAMPLED: list[Run] = [("foreach + fused", ALPHA)]
 LOOP: list[Run] = [("for-loop", GUIDED)]
+EAGER = OURS + FUSED + FOREACH + LOOP
 COMPILED: list[Run] = [("torch.compile", GUIDED)]
 DEEPSPEED: list[Run] = [("DeepSpeedCPUAdam", PLAIN)]
 REFERENCE: list[Run] = [("dgg reference", GUIDED)]
@@ -102,32 +94,20 @@ GPU_FOREIGN: list[Run] = [
 ]  # fmt: skip
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _single(elements: int, runs: list[Run], **more) -> Case:
+    kind, dtype = more.get("optimizer", "adamw"), more.get("dtype", torch.float32)
+    size = f"1e{len(str(elements)) - 1}" if elements % MI else f"{elements // MI}Mi"
+    name = f"{kind}-{str(dtype).removeprefix('torch.')}-{size}"
+    return Case(name, parameter_lists.one_tensor(elements), runs, **more)
 
 
-def _size_name(elements: int) -> str:
-    if elements % MI == 0:
-        return f"{elements // MI}Mi"
-    digits = len(str(elements)) - 1
-    return f"1e{digits}" if elements == 10**digits else str(elements)
+def _lora(rank: int, runs: list[Run], suffix: str = "", **more) -> Case:
+    return Case(f"llava7b-lora{rank}{suffix}", parameter_lists.llava_7b_lora(rank), runs, **more)
 
 
-def _single(elements: int, runs: list[Run], *, optimizer="adamw", dtype=torch.float32, **limits):
-    name = f"{optimizer}-{_dtype_name(dtype)}-{_size_name(elements)}"
-    return Case(name, parameter_lists.one_tensor(elements), dtype, optimizer, runs, **limits)
-
-
-def _lora(rank: int, runs: list[Run], *, dtype=torch.float32, **limits) -> Case:
-    name = f"llava7b-lora{rank}" + ("" if dtype == torch.float32 else f"-{_dtype_name(dtype)}")
-    return Case(name, parameter_lists.llava_7b_lora(rank), dtype, "adamw", runs, **limits)
-
-
-def _tiny(runs: list[Run], *, cold: bool, rounds: int) -> Case:
+def _tiny(runs: list[Run], *, cold: bool, **more) -> Case:
     name = "tiny448-cold" if cold else "tiny448-warm"
-    return Case(
-        name, parameter_lists.many_tiny(), torch.float32, "adamw", runs, rounds=rounds, cold=cold
-    )
+    return Case(name, parameter_lists.many_tiny(), runs, cold=cold, **more)
 
 
 def host_cases() -> list[Case]:
@@ -138,91 +118,73 @@ def host_cases() -> list[Case]:
     every = ours + BLOCK + OVER_FUSED + FUSED + FOREACH_CLIP + FOREACH[:1] + ADDED
     apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
     cases = []
-    for name, shapes, runs, cold, rounds, seconds in (
-        ("tiny448-warm", parameter_lists.many_tiny(), every, False, 60, 10.0),
-        ("llava7b-lora16", parameter_lists.llava_7b_lora(16), few, True, 7, 15.0),
+    for case in (
+        _tiny(every, cold=False, rounds=60, seconds=10.0),
+        _lora(16, few, rounds=7, seconds=15.0),
     ):
-
-        def case(suffix, shapes, runs, *, cold, rounds, name=name, seconds=seconds, **more):
-            return Case(
-                name + suffix, shapes, torch.float32, "adamw", runs, rounds=rounds, cold=cold,
-                seconds=seconds, **more,
-            )  # fmt: skip
-
-        last = parameter_lists.of_four_dimensions(shapes)
+        last = parameter_lists.of_four_dimensions(case.shapes)
+        more = {"shapes": last, "runs": apart, "channels_last": True}
+        # Nothing is computed in the last, so there is nothing to be cold.
+        launched = {"runs": LAUNCHED, "cold": False, "rounds": 60}
         cases += [
-            case("", shapes, runs, cold=cold, rounds=rounds),
-            case("-channels-last", last, apart, cold=cold, rounds=rounds, channels_last=True),
-            # Nothing is computed, so there is nothing to be cold.
-            case("-launched", shapes, LAUNCHED, cold=False, rounds=60),
+            case,
+            dataclasses.replace(case, name=f"{case.name}-channels-last", **more),
+            dataclasses.replace(case, name=f"{case.name}-launched", **launched),
         ]
     return cases
 
 
 # The optimizers and dtypes that get the flagship's table beside AdamW in float32.
-OTHERS = (
-    ("adamw", torch.bfloat16),
-    ("sgd", torch.float32),
-    ("momentum", torch.float32),
-    ("sgd", torch.bfloat16),
-    ("momentum", torch.bfloat16),
-    ("adamw", torch.float16),
-)
+OTHERS = [
+    {"optimizer": optimizer, "dtype": dtype}
+    for optimizer, dtype in (
+        ("adamw", BF16), ("sgd", torch.float32), ("momentum", torch.float32), ("sgd", BF16),
+        ("momentum", BF16), ("adamw", torch.float16),
+    )
+]  # fmt: skip
 
 
-def gpu_cases(flagship: int = GPU_FLAGSHIP, scale: float = 1.0) -> list[Case]:
-    """Returns the cases for a GPU, the most important first.
-
-    Args:
-        flagship: Elements of the cases that the targets are stated for.
-        scale: Share of the usual rounds and seconds.
-    """
-
-    def limits(rounds: int, seconds: float) -> dict[str, float]:
-        return {"rounds": max(2, round(rounds * scale)), "seconds": seconds * scale}
-
-    bf16, clip = torch.bfloat16, FUSED
-    peers = clip + GPU_FOREACH
+def gpu_cases() -> list[Case]:
+    """Returns the cases for a GPU, the most important first."""
+    peers = FUSED + GPU_FOREACH
     large = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN + COMPILED
+    lora = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN
     cases = [
-        _single(flagship, large, **limits(24, 15)),
-        _lora(16, GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN, **limits(30, 20)),
-        _single(flagship, large, dtype=bf16, **limits(24, 15)),
-        _lora(16, GPU_OURS + peers, dtype=bf16, **limits(24, 10)),
+        _single(GPU_FLAGSHIP, large, rounds=24, seconds=15),
+        _lora(16, lora, rounds=30, seconds=20),
+        _single(GPU_FLAGSHIP, large, dtype=BF16, rounds=24, seconds=15),
+        _lora(16, GPU_OURS + peers, "-bfloat16", dtype=BF16, rounds=24, seconds=10),
     ]
-    small = GPU_OURS + clip + GPU_FOREACH[:1]
+    small = GPU_OURS + FUSED + GPU_FOREACH[:1]
     for exponent in (4, 6, 9, 5, 7, 8):
-        for dtype in (torch.float32, bf16):
-            runs = small + (LOOP + REFERENCE if exponent <= 6 else [])
-            cases.append(_single(10**exponent, runs, dtype=dtype, **limits(16, 6)))
-    cases.append(
-        Case(
-            "llava7b-full-bfloat16", parameter_lists.llava_7b_full(), bf16, "adamw",
-            [(b, s) for b in GPU_BACKENDS for s in (PLAIN, GUIDED, ALPHA)] + peers,
-            spare=True, **limits(8, 15),
-        )
-    )  # fmt: skip
-    cases.append(_lora(64, small, **limits(12, 6)))
-    cases.append(_lora(128, small, **limits(12, 6)))
-    tiny = _tiny(small + LOOP, cold=False, rounds=max(2, round(30 * scale)))
-    cases.append(dataclasses.replace(tiny, seconds=8 * scale))
+        runs = small + (LOOP + REFERENCE if exponent <= 6 else [])
+        for dtype in (torch.float32, BF16):
+            cases.append(_single(10**exponent, runs, dtype=dtype, rounds=16, seconds=6))
+    full = [(b, s) for b in GPU_BACKENDS for s in (PLAIN, GUIDED, ALPHA)] + peers
+    limits = {"rounds": 8, "seconds": 15, "spare": True}
+    shapes = parameter_lists.llava_7b_full()
+    cases += [
+        Case("llava7b-full-bfloat16", shapes, full, dtype=BF16, **limits),
+        _lora(64, small, rounds=12, seconds=6),
+        _lora(128, small, rounds=12, seconds=6),
+        _tiny(small + LOOP, cold=False, rounds=30, seconds=8),
+    ]
     for optimizer in ("momentum", "sgd"):
-        for dtype in (torch.float32, bf16):
-            cases.append(
-                _single(flagship, small, optimizer=optimizer, dtype=dtype, **limits(12, 5))
-            )
+        for dtype in (torch.float32, BF16):
+            more = {"optimizer": optimizer, "dtype": dtype, "rounds": 12, "seconds": 5}
+            cases.append(_single(GPU_FLAGSHIP, small, **more))
     return cases
 
 
-def short_gpu_cases(flagship: int = GPU_FLAGSHIP) -> list[Case]:
+def short_gpu_cases() -> list[Case]:
     """Returns the three cases to know first: one large tensor, a LoRA, many tiny tensors."""
     settings = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_GUIDED)
     runs = [(backend, setting) for backend in GPU_BACKENDS for setting in settings]
     runs += FUSED + GPU_FOREACH + ADDED[:2] + OVER_FUSED[1:]
     return [
-        _single(flagship, runs, rounds=16, seconds=12),
+        _single(GPU_FLAGSHIP, runs, rounds=16, seconds=12),
         _lora(16, runs, rounds=24, seconds=15),
-        dataclasses.replace(_tiny(runs, cold=False, rounds=30), seconds=10),
+        _tiny(runs, cold=False, rounds=30, seconds=10),
     ]
 
 
@@ -236,51 +198,38 @@ def remaining_gpu_cases() -> list[Case]:
     return found
 
 
-def cases_of(preset: str) -> list[Case]:
-    """Returns the cases of a preset."""
-    if preset in GPU_PRESETS:
-        return GPU_PRESETS[preset]()
-    eager = OURS + FUSED + FOREACH + LOOP
-    if preset == "smoke":
-        runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
-        cases = [_single(n, runs, rounds=8) for n in (1000, 10000)]
-        cases.append(
-            Case(
-                "tiny",
-                parameter_lists.many_tiny(5),
-                torch.float32,
-                "adamw",
-                runs,
-                rounds=8,
-                cold=False,
-            )
-        )
-        for optimizer, dtype in OTHERS:
-            cases.append(_single(1000, eager, optimizer=optimizer, dtype=dtype, rounds=8))
-        return cases
-    if preset == "host":
-        return host_cases()
-    if preset == "quick":
-        small = eager + REFERENCE + DEEPSPEED
-        return [
-            _single(10**4, small, rounds=30, seconds=5),
-            _single(10**6, small, rounds=30, seconds=5),
-            _single(10**7, OURS + FUSED + FOREACH[:1], rounds=20, seconds=10),
-            _tiny(eager + FOREACH_CLIP, cold=True, rounds=30),
-            _lora(16, OURS + FUSED + FOREACH[:1], rounds=10, seconds=15),
-        ]
-    if preset == "targets":
-        tiny = OURS + FUSED + FOREACH_CLIP + FOREACH + REPLAYED + ADDED + OVER_FUSED
-        cases = [_single(FLAGSHIP, OURS + FUSED + FOREACH, seconds=100)]
-        cases += [_tiny(tiny, cold=cold, rounds=100) for cold in (True, False)]
-        for optimizer, dtype in (*OTHERS[:3], OTHERS[-1]):
-            runs = OURS + FUSED + FOREACH[:1]
-            cases.append(
-                _single(FLAGSHIP, runs, optimizer=optimizer, dtype=dtype, rounds=25, seconds=25)
-            )
-        return cases
-    if preset != "full":
-        raise ValueError(f"no preset {preset!r}")
+def smoke_cases() -> list[Case]:
+    """Returns a case of every kind, small."""
+    runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
+    cases = [_single(n, runs, rounds=8) for n in (1000, 10000)]
+    cases.append(Case("tiny", parameter_lists.many_tiny(5), runs, rounds=8, cold=False))
+    return cases + [_single(1000, EAGER, rounds=8, **other) for other in OTHERS]
+
+
+def quick_cases() -> list[Case]:
+    """Returns what a minute is enough for."""
+    small, few = EAGER + REFERENCE + DEEPSPEED, OURS + FUSED + FOREACH[:1]
+    return [
+        _single(10**4, small, rounds=30, seconds=5),
+        _single(10**6, small, rounds=30, seconds=5),
+        _single(10**7, few, rounds=20, seconds=10),
+        _tiny(EAGER + FOREACH_CLIP, cold=True, rounds=30),
+        _lora(16, few, rounds=10, seconds=15),
+    ]
+
+
+def target_cases() -> list[Case]:
+    """Returns what the project has targets for."""
+    tiny = OURS + FUSED + FOREACH_CLIP + FOREACH + REPLAYED + ADDED + OVER_FUSED
+    cases = [_single(FLAGSHIP, OURS + FUSED + FOREACH, seconds=100)]
+    cases += [_tiny(tiny, cold=cold, rounds=100) for cold in (True, False)]
+    runs = OURS + FUSED + FOREACH[:1]
+    others = (*OTHERS[:3], OTHERS[-1])
+    return cases + [_single(FLAGSHIP, runs, rounds=25, seconds=25, **other) for other in others]
+
+
+def full_cases() -> list[Case]:
+    """Returns every size and list."""
     every = OURS + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + COMPILED + DEEPSPEED
     cases = [
         _single(n, every + (REFERENCE if n <= 10**6 else []), seconds=30)
@@ -292,28 +241,31 @@ def cases_of(preset: str) -> list[Case]:
     cases.append(_lora(16, OURS + FUSED + FOREACH_CLIP + FOREACH + LOOP, rounds=50, seconds=60))
     cases.append(_lora(64, OURS + FUSED + FOREACH, rounds=14, seconds=60))
     cases.append(_lora(128, OURS + FUSED + FOREACH[:1], rounds=7, seconds=60))
-    for optimizer, dtype in OTHERS:
-        for n in (10**4, 10**6):
-            cases.append(_single(n, eager + FOREACH_CLIP, optimizer=optimizer, dtype=dtype))
-        runs = eager + (COMPILED if (optimizer, dtype) == OTHERS[0] else [])
-        cases.append(_single(FLAGSHIP, runs, optimizer=optimizer, dtype=dtype, seconds=40))
+    for other in OTHERS:
+        cases += [_single(n, EAGER + FOREACH_CLIP, **other) for n in (10**4, 10**6)]
+        runs = EAGER + (COMPILED if other is OTHERS[0] else [])
+        cases.append(_single(FLAGSHIP, runs, seconds=40, **other))
     return cases
 
 
 GPU_PRESETS = {"gpu": gpu_cases, "gpu-short": short_gpu_cases, "gpu-rest": remaining_gpu_cases}
+PRESETS = {
+    "smoke": smoke_cases, "quick": quick_cases, "targets": target_cases, "host": host_cases,
+    "full": full_cases, **GPU_PRESETS,
+}  # fmt: skip
 
 
 def run(
     cases: list[Case], device: Cpu, *, stream_elements: int, say, deadline=math.inf, keep=None,
     before: dict[str, object] | None = None, host: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Runs cases and returns the results without targets.
+    """Runs cases, in their order, and returns the results without targets.
 
     Args:
-        cases: The cases, the most important first.
+        cases: The cases.
         device: Where they run.
         stream_elements: Elements of an array that the bandwidth is measured with.
-        say: Takes lines to print.
+        say: A `report.Printer`.
         deadline: `time.perf_counter` after which no case is begun.
         keep: Called with the results after every case.
         before: Results of a run that lost the device: its cases are not run again, and what lost it
@@ -345,7 +297,7 @@ def run(
     say.begin(results["provenance"])
     streams = Streams(device, stream_elements)
     for _ in range(5):
-        streams.run(device)
+        streams.run()
     overall = streams.bandwidth()
     del streams
     for case in cases:
@@ -354,21 +306,16 @@ def run(
             skip("no time was left for it")
             continue
         # Neighbours take bandwidth as they please: large cases measure it between their own steps.
-        large = (
-            parameter_lists.count(case.shapes) * case.dtype.itemsize >= device.cache_bytes
-            and not case.spare
-        )
-        own = Streams(device, stream_elements) if large else None
+        large = parameter_lists.count(case.shapes) * case.dtype.itemsize >= device.cache_bytes
+        own = Streams(device, stream_elements) if large and not case.spare else None
         try:
             entry = run_case(case, device, own, log=say, forgiving=keep is not None)
         except TOO_LARGE as error:
             skip(report.first_line(error, *TOO_LARGE))
             continue
         except DeviceLost as error:
-            lost.append(
-                {"name": error.name, "setting": error.setting, "case": case.name,
-                 "reason": error.reason}
-            )  # fmt: skip
+            found = {"name": error.name, "setting": error.setting}
+            lost.append({**found, "case": case.name, "reason": error.reason})
             say(f"{case.name}: THE DEVICE WAS LOST by {error}\n")
             keep_results(results)
             raise
@@ -414,36 +361,30 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     preset = options.preset or ("quick" if options.device == "cpu" else "gpu")
-    if preset in GPU_PRESETS and options.device == "cpu":
+    on_gpu = preset in GPU_PRESETS
+    if on_gpu and options.device == "cpu":
         parser.error(f"--preset {preset}: its sizes are a GPU's; add --device cuda")
     if options.memory and options.device != "cpu":
         parser.error("--memory measures the process; on a GPU the tables have temporary_bytes")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    cases = [case for case in cases_of(preset) if options.only in case.name]
+    cases = [case for case in PRESETS[preset]() if options.only in case.name]
     if not cases:
-        names = ", ".join(case.name for case in cases_of(preset))
+        names = ", ".join(case.name for case in PRESETS[preset]())
         parser.error(f"--only {options.only}: no such case; there are {names}")
     device = device_of(parser, options.device)
-    before = None
-    if options.resume is not None:
-        before = json.loads(options.resume.read_text(encoding="utf-8"))
+    before = options.resume and json.loads(options.resume.read_text(encoding="utf-8"))
     kind = "memory" if options.memory else "step"
     say = Printer(options.markdown, options.out, f"{kind}-{options.device}")
-    settings = {
-        "preset": preset,
-        "threads": torch.get_num_threads(),
-        "flagship": GPU_FLAGSHIP if preset in GPU_PRESETS else FLAGSHIP,
-    }
+    settings = {"preset": preset, "threads": torch.get_num_threads(),
+                "flagship": GPU_FLAGSHIP if on_gpu else FLAGSHIP}  # fmt: skip
 
     def judged(results: dict[str, object], memory: list[dict], complete: bool) -> dict[str, object]:
         """Returns the results with the targets that they can speak to."""
-        results = {**results, "settings": settings, "complete": complete, "memory": memory}
-        on_gpu = preset in GPU_PRESETS
-        found = (
-            gpu_targets(results["cases"]) if on_gpu else report.targets(results["cases"], memory)
-        )
-        return {**results, "targets": found}
+        cases = results["cases"]
+        found = gpu_targets(cases) if on_gpu else cpu_targets.targets(cases, memory)
+        more = {"settings": settings, "complete": complete, "memory": memory, "targets": found}
+        return {**results, **more}
 
     results = {"schema": SCHEMA, "provenance": provenance(device), "cases": [], "skipped": []}
     if not options.memory:
@@ -451,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
         # What takes long is kept after every case.
         keep = None
-        if preset in (*GPU_PRESETS, "full"):
+        if on_gpu or preset == "full":
             keep = lambda results: say.write(judged(results, [], False))  # noqa: E731
         try:
             results = run(
@@ -468,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         size = 2**20 if preset == "smoke" else 2**24
         memory = [measure_memory(case, size) for case in MEMORY_CASES]
     results = judged(results, memory, True)
-    if preset in GPU_PRESETS:
+    if on_gpu:
         say(backend_table(results["cases"], markdown=options.markdown))
     if results["targets"]:
         say(report.targets_table(results["targets"], markdown=options.markdown))

@@ -24,8 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from machine import Cpu, DeviceLost, Kernels, Streams
-from peers import IMPLEMENTATIONS, Unavailable, Variant
+from parameter_lists import count
+from peers import IMPLEMENTATIONS
 from report import first_line
+from variant import Unavailable, Variant
 from workload import Setting, VerificationError, Verifier, Workload
 
 MIN_SAMPLES = 7
@@ -34,8 +36,6 @@ SLOW = 0.1
 # Steps of each kind that are profiled; none of a loop over so many tensors, whose thousands of
 # events take longer to sort than all the rest.
 PROFILED, MANY_TENSORS = 3, 64
-
-
 # Errors whose text says why a variant is left out.
 LEFT_OUT = (Unavailable, VerificationError, torch.OutOfMemoryError)
 
@@ -51,9 +51,9 @@ class Case:
     Attributes:
         name: Key of the case in the results.
         shapes: Shapes of the parameters.
+        runs: (implementation, setting) pairs.
         dtype: Dtype of parameters, gradients, moments and anchor.
         optimizer: One of `workload.OPTIMIZERS`.
-        runs: (implementation, setting) pairs.
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
@@ -63,9 +63,9 @@ class Case:
 
     name: str
     shapes: list[tuple[int, ...]]
-    dtype: torch.dtype
-    optimizer: str
     runs: list[tuple[str, Setting]]
+    dtype: torch.dtype = torch.float32
+    optimizer: str = "adamw"
     rounds: int = 50
     cold: bool = True
     seconds: float = 120.0
@@ -94,17 +94,12 @@ def verify(variant: Variant, verifier: Verifier) -> float:
     if (error := variant.verified_elsewhere()) is not None:
         variant.verified = True
         return error
-    worst = 0.0
-    draws = range(2)
+    worst, draws = 0.0, range(2)
     if variant.setting.alpha not in (None, 0.0, 1.0):
-        kinds = [variant.injects()]
-        for draw in range(1, variant.window):
-            variant.seek(draw)
-            kinds.append(variant.injects())
-        draws = (kinds.index(True), kinds.index(False))
+        draws = (variant.pattern.index(True), variant.pattern.index(False))
     for draw in draws:
         variant.seek(draw)
-        worst = max(worst, verifier.check(variant, injects=variant.injects()))
+        worst = max(worst, verifier.check(variant, injects=variant.pattern[draw]))
     variant.seek(0)
     variant.verified = True
     return worst
@@ -120,6 +115,7 @@ class Timed:
 
     def __init__(self, variant: Variant, error: float) -> None:
         self.variant, self.error, self.stride = variant, error, 1
+        self.kinds = sorted(variant.shares())
         # Figure ("seconds", "host_seconds", ...) → kind of step → samples.
         self.samples: dict[str, dict[tuple[bool, bool], list[float]]] = {}
         self.kernels: dict[tuple[bool, bool], list[Kernels]] = {}
@@ -128,22 +124,12 @@ class Timed:
         self.turn = 0
         self.running = False  # it is its turn
 
-    def kinds(self) -> list[tuple[bool, bool]]:
-        """Returns its kinds of steps."""
-        return sorted(self.variant.shares())
-
-    def approach(self) -> None:
-        """Takes the unmeasured step before one of the kind whose turn it is."""
-        kinds = self.kinds()
-        if len(kinds) > 1:
-            self.variant.approach(kinds[self.turn % len(kinds)])
-
     def take_turn(self, device: Cpu, *, cold: bool = False) -> None:
         """Takes a step for each of the device's probes and keeps the times."""
-        self.running = True
+        self.running, kinds = True, self.kinds
         for probe in device.probes:
-            if device.stratified:
-                self.approach()
+            if device.stratified and len(kinds) > 1:
+                self.variant.approach(kinds[self.turn % len(kinds)])
             self.variant.ready()
             if cold:
                 device.evict()
@@ -167,16 +153,13 @@ class Timed:
         """Returns how many steps were timed."""
         return sum(map(len, self.samples.get("seconds", {}).values()))
 
-    def weigh(self, values: dict[tuple[bool, bool], float]) -> float | None:
-        """Averages a value of each kind of step by the kinds' shares."""
-        return weigh(values, self.variant.shares())
-
     def quantile(self, q: float, figure: str = "seconds") -> float | None:
         """Quantile of a step's time, averaged over the kinds of steps by their share."""
         kinds = self.samples.get(figure, {})
-        return self.weigh({kind: quantile(times, q) for kind, times in kinds.items()})
+        values = {kind: quantile(times, q) for kind, times in kinds.items()}
+        return weigh(values, self.variant.shares())
 
-    def mean(self, figure: str = "seconds") -> float:
+    def mean(self, figure: str) -> float:
         """Returns the mean over all that was measured."""
         times = [t for kind in self.samples[figure].values() for t in kind]
         return sum(times) / len(times)
@@ -192,19 +175,14 @@ def quantile(values: Sequence[float], q: float) -> float:
     """Returns a quantile, between two values in proportion."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
+    low, high = int(place), min(int(place) + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def run_case(
-    case: Case,
-    device: Cpu,
-    streams: Streams | None = None,
-    *,
-    log=lambda line: None,
+    case: Case, device: Cpu, streams: Streams | None = None, *, log=lambda line: None,
     forgiving: bool = False,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Verifies and times all variants of a case.
 
     Args:
@@ -223,7 +201,7 @@ def run_case(
         MemoryError: The case does not fit.
         DeviceLost: A variant made the device unusable.
     """
-    elements = sum(torch.Size(shape).numel() for shape in case.shapes)
+    elements = count(case.shapes)
     needed = Workload.bytes_needed(
         elements, case.dtype, case.optimizer, spare=case.spare, replay=case.replay
     )
@@ -238,33 +216,31 @@ def run_case(
     )  # fmt: skip
     verifier = Verifier(work)
     timed: list[Timed] = []
-    absent: list[dict[str, str]] = []
+    absent: list[dict[str, object]] = []
     differing: set[str | None] = set()
     for name, setting in case.runs:
         variant = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
-            error = verify(variant, verifier)
-        except LEFT_OUT as reason:
-            differs = isinstance(reason, VerificationError)
-            wrong = differs and not variant.foreign and variant.built_on not in differing
-            if differs:
+            off = verify(variant, verifier)
+        except Exception as error:
+            wrong = not isinstance(error, LEFT_OUT)  # a kernel that does not compile, say
+            lost = device.lost() if wrong and forgiving else None
+            if isinstance(error, VerificationError):
+                wrong = not variant.foreign and variant.built_on not in differing
                 differing.add(name)
             if wrong and not forgiving:
                 raise
-            absent.append(_absent(name, setting, reason, wrong, log))
-            continue
-        except Exception as error:  # a kernel that does not compile, say
-            if not forgiving:
-                raise
-            if (lost := device.lost()) is not None:
+            if lost is not None:
                 raise DeviceLost(name, setting.name, lost) from error
-            absent.append(_absent(name, setting, error, True, log))
+            reason = first_line(error, *LEFT_OUT)
+            log(f"  {name} ({setting.name}) {'WRONG' if wrong else 'not run'}: {reason}")
+            absent.append({"name": name, "setting": setting.name, "reason": reason, "wrong": wrong})
             continue
-        timed.append(Timed(variant, error))
+        timed.append(Timed(variant, off))
     try:
-        rounds = _measure(case, timed, work, device, streams)
-        profiled = _profile(case, timed, work, device)
+        rounds = _measure(case, timed, device, streams)
+        profiled = _profile(case, timed, device)
     except Exception as error:
         running = next((entry.variant for entry in timed if entry.running), None)
         if running is None or (lost := device.lost()) is None:
@@ -288,13 +264,7 @@ def run_case(
     }
 
 
-def _absent(name: str, setting: Setting, error: Exception, wrong: bool, log) -> dict[str, object]:
-    reason = first_line(error, *LEFT_OUT)
-    log(f"  {name} ({setting.name}) {'WRONG' if wrong else 'not run'}: {reason}")
-    return {"name": name, "setting": setting.name, "reason": reason, "wrong": wrong}
-
-
-def _measure(case, timed: list[Timed], work, device: Cpu, streams) -> int:
+def _measure(case: Case, timed: list[Timed], device: Cpu, streams: Streams | None) -> int:
     for entry in timed:
         times, entry.running = [], True
         for _ in range(3):
@@ -312,7 +282,7 @@ def _measure(case, timed: list[Timed], work, device: Cpu, streams) -> int:
             entry.take_turn(device, cold=case.cold)
         if streams is not None:
             device.evict()
-            streams.run(device)
+            streams.run()
         done += 1
     return done
 
@@ -334,14 +304,8 @@ def rounds_of(timed: Sequence[Timed], rounds: int) -> Iterator[list[Timed]]:
             gc.enable()
 
 
-def _profile(case, timed: list[Timed], work, device: Cpu) -> str | None:
+def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
     """Profiles some steps of every variant; returns why there is no profile, or None."""
-
-    def ready(variant: Variant) -> None:
-        variant.ready()
-        if case.cold:
-            device.evict()
-
     for entry in timed:
         entry.running = True
         entry.variant.ready()
@@ -352,15 +316,18 @@ def _profile(case, timed: list[Timed], work, device: Cpu) -> str | None:
         entry.running = False
     calls, owners = [], []
     for entry in timed:
-        if entry.variant.name in ("for-loop", "dgg reference") and len(work.params) > MANY_TENSORS:
+        looping = entry.variant.name in ("for-loop", "dgg reference")
+        if looping and len(case.shapes) > MANY_TENSORS:
             continue
-        kinds = entry.kinds()
+        kinds = entry.kinds
         for kind in kinds * PROFILED:
 
             def prepare(variant=entry.variant, kind=kind, kinds=kinds) -> None:
                 if len(kinds) > 1:
                     variant.approach(kind)
-                ready(variant)
+                variant.ready()
+                if case.cold:
+                    device.evict()
 
             calls.append((prepare, entry.variant))
             owners.append((entry, kind))
@@ -375,23 +342,17 @@ def _profile(case, timed: list[Timed], work, device: Cpu) -> str | None:
 def _kernel_figures(entry: Timed) -> dict[str, object]:
     if not entry.kernels:
         return {"kernel_seconds": None, "launches": None, "copies": None, "kernels": {}}
-    median = {
-        kind: quantile([call.seconds for call in calls], 0.5)
-        for kind, calls in entry.kernels.items()
-    }
-    calls = [call for found in entry.kernels.values() for call in found]
+    found = entry.kernels.items()
+    median = {kind: quantile([call.seconds for call in calls], 0.5) for kind, calls in found}
+    calls = [call for _, some in found for call in some]
     # Of the busiest step: what a launch-bound user waits for.
     busiest = max(calls, key=lambda call: call.launches)
+    longest = sorted(busiest.names.items(), key=lambda item: -item[1][1])[:8]
     return {
-        "kernel_seconds": entry.weigh(median),
+        "kernel_seconds": weigh(median, entry.variant.shares()),
         "launches": busiest.launches,
         "copies": max(call.copies for call in calls),
-        "kernels": {
-            name: {"times": times, "seconds": seconds}
-            for name, (times, seconds) in sorted(
-                busiest.names.items(), key=lambda item: -item[1][1]
-            )[:8]
-        },
+        "kernels": {name: {"times": n, "seconds": seconds} for name, (n, seconds) in longest},
     }
 
 
@@ -409,7 +370,7 @@ def _entry(entry: Timed, elements: int) -> dict[str, object]:
         "seconds": seconds,
         "low": entry.quantile(0.2),
         "high": entry.quantile(0.8),
-        "mean": entry.mean(),
+        "mean": entry.mean("seconds"),
         "fastest": entry.quantile(0.0),
         "samples": entry.count(),
         "host_seconds": entry.quantile(0.5, "host_seconds"),

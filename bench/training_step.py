@@ -27,15 +27,20 @@ import torch
 from torch import Tensor
 
 import dgg
+from dgg import backends
 from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, device_of, give_up
-from peers import guide_by_foreach, injections, unavailable
-from report import Printer, absences, first_line, page, provenance, ratios
+from provenance import provenance
+from report import Printer, absences, first_line, page, ratios
 from timing import quantile, weigh
+from torch_variants import guide_by_foreach
+from variant import injections
 
 SCHEMA = 1
 LR, CLIP = 1e-4, 1.0
 WARM_UP = 3
+# Seconds of (step, optimizer) by whether the step injects.
+Times = dict[bool, list[tuple[float, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Variant:
 
     Attributes:
         name: As the tables call it.
-        build: (parameters, alpha, seed) → (a step that takes whether to inject, what to keep).
+        build: (parameters, alpha, seed) → a step that takes whether to inject.
         alpha: Share of the steps that inject; None: no guidance.
         steps: Measured steps of a block.
     """
@@ -81,7 +86,7 @@ def _torch_fused(params: Sequence[Tensor], alpha, seed):
         torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
         optimizer.step()
 
-    return step, optimizer
+    return step
 
 
 def _foreach(params: Sequence[Tensor], alpha, seed):
@@ -96,7 +101,7 @@ def _foreach(params: Sequence[Tensor], alpha, seed):
             guide_by_foreach(params, anchors, dtype=params[0].dtype)
         optimizer.step()
 
-    return step, (optimizer, anchors)
+    return step
 
 
 def _dgg(backend: str, anchor_device: str | None = None):
@@ -107,7 +112,7 @@ def _dgg(backend: str, anchor_device: str | None = None):
         )  # fmt: skip
         optimizer.set_anchor()
         _leave(params)
-        return lambda inject: optimizer.step(), optimizer
+        return lambda inject: optimizer.step()
 
     return build
 
@@ -120,12 +125,13 @@ def _leave(params: Sequence[Tensor]) -> None:
 
 def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str]]]:
     """Returns the variants that can run here, and why the others cannot."""
-    wanted = [Variant("torch fused + clip", _torch_fused, None, steps)]
-    wanted.append(Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps))
+    wanted = [
+        Variant("torch fused + clip", _torch_fused, None, steps),
+        Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps),
+    ]
     missing = []
     for backend in ("cpp", "triton"):
-        reason = unavailable(backend, device.device)
-        if reason is not None:
+        if (reason := backends.unavailable(backend, device.device)) is not None:
             missing.append({"name": f"dgg {backend}", "reason": reason})
             continue
         wanted.append(Variant(f"dgg {backend}", _dgg(backend), 0.2, steps))
@@ -141,10 +147,9 @@ def models(device: Cpu, preset: str) -> list[Model]:
     if preset == "smoke":
         small = {"text": 8, "dtype": torch.float32}
         return [Model("lora2", TINY, 2, **small), Model("full-2-layers", TINY, None, **small)]
-    found = [Model(f"llava7b-lora{rank}", Shape(), rank) for rank in (16, 128)]
+    low, high = (Model(f"llava7b-lora{rank}", Shape(), rank) for rank in (16, 128))
     full = fitting(device.free_bytes())
-    found.insert(1, Model(f"full-{full.layers}-layers", full, None))
-    return found
+    return [low, Model(f"full-{full.layers}-layers", full, None), high]
 
 
 def fitting(free: int) -> Shape:
@@ -158,75 +163,56 @@ def fitting(free: int) -> Shape:
     return shape
 
 
-class Clock:
-    """Times the parts of a step: events on a GPU, the host's clock on a CPU."""
-
-    def __init__(self, device: Cpu) -> None:
-        self._gpu = device.name != "cpu"
-        self.marks: list = []
-
-    def mark(self) -> None:
-        """Notes where the device is."""
-        if self._gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        else:
-            event = time.perf_counter()
-        self.marks.append(event)
-
-    def between(self, first: int, last: int) -> float:
-        """Returns the seconds between two marks."""
-        begin, end = self.marks[first], self.marks[last]
-        return begin.elapsed_time(end) * 1e-3 if self._gpu else end - begin
+def mark(device: Cpu):
+    """Notes where the device is: an event on a GPU, the host's clock on a CPU."""
+    if device.name == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def train(
     model: LlavaShaped, data, variant: Variant, device: Cpu
-) -> tuple[dict[bool, list[tuple[float, float]]], dict[str, int | None]]:
+) -> tuple[Times, dict[str, int | None]]:
     """Trains one block; returns (step, optimizer) seconds by kind of step, and bytes."""
     params = [p for p in model.parameters() if p.requires_grad]
-    seed, pattern = 0, [False] * (WARM_UP + variant.steps)
-    if variant.alpha is not None:
-        wanted = round(variant.alpha * variant.steps)
-        pattern = injections(seed, variant.alpha, len(pattern))
-        # Warm-up steps are draws too: the window begins behind them.
-        while sum(pattern[WARM_UP:]) != wanted:
-            seed += 1
-            pattern = injections(seed, variant.alpha, len(pattern))
-    step, kept = variant.build(params, variant.alpha, seed)
-    times: dict[bool, list[tuple[float, float]]] = {}
-    memory: dict[str, int | None] = {"peak": None, "steady": None}
+    seed, alpha, count = 0, variant.alpha or 0.0, WARM_UP + variant.steps
+    pattern = injections(seed, alpha, count)
+    # Warm-up steps are draws too: the window begins behind them.
+    while sum(pattern[WARM_UP:]) != round(alpha * variant.steps):
+        seed += 1
+        pattern = injections(seed, alpha, count)
+    step = variant.build(params, variant.alpha, seed)
+    times: Times = {}
     for number, inject in enumerate(pattern):
         if number == WARM_UP and device.name != "cpu":
             device.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        clock = Clock(device)
         device.synchronize()
         begin = time.perf_counter()
         loss = model(*data)
         loss.backward()
-        clock.mark()
+        before = mark(device)
         step(inject)
-        clock.mark()
+        after = mark(device)
         for p in params:
             p.grad = None
         device.synchronize()
         if number >= WARM_UP:
-            total = time.perf_counter() - begin
-            times.setdefault(inject, []).append((total, clock.between(0, 1)))
+            total, on_gpu = time.perf_counter() - begin, device.name != "cpu"
+            taken = before.elapsed_time(after) * 1e-3 if on_gpu else after - before
+            times.setdefault(inject, []).append((total, taken))
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"{variant.name}: the loss is {loss.item()}")
+    memory = {"peak": None, "steady": None}
     if device.name != "cpu":
-        memory = {
-            "peak": torch.cuda.max_memory_allocated(), "steady": torch.cuda.memory_allocated()
-        }  # fmt: skip
-    del kept
+        memory["peak"] = torch.cuda.max_memory_allocated()
+        memory["steady"] = torch.cuda.memory_allocated()
     return times, memory
 
 
-def summary(
-    variant: Variant, blocks: Sequence[dict[bool, list[tuple[float, float]]]], memory: dict
-) -> dict[str, object]:
+def summary(variant: Variant, blocks: Sequence[Times], memory: dict) -> dict[str, object]:
     """Returns a variant's entry: medians of either kind of step, weighed by alpha."""
     alpha = variant.alpha or 0.0
     kinds = {kind: [x for block in blocks for x in block.get(kind, [])] for kind in (True, False)}
@@ -251,23 +237,12 @@ def summary(
 
 
 def run_model(
-    model: Model,
-    device: Cpu,
-    wanted: Sequence[Variant],
-    say,
-    *,
-    deadline: float = math.inf,
+    model: Model, device: Cpu, wanted: Sequence[Variant], say, *, deadline: float = math.inf,
     keep: Callable[[dict], object] = lambda found: None,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Measures all variants on one model; those begun too late or too large are left out.
 
-    Args:
-        model: What is trained.
-        device: Where.
-        wanted: The variants.
-        say: Takes lines to print.
-        deadline: `time.perf_counter` after which no variant is begun.
-        keep: Called with what is known after every block.
+    ``keep`` is called with what is known after every block.
 
     Raises:
         DeviceLost: A variant made the device unusable; ``keep`` was given what there is.
@@ -290,9 +265,7 @@ def run_model(
     memory: dict[Variant, dict] = {}
 
     def known() -> dict[str, object]:
-        found["variants"] = [
-            summary(variant, times, memory[variant]) for variant, times in blocks.items() if times
-        ]
+        found["variants"] = [summary(v, times, memory[v]) for v, times in blocks.items() if times]
         return found
 
     for variant in [*wanted, *reversed(wanted)]:
@@ -329,8 +302,8 @@ def run_model(
     return known()
 
 
-def case_table(case: dict, *, markdown: bool) -> str:
-    """Returns title and table of one model."""
+def case_table(case: dict) -> str:
+    """Returns title and table of one model, in markdown."""
     rows = [
         ("variant", "alpha", "step ms", "20 %", "80 %", "optimizer ms", "of the step", "peak GiB",
          "steady GiB", "n", "/ torch")
@@ -356,7 +329,7 @@ def case_table(case: dict, *, markdown: bool) -> str:
         f"{case['trained'] / 1e6:.4g} M trained in {case['tensors']} tensors, "
         f"{case['positions']} positions"
     )
-    return page(title, rows, absences(case), markdown=markdown)
+    return page(title, rows, absences(case), markdown=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -365,7 +338,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--preset", choices=("smoke", "full"), default="full")
     parser.add_argument("--out", type=pathlib.Path, help="folder for JSON and table")
-    parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument(
         "--without", action="append", default=[], metavar="NAME",
         help="leave out the variants whose names begin so, which lost the device elsewhere",
@@ -389,13 +361,9 @@ def main(arguments: list[str] | None = None) -> int:
     limit = begin + options.deadline
 
     def keep(found: dict) -> None:
-        say.write(
-            {**results, "cases": [*results["cases"], found]}, case_table(found, markdown=True)
-        )
+        say.write({**results, "cases": [*results["cases"], found]}, case_table(found))
 
     for model in models(device, options.preset):
-        if options.only not in model.name:
-            continue
         if time.perf_counter() > limit:
             say(f"{model.name} skipped: no time was left for it\n")
             continue
@@ -406,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         found["not_run"] += missing
         keep(found)
         results["cases"].append(found)
-        say(case_table(found, markdown=True))
+        say(case_table(found))
         gc.collect()
         device.release()
     missing = [entry for case in results["cases"] for entry in case["not_run"]]

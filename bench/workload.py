@@ -79,16 +79,9 @@ class Workload:
     lr = LR
 
     def __init__(
-        self,
-        shapes,
-        dtype: torch.dtype,
-        optimizer: str,
-        device: torch.device,
-        *,
-        spare: bool = False,
-        replay: bool = False,
-        channels_last: bool = False,
-    ) -> None:
+        self, shapes, dtype: torch.dtype, optimizer: str, device: torch.device, *,
+        spare: bool = False, replay: bool = False, channels_last: bool = False,
+    ) -> None:  # fmt: skip
         self.dtype, self.optimizer, self.device = dtype, optimizer, device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._generator = torch.Generator(device).manual_seed(0)
@@ -120,12 +113,7 @@ class Workload:
             anchor.normal_(std=2.0, generator=self._generator).add_(param)
 
     def set_anchors(self, optimizer, params) -> None:
-        """Makes an optimizer of ours set the anchors that all variants share.
-
-        Args:
-            optimizer: Which has ``set_anchor()``.
-            params: The optimizer's.
-        """
+        """Makes an optimizer of ours set the anchors that all variants share."""
         # set_anchor() writes into an anchor that is there already.
         for param, anchor in zip(params, self.anchors, strict=True):
             optimizer.state[param]["anchor"] = anchor
@@ -158,11 +146,8 @@ class Workload:
 
     def finite(self) -> bool:
         """Returns whether everything a step writes is finite."""
-        return all(
-            bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
-            for tensors in self.stored()
-            for x in tensors
-        )
+        stored = [x.detach() for tensors in self.stored() for x in tensors]
+        return all(bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()) for x in stored)
 
     @staticmethod
     def bytes_needed(
@@ -198,14 +183,6 @@ class Verifier:
         workload.fresh_gradients()
         self._grad_square = sum(_square(g) for g in workload.grads)
 
-    def _total_square(self) -> float:
-        pairs = zip(self.workload.grads, self.workload.replays, strict=True)
-        return sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
-
-    def _distance_square(self) -> float:
-        pairs = zip(self.workload.params, self.workload.anchors, strict=True)
-        return sum(_square(param, anchor) for param, anchor in pairs)
-
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
         # Clones: what is a float64 CPU tensor already would be handed out as it is.
         return [
@@ -214,11 +191,7 @@ class Verifier:
         ]
 
     def check(self, variant, *, injects: bool) -> float:
-        """Runs one step of the variant and compares it.
-
-        Args:
-            variant: A `peers.Variant`.
-            injects: Whether this step must inject.
+        """Runs one step of the variant, which must inject or not, and compares it.
 
         Returns:
             The largest error in units of the tolerance.
@@ -232,19 +205,15 @@ class Verifier:
         count = len(self._places)
         squares = torch.zeros(3, count, dtype=torch.float64)
         # ‖h‖, ‖g‖ and ‖d‖ of equations (2) and (4).
-        squares[:, 0] = torch.tensor(
-            [
-                self._total_square() if setting.replay else self._grad_square,
-                self._grad_square,
-                self._distance_square() if injects else 0.0,
-            ]
-        )
-        found = reference.coefficients(
-            squares,
-            max_grad_norm=work.max_grad_norm if setting.clipped else None,
-            scaling=True,
-            per_tensor=False,
-        )
+        total, distance = self._grad_square, 0.0
+        if setting.replay:
+            pairs = zip(work.grads, work.replays, strict=True)
+            total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
+        if injects:
+            distance = sum(map(_square, work.params, work.anchors))
+        squares[:, 0] = torch.tensor([total, self._grad_square, distance])
+        most = work.max_grad_norm if setting.clipped else None
+        found = reference.coefficients(squares, max_grad_norm=most, scaling=True, per_tensor=False)
         grads, anchors = self._sample(work.grads), self._sample(work.anchors)
         replays = self._sample(work.replays) if setting.replay else []
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)

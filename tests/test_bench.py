@@ -83,7 +83,7 @@ def _variant(bench, name, setting, shapes=((300,), (7, 11)), **more):
 def test_guided_variants_pass_their_verification(bench, name, alpha):
     try:
         _, variant, verifier = _variant(bench, name, bench("workload").sampled(alpha))
-    except bench("peers").Unavailable as reason:
+    except bench("variant").Unavailable as reason:
         pytest.skip(str(reason))
     assert bench("timing").verify(variant, verifier) <= 1
     assert variant.verified
@@ -110,7 +110,7 @@ def test_replaying_variants_pass_their_verification(bench, name, setting, channe
         work, variant, verifier = _variant(
             bench, name, getattr(bench("workload"), setting), shapes, channels_last=channels_last
         )
-    except bench("peers").Unavailable as reason:
+    except bench("variant").Unavailable as reason:
         pytest.skip(str(reason))
     everything = [*work.params, *work.grads, *work.anchors, *work.replays, *sum(work.moments, [])]
     assert all(x.is_contiguous() != channels_last for x in everything)
@@ -147,7 +147,7 @@ def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
     monkeypatch.setattr(builder.OpBuilder, "jit_load", lambda self, *_: compiled.append(self))
     monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"cpu_adam": False})
     plain = bench("workload").PLAIN
-    with pytest.raises(bench("peers").Unavailable, match="DS_BUILD_CPU_ADAM=1"):
+    with pytest.raises(bench("variant").Unavailable, match="DS_BUILD_CPU_ADAM=1"):
         _variant(bench, "DeepSpeedCPUAdam", plain)
     assert not compiled
 
@@ -178,9 +178,9 @@ def test_unverified_variant_is_not_timed(bench):
 
 
 def test_wrong_variant_ends_the_run(bench, capsys, monkeypatch):
-    step, peers = bench("step"), bench("peers")
+    step, variants = bench("step"), bench("torch_variants")
     wrong = lambda self, params, anchors: torch._foreach_sub(anchors, params)  # noqa: E731
-    monkeypatch.setattr(peers.ForeachGuidance, "_differences", wrong)
+    monkeypatch.setattr(variants.ForeachGuidance, "_differences", wrong)
     assert step.main(["--preset", "smoke", "--only", "tiny"]) == 1
     assert "foreach + fused (guided)" in capsys.readouterr().err
 
@@ -195,10 +195,10 @@ def test_variants_on_shared_memory_have_their_own_version_counters(bench):
 
 
 def test_draws_of_the_window(bench):
-    peers = bench("peers")
+    variants = bench("variant")
     for alpha in (0.05, 0.1, 0.2):
-        seed = peers.choose_seed(alpha, 100)
-        assert sum(peers.injections(seed, alpha, 100)) == round(100 * alpha)
+        seed = variants.choose_seed(alpha, 100)
+        assert sum(variants.injections(seed, alpha, 100)) == round(100 * alpha)
     # 50 draws cannot be 5 % injections.
     rare = _variant(bench, "foreach + fused", bench("workload").sampled(0.05))[1]
     assert rare.window == 100 and float(rare._share_injected()) == 0.05
@@ -238,7 +238,7 @@ def test_one_anchor_and_no_other_temporary(bench):
 
 
 def test_targets_are_judged(bench):
-    report = bench("report")
+    report, targets = bench("report"), bench("cpu_targets").targets
     case = {"case": "adamw-float32-32Mi", "elements": 10**9, "variants": [],
             "memory_bandwidth": {"copy": 4e10, "read (a)": 1.5e10, "read (b)": 2.4e10}}  # fmt: skip
     times = {("dgg cpp", "plain"): 0.95, ("dgg cpp", "guided"): 1.2, ("dgg cpp", "alpha=0.2"): 1.0,
@@ -254,13 +254,13 @@ def test_targets_are_judged(bench):
                 "share_of_bandwidth": 0.95,
             }  # fmt: skip
         )
-    found = report.targets([case], [])
+    found = targets([case], [])
     assert len(found) == 8 and all(t["met"] in (True, None) for t in found)
     # 24 bytes of 10**9 elements at 24 GB/s take a second of the peer's six.
     assert [t["measured"] for t in found if t["met"] is None] == ["6.00"]
     case["variants"][0]["seconds"] = 1.01
-    assert [t["met"] for t in report.targets([case], [])].count(False) == 1
-    assert "NO" in report.targets_table(report.targets([case], []), markdown=False)
+    assert [t["met"] for t in targets([case], [])].count(False) == 1
+    assert "NO" in report.targets_table(targets([case], []), markdown=False)
     assert report.losses(case) == [
         "LOST: dgg cpp (plain) takes 1.01 x the time of torch fused (plain)"
     ]
@@ -285,16 +285,16 @@ def _host_case(name="tiny448-warm"):
 
 
 def test_targets_of_the_host_are_judged(bench):
-    report, case = bench("report"), _host_case()
-    found = report.targets([case], [])
+    targets, case = bench("cpu_targets").targets, _host_case()
+    found = targets([case], [])
     assert [t["met"] for t in found] == [True] * 3
     assert [t["target"] for t in found] == ["≤ 1.50", "≤ 0.25", "≤ 0.35"]
     for place in (1, 2, 5):
         case = _host_case()
         case["variants"][place]["seconds"] *= 1.01
-        assert [t["met"] for t in report.targets([case], [])].count(False) == 1
+        assert [t["met"] for t in targets([case], [])].count(False) == 1
     # A LoRA's time is the memory's, too: its rows are shown without a target.
-    assert [t["met"] for t in report.targets([_host_case("llava7b-lora16")], [])] == [None] * 2
+    assert [t["met"] for t in targets([_host_case("llava7b-lora16")], [])] == [None] * 2
 
 
 def test_ratios_of_the_host_s_table(bench):
@@ -310,7 +310,7 @@ def test_ratios_of_the_host_s_table(bench):
 def test_every_host_case_goes_through(bench):
     """All but the launched steps, which the interpreter of these tests has no use for."""
     step = bench("step")
-    cases = step.cases_of("host")
+    cases = step.PRESETS["host"]()
     assert [case.name for case in cases[:3]] == [
         "tiny448-warm", "tiny448-warm-channels-last", "tiny448-warm-launched"
     ]  # fmt: skip
@@ -498,14 +498,14 @@ def test_no_case_begins_after_the_deadline(bench, gpu):
 
 @pytest.mark.parametrize("broken", ["wrong", "fails"])
 def test_a_broken_variant_costs_a_gpu_run_only_itself(bench, gpu, monkeypatch, broken):
-    step, peers = bench("step"), bench("peers")
+    step, variants = bench("step"), bench("torch_variants")
 
     def differences(self, params, anchors):
         if broken == "fails":
             raise ArithmeticError("no kernel")
         return torch._foreach_sub(anchors, params)
 
-    monkeypatch.setattr(peers.ForeachGuidance, "_differences", differences)
+    monkeypatch.setattr(variants.ForeachGuidance, "_differences", differences)
     cases = [_shrunk(case) for case in step.gpu_cases()[:1]]
     say = bench("report").Printer(False)
     results = step.run(cases, gpu, stream_elements=2**10, say=say, keep=lambda r: None)
@@ -519,7 +519,7 @@ def test_a_broken_variant_costs_a_gpu_run_only_itself(bench, gpu, monkeypatch, b
 def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkeypatch):
     peers, workload = bench("peers"), bench("workload")
 
-    class Foreign(peers.TorchFused):
+    class Foreign(bench("torch_variants").TorchFused):
         name, foreign = "foreign", True
 
         def step(self, inject):
@@ -531,7 +531,7 @@ def test_another_project_s_optimizer_that_differs_is_left_out(bench, gpu, monkey
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "foreign", Foreign)
     monkeypatch.setitem(peers.IMPLEMENTATIONS, "behind", Behind)
     runs = [(name, workload.PLAIN) for name in ("foreign", "behind", "torch fused")]
-    case = bench("timing").Case("one", [(9,)], torch.float32, "adamw", runs, rounds=3)
+    case = bench("timing").Case("one", [(9,)], runs, rounds=3)
     found = bench("timing").run_case(case, gpu)
     assert [entry["name"] for entry in found["variants"]] == ["torch fused"]
     assert [entry["name"] for entry in found["not_run"]] == ["foreign", "behind"]
@@ -554,7 +554,7 @@ def test_kinds_of_steps_come_behind_the_step_that_precedes_them(bench):
         taken.clear()
         variant.approach(kind)
         assert variant.kind() == kind
-        assert taken == [variant._pattern[(variant._draw - 1) % variant.window]]
+        assert taken == [variant.pattern[(variant._draw - 1) % variant.window]]
 
 
 def test_kernels_are_sorted_by_the_call_that_ran_them(bench):
@@ -892,20 +892,20 @@ def stages(bench, tmp_path):
 
 
 def test_a_failing_stage_stops_nothing(bench, stages, tmp_path):
-    gpu = bench("gpu.run")
+    gpu = bench("gpu.stages")
     begun = []
 
-    def failing():
+    def failing(stages):
         begun.append("failing")
         raise gpu.Failed("the compiler said no")
 
-    def broken():
+    def broken(stages):
         begun.append("broken")
         raise ZeroDivisionError("division")
 
     stages.run("build", failing, ["step"])
     stages.run("tests", broken, ["step"])
-    stages.run("step", lambda: {"summary": "fine"}, [])
+    stages.run("step", lambda stages: {"summary": "fine"}, [])
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())["stages"]
     assert begun == ["failing", "broken"]
@@ -918,10 +918,10 @@ def test_a_stage_leaves_time_for_those_behind_it(bench, stages):
     limits = []
     kept = sum(bench("gpu.run").LIMITS[name][1] for name in ("step", "training"))
     stages.end = time.monotonic() + kept + 50
-    stages.run("tests", lambda: limits.append(stages.limit) or {}, ["step", "training"])
+    stages.run("tests", lambda stages: limits.append(stages.limit) or {}, ["step", "training"])
     assert limits[0] == pytest.approx(50, abs=2)
     stages.end = time.monotonic() + 1
-    stages.run("step", lambda: limits.append(0) or {}, [])
+    stages.run("step", lambda stages: limits.append(0) or {}, [])
     assert stages.results["stages"]["step"]["status"] == "not run" and len(limits) == 1
 
 
@@ -941,7 +941,7 @@ def test_the_repository_root_is_on_no_path_of_a_stage(stages):
 
 
 def test_device_names_make_file_names(bench):
-    slug = bench("gpu.run").slug
+    slug = bench("gpu.stages").slug
     assert slug("NVIDIA H200") == "h200"
     assert slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
     assert slug("AMD Instinct MI300X") == "amd-instinct-mi300x"

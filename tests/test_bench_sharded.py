@@ -46,7 +46,7 @@ def test_results_have_the_documented_fields(quick, bench):
     assert known <= results["provenance"].keys()
     assert results["settings"]["ranks"] == [2] and results["settings"]["threads_per_rank"] == 1
     assert [case["case"] for case in results["cases"]] == ["tiny6-2", "tiny12-2"]
-    runs = {(name, setting.name) for name, setting in bench("sharded").RUNS}
+    runs = {(name, setting.name) for name, setting in bench("sharded_peers").RUNS}
     for case in results["cases"]:
         assert case["ranks"] == 2 and case["rounds"] >= 7 and case["placements"] == "Shard(0)"
         assert case["tensors"] == int(case["list"].removeprefix("tiny"))
@@ -134,7 +134,7 @@ def test_counter_sees_every_way_to_send(bench, alone):
     from torch.distributed._functional_collectives import all_reduce
 
     group = alone.get_group()
-    with bench("sharded").CollectiveCounter() as counter:
+    with bench("collectives").CollectiveCounter() as counter:
         dist.all_reduce(torch.ones(3, dtype=torch.float64), group=group)
         assert (counter.operations, counter.asynchronous, counter.bytes) == (
             {"all_reduce": 1},
@@ -159,9 +159,9 @@ def test_counter_sees_every_way_to_send(bench, alone):
 
 @pytest.mark.parametrize("mistake", ["none", "no guidance", "clip", "not a number"])
 def test_wrong_variant_is_refused(bench, alone, mistake):
-    sharded, workload = bench("sharded"), bench("workload")
-    work = sharded.Sharded(sharded.LISTS["tiny6"], alone)
-    variant = sharded.IMPLEMENTATIONS["by hand on shards"](work, workload.GUIDED)
+    sharded, peers, workload = map(bench, ("sharded", "sharded_peers", "workload"))
+    work = peers.Sharded(sharded.LISTS["tiny6"], alone)
+    variant = peers.IMPLEMENTATIONS["by hand on shards"](work, workload.GUIDED)
     right = variant.step
     if mistake == "no guidance":
         variant.step = lambda inject: right(False)
@@ -169,16 +169,16 @@ def test_wrong_variant_is_refused(bench, alone, mistake):
         original = work.local_grads
         work.local_grads = lambda: [1.01 * grad for grad in original()]
         # Larger gradients that are clipped to the same norm change nothing.
-        assert sharded.verify(variant, sharded.Oracle(work)) <= 1
-        variant = sharded.IMPLEMENTATIONS["torch fused"](work, workload.PLAIN)
+        assert peers.verify(variant, peers.Oracle(work)) <= 1
+        variant = peers.IMPLEMENTATIONS["torch fused"](work, workload.PLAIN)
     elif mistake == "not a number":
         variant.step = lambda inject: (right(inject), variant.locals[0].fill_(math.nan))
-    oracle = sharded.Oracle(work)
+    oracle = peers.Oracle(work)
     if mistake == "none":
-        assert sharded.verify(variant, oracle) <= 1 and variant.verified
+        assert peers.verify(variant, oracle) <= 1 and variant.verified
         return
     with pytest.raises(workload.VerificationError, match="not timed"):
-        sharded.verify(variant, oracle)
+        peers.verify(variant, oracle)
     assert not variant.verified
     with pytest.raises(RuntimeError, match="was not verified"):
         bench("timing").Timed(variant, 0.0).take_turn(sharded.Rank())
@@ -187,9 +187,9 @@ def test_wrong_variant_is_refused(bench, alone, mistake):
 def test_counts_that_disagree_end_the_run(bench, alone, monkeypatch):
     from torch.distributed.tensor.debug import CommDebugMode
 
-    sharded, workload = bench("sharded"), bench("workload")
-    work = sharded.Sharded(sharded.LISTS["tiny6"], alone)
-    variant = sharded.IMPLEMENTATIONS["by hand on shards"](work, workload.GUIDED)
+    sharded, peers, workload = map(bench, ("sharded", "sharded_peers", "workload"))
+    work = peers.Sharded(sharded.LISTS["tiny6"], alone)
+    variant = peers.IMPLEMENTATIONS["by hand on shards"](work, workload.GUIDED)
     (found,) = sharded.count_collectives(variant, alone.get_group())
     assert (found["count"], found["bytes"]) == (1, 16)
     monkeypatch.setattr(CommDebugMode, "get_total_counts", lambda self: 0)

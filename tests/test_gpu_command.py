@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import gpu_stand_in
+from dgg.backends import unavailable
 
 TESTS = """
 import os, signal, sys, time, types
@@ -45,19 +46,24 @@ NAMES = [line[4:].partition("(")[0] for line in TESTS.splitlines() if line.start
 
 
 @pytest.fixture
-def command(bench, monkeypatch):
-    found = bench("gpu.run")
+def command(bench):
+    return bench("gpu.run")
+
+
+@pytest.fixture
+def shared(bench, monkeypatch):
+    found = bench("gpu.shared_tests")
     monkeypatch.setattr(found, "PATIENCE", 8.0)
     return found
 
 
-def share_out(command, folder, text, parts=2, **more):
+def share_out(shared, folder, text, parts=2, **more):
     """Runs the tests in a file as `run_tests` does; returns the parts and what they witnessed."""
     file = folder / "test_it.py"
     file.write_text(text)
 
     def launch(output, environment):
-        path = os.path.dirname(command.__file__)
+        path = os.path.dirname(shared.__file__)
         return subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(folder),
              "-p", "no:cacheprovider", "-p", "witness", "--continue-on-collection-errors",
@@ -66,19 +72,19 @@ def share_out(command, folder, text, parts=2, **more):
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    share = [command.Part(folder, (number, parts), launch) for number in range(parts)]
+    share = [shared.Part(folder, (number, parts), launch) for number in range(parts)]
     for part in share:
         part.start()
     end = time.monotonic() + 240
     while any([part.running() for part in share]):
         assert time.monotonic() < end
         time.sleep(0.1)
-    found = [record for part in share for record in command.witness.records(part.path)]
-    return share, command.summarise(found)
+    found = [record for part in share for record in shared.witness.records(part.path)]
+    return share, shared.summarise(found)
 
 
-def test_one_test_costs_itself_alone_whatever_it_does(command, tmp_path):
-    share, found = share_out(command, tmp_path, TESTS)
+def test_one_test_costs_itself_alone_whatever_it_does(shared, tmp_path):
+    share, found = share_out(shared, tmp_path, TESTS)
     assert [part.failed for part in share] == [None, None]
     failures = {f["name"].partition("::")[2]: f["message"] for f in found["failures"]}
     assert list(sorted(failures)) == [
@@ -97,26 +103,26 @@ def test_one_test_costs_itself_alone_whatever_it_does(command, tmp_path):
     assert found["slowest"] and not any(part.stop() for part in share)
 
 
-def test_only_some_tests_are_taken(command, tmp_path):
+def test_only_some_tests_are_taken(shared, tmp_path):
     more = {"DGG_ONLY": "test_good\ntest_last"}
-    assert share_out(command, tmp_path, TESTS, parts=1, **more)[1]["passed"] == 2
+    assert share_out(shared, tmp_path, TESTS, parts=1, **more)[1]["passed"] == 2
 
 
-def test_a_file_that_cannot_be_imported_is_a_failure(command, tmp_path):
-    (part,), found = share_out(command, tmp_path, "import no_such_module", parts=1)
+def test_a_file_that_cannot_be_imported_is_a_failure(shared, tmp_path):
+    (part,), found = share_out(shared, tmp_path, "import no_such_module", parts=1)
     assert found["failed"] == 1 and "no_such_module" in found["failures"][0]["message"]
     assert found["lost"] == []
 
 
-def test_a_device_that_is_lost_again_and_again_is_given_up(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "RESTARTS", 1)
+def test_a_device_that_is_lost_again_and_again_is_given_up(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "RESTARTS", 1)
     text = "import os\n" + "".join(f"def test_{n}(): os._exit(9)\n" for n in range(4))
-    (part,), found = share_out(command, tmp_path, text, parts=1)
+    (part,), found = share_out(shared, tmp_path, text, parts=1)
     assert part.failed == "the device was lost 2 times" and found["failed"] == 2
 
 
-def test_witnesses_that_were_cut_off_are_read(command, tmp_path):
-    witness, path = command.witness, tmp_path / "0.jsonl"
+def test_witnesses_that_were_cut_off_are_read(shared, tmp_path):
+    witness, path = shared.witness, tmp_path / "0.jsonl"
     assert witness.records(path) == []
     path.write_text('{"begin": "a"}\n{"test": "a", "outcome": "passed"}\n{"begin": "b"}\n{"te')
     found = witness.records(path)
@@ -124,15 +130,15 @@ def test_witnesses_that_were_cut_off_are_read(command, tmp_path):
     assert witness.unfinished(found[:2]) is None
 
 
-def test_the_tests_are_shared_by_as_many_processes_as_fit(command, tmp_path, monkeypatch):
+def test_the_tests_are_shared_by_as_many_processes_as_fit(command, shared, tmp_path, monkeypatch):
     stages = command.Stages(tmp_path, [])
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     for memory, parts in ((140, 12), (24, 4), (4, 1)):
         stages.environment = {"memory": memory * 2**30}
-        assert stages._parts() == parts
+        assert shared.processes(stages) == parts
     stages.environment = {"memory": 140 * 2**30}
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert stages._parts() == 1
+    assert shared.processes(stages) == 1
 
 
 # -- the benchmark --------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def broken(bench, monkeypatch):
         def lost(self):
             return state.lost
 
-    class Breaking(peers.TorchFused):
+    class Breaking(bench("torch_variants").TorchFused):
         def step(self, inject):
             if self.verified == (state.when == "timed"):
                 state.lost = "CUDA error: an illegal memory access was encountered"
@@ -166,7 +172,7 @@ def broken(bench, monkeypatch):
 
 
 def two_cases(step):
-    first = next(case for case in step.cases_of("smoke") if case.name == "adamw-float32-1e3")
+    first = next(case for case in step.PRESETS["smoke"]() if case.name == "adamw-float32-1e3")
     runs = [run for run in first.runs if run[0] in ("dgg reference", "torch fused", "for-loop")]
     without = [run for run in runs if run[0] != "torch fused"]
     limits = {"rounds": 3, "seconds": 1.0}
@@ -210,11 +216,12 @@ def test_a_case_that_fails_costs_a_gpu_run_only_itself(bench, broken, monkeypatc
         step.run(cases[:1], broken.device, **options)
 
 
-def test_the_command_starts_the_benchmark_again(command, tmp_path, monkeypatch):
+def test_the_command_starts_the_benchmark_again(bench, command, tmp_path, monkeypatch):
     stages = command.Stages(tmp_path / "build", [], rehearsal=True)
     stages.limit = 60.0
     lost = {"name": "dgg cpp", "setting": "guided", "case": "large", "reason": "gone"}
-    commands, codes = [], [command.witness.LOST, 0, 0]
+    measurements = bench("gpu.measurements")
+    commands, codes = [], [bench("gpu.witness").LOST, 0, 0]
 
     def run(words, **options):
         commands.append(list(map(str, words)))
@@ -225,14 +232,14 @@ def test_the_command_starts_the_benchmark_again(command, tmp_path, monkeypatch):
         return codes[len(commands) - 1], "printed"
 
     monkeypatch.setattr(stages, "command", run)
-    found = stages.run_step()
+    found = measurements.run_step(stages)
     assert len(commands) == 2 and "--resume" not in commands[0]
     assert commands[1][-2:] == ["--resume", str(tmp_path / "build" / "step" / "step.json")]
     assert found["status"] == "failed" and "dgg cpp (guided) in large" in found["reason"]
     assert len(stages.results["step"]["cases"]) == 2
     # What lost the device in one benchmark is not tried in the other.
-    monkeypatch.setattr(stages, "_take", lambda *_: {"cases": []})
-    stages.run_training()
+    monkeypatch.setattr(measurements, "_take", lambda *_: {"cases": []})
+    measurements.run_training(stages)
     assert commands[-1][-2:] == ["--without", "dgg cpp"]
 
 
@@ -244,7 +251,7 @@ def test_training_results_are_kept_before_the_device_is_lost(bench, broken):
             broken.lost = "CUDA error: misaligned address"
             raise RuntimeError(broken.lost)
 
-        return step, None
+        return step
 
     (model,) = [m for m in training.models(broken.device, "smoke") if m.name == "lora2"]
     wanted = [
@@ -279,7 +286,7 @@ def test_peers_compute_the_step_where_numbers_stay_on_the_device(bench, name, dt
 # -- the stages -----------------------------------------------------------------------------------
 
 
-def test_a_library_that_does_not_load_fails_the_build(command, tmp_path, monkeypatch):
+def test_a_library_that_does_not_load_fails_the_build(bench, command, tmp_path, monkeypatch):
     stages = command.Stages(tmp_path / "build", [])
     package = stages.site / "dgg"
     package.mkdir(parents=True)
@@ -290,9 +297,10 @@ def test_a_library_that_does_not_load_fails_the_build(command, tmp_path, monkeyp
         return 0, "FOUND " + json.dumps(found)
 
     monkeypatch.setattr(stages, "command", run)
-    assert "status" not in stages._built("with CUDA", [])
+    built = bench("gpu.build").import_built
+    assert "status" not in built(stages, "with CUDA", [])
     missing["cpp"] = "its CUDA library is missing: undefined symbol"
-    found = stages._built("with CUDA", [])
+    found = built(stages, "with CUDA", [])
     assert found["status"] == "failed" and "undefined symbol" in found["reason"]
 
 
@@ -307,7 +315,9 @@ def test_a_library_that_does_not_load_fails_the_build(command, tmp_path, monkeyp
         ("", None, "failed", "stopped at its limit; 0 tests had passed"),
     ],
 )
-def test_memory_checks_are_read(command, tmp_path, monkeypatch, printed, code, status, words):
+def test_memory_checks_are_read(
+    bench, command, tmp_path, monkeypatch, printed, code, status, words
+):
     stages = command.Stages(tmp_path / "build", [])
     stages.environment = {"pytest": "9"}
     stages.results["stages"]["tests"] = {"lost": ["../tests/test_gpu.py::test_x[cpp-1]"]}
@@ -318,8 +328,9 @@ def test_memory_checks_are_read(command, tmp_path, monkeypatch, printed, code, s
         return code, printed
 
     monkeypatch.setattr(stages, "command", run)
-    monkeypatch.setattr(command, "_sanitizer", lambda: "compute-sanitizer")
-    found = {"status": "ok", **stages.run_sanitizer()}
+    sanitizer = bench("gpu.sanitizer")
+    monkeypatch.setattr(sanitizer, "installed", lambda: "compute-sanitizer")
+    found = {"status": "ok", **sanitizer.run_marked_tests(stages)}
     assert found["status"] == status
     assert words in (found.get("reason") or found["summary"])
     assert given["DGG_ONLY"].splitlines() == ["overrun", "../tests/test_gpu.py::test_x[cpp-1]"]
@@ -341,7 +352,7 @@ def test_a_profile_is_one_of_the_parts_that_are_asked_for(command, tmp_path, mon
         return 0, "| range |"
 
     monkeypatch.setattr(stages, "command", run)
-    assert stages.run_profile()["summary"] == "step-trace.json.gz, step.nsys-rep"
+    assert command.PARTS["profile"](stages)["summary"] == "step-trace.json.gz, step.nsys-rep"
     assert [path.name for path in out.iterdir()] == ["step-trace.json.gz"]
     assert set(command.RESULTS.iterdir()) == before
     assert "| range |" in stages.page()
@@ -350,35 +361,34 @@ def test_a_profile_is_one_of_the_parts_that_are_asked_for(command, tmp_path, mon
 def test_a_stage_alone_may_take_longer(command, tmp_path):
     stages = command.Stages(tmp_path / "build", [], budget=1000, most=480.0)
     limits = []
-    stages.run("step", lambda: limits.append(stages.limit) or {}, [])
+    stages.run("step", lambda stages: limits.append(stages.limit) or {}, [])
     assert limits == [480.0] and command.LIMITS["step"][0] < 480
 
 
-PARTS = ["build_package", "run_checks", "run_small_step", "run_short", "run_tests", "run_step",
-         "run_training", "run_sanitizer"]  # fmt: skip
+PARTS = ["build", "checks", "small_step", "short", "tests", "step", "training", "sanitizer"]
 FOUND = {"name": "NVIDIA H200", "torch": "2.13", "cuda": "13.0", "triton": "3.7", "python": "3.12",
          "capability": "9.0", "available": True, "pytest": "9"}  # fmt: skip
 
 
 @pytest.fixture
-def stubs(command, tmp_path, monkeypatch):
+def stubs(bench, command, tmp_path, monkeypatch):
     """The command on a GPU that is none: parts do what the test says, by default nothing."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     monkeypatch.delenv("OUT", raising=False)
     called, doing = [], {}
 
-    def find(self):
-        self.environment = FOUND
+    def find(stages):
+        stages.environment = FOUND
         return {}
 
-    monkeypatch.setattr(command.Stages, "find_environment", find)
+    monkeypatch.setattr(bench("gpu.build"), "find_environment", find)
     for name in PARTS:
 
-        def part(self, name=name):
+        def part(stages, name=name):
             called.append(name)
-            return doing.get(name, lambda stages: {})(self)
+            return doing.get(name, lambda stages: {})(stages)
 
-        monkeypatch.setattr(command.Stages, name, part)
+        monkeypatch.setitem(command.PARTS, name, part)
 
     def run(*arguments):
         called.clear()
@@ -399,7 +409,7 @@ def test_single_parts_do_not_replace_the_results_of_all(stubs):
     assert code == 0 and sorted(files) == ["h200", "h200-build-tests", *stages]
 
 
-def test_each_stage_leaves_its_own_results_and_prints_its_table(stubs, command, capsys):
+def test_each_stage_leaves_its_own_results_and_prints_its_table(bench, stubs, command, capsys):
     code, files = stubs.run()
     assert code == 0 and stubs.called == PARTS
     for number, stage in command.STAGES.items():
@@ -408,7 +418,9 @@ def test_each_stage_leaves_its_own_results_and_prints_its_table(stubs, command, 
         assert list(found["stages"]) == [*begun, *stage.parts] and found["status"] == "ok"
         assert found["device"] == "NVIDIA H200" and found["date"] == files["h200"]["date"]
         assert found["versions"] == {k: FOUND[k] for k in ("python", "torch", "cuda", "triton")}
-        assert found["stage"] == number and found["sources"] == command.sources_digest()
+        assert (
+            found["stage"] == number and found["sources"] == bench("gpu.sources").sources_digest()
+        )
     assert list(files["h200"]["stages"]) == ["environment", *sum((list(s.parts) for s in
                                              command.STAGES.values()), [])]  # fmt: skip
     # Each table when its stage is over: before the next one begins.
@@ -430,47 +442,49 @@ def test_one_stage_alone(stubs, command, number):
     assert list(found["stages"]) == ["environment", *wanted]
 
 
-def test_what_is_built_is_not_built_again(command, tmp_path, monkeypatch):
+def test_what_is_built_is_not_built_again(bench, command, tmp_path, monkeypatch):
+    build = bench("gpu.build")
     stages = command.Stages(tmp_path / "build", [])
     stages.environment = dict(FOUND)
     package = stages.site / "dgg"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    assert not stages.is_built()
+    assert not build.is_built(stages)
     answer = {"dgg": str(package / "__init__.py"), "config": "", "missing": {"cpp": None}}
     answer = "FOUND " + json.dumps(answer)
     monkeypatch.setattr(stages, "command", lambda *_, **__: (0, answer))
-    stages._built("without CUDA", ["no nvcc"])
-    assert not stages.is_built()
-    stages._built("with CUDA", [])
-    assert stages.is_built()
+    build.import_built(stages, "without CUDA", ["no nvcc"])
+    assert not build.is_built(stages)
+    build.import_built(stages, "with CUDA", [])
+    assert build.is_built(stages)
     stages.environment["torch"] = "2.14"
-    assert not stages.is_built()
+    assert not build.is_built(stages)
     stages.environment["torch"] = FOUND["torch"]
-    monkeypatch.setattr(command, "built_digest", lambda: "other sources")
-    assert not stages.is_built()
+    monkeypatch.setattr(build, "built_digest", lambda: "other sources")
+    assert not build.is_built(stages)
 
 
 @pytest.mark.parametrize("trouble", ["fails", "raises", "hangs"])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_stage_that_fails_or_hangs_stops_no_other_and_shows(stubs, command, part, trouble):
+def test_a_stage_that_fails_or_hangs_stops_no_other_and_shows(bench, stubs, command, part, trouble):
+    failed = bench("gpu.stages").Failed
+
     def broken(stages):
         if trouble == "fails":
-            raise command.Failed("the compiler said no")
+            raise failed("the compiler said no")
         if trouble == "raises":
             raise ZeroDivisionError
         # Its process is ended at the limit that the stage leaves it.
         stages.limit = 0.2
         code, _ = stages.command(["sleep", "60"])
         assert code is None
-        raise command.Failed("stopped at its limit")
+        raise failed("stopped at its limit")
 
     stubs.doing[part] = broken
     code, files = stubs.run()
     assert code == 1 and stubs.called == PARTS
     states = [files[f"h200-stage{n}"]["status"] for n in command.STAGES]
-    (at,) = [n for n, s in command.STAGES.items() if part.split("_", 1)[-1] in s.parts
-             or part == "build_package" and n == 1]  # fmt: skip
+    (at,) = [n for n, s in command.STAGES.items() if part in s.parts]
     assert states == ["failed" if n == at else "ok" for n in command.STAGES]
 
 
@@ -478,7 +492,7 @@ def test_the_stages_fit_the_time_that_a_device_is_lent_for(stubs, command, monke
     assert command.BUDGET <= 14 * 60
     assert command.STAGES[1].seconds <= 240 and command.STAGES[2].seconds <= 360
     now = [1000.0]
-    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     limits = {}
 
     def spend(name):
@@ -496,13 +510,13 @@ def test_the_stages_fit_the_time_that_a_device_is_lent_for(stubs, command, monke
     assert now[0] - 1000 <= command.BUDGET + 1
     build, checks, small = (limits[name] for name in PARTS[:3])
     assert build + checks + small <= 240 and min(checks, small) >= 40
-    assert limits["run_short"] == command.LIMITS["short"][0] and limits["run_tests"] == 120
+    assert limits["short"] == command.LIMITS["short"][0] and limits["tests"] == 120
     late = {name for name, found in files["h200"]["stages"].items() if found.get("late")}
     # The deadline of everything leaves nothing for the last, which is no failure of theirs.
     assert late <= set(command.STAGES[3].parts) and code == 0
 
 
-@pytest.mark.parametrize(("before", "stage"), [("build_package", 1), ("run_tests", 3)])
+@pytest.mark.parametrize(("before", "stage"), [("build", 1), ("tests", 3)])
 def test_no_time_is_a_failure_where_it_was_set_aside(stubs, before, stage):
     def slow(stages):
         stages.end = time.monotonic() + 1
@@ -553,7 +567,7 @@ def test_checks_are_read(command, tmp_path, monkeypatch, code, status, words):
         return code, "printed"
 
     (line,) = (answering(stages, monkeypatch, answer),)
-    stages.run("checks", stages.run_checks, [])
+    stages.run("checks", command.PARTS["checks"], [])
     ended = stages.results["stages"]["checks"]
     assert ended["status"] == status and words in (ended.get("reason") or ended["summary"])
     assert (
@@ -587,15 +601,15 @@ echo "cpp: checked"
     ],
 )  # fmt: skip
 def test_a_small_step_is_checked_by_both_tools(
-    command, tmp_path, monkeypatch, memory, races, end, status, words
+    bench, command, tmp_path, monkeypatch, memory, races, end, status, words
 ):
     stages = command.Stages(tmp_path / "build", [])
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(SANITIZER.format(folder=tmp_path, memory=memory, races=races, end=end))
     tool.chmod(0o755)
-    monkeypatch.setattr(command, "_sanitizer", lambda: str(tool))
+    monkeypatch.setattr(bench("gpu.sanitizer"), "installed", lambda: str(tool))
     stages.limit = 20.0 if "sleep" not in end else 1.0
-    found = {"status": "ok", **stages.run_small_step()}
+    found = {"status": "ok", **command.PARTS["small_step"](stages)}
     assert found["status"] == status
     assert words in (found.get("reason") or found["summary"])
     calls = sorted((tmp_path / "calls").read_text().splitlines())
@@ -603,9 +617,11 @@ def test_a_small_step_is_checked_by_both_tools(
     assert all(call.endswith("gpu/checks.py --small-step") for call in calls)
 
 
-def test_without_the_tool_a_small_step_is_said_to_be_unchecked(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_sanitizer", lambda: None)
-    found = command.Stages(tmp_path / "build", []).run_small_step()
+def test_without_the_tool_a_small_step_is_said_to_be_unchecked(
+    bench, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench("gpu.sanitizer"), "installed", lambda: None)
+    found = command.PARTS["small_step"](command.Stages(tmp_path / "build", []))
     assert found == {"status": "not run", "reason": "compute-sanitizer is not installed here"}
 
 
@@ -624,10 +640,10 @@ def test_the_rest_leaves_out_what_the_second_stage_has_measured(
         return 0, ""
 
     lines = answering(stages, monkeypatch, answer)
-    stages.run_short()
+    command.PARTS["short"](stages)
     if short is not None:
         stages.results["stages"]["short"] = {"status": short}
-    stages.run_step()
+    command.PARTS["step"](stages)
     presets = [line[line.index("--preset") + 1] for line in lines]
     assert presets == ["gpu-short", "gpu-rest" if short == "ok" else "gpu"]
     assert {"short", "step"} <= stages.results.keys()
@@ -635,7 +651,7 @@ def test_the_rest_leaves_out_what_the_second_stage_has_measured(
 
 def test_cases_of_the_second_stage(bench):
     step, workload = bench("step"), bench("workload")
-    cases = step.cases_of("gpu-short")
+    cases = step.PRESETS["gpu-short"]()
     assert [(case.name, len(case.shapes)) for case in cases] == [
         ("adamw-float32-256Mi", 1), ("llava7b-lora16", 448), ("tiny448-warm", 448)
     ]  # fmt: skip
@@ -643,9 +659,9 @@ def test_cases_of_the_second_stage(bench):
         for backend in ("dgg cpp", "dgg triton"):
             taken = {setting.name for name, setting in case.runs if name == backend}
             assert {"plain", "clipped", "guided", "replay"} <= taken
-    short, rest = ({c.name: set(c.runs) for c in step.cases_of(preset)}
+    short, rest = ({c.name: set(c.runs) for c in step.PRESETS[preset]()}
                    for preset in ("gpu-short", "gpu-rest"))  # fmt: skip
-    for case in step.cases_of("gpu"):
+    for case in step.PRESETS["gpu"]():
         # Together they have all that there is; twice, what is divided by alone.
         done = short.get(case.name, set())
         assert set(case.runs) <= done | rest[case.name]
@@ -670,7 +686,7 @@ def test_checks_on_the_cpu(bench, checks, monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 2)
     kept = []
     where = here(bench, checks)
-    missing = bench("peers").unavailable("triton", where.device.device)
+    missing = unavailable("triton", where.device.device)
     found = checks.run(where, lambda results: kept.append(json.loads(json.dumps(results))))
     assert list(found) == list(checks.checks()) and kept[-1] == found
     for name, result in found.items():
@@ -760,7 +776,7 @@ def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypat
 
 @pytest.mark.usefixtures("quick_interpreter")
 def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch):
-    if (reason := bench("peers").unavailable("triton", torch.device("cpu"))) is not None:
+    if (reason := unavailable("triton", torch.device("cpu"))) is not None:
         pytest.skip(f"no Triton here: {reason}")
     with monkeypatch.context() as patch, gpu_stand_in.StandIn(patch) as gpu:
 
@@ -786,7 +802,8 @@ def test_graphs_and_waits_are_checked_on_the_stand_in(bench, checks, monkeypatch
                 checks.graphs("triton", where)
 
 
-def test_results_say_which_sources_they_are_of(command, tmp_path):
+def test_results_say_which_sources_they_are_of(bench, command, tmp_path):
     stages = command.Stages(tmp_path / "build", [], commit="abc")
     assert stages.results["commit"] == "abc"
-    assert stages.results["sources"] == command.sources_digest() and command.sources_digest()
+    digest = bench("gpu.sources").sources_digest()
+    assert stages.results["sources"] == digest and digest

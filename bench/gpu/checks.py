@@ -24,12 +24,14 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dgg
+from dgg.backends import unavailable
 from gpu.targets import LAUNCHES
 from machine import Cpu, device_of, give_up
 from parameter_lists import many_tiny
-from peers import IMPLEMENTATIONS, Variant, unavailable
+from peers import IMPLEMENTATIONS
 from report import first_line, table, write_json
 from timing import verify
+from variant import Variant
 from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
 
 BACKENDS = ("cpp", "triton")
@@ -132,13 +134,10 @@ def launches(backend: str, where: Where) -> str:
     """Kernels of a guided, clipped step over a list of tensors."""
     variant, _ = where.variant(backend, GUIDED, where.listed)
 
-    def prepare() -> None:
-        variant.ready()
-
     for _ in range(3):
-        prepare()
+        variant.ready()
         variant()
-    found = where.device.profile([(prepare, variant)] * 3)
+    found = where.device.profile([(variant.ready, variant)] * 3)
     if isinstance(found, str):
         raise NotHere(found)
     most = max(found, key=lambda call: call.launches)
@@ -173,13 +172,7 @@ def eager_and_replayed(
     """Yields optimizer and parameters after eager steps, then after replays of a captured one.
 
     Learning rate and alpha lie on the device and change from step to step. Two steps, with the
-    anchor set between them, come before.
-
-    Args:
-        build: Returns the parameters, the same values at each call.
-        backend: Of the optimizer.
-        steps: How many.
-        options: More arguments of the optimizer.
+    anchor set between them, come before. ``build`` returns the same values at each call.
     """
     for captured in (False, True):
         params = build()
@@ -233,12 +226,7 @@ def checks() -> dict[str, Callable[[Where], str]]:
 
 
 def run(where: Where, keep: Callable[[dict[str, dict]], None]) -> dict[str, dict]:
-    """Makes every check.
-
-    Args:
-        where: What they run on.
-        keep: Called with all results so far before and after each check.
-    """
+    """Makes every check; ``keep`` is called with all results so far before and after each."""
     results: dict[str, dict] = {}
     gone = None
     missing = {b: unavailable(b, where.device.device) for b in BACKENDS}

@@ -10,7 +10,8 @@ copies costs.
 Nothing is computed then, so `DggLaunched` is verified in two halves: a process of its own, with
 Triton's interpreter as the device, takes the same steps and compares them with the float64
 reference (``TRITON_INTERPRET=1 python bench/gpu/launch_driver.py adamw float32``); here every step
-has to start each of its kernels once, over all chunks of the list. Imported by peers.py and tests.
+has to start each of its kernels once, over all chunks of the list. Imported by dgg_variants.py and
+tests.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def interpreted(optimizer: str, dtype: str) -> dict[str, float]:
 
 def main(optimizer: str, dtype: str) -> int:
     """Verifies the Triton kernels in the interpreter; prints the error in tolerances."""
-    import peers
+    import dgg_variants
     import timing
     import workload
 
@@ -168,7 +169,7 @@ def main(optimizer: str, dtype: str) -> int:
             [(size,) for size in _INTERPRETED], getattr(torch, dtype), optimizer,
             torch.device("cpu"), replay=setting.replay,
         )  # fmt: skip
-        variant = peers.DggTriton(work, setting)
+        variant = dgg_variants.DggTriton(work, setting)
         found[setting.name] = timing.verify(variant, workload.Verifier(work))
     print(json.dumps(found))
     return 0

@@ -27,7 +27,6 @@ from llava_shaped import TINY, Shape, batch, make
 from report import table
 
 WARM_UP = 10
-MOST_STEPS = 3  # traces of many steps are too large to open
 RANGES = ("dgg.step", "dgg.norm", "dgg.allreduce", "dgg.update", "dgg.prefetch")
 # As many tensors as LLaVA-7B's LoRA has, and small enough for a CPU.
 NARROW = Shape(hidden=256, intermediate=688, heads=8, vocabulary=1000, vision=64, patches=32)
@@ -73,9 +72,9 @@ def under_nsys(training: Training, steps: int) -> None:
     torch.cuda.profiler.stop()
 
 
-def by_torch(training: Training, steps: int, trace: pathlib.Path, *, warm_up: int = WARM_UP):
+def by_torch(training: Training, steps: int, trace: pathlib.Path):
     """Profiles the steps with torch.profiler; writes the trace and returns the events."""
-    for _ in range(warm_up):
+    for _ in range(WARM_UP):
         training.step()
     kinds = torch.profiler.ProfilerActivity
     on_gpu = training.params[0].device.type == "cuda"
@@ -95,81 +94,53 @@ def by_torch(training: Training, steps: int, trace: pathlib.Path, *, warm_up: in
 
 
 def tables(events, steps: int) -> str:
-    """Returns what the ranges and what is in them took, per step.
-
-    Args:
-        events: Of `by_torch`.
-        steps: Steps that were profiled.
-    """
+    """Returns what the ranges and what is in them took, per step, of the events of `by_torch`."""
     on_host = torch.autograd.DeviceType.CPU
     host = [event for event in events if event.device_type == on_host]
-    device = [event for event in events if event.device_type != on_host]
-    host_names = {event.name for event in host}
-    rows = [("range", "times a step", "host ms a step")]
-    for name in RANGES:
-        found = [event for event in host if event.name == name]
-        if found:
-            rows.append((name, _times(found, steps), _milliseconds(found, steps)))
-    if len(rows) == 1:
-        rows.append(("no range of dgg was seen", "", ""))
-    inside = [event.time_range for event in host if event.name == "dgg.step"]
-    operators: dict[str, list] = {}
-    for event in host:
-        if event.name in RANGES or not any(
-            span.start <= event.time_range.start and event.time_range.end <= span.end
-            for span in inside
-        ):
-            continue
-        operators.setdefault(event.name, []).append(event)
-    found = [table(rows, markdown=True)]
-    rows = [("operator on the host, within dgg.step", "times a step", "host ms a step")]
-    for name, group in sorted(operators.items(), key=lambda item: -_seconds(item[1]))[:12]:
-        rows.append((name, _times(group, steps), _milliseconds(group, steps)))
-    if len(rows) > 1:
-        found.append(table(rows, markdown=True))
-    ours = {
-        kernel.name
-        for event in host
-        if any(span.start <= event.time_range.start <= span.end for span in inside)
-        for kernel in event.kernels
-    }
-    kernels: dict[str, list] = {}
-    for event in device:
-        # A range of the host has a shadow of its name on the device.
-        if event.name not in host_names:
-            kernels.setdefault(event.name, []).append(event)
-    for what, names, most in (
-        ("kernel or copy launched within dgg.step", ours & kernels.keys(), 20),
-        ("other kernel or copy of the training step", kernels.keys() - ours, 12),
+    spans = [event.time_range for event in host if event.name == "dgg.step"]
+
+    def inside(event, *, end: bool) -> bool:
+        time = event.time_range
+        last = time.end if end else time.start
+        return any(span.start <= time.start and last <= span.end for span in spans)
+
+    named = _grouped(host)
+    ranges = {name: named[name] for name in RANGES if name in named}
+    within = _grouped(e for e in host if e.name not in RANGES and inside(e, end=True))
+    launched = {k.name for e in host if inside(e, end=False) for k in e.kernels}
+    # A range of the host has a shadow of its name on the device.
+    kernels = _grouped(e for e in events if e.device_type != on_host and e.name not in named)
+    ours = {name: group for name, group in kernels.items() if name in launched}
+    others = {name: group for name, group in kernels.items() if name not in launched}
+    found = [_table("range", "host", ranges or {"no range of dgg was seen": []}, steps)]
+    for what, clock, groups, most in (
+        ("operator on the host, within dgg.step", "host", within, 12),
+        ("kernel or copy launched within dgg.step", "device", ours, 20),
+        ("other kernel or copy of the training step", "device", others, 12),
     ):
-        rows = [(what, "times a step", "device ms a step")]
-        for name in sorted(names, key=lambda name: -_seconds(kernels[name]))[:most]:
-            group = kernels[name]
-            rows.append((name[:90], _times(group, steps), _milliseconds(group, steps)))
-        if len(rows) > 1:
-            found.append(table(rows, markdown=True))
+        longest = sorted(groups.items(), key=lambda item: -_seconds(item[1]))[:most]
+        if longest:
+            found.append(_table(what, clock, dict(longest), steps))
     return "\n\n".join(found) + "\n"
+
+
+def _grouped(events) -> dict[str, list]:
+    groups: dict[str, list] = {}
+    for event in events:
+        groups.setdefault(event.name, []).append(event)
+    return groups
 
 
 def _seconds(events) -> float:
     return sum(event.time_range.end - event.time_range.start for event in events) * 1e-6
 
 
-def _times(events, steps: int) -> str:
-    return f"{len(events) / steps:g}"
-
-
-def _milliseconds(events, steps: int) -> str:
-    return f"{_seconds(events) / steps * 1e3:.4f}"
-
-
-def nsys_command(nsys: str, out: pathlib.Path, arguments: list[str]) -> list[str]:
-    """Returns the command that profiles this script with the given arguments."""
-    return [
-        nsys, "profile", "-t", "cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
-        "--capture-range-end=stop", "--force-overwrite=true", "-o", str(out / "step"),
-        sys.executable, __file__, "--captured", *arguments,
-    ]  # fmt: skip
+def _table(what: str, clock: str, groups: dict[str, list], steps: int) -> str:
+    rows = [(what, "times a step", f"{clock} ms a step")]
+    for name, events in groups.items():
+        spent = f"{_seconds(events) / steps * 1e3:.4f}" if events else ""
+        rows.append((name[:90], f"{len(events) / steps:g}" if events else "", spent))
+    return table(rows, markdown=True)
 
 
 def launch(nsys: str, out: pathlib.Path, arguments: list[str]) -> bool:
@@ -177,8 +148,12 @@ def launch(nsys: str, out: pathlib.Path, arguments: list[str]) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     report = out / "step.nsys-rep"
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "DGG_NVTX": "1"}
-    done = subprocess.run(nsys_command(nsys, out, arguments), env=environment)
+    command = [
+        nsys, "profile", "-t", "cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop", "--force-overwrite=true", "-o", str(out / "step"),
+        sys.executable, __file__, "--captured", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "DGG_NVTX": "1"})
     if done.returncode or not report.exists():
         print(f"nsys made no report (exit code {done.returncode}): torch.profiler instead")
         return False
@@ -197,13 +172,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--shape", choices=SHAPES, help="default: llava7b, on a CPU narrow")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=MOST_STEPS)
+    # Traces of more steps are too large to open.
+    parser.add_argument("--steps", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--alpha", type=float, default=1.0, help="1: every step injects")
     parser.add_argument("--backend", choices=("cpp", "triton", "reference"))
     parser.add_argument("--anchor-device", choices=("cpu",), help="anchors on the host")
     options = parser.parse_args(arguments)
-    if not 1 <= options.steps <= MOST_STEPS:
-        parser.error(f"--steps {options.steps}: 1 to {MOST_STEPS}, or the trace cannot be opened")
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here that torch can use")

@@ -68,13 +68,7 @@ def lost_device() -> str | None:
 
 
 class Witness:
-    """The plugin.
-
-    Args:
-        path: File to write to.
-        part: Number of the part, and of how many.
-        only: Keep the tests with one of these in their names; empty: all.
-    """
+    """The plugin, for a part of the tests; ``only``: words of the names of those to take."""
 
     def __init__(self, path: pathlib.Path, part: tuple[int, int], only: list[str]) -> None:
         self._part, self._path, self._only = part, path, only
@@ -101,9 +95,7 @@ class Witness:
 
     def pytest_runtest_logreport(self, report) -> None:
         """Notes how a test ended; ends the process with it if the device is lost."""
-        if report.when == "setup" and report.passed:
-            return
-        if report.when == "teardown" and report.passed:
+        if report.when != "call" and report.passed:
             return
         reason = lost_device()
         message = _message(report)

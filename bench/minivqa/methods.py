@@ -73,7 +73,6 @@ METHODS = {
         Method("no_bernoulli", "ĝ + replay, no sampling (α = 1)", replay=True, alpha=1.0),
     )
 }
-MAIN = ("joint", "guidance_replay", "l2sp", "replay", "guidance", "sequential")
 
 
 class Interrupted(Exception):
@@ -123,10 +122,8 @@ def load_data(settings: Settings, seed: int) -> Data:
 def fingerprint(method: Method, settings: Settings, seed: int) -> str:
     """Names everything the numbers of a run depend on, so that no foreign checkpoint is resumed."""
     base = hashlib.sha256(vqa.BASE_PATH.read_bytes()).hexdigest()
-    return json.dumps(
-        {"method": asdict(method), "settings": asdict(settings), "seed": seed, "base": base},
-        sort_keys=True,
-    )
+    found = {"method": asdict(method), "settings": asdict(settings), "seed": seed, "base": base}
+    return json.dumps(found, sort_keys=True)
 
 
 def run(
@@ -148,14 +145,9 @@ def run(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     optimizer = dgg.AdamW(
-        parameters,
-        lr=method.lr,
-        weight_decay=settings.weight_decay,
-        alpha=method.alpha,
-        scaling=method.scaling,
-        max_grad_norm=settings.max_grad_norm,
-        seed=seed,
-    )
+        parameters, lr=method.lr, weight_decay=settings.weight_decay, alpha=method.alpha,
+        scaling=method.scaling, max_grad_norm=settings.max_grad_norm, seed=seed,
+    )  # fmt: skip
     answer = vqa.Answerer(model)
     buffer = ReplayBuffer(settings.replay_per_task, seed=seed)
     matrix = AccuracyMatrix(data.tasks, [settings.test_items] * count)
@@ -179,11 +171,9 @@ def run(
         spent = saved["seconds"]
 
     while stage < stages:
-        steps = settings.steps * (count if method.joint else 1)
-        rows = range(
-            stage * settings.train_items,
-            (count if method.joint else stage + 1) * settings.train_items,
-        )
+        last = count if method.joint else stage + 1  # behind the last sub-task that is trained
+        steps = settings.steps * (last - stage)
+        rows = range(stage * settings.train_items, last * settings.train_items)
         meter = _Meter()
         model.train()
         _forget_moments(optimizer)
@@ -214,9 +204,8 @@ def run(
             raise AssertionError("the L2-SP penalty was zero during a whole sub-task")
 
         model.eval()
-        for j in range(count if method.joint else stage + 1):
-            row = count - 1 if method.joint else stage
-            matrix.record(row, j, vqa.accuracy(answer, *data.test[j]))
+        for j in range(last):
+            matrix.record(last - 1, j, vqa.accuracy(answer, *data.test[j]))
 
         # The task boundary: remember some examples, and where the parameters are now.
         if method.replay:
@@ -226,35 +215,28 @@ def run(
         if method.penalty:
             anchor = [p.detach().clone() for p in parameters]
         stage += 1
-        _save(
-            checkpoint,
-            {
-                "fingerprint": mark,
-                "stage": stage,
-                "adapter": {name: p.detach() for name, p in named.items()},
-                "optimizer": optimizer.state_dict(),
-                "buffer": buffer.state_dict(),
-                "rows": matrix.rows,
-                "anchor": anchor,
-                "trace": trace,
-                "rng": torch.get_rng_state(),
-                "seconds": spent + time.perf_counter() - started,
-            },
-        )
+        saved = {
+            "fingerprint": mark,
+            "stage": stage,
+            "adapter": {name: p.detach() for name, p in named.items()},
+            "optimizer": optimizer.state_dict(),
+            "buffer": buffer.state_dict(),
+            "rows": matrix.rows,
+            "anchor": anchor,
+            "trace": trace,
+            "rng": torch.get_rng_state(),
+            "seconds": spent + time.perf_counter() - started,
+        }
+        _save(checkpoint, saved)
 
-    metrics = matrix.summary()
     return {
         "method": method.name,
         "label": method.label,
         "seed": seed,
-        "alpha": method.alpha,
-        "scaling": method.scaling,
-        "penalty": method.penalty,
-        "lr": method.lr,
-        "replay": method.replay,
+        **{key: getattr(method, key) for key in ("alpha", "scaling", "penalty", "lr", "replay")},
         "tasks": list(data.tasks),
         "matrix": matrix.rows,
-        **metrics,
+        **matrix.summary(),
         "undefined": matrix.undefined(),
         "trace": trace,
         "seconds": spent + time.perf_counter() - started,
@@ -274,9 +256,8 @@ def _forget_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def squared_distance(parameters, anchor) -> torch.Tensor:
     """|theta - theta*|^2 over all parameters."""
-    return torch.stack(
-        [(p - a).square().sum() for p, a in zip(parameters, anchor, strict=True)]
-    ).sum()
+    squares = [(p - a).square().sum() for p, a in zip(parameters, anchor, strict=True)]
+    return torch.stack(squares).sum()
 
 
 class _Meter:

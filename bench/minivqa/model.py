@@ -40,48 +40,31 @@ def build() -> LlavaForConditionalGeneration:
     )
 
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=scenes.IMAGE_PIXELS,
-        patch_size=scenes.CELL_PIXELS,
-        projection_dim=96,
-    )
+        hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        image_size=scenes.IMAGE_PIXELS, patch_size=scenes.CELL_PIXELS, projection_dim=96,
+    )  # fmt: skip
     text = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=len(scenes.VOCABULARY),
-        max_position_embeddings=64,
-        bos_token_id=scenes.WORD_ID[scenes.BEGIN],
-        eos_token_id=None,
-        pad_token_id=None,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=len(scenes.VOCABULARY), max_position_embeddings=64,
+        bos_token_id=scenes.WORD_ID[scenes.BEGIN], eos_token_id=None, pad_token_id=None,
         tie_word_embeddings=False,
-    )
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=scenes.WORD_ID[scenes.IMAGE],
-        image_seq_length=scenes.CELLS,
-        vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=scenes.WORD_ID[scenes.IMAGE],
+        image_seq_length=scenes.CELLS, vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-    )
+    )  # fmt: skip
     return LlavaForConditionalGeneration(config)
 
 
-def load_base(path: Path = BASE_PATH) -> LlavaForConditionalGeneration:
+def load_base() -> LlavaForConditionalGeneration:
     """The shipped base in float32, frozen."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: make it with `bench/continual.py --pretrain`")
     model = build()
-    weights = {name: value.float() for name, value in load_file(path).items()}
+    weights = {name: value.float() for name, value in load_file(BASE_PATH).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing or unexpected:
-        raise ValueError(f"{path} does not fit the model: {missing=} {unexpected=}")
+        raise ValueError(f"{BASE_PATH} does not fit the model: {missing=} {unexpected=}")
     return model.eval().requires_grad_(False)
 
 
@@ -136,7 +119,6 @@ class Answerer:
     """
 
     def __init__(self, model) -> None:
-        """Take the weights of `with_lora(...)`."""
         llava = inner(model)
         self._language = language = llava.model.language_model
         self._head, self._embed = llava.lm_head, llava.get_input_embeddings()
@@ -185,7 +167,6 @@ class _Stack:
     """Linear layers of one shape, with their adapters."""
 
     def __init__(self, linears) -> None:
-        """Take peft's layers, in the order of their use."""
         self._frozen = torch.stack([linear.base_layer.weight for linear in linears])
         self._a = [linear.lora_A["default"].weight for linear in linears]
         self._b = [linear.lora_B["default"].weight for linear in linears]
@@ -193,9 +174,8 @@ class _Stack:
 
     def merged(self, layers: int) -> tuple[torch.Tensor, ...]:
         """W + scaling * B A: one matrix a layer, the rows of its linears below each other."""
-        merged = torch.baddbmm(
-            self._frozen, torch.stack(self._b), torch.stack(self._a), alpha=self._scaling
-        )
+        b, a = torch.stack(self._b), torch.stack(self._a)
+        merged = torch.baddbmm(self._frozen, b, a, alpha=self._scaling)
         return merged.view(layers, -1, merged.shape[-1]).unbind()
 
 
@@ -213,9 +193,8 @@ def accuracy(
 ) -> float:
     """Share of right answers in %, over the whole vocabulary (no list of choices is given)."""
     right = 0
-    for p, f, a in zip(
-        prompts.split(chunk), features.split(chunk), answers.split(chunk), strict=True
-    ):
+    parts = (x.split(chunk) for x in (prompts, features, answers))
+    for p, f, a in zip(*parts, strict=True):
         right += int((answer(p, f).argmax(-1) == a).sum())
     return 100.0 * right / len(answers)
 
@@ -247,25 +226,19 @@ def _question_loss(model, items, pixels) -> torch.Tensor:
     return F.cross_entropy(answer_logits(model, prompts, _live_features(model, pixels)), answers)
 
 
-def plain_accuracy(model, seed: int = 10_000, count: int = 300) -> dict[str, float]:
-    """Accuracy of the base on fresh questions seen by the plain camera, by sub-task."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+def plain_accuracy(model) -> dict[str, float]:
+    """Accuracy of the base on 300 fresh questions a sub-task, seen by the plain camera."""
+    rng, generator = random.Random(10_000), torch.Generator().manual_seed(10_000)
     scores = {}
     for task in scenes.TASKS:
-        items = scenes.make_items(task, count, rng)
+        items = scenes.make_items(task, 300, rng)
         features = image_features(model, scenes.render(items, scenes.PLAIN, generator))
-        scores[task.name] = accuracy(
-            partial(answer_logits, model), *_with_features(items, features)
-        )
+        prompts, answers = scenes.encode(items)
+        scores[task.name] = accuracy(partial(answer_logits, model), prompts, features, answers)
     return scores
 
 
-def _with_features(items, features):
-    prompts, answers = scenes.encode(items)
-    return prompts, features, answers
-
-
-def _train_eyes(model, rng, generator, steps: int, batch: int, log) -> None:
+def _train_eyes(model, rng, generator, steps: int, batch: int) -> None:
     """Vision tower and projector first, with a linear head that is thrown away afterwards.
 
     Through four fresh layers of language model the tower learns colours at once but shapes not in
@@ -290,29 +263,21 @@ def _train_eyes(model, rng, generator, steps: int, batch: int, log) -> None:
         optimizer.step()
         if (step + 1) % 100 == 0:
             right = (logits.argmax(-1) == truth).float().mean()
-            log(f"eyes {step + 1:5d}  loss {loss.item():.3f}  cells right {100 * right:.1f} %")
+            print(f"eyes {step + 1:5d}  loss {loss.item():.3f}  cells right {100 * right:.1f} %")
 
 
-def pretrain(
-    steps: int = 3000,
-    caption_steps: int = 300,
-    batch: int = 64,
-    lr: float = 2e-3,
-    seed: int = 0,
-    path: Path = BASE_PATH,
-    save_every: int = 500,
-    log: Callable[[str], None] = print,
-) -> dict[str, float]:
+def pretrain() -> dict[str, float]:
     """Pre-train the base and save it in float16.
 
     First the vision tower alone, then captions of crowded scenes, then one caption batch to seven
     question batches; the scenes asked about grow from two objects to four or more. Data never
     repeat, so there is nothing to over-fit to.
     """
-    torch.manual_seed(seed)
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    steps, caption_steps, batch, lr = 3000, 300, 64, 2e-3
+    torch.manual_seed(0)
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     model = build().train()
-    _train_eyes(model, rng, generator, 300, batch, log)
+    _train_eyes(model, rng, generator, 300, batch)
     # torch's own AdamW on purpose: the base shall not depend on what the demo is about.
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     running = {"caption": 0.0, "question": 0.0}
@@ -335,23 +300,21 @@ def pretrain(
         value = loss.item()
         running[kind] = value if running[kind] == 0 else 0.97 * running[kind] + 0.03 * value
         if (step + 1) % 100 == 0:
-            log(
-                f"{step + 1:5d}  caption {running['caption']:.3f}  "
-                f"question {running['question']:.3f}"
-            )
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            save(model, path)
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in running.items())
+            print(f"{step + 1:5d}  {losses}", flush=True)
+        if (step + 1) % 500 == 0:
+            save(model)
             model.eval()
-            log("       " + "  ".join(f"{k} {v:.0f}" for k, v in plain_accuracy(model).items()))
+            print("       " + "  ".join(f"{k} {v:.0f}" for k, v in plain_accuracy(model).items()))
             model.train()
-    return plain_accuracy(load_base(path))
+    return plain_accuracy(load_base())
 
 
-def save(model, path: Path) -> None:
+def save(model) -> None:
     """Store the weights in float16, half the bytes and no measurable loss."""
     weights = {
         name: value.detach().half().contiguous()
         for name, value in model.state_dict().items()
         if value.is_floating_point()
     }
-    save_file(weights, path, metadata={"format": "pt"})
+    save_file(weights, BASE_PATH, metadata={"format": "pt"})

@@ -88,36 +88,30 @@ def _others(rng: random.Random, n: int, forbidden: Sequence[int]) -> list[int]:
     return [rng.choice(allowed) for _ in range(n)]
 
 
-def _distinct(rng: random.Random, crowd: int) -> tuple[list[int], list[int]]:
+def _board(rng: random.Random, crowd: int, distinct: str) -> tuple[Thing, ...]:
+    """Things of which no two share their colour, or no two their shape."""
     n = rng.randint(2, crowd)
-    return rng.sample(range(6), n), [rng.randrange(6) for _ in range(n)]
+    different, others = rng.sample(range(6), n), [rng.randrange(6) for _ in range(n)]
+    looks = (others, different) if distinct == "colour" else (different, others)
+    return scatter(rng, list(zip(*looks, strict=True)))
+
+
+def _ask(rng: random.Random, *forms: str) -> tuple[str, ...]:
+    """The words of one of the ways to ask."""
+    return tuple(rng.choice(forms).split())
 
 
 def _recognition(rng: random.Random, crowd: int) -> Item:
-    colours, shapes = _distinct(rng, crowd)
-    things = scatter(rng, list(zip(shapes, colours, strict=True)))
-    colour = COLOURS[things[0].colour]
-    question = rng.choice(
-        (
-            ("what", "shape", "is", "the", colour, "thing"),
-            ("name", "the", colour, "thing"),
-            ("the", colour, "thing", "is", "what", "shape"),
-        )
-    )
+    things = _board(rng, crowd, "colour")
+    it = f"the {COLOURS[things[0].colour]} thing"
+    question = _ask(rng, f"what shape is {it}", f"name {it}", f"{it} is what shape")
     return Item(things, question, SHAPES[things[0].shape])
 
 
 def _location(rng: random.Random, crowd: int) -> Item:
-    colours, shapes = _distinct(rng, crowd)
-    things = scatter(rng, list(zip(shapes, colours, strict=True)))
-    colour = COLOURS[things[0].colour]
-    question = rng.choice(
-        (
-            ("where", "is", "the", colour, "thing"),
-            ("in", "which", "place", "is", "the", colour, "thing"),
-            ("find", "the", colour, "thing"),
-        )
-    )
+    things = _board(rng, crowd, "colour")
+    it = f"the {COLOURS[things[0].colour]} thing"
+    question = _ask(rng, f"where is {it}", f"in which place is {it}", f"find {it}")
     return Item(things, question, PLACES[things[0].cell])
 
 
@@ -126,27 +120,21 @@ def _counting(rng: random.Random, crowd: int) -> Item:
     rest = rng.randint(1, max(1, crowd - 1))
     colours = [colour] * count + _others(rng, rest, [colour])
     things = scatter(rng, [(rng.randrange(6), c) for c in colours])
-    question = rng.choice(
-        (
-            ("how", "many", COLOURS[colour], "things", "are", "there"),
-            ("count", "the", COLOURS[colour], "things"),
-            ("what", "number", "of", "things", "is", COLOURS[colour]),
-        )
-    )
+    name = COLOURS[colour]
+    question = _ask(
+        rng, f"how many {name} things are there", f"count the {name} things",
+        f"what number of things is {name}",
+    )  # fmt: skip
     return Item(things, question, NUMBERS[count])
 
 
 def _colour(rng: random.Random, crowd: int) -> Item:
-    shapes, colours = _distinct(rng, crowd)
-    things = scatter(rng, list(zip(shapes, colours, strict=True)))
+    things = _board(rng, crowd, "shape")
     shape = SHAPES[things[0].shape]
-    question = rng.choice(
-        (
-            ("what", "colour", "is", "the", shape),
-            ("name", "the", "colour", "of", "the", shape),
-            ("the", shape, "is", "what", "colour"),
-        )
-    )
+    question = _ask(
+        rng, f"what colour is the {shape}", f"name the colour of the {shape}",
+        f"the {shape} is what colour",
+    )  # fmt: skip
     return Item(things, question, COLOURS[things[0].colour])
 
 
@@ -154,24 +142,15 @@ def _comparison(rng: random.Random, crowd: int) -> Item:
     first, second = rng.sample(range(6), 2)
     more = rng.randint(2, 3)
     fewer = rng.randint(1, more - 1)
-    counts, answer = rng.choice(
-        (
-            ((more, fewer), COLOURS[first]),
-            ((fewer, more), COLOURS[second]),
-            ((fewer, fewer), "equal"),
-        )
-    )
+    a, b = COLOURS[first], COLOURS[second]
+    counts, answer = rng.choice((((more, fewer), a), ((fewer, more), b), ((fewer, fewer), "equal")))
     rest = _others(rng, rng.randint(0, crowd - 2), [first, second])
     colours = [first] * counts[0] + [second] * counts[1] + rest
     things = scatter(rng, [(rng.randrange(6), c) for c in colours])
-    a, b = COLOURS[first], COLOURS[second]
-    question = rng.choice(
-        (
-            ("are", "there", "more", a, "or", b, "things"),
-            ("more", a, "things", "or", b, "things"),
-            ("compare", a, "and", b),
-        )
-    )
+    question = _ask(
+        rng, f"are there more {a} or {b} things", f"more {a} things or {b} things",
+        f"compare {a} and {b}",
+    )  # fmt: skip
     return Item(things, question, answer)
 
 
@@ -186,14 +165,8 @@ def _judging(rng: random.Random, crowd: int) -> Item:
         looks[rng.randrange(2)] = (shape, colour)
     for _ in range(rng.randint(0, crowd - 2)):
         looks.append((*_others(rng, 1, [shape]), *_others(rng, 1, [colour])))
-    a, b = COLOURS[colour], SHAPES[shape]
-    question = rng.choice(
-        (
-            ("is", "there", "a", a, b),
-            ("can", "you", "find", "a", a, b),
-            ("a", a, b, "is", "there", "yes", "or", "no"),
-        )
-    )
+    it = f"a {COLOURS[colour]} {SHAPES[shape]}"
+    question = _ask(rng, f"is there {it}", f"can you find {it}", f"{it} is there yes or no")
     return Item(scatter(rng, looks), question, "yes" if yes else "no")
 
 
@@ -204,13 +177,10 @@ def _majority(rng: random.Random, crowd: int) -> Item:
     for colour in rng.sample([k for k in range(6) if k != winner], rng.randint(1, crowd - 1)):
         rest += [colour] * rng.randint(1, count - 1)
     looks = [(rng.randrange(6), c) for c in ([winner] * count + rest)[:CELLS]]
-    question = rng.choice(
-        (
-            ("which", "colour", "is", "most", "common"),
-            ("most", "things", "are", "what", "colour"),
-            ("name", "the", "most", "common", "colour"),
-        )
-    )
+    question = _ask(
+        rng, "which colour is most common", "most things are what colour",
+        "name the most common colour",
+    )  # fmt: skip
     return Item(scatter(rng, looks), question, COLOURS[winner])
 
 
@@ -218,13 +188,10 @@ def _lookup(rng: random.Random, crowd: int) -> Item:
     looks = [(rng.randrange(6), rng.randrange(6)) for _ in range(rng.randint(2, crowd))]
     things = scatter(rng, looks)
     place = PLACES[things[0].cell]
-    question = rng.choice(
-        (
-            ("what", "is", "in", "the", place),
-            ("the", place, "thing", "is", "what", "shape"),
-            ("name", "the", "thing", "in", "the", place),
-        )
-    )
+    question = _ask(
+        rng, f"what is in the {place}", f"the {place} thing is what shape",
+        f"name the thing in the {place}",
+    )  # fmt: skip
     return Item(things, question, SHAPES[things[0].shape])
 
 
@@ -328,8 +295,7 @@ def render(items: Sequence[Item], camera: Camera, generator: torch.Generator) ->
     """Draw the scenes as this camera sees them: (items, 3, 36, 36), values about -1 ... 2."""
     n = len(items)
     where = [(k, thing) for k, item in enumerate(items) for thing in item.things]
-    count = len(where)
-    rows = torch.tensor([k for k, _ in where])
+    count, rows = len(where), torch.tensor([k for k, _ in where])
     cells = torch.tensor([thing.cell for _, thing in where])
     shapes = torch.tensor([thing.shape for _, thing in where])
     lit = torch.tensor([_RGB[COLOURS[thing.colour]] for _, thing in where], dtype=torch.float32)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The part of run.py that runs the tests: shared out to processes, begun again when one is lost."""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from gpu import witness
+from gpu.stages import ROOT, Failed, Stages, block, kill, tail
+
+# A test that takes longer hangs: the slowest compiles a few kernels while other tests do, too.
+PATIENCE = 75
+# Processes that share the tests, most of whose time is compilation, and what each needs.
+MOST_PARTS, PART_BYTES = 12, 6 * 2**30
+# How often a part of the tests, or the benchmark, goes on after the device was lost.
+RESTARTS = 5
+
+
+def pytest_command(stages: Stages, *more: str) -> list[object]:
+    """Returns the command that runs tests which need a GPU."""
+    # Settings of its own: those of the project want a newer pytest and its plugins.
+    settings = stages.work / "pytest.ini"
+    marks = "".join(f"    {mark}\n" for mark in ("gpu", "dist", "slow", "compat"))
+    settings.write_text(f"[pytest]\nmarkers =\n{marks}", encoding="utf-8")
+    shutil.copy2(witness.__file__, stages.work)
+    files = [
+        path for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]  # fmt: skip
+    return [
+        sys.executable, "-m", "pytest", "-c", settings, "--rootdir", stages.work,
+        "-p", "no:cacheprovider", "-p", "witness", "-v", "-ra", "-m", "gpu",
+        "--continue-on-collection-errors", *more, *files,
+    ]  # fmt: skip
+
+
+def run_tests(stages: Stages) -> dict:
+    """Runs the tests that are marked `gpu`, shared out to several processes."""
+    if not stages.environment.get("pytest"):
+        raise Failed("pytest is not installed here: the GPU tests were not run")
+    folder = stages.work / "tests"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    command = pytest_command(stages, *(["--collect-only"] if stages.rehearsal else []))
+    parts = processes(stages)
+    share = [
+        Part(folder, (number, parts), lambda output, more: stages.start(command, more, output))
+        for number in range(parts)
+    ]
+    end = time.monotonic() + stages.limit
+    for part in share:
+        part.start()
+    while any([part.running() for part in share]) and time.monotonic() < end:
+        time.sleep(0.2)
+    stopped = [part for part in share if part.stop()]
+    for part in share:
+        stages.log.write(part.output())
+    found = summarise(record for part in share for record in witness.records(part.path))
+    tails = [tail(part.output(), 12) for part in share if part.failed or part in stopped]
+    page = [", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "skipped"))]
+    page += [f"FAILED {failure['name']}: {failure['message']}" for failure in found["failures"]]
+    page += [f"{n} skipped: {reason}" for reason, n in found["skip_reasons"].items()]
+    stages.say("\n".join([*page, *tails]))
+    stages.pages.append(block("Tests", page))
+    reasons = [part.failed for part in share if part.failed]
+    if stopped:
+        reasons.append("stopped at its limit; not all tests were run")
+    if found["failed"]:
+        names = ", ".join(failure["name"] for failure in found["failures"][:10])
+        reasons.append(f"{found['passed']} passed, {found['failed']} failed: {names}")
+    if reasons:
+        return {**found, "status": "failed", "reason": "; ".join(dict.fromkeys(reasons))}
+    if not stages.rehearsal and not found["passed"]:
+        raise Failed("no test was run: none is marked gpu, or all were skipped")
+    return {**found, "summary": f"{found['passed']} passed, {found['skipped']} skipped"}
+
+
+def processes(stages: Stages) -> int:
+    """Returns how many processes share the tests."""
+    if stages.rehearsal:
+        return 1
+    fitting = int(stages.environment.get("memory") or 0) // PART_BYTES
+    return max(1, min(MOST_PARTS, 3 * (os.cpu_count() or 1) // 4, fitting))
+
+
+class Part:
+    """A share of the tests, run by one process after the other until none is left.
+
+    Args:
+        folder: Where its files go.
+        number: Which part, and of how many.
+        launch: (file for the output, environment) → a process that runs the tests.
+
+    Attributes:
+        path: What the witness writes.
+        failed: Why the part was given up, or None.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, number: tuple[int, int], launch: Callable[..., subprocess.Popen]
+    ) -> None:
+        part, parts = number
+        self.path, self._printed = folder / f"{part}.jsonl", folder / f"{part}.log"
+        self.failed: str | None = None
+        # Tensors on the CPU are small here, and the processes many.
+        self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{part}/{parts}",
+                      "OMP_NUM_THREADS": "2"}  # fmt: skip
+        self._launch, self._starts = launch, 0
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Starts a process for the tests that are left."""
+        self._starts += 1
+        with self._printed.open("a", encoding="utf-8") as output:
+            self._process = self._launch(output, self._more)
+        self._begun = time.time()
+
+    def running(self) -> bool:
+        """Looks after the process; returns whether there is more to wait for."""
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        written = self.path.stat().st_mtime if self.path.exists() else 0.0
+        quiet = time.time() - max(written, self._begun)
+        if code is None and quiet < PATIENCE:
+            return True
+        open_test = witness.unfinished(witness.records(self.path))
+        # Python and pytest take their time, too, before the first test and behind the last.
+        if code is None and open_test is None and quiet < 3 * PATIENCE:
+            return True
+        if code is None:
+            kill(self._process)
+            how = f"no end after {quiet:.0f} s"
+        elif code in (0, 1, 5):
+            self._process = None
+            return False
+        else:
+            how = f"its process ended with exit code {code}"
+        self._process = None
+        if open_test is not None:
+            failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
+            witness.note(self.path, test=open_test, **failed)
+        elif code != witness.LOST:
+            self.failed = f"pytest: {how}"
+            return False
+        if self._starts > RESTARTS:
+            self.failed = f"the device was lost {self._starts} times"
+            return False
+        self.start()
+        return True
+
+    def stop(self) -> bool:
+        """Ends what still runs; returns whether it did."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        kill(self._process)
+        return True
+
+    def output(self) -> str:
+        """Returns what the processes printed."""
+        exists = self._printed.exists()
+        return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
+
+
+def summarise(found: Iterable[dict]) -> dict:
+    """Returns what witnesses say: counts, failures, reasons of skips, the slowest tests."""
+    ends = {record["test"]: record for record in found if "test" in record}
+    by = {name: [] for name in ("passed", "failed", "skipped")}
+    for record in ends.values():
+        by[record["outcome"]].append(record)
+    slowest = sorted(ends.values(), key=lambda record: -record["seconds"])[:10]
+    return {
+        **{name: len(records) for name, records in by.items()},
+        "failures": [{"name": r["test"], "message": r["message"]} for r in by["failed"]],
+        "skip_reasons": dict(collections.Counter(record["message"] for record in by["skipped"])),
+        "lost": [record["test"] for record in ends.values() if record.get("lost")],
+        "slowest": [{"name": r["test"], "seconds": r["seconds"]} for r in slowest],
+    }
