@@ -461,8 +461,8 @@ def _total_gradients(
     maximize, strength, threshold, replay_weight, grad_scale, seed, draw,
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Yields the number and G of every row that has a gradient, each when it is asked for."""
-    for row, (param, grad, anchor) in enumerate(zip(params, grads, anchors, strict=True)):
-        replay = _entry(replays, row)
+    for row, param in enumerate(params):
+        grad, replay, anchor = grads[row], _entry(replays, row), anchors[row]
         if grad is None and replay is None:
             continue
         dtype = compute_dtype(param)
@@ -470,7 +470,7 @@ def _total_gradients(
         difference = None
         inject = int(flags[row]) & (INJECT | INJECT_ELEMENTS)
         if anchor is not None and inject:
-            difference = param.to(dtype) - anchor.to(param.device, dtype)
+            difference = param.to(h.dtype) - anchor.to(param.device, h.dtype)
             if inject & INJECT_ELEMENTS:
                 elements = _elements(param, _entry(places, row))
                 words = _philox.element_words(seed, draw, indices[row], elements)
