@@ -22,7 +22,7 @@ arXiv 2511.15164.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def norms(
     """
     squares = torch.zeros(3, len(params), dtype=torch.float64, device=distances.device)
     for row, (param, grad, anchor) in enumerate(zip(params, grads, anchors, strict=True)):
-        replay = replays[row] if len(replays) else None
+        replay = _entry(replays, row)
         if grad is None and replay is None:
             continue
         dtype = compute_dtype(param)
@@ -148,28 +148,24 @@ def coefficients(
         float64 [4 + n]: c, ‖g‖, ‖d‖, ‖h‖, then s / strength of every row.
     """
     total, grad, dist = squares.sum(dim=1).sqrt().unbind()
-    one = torch.ones_like(total)
-    clip = one
+    clip = scale = torch.ones_like(total)
     if max_grad_norm is not None:
         clip = torch.clamp(max_grad_norm / (total + 1e-6), max=1.0)
-    if not scaling:
-        scale = one.expand(squares.shape[1])
-    else:
+    if scaling:
         g, d = (squares[1].sqrt(), squares[2].sqrt()) if per_tensor else (grad, dist)
         # clamp keeps NaN; 0/0 is decided here because minimum, fmin and Triton disagree on it.
         scale = torch.clamp(clip * g / d, max=1.0)
         # Nor is there a direction in what is not finite: a NaN would go into all weights.
         usable = (g != 0) & (d != 0) & g.isfinite() & d.isfinite()
         scale = torch.where(usable, scale, torch.zeros_like(scale))
-        scale = scale.expand(squares.shape[1])
-    return torch.cat([torch.stack([clip, grad, dist, total]), scale])
+    return torch.cat([torch.stack([clip, grad, dist, total]), scale.expand(squares.shape[1])])
 
 
 def adopted(master: Tensor, copy: Tensor) -> Tensor:
-    """Returns what a master weight is, given the low-precision parameter that the model sees.
+    """Returns the master weight that goes with the low-precision parameter that the model sees.
 
-    Where the parameter is still its master's rounding that is the master; whatever else somebody
-    has written into the parameter (in place, through ``.data``, by loading) takes its place.
+    Where the parameter is still the rounded master, the master stays. Where somebody has written
+    another value into the parameter (in place, through ``.data``, by loading), the master is that.
     """
     return torch.where(master.to(copy.dtype) == copy, master, copy.to(master.dtype))
 
@@ -258,15 +254,12 @@ def adam_(
         seed: Seed of the draws.
         draw: Draw index k.
     """
-    for row, param in enumerate(params):
-        total = _total_gradient(
-            row, params, grads, replays, anchors, coefficients, flags, indices,
-            maximize=maximize, strength=strength, threshold=threshold,
-            replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
-            places=places,
-        )  # fmt: skip
-        if total is None:
-            continue
+    for row, total in _total_gradients(
+        params, grads, replays, anchors, coefficients, flags, indices, places, maximize=maximize,
+        strength=strength, threshold=threshold, replay_weight=replay_weight,
+        grad_scale=grad_scale, seed=seed, draw=draw,
+    ):  # fmt: skip
+        param = params[row]
         dtype = total.dtype
         steps[row] += 1
         step = steps[row].item()
@@ -285,10 +278,9 @@ def adam_(
             max_exp_avg_sqs[row].copy_(largest)
         denom = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
         updated = theta - (lr / (1 - beta1**step)) * exp_avg / denom
-        copy = copies[row] if len(copies) else None
         store(
-            updated, param, copy, indices[row], stochastic=stochastic, seed=seed, draw=draw,
-            place=places[row] if places else None,
+            updated, param, _entry(copies, row), indices[row], stochastic=stochastic, seed=seed,
+            draw=draw, place=_entry(places, row),
         )  # fmt: skip
         _look_ahead(row, param, anchors[row], distances, look_ahead)
 
@@ -346,21 +338,16 @@ def sgd_(
         look_ahead: Also measure the distance after the update.
         copies: As in `adam_`.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
-        places: (base, stretch, stride) of every row that is a shard: its element l is element
-            base + (l // stretch) · stride + l % stretch of the whole parameter. Empty: all are
-            whole.
+        places: As in `adam_`.
         seed: Seed of the draws.
         draw: Draw index k.
     """
-    for row, param in enumerate(params):
-        total = _total_gradient(
-            row, params, grads, replays, anchors, coefficients, flags, indices,
-            maximize=maximize, strength=strength, threshold=threshold,
-            replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
-            places=places,
-        )  # fmt: skip
-        if total is None:
-            continue
+    for row, total in _total_gradients(
+        params, grads, replays, anchors, coefficients, flags, indices, places, maximize=maximize,
+        strength=strength, threshold=threshold, replay_weight=replay_weight,
+        grad_scale=grad_scale, seed=seed, draw=draw,
+    ):  # fmt: skip
+        param = params[row]
         theta = param.to(total.dtype)
         if weight_decay != 0:
             total = total + weight_decay * theta
@@ -371,10 +358,9 @@ def sgd_(
                 buffer = momentum_buffers[row].to(total.dtype) * momentum + (1 - dampening) * total
             momentum_buffers[row].copy_(buffer)
             total = total + momentum * buffer if nesterov else buffer
-        copy = copies[row] if len(copies) else None
         store(
-            theta - lr * total, param, copy, indices[row], stochastic=stochastic, seed=seed,
-            draw=draw, place=places[row] if places else None,
+            theta - lr * total, param, _entry(copies, row), indices[row], stochastic=stochastic,
+            seed=seed, draw=draw, place=_entry(places, row),
         )  # fmt: skip
         _look_ahead(row, param, anchors[row], distances, look_ahead)
 
@@ -462,42 +448,41 @@ def guide_(
         draw: Draw index k.
         places: As in `adam_`.
     """
-    for row, grad in enumerate(grads):
-        total = _total_gradient(
-            row, params, grads, replays, anchors, coefficients, flags, indices,
-            maximize=False, strength=-strength if maximize else strength, threshold=threshold,
-            replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
-            places=places,
-        )  # fmt: skip
-        if total is not None:
-            grad.copy_(total)
+    for row, total in _total_gradients(
+        params, grads, replays, anchors, coefficients, flags, indices, places, maximize=False,
+        strength=-strength if maximize else strength, threshold=threshold,
+        replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
+    ):  # fmt: skip
+        grads[row].copy_(total)
 
 
-def _total_gradient(
-    row, params, grads, replays, anchors, coefficients, flags, indices, *,
-    maximize, strength, threshold, replay_weight, grad_scale, seed, draw, places=(),
-) -> Tensor | None:  # fmt: skip
-    param, anchor = params[row], anchors[row]
-    replay = replays[row] if len(replays) else None
-    if grads[row] is None and replay is None:
-        return None
-    h, _ = gradients(
-        grads[row],
-        replay,
-        compute_dtype(param),
-        replay_weight=replay_weight,
-        grad_scale=grad_scale,
-    )
-    difference = None
-    inject = int(flags[row]) & (INJECT | INJECT_ELEMENTS)
-    if anchor is not None and inject:
-        difference = param.to(h.dtype) - anchor.to(param.device, h.dtype)
-        if inject & INJECT_ELEMENTS:
-            elements = _elements(param, places[row] if places else None)
-            words = _philox.element_words(seed, draw, indices[row], elements)
-            difference = torch.where(words < threshold, difference, torch.zeros_like(difference))
-    scale = strength * coefficients[SCALES + row]
-    return guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
+def _total_gradients(
+    params, grads, replays, anchors, coefficients, flags, indices, places, *,
+    maximize, strength, threshold, replay_weight, grad_scale, seed, draw,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Yields the number and G of every row that has a gradient, each when it is asked for."""
+    for row, param in enumerate(params):
+        grad, replay, anchor = grads[row], _entry(replays, row), anchors[row]
+        if grad is None and replay is None:
+            continue
+        dtype = compute_dtype(param)
+        h, _ = gradients(grad, replay, dtype, replay_weight=replay_weight, grad_scale=grad_scale)
+        difference = None
+        inject = int(flags[row]) & (INJECT | INJECT_ELEMENTS)
+        if anchor is not None and inject:
+            difference = param.to(h.dtype) - anchor.to(param.device, h.dtype)
+            if inject & INJECT_ELEMENTS:
+                elements = _elements(param, _entry(places, row))
+                words = _philox.element_words(seed, draw, indices[row], elements)
+                zeros = torch.zeros_like(difference)
+                difference = torch.where(words < threshold, difference, zeros)
+        scale = strength * coefficients[SCALES + row]
+        yield row, guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
+
+
+def _entry(entries, row):
+    """Returns the entry of a row; None if the list is empty, which means that no row has one."""
+    return entries[row] if len(entries) else None
 
 
 def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ def steps(params: list[Tensor], optimizer: Any, numbers: range) -> None:
         optimizer.step()
 
 
+def batches(buffer: dgg.ReplayBuffer) -> Iterator[list[Any]]:
+    """Returns the batches of a pass over numbers, or what is left of one."""
+    return buffer.batches(range(10), 4, ratio=0.25)
+
+
 def write(folder: pathlib.Path) -> None:
     """Writes every file into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +84,9 @@ def write(folder: pathlib.Path) -> None:
     buffer = dgg.ReplayBuffer(6, seed=2)
     buffer.add_task([{"x": torch.tensor([float(i)]), "text": str(i)} for i in range(9)])
     torch.save(buffer.state_dict(), folder / "ReplayBuffer.pt")
+    # A pickle has a pass that is under way, too.
+    next(batches(buffer))
+    (folder / "ReplayBuffer.pickle").write_bytes(pickle.dumps(buffer))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from dgg import replay
-from dgg.replay import ReplayBuffer
+from dgg.replay import ReplayBuffer, drawing
 
 
 def test_a_fixed_number_of_each_task():
@@ -794,7 +793,7 @@ def test_a_loader_without_workers_uses_the_buffer_itself():
 
 def _as_worker(monkeypatch, number, seed=7, **more):
     info = None if number is None else types.SimpleNamespace(id=number, seed=seed, **more)
-    monkeypatch.setattr(replay, "get_worker_info", lambda: info)
+    monkeypatch.setattr(drawing, "get_worker_info", lambda: info)
 
 
 def test_a_state_of_a_worker_goes_on_in_that_worker_alone(monkeypatch):
