@@ -49,9 +49,9 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "int threshold, float replay_weight, float grad_scale, int seed, int draw) -> ()");
 
   // On a device a step is launched: table and everything else lie there, and nothing waits for
-  // them. One launch serves the rows of one dtype combination, cut into chunks (dgg/backends/chunks.py);
-  // `dtypes` are their codes, `variant` says what the kernel must be able to do. Tensors passed as
-  // addresses are written, too.
+  // them. One launch serves the rows of one dtype combination, cut into chunks
+  // (dgg/backends/chunks.py); `dtypes` are their codes, `variant` says what the kernel must be able
+  // to do. Tensors passed as addresses are written, too.
   m.def(
       "norms_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor(c!) distances, "

@@ -5,8 +5,8 @@
 //
 // The stable interface of torch does not know gradients and version counters. The three functions
 // for them are looked up by name in the torch that is loaded. Nor does it know Python's objects and
-// lazy negation, for which it is found out where the words stand that tell. dgg/backends/native.py tries
-// all of it before its first use and does the work in Python wherever something is missing or
+// lazy negation, for which it is found out where the words stand that tell. dgg/backends/native.py
+// tries all of it before its first use and does the work in Python wherever something is missing or
 // different.
 
 #pragma once

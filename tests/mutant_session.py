@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -97,7 +98,7 @@ class Session:
             test = pipe.read()
         code = os.waitstatus_to_exitcode(status)
         verdict = {0: ALIVE, 1: KILLED, -signal.SIGXCPU: SLOW, -signal.SIGKILL: SLOW}.get(code)
-        if verdict is None:
+        if verdict is None or (verdict == KILLED and not test):  # pytest itself broke off
             raise RuntimeError(f"{mutant}: neither killed nor alive, exit code {code}")
         return verdict, test
 
@@ -108,7 +109,8 @@ class Session:
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
         os.environ["MUTANT_UNDER_TEST"] = mutant
         before = set(sys.modules)
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        # Of a function that no test reaches there is none, and its mutants are alive.
+        for item, following in itertools.zip_longest(items, items[1:]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if modules is not None:
             modules.write_text(json.dumps([name for name in sys.modules if name not in before]))

@@ -3,7 +3,7 @@
 
     make mutate                                # every target below, one process
     make mutate ARGS="reference"               # one of them
-    make mutate ARGS="_loading --keep"         # leaves build/mutate/_loading for a closer look
+    make mutate ARGS="reference --keep"        # leaves build/mutate/reference for a closer look
 
 mutmut makes the mutants and finds the tests that reach each function; `mutant_session.py` runs them
 for each of its mutants. A survivor is a line that no test needs: either a test is missing, or the
@@ -28,14 +28,15 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXPLAINED = ROOT / "docs" / "mutation_testing.md"
-# The mutated file's fastest tests that say all about it. More would not find more: what these do
-# not notice is looked at, line by line.
+# The mutated file of dgg/ and its fastest tests that say all about it. More would not find more:
+# what these do not notice is looked at, line by line.
 TARGETS = {
     "_philox": ["test_philox.py"],
     "reference": ["test_reference.py"],
-    "_boundary": ["testboundary.py"],
-    "_saved_state": ["test_saved_state.py"],
-    "_loading": ["test_world_of_one.py", "test_loading.py"],
+    "anchor/boundary": ["test_boundary.py", "test_anchors.py"],
+    "checkpoint/saved_state": ["test_saved_state.py"],
+    "checkpoint/load": ["test_world_of_one.py", "test_loading.py"],
+    "checkpoint/room": ["test_world_of_one.py", "test_loading.py"],
 }
 # Tests among them that start processes or write a gigabyte, and say nothing more.
 SLOW = "scripts_of or library_that or whole_model or shards_read or one_anchor_however"
@@ -233,12 +234,12 @@ def run(name: str, explained: dict[Mutant, str], *, keep: bool) -> list[Mutant]:
     known = [m for m in alive if m in explained]
     open_ones = [m for m in alive if m not in explained]
     print(
-        f"{name:<12} {len(tested):>5} mutants, {len(left_out)} of wording apart:"
+        f"{name:<22} {len(tested):>5} mutants, {len(left_out)} of wording apart:"
         f" {len(tested) - len(alive)} killed (of these by time {slow}),"
         f" {len(known)} explained, {len(open_ones)} open; {time.monotonic() - began:.0f} s",
         flush=True,
     )
-    module = f"{name}."
+    module = f"{pathlib.Path(name).name}."
     for mutant in explained:
         if mutant.function.startswith(module) and mutant not in known:
             print(f"explained, but gone or killed: {mutant}")

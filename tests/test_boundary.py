@@ -3,7 +3,7 @@
 
 `test_anchors.py` sets anchors; here stands every decision before that, each from both sides, and
 that nothing is written by it. ``make mutate`` holds these tests against every line of
-``dgg/boundary.py``.
+``dgg/anchor/boundary.py``.
 """
 
 from __future__ import annotations

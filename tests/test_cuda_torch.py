@@ -135,11 +135,11 @@ def _built(release: str, python: pathlib.Path) -> pathlib.Path:
     sources = [
         ROOT / "setup.py", ROOT / "pyproject.toml",
         *sorted((ROOT / "csrc").iterdir()),
-        *sorted((ROOT / "dgg").glob("*.py")), *sorted((ROOT / "kernels").glob("*.py")),
+        *sorted((ROOT / "dgg").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py")),
     ]  # fmt: skip
     digest = hashlib.sha256(f"{release} {python}".encode())
     for source in sources:
-        digest.update(source.name.encode() + source.read_bytes())
+        digest.update(str(source.relative_to(ROOT)).encode() + source.read_bytes())
     places = python.parents[2]
     place = places / f"dgg-{release}-{digest.hexdigest()[:16]}"
     if place.exists():

@@ -62,7 +62,7 @@ def examples_of_pages():
 def examples_of_docstrings():
     """Code by name: the file and the class or function."""
     found = {}
-    for path in sorted((ROOT / "dgg").glob("*.py")):
+    for path in sorted((ROOT / "dgg").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 continue
@@ -181,7 +181,7 @@ def trainer(run, monkeypatch, tmp_path, capsys):
 
 
 @stand_in("docs/huggingface.md 4")
-@stand_in("dgg/_guided.py set_anchor")
+@stand_in("dgg/optim/guided.py set_anchor")
 def own_loop(run, monkeypatch, tmp_path, capsys):
     model, _ = model_and_batches()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -219,7 +219,7 @@ def resumed_loop(run, monkeypatch, tmp_path, capsys):
 
 
 @stand_in("docs/checkpoints.md 4")
-@stand_in("dgg/convert.py convert_state_dict")
+@stand_in("dgg/checkpoint/convert.py convert_state_dict")
 def converted(run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     model, _ = model_and_batches()
@@ -286,7 +286,7 @@ def universal(run, monkeypatch, tmp_path, capsys):
     assert opt.param_groups[0]["anchored"] == 2
 
 
-@stand_in("dgg/optim.py AdamW")
+@stand_in("dgg/optim/adam.py AdamW")
 def adamw(run, monkeypatch, tmp_path, capsys):
     model, tasks = model_and_batches()
     forward = model.forward
@@ -295,7 +295,7 @@ def adamw(run, monkeypatch, tmp_path, capsys):
     assert opt.param_groups[0]["task_index"] == 3
 
 
-@stand_in("dgg/foreign.py Guidance")
+@stand_in("dgg/optim/guidance.py Guidance")
 def guidance(run, monkeypatch, tmp_path, capsys):
     model = torch.nn.Linear(4, 4, bias=False)  # Muon takes matrices only
     _, (first_task, second_task, _) = model_and_batches()
@@ -311,7 +311,7 @@ def guidance(run, monkeypatch, tmp_path, capsys):
     assert names["guidance"].param_groups[0]["draw_index"] == 6
 
 
-@stand_in("dgg/_loading.py prepare_for_load")
+@stand_in("dgg/optim/guided.py prepare_for_load")
 def distributed(run, monkeypatch, tmp_path, capsys):
     model, _ = model_and_batches()
     opt = dgg.AdamW(model.parameters())
