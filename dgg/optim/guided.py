@@ -9,6 +9,7 @@ checkpoint to `dgg.checkpoint`.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,6 +29,14 @@ from dgg.sharding import fsdp1
 from dgg.step import norms, state
 from dgg.step.rule import Rule
 from dgg.step.run import CAPTURED, EAGER, Verbs, run
+
+
+def _closure_of(self, closure: Callable[[], Any] | None = None) -> Any:
+    """Returns the closure among the arguments of `Stepped.step`, whose signature this is."""
+    return closure
+
+
+_closure_of.__qualname__ = "step"  # by which errors call it
 
 
 class Stepped(Imitable):
@@ -112,7 +121,7 @@ class Stepped(Imitable):
 
     # -- the step -------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417: see `_closure_of`
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
         Args:
@@ -142,11 +151,10 @@ class Stepped(Imitable):
             # hooks around that one.
             self._in_hooks = True
             try:
-                return (
-                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-                )
+                return _step_with_hooks(self, *args, **kwargs)  # hooks get just what was given
             finally:
                 self._in_hooks = False
+        closure = _closure_of(self, *args, **kwargs) if args or kwargs else None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -170,6 +178,7 @@ class Stepped(Imitable):
             self._optimizer_step_code()
         return loss
 
+    step.__signature__ = inspect.signature(_closure_of)
     step.hooked = True  # torch.optim leaves it as it is
 
     @torch._disable_dynamo
