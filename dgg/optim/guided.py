@@ -121,7 +121,7 @@ class Stepped(Imitable):
 
     # -- the step -------------------------------------------------------------------------------
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417: see `_closure_of`
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
         Args:
