@@ -135,10 +135,7 @@ class AccuracyMatrix:
 
     @classmethod
     def from_rows(
-        cls,
-        rows: Matrix,
-        tasks: Sequence[str] | None = None,
-        sizes: Sequence[float] | None = None,
+        cls, rows: Matrix, tasks: Sequence[str] | None = None, sizes: Sequence[float] | None = None
     ) -> AccuracyMatrix:
         """From a square list of lists; missing entries are None."""
         checked = _checked(rows)

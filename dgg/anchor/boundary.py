@@ -15,10 +15,7 @@ from dgg.sharding import fsdp1
 
 
 def is_due(
-    groups: Sequence[Mapping[str, Any]],
-    tensors: Any,
-    task: int | None,
-    resumed: int | None,
+    groups: Sequence[Mapping[str, Any]], tensors: Any, task: int | None, resumed: int | None
 ) -> bool:
     """Returns whether ``set_anchor(tensors, task=task)`` is to set the anchor, not to keep it.
 

@@ -201,9 +201,7 @@ def find(
 
 
 def _agreed(
-    whole: Sequence[Reading],
-    numbers: Sequence[int],
-    same: Callable[[int, str, str], bool],
+    whole: Sequence[Reading], numbers: Sequence[int], same: Callable[[int, str, str], bool]
 ) -> list[str]:
     """Returns the names in the first reading, if all are of the same tensors."""
     found: list[str] = []

@@ -11,14 +11,7 @@ from dgg.backends.choice import (
     unavailable,
 )
 from dgg.backends.prefetch import is_away, side_by_side
-from dgg.backends.rows import (
-    ADAM,
-    SGD,
-    Draw,
-    Rows,
-    Rule,
-    Scaling,
-)
+from dgg.backends.rows import ADAM, SGD, Draw, Rows, Rule, Scaling
 from dgg.backends.uploads import capturing, without_waiting
 from dgg.backends.views import is_dense, real_view, same_order
 from dgg.backends.watch import MemoryWatch

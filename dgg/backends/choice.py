@@ -112,11 +112,7 @@ def show_config() -> str:
 
 
 def make_rows(
-    backend: str,
-    params: Sequence[Tensor],
-    *args: Any,
-    capturable: bool = False,
-    **columns: Any,
+    backend: str, params: Sequence[Tensor], *args: Any, capturable: bool = False, **columns: Any
 ) -> Rows:
     """Returns the rows of parameters of one device.
 

@@ -343,12 +343,7 @@ class Rows:
     # -- the computation ------------------------------------------------------------------------
 
     def norms(
-        self,
-        *,
-        replay_weight: float,
-        scaling: Scaling,
-        which: int,
-        gate: Tensor | None = None,
+        self, *, replay_weight: float, scaling: Scaling, which: int, gate: Tensor | None = None
     ) -> Tensor:
         """Returns the squares of `reference.norms` for these rows.
 

@@ -29,10 +29,7 @@ class MemoryWatch:
     """
 
     def __init__(
-        self,
-        params: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        anchors: Sequence[int] = (),
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], anchors: Sequence[int] = ()
     ) -> None:
         self._params = [sharding.local(p) for p in params]
         tensors = [sharding.local(x) for x in tensors]

@@ -23,10 +23,7 @@ from dgg.sharding import fsdp1
 from dgg.step import state
 
 _FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
-_BEFORE, _AFTER = (
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_BEFORE, _AFTER = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 
 
 def make_whole(opt) -> None:

@@ -368,9 +368,7 @@ class Driver:
                 rows.take_gradients(list(rows.params), [], elementwise=False)
                 rows.forget()
                 squares = rows.norms(
-                    replay_weight=1.0,
-                    scaling=backends.Scaling(),
-                    which=reference.NORM_DISTANCE,
+                    replay_weight=1.0, scaling=backends.Scaling(), which=reference.NORM_DISTANCE
                 )
                 total += squares[2].sum().to(total.device)
                 rows.release()

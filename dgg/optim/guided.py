@@ -268,10 +268,7 @@ class Guided(Stepped):
     @imitable
     @torch.no_grad()
     def prepare_for_load(
-        self,
-        checkpoint: Any = None,
-        *,
-        model: torch.nn.Module | None = None,
+        self, checkpoint: Any = None, *, model: torch.nn.Module | None = None
     ) -> None:
         """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
 

@@ -33,9 +33,7 @@ def measure(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[
 
 
 def coefficients(
-    decision: Decision,
-    all_rows: Sequence[backends.Rows],
-    gates: Sequence[Tensor] | None = None,
+    decision: Decision, all_rows: Sequence[backends.Rows], gates: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Returns the coefficients [4 + n] of each device's rows, computing only needed norms.
 
