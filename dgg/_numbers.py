@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Numbers as users have them: of Python, of numpy, or in arrays and tensors of one element.
+"""Numbers of Python, of numpy, or in arrays and tensors of one element, turned into Python's.
 
-What is stored and saved is a plain number of Python: `torch.load(weights_only=True)` and `json`
-refuse numpy's. numpy is not imported; whatever has `item()` is asked for its one element.
+State dicts hold Python's numbers alone, since `torch.load(weights_only=True)` and `json` refuse
+numpy's. numpy is not imported: any object with a method `item()` counts as one of its scalars.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Named ranges of a step for profilers, free when nobody listens.
 
-torch.profiler sees them while it records; Nsight Systems sees them as NVTX ranges in a process it
-has started (it tells by an environment variable) or where ``DGG_NVTX=1`` is set.
+torch.profiler sees them while it records. Nsight Systems sees them as NVTX ranges in a process that
+it has started, which an environment variable says, or where ``DGG_NVTX=1`` is set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Nvtx:
 
 
 def record(name: str) -> contextlib.AbstractContextManager:
-    """Returns a context that shows as ``name`` in a profile; does nothing where none is made.
+    """Returns a context that shows as ``name`` in a profile, and does nothing without a profiler.
 
     Args:
         name: ``dgg.step``, ``dgg.norm``, ``dgg.allreduce``, ``dgg.update`` or ``dgg.prefetch``.
@@ -46,6 +46,6 @@ def record(name: str) -> contextlib.AbstractContextManager:
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(name)
     if _listening is None:
-        # Asked late: it initialises CUDA, which an import must not do.
+        # Not at import, because it initialises CUDA.
         _listening = _nvtx()
     return _Nvtx(name) if _listening else _QUIET

@@ -149,7 +149,7 @@ def _group(saved: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> di
     if saved.keys() >= {"amsgrad", "maximize"}:  # torch's or dgg's: whole as it is
         return {key: _copied(value) for key, value in saved.items()}
     # What has one name and two meanings is dgg's: guidance does not come from elsewhere.
-    guidance = {*_arguments.WIDE, *_arguments.PER_GROUP}
+    guidance = {*_arguments.GUIDANCE_OPTIONS}
     foreign = saved.keys() - _NOT_ADAMS - _HOW - _NOT_SAVED - guidance
     group = {key: _copied(mine[key]) for key in mine if key not in _NOT_SAVED | foreign}
     for key in saved:

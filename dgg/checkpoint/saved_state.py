@@ -139,7 +139,7 @@ def check_group(
     filled_in = _FILLED_IN - (_OLDEST if saved.keys() & (_FILLED_IN - _OLDEST) else set())
     needed = defaults.keys() - ours.keys() - filled_in
     # Somebody may set alpha in what torch.optim has saved.
-    is_ours = bool(saved.keys() & ours.keys() - set(_arguments.PER_GROUP))
+    is_ours = bool(saved.keys() & ours.keys() - set(_arguments.GROUP_OPTIONS))
     missing = sorted(needed - saved.keys()) + (
         sorted(ours.keys() - saved.keys()) if is_ours else []
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """AdamW and Adam with Dynamic Gradient Guidance: drop-in for ``torch.optim``.
 
-Here stands what tells them from the others: arguments, state and hyper-parameters.
+This file has what is particular to them: arguments, state and hyper-parameters.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, backends
+from dgg import backends
+from dgg.optim import construction
 from dgg.optim.guided import Guided
 from dgg.step import state
 from dgg.step.rule import Rule, flag, number, number_of, threshold
 
 # torch.optim may be patched later, with these classes in place of its own.
 _TorchAdam = torch.optim.Adam
+# Arguments that torch.optim.Adam takes and that numpy's numbers may be given for.
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 class AdamRule(Rule):
@@ -128,27 +131,7 @@ class Adam(Guided, torch.optim.Adam):
         process_group=None,
         backend: str | None = None,
     ) -> None:
-        lr, betas, eps, weight_decay, amsgrad, maximize = _arguments.plain_numbers(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize,
-        )  # fmt: skip
-        arguments = {"foreach": foreach, "fused": fused, "maximize": maximize}
-
-        def parent() -> None:
-            _TorchAdam.__init__(
-                self, params, lr, betas, eps, weight_decay, amsgrad,
-                decoupled_weight_decay=decoupled_weight_decay, **arguments,
-            )  # fmt: skip
-
-        self._init_guidance(
-            parent, foreach=foreach, fused=fused, capturable=capturable,
-            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
-            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
-            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
-            process_group=process_group, backend=backend,
-        )  # fmt: skip
+        construction.build(self, _TorchAdam.__init__, _NUMBERS, locals())
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -231,13 +214,4 @@ class AdamW(Adam, torch.optim.AdamW):
         process_group=None,
         backend: str | None = None,
     ) -> None:
-        Adam.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
-            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
-            decoupled_weight_decay=True, alpha=alpha, strength=strength, scaling=scaling,
-            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
-            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
-            process_group=process_group, backend=backend,
-        )  # fmt: skip
+        Adam.__init__(**locals(), decoupled_weight_decay=True)

@@ -151,7 +151,7 @@ class Guidance:
         while len(self.param_groups) < len(self.optimizer.param_groups):
             first = self.param_groups[0] if self.param_groups else self._options
             self.param_groups.append(
-                {**first, **{n: self._options[n] for n in _arguments.PER_GROUP}}
+                {**first, **{n: self._options[n] for n in _arguments.GROUP_OPTIONS}}
             )
 
     def _reset_caches(self) -> None:
@@ -366,7 +366,7 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
             "optimizer it was saved with"
         )
     for number, group in enumerate(groups):
-        absent = [name for name in (*_arguments.WIDE, *_arguments.PER_GROUP) if name not in group]
+        absent = [name for name in _arguments.GUIDANCE_OPTIONS if name not in group]
         if absent:
             raise KeyError(
                 f"group {number} of the state dict lacks {absent}; pass what "

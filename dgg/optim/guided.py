@@ -33,24 +33,22 @@ from dgg.step.run import CAPTURED, EAGER, Verbs, run
 class Stepped(Imitable):
     """An optimizer whose step is `dgg.step.run`."""
 
-    # The state is room for a checkpoint that is yet to be loaded.
+    # The state is room for a checkpoint that is not loaded yet.
     _awaits_load = False
-    # The state was made by a checkpoint helper, who may not have known what will be loaded into it.
+    # A checkpoint helper made the state, perhaps without knowing which checkpoint will fill it.
     _template = False
-    # The step is being made between torch.optim's hooks.
+    # torch.optim's hooks around the present step have been called.
     _in_hooks = False
     _new_rule: type[Rule]
     process_group = sharding.ProcessGroup()
 
     # -- construction ---------------------------------------------------------------------------
 
-    def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
-        construction.build(self, parent, options)
-
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
-        kept = {name: getattr(self, name) for name in ("_settings", "_guidance", "_awaits_load")}
-        return {**super().__getstate__(), **kept, "_ownership": self._ownership.copied()}
+        names = ("_settings", "_guidance", "_awaits_load")
+        attributes = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **attributes, "_ownership": self._ownership.copied()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over a copied, pickled or loaded state and starts without caches."""
@@ -77,8 +75,8 @@ class Stepped(Imitable):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves it to the step to unscale the gradients.
 
-        As in torch.optim with ``fused=True`` alone; and where a scaler does not see all: replay
-        gradients, and those of other ranks' partitions, of which the step says what to do.
+        True with ``fused=True``, as in torch.optim, and where a scaler does not see all gradients
+        (replay gradients, other ranks' partitions): the step then says how to scale.
         """
         return (
             self._settings.unscales
@@ -89,18 +87,18 @@ class Stepped(Imitable):
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignores what torch.optim sets: it follows from the options and the replay gradients."""
+        """Ignores the value that torch.optim sets: the getter computes it."""
 
     @property
     def state(self) -> dict[Tensor, Any]:
         """The state by parameter: torch.optim's keys and ``anchor``.
 
-        Whoever changes the state reads it here first, so that a step need not look at thousands
-        of tensors that nobody touched.
+        Code that changes the state has to read this attribute first. A step after which nobody
+        has read it does not look at the state's tensors again.
         """
         try:
             state = self.__dict__["state"]
-        except KeyError:  # of a wrapper that imitates the class and looks elsewhere then
+        except KeyError:  # a wrapper that imitates the class: it then asks the optimizer inside
             raise AttributeError("state") from None
         self._state_read = True
         return state
@@ -137,9 +135,9 @@ class Stepped(Imitable):
                 or _torch_optimizer._global_optimizer_post_hooks
             )
         ):
-            # torch.optim would always step inside of a range for the profiler, which costs as much
-            # as the update of a hundred tiny tensors. A subclass with a step of its own has torch's
-            # hooks around that one.
+            # torch.optim makes every step inside of a profiler range, which costs as much as the
+            # update of a hundred tiny tensors. A subclass that overrides step() has torch's hooks
+            # around its own.
             self._in_hooks = True
             try:
                 return (
@@ -155,8 +153,7 @@ class Stepped(Imitable):
             with torch.no_grad():
                 self._uncompiled_step()
         else:
-            # Without the objects of `no_grad` and a decorated function's wrapper: either costs as
-            # much as a small kernel.
+            # Not `with torch.no_grad()` and no decorator: either costs as much as a small kernel.
             enabled = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
@@ -170,7 +167,7 @@ class Stepped(Imitable):
             self._optimizer_step_code()
         return loss
 
-    step.hooked = True  # torch.optim leaves it as it is
+    step.hooked = True  # torch.optim does not wrap a step that says so
 
     @torch._disable_dynamo
     def _uncompiled_step(self) -> None:
@@ -180,7 +177,7 @@ class Stepped(Imitable):
                 run(self, verbs)
 
     def _verbs(self) -> Verbs | None:
-        """Returns how this step is made; None if a checkpoint helper only wants state."""
+        """Returns how to make this step; None if a checkpoint helper only wants state."""
         driver = self._deepspeed_driver()
         if driver is not None:
             return driver.verbs
@@ -190,13 +187,13 @@ class Stepped(Imitable):
         return CAPTURED if self._settings.capturable else EAGER
 
     def _deepspeed_driver(self) -> deepspeed.Driver | None:
-        """Returns what steps DeepSpeed's partitions in place of the parameters, if it does."""
+        """Returns the driver if DeepSpeed has put partitions in place of the parameters."""
         driver = self._driver
         if driver is not None and driver.zero_optimizer is not None:
             return driver
         if driver is None and construction.first_id(self.param_groups) == self._first_id:
             return None
-        # The parameters were exchanged: look once by whom.
+        # The parameters were exchanged: find out once who did it.
         self._driver = deepspeed.find_driver(self)
         if self._driver is None:
             self._first_id = construction.first_id(self.param_groups)
@@ -205,9 +202,9 @@ class Stepped(Imitable):
         return self._driver
 
     def _reset_caches(self) -> None:
-        """Has the next step make its rows anew, and says so if a graph works on the present ones.
+        """Makes the next step build its rows anew; warns if a CUDA graph uses the present ones.
 
-        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
+        Nothing can stop a graph's replay. Its memory stays allocated, so that it does no harm.
         """
         if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
             warnings.warn(
@@ -235,15 +232,15 @@ class Guided(Stepped):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as a dict, as torch.optim does; with numbers of Python's alone.
 
-        Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room
-        for what that holds, if a helper has made its state before that was known.
+        If the caller is about to load a distributed checkpoint into the result, a new optimizer
+        makes room for the checkpoint's state first.
         """
         load.make_whole(self)
         return super().state_dict()
 
     @torch._disable_dynamo
     @imitable
-    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.inference_mode(False)  # no later step could write a tensor made in inference mode
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
@@ -305,7 +302,7 @@ class Guided(Stepped):
     # -- the anchor -----------------------------------------------------------------------------
 
     @imitable
-    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
         self,
@@ -389,9 +386,9 @@ class Guided(Stepped):
         model: torch.nn.Module | None = None,
         task: int | None = None,
     ) -> None:
-        """Does what `set_anchor` does without asking whether it can be right.
+        """Sets the anchor as `set_anchor` does, without its rules about tasks.
 
-        For frameworks that know by themselves where a task begins, as `dgg.hf` does.
+        For frameworks that know where a task begins, such as `dgg.hf`.
 
         Args:
             tensors: As in `set_anchor`.

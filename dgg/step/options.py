@@ -15,7 +15,7 @@ from dgg import _arguments
 _LAST = (1 << 63) - 1
 # Entries of a group that are looked at elsewhere, or at every step.
 _MOVING = ("params", "param_names", "draw_index")
-_CHECKED = (*_arguments.WIDE, *_arguments.PER_GROUP)
+_CHECKED = _arguments.GUIDANCE_OPTIONS
 _COMPARED = tuple(name for name in _CHECKED if name != "draw_index")
 
 
@@ -55,7 +55,7 @@ class Options:
             tuple(
                 [
                     _arguments.comparable(g[name])
-                    for name in (*_arguments.WIDE, *_arguments.PER_GROUP)
+                    for name in _arguments.GUIDANCE_OPTIONS
                     if name != "draw_index"
                 ]
             )
@@ -65,7 +65,7 @@ class Options:
             for number, group in enumerate(groups):
                 _arguments.check_agreement(number, group, first)
                 _arguments.check_options(
-                    {name: group[name] for name in (*_arguments.WIDE, *_arguments.PER_GROUP)}
+                    {name: group[name] for name in _arguments.GUIDANCE_OPTIONS}
                 )
             for group in groups:
                 _arguments.make_plain(group)
