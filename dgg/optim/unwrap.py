@@ -8,7 +8,7 @@ from typing import Any
 from dgg.optim.guided import Guided
 
 
-# Under which frameworks keep the optimizer that they wrap.
+# Attributes in which frameworks keep the optimizer that they wrap.
 _ATTRIBUTES = ("optimizer", "_optimizer", "basic_optimizer", "optim")
 
 
