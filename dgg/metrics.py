@@ -38,16 +38,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "AccuracyMatrix",
-    "average_incremental_accuracy",
-    "backward_transfer",
-    "final_average_accuracy",
-    "forgetting",
-    "forward_transfer",
-    "learning_accuracy",
-    "summary",
+    "AccuracyMatrix", "average_incremental_accuracy", "backward_transfer",
+    "final_average_accuracy", "forgetting", "forward_transfer", "learning_accuracy", "summary",
     "task_curve",
-]
+]  # fmt: skip
 
 Matrix = Sequence[Sequence[float | None]]
 

@@ -18,21 +18,7 @@ from dgg.anchor.sources import Stored, find_names, match_named, open_path
 from dgg.reference import FLOAT_DTYPES
 
 __all__ = [
-    "FLOAT_DTYPES",
-    "Part",
-    "Stored",
-    "allocate",
-    "allocate_all",
-    "check_source",
-    "check_values",
-    "find_names",
-    "finite",
-    "is_alias",
-    "match_named",
-    "names_of_parameters",
-    "open_path",
-    "resolved",
-    "storage_dtype",
-    "variants",
-    "write",
-]
+    "FLOAT_DTYPES", "Part", "Stored", "allocate", "allocate_all", "check_source", "check_values",
+    "find_names", "finite", "is_alias", "match_named", "names_of_parameters", "open_path",
+    "resolved", "storage_dtype", "variants", "write",
+]  # fmt: skip

@@ -17,25 +17,7 @@ from dgg.backends.views import is_dense, real_view, same_order
 from dgg.backends.watch import MemoryWatch
 
 __all__ = [
-    "ADAM",
-    "BACKENDS",
-    "SGD",
-    "Draw",
-    "MemoryWatch",
-    "Rows",
-    "Rule",
-    "Scaling",
-    "capturing",
-    "choose",
-    "choose_for",
-    "is_away",
-    "is_dense",
-    "launches",
-    "make_rows",
-    "real_view",
-    "same_order",
-    "show_config",
-    "side_by_side",
-    "unavailable",
-    "without_waiting",
-]
+    "ADAM", "BACKENDS", "SGD", "Draw", "MemoryWatch", "Rows", "Rule", "Scaling", "capturing",
+    "choose", "choose_for", "is_away", "is_dense", "launches", "make_rows", "real_view",
+    "same_order", "show_config", "side_by_side", "unavailable", "without_waiting",
+]  # fmt: skip

@@ -43,15 +43,15 @@ def build(
         )
     process_group = _arguments.check_process_group(options.pop("process_group"), options)
     opt._ownership = sharding.Sharded(process_group)
-    share = zero_redundancy.builder()
-    if share is not None:
+    zero_optimizer = zero_redundancy.builder()
+    if zero_optimizer is not None:
         if process_group is not None or options["capturable"]:
             raise ValueError(
                 "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, "
                 "whose own process group is used and whose ranks synchronise in every step; "
                 "leave both"
             )
-        opt._ownership = sharding.RankShare(share)
+        opt._ownership = sharding.RankShare(zero_optimizer)
     opt._settings = take_settings(options)
     start_without_caches(opt)
     opt._guidance = {**options, "draw_index": 0, "task_index": 0}

@@ -19,24 +19,8 @@ from dgg.sharding.ownership import Lost, ProcessGroup, RankShare, Sharded
 from dgg.sharding.reduction import Reduction, on_all_or_none, peers, sum_partial_gradients
 
 __all__ = [
-    "Place",
-    "Lost",
-    "ProcessGroup",
-    "RankShare",
-    "Reduction",
-    "Sharded",
-    "Shards",
-    "all_equal_dtensors",
-    "box_of",
-    "check",
-    "is_dtensor",
-    "keeps_values_elsewhere",
-    "like",
-    "local",
-    "on_all_or_none",
-    "peers",
-    "place_of",
-    "shard_of",
-    "sum_partial_gradients",
+    "Place", "Lost", "ProcessGroup", "RankShare", "Reduction", "Sharded", "Shards",
+    "all_equal_dtensors", "box_of", "check", "is_dtensor", "keeps_values_elsewhere", "like",
+    "local", "on_all_or_none", "peers", "place_of", "shard_of", "sum_partial_gradients",
     "version_of",
-]
+]  # fmt: skip

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sharded parameters: the one place that knows DTensor.
+"""DTensor parameters: their local shards, and where these lie in the whole.
 
-A step works on local shards, plain tensors, and no DTensor operation takes part in it. What a
-shard has to tell is where its elements lie in the whole parameter (for draws per element) and over
-which ranks the squares of its norm are to be summed: over those of the mesh dimensions that shard
-it, not over those that replicate it, so that nothing is counted twice.
+A step works on local shards, which are plain tensors, without any DTensor operation. Draws per
+element need the place of a shard's elements in the whole parameter. Norms are summed over the mesh
+dimensions that shard the parameter, not over those that replicate it, so that nothing counts twice.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def local(x: Tensor | None) -> Tensor | None:
 def keeps_values_elsewhere(x: Tensor) -> bool:
     """Returns whether ``x`` (of a DTensor the shard) has no memory of its own.
 
-    So it is with what dispatches to Python: fake tensors, float8 and quantised weights.
+    Such tensors dispatch to Python: fake tensors, float8 and quantised weights.
     """
     return torch._C._dispatch_keys(local(x)).has(torch._C.DispatchKey.Python)
 
@@ -55,13 +54,9 @@ def like(shard: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        shard,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
+        shard, param.device_mesh, param.placements, run_check=False, shape=param.shape,
         stride=param.stride(),
-    )
+    )  # fmt: skip
 
 
 def check(param: Tensor, label: str, *, elements: bool) -> None:
@@ -69,7 +64,7 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
 
     Args:
         param: The parameter.
-        label: How errors call it.
+        label: Its name in errors.
         elements: Draws are made per element.
 
     Raises:
@@ -98,8 +93,8 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
 def place_of(param: Tensor) -> Place | None:
     """Returns where a parameter's local elements lie in the whole one.
 
-    None if they are no equal runs at equal distances: sharded along two dimensions that are not
-    the first, or interleaved.
+    None if they are not equal runs at equal distances: the parameter is sharded along two
+    dimensions that are not the first, or interleaved.
     """
     if not is_dtensor(param):
         return Place(0, max(param.numel(), 1), max(param.numel(), 1))
@@ -128,8 +123,8 @@ def place_of(param: Tensor) -> Place | None:
 def _interleaved(param: Tensor) -> bool:
     """Returns whether a shard is several separate pieces of a dimension; the same on all ranks.
 
-    FSDP2 over tensor parallelism shards what is sharded already and calls that strided: the later
-    mesh dimensions pick one of the pieces again, if they are as many.
+    FSDP2 over tensor parallelism shards a dimension a second time ("strided"). The later mesh
+    dimensions pick one piece again, if they have as many ranks as there are pieces.
     """
     for d, placement in enumerate(param.placements):
         pieces = getattr(placement, "split_factor", 1)
@@ -166,23 +161,21 @@ def box_of(param: Tensor) -> tuple[slice, ...]:
 
 def shard_of(whole: Tensor, param: Tensor) -> Tensor:
     """Returns the part of a whole tensor that belongs to this rank's shard of ``param``."""
-    if not is_dtensor(param) or is_dtensor(whole):
-        return whole
-    return whole[box_of(param)]
+    return whole[box_of(param)] if is_dtensor(param) and not is_dtensor(whole) else whole
 
 
 class Shards:
     """The shards of a list of parameters of which some are DTensors, and of their gradients.
 
-    What a step asks of every DTensor is asked here with one attribute each: a look at what a
-    tensor is costs as much as the update of a small one.
+    It reads one attribute of every DTensor in a step: checking the kind of a tensor costs as much
+    as the update of a small one.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._all = all(map(is_dtensor, params))
         self._params = list(params)
         self._locals = [local(p) for p in params]
-        self._known: list[object] = []
+        self._checked_specs: list[object] = []
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Returns the local shards of gradients, a row each, checking how they are placed.
@@ -195,14 +188,15 @@ class Shards:
         except AttributeError:  # some are absent, or plain
             specs, shards = [getattr(g, "_spec", None) for g in grads], [local(g) for g in grads]
         # Engines give every gradient the spec of the step before, or one that is equal.
-        if len(specs) != len(self._known) or not all(map(operator.is_, specs, self._known)):
-            known = self._known or [None] * len(specs)
-            for param, grad, spec, seen in zip(self._params, grads, specs, known, strict=True):
-                if grad is None or (seen is not None and _same_placing(spec, seen)):
+        checked = self._checked_specs
+        if len(specs) != len(checked) or not all(map(operator.is_, specs, checked)):
+            checked = checked or [None] * len(specs)
+            for param, grad, spec, before in zip(self._params, grads, specs, checked, strict=True):
+                if grad is None or (before is not None and _same_placing(spec, before)):
                     continue
                 if not all_equal_dtensors(grad, param):
                     raise RuntimeError("a gradient is not sharded as its parameter is")
-            self._known = specs
+            self._checked_specs = specs
         return shards
 
     def versions(self) -> list[int]:
