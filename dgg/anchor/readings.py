@@ -154,13 +154,9 @@ class Shared(Exception):
 
 
 def find(
-    stored: Iterable[str],
-    wanted: Sequence[Sequence[str]],
-    model: torch.nn.Module | None,
-    others: Iterable[str],
-    same: Callable[[int, str, str], bool],
-    words: Sequence[str] = (),
-) -> list[str]:
+    stored: Iterable[str], wanted: Sequence[Sequence[str]], model: torch.nn.Module | None,
+    others: Iterable[str], same: Callable[[int, str, str], bool], words: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """Finds the name of every parameter's tensor in a source.
 
     Args:

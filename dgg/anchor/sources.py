@@ -18,13 +18,10 @@ from dgg.anchor.memory import Part, check_source, is_alias
 
 
 def find_names(
-    stored: Mapping[str, Any],
-    candidates: Sequence[Sequence[str]],
-    labels: Sequence[str],
-    model: torch.nn.Module | None = None,
-    params: Sequence[Tensor] | None = None,
+    stored: Mapping[str, Any], candidates: Sequence[Sequence[str]], labels: Sequence[str],
+    model: torch.nn.Module | None = None, params: Sequence[Tensor] | None = None,
     others: Sequence[str] = (),
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Finds the name under which each parameter's anchor stands in a source.
 
     Args:
@@ -105,14 +102,10 @@ def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None
 
 
 def match_named(
-    tensors: Mapping[str, Tensor],
-    params: Sequence[Tensor],
-    names: Sequence[Sequence[str]],
-    labels: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    model: torch.nn.Module | None = None,
+    tensors: Mapping[str, Tensor], params: Sequence[Tensor], names: Sequence[Sequence[str]],
+    labels: Sequence[str], dtypes: Sequence[torch.dtype], model: torch.nn.Module | None = None,
     others: Sequence[str] = (),
-) -> list[Tensor | Part]:
+) -> list[Tensor | Part]:  # fmt: skip
     """Finds the source of every parameter's anchor by name, and checks it.
 
     Args:

@@ -17,7 +17,6 @@ import functools
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

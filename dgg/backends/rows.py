@@ -352,17 +352,9 @@ class Rows:
         return self.coefficients(self.norms(**options), **settings)
 
     def update_(
-        self,
-        rule: Rule,
-        coefficients: Tensor,
-        flags: Tensor,
-        groups: Sequence[dict],
-        draw: Draw,
-        scaling: Scaling,
-        *,
-        look_ahead: bool,
-        replay_weight: float,
-    ) -> None:
+        self, rule: Rule, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], draw: Draw,
+        scaling: Scaling, *, look_ahead: bool, replay_weight: float,
+    ) -> None:  # fmt: skip
         """Runs an update rule on these rows: all groups in one call, parameters in place.
 
         Args:
@@ -378,15 +370,9 @@ class Rows:
         raise NotImplementedError
 
     def guide_(
-        self,
-        coefficients: Tensor,
-        flags: Tensor,
-        groups: Sequence[dict],
-        draw: Draw,
-        scaling: Scaling,
-        *,
-        replay_weight: float,
-    ) -> None:
+        self, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], draw: Draw,
+        scaling: Scaling, *, replay_weight: float,
+    ) -> None:  # fmt: skip
         """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
 
         Args:

@@ -16,11 +16,9 @@ from dgg.deepspeed.partitions import Partition, cut
 
 
 def plan_anchors(
-    opt,
-    partitions: Sequence[Partition],
-    tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+    opt, partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike | None,
     model: torch.nn.Module | None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Returns of every partition what its fragments' anchors are and the memory for them.
 
     Args:
@@ -75,12 +73,9 @@ def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Te
 
 
 def _named_sources(
-    partition: Partition,
-    tensors: Mapping[str, Tensor],
-    names: Mapping[Tensor, list[str]],
-    model: torch.nn.Module | None,
-    dtype: torch.dtype,
-) -> Iterator[Tensor]:
+    partition: Partition, tensors: Mapping[str, Tensor], names: Mapping[Tensor, list[str]],
+    model: torch.nn.Module | None, dtype: torch.dtype,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yields of every fragment what named whole tensors have for it."""
     members = partition.members
     labels = [f"parameter {m.name!r}" for m in members]

@@ -82,22 +82,12 @@ class Guidance:
     _rule = GuideRule()
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        alpha: float = 0.2,
-        strength: float = 1.0,
-        scaling: bool = True,
-        norm_scope: str = "global",
-        granularity: str = "step",
-        max_grad_norm: float | None = None,
-        replay_weight: float = 1.0,
-        seed: int = 0,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        process_group=None,
-        backend: str | None = None,
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, *, alpha: float = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        max_grad_norm: float | None = None, replay_weight: float = 1.0, seed: int = 0,
+        anchor_dtype: torch.dtype | None = None, anchor_device: torch.device | str | None = None,
+        process_group=None, backend: str | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"Guidance takes a torch.optim.Optimizer, not {type(optimizer).__name__}; of a "

@@ -112,24 +112,17 @@ class RowCache:
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
             }
+            columns["masters"] = [
+                entry.get("master") if settings.has_master(params[i]) else None
+                for i, entry in zip(places, entries, strict=True)
+            ]
+            lists = ([x[i] for i in places] for x in (params, numbers, indices))
             runs, reduction = ownership.parts([params[i] for i in places])
-            self.all_rows.append(
-                backends.make_rows(
-                    backend,
-                    [params[i] for i in places],
-                    [numbers[i] for i in places],
-                    [indices[i] for i in places],
-                    masters=[
-                        entry.get("master") if settings.has_master(params[i]) else None
-                        for i, entry in zip(places, entries, strict=True)
-                    ],
-                    stochastic=settings.stochastic_rounding,
-                    capturable=settings.capturable,
-                    reduction=reduction,
-                    places=runs,
-                    **columns,
-                )
-            )
+            rows = backends.make_rows(
+                backend, *lists, stochastic=settings.stochastic_rounding,
+                capturable=settings.capturable, reduction=reduction, places=runs, **columns,
+            )  # fmt: skip
+            self.all_rows.append(rows)
             self._places.append(None if len(places) == len(params) else places)
 
     def _make_watch(self, params, tensors, states, usable) -> backends.MemoryWatch:
@@ -138,15 +131,10 @@ class RowCache:
         place_of = {id(x): place for place, x in enumerate(tensors)}
         in_order = [i for places in self._places for i in (usable if places is None else places)]
         anchors = [(states[i] or {}).get("anchor") for i in in_order]
-        without_rows = set(range(len(params))) - set(usable)
-        return backends.MemoryWatch(
-            [
-                *(p for rows in self.all_rows for p in rows.params),
-                *(params[i] for i in sorted(without_rows) if not is_lazy(params[i])),
-            ],
-            tensors,
-            [place_of.get(id(x), -1) for x in anchors],
-        )
+        without_rows = sorted(set(range(len(params))) - set(usable))
+        watched = [p for rows in self.all_rows for p in rows.params]
+        watched += [params[i] for i in without_rows if not is_lazy(params[i])]
+        return backends.MemoryWatch(watched, tensors, [place_of.get(id(x), -1) for x in anchors])
 
     def _can_take_native_gradients(self) -> bool:
         return len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)

@@ -106,13 +106,9 @@ class Statistics(dict):
 
 
 def record(
-    decision: Decision,
-    device: torch.device,
-    backend: str,
-    flags: Tensor | None,
-    coefficients: Tensor,
-    active: Tensor | None,
-) -> dict[str, Any]:
+    decision: Decision, device: torch.device, backend: str, flags: Tensor | None,
+    coefficients: Tensor, active: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns the record of a step from which `statistics` computes; nothing is computed here.
 
     Args:
@@ -125,17 +121,12 @@ def record(
     """
     options = decision.options
     return {
-        "flags": flags,
-        "found_inf": decision.scaling.found_inf,
-        "coefficients": coefficients,
-        "strength": decision.strength,
-        "per_tensor": options["norm_scope"] == "tensor",
+        "flags": flags, "coefficients": coefficients, "active": active, "device": device,
+        "backend": backend, "found_inf": decision.scaling.found_inf,
+        "strength": decision.strength, "per_tensor": options["norm_scope"] == "tensor",
         "measured": flags is not None and options["scaling"],
         "clipped": options["max_grad_norm"] is not None,
-        "device": device,
-        "backend": backend,
-        "active": active,
-    }
+    }  # fmt: skip
 
 
 def record_skipped(device: torch.device) -> dict[str, Any]:
