@@ -192,7 +192,8 @@ class _Safetensors(Stored):
     def __init__(self, path: pathlib.Path, files: Mapping[str, pathlib.Path] | None = None) -> None:
         super().__init__(path)
         self._open: dict[pathlib.Path, Any] = {}
-        self._names = dict(files or dict.fromkeys(self._file(path).keys(), path))
+        names = dict.fromkeys(self._file(path).keys(), path) if files is None else files
+        self._names = dict(names)
 
     def _file(self, path: pathlib.Path):
         if path not in self._open:
