@@ -24,14 +24,10 @@ _BETWEEN = {
 def stacklevel() -> int:
     """Returns the ``stacklevel`` at which a warning of the caller points at the user's line."""
     level, frame = 1, sys._getframe(1)
-    while _is_between(frame) and frame.f_back is not None:
+    # By the module's name: files of one package may lie in several folders.
+    while str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN and frame.f_back:
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _is_between(frame: FrameType) -> bool:
-    # By the module's name: files of one package may lie in several folders.
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN
 
 
 def called_by(module: str, *names: str) -> bool:

@@ -25,17 +25,6 @@ def _nvtx() -> bool:
 _listening: bool | None = None
 
 
-class _Nvtx:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        torch.cuda.nvtx.range_push(self._name)
-
-    def __exit__(self, *_) -> None:
-        torch.cuda.nvtx.range_pop()
-
-
 def record(name: str) -> contextlib.AbstractContextManager:
     """Returns a context that shows as ``name`` in a profile, and does nothing without a profiler.
 
@@ -48,4 +37,4 @@ def record(name: str) -> contextlib.AbstractContextManager:
     if _listening is None:
         # Not at import, because it initialises CUDA.
         _listening = _nvtx()
-    return _Nvtx(name) if _listening else _QUIET
+    return torch.cuda.nvtx.range(name) if _listening else _QUIET

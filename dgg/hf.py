@@ -84,13 +84,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self,
-        alpha: float | Sequence[float] | Mapping[int, float] | None = None,
-        *,
-        task: int | None = None,
-        anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        self, alpha: float | Sequence[float] | Mapping[int, float] | None = None, *,
+        task: int | None = None, anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
         guide_first_task: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.alpha = _checked_alpha(alpha)
         if task is not None:
             task = _arguments.plain("task", task)
@@ -138,13 +135,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def _begin(self, opt, model: nn.Module) -> None:
         task = self._upcoming(model)
-        again = self._running and task == self._task
+        interrupted = self._running and task == self._task
         alpha = self._alpha_of(task)
         guided = task > 0 or self.guide_first_task or self._anchor_source is not None
-        if guided and again and _anchored(opt):
+        if guided and interrupted and _anchored(opt):
             self._origin = "kept from before the interruption"
         elif guided:
-            if again:
+            if interrupted:
                 _warn(
                     "task %d was begun before and did not reach its end: its anchor becomes the "
                     "weights of now, not those it began with; pass anchor= or resume from a "
@@ -228,14 +225,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         alpha = self.alpha
         if alpha is None or isinstance(alpha, float):
             return alpha
-        if isinstance(alpha, dict):
-            if task in alpha:
-                return alpha[task]
+        remedy = "give one alpha per task, the first included"
+        by_task = dict(enumerate(alpha)) if isinstance(alpha, list) else alpha
+        if by_task is alpha:
             remedy = f"add the key {task}"
-        else:
-            if task < len(alpha):
-                return alpha[task]
-            remedy = "give one alpha per task, the first included"
+        if task in by_task:
+            return by_task[task]
         raise ValueError(f"alpha={alpha} has no value for task {task}; {remedy}")
 
     def state(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def is_due(
     """
     draws = int(groups[0]["draw_index"])
     if task is not None:
-        return begins_task(task, groups, draws, given=tensors is not None)
+        return begins_task(task, groups, draws, has_source=tensors is not None)
     if tensors is None:
         refuse_resumed(groups, draws, resumed)
     return True
@@ -95,7 +95,7 @@ def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]
     opt._reset_caches()
 
 
-def known_anchors(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
+def anchors_in(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
     """Returns the anchor, or None, of every parameter that has state."""
     return {
         p: entry.get("anchor") for p, entry in state.items() if isinstance(entry, dict) and entry
@@ -103,7 +103,7 @@ def known_anchors(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
 
 
 def plan_anchors(
-    groups: Sequence[Mapping[str, Any]], known: Mapping[Tensor, Tensor | None],
+    groups: Sequence[Mapping[str, Any]], anchors: Mapping[Tensor, Tensor | None],
     tensors: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
     dtype: torch.dtype | None, device: torch.device | None,
     weights: Callable[[Tensor], Tensor] = Tensor.detach, *, none: bool = False,
@@ -115,7 +115,7 @@ def plan_anchors(
 
     Args:
         groups: Groups that hold the parameters.
-        known: From `known_anchors`.
+        anchors: From `anchors_in`.
         tensors: Named sources, the path of some, or None for the present weights.
         model: Maps names to parameters, or None if the groups have the names.
         dtype: Storage dtype or None for the parameter's.
@@ -144,7 +144,7 @@ def plan_anchors(
         raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
     all_params = [p for group in groups for p in group["params"]]
     label_of = dict(zip(all_params, _arguments.group_labels(groups), strict=True))
-    params = [p for p in all_params if p.requires_grad or p in known]
+    params = [p for p in all_params if p.requires_grad or p in anchors]
     labels = [label_of[p] for p in params]
     if not params and none:
         return []
@@ -184,7 +184,7 @@ def plan_anchors(
         sources = anchor.match_named(tensors, params, names, labels, dtypes, model, others)
     present: dict[Tensor, Tensor] = {}
     for p, theta, wanted in zip(params, stepped, dtypes, strict=True):
-        old = known.get(p)
+        old = anchors.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
         # Somebody may have put the weights themselves there.
         if fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
@@ -220,7 +220,6 @@ def _names_of(groups, model, params) -> list[list[str]]:
 
 
 def _other_names(groups, params) -> list[str]:
-    """Returns the names of the parameters that get no anchor."""
     anchored = set(params)
     return [
         name
@@ -230,14 +229,16 @@ def _other_names(groups, params) -> list[str]:
     ]
 
 
-def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, given: bool) -> bool:
+def begins_task(
+    task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, has_source: bool
+) -> bool:
     """Returns whether ``set_anchor(task=...)`` sets the anchor; False keeps the present one.
 
     Args:
         task: Number of the task that is to be trained now.
         groups: Parameter groups with ``task_index``.
         draws: Steps made so far.
-        given: The caller passed tensors or a path, so the present weights are not the source.
+        has_source: The caller passed tensors or a path, so the present weights are not the source.
 
     Raises:
         TypeError: ``task`` is no int.
@@ -256,9 +257,9 @@ def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, g
             "a new optimizer, or resume from a checkpoint of task 0"
         )
     if present == task:
-        if anchored or (task == 0 and not given):
+        if anchored or (task == 0 and not has_source):
             return False
-        if task and not given:
+        if task and not has_source:
             raise RuntimeError(
                 f"set_anchor(task={task}): this optimizer is in task {task} already and has no "
                 "anchor, and the weights of now need not be those the task began with. Name them: "

@@ -148,9 +148,6 @@ def _without_head(name: str) -> str:
     return words + name[len(words) :].removeprefix(_HEAD)
 
 
-# -- peft ---------------------------------------------------------------------------------------
-
-
 def _add_peft(model_names: ModelNames, model: torch.nn.Module) -> None:
     """Adds the names of parameters in the files of each adapter, and in the model without peft."""
     if "peft" not in sys.modules:

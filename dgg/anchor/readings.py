@@ -157,7 +157,7 @@ class Shared(Exception):
 
 def find(
     stored: Iterable[str], wanted: Sequence[Sequence[str]], model: torch.nn.Module | None,
-    others: Iterable[str], same: Callable[[int, str, str], bool], words: Sequence[str] = (),
+    others: Iterable[str], equal: Callable[[int, str, str], bool], words: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Finds the name of every parameter's tensor in a source.
 
@@ -166,7 +166,7 @@ def find(
         wanted: For each parameter its names, that in the model first.
         model: The model that has them, if known.
         others: Names of parameters that are in the model but not wanted.
-        same: Whether two names in the source are of equal tensors, for the parameter at a place.
+        equal: Whether two names in the source are of equal tensors, for the parameter at a place.
         words: What else may stand before the names in the source.
 
     Raises:
@@ -192,13 +192,13 @@ def find(
             for some in (undisputed, doubtful)
         )
         if complete:
-            return _agreed(sorted(complete, key=lambda r: r.cost) + rivals, numbers, same)
+            return _agreed(sorted(complete, key=lambda r: r.cost) + rivals, numbers, equal)
         tried += undisputed
     raise _best_error(tried, numbers, model_names)
 
 
 def _agreed(
-    complete: Sequence[Reading], numbers: Sequence[int], same: Callable[[int, str, str], bool]
+    complete: Sequence[Reading], numbers: Sequence[int], equal: Callable[[int, str, str], bool]
 ) -> list[str]:
     """Returns the names in the first reading, if all readings have the same tensors."""
     result: list[str] = []
@@ -206,7 +206,7 @@ def _agreed(
     for place, number in enumerate(numbers):
         names = list(dict.fromkeys(name for reading in complete for name in reading.of[number]))
         for name in names[1:]:
-            if not same(place, names[0], name):
+            if not equal(place, names[0], name):
                 raise Two(place, names[0], name)
         first_place = first_place_of.setdefault(names[0], place)
         if numbers[first_place] != number:

@@ -40,7 +40,7 @@ def find_names(
     where = f" in {stored.path}" if isinstance(stored, Stored) else ""
     ask = "" if model is not None else "pass model= if it is wrapped or peft's, "
 
-    def same(place: int, left: str, right: str) -> bool:
+    def equal(place: int, left: str, right: str) -> bool:
         return _same(stored, left, right, None if params is None else params[place])
 
     def called(place: int) -> str:
@@ -49,7 +49,7 @@ def find_names(
 
     words = stored.words if isinstance(stored, Stored) else ()
     try:
-        return readings.find(stored, candidates, model, others, same, words)
+        return readings.find(stored, candidates, model, others, equal, words)
     except readings.Two as two:
         raise ValueError(
             f"{called(two.place)}, may have two tensors{where}, {two.first!r} and {two.second!r}, "
@@ -135,8 +135,6 @@ def match_named(
         sources.append(source)
     return sources
 
-
-# -- files --------------------------------------------------------------------------------------
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _MODEL_FILE = "model.safetensors"

@@ -50,13 +50,9 @@ class Launch:
 
 
 def cut(
-    numels: Sequence[int],
-    codes: Sequence[int],
-    device: torch.device,
-    *,
-    windows: Sequence[int] | None = None,
-    chunk: int = CHUNK,
-) -> list[Launch]:
+    numels: Sequence[int], codes: Sequence[int], device: torch.device, *,
+    windows: Sequence[int] | None = None, chunk: int = CHUNK,
+) -> list[Launch]:  # fmt: skip
     """Cuts rows into chunks, one `Launch` per dtype combination (and window of anchors).
 
     Args:

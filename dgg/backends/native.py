@@ -93,13 +93,13 @@ class NativeGradients:
         self._end = functools.partial(library.end, handle, count, versions)
 
     def begin(
-        self, known: bool, replays: Sequence[Tensor | None] = (), *, row_major: bool = False
+        self, measured: bool, replays: Sequence[Tensor | None] = (), *, row_major: bool = False
     ) -> int:
         """Keeps the gradients in ``.grad``, and reads their addresses and the versions.
 
         Args:
-            known: The distances were measured at ``versions``. Where the version of a parameter or
-                of its anchor has changed since, the distance is dropped.
+            measured: The distances were measured at ``versions``. Where the version of a parameter
+                or of its anchor has changed since, the distance is dropped.
             replays: Replay gradients, which the caller keeps; empty if there are none at all.
             row_major: Elements are counted in row-major order in this step.
 
@@ -109,9 +109,9 @@ class NativeGradients:
         """
         usual = self._usual[row_major]
         if not replays:
-            return self._begin(usual, None, known)
+            return self._begin(usual, None, measured)
         objects = array.array("Q", map(id, replays))
-        return self._begin(usual, objects.buffer_info()[0], known)
+        return self._begin(usual, objects.buffer_info()[0], measured)
 
     def odd(self) -> Sequence[int]:
         """Returns the parameters whose gradients' addresses the caller has to enter."""
@@ -264,7 +264,7 @@ def _says_the_same(
     gradients: NativeGradients, params, addresses: Tensor, distances: Tensor, anchor
 ) -> bool:
     replays = [None, torch.ones(2, 3), *[None] * (len(params) - 2)]
-    if gradients.begin(known=False, replays=replays) != len(params) or list(gradients.odd()):
+    if gradients.begin(measured=False, replays=replays) != len(params) or list(gradients.odd()):
         return False
     versions = [p._version for p in params]
     expected = [0 if p.grad is None else p.grad.data_ptr() or 1 for p in params]
@@ -279,21 +279,21 @@ def _says_the_same(
     params[0].add_(1)
     anchor.add_(1)
     params[1].grad = torch.ones(6).view(2, 3).t().contiguous().t()
-    if gradients.begin(known=True) != len(params) or list(gradients.odd()) != [1]:
+    if gradients.begin(measured=True) != len(params) or list(gradients.odd()) != [1]:
         return False
     gradients.end(written=False)
     if distances.tolist() != [-1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 1.0]:
         return False
-    present = gradients.begin(known=True, row_major=True)
+    present = gradients.begin(measured=True, row_major=True)
     if present != len(params) or list(gradients.odd()) != [1, 6]:
         return False
     gradients.end(written=False)
     params[6].grad = torch.ones(3, 4)
-    if gradients.begin(known=True) != len(params) or list(gradients.odd()) != [1, 6]:
+    if gradients.begin(measured=True) != len(params) or list(gradients.odd()) != [1, 6]:
         return False
     gradients.end(written=False)
     params[1].grad = torch._neg_view(torch.ones(2, 3))
-    return gradients.begin(known=True) == len(params) and list(gradients.odd()) == [1, 6]
+    return gradients.begin(measured=True) == len(params) and list(gradients.odd()) == [1, 6]
 
 
 def _sees_dicts(library: Library, handle: int) -> bool:
@@ -315,16 +315,16 @@ def _sees_what_is_exchanged(
     library: Library, handle: int, gradients: NativeGradients, params
 ) -> bool:
     params[1].grad = None
-    if not library.unmoved(handle) or gradients.begin(known=True) != len(params) - 1:
+    if not library.unmoved(handle) or gradients.begin(measured=True) != len(params) - 1:
         return False
     gradients.end(written=False)
     moved, other = params[0].data, torch.zeros(3)
     params[0].data = moved.clone()
-    if library.unmoved(handle) or gradients.begin(known=True) >= 0:
+    if library.unmoved(handle) or gradients.begin(measured=True) >= 0:
         return False
     params[0].data = moved
     if not library.unmoved(handle):
         return False
     params[0].grad = None  # swap_tensors() would move it to the other tensor
     torch.utils.swap_tensors(params[0], other)
-    return not library.unmoved(handle) and gradients.begin(known=True) < 0
+    return not library.unmoved(handle) and gradients.begin(measured=True) < 0

@@ -90,7 +90,12 @@ def convert_state_dict(
         for param, key in zip(group["params"], saved["params"], strict=True):
             if key in entries:
                 state[key] = _entry(entries[key], steps.get(key), param, labels[key])
-                _check_amsgrad(state[key], param_groups[-1], labels[key])
+                amsgrad = param_groups[-1].get("amsgrad")
+                if state[key] and amsgrad and "max_exp_avg_sq" not in state[key]:
+                    raise ValueError(
+                        f"the state of {labels[key]} has no max_exp_avg_sq, which amsgrad=True "
+                        "needs; build the optimizer with amsgrad=False"
+                    )
     rest = {k: _copied(v) for k, v in state_dict.items() if k not in ("state", "param_groups")}
     return {"state": state, "param_groups": param_groups, **rest}
 
@@ -207,7 +212,6 @@ def _unwrapped(entry: Any) -> Any:
 
 
 def _steps(entries: Mapping[Any, Any], saved: Mapping[str, Any], number: int) -> dict[Any, Any]:
-    """Returns the step of every parameter of a group that has state."""
     entries = {key: entry for key, entry in entries.items() if entry}
     steps = {key: entry["step"] for key, entry in entries.items() if "step" in entry}
     if "step" not in saved or not entries:
@@ -366,11 +370,3 @@ def _check_moment(value: Any, key: str, param: Tensor, label: str) -> None:
     shard = sharding.local(value)
     if key.endswith("exp_avg_sq") and not shard.is_complex() and shard.numel() and shard.min() < 0:
         raise ValueError(f"{key} of {label} has negative values, whose root Adam would take")
-
-
-def _check_amsgrad(entry: Mapping[str, Any], group: Mapping[str, Any], label: str) -> None:
-    if entry and group.get("amsgrad") and "max_exp_avg_sq" not in entry:
-        raise ValueError(
-            f"the state of {label} has no max_exp_avg_sq, which amsgrad=True needs; build the "
-            "optimizer with amsgrad=False"
-        )

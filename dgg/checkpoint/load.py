@@ -81,9 +81,8 @@ def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None])
 def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
     state_dict = _completed(opt, state_dict)
     anchors = _checked_anchors(opt, state_dict)
-    draws, resumed, slot, cache = (
-        int(opt.param_groups[0]["draw_index"]), opt._resumed, opt._replay, opt._cache
-    )  # fmt: skip
+    draws, resumed = int(opt.param_groups[0]["draw_index"]), opt._resumed
+    slot, cache = opt._replay, opt._cache
     saved_groups, groups_before = state_dict["param_groups"], opt.param_groups
     if draws <= 1:
         boundary.refuse_earlier(opt._named, saved_groups)

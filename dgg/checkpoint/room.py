@@ -29,16 +29,16 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
             "prepare_for_load() is for torch.distributed.checkpoint over FSDP2 and other "
             "DTensors; DeepSpeed and ZeroRedundancyOptimizer load their own checkpoints"
         )
-    if checkpoint is None:
-        entries = [
-            {name: None for name in (*_kept_by_steps(opt, p, group), "anchor")}
-            if p.requires_grad or p in opt.state
-            else {}
-            for group in opt.param_groups
-            for p in group["params"]
-        ]
-    else:
-        entries = _held_by(opt, checkpoint, model)
+    if checkpoint is not None:
+        make_room(opt, _held_by(opt, checkpoint, model))
+        return
+    entries = []
+    for group in opt.param_groups:
+        names = [*opt._rule.needed(group), "anchor", *opt._rule.columns.keys() & {"step"}]
+        for p in group["params"]:
+            master = ["master"] if opt._settings.has_master(p) else []
+            kept = p.requires_grad or p in opt.state
+            entries.append(dict.fromkeys([*names, *master]) if kept else {})
     make_room(opt, entries)
 
 
@@ -78,13 +78,6 @@ def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
         group["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
     opt._awaits_load = True
     opt._reset_caches()
-
-
-def _kept_by_steps(opt, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the keys of the state that a step keeps of a parameter, anchors apart."""
-    step = ("step",) if "step" in opt._rule.columns else ()
-    master = ("master",) if opt._settings.has_master(param) else ()
-    return (*step, *opt._rule.needed(group), *master)
 
 
 def _held_by(opt, source: Any, model) -> list[dict[str, torch.dtype | None]]:

@@ -177,7 +177,7 @@ def check_group(
 
 
 def check_entry(
-    entry: Any, param: Tensor, label: str, needed: Sequence[str], known: Sequence[str]
+    entry: Any, param: Tensor, label: str, needed: Sequence[str], keys: Sequence[str]
 ) -> None:
     """Checks the state of a parameter, but not its anchor.
 
@@ -186,7 +186,7 @@ def check_entry(
         param: The parameter.
         label: Its name in errors.
         needed: Keys that must be there.
-        known: Keys whose values are checked.
+        keys: Keys whose values are checked.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -204,7 +204,7 @@ def check_entry(
             f"{sorted(map(str, entry))}: it is another optimizer's, or a part of it was lost on "
             f"the way. {_CONVERT}"
         )
-    for name in known:
+    for name in keys:
         value = entry.get(name)
         if value is not None and name == "step":
             _check_step(value, label)

@@ -176,8 +176,6 @@ class Driver:
                 stacklevel=_callers.stacklevel(),
             )
 
-    # -- the step -------------------------------------------------------------------------------
-
     def _decide(self, opt) -> Decision:
         """Returns the decision of the engine step; its first call makes it."""
         self._look_at_partitions(opt)
@@ -374,8 +372,6 @@ class Driver:
         with _ranges.record("dgg.allreduce"):
             dist.all_reduce(on_device, group=group)
         return on_device.to(values.device)
-
-    # -- anchors --------------------------------------------------------------------------------
 
     def _count_anchors(self, opt) -> int:
         return sum("anchor" in opt.state.get(p.tensor, ()) for p in self.partitions)

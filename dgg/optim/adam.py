@@ -29,12 +29,9 @@ class AdamRule(Rule):
 
     kernel = backends.ADAM
     columns = {
-        "exp_avg": "exp_avgs",
-        "exp_avg_sq": "exp_avg_sqs",
-        "max_exp_avg_sq": "max_exp_avg_sqs",
-        "step": "steps",
-        "anchor": "anchors",
-    }
+        "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs", "max_exp_avg_sq": "max_exp_avg_sqs",
+        "step": "steps", "anchor": "anchors",
+    }  # fmt: skip
 
     def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns both moments, and with amsgrad the largest second one."""
@@ -53,18 +50,15 @@ class AdamRule(Rule):
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the hyper-parameters that `backends.ADAM` names."""
+        beta1, beta2 = group["betas"][0], group["betas"][1]
         return {
             "lr": number(group, "lr"),
-            "beta1": number_of("betas", group["betas"][0]),
-            "beta2": number_of("betas", group["betas"][1]),
-            "eps": number(group, "eps"),
-            "weight_decay": number(group, "weight_decay"),
+            "beta1": number_of("betas", beta1), "beta2": number_of("betas", beta2),
+            "eps": number(group, "eps"), "weight_decay": number(group, "weight_decay"),
             "decoupled": flag(group, "decoupled_weight_decay"),
-            "amsgrad": flag(group, "amsgrad"),
-            "maximize": flag(group, "maximize"),
-            "strength": number(group, "strength"),
-            "threshold": threshold(group["alpha"]),
-        }
+            "amsgrad": flag(group, "amsgrad"), "maximize": flag(group, "maximize"),
+            "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
+        }  # fmt: skip
 
     def skip_update(self, opt, param: Tensor) -> None:
         """Counts a step in which every element of ``param`` is padding."""

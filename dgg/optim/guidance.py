@@ -150,12 +150,9 @@ class Guidance:
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
         """Sets θ* to the present weights, named tensors or those of files.
 
         It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; what is resumed is loaded
@@ -184,7 +181,7 @@ class Guidance:
             return
         groups = self.optimizer.param_groups
         plan = functools.partial(
-            boundary.plan_anchors, groups, boundary.known_anchors(self.state), tensors, model,
+            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors, model,
             self._settings.anchor_dtype, self._settings.anchor_device,
         )  # fmt: skip
         boundary.place(self, groups, marked, plan, task)
@@ -225,15 +222,10 @@ class Guidance:
         for group in self.param_groups:
             _arguments.make_plain(group)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return {
-            "param_groups": [dict(group) for group in self.param_groups],
-            "anchors": {
-                i: self.state[p]["anchor"]
-                for i, p in enumerate(params)
-                if "anchor" in self.state.get(p, ())
-            },
-            "params": len(params),
-        }
+        entries = {i: self.state.get(p, {}) for i, p in enumerate(params)}
+        anchors = {i: entry["anchor"] for i, entry in entries.items() if "anchor" in entry}
+        groups = [dict(group) for group in self.param_groups]
+        return {"param_groups": groups, "anchors": anchors, "params": len(params)}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -377,7 +369,6 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
 
 
 def _decide(opt: Guidance) -> Decision:
-    """Reads and checks the options of a step."""
     opt._replay.check_closed()
     options = opt._draws.options.read(opt.param_groups)
     decision = Decision(options, opt.param_groups, [], options["draw_index"])

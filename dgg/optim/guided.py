@@ -42,8 +42,6 @@ class Stepped(Imitable):
     _new_rule: type[Rule]
     process_group = sharding.ProcessGroup()
 
-    # -- construction ---------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
         names = ("_settings", "_guidance", "_awaits_load")
@@ -68,8 +66,6 @@ class Stepped(Imitable):
                 is given twice.
         """
         construction.add_group(self, param_group, super().add_param_group)
-
-    # -- state ----------------------------------------------------------------------------------
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -108,8 +104,6 @@ class Stepped(Imitable):
         self._state_read = True
         self.__dict__["state"] = value
 
-    # -- the step -------------------------------------------------------------------------------
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
@@ -140,9 +134,7 @@ class Stepped(Imitable):
             # around its own.
             self._in_hooks = True
             try:
-                return (
-                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-                )
+                return _step_with_hooks(self, *(() if closure is None else (closure,)))
             finally:
                 self._in_hooks = False
         loss = None
@@ -305,12 +297,9 @@ class Guided(Stepped):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
         """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
 
         Every parameter that requires a gradient (or has state from an earlier task) gets an
@@ -380,12 +369,9 @@ class Guided(Stepped):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
         """Sets the anchor as `set_anchor` does, without its rules about tasks.
 
         For frameworks that know where a task begins, such as `dgg.hf`.
@@ -400,7 +386,7 @@ class Guided(Stepped):
             plan = functools.partial(driver.plan_anchors, self, tensors, model)
         else:
             plan = functools.partial(
-                boundary.plan_anchors, self.param_groups, boundary.known_anchors(self.state),
+                boundary.plan_anchors, self.param_groups, boundary.anchors_in(self.state),
                 tensors, model, self._settings.anchor_dtype, self._settings.anchor_device,
                 functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
             )  # fmt: skip

@@ -100,11 +100,7 @@ def place_of(param: Tensor) -> Place | None:
         return Place(0, max(param.numel(), 1), max(param.numel(), 1))
     if _interleaved(param):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+    shape, offsets = _shape_and_offsets(param)
     sharded = [d for d, size in enumerate(shape) if size != param.shape[d]]
     inner = [d for d in sharded if d > 0]
     if len(inner) > 1:
@@ -118,6 +114,14 @@ def place_of(param: Tensor) -> Place | None:
         return Place(base, count, count)
     (d,) = inner
     return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
+
+
+def _shape_and_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    from torch.distributed.tensor import _utils
+
+    return _utils.compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
 
 
 def _interleaved(param: Tensor) -> bool:
@@ -149,11 +153,7 @@ def box_of(param: Tensor) -> tuple[slice, ...]:
             f"a parameter of shape {tuple(param.shape)} placed as {param.placements} has shards of "
             "several separate pieces; give a DTensor, or redistribute it to Shard or Replicate"
         )
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+    shape, offsets = _shape_and_offsets(param)
     # The offset of a shard without elements lies behind the end.
     starts = [offset if size else 0 for size, offset in zip(shape, offsets, strict=True)]
     return tuple(slice(a, a + size) for a, size in zip(starts, shape, strict=True))
