@@ -18,7 +18,7 @@ def plain(name: str, value: Any) -> Any:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if there are several elements, or none.
@@ -38,7 +38,7 @@ def as_int(name: str, value: Any) -> int:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if it is no integer.
@@ -57,7 +57,7 @@ def as_float(name: str, value: Any) -> float:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if it is no real number.

@@ -225,10 +225,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         alpha = self.alpha
         if alpha is None or isinstance(alpha, float):
             return alpha
-        remedy = "give one alpha per task, the first included"
-        by_task = dict(enumerate(alpha)) if isinstance(alpha, list) else alpha
-        if by_task is alpha:
-            remedy = f"add the key {task}"
+        if isinstance(alpha, dict):
+            by_task, remedy = alpha, f"add the key {task}"
+        else:
+            by_task, remedy = dict(enumerate(alpha)), "give one alpha per task, the first included"
         if task in by_task:
             return by_task[task]
         raise ValueError(f"alpha={alpha} has no value for task {task}; {remedy}")
@@ -294,7 +294,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 logger.info("%s", self._describe(opt))
 
     def _describe(self, opt) -> str:
-        driver = opt._deepspeed_driver()
+        pieces = "tensors" if opt._deepspeed_driver() is None else "partitions of this rank"
         # From the ownership, since DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
         members = opt._ownership.tensors(opt.param_groups)
         devices = {p.device for params in members for p in params}
@@ -305,7 +305,6 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
         size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
         alphas = sorted({float(group["alpha"]) for group in opt.param_groups})
-        pieces = "tensors" if driver is None else "partitions of this rank"
         return text + (
             f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} {pieces} "
             f"({size:.1f} MiB): {self._origin}"

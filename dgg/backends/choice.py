@@ -54,7 +54,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
         return backend
-    # Under the interpreter Triton runs on the CPU too, but only who names it wants that.
+    # Triton's interpreter runs on the CPU, too, but it is slow: it has to be named.
     candidates = ("cpp",) if device.type == "cpu" else ("cpp", "triton")
     return next((name for name in candidates if unavailable(name, device) is None), "reference")
 

@@ -44,7 +44,7 @@ class Launch:
         return self.dtypes & SLOT_MASK != self.dtypes >> SLOT_BITS * COPY_SLOT & SLOT_MASK
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The leading arguments of a launch after the table."""
         return self.rows, self.chunks, self.starts, self.partials, self.counters
 

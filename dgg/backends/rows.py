@@ -168,8 +168,8 @@ class Rows:
         return [self._tensor(column, row) for row in range(len(self.params))]
 
     def _tensor(self, column: int, row: int) -> Tensor | None:
-        # A new view of the parameter every time: a kept one would keep the memory of before, if
-        # somebody exchanges the parameter's.
+        # A new view of the parameter every time: a kept one would keep memory alive after
+        # `.data =` has replaced it.
         if column == PARAM and self._masters[row] is not None:
             return self._masters[row]
         if column == COPY and self._masters[row] is None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dgg import anchor, sharding
 from dgg.checkpoint.source import Source, entries_in, find, held_by, of_template

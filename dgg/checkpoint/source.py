@@ -178,31 +178,31 @@ def _entries(checkpoint: Any) -> Mapping[str, Any]:
 
 
 def find(
-    held: Mapping[str, dict[str, torch.dtype | None]], names: Sequence[Sequence[str]]
+    saved: Mapping[str, dict[str, torch.dtype | None]], names: Sequence[Sequence[str]]
 ) -> list[dict[str, torch.dtype | None]]:
     """Returns the entry of every parameter in a checkpoint; empty if there is none.
 
     Args:
-        held: From `held_by`.
+        saved: From `held_by`.
         names: For each parameter the names it may have; none for parameters saved by number.
 
     Raises:
         KeyError: It holds state, but of none of the parameters.
     """
     # An optimizer's own state_dict() counts its parameters.
-    numbered = all(name.isdigit() for name in held)
+    numbered = all(name.isdigit() for name in saved)
     entries = []
     for number, candidates in enumerate(names):
         if numbered:
             candidates = [*candidates, str(number)]
-        entries.append(next((held[name] for name in candidates if name in held), {}))
-    if held and not any(entries):
+        entries.append(next((saved[name] for name in candidates if name in saved), {}))
+    if saved and not any(entries):
         first = next((candidates[0] for candidates in names if candidates), None)
         remedy = "; pass model=, which knows the names of the parameters"
         if first:
             remedy = f" (the first is {first!r}); pass the model the checkpoint was made with"
         raise KeyError(
-            f"the checkpoint holds optimizer state of {sorted(held)[0]!r} and others, but of no "
+            f"the checkpoint holds optimizer state of {sorted(saved)[0]!r} and others, but of no "
             f"parameter of this optimizer{remedy}"
         )
     return entries

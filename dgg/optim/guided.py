@@ -185,7 +185,7 @@ class Stepped(Imitable):
             return driver
         if driver is None and construction.first_id(self.param_groups) == self._first_id:
             return None
-        # The parameters were exchanged: find out once who did it.
+        # The parameters were exchanged: look for an engine once.
         self._driver = deepspeed.find_driver(self)
         if self._driver is None:
             self._first_id = construction.first_id(self.param_groups)
@@ -261,17 +261,17 @@ class Guided(Stepped):
     ) -> None:
         """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
 
-        torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
-        without this a guided checkpoint is refused when it is loaded, unless it is known who loads
-        it: accelerate, the Trainer, a ``Stateful`` and torch's ``set_optimizer_state_dict`` need no
-        call (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or
-        ``get_state_dict`` make the template. It counts as no task and sets no anchor: until the
-        checkpoint is loaded, `step` raises.
+        torch.distributed.checkpoint loads into existing tensors. A new optimizer has no anchors, so
+        without this call a guided checkpoint is refused when it is loaded. Accelerate, the Trainer,
+        a ``Stateful`` and torch's ``set_optimizer_state_dict`` are recognised and need no call
+        (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or ``get_state_dict``
+        make the template. It counts as no task and sets no anchor: until the checkpoint is loaded,
+        `step` raises.
 
         Args:
-            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
-                it holds finds room, in the dtypes it was saved in. None makes room for an anchor of
-                every trainable parameter, in ``anchor_dtype``, beside the other state.
+            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: room is made
+                for exactly its state, in the dtypes it was saved in. None makes room for an anchor
+                of every trainable parameter, in ``anchor_dtype``, beside the other state.
             model: Maps names to parameters; not needed if the optimizer was built from
                 ``named_parameters()``.
 
@@ -450,7 +450,7 @@ class Guided(Stepped):
             ``distance`` (‖θ - θ*‖) and ``clip`` (c); None for what that step had no need to
             measure. ``anchored`` (int64: how many parameters have an anchor; 0 means that nothing
             can be guided yet) and ``guided`` (int64: how many were pulled; 0 where nothing was
-            drawn). The attribute ``backend`` names who made the step.
+            drawn). The attribute ``backend`` is the name of the step's backend.
         """
         return norms.statistics(self._last, sum(group["anchored"] for group in self.param_groups))
 

@@ -201,10 +201,10 @@ class Shards:
 
     def versions(self) -> list[int]:
         """Returns for every parameter what changes with each write that autograd knows of."""
+        pairs = zip(self._params, self._locals, strict=True)
         if self._all:
-            both = zip(self._params, self._locals, strict=True)
-            return [param._version + shard._version for param, shard in both]
-        return [version_of(p) for p in self._params]
+            return [param._version + shard._version for param, shard in pairs]
+        return [p._version if shard is p else p._version + shard._version for p, shard in pairs]
 
 
 def _same_placing(spec, other) -> bool:
@@ -220,9 +220,3 @@ def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:
     return not is_dtensor(param) or (
         grad.device_mesh == param.device_mesh and tuple(grad.placements) == tuple(param.placements)
     )
-
-
-def version_of(param: Tensor) -> int:
-    """Returns a number that changes with every write that autograd knows of."""
-    shard = local(param)
-    return param._version if shard is param else param._version + shard._version
