@@ -45,11 +45,9 @@ class Reading(NamedTuple):
 
 
 def readings(
-    stored: Mapping[str, Sequence[str]],
-    model_names: ModelNames,
-    wanted: Sequence[int],
+    stored: Mapping[str, Sequence[str]], model_names: ModelNames, wanted: Sequence[int],
     words: Sequence[str],
-) -> tuple[list[Reading], list[Reading]]:
+) -> tuple[list[Reading], list[Reading]]:  # fmt: skip
     """Returns the ways to read a source: those that no other denies, and those that may be right.
 
     Args:

@@ -185,7 +185,6 @@ class _BF16(_Flat):
 
     @staticmethod
     def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
-        """Returns the parameters of a group and where each begins in the flat group."""
         params = zero_optimizer.bf16_groups[number]
         ends = itertools.accumulate(p.numel() for p in params)
         return [(p, end - p.numel()) for p, end in zip(params, ends, strict=True)]
@@ -196,7 +195,6 @@ class _Stage3:
 
     @staticmethod
     def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
-        """Returns every partition and the number of its parameter group."""
         tensors = zero_optimizer.fp32_partitioned_groups_flat
         return [
             (p, zero_optimizer.sub_group_to_group_id[number]) for number, p in enumerate(tensors)
@@ -204,7 +202,6 @@ class _Stage3:
 
     @staticmethod
     def pieces(zero_optimizer, number: int) -> Iterator[Piece]:
-        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
         rank, start = _rank(zero_optimizer.dp_process_group), 0
         for param in zero_optimizer.fp16_groups[number]:
             size = param.partition_numel()

@@ -185,9 +185,8 @@ class RowCache:
         """Returns whether parameters, memory, state and groups are those of the last step."""
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
-        if [len(group["params"]) for group in groups] != self._sizes:
-            return False
-        if not self._same_needs(opt, groups):
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes or not self._same_needs(opt, groups):
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False

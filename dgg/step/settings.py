@@ -54,9 +54,8 @@ def take_settings(options: dict[str, Any]) -> Settings:
         TypeError: A setting has the wrong type.
         ValueError: A setting is unknown, or two contradict each other.
     """
-    capturable = bool(options.pop("capturable"))
-    fused, foreach = options.pop("fused"), options.pop("foreach")
-    backend = options.pop("backend")
+    capturable, fused = bool(options.pop("capturable")), options.pop("fused")
+    foreach, backend = options.pop("foreach"), options.pop("backend")
     anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
     anchor_device = _arguments.check_anchor_device(options.pop("anchor_device"))
     if capturable and anchor_device is not None:
