@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pathlib
-import types
 
 import pytest
 import torch
@@ -297,7 +296,7 @@ def test_a_template_for_a_checkpoint_has_the_others_too(template):
 
 def test_a_template_in_an_engine_asks_nobody(template):
     params, opt = guided(steps=0)
-    opt._ownership = sharding.RankShare(types.SimpleNamespace(anchored_elsewhere=lambda *_: 0))
+    opt._ownership = sharding.RankShare(opt)
     template(opt, Source(None, None, {"state": []}))
     assert all(set(opt.state[p]) == ADAM for p in params)
 
@@ -454,7 +453,7 @@ def test_room_keeps_what_is_asked_of_where_it_lies():
 def test_no_room_where_an_engine_loads(attribute, monkeypatch):
     params, opt = guided(steps=0)
     if attribute == "share":
-        opt._ownership = sharding.RankShare(None)
+        opt._ownership = sharding.RankShare(opt)
     else:
         monkeypatch.setattr(opt, "_deepspeed_driver", lambda: object())
     with pytest.raises(RuntimeError, match="DeepSpeed and ZeroRedundancyOptimizer load their own"):
