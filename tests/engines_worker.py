@@ -202,7 +202,7 @@ def build_llava():
 def pictures(k: int, dtype) -> dict:
     generator = training.numbers_of(k)
     text = torch.randint(IMAGE, (SAMPLES, 5), generator=generator)
-    image = torch.training.whole((SAMPLES, 4), IMAGE)
+    image = torch.full((SAMPLES, 4), IMAGE)
     pixels = training.normal(generator, SAMPLES, 3, 8, 8, dtype=dtype)
     return {"x": torch.cat([text[:, :1], image, text[:, 1:]], dim=1), "pixels": pixels}
 
