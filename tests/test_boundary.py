@@ -219,9 +219,13 @@ def test_anchors_are_placed_and_noted(monkeypatch):
     opt.place([(first, second.detach(), made[0])], 9, overwrites=True)
     assert made[0].tolist() == [2.0, 2.0] and opt.said == ["state", True]
     assert [(mark["anchored"], mark["task_index"]) for mark in opt.marks] == [(2, 9), (1, 9)]
-    # One new address is enough for it not to be; a parameter without state is no obstacle.
+    # One new address is enough for it not to be.
     opt.place([(first, first.detach(), made[0]), (third, None, made[1])], 9, overwrites=True)
     assert opt.said == ["state", "state", True, "reset"] and opt.state[third]["anchor"] is made[1]
+    # What is left out of the plan may have no state.
+    opt = Placed()
+    opt.place([(opt.params[0], None, made[2])], 1)
+    assert [mark["anchored"] for mark in opt.marks] == [1, 0]
 
 
 def test_what_cannot_be_planned_changes_nothing():
