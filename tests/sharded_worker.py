@@ -15,7 +15,6 @@ import ranks
 import training
 from dgg import _ranges
 
-
 SHAPES = [(7, 5), (4,), (1, 8), (13, 3), (6, 6), ()]
 STEPS = 50
 

@@ -80,20 +80,20 @@ LEFT_OUT = "(task=3)…in task 1,…task 2 would be left out…end of task 2,…
 
 @pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), numbered(BEGINNINGS))
 def test_a_task_begins_or_goes_on(task, groups, draws, given, begins):
-    assert boundary.begins_task(task, groups, draws, has_source=given) is begins
+    assert boundary.begins_task(task, groups, draws, given=given) is begins
 
 
 @pytest.mark.parametrize(("task", "groups", "error", "text"), numbered(REFUSALS))
 def test_tasks_that_cannot_begin(task, groups, error, text):
-    refused(error, text, boundary.begins_task, task, groups, 5, has_source=False)
+    refused(error, text, boundary.begins_task, task, groups, 5, given=False)
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_no_task_is_left_out(given):
     for groups, draws in ((groups_of(1), 1), (groups_of(1, 0, 3), 0)):
-        refused(ValueError, LEFT_OUT, boundary.begins_task, 3, groups, draws, has_source=given)
-    assert boundary.begins_task(3, groups_of(1), 0, has_source=given)
-    assert boundary.begins_task(3, groups_of(2, 4), 7, has_source=given)
+        refused(ValueError, LEFT_OUT, boundary.begins_task, 3, groups, draws, given=given)
+    assert boundary.begins_task(3, groups_of(1), 0, given=given)
+    assert boundary.begins_task(3, groups_of(2, 4), 7, given=given)
 
 
 def test_an_anchor_just_resumed_is_not_replaced():
@@ -208,7 +208,7 @@ def test_anchors_are_placed_and_noted(monkeypatch):
         ],
         None,
     )
-    assert asked == [(["the ranks"], _arguments.settings_of(opt.marks))]
+    assert asked == [(["the ranks"], MARK)]
     assert all(opt.state[p]["anchor"] is a for p, a in zip(opt.params, made, strict=True))
     assert [a.tolist() for a in made] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     assert len(written) == 1 and written[0] is made[2]
@@ -219,9 +219,13 @@ def test_anchors_are_placed_and_noted(monkeypatch):
     opt.place([(first, second.detach(), made[0])], 9, overwrites=True)
     assert made[0].tolist() == [2.0, 2.0] and opt.said == ["state", True]
     assert [(mark["anchored"], mark["task_index"]) for mark in opt.marks] == [(2, 9), (1, 9)]
-    # One new address is enough for it not to be; a parameter without state is no obstacle.
+    # One new address is enough for it not to be.
     opt.place([(first, first.detach(), made[0]), (third, None, made[1])], 9, overwrites=True)
     assert opt.said == ["state", "state", True, "reset"] and opt.state[third]["anchor"] is made[1]
+    # What is left out of the plan may have no state.
+    opt = Placed()
+    opt.place([(opt.params[0], None, made[2])], 1)
+    assert [mark["anchored"] for mark in opt.marks] == [1, 0]
 
 
 def test_what_cannot_be_planned_changes_nothing():

@@ -7,7 +7,6 @@ from typing import Any
 
 from dgg.optim.guided import Guided
 
-
 # Attributes in which frameworks keep the optimizer that they wrap.
 _ATTRIBUTES = ("optimizer", "_optimizer", "basic_optimizer", "optim")
 
