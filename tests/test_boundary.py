@@ -184,7 +184,7 @@ class Placed:
         boundary.place(self, self.groups, self.marks, lambda: plan, task)
 
 
-MARK = {**dict.fromkeys(_arguments.WIDE), "task_index": 4, "seed": 3}
+MARK = {**dict.fromkeys(_arguments.OPTIMIZER_OPTIONS), "task_index": 4, "seed": 3}
 
 
 def test_anchors_are_placed_and_noted(monkeypatch):
