@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """torchrun --standalone --nproc-per-node 2 examples/deepspeed_zero2.py
 
-DeepSpeed's ZeRO-2 on two processes: every process steps half of the weights. Runs on CPUs; on GPUs
-leave out the lines marked CPU.
+DeepSpeed's ZeRO-2 on two processes: every process steps half of the weights. This is for CPUs; the
+lines that only CPUs need are marked.
 """
 
 import os
 
 import torch
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # CPU
+os.environ["DS_ACCELERATOR"] = "cpu"  # for CPUs
 import deepspeed
 
 import dgg
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # CPU: else it compiles for minutes
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for CPUs
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 16,
@@ -44,8 +44,8 @@ def train(alpha):
             engine.backward(torch.nn.functional.cross_entropy(engine(x[rows]), y[rows]))
             engine.step()
         with torch.no_grad():
-            right = [(engine(x).argmax(1) == y).float().mean().item() for x, y in tasks]
-        score.append([100 * share for share in right])
+            right = [(engine(x).argmax(1) == y).float().mean() for x, y in tasks]
+        score.append([100 * share.item() for share in right])
     engine.destroy()
     return score
 

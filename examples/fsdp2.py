@@ -2,7 +2,7 @@
 """torchrun --standalone --nproc-per-node 2 examples/fsdp2.py
 
 FSDP2 on two processes: every process holds half of the weights, moments and anchors. The optimizer
-needs no other lines than in one process. Runs on CPUs; on GPUs only the device changes.
+needs no other lines than in one process. Runs on CPUs.
 """
 
 import torch
@@ -34,8 +34,8 @@ def train(alpha):
             opt.step()
             opt.zero_grad()
         with torch.no_grad():
-            right = [(model(x).argmax(1) == y).float().mean().item() for x, y in tasks]
-        score.append([100 * share for share in right])
+            right = [(model(x).argmax(1) == y).float().mean() for x, y in tasks]
+        score.append([100 * share.item() for share in right])
     return score
 
 

@@ -34,6 +34,9 @@ class Classifier(pl.LightningModule):
         x, y = batch
         return torch.nn.functional.cross_entropy(self.layers(x), y)
 
+    def right(self, x, y):
+        return 100 * (self.layers(x).argmax(1) == y).float().mean().item()  # per cent
+
 
 def make_task(seed):  # four classes of points; every task has its own place and its own rule
     rng = torch.Generator().manual_seed(seed)
@@ -50,11 +53,10 @@ for name, alpha in (("plain", 0.0), ("guided", 0.2)):  # alpha: the share of gui
     module, score = Classifier(alpha), []
     for task in tasks:
         loader = torch.utils.data.DataLoader(task, batch_size=32, shuffle=True)
-        pl.Trainer(
+        trainer = pl.Trainer(
             max_steps=200, accelerator="cpu", enable_checkpointing=False, **quiet
-        ).fit(module, loader)
-        right = [(module.layers(x).argmax(1) == y).float().mean().item() for x, y in
-                 (task.tensors for task in tasks)]
-        score.append([100 * share for share in right])
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        score.append([module.right(*task.tensors) for task in tasks])
     (learnt, _), (kept, new) = score
     print(f"{name:8}{learnt:12.0f} %{kept:13.0f} %{new:15.0f} %{learnt - kept:9.0f} points")
