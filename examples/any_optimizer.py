@@ -46,7 +46,7 @@ def train(cls, lr, alpha):
     score = []
     for number, (x, y) in enumerate(tasks):
         opt = cls(model.parameters(), lr=lr)
-        guidance = dgg.Guidance(opt, alpha=alpha)  # from now on opt.step() is guided
+        guidance = dgg.Guidance(opt, alpha=alpha, seed=number)  # guides every opt.step()
         guidance.set_anchor(task=number)  # task 1 is pulled back to the weights it begins with
         if hasattr(opt, "train"):
             opt.train()  # schedule-free keeps two sets of weights: one to train ...

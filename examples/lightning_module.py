@@ -21,7 +21,7 @@ class Classifier(pl.LightningModule):
         self.alpha, self.task = alpha, 0
 
     def configure_optimizers(self):
-        return dgg.AdamW(self.parameters(), lr=5e-3, alpha=self.alpha)
+        return dgg.AdamW(self.parameters(), lr=5e-3, alpha=self.alpha, seed=self.task)
 
     def on_train_start(self):
         # Every task but the first is pulled back to the weights that it begins with.

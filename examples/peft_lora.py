@@ -51,7 +51,7 @@ for name, alpha in (("plain", 0.0), ("guided", 0.2)):  # alpha: the share of gui
                 use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
             ),
             train_dataset=task,
-            optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "alpha": alpha}),
+            optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "alpha": alpha, "seed": number}),
             callbacks=[dgg.hf.GuidanceCallback()],  # sets the anchor; logs what guidance does
         )  # fmt: skip
         trainer.train()
