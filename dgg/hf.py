@@ -142,10 +142,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             self._origin = "kept from before the interruption"
         elif guided:
             if interrupted:
-                _warn(
+                logger.warning(
                     "task %d was begun before and did not reach its end: its anchor becomes the "
                     "weights of now, not those it began with; pass anchor= or resume from a "
-                    "checkpoint to keep them", task,
+                    "checkpoint to keep them", task, stacklevel=_callers.stacklevel(),
                 )  # fmt: skip
             self._set_anchor(opt, model, task)
         else:
@@ -179,11 +179,11 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 "an output_dir of its own, or set task= to the checkpoint's"
             )
         elif task < self._upcoming(model):
-            _warn(
+            logger.warning(
                 "the checkpoint was written in task %d, which came to its end already: it is "
                 "trained further; give every task an output_dir of its own if that is not meant",
-                task,
-            )
+                task, stacklevel=_callers.stacklevel(),
+            )  # fmt: skip
         self._origin = "the checkpoint"
         source = self._anchor_source
         was_guided = saved.get("_guided", task > 0 or self.guide_first_task or source is not None)
@@ -199,9 +199,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._task, self._guided = task, _anchored(opt) > 0
         alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
         if alpha is not None and alpha != resumed_alpha:
-            _warn(
+            logger.warning(
                 "alpha=%s of this callback is not in force: task %d was resumed and goes on with "
                 "the checkpoint's alpha=%s", alpha, task, resumed_alpha,
+                stacklevel=_callers.stacklevel(),
             )  # fmt: skip
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -439,10 +440,6 @@ def _checked_number(alpha: Any) -> float:
     return float(alpha)
 
 
-def _warn(message: str, *arguments: Any) -> None:
-    logger.warning(message, *arguments, stacklevel=_callers.stacklevel())
-
-
 def _anchored(opt) -> int:
     return sum(group["anchored"] for group in opt.param_groups)
 
@@ -465,9 +462,10 @@ def _warn_of_ignored_lr(args, opt) -> None:
     group = opt.param_groups[0]
     rate = float(group.get("initial_lr", group["lr"]))
     if args.learning_rate not in (default, rate):
-        _warn(
+        logger.warning(
             "learning_rate=%g of TrainingArguments is not used: optimizer_cls_and_kwargs has its "
             "own, here %g; put lr there", args.learning_rate, rate,
+            stacklevel=_callers.stacklevel(),
         )  # fmt: skip
 
 

@@ -50,10 +50,10 @@ def convert_state_dict(
 ) -> dict[str, Any]:
     """Returns the state of another library's Adam or AdamW in the form that dgg loads.
 
-    Moments come out dequantised and in the dtype they are kept in (`load_state_dict` casts them as
-    torch does, see ``state_dtype``), lr, betas, eps and weight_decay as they were. What the other
-    library has not (amsgrad, maximize, dgg's own options) is the optimizer's. A state dict of
-    torch.optim's or dgg's optimizers comes out as an equal copy. Nothing that is given changes.
+    Moments are dequantised and keep their dtype (`load_state_dict` casts them as torch does, see
+    ``state_dtype``); lr, betas, eps and weight_decay are copied. Options that the other library
+    does not have (amsgrad, maximize, dgg's own) are taken from the optimizer. A state dict of
+    torch.optim's or dgg's optimizers is returned as an equal copy. No argument is modified.
 
     Args:
         state_dict: From ``state_dict()`` of bitsandbytes' AdamW, AdamW8bit and their paged

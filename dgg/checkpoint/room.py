@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dgg import anchor, sharding
-from dgg.checkpoint.source import Source, entries_in, find, held_by, of_template
+from dgg.checkpoint.source import Source, dtypes_in, entries_in, find, of_template
 from dgg.step import checks, state
 
 # First word of a message between ranks.
@@ -29,7 +29,7 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
             "DTensors; DeepSpeed and ZeroRedundancyOptimizer load their own checkpoints"
         )
     if checkpoint is not None:
-        make_room(opt, _held_by(opt, checkpoint, model))
+        make_room(opt, _entries_in_checkpoint(opt, checkpoint, model))
         return
     entries = []
     for group in opt.param_groups:
@@ -79,8 +79,8 @@ def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
     opt._reset_caches()
 
 
-def _held_by(opt, source: Any, model) -> list[dict[str, torch.dtype | None]]:
-    return find(held_by(source, {*opt._rule.columns, "master"}), _names(opt, model))
+def _entries_in_checkpoint(opt, source: Any, model) -> list[dict[str, torch.dtype | None]]:
+    return find(dtypes_in(source, {*opt._rule.columns, "master"}), _names(opt, model))
 
 
 def _names(opt, model) -> list[list[str]]:
@@ -126,10 +126,10 @@ def _check_template(opt) -> None:
 def make_room_for(opt, origin: Source) -> bool:
     """Makes room for the source of a template if it has anchors, and returns whether it has."""
     if origin.checkpoint is None:
-        entries = _held_in(opt, origin)
+        entries = _entries_in_state_dict(opt, origin)
     else:
         try:
-            entries = _held_by(opt, origin.checkpoint, origin.model)
+            entries = _entries_in_checkpoint(opt, origin.checkpoint, origin.model)
         except Exception:
             # torch reads the checkpoint next, and raises on all ranks.
             return False
@@ -139,9 +139,9 @@ def make_room_for(opt, origin: Source) -> bool:
     return anchored
 
 
-def _held_in(opt, origin: Source) -> list[dict[str, torch.dtype | None]]:
+def _entries_in_state_dict(opt, origin: Source) -> list[dict[str, torch.dtype | None]]:
     """Returns state key → dtype of every parameter in a source's state dict, after checks."""
-    entries = entries_in(origin.given or {}, {*opt._rule.columns, "master"})
+    entries = entries_in(origin.state_dict or {}, {*opt._rule.columns, "master"})
     names = _names(opt, origin.model)
     try:
         entry_of = find({name: entry for name, entry in entries.items() if entry}, names)
@@ -177,7 +177,7 @@ def _make_room_together(opt, origin: Source) -> bool:
     try:
         _check_template(opt)
         if dist.get_rank() == 0:
-            entries = _held_in(opt, origin)
+            entries = _entries_in_state_dict(opt, origin)
     except Exception as error:
         failure = error
     # A tuple: torch takes a dict for a message of its own on ranks that have state already.

@@ -39,14 +39,14 @@ class Source(NamedTuple):
     Attributes:
         model: Has the names of the parameters.
         checkpoint: Directory or StorageReader of a distributed checkpoint; None for a state dict.
-        given: The state dict on this rank, which may be None.
+        state_dict: The state dict on this rank, which may be None.
         broadcast: All ranks load the state dict of rank 0.
         strict: It is an error if the state dict lacks a trainable parameter.
     """
 
     model: torch.nn.Module
     checkpoint: Any
-    given: Any = None
+    state_dict: Any = None
     broadcast: bool = False
     strict: bool = False
 
@@ -72,7 +72,7 @@ def of_template() -> Source | None:
     if not isinstance(model, torch.nn.Module):
         return None
     if asker == _LOADS:
-        return _given(model, local)
+        return _of_state_dict(model, local)
     # `calls` goes on outwards from the helper to its caller, the loader.
     for function, local in calls:
         if function in _LOADERS:
@@ -83,7 +83,7 @@ def of_template() -> Source | None:
     return None
 
 
-def _given(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
+def _of_state_dict(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
     info, state_dict = local.get("info"), local.get("state_dict")
     full, broadcast, strict, fsdp1_modules = (
         getattr(info, name, None)
@@ -131,7 +131,7 @@ def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str
     return entries
 
 
-def held_by(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:
+def dtypes_in(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:
     """Returns which optimizer state a distributed checkpoint holds.
 
     Args:
@@ -139,7 +139,7 @@ def held_by(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch
         keys: State keys to look for.
 
     Returns:
-        Name of a parameter (or its number) → state key → dtype, None for what is no tensor.
+        Name of a parameter (or its number) → state key → dtype, None if the value is no tensor.
 
     Raises:
         FileNotFoundError: There is no distributed checkpoint in the directory.
@@ -183,7 +183,7 @@ def find(
     """Returns the entry of every parameter in a checkpoint; empty if there is none.
 
     Args:
-        saved: From `held_by`.
+        saved: From `dtypes_in`.
         names: For each parameter the names it may have; none for parameters saved by number.
 
     Raises:

@@ -56,7 +56,7 @@ class Partition(NamedTuple):
     """This rank's part of a group or sub-group of parameters.
 
     Attributes:
-        tensor: What the optimizer steps, flat.
+        tensor: The flat tensor that the optimizer steps.
         group: Number of its parameter group.
         members: The parameters of the group or sub-group, the same on every rank.
         fragments: What this rank has of them.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The same guidance for an optimizer of someone else's."""
+"""The same guidance for any other optimizer."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class GuideRule(Rule):
 
 
 class Guidance:
-    """Guides an optimizer of someone else's: a step pre-hook that edits ``.grad`` in one pass.
+    """Guides any other optimizer: a step pre-hook that edits ``.grad`` in one pass.
 
     Works with any `torch.optim.Optimizer` (Muon, bitsandbytes, torchao, Adafactor, ...). Before
-    each of its steps every gradient becomes G = c (g + w r) + b s (θ - θ*), equation (5); what the
-    optimizer then does with G is its own affair. The hook works on ``.grad`` in place.
+    each of its steps every gradient becomes G = c (g + w r) + b s (θ - θ*), equation (5), in
+    ``.grad`` itself. The optimizer then steps with G instead of the gradient.
 
-    Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass and reads the
-    parameters once more on the steps that inject; its anchors live here, not in the other's state
-    (many optimizers take a state that is not empty for an initialised one), so save
+    Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass, so it reads the
+    parameters once more on the steps that inject. Its anchors are not in the other's state (many
+    optimizers take a state that is not empty for an initialised one), so save
     ``guidance.state_dict()`` beside ``optimizer.state_dict()``. `replay` does not go together with
-    a GradScaler, which cannot unscale what it does not see. Torch copies and pickles optimizers
+    a GradScaler, which does not see the replay gradients. torch copies and pickles optimizers
     without their hooks: a copy is not guided, make a new guidance over it.
 
     Args:
@@ -155,7 +155,7 @@ class Guidance:
     ) -> None:  # fmt: skip
         """Sets θ* to the present weights, named tensors or those of files.
 
-        It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; what is resumed is loaded
+        It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; a resumed guidance is loaded
         by this class' `load_state_dict`.
 
         Args:

@@ -331,14 +331,14 @@ class Guided(Stepped):
         Without ``task`` every call is a boundary, and counts as one; only a new optimizer that
         has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
 
-        With ``capturable=True`` a CUDA graph of the step stays valid where every anchor is
-        overwritten in place. Where anchors are new (the first call), and after `clear_anchor`,
-        `load_state_dict` or `add_param_group`, it has to be captured again: a warning says so, and
-        what the old graph works on is kept as long as the optimizer.
+        With ``capturable=True`` a CUDA graph of the step stays valid if every anchor is overwritten
+        in place. After the first call, and after `clear_anchor`, `load_state_dict` or
+        `add_param_group`, it has to be captured again: a warning says so, and the memory of the old
+        graph is kept as long as the optimizer.
 
-        Of a path the names are checked first; then every tensor is read one at a time, of sharded
-        parameters each rank's own part only. All ranks call it; if one fails, none has changed
-        anything and the others say what it was.
+        Names in files are checked first; then every tensor is read one at a time, of sharded
+        parameters each rank's own part only. All ranks call it. If one fails, no rank has changed
+        anything, and the others raise an error with the reason.
 
         Args:
             tensors: The previous task's weights: named tensors, such as a model's or a peft

@@ -150,7 +150,7 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     zero = torch.zeros((), device=last["device"], dtype=torch.float32)
     stats["injected"], stats["guided"] = zero.bool(), zero.long()
     if flags is not None:
-        # Flags say what was drawn; a parameter without gradient is not guided for all that.
+        # Flags say what was drawn, but a parameter without gradient is not guided.
         guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
         if last["active"] is not None:
             guided = guided & backends.without_waiting(last["active"], guided.device)
