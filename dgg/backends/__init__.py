@@ -9,6 +9,7 @@ from dgg.backends.choice import (
     make_rows,
     show_config,
     unavailable,
+    unexpected_reference,
 )
 from dgg.backends.prefetch import is_away, side_by_side
 from dgg.backends.rows import (
@@ -44,5 +45,6 @@ __all__ = [
     "show_config",
     "side_by_side",
     "unavailable",
+    "unexpected_reference",
     "without_waiting",
 ]

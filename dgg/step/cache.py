@@ -350,6 +350,7 @@ def _remake(opt, params: list[Tensor], grads, replays) -> RowCache:
     opt._ownership.check()
     checks.warn_if_idle(opt, params, grads, replays)
     checks.warn_if_narrow(opt, params, grads, replays)
+    checks.warn_if_slow(opt, params, grads, replays)
     place = 0
     for group in opt.param_groups:
         for p in group["params"]:
