@@ -440,6 +440,8 @@ def environment(folder):
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
+    for old in pathlib.Path(place).glob("setuptools*"):  # which Python 3.11 brings along
+        shutil.rmtree(old)
     # All that is installed here but dgg, which pip would take for the one to replace.
     others = folder / "others"
     others.mkdir()
