@@ -200,6 +200,7 @@ def test_a_warning_of_a_step_is_about_the_users_line(place, way, monkeypatch):
     if make is without_a_library:
         monkeypatch.setattr(libraries, "cpp_error", "no compiler")
         monkeypatch.setattr(libraries, "told", set())
+        monkeypatch.setattr(libraries, "declined", False)
     optimizer = make()
     with pytest.warns(UserWarning, match=text) as heard:
         way(optimizer)

@@ -186,6 +186,9 @@ def test_the_first_step_on_the_reference_warns_once(installed, clone):
     assert f"g++ is not there; install one, then install dgg again: {command}. " in line
     assert "last line" not in line
     assert backend == "reference"
+    (installed / "dgg-0.1.dist-info" / "INSTALLER").write_text("uv\n")
+    (line,), _ = steps(installed)
+    assert f": uv {command.replace('install', 'install --no-build-isolation', 1)}. " in line
     # What the compiler said is not lost.
     config = said("import dgg; print(dgg.show_config())", installed)
     assert config[config.index("    line") + 1] == "    last line"

@@ -63,13 +63,16 @@ def command() -> str:
     """Returns the command that builds and installs the package again."""
     if CLONE is not None:
         return f"pip install -e {shlex.quote(str(CLONE))}"
-    source = "dgg"
+    source, install = "dgg", "pip install"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, ValueError):
         found = importlib.metadata.distribution("dgg")
         # Another dgg may be installed than the one that is imported.
         if pathlib.Path(str(found.locate_file("dgg"))).resolve() == FOLDER.resolve():
             source = _origin(json.loads(found.read_text("direct_url.json") or "{}")) or source
-    return f"pip install --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
+            if (found.read_text("INSTALLER") or "").strip() == "uv":
+                # Its isolated builds hide torch, and where it installs there need be no pip.
+                install = "uv pip install --no-build-isolation"
+    return f"{install} --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
 
 
 def _origin(direct: dict[str, Any]) -> str:
