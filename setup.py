@@ -451,10 +451,10 @@ if __name__ == "__main__":
                 CUDA,
                 # The longest to compile first.
                 sources=[
+                    "csrc/cuda_guide.cu",
                     "csrc/cuda_adam.cu",
                     "csrc/cuda_sgd.cu",
                     "csrc/cuda_norms.cu",
-                    "csrc/cuda_guide.cu",
                     "csrc/cuda.cu",
                 ],
                 depends=[
