@@ -186,6 +186,11 @@ def test_the_first_step_on_the_reference_warns_once(installed, clone):
     assert f"g++ is not there; install one, then install dgg again: {command}. " in line
     assert "last line" not in line
     assert backend == "reference"
+    (installed / "dgg-0.1.dist-info" / "direct_url.json").rename(clone / "moved.json")
+    (line,), _ = steps(installed)
+    options = "--force-reinstall --no-deps --no-cache-dir"
+    assert f": pip install {options} . (in a clone of dgg). " in line
+    (clone / "moved.json").rename(installed / "dgg-0.1.dist-info" / "direct_url.json")
     (installed / "dgg-0.1.dist-info" / "INSTALLER").write_text("uv\n")
     (line,), _ = steps(installed)
     assert f": uv {command.replace('install', 'install --no-build-isolation', 1)}. " in line
@@ -217,6 +222,8 @@ def test_who_wanted_no_library_is_not_warned(installed):
             {"url": "https://host/dgg", "vcs_info": {"vcs": "git", "commit_id": "12ab"}},
             "git+https://host/dgg@12ab",
         ),
+        # Nothing is built of a wheel, and an index' dgg may be somebody else's.
+        ({"url": "file:///home/me/dgg-0.1-py3-none-any.whl", "archive_info": {}}, ""),
         ({}, ""),
     ],
 )

@@ -63,21 +63,26 @@ def command() -> str:
     """Returns the command that builds and installs the package again."""
     if CLONE is not None:
         return f"pip install -e {shlex.quote(str(CLONE))}"
-    source, install = "dgg", "pip install"
+    source, install = "", "pip install"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, ValueError):
         found = importlib.metadata.distribution("dgg")
         # Another dgg may be installed than the one that is imported.
         if pathlib.Path(str(found.locate_file("dgg"))).resolve() == FOLDER.resolve():
-            source = _origin(json.loads(found.read_text("direct_url.json") or "{}")) or source
+            source = _origin(json.loads(found.read_text("direct_url.json") or "{}"))
             if (found.read_text("INSTALLER") or "").strip() == "uv":
                 # Its isolated builds hide torch, and where it installs there need be no pip.
                 install = "uv pip install --no-build-isolation"
-    return f"{install} --force-reinstall --no-deps --no-cache-dir {shlex.quote(source)}"
+    options = "--force-reinstall --no-deps --no-cache-dir"
+    if not source:
+        return f"{install} {options} . (in a clone of dgg)"
+    return f"{install} {options} {shlex.quote(source)}"
 
 
 def _origin(direct: dict[str, Any]) -> str:
-    """Returns what pip was told to install, from its record of that."""
+    """Returns what pip was told to build, from its record of that, or ""."""
     url = direct.get("url", "")
+    if url.endswith(".whl"):  # which would bring the same again
+        return ""
     if "vcs_info" in direct:
         return f"{direct['vcs_info']['vcs']}+{url}@{direct['vcs_info']['commit_id']}"
     if url.startswith("file:"):
