@@ -13,17 +13,9 @@ _libraries.warn_if_unbuilt()
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Guidance",
-    "ReplayBuffer",
-    "convert_state_dict",
-    "hf",
-    "metrics",
-    "show_config",
-    "unwrap",
-]
+    "SGD", "Adam", "AdamW", "Guidance", "ReplayBuffer", "convert_state_dict", "hf", "metrics",
+    "show_config", "unwrap",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

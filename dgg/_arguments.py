@@ -18,13 +18,16 @@ from dgg import _callers, _numbers, backends, sharding
 from dgg.reference import FLOAT_DTYPES
 from dgg.sharding import fsdp1
 
-# Options of the whole optimizer; they stand in every group, because what stands there survives
-# every kind of checkpoint, and must agree.
-WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
-        "draw_index", "task_index")  # fmt: skip
-# Options of a group, schedulable.
-PER_GROUP = ("alpha", "strength")
-# Weights whose spacing is so wide that small updates are lost.
+# Options of the whole optimizer. Every group has them, because every kind of checkpoint carries the
+# groups; all groups must agree.
+OPTIMIZER_OPTIONS = (
+    "scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed", "draw_index",
+    "task_index",
+)  # fmt: skip
+# Options of one group, which a schedule may change.
+GROUP_OPTIONS = ("alpha", "strength")
+GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
+# Dtypes in which small updates of a weight are rounded away.
 NARROW = (torch.bfloat16, torch.float16)
 _LARGEST = sys.float_info.max
 PLAIN_TYPES = {float, int, bool, str, type(None)}
@@ -34,7 +37,7 @@ _CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor"
 def plain(name: str, value: Any) -> Any:
     """Returns numpy's numbers, and those in pairs, as Python's; everything else as it is.
 
-    numpy's would not be read again by ``torch.load(weights_only=True)``. Tensors stay: schedules
+    ``torch.load(weights_only=True)`` refuses numpy's numbers. Tensors stay tensors, since schedules
     write into them.
 
     Raises:
@@ -44,11 +47,6 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, (tuple, list)) and not all(type(x) in (int, float, bool) for x in value):
         return type(value)(plain(name, x) for x in value)
     return value if isinstance(value, Tensor) else _numbers.plain(name, value)
-
-
-def plain_numbers(**arguments: Any) -> list[Any]:
-    """Returns what `plain` makes of every argument, in their order."""
-    return [plain(name, value) for name, value in arguments.items()]
 
 
 def make_plain(group: dict[str, Any]) -> None:
@@ -71,7 +69,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Checks the values of guidance options.
 
     Args:
-        options: Values of any of WIDE and PER_GROUP.
+        options: Values of any of GUIDANCE_OPTIONS.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -95,7 +93,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             continue
         value = options[name]
         if name == "draw_index" and isinstance(value, Tensor):
-            # The draw index of captured steps.
+            # Captured steps have a tensor.
             if value.dtype != torch.int64 or value.numel() != 1 or value.device.type == "meta":
                 raise TypeError(
                     f"draw_index is a tensor of {value.dtype} of shape {tuple(value.shape)} on "
@@ -142,15 +140,13 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
 
 def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """Raises a ValueError if a group has another optimizer-wide option than the first group."""
-    for name in WIDE:
+    for name in OPTIMIZER_OPTIONS:
         if name not in group or name not in first or group[name] is first[name]:
             continue
-        away = [
-            isinstance(x, Tensor) and x.device.type != "cpu" for x in (group[name], first[name])
-        ]
-        if any(away) and name == "draw_index":
-            # That of captured steps: one tensor for all groups, made so when loaded.
-            continue
+        values = group[name], first[name]
+        on_device = [isinstance(x, Tensor) and x.device.type != "cpu" for x in values]
+        if any(on_device) and name == "draw_index":
+            continue  # of captured steps, for which loading makes one tensor for all groups
         if comparable(group[name]) != comparable(first[name]):
             raise ValueError(
                 f"{name} is one setting for the whole optimizer, but group 0 has "
@@ -160,15 +156,15 @@ def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, A
 
 def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the optimizer-wide options as plain values, by which ranks can be compared."""
-    first = {name: groups[0][name] for name in WIDE}
+    first = {name: groups[0][name] for name in OPTIMIZER_OPTIONS}
     return {name: x.item() if isinstance(x, Tensor) else x for name, x in first.items()}
 
 
 def comparable(value: Any) -> Any:
-    """Returns what tells two values of an option apart; nothing is waited for."""
+    """Returns a value by which two values of an option can be compared, without synchronising."""
     if not isinstance(value, Tensor):
         return value
-    # What lies on an accelerator is not read, only told apart; what is no number, refused later.
+    # Tensors on an accelerator are compared by identity. A later check refuses what is no number.
     readable = value.numel() == 1 and value.device.type == "cpu" and value.layout == torch.strided
     return value.item() if readable else id(value)
 
@@ -191,7 +187,7 @@ def check_backend(backend: str | None, groups: Sequence[Mapping[str, Any]]) -> N
 
 
 def check_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Returns ``dtype`` if what the option ``name`` is about can be stored in it.
+    """Returns ``dtype`` if the option ``name`` may have it.
 
     Raises:
         TypeError: It is not one of the floating dtypes of the kernels.
@@ -239,11 +235,11 @@ def warn_narrow(what: str, dtype: torch.dtype, remedy: str) -> None:
     """Warns that steps in 16 bits lose small updates.
 
     Args:
-        what: Subject and verb of what is stepped so.
-        dtype: Its dtype.
+        what: The weights that are stepped in 16 bits, with "is" or "are".
+        dtype: Their dtype.
         remedy: What to do instead.
     """
-    # Half of the spacing below a power of two, where it is finest against the weight.
+    # Half of the spacing below a power of two, where the spacing is smallest against the weight.
     bound = round(4 / torch.finfo(dtype).eps)
     warnings.warn(
         f"16-bit weights lose small updates: {what} stepped in {dtype}, and whatever is smaller "
@@ -268,16 +264,16 @@ def check_anchor_device(device: torch.device | str | None) -> torch.device | Non
             "parameter's device)"
         )
     try:
-        found = torch.device(device)
-        if found.type == "meta":
+        anchor_device = torch.device(device)
+        if anchor_device.type == "meta":
             raise RuntimeError("it holds no values")
-        torch.empty(0, dtype=torch.float32, device=found)
+        torch.empty(0, dtype=torch.float32, device=anchor_device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"anchor_device={str(device)!r} cannot hold an anchor here "
             f"({str(error).splitlines()[0]}); use 'cpu' or None (the parameter's device)"
         ) from None
-    return found
+    return anchor_device
 
 
 def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
@@ -303,7 +299,7 @@ def check_process_group(process_group: Any, options: Mapping[str, Any]) -> Any:
 
 
 def group_labels(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns how errors call each parameter: its name, or its place and shape."""
+    """Returns the label of each parameter in errors: its name, or its place and shape."""
     labels = []
     for number, group in enumerate(groups):
         names = group.get("param_names")
@@ -346,7 +342,7 @@ def check_param(
             f"{label} is lazily negated or conjugated (a view that is not what its memory holds) "
             "and cannot be updated in place; clone it first"
         )
-    if any(st == 0 and size > 1 for st, size in zip(param.stride(), param.shape, strict=True)):
+    if _overlaps(param):
         raise ValueError(
             f"{label} overlaps itself in memory (an expanded tensor) and cannot be updated in "
             "place; clone it first"
@@ -354,23 +350,23 @@ def check_param(
 
 
 def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
-    """Checks that what stands in the state of a parameter is a tensor the kernels can take.
+    """Checks that a value in the state of a parameter is a tensor the kernels can take.
 
     Args:
-        name: Its key, such as ``exp_avg`` or ``anchor``.
-        value: What stands there.
+        name: Key of the value, such as ``exp_avg`` or ``anchor``.
+        value: The value.
         param: The parameter.
-        label: How errors call it.
+        label: Name of the parameter in errors.
 
     Raises:
         TypeError: It is no tensor of a floating dtype.
         ValueError: It has another shape, no values, or memory that cannot be written.
     """
-    again = "drop it (del optimizer.state[p]), or put a tensor like the parameter there"
+    remedy = "drop it (del optimizer.state[p]), or put a tensor like the parameter there"
     if not isinstance(value, Tensor) or value.dtype.to_real() not in FLOAT_DTYPES:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
-            f"the {name} in the state of {label} is {kind}, no floating tensor; {again}"
+            f"the {name} in the state of {label} is {kind}, no floating tensor; {remedy}"
         )
     if value.shape != param.shape:
         raise ValueError(
@@ -382,18 +378,20 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
     if value.is_complex() != param.is_complex():
         raise TypeError(
             f"the {name} in the state of {label} is {value.dtype} for a parameter of "
-            f"{param.dtype}; {again}"
+            f"{param.dtype}; {remedy}"
         )
     if value.layout != torch.strided or value.device.type == "meta":
         raise ValueError(
             f"the {name} in the state of {label} is {value.layout} on {str(value.device)!r}, where "
-            f"there are no values; {again}"
+            f"there are no values; {remedy}"
         )
-    elsewhere = sharding.keeps_values_elsewhere(value)
-    if not elsewhere and (value.is_neg() or value.is_conj() or not _written_apart(value)):
+    expanded = value.numel() > 0 and _overlaps(value)
+    if (value.is_neg() or value.is_conj() or expanded) and not sharding.keeps_values_elsewhere(
+        value
+    ):
         raise ValueError(
             f"the {name} in the state of {label} is a view that cannot be written element by "
-            f"element (expanded, lazily negated or conjugated); {again}"
+            f"element (expanded, lazily negated or conjugated); {remedy}"
         )
     if name != "anchor" and value.device != param.device:
         raise ValueError(
@@ -402,9 +400,8 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
         )
 
 
-def _written_apart(x: Tensor) -> bool:
-    apart = all(st != 0 or size <= 1 for st, size in zip(x.stride(), x.shape, strict=True))
-    return apart or x.numel() == 0
+def _overlaps(x: Tensor) -> bool:
+    return any(st == 0 and size > 1 for st, size in zip(x.stride(), x.shape, strict=True))
 
 
 def check_gradient(grad: Tensor, param: Tensor, label: str, kind: str = "gradient") -> None:

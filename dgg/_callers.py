@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Who is calling: the one file of the package that looks at frames.
 
-A warning points at the user's own line, however many frames of ours and of others lie between. And
-what torch's and other libraries' helpers tell an optimizer by no argument is told by their being
-among the callers.
+A warning points at the user's line, however many frames of dgg and other libraries lie between.
+And some helpers of torch and of other libraries pass no argument that says what they are doing:
+they are recognised among the callers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
-# Packages that call an optimizer on a user's behalf: no warning is about a line of theirs.
+# Packages that call an optimizer for a user: no warning points at a line of one of these.
 _BETWEEN = {
     "accelerate", "deepspeed", "dgg", "lightning", "lightning_fabric", "pytorch_lightning",
     "torch", "transformers", "trl",
@@ -22,50 +22,46 @@ _BETWEEN = {
 
 
 def stacklevel() -> int:
-    """Returns the level, for a warning issued by who asks, of the innermost frame of the user's."""
+    """Returns the ``stacklevel`` at which a warning of the caller points at the user's line."""
     level, frame = 1, sys._getframe(1)
-    while _is_between(frame) and frame.f_back is not None:
+    # By the module's name: files of one package may lie in several folders.
+    while str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN and frame.f_back:
         level, frame = level + 1, frame.f_back
     return level
 
 
-def _is_between(frame: FrameType) -> bool:
-    # By the module's name: files of one package may lie in several folders.
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN
-
-
 def called_by(module: str, *names: str) -> bool:
-    """Returns whether a function (of a class: ``names`` are both) is being run further out."""
+    """Returns whether a function is among the callers; a method is named by class and name."""
     code = _code(module, *names)
     return any(frame.f_code is code for frame in _outwards(sys._getframe(1)))
 
 
 def called_by_name(*names: str) -> bool:
-    """Returns whether a function of one of these names, of any module, is being run further out."""
+    """Returns whether a function of one of these names, of any module, is among the callers."""
     return any(frame.f_code.co_name in names for frame in _outwards(sys._getframe(1)))
 
 
 def calls_of(*functions: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Yields those of some functions that are being run, and their local variables.
+    """Yields the calls of some functions among the callers, the innermost first.
 
     Args:
-        functions: Module and name of each, of a method the class' name between them. Modules that
-            are not imported, and names that are not there, are nobody's.
+        functions: Module and name of each; of a method module, class and name. A module that is
+            not imported and a name that does not exist have no calls.
 
     Yields:
-        The function as it was given, and its local variables; the innermost call first.
+        The function, as in ``functions``, and its local variables.
     """
-    known = {id(_code(*function)): function for function in functions}
+    by_code = {id(_code(*function)): function for function in functions}
     for frame in _outwards(sys._getframe(1)):
-        if (function := known.get(id(frame.f_code))) is not None:
+        if (function := by_code.get(id(frame.f_code))) is not None:
             yield function, frame.f_locals
 
 
 def methods(name: str | None = None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yields ``self`` and the local variables of every method being run, the innermost first.
+    """Yields ``self`` and the local variables of every method among the callers, innermost first.
 
     Args:
-        name: Only of methods called so; None for all.
+        name: Name of the methods; None for all.
     """
     for frame in _outwards(sys._getframe(1)):
         if name in (None, frame.f_code.co_name) and "self" in (local := frame.f_locals):
@@ -74,7 +70,7 @@ def methods(name: str | None = None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        # Asked before the frame is handed out: a generator's that is not running has none.
+        # Read before the frame is yielded: the frame of a suspended generator has no f_back.
         outer = frame.f_back
         yield frame
         frame = outer

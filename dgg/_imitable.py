@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Methods for wrappers that imitate the class of the optimizer inside them.
 
-Lightning's and Fabric's wrappers become subclasses of what they wrap, without its attributes: what
-a method sets would be set on the wrapper.
+Lightning's and Fabric's wrappers become subclasses of the optimizer inside them, without its
+attributes: a method that runs on the wrapper would set attributes there.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 
 
 class Imitable:
-    """Base of the optimizers of ours that may be inside."""
+    """Base of the optimizers that such a wrapper may have inside."""
 
 
 def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method that a wrapper which imitates the class hands on to the optimizer inside."""
+    """Returns a method that a wrapper passes on to the optimizer inside it."""
 
     @functools.wraps(method)
-    def handed_on(self, *args, **kwargs):
-        inside = self.__dict__.get("_optimizer")
-        if isinstance(inside, Imitable):
-            return handed_on(inside, *args, **kwargs)
+    def pass_on(self, *args, **kwargs):
+        optimizer = self.__dict__.get("_optimizer")
+        if isinstance(optimizer, Imitable):
+            return pass_on(optimizer, *args, **kwargs)
         return method(self, *args, **kwargs)
 
-    return handed_on
+    return pass_on

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Numbers as users have them: of Python, of numpy, or in arrays and tensors of one element.
+"""Numbers of Python, of numpy, or in arrays and tensors of one element, turned into Python's.
 
-What is stored and saved is a plain number of Python: `torch.load(weights_only=True)` and `json`
-refuse numpy's. numpy is not imported; whatever has `item()` is asked for its one element.
+State dicts hold Python's numbers alone, since `torch.load(weights_only=True)` and `json` refuse
+numpy's. numpy is not imported: any object with a method `item()` counts as one of its scalars.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def plain(name: str, value: Any) -> Any:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if there are several elements, or none.
@@ -38,7 +38,7 @@ def as_int(name: str, value: Any) -> int:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if it is no integer.
@@ -57,7 +57,7 @@ def as_float(name: str, value: Any) -> float:
 
     Args:
         name: the parameter, for the error.
-        value: what was given for it.
+        value: its value.
 
     Raises:
         TypeError: if it is no real number.

@@ -88,10 +88,7 @@ def element_words(
     """
     quad = elements >> 2
     zero = torch.zeros_like(elements)
-    words = block(
-        seed,
-        (quad & _MASK, quad >> 32, zero + (draw & _MASK), zero + (stream + index)),
-    )
+    words = block(seed, (quad & _MASK, quad >> 32, zero + (draw & _MASK), zero + (stream + index)))
     lane = elements & 3
     out = words[3]
     for number in (2, 1, 0):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Named ranges of a step for profilers, free when nobody listens.
 
-torch.profiler sees them while it records; Nsight Systems sees them as NVTX ranges in a process it
-has started (it tells by an environment variable) or where ``DGG_NVTX=1`` is set.
+torch.profiler sees them while it records. Nsight Systems sees them as NVTX ranges in a process that
+it has started, which an environment variable says, or where ``DGG_NVTX=1`` is set.
 """
 
 from __future__ import annotations
@@ -25,19 +25,8 @@ def _nvtx() -> bool:
 _listening: bool | None = None
 
 
-class _Nvtx:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        torch.cuda.nvtx.range_push(self._name)
-
-    def __exit__(self, *_) -> None:
-        torch.cuda.nvtx.range_pop()
-
-
 def record(name: str) -> contextlib.AbstractContextManager:
-    """Returns a context that shows as ``name`` in a profile; does nothing where none is made.
+    """Returns a context that shows as ``name`` in a profile, and does nothing without a profiler.
 
     Args:
         name: ``dgg.step``, ``dgg.norm``, ``dgg.allreduce``, ``dgg.update`` or ``dgg.prefetch``.
@@ -46,6 +35,6 @@ def record(name: str) -> contextlib.AbstractContextManager:
     if torch.autograd.profiler._is_profiler_enabled:
         return torch.profiler.record_function(name)
     if _listening is None:
-        # Asked late: it initialises CUDA, which an import must not do.
+        # Not at import, because it initialises CUDA.
         _listening = _nvtx()
-    return _Nvtx(name) if _listening else _QUIET
+    return torch.cuda.nvtx.range(name) if _listening else _QUIET

@@ -37,8 +37,8 @@ __all__ = ["GuidanceCallback", "is_active"]
 
 logger = logging.getLogger(__name__)
 
-# Trainings that came to their end, by model: scripts that make a new Trainer and a new callback
-# for every task in one process still count their tasks, and are not silently left unguided.
+# Number of finished trainings by model, so that tasks are counted also in scripts that make a new
+# Trainer and a new callback for every task.
 _tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
@@ -84,13 +84,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self,
-        alpha: float | Sequence[float] | Mapping[int, float] | None = None,
-        *,
-        task: int | None = None,
-        anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        self, alpha: float | Sequence[float] | Mapping[int, float] | None = None, *,
+        task: int | None = None, anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
         guide_first_task: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.alpha = _checked_alpha(alpha)
         if task is not None:
             task = _arguments.plain("task", task)
@@ -104,15 +101,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             raise TypeError(f"guide_first_task={guide_first_task!r} must be True or False")
         self.first_task = task
         self.guide_first_task = guide_first_task
-        self._given = anchor
+        self._anchor_source = anchor
         # Of the present training, or of the last one.
         self._task: int | None = None
-        self._guided = False
-        self._running = False
-        self._stepped = False
+        self._guided = self._running = self._stepped = False
         self._origin = ""
         self._window = _Window()
-        # Weakly: the adapters of former tasks must not stay in memory for their names.
+        # By weak references, so that the adapters of former tasks are freed.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     # -- task boundaries ------------------------------------------------------------------------
@@ -120,9 +115,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Sets the anchor and alpha of a new task; checks a resumed one."""
         model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
-        opt._warned.boundary_known = True  # which this callback sees to
+        opt._warned.boundary_known = True  # this callback sets the anchors
         if not getattr(args, "deepspeed", None):
-            # DeepSpeed hands the optimizer flat partitions, which no model knows.
+            # Under DeepSpeed the optimizer has flat partitions instead of the model's parameters.
             self._check_parameters(opt, model)
         _warn_of_ignored_lr(args, opt)
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -132,28 +127,26 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             self._resume(opt, model, (saved or {}).get("attributes", {}))
         else:
             self._begin(opt, model)
-        # The Trainer updates this entry when it saves and expects it to be there, which it is not
-        # in a checkpoint that was written without this callback.
+        # The Trainer updates this entry when it saves. Checkpoints that were written without this
+        # callback do not have it.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._running, self._stepped, self._window = True, False, _Window()
         _stand_before_loggers(self)
 
     def _begin(self, opt, model: nn.Module) -> None:
         task = self._upcoming(model)
-        again = self._running and task == self._task
+        interrupted = self._running and task == self._task
         alpha = self._alpha_of(task)
-        guided = task > 0 or self.guide_first_task or self._given is not None
-        if guided and again and _anchored(opt):
+        guided = task > 0 or self.guide_first_task or self._anchor_source is not None
+        if guided and interrupted and _anchored(opt):
             self._origin = "kept from before the interruption"
         elif guided:
-            if again:
+            if interrupted:
                 logger.warning(
                     "task %d was begun before and did not reach its end: its anchor becomes the "
                     "weights of now, not those it began with; pass anchor= or resume from a "
-                    "checkpoint to keep them",
-                    task,
-                    stacklevel=_callers.stacklevel(),
-                )
+                    "checkpoint to keep them", task, stacklevel=_callers.stacklevel(),
+                )  # fmt: skip
             self._set_anchor(opt, model, task)
         else:
             # An anchor set by hand before the first task stays.
@@ -166,15 +159,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._task, self._guided = task, guided
 
     def _set_anchor(self, opt, model: nn.Module, task: int) -> None:
-        if self._given is None:
+        source = self._anchor_source
+        if source is None:
             self._origin = "the weights this training began with"
-        elif isinstance(self._given, Mapping):
-            self._origin = "the tensors given"
         else:
-            self._origin = str(self._given)
-        # The Trainer's state says where a task begins, whatever the optimizer has loaded.
-        given = self._given
-        opt._place_anchor(given, model=None if given is None else model, task=task)
+            self._origin = "the tensors given" if isinstance(source, Mapping) else str(source)
+        # Not set_anchor(): the Trainer's state says where a task begins, not the optimizer's.
+        opt._place_anchor(source, model=None if source is None else model, task=task)
 
     def _resume(self, opt, model: nn.Module, saved: Mapping[str, Any]) -> None:
         anchored = _anchored(opt)
@@ -191,13 +182,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             logger.warning(
                 "the checkpoint was written in task %d, which came to its end already: it is "
                 "trained further; give every task an output_dir of its own if that is not meant",
-                task,
-                stacklevel=_callers.stacklevel(),
-            )
+                task, stacklevel=_callers.stacklevel(),
+            )  # fmt: skip
         self._origin = "the checkpoint"
-        lost = saved.get("_guided", task > 0 or self.guide_first_task or self._given is not None)
-        if lost and not anchored:
-            if self._given is None:
+        source = self._anchor_source
+        was_guided = saved.get("_guided", task > 0 or self.guide_first_task or source is not None)
+        if was_guided and not anchored:
+            if source is None:
                 raise RuntimeError(
                     f"resuming in the middle of task {task}, which was guided, but the checkpoint "
                     "has no anchor, and the weights of now are not those the task began with. "
@@ -206,24 +197,20 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 )
             self._set_anchor(opt, model, task)
         self._task, self._guided = task, _anchored(opt) > 0
-        alpha, inside = self._alpha_of(task), opt.param_groups[0]["alpha"]
-        if alpha is not None and alpha != inside:
+        alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
+        if alpha is not None and alpha != resumed_alpha:
             logger.warning(
                 "alpha=%s of this callback is not in force: task %d was resumed and goes on with "
-                "the checkpoint's alpha=%s",
-                alpha,
-                task,
-                inside,
+                "the checkpoint's alpha=%s", alpha, task, resumed_alpha,
                 stacklevel=_callers.stacklevel(),
-            )
+            )  # fmt: skip
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Counts the task as done; the next training is another one."""
         self._running = False
         if state.is_hyper_param_search:
             return  # Every trial is the same task again.
-        self._given = None
-        self.first_task = None
+        self._anchor_source = self.first_task = None
         core = _core(kwargs["model"])
         _tasks_done[core] = max(self._task + 1, _tasks_done.get(core, 0))
 
@@ -232,50 +219,43 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return self.first_task
         if self._running:
             return self._task
-        mine = 0 if self._task is None else self._task + 1
-        return max(mine, _tasks_done.get(_core(model), 0))
+        upcoming = 0 if self._task is None else self._task + 1
+        return max(upcoming, _tasks_done.get(_core(model), 0))
 
     def _alpha_of(self, task: int) -> float | None:
         alpha = self.alpha
         if alpha is None or isinstance(alpha, float):
             return alpha
         if isinstance(alpha, dict):
-            if task in alpha:
-                return alpha[task]
-            remedy = f"add the key {task}"
+            by_task, remedy = alpha, f"add the key {task}"
         else:
-            if task < len(alpha):
-                return alpha[task]
-            remedy = "give one alpha per task, the first included"
+            by_task, remedy = dict(enumerate(alpha)), "give one alpha per task, the first included"
+        if task in by_task:
+            return by_task[task]
         raise ValueError(f"alpha={alpha} has no value for task {task}; {remedy}")
 
     def state(self) -> dict[str, Any]:
         """Returns what a Trainer checkpoint keeps of this callback."""
-        return {
-            "args": {
-                "alpha": self.alpha,
-                "task": self.first_task,
-                "guide_first_task": self.guide_first_task,
-            },
-            "attributes": {"_task": self._task, "_guided": self._guided},
-        }
+        arguments = {"alpha": self.alpha, "task": self.first_task}
+        arguments["guide_first_task"] = self.guide_first_task
+        return {"args": arguments, "attributes": {"_task": self._task, "_guided": self._guided}}
 
     # -- checks ---------------------------------------------------------------------------------
 
     def _check_parameters(self, opt, model: nn.Module) -> None:
-        held = [p for group in opt.param_groups for p in group["params"]]
-        ids = {id(p) for p in held}
-        present = {id(p) for p in model.parameters()}
+        params = [p for group in opt.param_groups for p in group["params"]]
+        ids = {id(p) for p in params}
+        ids_in_model = {id(p) for p in model.parameters()}
         named = list(model.named_parameters())
         missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
         dead = [
             self._names.get(p) or label
-            for p, label in zip(held, _arguments.group_labels(opt.param_groups), strict=True)
-            if id(p) not in present
+            for p, label in zip(params, _arguments.group_labels(opt.param_groups), strict=True)
+            if id(p) not in ids_in_model
         ]
         if missing or dead:
             if missing:
-                # Parameters frozen on purpose are no fault, unless others took their place.
+                # Parameters frozen on purpose are no fault, unless others replaced them.
                 dead += [n for n, p in named if id(p) in ids and not p.requires_grad]
             raise ValueError(
                 "the parameters that the model trains are not those the optimizer holds. "
@@ -315,8 +295,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 logger.info("%s", self._describe(opt))
 
     def _describe(self, opt) -> str:
-        driver = opt._deepspeed_driver()
-        # Of DeepSpeed's ZeRO-3, too, which keeps the groups empty between the steps.
+        pieces = "tensors" if opt._deepspeed_driver() is None else "partitions of this rank"
+        # From the ownership, since DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
         members = opt._ownership.tensors(opt.param_groups)
         devices = {p.device for params in members for p in params}
         names = sorted({backends.choose(opt._settings.backend, device) for device in devices})
@@ -326,7 +306,6 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
         size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
         alphas = sorted({float(group["alpha"]) for group in opt.param_groups})
-        pieces = "tensors" if driver is None else "partitions of this rank"
         return text + (
             f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} {pieces} "
             f"({size:.1f} MiB): {self._origin}"
@@ -341,7 +320,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return
         values["guidance/task"] = self._task
         logs.update(values)
-        # The Trainer has put a copy into its history before it calls anybody.
+        # The Trainer has put a copy into its history before it calls the callbacks.
         history = state.log_history
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(values)
@@ -350,8 +329,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 class _Window:
     """Means of the steps' statistics; reading them is the only synchronisation."""
 
-    # Rows are folded into sums on the device now and then, or an epoch without logging would
-    # keep a tensor for each of its steps.
+    # Steps after which statistics are summed on the device. Without logging, an epoch would
+    # otherwise keep the tensors of all its steps.
     _FOLD = 64
 
     def __init__(self) -> None:
@@ -369,12 +348,10 @@ class _Window:
         for name in ("injected", "scale", "grad_norm", "distance", "clip"):
             values = [row[name].float().mean() for row in self._rows if row[name] is not None]
             if values:
-                total = torch.stack(values).sum()
+                total, count = torch.stack(values).sum(), len(values)
                 if name in self._sums:
-                    before, count = self._sums[name]
-                    self._sums[name] = (before + total, count + len(values))
-                else:
-                    self._sums[name] = (total, len(values))
+                    total, count = self._sums[name][0] + total, self._sums[name][1] + count
+                self._sums[name] = total, count
         self._rows.clear()
 
     def means(self) -> dict[str, float]:
@@ -391,20 +368,18 @@ class _Window:
         if not self._sums:
             return {}
         numbers = torch.stack([total for total, _ in self._sums.values()]).tolist()
-        drained = {
-            name: (number, count)
-            for number, (name, (_, count)) in zip(numbers, self._sums.items(), strict=True)
-        }
+        counts = [count for _, count in self._sums.values()]
+        sums = dict(zip(self._sums, zip(numbers, counts, strict=True), strict=True))
         self._sums.clear()
-        for name, (number, count) in drained.items():
-            before, steps = self._totals.get(name, (0.0, 0))
-            self._totals[name] = (before + number, steps + count)
-        return drained
+        for name, (number, count) in sums.items():
+            total, steps = self._totals.get(name, (0.0, 0))
+            self._totals[name] = (total + number, steps + count)
+        return sums
 
     @staticmethod
     def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
         means = {f"guidance/{name}": total / count for name, (total, count) in sums.items()}
-        # s is 0 on the steps that inject nothing; its mean is over those that do.
+        # s is 0 on the steps that inject nothing; its mean is over the steps that inject.
         scale = means.pop("guidance/scale", 0.0)
         if means.get("guidance/injected"):
             means["guidance/scale"] = scale / means["guidance/injected"]
@@ -412,7 +387,7 @@ class _Window:
 
 
 def is_active(trainer) -> bool:
-    """Returns whether guidance is at work in a Trainer: not asked for, but happening.
+    """Returns whether guidance is really at work in a Trainer.
 
     True once the Trainer's optimizer is one of dgg's, has been stepped, and has an anchor and an
     alpha and strength above 0. So it is False before ``train()``, in an unguided first task, and
@@ -451,20 +426,18 @@ def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
     if isinstance(alpha, Mapping):
         try:
             # A Trainer checkpoint is JSON, where keys are text.
-            checked: Any = {int(task): value for task, value in alpha.items()}
+            by_task = {int(task): value for task, value in alpha.items()}
         except (TypeError, ValueError):
             raise TypeError(f"alpha={alpha!r} must map task numbers to numbers") from None
-        values = checked.values()
-    elif isinstance(alpha, Sequence) and not isinstance(alpha, str):
-        checked = values = list(alpha)
-    else:
-        _arguments.check_options({"alpha": alpha})
-        return float(alpha)
-    for value in values:
-        _arguments.check_options({"alpha": value})
-    if isinstance(checked, dict):
-        return {task: float(value) for task, value in checked.items()}
-    return [float(value) for value in checked]
+        return {task: _checked_number(value) for task, value in by_task.items()}
+    if isinstance(alpha, Sequence) and not isinstance(alpha, str):
+        return [_checked_number(value) for value in alpha]
+    return _checked_number(alpha)
+
+
+def _checked_number(alpha: Any) -> float:
+    _arguments.check_options({"alpha": alpha})
+    return float(alpha)
 
 
 def _anchored(opt) -> int:
@@ -491,20 +464,17 @@ def _warn_of_ignored_lr(args, opt) -> None:
     if args.learning_rate not in (default, rate):
         logger.warning(
             "learning_rate=%g of TrainingArguments is not used: optimizer_cls_and_kwargs has its "
-            "own, here %g; put lr there",
-            args.learning_rate,
-            rate,
+            "own, here %g; put lr there", args.learning_rate, rate,
             stacklevel=_callers.stacklevel(),
-        )
+        )  # fmt: skip
 
 
 def _stand_before_loggers(callback: TrainerCallback) -> None:
     """Puts the callback before the Trainer's reporting callbacks.
 
-    The Trainer calls TensorBoard, W&B and the like before any callback of the user, and gives
-    callbacks neither itself nor a way to add to an entry; so the only way to reach them is to be
-    asked first. The handler that holds the order is the caller. Should that ever change, the
-    history, the progress bar and the printed entries still have the numbers.
+    The Trainer calls TensorBoard, W&B and the like before any callback of the user, and callbacks
+    can add to an entry only by being called before them. The handler with the list of callbacks is
+    among the callers. If it is not found, the history and the printed entries have the numbers.
     """
     for handler, _ in _callers.methods():
         if isinstance(handler, CallbackHandler) and callback in handler.callbacks:

@@ -38,16 +38,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "AccuracyMatrix",
-    "average_incremental_accuracy",
-    "backward_transfer",
-    "final_average_accuracy",
-    "forgetting",
-    "forward_transfer",
-    "learning_accuracy",
-    "summary",
+    "AccuracyMatrix", "average_incremental_accuracy", "backward_transfer",
+    "final_average_accuracy", "forgetting", "forward_transfer", "learning_accuracy", "summary",
     "task_curve",
-]
+]  # fmt: skip
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -135,10 +129,7 @@ class AccuracyMatrix:
 
     @classmethod
     def from_rows(
-        cls,
-        rows: Matrix,
-        tasks: Sequence[str] | None = None,
-        sizes: Sequence[float] | None = None,
+        cls, rows: Matrix, tasks: Sequence[str] | None = None, sizes: Sequence[float] | None = None
     ) -> AccuracyMatrix:
         """From a square list of lists; missing entries are None."""
         checked = _checked(rows)
@@ -220,10 +211,8 @@ class AccuracyMatrix:
 
     def summary(self) -> dict[str, float | None]:
         """All metrics by short name."""
-        return {
-            name: _or_none(function, *arguments)
-            for name, (function, arguments) in self._metrics().items()
-        }
+        metrics = self._metrics().items()
+        return {name: _or_none(function, *arguments) for name, (function, arguments) in metrics}
 
     def undefined(self) -> dict[str, str]:
         """For every metric that is None, the reason."""
@@ -236,25 +225,19 @@ class AccuracyMatrix:
         return reasons
 
     def _metrics(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        others = {"aia": _aia, "bwt": _bwt, "forgetting": _forgetting, "learning": _learning}
         return {
             "faa": (_faa, (self.rows, None)),
             "faa_weighted": (_faa_weighted, (self.rows, self.sizes)),
-            "aia": (_aia, (self.rows,)),
-            "bwt": (_bwt, (self.rows,)),
-            "forgetting": (_forgetting, (self.rows,)),
-            "learning": (_learning, (self.rows,)),
+            **{name: (function, (self.rows,)) for name, function in others.items()},
         }
 
     # JSON and CSV. JSON carries the metrics too, for whoever reads the file; CSV is R alone.
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """A JSON object with tasks, sizes, matrix and metrics; also written to `path` if given."""
-        data = {
-            "tasks": self.tasks,
-            "sizes": self.sizes,
-            "matrix": self.rows,
-            "metrics": self.summary(),
-        }
+        data = {"tasks": self.tasks, "sizes": self.sizes, "matrix": self.rows}
+        data["metrics"] = self.summary()
         text = json.dumps(data, indent=2, allow_nan=False) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -320,12 +303,11 @@ def _bwt(rows: list[list[float | None]]) -> float:
 
 def _forgetting(rows: list[list[float | None]]) -> float:
     last = _earlier(rows)
-    return _mean(
-        [
-            max(_entry(rows, i, j) for i in range(j, last)) - _entry(rows, last, j)
-            for j in range(last)
-        ]
-    )
+    losses = []
+    for j in range(last):
+        best = max(_entry(rows, i, j) for i in range(j, last))
+        losses.append(best - _entry(rows, last, j))
+    return _mean(losses)
 
 
 def _learning(rows: list[list[float | None]]) -> float:

@@ -64,7 +64,7 @@ ADAM_HYPERS = tl.constexpr(len(ADAM_HYPER))
 @triton.jit
 def _adam_chunk(
     lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-    first, whole, count, guided, reading, masked, amsgrad, threshold, draw, seed,
+    first, unmasked, count, guided, reading, masked, amsgrad, threshold, draw, seed,
     replay_weight, factor, pull, l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps,
     step_size,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
@@ -82,7 +82,7 @@ def _adam_chunk(
     x_pointer = stream(max_exp_avg_sq, first, X, FAST)
     a_pointer = stream(anchor, first, A, FAST)
     c_pointer = stream(copy, first, C, FAST)
-    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+    for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
@@ -196,11 +196,11 @@ def adam_kernel(
             if LOOK_AHEAD:
                 reading = anchor != 0
             addresses = addresses | tl.where(reading, anchor, 0)
-        whole = whole_blocks(count, addresses, BLOCK)
+        unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
+            unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
         if ROUNDING:
-            whole = tl.where(words_stay_together(line), whole, 0)
+            unmasked = tl.where(words_stay_together(line), unmasked, 0)
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
@@ -214,8 +214,8 @@ def adam_kernel(
                     anchor = tl.load(line + ANCHOR)
             lanes = _adam_chunk(
                 lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-                first, whole, count, guided, reading, masked, amsgrad, threshold, draw_word, seed,
-                number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), keep.to(T),
+                first, unmasked, count, guided, reading, masked, amsgrad, threshold, draw_word,
+                seed, number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), keep.to(T),
                 (1.0 - beta1).to(T), beta1.to(T), beta2.to(T), (1.0 - beta2).to(T),
                 inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
                 P, G, R, M, V, X, A, C, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, AMSGRAD,

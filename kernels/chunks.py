@@ -221,14 +221,14 @@ def everywhere(condition, N: tl.constexpr):
 def where_of(offset, count, present, FAST: tl.constexpr):
     """Mask of a block, None where nothing is masked."""
     if FAST and present is None:
-        here = None
+        mask = None
     elif FAST:
-        here = everywhere(present, offset.shape[0])
+        mask = everywhere(present, offset.shape[0])
     elif present is None:
-        here = offset < count
+        mask = offset < count
     else:
-        here = (offset < count) & everywhere(present, offset.shape[0])
-    return here
+        mask = (offset < count) & everywhere(present, offset.shape[0])
+    return mask
 
 
 @triton.jit
@@ -237,22 +237,22 @@ def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr, R
 
     `present` is None where that is certain. REUSE is AGAIN or ONCE.
     """
-    here = where_of(offset, count, present, FAST)
-    if here is None:
+    mask = where_of(offset, count, present, FAST)
+    if mask is None:
         x = tl.load(pointer + offset, eviction_policy=REUSE)
     else:
-        x = tl.load(pointer + offset, mask=here, other=0.0, eviction_policy=REUSE)
+        x = tl.load(pointer + offset, mask=mask, other=0.0, eviction_policy=REUSE)
     return widen(x, T)
 
 
 @triton.jit
 def write(pointer, offset, count, present, x, FAST: tl.constexpr, REUSE: tl.constexpr):
     """Stores what has the tensor's dtype already; see `read`."""
-    here = where_of(offset, count, present, FAST)
-    if here is None:
+    mask = where_of(offset, count, present, FAST)
+    if mask is None:
         tl.store(pointer + offset, x, eviction_policy=REUSE)
     else:
-        tl.store(pointer + offset, x, mask=here, eviction_policy=REUSE)
+        tl.store(pointer + offset, x, mask=mask, eviction_policy=REUSE)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ BY_TENSOR = tl.constexpr(layout.BY_TENSOR)
 
 @triton.jit
 def _guide_chunk(
-    line, param, grad, replay, anchor, first, whole, count, guided, masked, threshold, draw,
+    line, param, grad, replay, anchor, first, unmasked, count, guided, masked, threshold, draw,
     seed, replay_weight, factor, pull,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -70,7 +70,7 @@ def _guide_chunk(
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
     a_pointer = stream(anchor, first, A, FAST)
-    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+    for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
@@ -133,14 +133,14 @@ def guide_kernel(
         addresses = grad | replay
         if HAS_ANCHOR:
             addresses = addresses | tl.where(guided, param | anchor, 0)
-        whole = whole_blocks(count, addresses, BLOCK)
+        unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
+            unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
         draw_word = draw_of(draw_index, draw)
         for walk in tl.static_range(2):
             _guide_chunk(
-                line, param, grad, replay, anchor, first, whole, count, guided, masked, threshold,
-                draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
+                line, param, grad, replay, anchor, first, unmasked, count, guided, masked,
+                threshold, draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
                 P, G, R, A, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, BLOCK, PACK, walk == 0,
             )  # fmt: skip
 
@@ -175,32 +175,32 @@ def draw_flags_kernel(
     table, hyper, draw_index, flags, gate, n, hypers, threshold_column, strength_column,
     seed: tl.int64, GRANULARITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: whether any row injects is known to the one that saw them all."""
+    """One program for all rows, since the gate says whether any of them injects."""
     draw = draw_of(draw_index, draw_index)
-    found = tl.zeros([BLOCK], tl.int32)
+    injecting = tl.zeros([BLOCK], tl.int32)
     for begin in tl.range(0, n, BLOCK):
         row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
-        here = row < n
+        in_table = row < n
         line = table + row * COLUMNS
-        group = hyper + tl.load(line + GROUP, mask=here, other=0) * hypers
-        threshold = tl.load(group + threshold_column, mask=here, other=0.0)
-        strength = tl.load(group + strength_column, mask=here, other=0.0)
-        anchor = tl.load(line + ANCHOR, mask=here, other=0)
+        group = hyper + tl.load(line + GROUP, mask=in_table, other=0) * hypers
+        threshold = tl.load(group + threshold_column, mask=in_table, other=0.0)
+        strength = tl.load(group + strength_column, mask=in_table, other=0.0)
+        anchor = tl.load(line + ANCHOR, mask=in_table, other=0)
         if GRANULARITY == BY_STEP:
             word = one_word(draw, tl.full([BLOCK], STREAM_STEP, tl.uint32), seed)
             drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
         elif GRANULARITY == BY_TENSOR:
-            index = tl.load(line + INDEX, mask=here, other=0).to(tl.uint32)
+            index = tl.load(line + INDEX, mask=in_table, other=0).to(tl.uint32)
             word = one_word(draw, index + STREAM_TENSOR, seed)
             drawn = tl.where(word.to(tl.float64) < threshold, INJECT, 0)
         else:
             drawn = tl.where(threshold > 0, INJECT_ELEMENTS, 0)
             drawn = tl.where(threshold >= CERTAIN, INJECT, drawn)
         drawn = tl.where((anchor != 0) & (strength != 0), drawn, 0)
-        kept = tl.load(flags + row, mask=here, other=0).to(tl.int32) & FIRST_STEP
-        tl.store(flags + row, (drawn | kept).to(tl.uint8), mask=here)
-        found = found | drawn
-    tl.store(gate, (tl.max(found) != 0).to(tl.uint8))
+        first_step = tl.load(flags + row, mask=in_table, other=0).to(tl.int32) & FIRST_STEP
+        tl.store(flags + row, (drawn | first_step).to(tl.uint8), mask=in_table)
+        injecting = injecting | drawn
+    tl.store(gate, (tl.max(injecting) != 0).to(tl.uint8))
 
 
 def draw_flags_launch(
@@ -214,7 +214,7 @@ def draw_flags_launch(
         table: int64 [n, 14], on the device as everything here.
         hyper: float64 [groups, columns].
         draw_index: int64, one element.
-        flags: uint8 [n]; the bits for injection are set anew, the others kept.
+        flags: uint8 [n]; the bits for injection are set, the others stay.
         gate: uint8 [1]; set to whether any row injects.
         seed: Seed of the draws.
         granularity: As numbered in layout.py.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How a Triton kernel is declared and launched: looked up once, tried again, without spills.
+"""Declaring and launching Triton kernels: looked up once, tried again, without spills.
 
-Nothing here knows what a kernel does. What its numbers and tables are called is known, since that
-says on what a variant depends.
+This file does not depend on what a kernel computes, only on the names of its arguments, which say
+on what a variant depends.
 """
 
 import time
@@ -33,25 +33,25 @@ ROOM = {"maxnreg": 168}
 
 
 class Kernel:
-    """A kernel of Triton's, looked up once per variant; its cache may fail for a moment.
+    """A kernel of Triton's, looked up once per variant, and launched again if its cache fails.
 
-    At every launch Triton works out anew what the arguments ask for, and compares every number that
+    At every launch Triton finds out the variant from the arguments, and compares every number that
     the kernel's source names, for some 100 us on the host. `kernel` says what a variant depends on,
-    so what Triton has found is kept.
+    so the compiled kernel is kept.
 
     In a cache that several nodes share, files that Triton has just written may be gone or stale for
-    a moment (triton#11512), and one rank that dies of it leaves the others waiting for it. Such an
-    error comes before anything is launched, so the launch is tried again, a few times.
+    a moment (triton#11512), and a rank that fails leaves the others waiting. Such an error comes
+    before anything is launched, so the launch is tried again a few times.
 
     Args:
-        declared: What `triton.jit` has made of the function.
+        declared: The result of `triton.jit`.
         names: The function's parameters.
     """
 
     def __init__(self, declared, names) -> None:
         self.declared = declared
         annotations = declared.fn.__annotations__
-        # Constants, and what may be None: that, too, is compiled in.
+        # Constants are compiled in, and so is whether an argument is None.
         self._chosen = [
             place for place, name in enumerate(names) if annotations.get(name) is tl.constexpr
         ]
@@ -72,19 +72,19 @@ class Kernel:
             if compiled is not None:
                 compiled[(grid[0], 1, 1)](*arguments)
                 return
-            found = self._find(grid, arguments, options)
-            # The interpreter returns nothing, and compiling in the background a promise.
-            if isinstance(found, CompiledKernel):
-                self._compiled[key] = self._without_spills(found, grid, arguments, options)
+            launched = self._find(grid, arguments, options)
+            # The interpreter returns None, and compiling in the background returns a promise.
+            if isinstance(launched, CompiledKernel):
+                self._compiled[key] = self._without_spills(launched, grid, arguments, options)
 
         return launch
 
     def _find(self, grid, arguments, options):
-        """Launches by Triton's own way; returns what it has launched."""
+        """Launches with Triton's own launcher; returns the compiled kernel."""
         run = self.declared.run
         try:
             return run(*arguments, grid=grid, warmup=False, **options)
-        # The latter of what is loaded as a Python module.
+        # ImportError if the launcher, a Python module, cannot be loaded.
         except (OSError, ImportError) as error:
             trouble = error
         for pause in PAUSES:
@@ -99,14 +99,14 @@ class Kernel:
                 trouble = error
         raise RuntimeError(self._says(trouble)) from trouble
 
-    def _without_spills(self, found, grid, arguments, options):
+    def _without_spills(self, compiled, grid, arguments, options):
         """Returns the kernel to keep: compiled once more, with more registers, if some spilled."""
-        if not found.n_spills or found.metadata.target.backend != "cuda":
-            return found
+        if not compiled.n_spills or compiled.metadata.target.backend != "cuda":
+            return compiled
         try:
             other = self.declared.run(*arguments, grid=grid, warmup=True, **ROOM, **options)
             if not isinstance(other, CompiledKernel):
-                return found
+                return compiled
             other[grid]  # is loaded, and not launched
         except Exception as error:
             # The step is launched already.
@@ -115,8 +115,8 @@ class Kernel:
                 f"compiled once more: {error}",
                 stacklevel=_callers.stacklevel(),
             )
-            return found
-        return other if other.n_spills < found.n_spills else found
+            return compiled
+        return other if other.n_spills < compiled.n_spills else compiled
 
     def _says(self, trouble: Exception) -> str:
         return (

@@ -58,7 +58,7 @@ FINISH = tl.constexpr(8)
 
 @triton.jit
 def _add_gradients(
-    total, real, grad, replay, first, whole, count, replay_weight,
+    total, real, grad, replay, first, unmasked, count, replay_weight,
     G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, HAS_REPLAY: tl.constexpr,
     BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def _add_gradients(
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
     for place in tl.range(
-        0 if FAST else whole,
-        whole if FAST else count,
+        0 if FAST else unmasked,
+        unmasked if FAST else count,
         BLOCK,
         loop_unroll_factor=AHEAD if FAST else 1,
     ):
@@ -84,15 +84,15 @@ def _add_gradients(
 
 @triton.jit
 def _add_differences(
-    lanes, param, anchor, first, whole, count, P: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
-    BLOCK: tl.constexpr, FAST: tl.constexpr,
+    lanes, param, anchor, first, unmasked, count, P: tl.constexpr, A: tl.constexpr,
+    T: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the squares of theta - theta*, to the same bits as the updates' look-ahead."""
     p_pointer = stream(param, first, P, FAST)
     a_pointer = stream(anchor, first, A, FAST)
     for place in tl.range(
-        0 if FAST else whole,
-        whole if FAST else count,
+        0 if FAST else unmasked,
+        unmasked if FAST else count,
         BLOCK,
         loop_unroll_factor=AHEAD if FAST else 1,
     ):
@@ -145,13 +145,13 @@ def _make_coefficients(squares, out, n, max_grad_norm, settings):
     # them would be spilled.
     for begin in tl.range(0, n, TILE // 8):
         offset = begin + tl.arange(0, TILE // 8)
-        here = offset < n
+        in_table = offset < n
         scales = tl.zeros([TILE // 8], tl.float64) + scale
         if by_tensor:
-            own = tl.sqrt(tl.load(squares + n + offset, mask=here, other=0.0))
-            gap = tl.sqrt(tl.load(squares + 2 * n + offset, mask=here, other=0.0))
-            scales = _scale(clip, own, gap)
-        tl.store(out + SCALES + offset, scales, mask=here)
+            grad_norm = tl.sqrt(tl.load(squares + n + offset, mask=in_table, other=0.0))
+            distance_norm = tl.sqrt(tl.load(squares + 2 * n + offset, mask=in_table, other=0.0))
+            scales = _scale(clip, grad_norm, distance_norm)
+        tl.store(out + SCALES + offset, scales, mask=in_table)
 
 
 @triton.jit
@@ -244,11 +244,11 @@ def norms_kernel(
         weight = number(replay_weight).to(T)
         total = tl.zeros([BLOCK], T)
         real = tl.zeros([BLOCK], T)
-        whole = whole_blocks(count, grad | replay, BLOCK)
+        unmasked = whole_blocks(count, grad | replay, BLOCK)
         for walk in tl.static_range(2):
             total, real = _add_gradients(
-                total, real, grad, replay, first, whole, count, weight, G, R, T, HAS_REPLAY, BLOCK,
-                walk == 0,
+                total, real, grad, replay, first, unmasked, count, weight, G, R, T, HAS_REPLAY,
+                BLOCK, walk == 0,
             )  # fmt: skip
         of_total = tree_sum(total, BLOCK)
         of_real = tree_sum(real, BLOCK)
@@ -258,12 +258,12 @@ def norms_kernel(
                 spoiled = spoiled | (is_reliable(of_total) == 0)
             if spoiled:
                 # Once more in float64, out of the cache.
-                wide_total, wide_real = _add_gradients(
+                total64, real64 = _add_gradients(
                     tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), grad, replay,
                     first, 0, count, weight, G, R, T, HAS_REPLAY, BLOCK, False,
                 )  # fmt: skip
-                of_total = tree_sum(wide_total, BLOCK)
-                of_real = tree_sum(wide_real, BLOCK)
+                of_total = tree_sum(total64, BLOCK)
+                of_real = tree_sum(real64, BLOCK)
         if HAS_REPLAY:
             tl.store(partials + program, of_total)
         tl.store(partials + slots + program, of_real)
@@ -273,19 +273,19 @@ def norms_kernel(
         if tl.load(distances + row) < 0:
             param = tl.load(line + PARAM)
             lanes = tl.zeros([BLOCK], T)
-            whole = whole_blocks(count, param | anchor, BLOCK)
+            unmasked = whole_blocks(count, param | anchor, BLOCK)
             for walk in tl.static_range(2):
                 lanes = _add_differences(
-                    lanes, param, anchor, first, whole, count, P, A, T, BLOCK, walk == 0,
+                    lanes, param, anchor, first, unmasked, count, P, A, T, BLOCK, walk == 0,
                 )  # fmt: skip
             of_distance = tree_sum(lanes, BLOCK)
             if T == tl.float32:
                 if is_reliable(of_distance) == 0:
-                    wide = _add_differences(
+                    lanes64 = _add_differences(
                         tl.zeros([BLOCK], tl.float64), param, anchor, first, 0, count, P, A, T,
                         BLOCK, False,
                     )  # fmt: skip
-                    of_distance = tree_sum(wide, BLOCK)
+                    of_distance = tree_sum(lanes64, BLOCK)
             tl.store(partials + 2 * slots + program, of_distance)
 
     _finish_norms(

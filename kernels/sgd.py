@@ -58,7 +58,7 @@ SGD_HYPERS = tl.constexpr(len(SGD_HYPER))
 
 @triton.jit
 def _sgd_chunk(
-    lanes, line, param, grad, replay, buffer, anchor, copy, first, whole, count,
+    lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count,
     guided, reading, masked, remembering, fresh, threshold, draw, seed, replay_weight, factor,
     pull, l2, lr, momentum, undamped, nesterov,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
@@ -74,7 +74,7 @@ def _sgd_chunk(
     b_pointer = stream(buffer, first, M, FAST)
     a_pointer = stream(anchor, first, A, FAST)
     c_pointer = stream(copy, first, C, FAST)
-    for place in tl.range(0 if FAST else whole, whole if FAST else count, BLOCK):
+    for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
         drawn = drawn_of(
@@ -174,11 +174,11 @@ def sgd_kernel(
             if LOOK_AHEAD:
                 reading = anchor != 0
             addresses = addresses | tl.where(reading, anchor, 0)
-        whole = whole_blocks(count, addresses, BLOCK)
+        unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
-            whole = tl.where((masked == 0) | words_stay_together(line), whole, 0)
+            unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
         if ROUNDING:
-            whole = tl.where(words_stay_together(line), whole, 0)
+            unmasked = tl.where(words_stay_together(line), unmasked, 0)
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
@@ -189,7 +189,7 @@ def sgd_kernel(
                 if HAS_ANCHOR:
                     anchor = tl.load(line + ANCHOR)
             lanes = _sgd_chunk(
-                lanes, line, param, grad, replay, buffer, anchor, copy, first, whole, count,
+                lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count,
                 guided, reading, masked, remembering, fresh, threshold, draw_word, seed,
                 number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), lr.to(T),
                 momentum.to(T), undamped.to(T), nesterov,

@@ -184,13 +184,13 @@ def real_gradient(grad, replay, replay_weight, replayed):
 
 
 @triton.jit
-def adopted(master, seen, present, C: tl.constexpr, T: tl.constexpr):
-    """A master weight, given the parameter, stored as C, that ought to be its rounding.
+def adopted(master, param, present, C: tl.constexpr, T: tl.constexpr):
+    """A master weight, or the parameter, stored as C, if that is not the rounding of its master.
 
-    Where it is something else somebody has written it, and it takes the master's place.
+    The parameter was written by somebody else then.
     """
-    kept = tl.where(widen(narrow(master, C), T) == seen, master, seen)
-    return tl.where(present != 0, kept, master)
+    weight = tl.where(widen(narrow(master, C), T) == param, master, param)
+    return tl.where(present != 0, weight, master)
 
 
 @triton.jit
@@ -278,9 +278,9 @@ def sgd(param, total, buffer, l2, lr, momentum, undamped, nesterov, first):
     `buffer` is None in kernels without momentum; in others a row may have momentum 0.
     """
     total = with_decay(total, param, l2)
-    kept = total
+    new_buffer = total
     if buffer is not None:
-        kept = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
-        moved = tl.where(nesterov, tl.fma(momentum, kept, total), kept)
-        total = tl.where(momentum != 0, moved, total)
-    return tl.fma(-lr, total, param), kept
+        new_buffer = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
+        nesterov_total = tl.where(nesterov, tl.fma(momentum, new_buffer, total), new_buffer)
+        total = tl.where(momentum != 0, nesterov_total, total)
+    return tl.fma(-lr, total, param), new_buffer

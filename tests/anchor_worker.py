@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import dgg
 import ranks
+import training
 from dgg import anchor
 
 
@@ -41,29 +42,18 @@ def save_sharded(model: torch.nn.Module, folder: pathlib.Path) -> None:
 
 
 def shard(model: torch.nn.Module, engine: str, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    if engine == "FSDP2":
-        mesh = init_device_mesh("cpu", (world,))
-    elif engine == "HSDP":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        shape = (world,) if engine == "TP" else (world // 2, 2)
-        names = ("tp",) if engine == "TP" else ("dp", "tp")
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh, tensor_mesh = training.meshes_of(engine, world)
+    if tensor_mesh is not None:
         plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
-        parallelize_module(model, mesh["tp"], plan)
-        if engine == "TP":
-            return
-        mesh = mesh["dp"]
-    for layer in model.values():
-        fully_shard(layer, mesh=mesh)
+        parallelize_module(model, tensor_mesh, plan)
+    if mesh is not None:
+        training.fully_shard(*model.values(), mesh=mesh)
 
 
 @ranks.in_group
@@ -97,8 +87,7 @@ def run(rank: int, world: int, folder: str, engines: tuple[str, ...]) -> None:
             if path == "file":
                 results["read"] = count
             results[path] = {
-                name: x.full_tensor() if hasattr(x := opt.state[p]["anchor"], "full_tensor") else x
-                for name, p in model.named_parameters()
+                name: training.whole(opt.state[p]["anchor"]) for name, p in model.named_parameters()
             }
         # What is not finite is refused by the ranks that read it, and changes nothing there.
         before = {n: opt.state[p]["anchor"].clone() for n, p in model.named_parameters()}

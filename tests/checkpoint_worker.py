@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -45,7 +44,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
 import dgg
+import ranks
+import training
+from ranks import refusing
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "checkpoints.md"
 
@@ -75,38 +79,23 @@ FORMATS = ("nested", "flat", "full", "broadcast", "numbered")
 # -- models, training, snapshots ------------------------------------------------------------------
 
 
-class Network(nn.Sequential):
-    """Uneven and empty shards on 2 and 3 ranks, a frozen parameter, one without any gradient."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 1))
-        self.register_parameter("spare", nn.Parameter(torch.ones(3)))
-
-
 def build(case: str, engine: str = "FSDP2", seed: int = 7, mesh=None):
     """Returns model and optimizer of a case, sharded by an engine."""
     cls, options, dtype, _ = CASES[case]
-    torch.manual_seed(seed)
-    model = Network().to(dtype)
-    model[2].bias.requires_grad_(False)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if engine == "HSDP":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    elif engine == "TP + FSDP2":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-    elif engine == "TP":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-    if engine.startswith("TP"):
+    model = training.stack(8, seed=seed, dtype=dtype)
+    # One without any gradient.
+    model.register_parameter("spare", nn.Parameter(torch.ones(3, dtype=dtype)))
+    tensor_mesh = None
+    if engine not in ("one process", "FSDP2"):
+        mesh, tensor_mesh = training.meshes_of(engine, dist.get_world_size())
+    if tensor_mesh is not None:
         plan = {
             "0": ColwiseParallel(output_layouts=Replicate()),
             "2": RowwiseParallel(input_layouts=Replicate()),
         }
-        parallelize_module(model, mesh["tp"], plan)
-        mesh = mesh["dp"] if engine == "TP + FSDP2" else None
+        parallelize_module(model, tensor_mesh, plan)
     if engine not in ("one process", "TP"):
-        for layer in model:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        training.fully_shard(*model, model, mesh=mesh)
     if case == "adamw, two groups":
         named = list(model.named_parameters())
         groups = [{"params": named[:3], "alpha": 0.9}, {"params": named[3:], "lr": 1e-2}]
@@ -115,16 +104,8 @@ def build(case: str, engine: str = "FSDP2", seed: int = 7, mesh=None):
 
 
 def fit(model, optimizer, first: int, last: int, *, early=False) -> None:
-    """Trains on reproducible data, the same on every rank; the boundary is at step BOUNDARY."""
-    dtype = next(model.parameters()).dtype
-    for k in range(first, last):
-        generator = torch.Generator().manual_seed(1000 + k)
-        x = torch.randn(8, 6, generator=generator, dtype=F64).to(dtype)
-        if k == BOUNDARY and not early:
-            optimizer.set_anchor()
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    """Trains; the boundary is at step BOUNDARY, or was early."""
+    training.fit(model, optimizer, first, last, boundary=None if early else BOUNDARY)
 
 
 def train(case: str, model, optimizer, first: int, last: int) -> None:
@@ -134,19 +115,14 @@ def train(case: str, model, optimizer, first: int, last: int) -> None:
     fit(model, optimizer, first, last, early=early)
 
 
-def whole(value):
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
 def snapshot(model, optimizer) -> dict:
     """Returns copies of everything there is, as whole tensors, gathered without any helper."""
-    names = {p: name for name, p in model.named_parameters()}
+    named = dict(model.named_parameters())
+    begun = {name: p for name, p in named.items() if p in optimizer.state}
+    assert len(begun) == len(optimizer.state)
     return {
-        "weights": {name: whole(p.detach()).clone() for p, name in names.items()},
-        "state": {
-            names[p]: {key: whole(value.detach()).clone() for key, value in entry.items()}
-            for p, entry in optimizer.state.items()
-        },
+        "weights": {name: training.whole(p) for name, p in named.items()},
+        "state": training.whole_state(optimizer, begun),
         "groups": [
             {
                 key: list(value) if isinstance(value, tuple) else copy.copy(value)
@@ -344,16 +320,6 @@ def resume_all(rank, world, folder, source, cases, forms, engine="FSDP2", saved_
 # -- what must not be silent ----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def refused(error, text):
-    try:
-        yield
-    except error as found:
-        assert text in str(found), f"{text!r} is not in {found}"
-    else:
-        raise AssertionError(f"{text!r} was not refused")
-
-
 def untouched(model, optimizer):
     """Returns a function that checks that neither has changed."""
     before = snapshot(model, optimizer)
@@ -380,7 +346,7 @@ def run_refusals(rank, world, folder):
         for strictness in (case, "adamw, no anchor yet"):  # strict=True, strict=False
             # The usual template of a new optimizer has no room for anchors.
             model, optimizer = build(case, seed=11)
-            with refused(RuntimeError, "call prepare_for_load(checkpoint) first"):
+            with refusing(RuntimeError, "call prepare_for_load(checkpoint) first"):
                 load_from(
                     form, f"{folder}/guided {form}", strictness, model, optimizer, prepare=False
                 )
@@ -395,7 +361,7 @@ def run_refusals(rank, world, folder):
         ):
             model, optimizer = build(case, seed=11)
             optimizer.set_anchor()
-            with refused(error, text):
+            with refusing(error, text):
                 load_from(
                     form, f"{folder}/unguided {form}", "adamw, no anchor yet", model, optimizer,
                     prepare=False, planner=planner,
@@ -417,7 +383,7 @@ def run_refusals(rank, world, folder):
     model, optimizer = build(case, seed=11)
     optimizer.set_anchor()
     weights, state = get_state_dict(*build_trained(2), options=options_of("flat", case))
-    with refused(ValueError, "this optimizer has an anchor and the checkpoint carries none"):
+    with refusing(ValueError, "this optimizer has an anchor and the checkpoint carries none"):
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=state,
             options=options_of("flat", case),
@@ -427,7 +393,7 @@ def run_refusals(rank, world, folder):
     weights, state = get_state_dict(model, optimizer, options=options_of("flat", case))
     del state["state.0.weight.exp_avg"]
     check = untouched(model, optimizer)
-    with refused(ValueError, "carries no exp_avg of parameter"):
+    with refusing(ValueError, "carries no exp_avg of parameter"):
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=state,
             options=options_of("flat", case),
@@ -440,11 +406,11 @@ def run_refusals(rank, world, folder):
     group = optimizer.param_groups[0]
     assert (group["draw_index"], group["task_index"]) == (0, 0)
     for given in (optimizer, copy.copy(optimizer)):
-        with refused(RuntimeError, "made room in this optimizer for a checkpoint"):
+        with refusing(RuntimeError, "made room in this optimizer for a checkpoint"):
             fit(model, given, 4, 5)
     model.zero_grad()
     _, state = get_state_dict(model, optimizer)
-    with refused(RuntimeError, "they were lost on the way"):  # the template itself
+    with refusing(RuntimeError, "they were lost on the way"):  # the template itself
         optimizer.load_state_dict(state)
     optimizer.clear_anchor()
     fit(model, optimizer, 0, 2)
@@ -454,18 +420,18 @@ def run_refusals(rank, world, folder):
 
     # No checkpoint, somebody else's, or one of more than this optimizer keeps.
     check = untouched(model, optimizer)
-    with refused(FileNotFoundError, "holds no finished distributed checkpoint"):
+    with refusing(FileNotFoundError, "holds no finished distributed checkpoint"):
         optimizer.prepare_for_load(folder, model=model)
-    with refused(TypeError, "is no distributed checkpoint"):
+    with refusing(TypeError, "is no distributed checkpoint"):
         optimizer.prepare_for_load(3, model=model)
-    with refused(KeyError, "pass model="):
+    with refusing(KeyError, "pass model="):
         optimizer.prepare_for_load(f"{folder}/guided nested")
-    with refused(KeyError, "pass the model the checkpoint was made with"):
+    with refusing(KeyError, "pass the model the checkpoint was made with"):
         optimizer.prepare_for_load(f"{folder}/guided nested", model=nn.Sequential(model))
     master, keeping = build("adamw, master")
     train("adamw, master", master, keeping, 0, 1)
     save_as("nested", f"{folder}/master", "adamw, no anchor yet", master, keeping)
-    with refused(ValueError, "build it with master_weights=True"):
+    with refusing(ValueError, "build it with master_weights=True"):
         optimizer.prepare_for_load(f"{folder}/master", model=model)
     check()
     # A StorageReader and the metadata do as well as the directory.
@@ -539,20 +505,22 @@ def run_by_itself(rank, world, folder):
         "no optimizer's state dict": ([1], TypeError),
     }
     for text, (given, error) in broken.items():
-        with refused(error if rank == 0 or given is lost else RuntimeError, text):
+        with refusing(error if rank == 0 or given is lost else RuntimeError, text):
             load(only_on_0(given), **from_0)
         dist.barrier()
     # A rank that cannot take it.
     model, optimizer = build(case, seed=11)
     if rank == 1:
         optimizer.param_groups[0]["anchored"] = 3
-    with refused(RuntimeError, "the resume lost them"):
+    with refusing(RuntimeError, "the resume lost them"):
         state = only_on_0(copy.deepcopy(taken["full"]))
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**from_0))
     # Rank 0 had state already, so that what it sends is torch's own message.
     with (
-        changed(dist, "broadcast_object_list", lambda told, src: told.__setitem__(0, {"a": 1})),
-        refused(RuntimeError, "call prepare_for_load() on all ranks or on none"),
+        mock.patch.object(
+            dist, "broadcast_object_list", lambda told, src: told.__setitem__(0, {"a": 1})
+        ),
+        refusing(RuntimeError, "call prepare_for_load() on all ranks or on none"),
     ):
         load(only_on_0(taken["full"]), **from_0)
     # Of no state there is no room to be made, however often torch asks for it.
@@ -576,33 +544,24 @@ def run_by_itself(rank, world, folder):
         wrong = differences(snapshot(model, optimizer), expected)
         assert not wrong, f"{other}: {wrong}"
     held = [("torch.distributed.checkpoint.state_dict_loader", "load", "reader")]
-    with changed(dgg.checkpoint.source, "_LOADERS", held), refused(RuntimeError, "lost on the way"):
+    unknown = mock.patch.object(dgg.checkpoint.source, "_LOADERS", held)
+    with unknown, refusing(RuntimeError, "lost on the way"):
         load_from("stateful", f"{folder}/{case}", case, *build(case, seed=11))
-    with changed(dgg.checkpoint.room, "of_template", lambda: None):
+    with mock.patch.object(dgg.checkpoint.room, "of_template", lambda: None):
         state, (model, optimizer) = only_on_0(copy.deepcopy(taken["full"])), build(case, seed=11)
-        lost = refused(RuntimeError, "lost on the way") if rank else contextlib.nullcontext()
+        lost = refusing(RuntimeError, "lost on the way") if rank else contextlib.nullcontext()
         with lost:
             set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(**from_0))
         dist.barrier()
-        with refused(RuntimeError, "lost on the way"):
+        with refusing(RuntimeError, "lost on the way"):
             load(taken["flat"], **options["flat"])
     # A directory that is damaged: torch says so, on all ranks.
     dist.barrier()
     if rank == 0:
         pathlib.Path(folder, case, ".metadata").write_bytes(b"")
     dist.barrier()
-    with refused(dcp.CheckpointException, "metadata"):
+    with refusing(dcp.CheckpointException, "metadata"):
         load_from("stateful", f"{folder}/{case}", case, *build(case, seed=11))
-
-
-@contextlib.contextmanager
-def changed(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def build_trained(steps):
@@ -626,7 +585,7 @@ def run_frozen(rank, world, folder):
         model, optimizer = build(case, seed=11)
         model[0].weight.requires_grad_(False)
         if form in ("full", "broadcast"):
-            with refused(RuntimeError, "requires_grad_(True) while it is loaded"):
+            with refusing(RuntimeError, "requires_grad_(True) while it is loaded"):
                 load_from(form, file, case, model, optimizer)
             model, optimizer = build(case, seed=11)
         load_from(form, file, case, model, optimizer)
@@ -672,7 +631,7 @@ def run_helper(rank, world, folder, cases=("adamw", "sgd, momentum")):
     model, optimizer = build("adamw")
     optimizer.set_anchor()
     optimizer.state.clear()
-    with refused(RuntimeError, "the resume lost them"):
+    with refusing(RuntimeError, "the resume lost them"):
         get_optimizer_state_dict(model, optimizer)
     # A step with a learning rate and gradients of 0 that the helper does not make is a step.
     model, optimizer = build("adamw")
@@ -757,14 +716,10 @@ def run_torch(rank, world, folder):
     """A checkpoint of torch.optim.AdamW becomes one of ours, by a partial load."""
     model, optimizer = build("adamw")
     theirs = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for k in range(3):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(k), dtype=F64)
-        model(x).square().mean().backward()
-        theirs.step()
-        theirs.zero_grad()
+    fit(model, theirs, 0, 3)
     save_as("nested", f"{folder}/torch", "sgd", model, theirs)
     model, optimizer = build("adamw", seed=11)
-    with refused(dcp.CheckpointException, "Missing key in checkpoint state_dict"):
+    with refusing(dcp.CheckpointException, "Missing key in checkpoint state_dict"):
         load_from("nested", f"{folder}/torch", "sgd", model, optimizer)
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
     model, optimizer = build("adamw", seed=11)
@@ -831,9 +786,7 @@ def run_rank(function, rank, world, folder, arguments):
     os.dup2(log, 2)
     code = 1
     try:
-        store = dist.FileStore(f"{folder}/store", world)
-        timeout = datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        ranks.join(rank, world, folder)
         globals()[function](rank, world, folder, *arguments)
         # Not where another rank may still talk to one that failed.
         dist.barrier()
@@ -915,7 +868,6 @@ def run(request: dict) -> dict:
 
 
 def main() -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer

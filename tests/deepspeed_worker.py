@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 import dgg
+import language_tasks
 import ranks
+import training
 from dgg.deepspeed import partitions
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -135,18 +137,17 @@ RULES = {
     "adamw": (dgg.AdamW, {"lr": 2e-2, "betas": (0.8, 0.95), "eps": 1e-4}),
     "sgd": (dgg.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
 }
-GUIDANCE = {"alpha": 0.5, "strength": 0.7, "seed": 2**63 + 9}
 
 
 def build(model, rule: str, options: dict, *, tiny: bool = True):
     """Returns the optimizer of a case."""
     cls, defaults = RULES[rule]
-    return cls(groups(model, tiny=tiny), **{**defaults, **GUIDANCE, **options})
+    return cls(groups(model, tiny=tiny), **{**defaults, **training.GUIDED, **options})
 
 
 def batch(k: int) -> torch.Tensor:
     """Returns the inputs of step k, the same on every rank."""
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1000 + k))
+    return torch.randn(8, 6, generator=training.numbers_of(k))
 
 
 def loss_of(model, x: torch.Tensor) -> torch.Tensor:
@@ -159,13 +160,12 @@ def alone(rule="adamw", options=None, clip=None, last=STEPS, model="network", *,
     model = MODELS["network" if model == "zero.Init" else model]()
     optimizer = build(model, rule, {"max_grad_norm": clip, **(options or {})}, tiny=tiny)
     stats = []
-    for k in range(last):
-        if k in BOUNDARIES:
-            optimizer.set_anchor()
-        loss_of(model, batch(k)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def note():
         stats.append(optimizer.guidance_stats())
+
+    for k in training.steps(range(last), optimizer, boundaries=BOUNDARIES, after=note):
+        loss_of(model, batch(k)).backward()
     return model, optimizer, stats
 
 
@@ -184,6 +184,22 @@ def engine_of(model, optimizer, configuration):
     import deepspeed
 
     return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration)[0]
+
+
+def start(configuration, options=None, *, model=None, rule: str = "adamw", tiny: bool = True):
+    """Returns DeepSpeed's engine with a new optimizer, and the optimizer."""
+    model = network() if model is None else model
+    optimizer = build(model, rule, options or {}, tiny=tiny)
+    return engine_of(model, optimizer, configuration), optimizer
+
+
+def outcome(call, error: type[Exception], otherwise: str) -> str:
+    """Returns what a call is refused with, or that it was not."""
+    try:
+        call()
+    except error as found:
+        return f"{type(found).__name__}: {found}"
+    return otherwise
 
 
 def whole_weights(engine) -> list[torch.Tensor]:
@@ -236,9 +252,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """Runs every case; rank 0 leaves the results in ``folder``."""
     results = []
     for case in cases:
-        model = MODELS[case["model"]]()
-        optimizer = build(model, case["rule"], case["options"])
-        engine = engine_of(model, optimizer, config(**case["config"]))
+        model, configuration = MODELS[case["model"]](), config(**case["config"])
+        engine, optimizer = start(configuration, case["options"], model=model, rule=case["rule"])
         assert dgg.unwrap(engine) is optimizer and dgg.unwrap(engine.optimizer) is optimizer
         # The constructor neither steps nor draws.
         assert optimizer.param_groups[0]["draw_index"] == 0
@@ -258,6 +273,12 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         torch.save(results, os.path.join(folder, "results.pt"))
 
 
+def of_case(case: dict, **changes):
+    """Returns engine and optimizer of a case whose checkpoints can be universal."""
+    configuration = config(**case["config"], **changes)
+    return start(configuration, case["options"], rule=case["rule"], tiny=False)
+
+
 @on_ranks
 def run_checkpoints(rank: int, world: int, folder: str, cases: list[dict]) -> None:
     """Saves in the middle of a task, goes on, and goes on again from the file: the same bits."""
@@ -265,12 +286,7 @@ def run_checkpoints(rank: int, world: int, folder: str, cases: list[dict]) -> No
     for number, case in enumerate(cases):
         saved = os.path.join(folder, f"saved {number}")
 
-        def made(case=case):
-            model = network()
-            optimizer = build(model, case["rule"], case["options"], tiny=False)
-            return engine_of(model, optimizer, config(**case["config"])), optimizer
-
-        engine, optimizer = made()
+        engine, optimizer = of_case(case)
         train(engine, optimizer, 0, 4)
         boundary = whole_weights(engine)
         train(engine, optimizer, 4, 8)
@@ -278,7 +294,7 @@ def run_checkpoints(rank: int, world: int, folder: str, cases: list[dict]) -> No
         train(engine, optimizer, 8, 14)
         expected = whole_weights(engine)
         engine.destroy()
-        engine, optimizer = made()
+        engine, optimizer = of_case(case)
         engine.load_checkpoint(saved, tag="middle")
         group = optimizer.param_groups[0]
         assert (group["draw_index"], group["task_index"]) == (8, 1), group
@@ -298,24 +314,16 @@ def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list
     before = torch.load(os.path.join(saved, "results.pt"))
     messages, results = [], []
     for number, case in enumerate(cases):
-        model = network()
-        optimizer = build(model, case["rule"], case["options"], tiny=False)
-        engine = engine_of(model, optimizer, config(**case["config"]))
-        try:
-            engine.load_checkpoint(os.path.join(saved, f"saved {number}"), tag="middle")
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-        else:
-            messages.append("loaded")
+        checkpoint = os.path.join(saved, f"saved {number}")
+        engine, _ = of_case(case)
+        load = functools.partial(engine.load_checkpoint, checkpoint, tag="middle")
+        messages.append(outcome(load, Exception, "loaded"))
         engine.destroy()
 
-        def universal(number=number, case=case):
-            changes = {**case["config"], "checkpoint": {"load_universal": True}}
-            model = network()
-            optimizer = build(model, case["rule"], case["options"], tiny=False)
-            engine = engine_of(model, optimizer, config(**changes))
+        def universal(checkpoint=checkpoint, case=case):
+            engine, optimizer = of_case(case, checkpoint={"load_universal": True})
             kept = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
-            engine.load_checkpoint(os.path.join(saved, f"saved {number}"), tag="universal")
+            engine.load_checkpoint(checkpoint, tag="universal")
             # Under ZeRO-3 DeepSpeed gives every group the settings of the first.
             for group, (lr, decay) in zip(optimizer.param_groups, kept, strict=True):
                 group.update(lr=lr, weight_decay=decay)
@@ -323,12 +331,8 @@ def resume_on_others(rank: int, world: int, folder: str, saved: str, cases: list
 
         engine, optimizer = universal()
         loaded = whole_weights(engine)
-        try:
-            train(engine, optimizer, 8, 9)
-        except RuntimeError as error:
-            messages.append(str(error))
-        else:
-            messages.append("stepped without an anchor")
+        step = functools.partial(train, engine, optimizer, 8, 9)
+        messages.append(outcome(step, RuntimeError, "stepped without an anchor"))
         assert all(map(torch.equal, whole_weights(engine), loaded))
         engine.destroy()
         engine, optimizer = universal()
@@ -387,33 +391,26 @@ def resume_accelerate_on_others(
     messages, results = [], []
     for number, case in enumerate(cases):
         made = accelerated(case)
-        try:
-            made[0].load_state(os.path.join(saved, f"saved {number}"))
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-        else:
-            messages.append("loaded")
+        load = functools.partial(made[0].load_state, os.path.join(saved, f"saved {number}"))
+        messages.append(outcome(load, Exception, "loaded"))
         made[1].destroy()
-        made = accelerated(case, checkpoint={"load_universal": True})
-        optimizer = dgg.unwrap(made[2])
-        kept = [(g["lr"], g["weight_decay"], g["alpha"]) for g in optimizer.param_groups]
-        made[0].load_state(os.path.join(saved, f"universal {number}"))
-        for group, (lr, decay, alpha) in zip(optimizer.param_groups, kept, strict=True):
-            group.update(lr=lr, weight_decay=decay, alpha=alpha)
+
+        def universal(number=number, case=case):
+            made = accelerated(case, checkpoint={"load_universal": True})
+            optimizer = dgg.unwrap(made[2])
+            kept = [(g["lr"], g["weight_decay"], g["alpha"]) for g in optimizer.param_groups]
+            made[0].load_state(os.path.join(saved, f"universal {number}"))
+            for group, (lr, decay, alpha) in zip(optimizer.param_groups, kept, strict=True):
+                group.update(lr=lr, weight_decay=decay, alpha=alpha)
+            return made, optimizer
+
+        made, optimizer = universal()
         loaded = whole_weights(made[1])
-        try:
-            train_accelerated(*made, 8, 9)
-        except RuntimeError as error:
-            messages.append(str(error))
-        else:
-            messages.append("stepped without an anchor")
+        step = functools.partial(train_accelerated, *made, 8, 9)
+        messages.append(outcome(step, RuntimeError, "stepped without an anchor"))
         assert all(map(torch.equal, whole_weights(made[1]), loaded))
         made[1].destroy()
-        made = accelerated(case, checkpoint={"load_universal": True})
-        optimizer = dgg.unwrap(made[2])
-        made[0].load_state(os.path.join(saved, f"universal {number}"))
-        for group, (lr, decay, alpha) in zip(optimizer.param_groups, kept, strict=True):
-            group.update(lr=lr, weight_decay=decay, alpha=alpha)
+        made, optimizer = universal()
         former = alone(clip=0.5, last=BOUNDARIES[0], tiny=False)[0]
         optimizer.set_anchor(former.state_dict(), task=1)
         results.append(train_accelerated(*made, 8, 14))
@@ -449,36 +446,14 @@ def run_accelerate(rank: int, world: int, folder: str, cases: list[dict]) -> Non
         torch.save(results, os.path.join(folder, "results.pt"))
 
 
-VOCAB, LENGTH = 24, 8
-
-
 def language_model(adapters: bool = False) -> torch.nn.Module:
     """A tiny Llama with tied embeddings, the same every time; frozen but for adapters or not."""
     import peft
-    import transformers
 
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    model = language_tasks.llama(layers=1, tied=True)
     if not adapters:
         return model
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-
-
-def task_data(stride: int) -> list[dict]:
-    """Sequences that count in steps of ``stride``."""
-    starts = torch.arange(64) % VOCAB
-    rows = (starts[:, None] + stride * torch.arange(LENGTH)) % VOCAB
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
-
-
-class Stop(Exception):
-    """Ends a training in the middle."""
 
 
 def trainer_of(
@@ -489,31 +464,19 @@ def trainer_of(
 
     ``model`` may be a function that makes it: it is called when the Trainer's arguments are there.
     """
-    import transformers
-
     from dgg.hf import GuidanceCallback
 
-    class Die(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 7:
-                raise Stop
-
-    arguments = transformers.TrainingArguments(
-        output_dir=out, per_device_train_batch_size=size, max_steps=10, max_grad_norm=0.5,
-        logging_steps=1, save_strategy="steps", save_steps=5, report_to=[], use_cpu=True,
-        disable_tqdm=True, seed=3, dataloader_pin_memory=False, lr_scheduler_type="constant",
-        learning_rate=5e-3,
-        deepspeed=deepspeed,
-        **settings,
+    arguments = language_tasks.arguments_of(
+        out, per_device_train_batch_size=size, max_steps=10, logging_steps=1,
+        save_strategy="steps", save_steps=5, seed=3, lr_scheduler_type="constant",
+        learning_rate=5e-3, deepspeed=deepspeed, **settings,
     )  # fmt: skip
     options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5, **(options or {})}
-    return transformers.Trainer(
-        model if isinstance(model, torch.nn.Module) else model(),
-        arguments,
-        train_dataset=task_data(1 + task),
-        optimizer_cls_and_kwargs=(dgg.AdamW, options),
-        callbacks=[GuidanceCallback(task=task, anchor=anchor), *([Die()] if die else [])],
-    )
+    callbacks = [GuidanceCallback(task=task, anchor=anchor)]
+    if die:
+        callbacks.append(language_tasks.killed_after(7))
+    data = language_tasks.counting(1 + task)
+    return language_tasks.trainer_of(model, arguments, data, options, *callbacks)
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
@@ -541,10 +504,7 @@ def two_tasks(folder: str, stage: int | None, size: int, adapters: bool):
         model.load_state_dict(state, strict=False)
         second = trainer_of(model, 1, out, path, size=size, die=name == "interrupted")
         if name == "interrupted":
-            try:
-                second.train()
-            except Stop:
-                pass
+            ranks.refused(language_tasks.Killed, "", second.train)
             model = language_model(adapters)
             # What it was before: a checkpoint of adapters has only them.
             model.load_state_dict(state, strict=False)
@@ -642,12 +602,8 @@ def resume_trainer_on_others(rank: int, world: int, folder: str, saved: str) -> 
         out = os.path.join(folder, f"stage {stage}")
         trainer = trainer_of(language_model(), 1, out, path, size=4)
         checkpoint = os.path.join(saved, f"stage {stage}", "second", "checkpoint-5")
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-        else:
-            messages.append("trained")
+        resume = functools.partial(trainer.train, resume_from_checkpoint=checkpoint)
+        messages.append(outcome(resume, Exception, "trained"))
         # As far as the checkpoint says, and no step further.
         assert trainer.state.global_step <= 5
     if rank == 0:
@@ -675,11 +631,7 @@ def run_trainer(rank: int, world: int, folder: str, adapters: bool) -> None:
     block = {"optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}}}
     out = os.path.join(folder, "block")
     trainer = trainer_of(language_model(), 0, out, config(2, **block), size=4)
-    message = "trained"
-    try:
-        trainer.train()
-    except TypeError as error:
-        message = str(error)
+    message = outcome(trainer.train, TypeError, "trained")
     if rank == 0:
         torch.save((message, trainer.state.global_step), os.path.join(folder, "block.pt"))
 
@@ -717,10 +669,8 @@ def run_loss_scaling(rank: int, world: int, folder: str) -> None:
     """float16 with a scale that first overflows, then grows: skipped steps and the norm."""
     half = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
     for stage, micro in ((2, 1), (3, 1), (1, 2), (2, 2), (3, 2)):
-        model = network()
-        optimizer = build(model, "adamw", {"alpha": 1.0})
         changes = {"fp16": half, "gradient_accumulation_steps": micro}
-        engine = engine_of(model, optimizer, config(stage, **changes))
+        engine, optimizer = start(config(stage, **changes), {"alpha": 1.0})
         optimizer.set_anchor()
         handed, scales = [], []
 
@@ -762,20 +712,17 @@ def run_accumulation(rank: int, world: int, folder: str) -> None:
     twin = network()
     alone = build(twin, "adamw", {"max_grad_norm": 0.5})
     stats = []
-    for k in range(14):
-        if k in BOUNDARIES:
-            alone.set_anchor()
+
+    def note():
+        stats.append(alone.guidance_stats())
+
+    for k in training.steps(range(14), alone, boundaries=BOUNDARIES, after=note):
         for part in range(2):
             (loss_of(twin, batch(2 * k + part)) / 2).backward()
-        alone.step()
-        alone.zero_grad()
-        stats.append(alone.guidance_stats())
     offload = {"offload_optimizer": {"device": "cpu"}}
     for stage, section in ((1, {}), (2, {}), (3, {}), (2, offload), (3, offload)):
-        model = network()
-        optimizer = build(model, "adamw", {})
         twice = config(stage, zero=section, gradient_accumulation_steps=2)
-        engine = engine_of(model, optimizer, twice)
+        engine, optimizer = start(twice)
         for k in range(14):
             if k in BOUNDARIES:
                 optimizer.set_anchor()
@@ -786,8 +733,7 @@ def run_accumulation(rank: int, world: int, folder: str) -> None:
             found = optimizer.guidance_stats()
             assert torch.equal(found["injected"], stats[k]["injected"])
             torch.testing.assert_close(found["scale"], stats[k]["scale"], rtol=1e-4, atol=1e-6)
-        for mine, theirs in zip(whole_weights(engine), twin.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-6)
+        training.assert_close(whole_weights(engine), twin.parameters(), torch.float32)
         engine.destroy()
     assert any(bool(x["injected"]) for x in stats)
 
@@ -836,16 +782,13 @@ def run_boundaries(rank: int, world: int, folder: str) -> None:
     # Two at once, of different stages: each finds its own engine.
     pairs = []
     for rule, stage in (("adamw", 2), ("sgd", 3)):
-        model = network()
-        optimizer = build(model, rule, {})
-        pairs.append((rule, engine_of(model, optimizer, config(stage)), optimizer))
+        pairs.append((rule, *start(config(stage), rule=rule)))
     for k in range(8):
         for _, engine, optimizer in pairs:
             train(engine, optimizer, k, k + 1)
     for rule, engine, _ in pairs:
         expected = alone(rule, clip=0.5, last=8)[0].parameters()
-        for mine, theirs in zip(whole_weights(engine), expected, strict=True):
-            torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-6)
+        training.assert_close(whole_weights(engine), expected, torch.float32)
     for _, engine, _ in pairs:
         engine.destroy()
 
@@ -854,10 +797,8 @@ def run_boundaries(rank: int, world: int, folder: str) -> None:
 def run_without_states(rank: int, world: int, folder: str) -> None:
     """Weights loaded without the optimizer's state, and state that was there before the engine."""
 
-    def made(stage, options=None):
-        model = network()
-        optimizer = build(model, "adamw", {"alpha": 1.0, **(options or {})}, tiny=False)
-        return engine_of(model, optimizer, config(stage)), optimizer
+    def made(stage):
+        return start(config(stage), {"alpha": 1.0}, tiny=False)
 
     for stage in (1, 2, 3):
         saved = os.path.join(folder, f"weights {stage}")
@@ -920,17 +861,12 @@ def run_without_states(rank: int, world: int, folder: str) -> None:
 def run_misuses(rank: int, world: int, folder: str) -> None:
     """What cannot be had says so on every rank, and changes nothing."""
 
-    def engine_with(options, configuration, dtype=torch.float32):
-        model = network(dtype)
-        optimizer = build(model, "adamw", options)
-        return engine_of(model, optimizer, configuration), optimizer
-
     def step(engine):
         engine.backward(loss_of(engine, batch(0)))
         engine.step()
 
     for stage in (1, 2, 3):
-        engine, optimizer = engine_with({}, config(stage))
+        engine, optimizer = start(config(stage))
         ranks.refused(RuntimeError, "dgg.ReplayBuffer.mix", optimizer.replay)
         step(engine)
         ranks.refused(RuntimeError, "dgg.ReplayBuffer.mix", optimizer.replay)
@@ -978,7 +914,7 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
     bf16 = {"bf16": {"enabled": True}}
     group = {"process_group": dist.group.WORLD}
     narrow = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    engine, optimizer = engine_with({}, config(2, bf16=narrow), torch.bfloat16)
+    engine, optimizer = start(config(2, bf16=narrow), model=network(torch.bfloat16))
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         step(engine)
@@ -996,13 +932,13 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
             {"bf16": narrow}, torch.bfloat16,
         ),
     ):  # fmt: skip
-        engine, optimizer = engine_with(options, config(2, **changes), dtype)
+        engine, optimizer = start(config(2, **changes), options, model=network(dtype))
         ranks.refused(error, text, optimizer.set_anchor)
         ranks.refused(error, text, lambda e=engine: step(e))
         engine.destroy()
 
     unmeasured = config(2, gradient_clipping=0.0, zero={"compute_grad_norm": False})
-    engine, optimizer = engine_with({"alpha": 1.0}, unmeasured)
+    engine, optimizer = start(unmeasured, {"alpha": 1.0})
     step(engine)
     optimizer.set_anchor()
     ranks.refused(RuntimeError, "compute_grad_norm", lambda: step(engine))
@@ -1017,12 +953,10 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
 
     # DeepSpeed's own errors for the two settings that the documented files have.
     untested = {k: v for k, v in config(2).items() if k != "zero_allow_untested_optimizer"}
-    ranks.refused(
-        AssertionError, "zero_allow_untested_optimizer", lambda: engine_with({}, untested)
-    )
+    ranks.refused(AssertionError, "zero_allow_untested_optimizer", lambda: start(untested))
     offload = {"offload_optimizer": {"device": "cpu"}}
     forced = {k: v for k, v in config(2, zero=offload).items() if "force" not in k}
-    ranks.refused(Exception, "zero_force_ds_cpu_optimizer", lambda: engine_with({}, forced))
+    ranks.refused(Exception, "zero_force_ds_cpu_optimizer", lambda: start(forced))
 
     # Partitions of an engine that nobody knows.
     optimizer = dgg.AdamW(network().parameters(), alpha=1.0)
@@ -1040,9 +974,7 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
 @on_ranks
 def run_padding(rank: int, world: int, folder: str) -> None:
     """ZeRO-3 leaves the padding of its partitions as the memory was: NaN there harms nothing."""
-    model = network()
-    optimizer = build(model, "adamw", {})
-    engine = engine_of(model, optimizer, config(3))
+    engine, optimizer = start(config(3))
     poisoned = 0
     for number, params in enumerate(engine.optimizer.fp16_groups):
         offset = 0
@@ -1181,27 +1113,19 @@ def run_refusals(rank: int, world: int, folder: str) -> None:
         ),
         (Exception, "MiCS ZeRO-3 sharding has been removed", {"mics_shard_size": 2}),
     ):
-        model = network()
-        made = functools.partial(engine_of, model, build(model, "adamw", {}))
-        ranks.refused(error, text, lambda m=made, z=zero_changes: m(config(3, zero=z)))
+        ranks.refused(error, text, functools.partial(start, config(3, zero=zero_changes)))
     # So what dgg says of NVMe is seen only by an engine that claims to have it.
-    model = network()
-    optimizer = build(model, "adamw", {})
-    engine = engine_of(model, optimizer, config(3))
+    engine, optimizer = start(config(3))
     engine.optimizer.swap_optimizer = True
     check(engine, optimizer, "use offload device cpu")
 
     # Elastic checkpoints need a count of steps in the groups, which torch's classes have not.
     elastic = config(2, zero={"elastic_checkpoint": True})
-    model = network()
-    optimizer = build(model, "adamw", {}, tiny=False)
-    engine = engine_of(model, optimizer, elastic)
+    engine, optimizer = start(elastic, tiny=False)
     train(engine, optimizer, 0, 1)
     engine.save_checkpoint(os.path.join(folder, "elastic"), tag="x")
     engine.destroy()
-    model = network()
-    optimizer = build(model, "adamw", {}, tiny=False)
-    engine = engine_of(model, optimizer, elastic)
+    engine, optimizer = start(elastic, tiny=False)
     load = functools.partial(engine.load_checkpoint, os.path.join(folder, "elastic"), tag="x")
     ranks.refused(AssertionError, "", load)
     engine.destroy()
@@ -1222,9 +1146,7 @@ def run_refusals(rank: int, world: int, folder: str) -> None:
         check(engine, optimizer, "model parallel ranks beside ZeRO", call=stepping(engine))
         parallel_groups.mpu = None
     for stage in (1, 2, 3):
-        model = network()
-        optimizer = build(model, "adamw", {})
         half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
-        engine = engine_of(model, optimizer, config(stage, **half))
+        engine, optimizer = start(config(stage, **half))
         # Small, since DeepSpeed never lowers the scale of a step that overflows.
         check(engine, optimizer, "torch_autocast with float16", call=stepping(engine, 1e-4))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import dgg
 import ranks
+import training
 
 STEPS, BOUNDARIES = 50, (5, 30)
 VOCABULARY, RANK = 11, 5  # uneven on every number of ranks
@@ -60,8 +61,7 @@ def build_odd():
 
 
 def words(k: int, dtype) -> dict:
-    generator = torch.Generator().manual_seed(1000 + k)
-    return {"x": torch.randint(VOCABULARY, (SAMPLES, 4), generator=generator)}
+    return {"x": torch.randint(VOCABULARY, (SAMPLES, 4), generator=training.numbers_of(k))}
 
 
 def next_word(model, batch):
@@ -137,10 +137,8 @@ def build_lora_words():
 
 
 def vectors(k: int, dtype) -> dict:
-    generator = torch.Generator().manual_seed(1000 + k)
-    shape = (SAMPLES, 4, 16)
-    x, y = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in "xy")
-    return {"x": x, "y": y}
+    generator = training.numbers_of(k)
+    return {name: training.normal(generator, SAMPLES, 4, 16, dtype=dtype) for name in "xy"}
 
 
 def regression(model, batch):
@@ -202,10 +200,10 @@ def build_llava():
 
 
 def pictures(k: int, dtype) -> dict:
-    generator = torch.Generator().manual_seed(1000 + k)
+    generator = training.numbers_of(k)
     text = torch.randint(IMAGE, (SAMPLES, 5), generator=generator)
     image = torch.full((SAMPLES, 4), IMAGE)
-    pixels = torch.randn((SAMPLES, 3, 8, 8), generator=generator, dtype=torch.float64).to(dtype)
+    pixels = training.normal(generator, SAMPLES, 3, 8, 8, dtype=dtype)
     return {"x": torch.cat([text[:, :1], image, text[:, 1:]], dim=1), "pixels": pixels}
 
 
@@ -265,13 +263,8 @@ def fsdp_options(case) -> dict:
 
 
 def fully_shard(model, case, mesh) -> None:
-    from torch.distributed.fsdp import fully_shard as shard
-
-    options = fsdp_options(case)
-    if not case.get("at once"):
-        for unit in units(model):
-            shard(unit, mesh=mesh, **options)
-    shard(model, mesh=mesh, **options)
+    inner = [] if case.get("at once") else units(model)
+    training.fully_shard(*inner, model, mesh=mesh, **fsdp_options(case))
 
 
 def tensor_parallel(model, mesh, sequence: bool) -> None:
@@ -336,69 +329,24 @@ def tensor_parallel(model, mesh, sequence: bool) -> None:
 
 def engine(case, model, world: int) -> tuple[int, int]:
     """Applies the engine of a case; returns this rank's part of the batch and the parts' number."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    name = case["engine"]
-    rank = dist.get_rank()
-    if name == "fsdp2":
-        fully_shard(model, case, init_device_mesh("cpu", (world,)))
-        return rank, world
-    if name == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    mesh, tensor_mesh = training.meshes_of(case["engine"], world)
+    if tensor_mesh is not None:
+        tensor_parallel(model, tensor_mesh, case["sequence"])
+    if mesh is not None:
         fully_shard(model, case, mesh)
-        return rank, world
-    if name == "tp":
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        tensor_parallel(model, mesh, case["sequence"])
-        return 0, 1
-    assert name == "tp_fsdp"
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel(model, mesh["tp"], case["sequence"])
-    fully_shard(model, case, mesh["dp"])
-    return mesh.get_local_rank("dp"), 2
-
-
-class Foreign:
-    """torch's AdamW under dgg.Guidance, with the face of a guided optimizer."""
-
-    def __init__(self, params, *, lr, betas, weight_decay, eps, **options) -> None:
-        self.inner = torch.optim.AdamW(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, foreach=False
-        )
-        self.guidance = dgg.Guidance(self.inner, **options)
-        self.step, self.zero_grad = self.inner.step, self.inner.zero_grad
-        self.replay, self.set_anchor = self.guidance.replay, self.guidance.set_anchor
-        self.guidance_stats = self.guidance.guidance_stats
-
-    @property
-    def param_groups(self):
-        return self.guidance.param_groups
-
-    @property
-    def state(self):
-        anchors = self.guidance.state_dict()["anchors"]
-        params = self.inner.param_groups[0]["params"]
-        return {
-            p: {**self.inner.state[p], "anchor": anchors[i]}
-            for i, p in enumerate(params)
-            if i in anchors
-        }
+    if tensor_mesh is None:
+        return dist.get_rank(), world
+    return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
 
 
 # -- training -------------------------------------------------------------------------------------
 
-OPTIMIZERS = {
-    "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}),
-    "foreign": (Foreign, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}),
-    "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
-}
-
 
 def optimizer_of(case, params):
-    cls, defaults = OPTIMIZERS[case.get("optimizer", "adamw")]
+    cls, defaults = training.OPTIMIZERS[case.get("optimizer", "adamw")]
     guidance = {
-        "alpha": 0.5, "strength": 0.7, "granularity": case.get("granularity", "step"),
-        "norm_scope": case.get("scope", "global"), "replay_weight": 1.5, "seed": 2**63 + 9,
+        **training.REPLAYED, "granularity": case.get("granularity", "step"),
+        "norm_scope": case.get("scope", "global"),
         "max_grad_norm": 0.2 if case.get("clip", "inside") == "inside" else None,
     }  # fmt: skip
     if "storage" in case:
@@ -433,22 +381,13 @@ def fit(case, model, optimizer, backward, watch=contextlib.nullcontext) -> list:
     return seen
 
 
-def full(x):
-    """A plain tensor of the whole, also of what is no tensor or sharded."""
-    x = x.detach() if isinstance(x, torch.Tensor) else torch.tensor(x)
-    # A copy: what is replicated is its own whole.
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
-
-
 def results(model, optimizer, *, probe=True) -> dict:
     """Named parameters, state, group numbers, and the elements that draws of a probe hit."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = {"params": {n: full(p) for n, p in named.items()}}
+    found = {"params": {n: training.whole(p) for n, p in named.items()}}
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    found["frozen"] = {n: full(p) for n, p in frozen.items()}
-    found["state"] = {
-        n: {key: full(value) for key, value in optimizer.state[p].items()} for n, p in named.items()
-    }
+    found["frozen"] = {n: training.whole(p) for n, p in frozen.items()}
+    found["state"] = training.whole_state(optimizer, named)
     group = optimizer.param_groups[0]
     found["numbers"] = {key: group[key] for key in ("draw_index", "task_index")}
     if probe:
@@ -484,7 +423,7 @@ def masks(named: dict) -> dict:
                     )
     for p in params:
         p.grad = None
-    return {name: full(hit) for name, hit in zip(named, hits, strict=True)}
+    return {name: training.whole(hit) for name, hit in zip(named, hits, strict=True)}
 
 
 @functools.cache
@@ -560,7 +499,7 @@ def prepare(case, world):
         )
 
         model.to_empty(device="cpu")
-        if case["engine"] != "fsdp2":
+        if case["engine"] != "FSDP2":
             # torch cannot distribute whole tensors over strided shards.
             source = build(case["model"], dtype)
             engine(case, source, world)
@@ -615,7 +554,7 @@ def followed(world, **case) -> dict:
     _, batch, loss = MODELS[case["model"]]
     model, optimizer, part, parts = prepare(case, world)
     named = dict(model.named_parameters())
-    start = {name: full(p) for name, p in named.items()}
+    start = {name: training.whole(p) for name, p in named.items()}
     copies = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     twin = optimizer_of(case, copies.values())
     torch.manual_seed(12345 + dist.get_rank())
@@ -628,31 +567,25 @@ def followed(world, **case) -> dict:
         loss(model, part_of(batch(k, dtype), part, parts)).backward()
         for name, p in named.items():
             assert copies[name].grad is None
-            copies[name].grad = full(p.grad)
+            copies[name].grad = training.whole(p.grad)
 
     # Nothing adds up between two runs that take the same gradients: fewer steps show the same.
-    for k in range(20):
-        if k in (2, 10):
-            optimizer.set_anchor()
-            twin.set_anchor()
+    both = optimizer, twin
+
+    def note():
+        injected.append([bool(one.guidance_stats()["injected"]) for one in both])
+
+    for k in training.steps(range(20), *both, boundaries=(2, 10), after=note):
         backward(k)
         if k % 3 == 1:
             with optimizer.replay(), twin.replay():
                 backward(5000 + k)
-        for opt in (optimizer, twin):
-            opt.step()
-            opt.zero_grad()
-        stats = [opt.guidance_stats() for opt in (optimizer, twin)]
-        injected.append([bool(one["injected"]) for one in stats])
     found = results(model, optimizer, probe=False)
     ranks = [None] * world
     dist.all_gather_object(ranks, found)
     followed_by = {
-        "params": {name: full(p) for name, p in copies.items()},
-        "state": {
-            name: {key: full(value) for key, value in twin.state[p].items()}
-            for name, p in copies.items()
-        },
+        "params": {name: training.whole(p) for name, p in copies.items()},
+        "state": training.whole_state(twin, copies),
     }
     return {
         "ranks": ranks, "twin": followed_by, "start": start,
@@ -662,7 +595,7 @@ def followed(world, **case) -> dict:
 
 def no_gradient(world) -> dict:
     """One rank has no gradient at all on injecting and clipping steps; the others go on."""
-    case = {"model": "odd", "engine": "fsdp2"}
+    case = {"model": "odd", "engine": "FSDP2"}
     model, optimizer, part, parts = prepare(case, world)
     _, batch, loss = MODELS["odd"]
     params = [p for p in model.parameters() if p.requires_grad]
@@ -702,7 +635,7 @@ def counted(world) -> dict:
 
     found, original = {}, dist.all_reduce
     for name, clip in (("clipping", "inside"), ("not clipping", "outside")):
-        case = {"model": "odd", "engine": "fsdp2", "clip": clip}
+        case = {"model": "odd", "engine": "FSDP2", "clip": clip}
         model, optimizer, part, parts = prepare(case, world)
         _, batch, loss = MODELS["odd"]
         counts = []
@@ -731,7 +664,7 @@ def counted(world) -> dict:
 
 def on_meta(world) -> dict:
     """An anchor needs values; materialising exchanges the parameters or keeps them."""
-    case = {"model": "odd", "engine": "fsdp2"}
+    case = {"model": "odd", "engine": "FSDP2"}
     with torch.device("meta"):
         model = build("odd", torch.float64)
     engine(case, model, world)
@@ -755,19 +688,17 @@ def memory(world) -> dict:
     """200 steps over 10 tasks: resident memory, live tensors and specs at the end of each."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-    case = {"model": "block", "engine": "fsdp2", "granularity": "element", "at once": True}
+    case = {"model": "block", "engine": "FSDP2", "granularity": "element", "at once": True}
     model, optimizer, part, parts = prepare(case, world)
     _, batch, loss = MODELS["block"]
     found = []
     for task in range(10):
-        for step in range(20):
+        for step in training.steps(range(20), optimizer):
             k = 20 * task + step
             loss(model, part_of(batch(k, torch.float64), part, parts)).backward()
             if step % 4 == 1:
                 with optimizer.replay():
                     loss(model, part_of(batch(k + 7, torch.float64), part, parts)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
         optimizer.set_anchor()
         optimizer.guidance_stats()
         gc.collect()
@@ -803,7 +734,7 @@ def interleaved(world) -> dict:
     optimizer = dgg.SGD([param], lr=1.0, alpha=1.0, scaling=False)
     optimizer.set_anchor()
     optimizer.step()
-    return {"refusals": refusals, "stepped": full(param) == whole - 1.0}
+    return {"refusals": refusals, "stepped": training.whole(param) == whole - 1.0}
 
 
 PROBES = {

@@ -17,15 +17,12 @@ import collections
 import contextlib
 import copy
 import json
-import os
 import pathlib
 import random
 import re
 import struct
 import sys
 import tempfile
-import time
-import traceback
 import warnings
 
 import numpy as np
@@ -290,10 +287,7 @@ def foreign_state(rng, w: World):
         nn.Parameter(h.theta.clone().float() if h.theta.is_complex() is False else h.theta.clone())
         for h in w.held
     ]
-    groups, start = [], 0
-    for group in w.groups:
-        groups.append({"params": params[start : start + group["size"]]})
-        start += group["size"]
+    groups = [{"params": part} for part in w.parts(params)]
     if name == "LBFGS":
         groups = params
     opt = getattr(torch.optim, name)(groups, lr=0.1, **FOREIGN[name])
@@ -332,7 +326,6 @@ def prepared(seed: int, notes=None) -> World:
     """A world in the middle of its life."""
     rng = random.Random(seed ^ 0xABC)
     w = World(seed, notes=notes)
-    w.rng_odd = False
     for _ in range(rng.choice([0, 1, 2, 4])):
         name = rng.choice(["train", "train", "train", "set_anchor", "options"])
         machine.ACTIONS[name][0](w, random.Random(rng.getrandbits(24)))
@@ -377,8 +370,7 @@ def load_and_train(w: World, rng, case, target, d, accept) -> None:
     try:
         target.load_state_dict(d)
     except CLEAR as error:
-        if not str(error).strip("'\" "):
-            raise Difference("load: an error without a word", type(error).__name__) from error
+        check_said(error, "load")
         w.check("refused load")
     except Exception as error:
         raise Difference(f"load raises {type(error).__name__}", str(error)[:200]) from error
@@ -388,6 +380,11 @@ def load_and_train(w: World, rng, case, target, d, accept) -> None:
     for _ in range(2):
         machine.ACTIONS["train"][0](w, random.Random(rng.getrandbits(24)))
         w.check("step after a load")
+
+
+def check_said(error: Exception, where: str) -> None:
+    if not str(error).strip("'\" "):
+        raise Difference(f"{where}: an error without a word", type(error).__name__) from error
 
 
 def keep_copy(d):
@@ -423,14 +420,7 @@ def take_over(w: World, d: dict) -> None:
         if number == 0:
             for name in machine.WIDE:
                 if name in saved:
-                    value = saved[name]
-                    if name in ("seed", "draw_index", "task_index"):
-                        value = int(number_of(value, name))
-                    elif name in ("max_grad_norm", "replay_weight") and value is not None:
-                        value = number_of(value, name)
-                    elif name == "scaling":
-                        value = flag_of(value, name)
-                    w.wide[name] = value
+                    w.wide[name] = option_of(saved[name], name)
         for key in saved["params"]:
             held = w.held[place]
             entry = state.get(key) if isinstance(state, collections.abc.Mapping) else None
@@ -488,6 +478,15 @@ def flag_of(value, name: str) -> bool:
     if isinstance(value, (float, np.floating)):
         return bool(value)
     raise Difference(f"load: takes {name} that is no flag", _shown(value))
+
+
+def option_of(value, name: str):
+    """Returns what is made of an option that all groups share."""
+    if name in ("seed", "draw_index", "task_index"):
+        return int(number_of(value, name))
+    if name in ("max_grad_norm", "replay_weight") and value is not None:
+        return number_of(value, name)
+    return flag_of(value, name) if name == "scaling" else value
 
 
 def loaded_value(w: World, i: int, name: str, value):
@@ -576,14 +575,7 @@ def take_over_guidance(w: World, d) -> None:
             mine[name] = number_of(saved[name], name)
         if n == 0:
             for name in machine.WIDE:
-                value = saved[name]
-                if name in ("seed", "draw_index", "task_index"):
-                    value = int(number_of(value, name))
-                elif name in ("max_grad_norm", "replay_weight") and value is not None:
-                    value = number_of(value, name)
-                elif name == "scaling":
-                    value = flag_of(value, name)
-                w.wide[name] = value
+                w.wide[name] = option_of(saved[name], name)
     for held in w.held:
         held.state.pop("anchor", None)
     for key, value in d["anchors"].items():
@@ -817,10 +809,7 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
     try:
         w.guide.set_anchor(given, model=w.bag)
     except (*CLEAR, ImportError) as error:
-        if not str(error).strip("'\" "):
-            raise Difference(
-                "set_anchor(path): an error without a word", type(error).__name__
-            ) from error
+        check_said(error, "set_anchor(path)")
         w.check("refused anchor")
     except Exception as error:
         raise Difference(
@@ -949,8 +938,7 @@ def hostile_buffer(rng, case: Case) -> None:
     try:
         buffer.load_state_dict(state)
     except CLEAR as error:
-        if not str(error).strip("'\" "):
-            raise Difference("buffer: an error without a word", type(error).__name__) from error
+        check_said(error, "buffer")
         if told(buffer.state_dict()) != before or future(buffer) != then:
             raise Difference("buffer: a refused state changed it") from error
         return
@@ -1018,39 +1006,8 @@ def reproduction(kind: str, seed: int, folder: pathlib.Path) -> str:
         notes += [f"hostile: {x}" for x in case.said] + ["(no difference)"]
     except Exception as error:
         notes += [f"hostile: {x}" for x in error.case.said]
-        notes.append(f"!! {type(error).__name__} {error}")
-        cause = error.__cause__ or error
-        if not isinstance(error, Difference) or error.__cause__ is not None:
-            notes.append("".join(traceback.format_exception(cause)[-5:]))
+        notes += machine.told_of(error)
     return "\n".join([text, *notes])
-
-
-def stretch(seed: int, seconds: float, mark: str | None):
-    counts: collections.Counter[str] = collections.Counter()
-    found: dict[str, tuple] = {}
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        while time.monotonic() < end:
-            if mark is not None:
-                pathlib.Path(mark).write_text(str(seed))
-            kind = choose(seed)
-            try:
-                case = attempt(kind, seed, pathlib.Path(folder))
-                counts[kind] += 1
-                counts[f"{kind} taken"] += case.taken
-            except Exception as error:
-                counts[kind] += 1
-                counts["differences"] += 1
-                name = (
-                    error.kind
-                    if isinstance(error, Difference)
-                    else f"{type(error).__name__} in the machine"
-                )
-                if name not in found:
-                    found[name] = (kind, seed)
-                    print(f"difference: {name} ({kind} {seed})", flush=True)
-            seed += 1
-    return counts, found, seed
 
 
 def main() -> int:
@@ -1067,31 +1024,17 @@ def main() -> int:
             text = reproduction(kind, int(seed), folder)
             print(text)
             return int(not text.endswith("(no difference)"))
-        began = time.monotonic()
-        counts: collections.Counter[str] = collections.Counter()
-        found: dict[str, tuple] = {}
-        seed = arguments.seed * 10_000_000
-        mark = f"/tmp/fuzz-hostile-{os.getpid()}"
-        while (left := arguments.seconds - (time.monotonic() - began)) > 0:
-            status, result = machine.in_child(stretch, seed, min(left, 60.0), mark)
-            if status:
-                crashed = int(pathlib.Path(mark).read_text())
-                print(
-                    f"difference: dies with status {status} ({choose(crashed)} {crashed})",
-                    flush=True,
-                )
-                counts["differences"] += 1
-                found.setdefault(f"crash {status}", (choose(crashed), crashed))
-                seed = crashed + 1
-                continue
-            counts.update(result[0])
-            for name, where in result[1].items():
-                found.setdefault(name, where)
-            seed = result[2]
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(mark)
-        took = time.monotonic() - began
-        for name, (kind, where) in found.items():
+
+        def look(seed: int, counts) -> None:
+            kind = choose(seed)
+            counts[kind] += 1
+            counts[f"{kind} taken"] += attempt(kind, seed, folder).taken
+
+        counts, found, took = machine.hunt(
+            look, lambda seed: f"{choose(seed)} {seed}", arguments.seed, arguments.seconds
+        )
+        for name, where in found.items():
+            kind = choose(where)
             print(f"\n== {name}")
             print(
                 f'--repro "{kind} {where}"'

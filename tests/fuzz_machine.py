@@ -21,6 +21,7 @@ import collections
 import contextlib
 import copy
 import io
+import itertools
 import os
 import pathlib
 import pickle
@@ -57,6 +58,20 @@ class Difference(Exception):
     def __init__(self, kind: str, text: str = "") -> None:
         super().__init__(f"{kind}: {text}" if text else kind)
         self.kind = kind
+
+
+def kind_of_error(error: Exception) -> str:
+    if isinstance(error, Difference):
+        return error.kind
+    return f"{type(error).__name__} in the machine"
+
+
+def told_of(error: Exception) -> list[str]:
+    """Returns what a reproduction says of what it ends with."""
+    said = [f"!! {type(error).__name__} {error}"]
+    if not isinstance(error, Difference) or error.__cause__ is not None:
+        said.append("".join(traceback.format_exception(error.__cause__ or error)[-5:]))
+    return said
 
 
 class Planned(Exception):
@@ -182,6 +197,7 @@ class World:
         self.params: list[torch.Tensor] = []
         self.held: list[Held] = []
         self.groups: list[dict] = []
+        self.rng_odd = False  # whether gradients may be huge or NaN
         self.warned = False  # that replay gradients were dropped
         self.counted = 0  # zero_grad() since the last replay block
         self.resumed: int | None = None
@@ -230,6 +246,23 @@ class World:
             "strength": rng.choice([0.0, 0.5, 1.0, 1.0, 2.5]),
         }
 
+    def new_group(self, rng, count: int) -> tuple[dict, dict]:
+        """Adds parameters; returns their group as the optimizer is given it, and as it will be."""
+        params = [self.new_param(rng) for _ in range(count)]
+        names = [self.bag.add(p) for p in params]
+        given = self.hyper(rng)
+        mine = {**given, **self.default_pull}
+        if not self.foreign and rng.random() < 0.5:
+            pull = self.pull(rng)
+            mine.update(pull)
+            given.update(pull)
+        given["params"] = list(zip(names, params, strict=True)) if self.named else params
+        mine.update(size=count, anchored=0)
+        self.groups.append(mine)
+        self.params += params
+        self.held += [Held(p) for p in params]
+        return given, mine
+
     def _build(self) -> None:
         rng = self.rng
         wide = self.wide = {
@@ -251,28 +284,12 @@ class World:
         self.options = options
         extra = dict(self.default_pull)
         self.state_dtype, self.master, self.stochastic, self.fused = None, False, False, None
-        groups, narrow, bfloat = [], False, False
+        groups = []
         for _ in range(rng.choice([1, 1, 2, 3])):
-            params = [self.new_param(rng) for _ in range(rng.choice([1, 2, 3]))]
-            names = [self.bag.add(p) for p in params]
-            mine = {**self.hyper(rng), **self.default_pull}
-            given = dict(mine)
-            if self.foreign:
-                del given["alpha"], given["strength"]
-            elif rng.random() < 0.5:
-                pull = self.pull(rng)
-                mine.update(pull)
-                given.update(pull)
-            else:
-                del given["alpha"], given["strength"]
-            given["params"] = list(zip(names, params, strict=True)) if self.named else params
-            mine.update(size=len(params), anchored=0, decoupled=self.kind == "AdamW")
+            given, mine = self.new_group(rng, rng.choice([1, 2, 3]))
+            mine["decoupled"] = self.kind == "AdamW"
             groups.append(given)
-            self.groups.append(mine)
-            self.params += params
-            narrow = narrow or any(p.dtype in NARROW for p in params)
-            bfloat = bfloat or any(p.dtype == BF16 for p in params)
-        self.held = [Held(p) for p in self.params]
+        dtypes = {p.dtype for p in self.params}
         if self.foreign:
             self.inner = rng.choice(["SGD", "AdamW", "Adam"])
             self.rule = "sgd" if self.inner == "SGD" else "adam"
@@ -291,9 +308,9 @@ class World:
         else:
             if rng.random() < 0.3:
                 self.state_dtype = rng.choice([F32, F64] if complexes else [F32, BF16, F64])
-            if narrow and rng.random() < 0.5:
+            if dtypes & set(NARROW) and rng.random() < 0.5:
                 self.master = True
-            elif bfloat and rng.random() < 0.6:
+            elif BF16 in dtypes and rng.random() < 0.6:
                 self.stochastic = True
             if self.backend == "cpp" and rng.random() < 0.3:
                 self.fused = True
@@ -309,13 +326,12 @@ class World:
                 f" master_weights={self.master}, stochastic_rounding={self.stochastic}, "
                 f"fused={self.fused}, named={self.named}"
             )
-            start = 0
-            for number, group in enumerate(self.groups):
+            parts = self.parts(self.params)
+            for number, (group, part) in enumerate(zip(self.groups, parts, strict=True)):
                 shown = [
                     f"{str(p.dtype)[6:]}{tuple(p.shape)}/{p.stride()}{'-' if p.is_neg() else ''}"
-                    for p in self.params[start : start + group["size"]]
+                    for p in part
                 ]
-                start += group["size"]
                 rest = {k: v for k, v in group.items() if k not in ("size", "anchored")}
                 self.note(f"#   group {number}: {', '.join(shown)}; {rest}")
 
@@ -330,6 +346,11 @@ class World:
         if self.foreign and "anchor" in self.guide.state.get(param, ()):
             entry["anchor"] = self.guide.state[param]["anchor"]
         return entry
+
+    def parts(self, items) -> list[list]:
+        """Splits what there is one of for every parameter by the groups."""
+        rest = iter(items)
+        return [list(itertools.islice(rest, group["size"])) for group in self.groups]
 
     def group_of(self, index: int) -> int:
         for number, group in enumerate(self.groups):
@@ -919,11 +940,7 @@ def through_torch(w: World, rng) -> None:
         return
     theirs = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}[w.kind]
     params = [nn.Parameter(held.theta.clone()) for held in w.held]
-    groups, start = [], 0
-    for group in w.groups:
-        groups.append({"params": params[start : start + group["size"]]})
-        start += group["size"]
-    other = theirs(groups, lr=9.0)
+    other = theirs([{"params": part} for part in w.parts(params)], lr=9.0)
     w.note("torch's optimizer loads the state, we load torch's")
     try:
         other.load_state_dict(copy.deepcopy(w.opt.state_dict()))
@@ -1156,28 +1173,13 @@ def options(w: World, rng) -> None:
 def add_group(w: World, rng) -> None:
     if len(w.params) > 7:
         return
-    params = [w.new_param(rng) for _ in range(rng.choice([1, 1, 2]))]
-    names = [w.bag.add(p) for p in params]
-    hyper = w.hyper(rng)
-    if w.foreign:
-        hyper.pop("amsgrad", None)
-    mine = {
-        **({"amsgrad": False} if w.foreign and w.rule == "adam" else {}),
-        **hyper,
-        **w.default_pull,
-    }
-    given = dict(hyper)
-    if not w.foreign and rng.random() < 0.5:
-        pull = w.pull(rng)
-        mine.update(pull)
-        given.update(pull)
-    given["params"] = list(zip(names, params, strict=True)) if w.named else params
-    mine.update(size=len(params), anchored=0, decoupled=w.groups[0]["decoupled"])
+    given, mine = w.new_group(rng, rng.choice([1, 1, 2]))
+    if w.foreign and given.pop("amsgrad", None) is not None:
+        mine["amsgrad"] = False
+    mine["decoupled"] = w.groups[0]["decoupled"]
+    params = w.params[-mine["size"] :]
     w.note(f"add_param_group: {[(p.dtype, tuple(p.shape), p.stride()) for p in params]} {mine}")
     w.opt.add_param_group(given)
-    w.groups.append(mine)
-    w.params += params
-    w.held += [Held(p) for p in params]
 
 
 # -- anchors --------------------------------------------------------------------------------------
@@ -1287,11 +1289,8 @@ def set_anchor(w: World, rng) -> None:
 
 
 def count_anchored(w: World) -> None:
-    start = 0
-    for group in w.groups:
-        members = w.held[start : start + group["size"]]
+    for group, members in zip(w.groups, w.parts(w.held), strict=True):
         group["anchored"] = sum("anchor" in held.state for held in members)
-        start += group["size"]
 
 
 @action(0.8)
@@ -1636,10 +1635,15 @@ def snapshot(w: World) -> dict:
 
 
 def through_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    try:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+    except Exception as error:
+        raise Difference(
+            f"torch.load(weights_only) raises {type(error).__name__}", str(error)[:300]
+        ) from error
 
 
 @action(1.5)
@@ -1649,12 +1653,7 @@ def save(w: World, rng) -> None:
     state = copy.deepcopy(w.opt.state_dict())
     mine = copy.deepcopy(w.guide.state_dict()) if w.foreign else None
     if rng.random() < 0.3:
-        try:
-            state, mine = through_file((state, mine))
-        except Exception as error:
-            raise Difference(
-                f"torch.load(weights_only) raises {type(error).__name__}", str(error)[:300]
-            ) from error
+        state, mine = through_file((state, mine))
     w.saved = [*w.saved[-1:], (state, mine, snapshot(w))]
     w.note("save")
 
@@ -1766,12 +1765,7 @@ def resume(w: World, rng) -> None:
         return
     state = copy.deepcopy(w.opt.state_dict())
     if rng.random() < 0.3:
-        try:
-            state = through_file(state)
-        except Exception as error:
-            raise Difference(
-                f"torch.load(weights_only) raises {type(error).__name__}", str(error)[:300]
-            ) from error
+        state = through_file(state)
     bag, params = Bag(), []
     for held in w.held:
         p = nn.Parameter(held.theta.clone(), requires_grad=held.trained)
@@ -1779,13 +1773,7 @@ def resume(w: World, rng) -> None:
             p.grad_dtype = None
         bag.add(p)
         params.append(p)
-    groups, start = [], 0
-    for group in w.groups:
-        part = list(enumerate(params))[start : start + group["size"]]
-        groups.append(
-            {"params": [(f"p{i}", p) for i, p in part] if w.named else [p for _, p in part]}
-        )
-        start += group["size"]
+    groups = [{"params": part} for part in w.parts(bag.named_parameters() if w.named else params)]
     dtypes = {p.dtype for p in params}
     if (w.master and not dtypes & set(NARROW)) or (w.stochastic and BF16 not in dtypes):
         return
@@ -2269,7 +2257,6 @@ def run(seed: int, actions, *, without=(), notes=None, counts=None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         w = World(seed, without=without, notes=notes)
-        w.rng_odd = False
         w.check("construction")
         for number, (name, place) in enumerate(actions):
             if notes is not None:
@@ -2295,10 +2282,8 @@ def kind_of(seed: int, actions, without=()) -> str | None:
     """Returns what goes wrong, or None."""
     try:
         run(seed, actions, without=without)
-    except Difference as error:
-        return error.kind
     except Exception as error:
-        return f"{type(error).__name__} in the machine"
+        return kind_of_error(error)
     return None
 
 
@@ -2328,10 +2313,7 @@ def reproduction(seed: int, actions, without=()) -> str:
         run(seed, actions, without=without, notes=notes)
         notes.append("(no difference)")
     except Exception as error:
-        notes.append(f"!! {type(error).__name__} {error}")
-        if not isinstance(error, Difference) or error.__cause__ is not None:
-            cause = error.__cause__ or error
-            notes.append("".join(traceback.format_exception(cause)[-4:]))
+        notes += told_of(error)
     return "\n".join([text, *notes])
 
 
@@ -2355,31 +2337,55 @@ def in_child(function, *arguments):
     return status, pickle.loads(data) if status == 0 and data else None
 
 
-def stretch(seed: int, seconds: float, without, show, mark: str | None = None):
-    """Worlds from ``seed`` on until the time is up: (counts, differences, next seed)."""
+def stretch(look, name, seed: int, seconds: float, mark: str):
+    """Looks at seeds from ``seed`` on until the time is up: (counts, differences, next seed)."""
     counts: collections.Counter[str] = collections.Counter()
-    found: dict[str, tuple] = {}
+    found: dict[str, int] = {}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if mark is not None:
-            pathlib.Path(mark).write_text(str(seed))
-        actions = plan(seed, without)
+        pathlib.Path(mark).write_text(str(seed))
         try:
-            run(seed, actions, without=without, counts=counts)
-            counts["worlds"] += 1
+            look(seed, counts)
         except Exception as error:
-            kind = (
-                error.kind
-                if isinstance(error, Difference)
-                else f"{type(error).__name__} in the machine"
-            )
+            kind = kind_of_error(error)
             counts["differences"] += 1
             if kind not in found:
-                found[kind] = (seed, actions)
-                if show:
-                    print(f"difference: {kind} (world {seed})", flush=True)
+                found[kind] = seed
+                print(f"difference: {kind} ({name(seed)})", flush=True)
         seed += 1
     return counts, found, seed
+
+
+def hunt(look, name, seed: int, seconds: float):
+    """Looks at one seed after the other.
+
+    Args:
+        look: ``look(seed, counts)`` counts what it does and raises what it finds.
+        name: Returns what a seed is called.
+        seed: The number of this hunt: each has seeds of its own.
+        seconds: How long.
+
+    Returns:
+        The counts, the first seed of every kind of difference, and the seconds it took.
+    """
+    began = time.monotonic()
+    counts: collections.Counter[str] = collections.Counter()
+    found: dict[str, int] = {}
+    seed *= 10_000_000
+    mark = f"/tmp/fuzz-{os.getpid()}"
+    while (left := seconds - (time.monotonic() - began)) > 0:
+        # In processes of their own, which a crash may take down.
+        status, result = in_child(stretch, look, name, seed, min(left, 60.0), mark)
+        if status:
+            seed = int(pathlib.Path(mark).read_text())
+            print(f"difference: the process dies with status {status} ({name(seed)})", flush=True)
+            result = {"differences": 1}, {f"crash {status}": seed}, seed + 1
+        counts.update(result[0])
+        found = {**result[1], **found}
+        seed = result[2]
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(mark)
+    return counts, found, time.monotonic() - began
 
 
 def main() -> int:
@@ -2398,33 +2404,16 @@ def main() -> int:
         text = reproduction(int(seed), actions, without)
         print(text)
         return int(not text.endswith("(no difference)"))
-    began = time.monotonic()
-    counts: collections.Counter[str] = collections.Counter()
-    found: dict[str, tuple] = {}
-    seed = arguments.seed * 10_000_000
-    mark = f"/tmp/fuzz-world-{os.getpid()}"
-    while (left := arguments.seconds - (time.monotonic() - began)) > 0:
-        # In processes of their own, which a crash may take down.
-        status, result = in_child(stretch, seed, min(left, 60.0), without, True, mark)
-        if status:
-            crashed = int(pathlib.Path(mark).read_text())
-            print(
-                f"difference: the process dies with status {status} (world {crashed})", flush=True
-            )
-            counts["differences"] += 1
-            found.setdefault(f"crash {status}", (crashed, plan(crashed, without)))
-            seed = crashed + 1
-            continue
-        counts.update(result[0])
-        for kind, where in result[1].items():
-            found.setdefault(kind, where)
-        seed = result[2]
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(mark)
-    took = time.monotonic() - began
+
+    def look(seed: int, counts) -> None:
+        run(seed, plan(seed, without), without=without, counts=counts)
+        counts["worlds"] += 1
+
+    counts, found, took = hunt(look, "world {}".format, arguments.seed, arguments.seconds)
     extra = ("worlds", "differences", "errors provoked")
     actions = sum(n for name, n in counts.items() if name not in extra)
-    for kind, (where, steps) in list(found.items())[: arguments.most]:
+    for kind, where in list(found.items())[: arguments.most]:
+        steps = plan(where, without)
         if kind.startswith("crash"):
             print(f'\n== {kind}\n--repro "{where} {" ".join(f"{n}:{k}" for n, k in steps)}"')
             continue

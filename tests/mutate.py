@@ -33,7 +33,7 @@ EXPLAINED = ROOT / "docs" / "mutation_testing.md"
 TARGETS = {
     "_philox": ["test_philox.py"],
     "reference": ["test_reference.py"],
-    "anchor/boundary": ["test_boundary.py", "test_anchors.py"],
+    "anchor/boundary": ["test_boundary.py"],
     "checkpoint/saved_state": ["test_saved_state.py"],
     "checkpoint/load": ["test_world_of_one.py", "test_loading.py"],
     "checkpoint/room": ["test_world_of_one.py", "test_loading.py"],

@@ -27,16 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dgg
 import ranks
+import training
+from language_tasks import Killed, arguments_of, counting, killed_after, trainer_of
+from language_tasks import llama as language_model
+from training import assert_close, assert_same_on_all_ranks, loss_of, steps, whole
 
 STEPS, BOUNDARIES, SAMPLES = 50, (5, 30), 24
-OPTIONS = {
-    "lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "alpha": 0.5, "strength": 0.7,
-    "max_grad_norm": 0.5, "replay_weight": 1.5, "seed": 2**63 + 9,
-}  # fmt: skip
-TOLERANCES = {
-    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
-    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
-}
+OPTIONS = {**training.ADAM, **training.REPLAYED, "max_grad_norm": 0.5}
 CPU = torch.device("cpu")
 
 
@@ -89,12 +86,7 @@ def named_anchors(build=network, dtype=torch.float64) -> dict[str, torch.Tensor]
 
 
 def batch(k: int, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1000 + k)
-    return torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def loss_of(model, x):
-    return model(x).square().mean()
+    return training.inputs(k, SAMPLES, dtype)
 
 
 def fit(
@@ -104,10 +96,9 @@ def fit(
     """Trains on reproducible data; ``part`` takes this rank's samples of a batch."""
     inner = dgg.unwrap(optimizer)
     dtype = next(model.parameters()).dtype
-    for k in range(first, last):
+    named = {"tensors": anchors, "model": model} if anchors else {}
+    for k in steps(range(first, last), optimizer, boundaries=boundaries, **named):
         x, old = part(batch(2 * k, dtype)), part(batch(2 * k + 1, dtype))
-        if k in boundaries:
-            inner.set_anchor(anchors, model=model if anchors else None)
         if replay and k % 3 == 1:  # before the real gradient, and in two parts
             with inner.replay():
                 backward(loss_of(model, old[::2]) / 2)
@@ -117,8 +108,6 @@ def fit(
         if replay and k % 3 == 2:  # after it
             with inner.replay():
                 backward(loss_of(model, old))
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def fit_both(model, optimizer, other, twin, *, autocast=False, gradients=None, **over):
@@ -130,25 +119,15 @@ def fit_both(model, optimizer, other, twin, *, autocast=False, gradients=None, *
     backward = over.pop("backward", torch.Tensor.backward)
     dtype = next(model.parameters()).dtype
     trained = 0
-    for k in range(STEPS):
-        if k in BOUNDARIES:
-            dgg.unwrap(optimizer).set_anchor()
-            twin.set_anchor()
+    for k in steps(range(STEPS), optimizer, twin, boundaries=BOUNDARIES):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_of(model, mine(batch(k, dtype)))
         backward(loss)
         found = gradients(model) if gradients else [p.grad for p in model.parameters()]
         for p, grad in zip(other.parameters(), found, strict=True):
-            p.grad = None if grad is None or not p.requires_grad else whole(grad).clone()
+            p.grad = None if grad is None or not p.requires_grad else whole(grad)
             trained += p.grad is not None and bool(p.grad.any())
-        for one in (optimizer, twin):
-            one.step()
-            one.zero_grad()
     assert trained > 5 * STEPS  # all but the frozen ones, nearly always
-
-
-def whole(tensor):
-    return getattr(tensor, "full_tensor", lambda: tensor)().detach()
 
 
 def mine(x):
@@ -163,19 +142,6 @@ def alone(steps=STEPS, dtype=torch.float64, build=network, anchors=None, **optio
     optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, **options})
     fit(model, optimizer, lambda x: x, 0, steps, replay=replay, anchors=anchors)
     return model, optimizer
-
-
-def assert_close(values, expected, dtype=torch.float64):
-    for mine_, theirs in zip(values, expected, strict=True):
-        torch.testing.assert_close(mine_.detach(), theirs.detach(), **TOLERANCES[dtype])
-
-
-def assert_same_on_all_ranks(tensors):
-    """Bit for bit."""
-    flat = torch.cat([x.detach().double().flatten() for x in tensors])
-    everywhere = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, flat)
-    assert all(torch.equal(x, flat) for x in everywhere)
 
 
 def assert_guided(optimizer, draws=STEPS):
@@ -587,8 +553,8 @@ def run_trajectory(
     assert_close(whole_of(wrapped), expected.parameters(), dtype)
 
 
-def run_resume(full: bool):
-    """FSDP's optimizer state dicts carry the anchor; full ones go into one process as well."""
+def of_state_dicts(full: bool, **engine):
+    """Returns model and optimizer whose state dicts have whole tensors, or shards."""
     from torch.distributed.fsdp import (
         FullOptimStateDictConfig,
         FullStateDictConfig,
@@ -611,19 +577,30 @@ def run_resume(full: bool):
             ShardedStateDictConfig(),
             ShardedOptimStateDictConfig(),
         )
+    model = wrapped_parts(network(), **engine)
+    FullyShardedDataParallel.set_state_dict_type(model, *kind)
+    return model, dgg.AdamW(model.parameters(), **OPTIONS)
 
-    def build():
-        model = wrapped_parts(network())
-        FullyShardedDataParallel.set_state_dict_type(model, *kind)
-        return model, dgg.AdamW(model.parameters(), **OPTIONS)
 
-    model, optimizer = build()
+def saved_at_20(full: bool):
+    """Trains until step 20; returns model, optimizer and the state dicts of both."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, optimizer = of_state_dicts(full)
     fit(model, optimizer, mine, 0, 20)
     weights = copy.deepcopy(model.state_dict())
     saved = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    return model, optimizer, weights, saved
+
+
+def run_resume(full: bool):
+    """FSDP's optimizer state dicts carry the anchor; full ones go into one process as well."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, optimizer, weights, saved = saved_at_20(full)
     fit(model, optimizer, mine, 20, STEPS)
 
-    again, resumed = build()
+    again, resumed = of_state_dicts(full)
     again.load_state_dict(weights)
     state = FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, copy.deepcopy(saved))
     resumed.load_state_dict(state)
@@ -675,30 +652,11 @@ def run_meta():
 
 def run_resume_elsewhere(world):
     """Saved in full by all ranks, resumed by groups of ``world``; each has all of the data."""
-    from torch.distributed.fsdp import (
-        FullOptimStateDictConfig,
-        FullStateDictConfig,
-        FullyShardedDataParallel,
-        StateDictType,
-    )
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    kind = (
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(rank0_only=False),
-        FullOptimStateDictConfig(rank0_only=False, offload_to_cpu=False),
-    )
-
-    def build(**engine):
-        model = wrapped_parts(network(), **engine)
-        FullyShardedDataParallel.set_state_dict_type(model, *kind)
-        return model, dgg.AdamW(model.parameters(), **OPTIONS)
-
-    model, optimizer = build()
-    fit(model, optimizer, mine, 0, 20)
-    weights = copy.deepcopy(model.state_dict())
-    saved = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    _, _, weights, saved = saved_at_20(full=True)
     group, _ = dist.new_subgroups(world)
-    model, optimizer = build(process_group=group)
+    model, optimizer = of_state_dicts(full=True, process_group=group)
     model.load_state_dict(weights)
     state = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved, group=group)
     optimizer.load_state_dict(state)
@@ -714,18 +672,12 @@ def run_clipping():
     optimizer, twin = (
         dgg.AdamW(m.parameters(), **{**OPTIONS, "max_grad_norm": None}) for m in (model, plain)
     )
-    for k in range(20):
+    for k in steps(range(20), optimizer, twin, boundaries=(5,)):
         x = batch(k, dtype)
-        for one, m, part in ((optimizer, model, mine(x)), (twin, plain, x)):
-            if k == 5:
-                one.set_anchor()
-            loss_of(m, part).backward()
-            if m is model:
-                m.clip_grad_norm_(0.05)
-            else:
-                nn.utils.clip_grad_norm_(m.parameters(), 0.05)
-            one.step()
-            one.zero_grad()
+        loss_of(model, mine(x)).backward()
+        model.clip_grad_norm_(0.05)
+        loss_of(plain, x).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
     assert_close(whole_of(model), plain.parameters(), dtype)
 
 
@@ -816,11 +768,10 @@ def run_misuse():
 def accelerator_of(plugin=None, **settings):
     """Returns a new Accelerator; accelerate keeps its settings in process-wide singletons."""
     import accelerate
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    fresh()
     if plugin is not None:
         # Over CPUs accelerate drops a plugin for FSDP without a word: it believes in GPUs here.
         PartialState(cpu=True)
@@ -834,6 +785,14 @@ def accelerator_of(plugin=None, **settings):
     expected = DistributedType.MULTI_CPU if plugin is None else DistributedType.FSDP
     assert made.distributed_type == expected, made.distributed_type
     return made
+
+
+def prepared(plugin=None, *, max_grad_norm=OPTIONS["max_grad_norm"], **settings):
+    """Returns a new Accelerator, and the network and its optimizer as it hands them out."""
+    accelerator = accelerator_of(plugin, **settings)
+    model = network()
+    optimizer = dgg.AdamW(model.parameters(), **{**OPTIONS, "max_grad_norm": max_grad_norm})
+    return accelerator, *accelerator.prepare(model, optimizer)
 
 
 CLIP = 0.05
@@ -852,32 +811,24 @@ def accelerated(accelerator, model, optimizer, first, last):
                     norms.append(accelerator.clip_grad_norm_(model.parameters(), CLIP))
                 optimizer.step()
                 optimizer.zero_grad()
-    return [float(getattr(n, "full_tensor", lambda n=n: n)()) for n in norms]
+    return [float(whole(n)) for n in norms]
 
 
 def accelerate_run(folder, plugin=None):
     """Two micro-batches a step, clipped by accelerate, saved in between and loaded again."""
-    options = {**OPTIONS, "max_grad_norm": None}
     plain = network()
-    twin = dgg.AdamW(plain.parameters(), **options)
+    twin = dgg.AdamW(plain.parameters(), **{**OPTIONS, "max_grad_norm": None})
     norms = []
-    for k in range(STEPS):
-        if k in BOUNDARIES:
-            twin.set_anchor()
+    for k in steps(range(STEPS), twin, boundaries=BOUNDARIES):
         loss_of(plain, batch(k)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), CLIP)))
-        twin.step()
-        twin.zero_grad()
     assert max(norms) > CLIP
 
     def build():
-        accelerator = accelerator_of(plugin, gradient_accumulation_steps=2)
-        model = network()
-        optimizer = dgg.AdamW(model.parameters(), **options)
-        return accelerator, *accelerator.prepare(model, optimizer)
+        return prepared(plugin, max_grad_norm=None, gradient_accumulation_steps=2)
 
     def full(model):
-        return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+        return list(map(whole, model.parameters()))
 
     accelerator, model, optimizer = build()
     found = accelerated(accelerator, model, optimizer, 0, 20)
@@ -894,8 +845,7 @@ def accelerate_run(folder, plugin=None):
         anchor = inner.state[p]["anchor"]
         if plugin is not None:
             assert anchor.placements == p.placements and anchor.device_mesh == p.device_mesh
-            anchor = anchor.full_tensor()
-        torch.testing.assert_close(anchor, twin.state[q]["anchor"])
+        torch.testing.assert_close(whole(anchor), twin.state[q]["anchor"])
 
     accelerator, again, resumed = build()
     accelerator.load_state(os.path.join(folder, "state"))
@@ -941,17 +891,13 @@ def accelerate_low_precision(plugin=None):
 
 def accelerate_keep(kept, plugin=None):
     """Saves what other ranks resume; ``kept`` is a folder that outlives these."""
-    accelerator = accelerator_of(plugin)
-    model = network()
-    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    accelerator, model, optimizer = prepared(plugin)
     fit(model, optimizer, mine, 0, 20, backward=accelerator.backward)
     accelerator.save_state(kept)
 
 
 def accelerate_resume_elsewhere(kept, plugin=None):
-    accelerator = accelerator_of(plugin)
-    model = network()
-    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    accelerator, model, optimizer = prepared(plugin)
     accelerator.load_state(kept)
     fit(model, optimizer, mine, 20, STEPS, backward=accelerator.backward)
     assert_guided(optimizer)
@@ -961,15 +907,11 @@ def accelerate_resume_elsewhere(kept, plugin=None):
 def accelerate_unguided(folder, plugin):
     """What was saved before there was an anchor resumes as ever; what is broken is refused."""
     path = os.path.join(folder, "state")
-    accelerator = accelerator_of(plugin)
-    model = network()
-    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    accelerator, model, optimizer = prepared(plugin)
     fit(model, optimizer, mine, 0, 4, backward=accelerator.backward)
     accelerator.save_state(path)
     fit(model, optimizer, mine, 4, 20, backward=accelerator.backward)
-    accelerator = accelerator_of(plugin)
-    again = network()
-    again, resumed = accelerator.prepare(again, dgg.AdamW(again.parameters(), **OPTIONS))
+    accelerator, again, resumed = prepared(plugin)
     accelerator.load_state(path)
     assert dgg.unwrap(resumed).param_groups[0]["draw_index"] == 4
     fit(again, resumed, mine, 4, 20, backward=accelerator.backward)
@@ -986,9 +928,7 @@ def accelerate_unguided(folder, plugin):
         else:
             os.truncate(os.path.join(sharded, ".metadata"), 100)
     dist.barrier()
-    accelerator = accelerator_of(plugin)
-    model = network()
-    model, optimizer = accelerator.prepare(model, dgg.AdamW(model.parameters(), **OPTIONS))
+    accelerator, model, optimizer = prepared(plugin)
     error, text = dcp.CheckpointException, "metadata"
     if os.path.exists(full):
         error, text = RuntimeError, "they were lost on the way"
@@ -1008,21 +948,9 @@ def accelerate_anchor_before_prepare():
 
 # -- the Trainer ----------------------------------------------------------------------------------
 
-VOCABULARY, LENGTH, TASK_STEPS = 24, 8, 6
+TASK_STEPS = 6
 # Of gradients that are but rounding Adam with a small eps makes whole steps.
 TRAINER_OPTIONS = {"lr": 1e-2, "eps": 1e-3, "alpha": 0.5, "seed": 3}
-
-
-def language_model(tied=False):
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 def tied_language_model():
@@ -1046,41 +974,27 @@ def adapted_language_model():
     return peft.get_peft_model(language_model(), config)
 
 
-def counting(stride):
-    """Sequences that count in steps of ``stride``: every stride is another task."""
-    rows = (torch.arange(64)[:, None] + stride * torch.arange(LENGTH)) % VOCABULARY
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
-
-
 def trainer_for(
     model, task, out, world, guide_first_task=False, anchor=None, options=None, **over
 ):  # fmt: skip
-    import transformers
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     import dgg.hf
 
     settings = {
-        "output_dir": out, "per_device_train_batch_size": 4 // world, "max_steps": TASK_STEPS,
-        "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "logging_steps": 2,
-        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
-        "dataloader_pin_memory": False, "ddp_backend": "gloo" if world > 1 else None, **over,
+        "per_device_train_batch_size": 4 // world, "max_steps": TASK_STEPS, "logging_steps": 2,
+        "gradient_accumulation_steps": 2, "save_strategy": "no", "seed": 0,
+        "ddp_backend": "gloo" if world > 1 else None, **over,
     }  # fmt: skip
-    arguments = transformers.TrainingArguments(**settings)
+    arguments = arguments_of(out, **settings)
     if over.get("fsdp"):
         # As in accelerator_of.
         assert arguments.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return transformers.Trainer(
-        model,
-        arguments,
-        train_dataset=counting(1 + 2 * task),
-        optimizer_cls_and_kwargs=(dgg.AdamW, {**TRAINER_OPTIONS, **(options or {})}),
-        callbacks=[
-            dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task, anchor=anchor)
-        ],
-    )
+    callback = dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task, anchor=anchor)
+    options = {**TRAINER_OPTIONS, **(options or {})}
+    return trainer_of(model, arguments, counting(1 + 2 * task), options, callback)
 
 
 def fresh():
@@ -1120,22 +1034,11 @@ def begun(start):
     return model
 
 
-class Killed(BaseException):
-    pass
-
-
 def killed(out, start, world, over):
     """The second task, which ends in its middle after it was saved."""
-    import transformers
-
-    class Kill(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                raise Killed
-
     fresh()
     trainer = trainer_for(begun(start), 1, out, world, **SAVING, **over())
-    trainer.add_callback(Kill())
+    trainer.add_callback(killed_after(5))
     ranks.refused(Killed, "", trainer.train)
 
 

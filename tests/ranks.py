@@ -8,10 +8,11 @@ holds no process group, so its children are as clean as new ones.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -85,11 +86,18 @@ def in_group(function: Callable) -> Callable:
     return wrapped
 
 
-def refused(error: type[Exception], text: str, call: Callable) -> None:
-    """Asserts, on a rank, that a call raises this error with this text in its message."""
+@contextlib.contextmanager
+def refusing(error: type[BaseException], text: str) -> Iterator[None]:
+    """Asserts, on a rank, that a block raises this error with this text in its message."""
     try:
-        call()
+        yield
     except error as found:
-        assert text in str(found), found
+        assert text in str(found), f"{text!r} is not in {found}"
     else:
         raise AssertionError(f"{text!r} was not refused")
+
+
+def refused(error: type[BaseException], text: str, call: Callable) -> None:
+    """Asserts, on a rank, that a call raises this error with this text in its message."""
+    with refusing(error, text):
+        call()

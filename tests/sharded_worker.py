@@ -12,38 +12,16 @@ import torch.distributed as dist
 
 import dgg
 import ranks
+import training
 from dgg import _ranges
 
-
-class Foreign:
-    """torch's AdamW under dgg.Guidance, with the face of a guided optimizer."""
-
-    def __init__(self, params, *, lr, betas, weight_decay, **options):
-        self.inner = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
-        self.guidance = dgg.Guidance(self.inner, **options)
-        self.replay, self.set_anchor = self.guidance.replay, self.guidance.set_anchor
-        self.param_groups, self.step = self.inner.param_groups, self.inner.step
-
-    @property
-    def state(self):
-        anchors = self.guidance.state_dict()["anchors"]
-        params = self.param_groups[0]["params"]
-        return {p: {**self.inner.state[p], "anchor": anchors[i]} for i, p in enumerate(params)}
-
-
 SHAPES = [(7, 5), (4,), (1, 8), (13, 3), (6, 6), ()]
-OPTIMIZERS = {
-    "adamw": (dgg.AdamW, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "foreign": (Foreign, {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "sgd": (dgg.SGD, {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
-}
 STEPS = 50
 
 
 def guidance(granularity: str, scope: str) -> dict:
     return {
-        "alpha": 0.5, "strength": 0.7, "max_grad_norm": 2.0, "granularity": granularity,
-        "norm_scope": scope, "replay_weight": 1.5, "seed": 2**63 + 9,
+        **training.REPLAYED, "max_grad_norm": 2.0, "granularity": granularity, "norm_scope": scope,
     }  # fmt: skip
 
 
@@ -78,11 +56,11 @@ def initial(dtype):
 def whole(dtype, name, options):
     """The unsharded run."""
     params = [torch.nn.Parameter(x) for x in initial(dtype)]
-    cls, defaults = OPTIMIZERS[name]
+    cls, defaults = training.OPTIMIZERS[name]
     optimizer = cls(params, **defaults, **options)
     for _ in train(params, optimizer):
         pass
-    return [p.detach() for p in params], optimizer
+    return params, optimizer
 
 
 @ranks.in_group
@@ -115,28 +93,16 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
 
         dtype = getattr(torch, case["dtype"])
         params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]
-        cls, defaults = OPTIMIZERS[case["optimizer"]]
+        cls, defaults = training.OPTIMIZERS[case["optimizer"]]
         optimizer = cls(params, **defaults, **case["options"])
         counts = []
         for _ in train(params, optimizer, place):
             counts.append(len(calls))
         counts.append(len(calls))
-        state = {
-            name: [
-                value.full_tensor() if hasattr(value, "full_tensor") else value
-                for p in params
-                for key, value in optimizer.state[p].items()
-                if key == name
-            ]
-            for name in optimizer.state[params[0]]
-        }
         results.append(
             {
-                "params": [
-                    p.full_tensor() if hasattr(p, "full_tensor") else p
-                    for p in [p.detach() for p in params]
-                ],
-                "state": state,
+                "params": list(map(training.whole, params)),
+                "state": training.whole_state(optimizer, dict(enumerate(params))),
                 "collectives": [b - a for a, b in zip(counts, counts[1:], strict=False)],
             }
         )
@@ -144,26 +110,12 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         torch.save(results, os.path.join(folder, "results.pt"))
 
 
-def network(dtype=torch.float64):
-    torch.manual_seed(7)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(6, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
-    ).to(dtype)
-    model[2].bias.requires_grad_(False)
-    return model
+def network() -> torch.nn.Module:
+    return training.stack(7)
 
 
 def fit(model, optimizer, first: int, last: int) -> None:
-    """Trains on reproducible data, the same on every rank; the anchor is set at step 4."""
-    dtype = next(model.parameters()).dtype
-    for k in range(first, last):
-        generator = torch.Generator().manual_seed(1000 + k)
-        x = torch.randn(8, 6, generator=generator, dtype=torch.float64).to(dtype)
-        if k == 4:
-            optimizer.set_anchor()
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    training.fit(model, optimizer, first, last, boundary=4)
 
 
 FSDP_OPTIONS = {"lr": 3e-2, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
@@ -185,15 +137,12 @@ def run_fsdp(rank: int, world: int, folder: str, made_before: bool) -> None:
     """FSDP2 over a real model: trains, saves a distributed checkpoint in the middle."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     model = network()
     optimizer = None
     if made_before:
         optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+    training.fully_shard(*model, model)
     if optimizer is None:
         optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
     else:
@@ -210,12 +159,9 @@ def resume_fsdp(rank: int, world: int, folder: str, saved: str) -> None:
     """Goes on from the checkpoint of `run_fsdp`, on any number of ranks, with a fresh optimizer."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     model = network()
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
+    training.fully_shard(*model, model)
     optimizer = dgg.AdamW(model.parameters(), **FSDP_OPTIONS)
     optimizer.set_anchor()  # the template has room for what the checkpoint holds
     weights, state = get_state_dict(model, optimizer)

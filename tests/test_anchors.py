@@ -487,9 +487,9 @@ def test_which_task_begins(task, state, given, expected):
     present, anchored, steps = state
     if isinstance(expected, str):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=expected):
-            boundary.begins_task(task, groups(present, anchored), steps, given=given)
+            boundary.begins_task(task, groups(present, anchored), steps, has_source=given)
     else:
-        found = boundary.begins_task(task, groups(present, anchored), steps, given=given)
+        found = boundary.begins_task(task, groups(present, anchored), steps, has_source=given)
         assert found is expected
 
 

@@ -8,6 +8,8 @@ that nothing is written by it. ``make mutate`` holds these tests against every l
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import pathlib
 
 import pytest
@@ -18,7 +20,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor, init_device_m
 from torch.nn import Parameter, UninitializedParameter
 
 from cases import BF16, F16, F32, F64
-from dgg import anchor
+from dgg import _arguments, anchor
 from dgg.anchor import boundary
 
 
@@ -122,6 +124,141 @@ def test_an_anchor_just_set_is_not_replaced_by_an_earlier_one():
     refused(ValueError, "state of task 0", boundary.refuse_earlier, 1, [])
     for named, saved in ((1, earlier), (0, [{}]), (0, []), (None, earlier), (None, [{}])):
         assert boundary.refuse_earlier(named, saved) is None
+
+
+def test_a_boundary_is_due_or_not():
+    def fresh(task, steps, anchored=0):
+        return [{"task_index": task, "anchored": anchored, "draw_index": steps}]
+
+    assert boundary.is_due(fresh(0, 5), None, None, None)
+    assert boundary.is_due(fresh(0, 5), None, 1, 5)
+    assert not boundary.is_due(fresh(1, 5, anchored=2), None, 1, 5)
+    refused(ValueError, LEFT_OUT, boundary.is_due, fresh(1, 5), None, 3, None)
+    # The anchor of task 0 is nothing to protect, but something given is.
+    assert not boundary.is_due(fresh(0, 0), None, 0, None)
+    assert boundary.is_due(fresh(0, 0), "path", 0, None)
+    # Resumed in a task that is not named: only what is given is sure to be right.
+    resumed = fresh(1, 5, anchored=2)
+    refused(RuntimeError, "in task 1, after 5 steps", boundary.is_due, resumed, None, None, 5)
+    assert boundary.is_due(resumed, "path", None, 5)
+    assert boundary.is_due(resumed, None, None, 4)
+
+
+# -- placing --------------------------------------------------------------------------------------
+
+
+class Placed:
+    """Two groups of parameters, and a record of what is asked of the optimizer."""
+
+    def __init__(self):
+        self.params = [Parameter(torch.full((2,), value)) for value in (1.0, 2.0, 3.0)]
+        self.groups = [{"params": self.params[:2]}, {"params": self.params[2:]}]
+        self.marks = [{**MARK, "anchored": 7} for _ in self.groups]
+        self.state = collections.defaultdict(dict)
+        self._awaits_load, self.said = True, []
+        self._ownership = self._rule = self
+
+    def tensors(self, groups):
+        assert groups is self.groups
+        return [group["params"] for group in groups]
+
+    def peers(self, params):
+        assert [id(p) for p in params] == [id(p) for p in self.params]
+        return ["the ranks"]
+
+    def init_state(self, opt, param, group, *, first):
+        assert opt is self and first is False
+        assert any(param is p for p in group["params"])
+        assert "anchor" not in opt.state[param] or self.overwrites
+        self.said.append("state")
+
+    def note_anchors(self, marks, *, anchored):
+        assert marks is self.marks
+        self.said.append(anchored)
+
+    def _reset_caches(self):
+        self.said.append("reset")
+
+    def place(self, plan, task, overwrites=False):
+        self.overwrites, self.said = overwrites, []
+        boundary.place(self, self.groups, self.marks, lambda: plan, task)
+
+
+MARK = {**dict.fromkeys(_arguments.OPTIMIZER_OPTIONS), "task_index": 4, "seed": 3}
+
+
+def test_anchors_are_placed_and_noted(monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def on_all_or_none(peers, settings):
+        asked.append((peers, settings))
+        yield
+
+    monkeypatch.setattr(boundary.sharding, "on_all_or_none", on_all_or_none)
+    opt = Placed()
+    first, second, third = opt.params
+    made = [torch.zeros(2) for _ in opt.params]
+    written = []
+    opt.place(
+        [
+            (first, first.detach(), made[0]),
+            (second, None, made[1]),  # has its values already
+            (third, written.append, made[2]),
+        ],
+        None,
+    )
+    assert asked == [(["the ranks"], MARK)]
+    assert all(opt.state[p]["anchor"] is a for p, a in zip(opt.params, made, strict=True))
+    assert [a.tolist() for a in made] == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    assert len(written) == 1 and written[0] is made[2]
+    assert [(mark["anchored"], mark["task_index"]) for mark in opt.marks] == [(2, 5), (1, 5)]
+    assert opt.said == ["state", "state", "state", True, "reset"] and opt._awaits_load is False
+    assert opt.said[3] is True
+    # Written in place, what a step has kept is valid still.
+    opt.place([(first, second.detach(), made[0])], 9, overwrites=True)
+    assert made[0].tolist() == [2.0, 2.0] and opt.said == ["state", True]
+    assert [(mark["anchored"], mark["task_index"]) for mark in opt.marks] == [(2, 9), (1, 9)]
+    # One new address is enough for it not to be.
+    opt.place([(first, first.detach(), made[0]), (third, None, made[1])], 9, overwrites=True)
+    assert opt.said == ["state", "state", True, "reset"] and opt.state[third]["anchor"] is made[1]
+    # What is left out of the plan may have no state.
+    opt = Placed()
+    opt.place([(opt.params[0], None, made[2])], 1)
+    assert [mark["anchored"] for mark in opt.marks] == [1, 0]
+
+
+def test_what_cannot_be_planned_changes_nothing():
+    opt = Placed()
+
+    def fails():
+        raise KeyError("no tensor")
+
+    opt.peers = lambda params: []
+    with pytest.raises(KeyError, match="no tensor"):
+        boundary.place(opt, opt.groups, opt.marks, fails, None)
+    assert not opt.state and opt.said == [] and opt._awaits_load
+    assert [mark["anchored"] for mark in opt.marks] == [7, 7]
+
+
+def test_anchors_are_cleared():
+    opt = Placed()
+    first, second, _ = opt.params
+    opt.state[first] |= {"anchor": torch.zeros(2), "exp_avg": 1}
+    opt.state[second] |= {"exp_avg": 2}
+    boundary.clear(opt, opt.groups, opt.marks)
+    assert dict(opt.state) == {first: {"exp_avg": 1}, second: {"exp_avg": 2}}
+    assert [mark["anchored"] for mark in opt.marks] == [0, 0]
+    assert [mark["task_index"] for mark in opt.marks] == [4, 4]
+    assert opt.said == [False, "reset"] and opt.said[0] is False and opt._awaits_load is False
+
+
+def test_anchors_that_are_known():
+    p, q, r, s = (Parameter(torch.zeros(1)) for _ in range(4))
+    anchor_of_q = torch.ones(1)
+    state = {p: {}, q: {"anchor": anchor_of_q}, r: {"step": 1}, s: "no state of ours"}
+    known = boundary.known_anchors(state)
+    assert known.keys() == {q, r} and known[q] is anchor_of_q and known[r] is None
 
 
 # -- which parameters, from what ------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 import deepspeed_worker as worker
 import ranks
 from dgg import backends
+from training import assert_close
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (requirements/deepspeed.txt)", allow_module_level=True)
@@ -31,7 +32,6 @@ pytestmark = [
     # As the ranks have: with more threads 16-bit products are rounded elsewhere.
     pytest.mark.usefixtures("one_thread"),
 ]
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 128.0}}
 OURS = {"gradient_clipping": 0.0}
@@ -124,9 +124,7 @@ def result(request, tmp_path_factory):
     return _ran[world][json.dumps(wanted)]
 
 
-def assert_weights(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs.detach(), **TOLERANCE)
+assert_weights = functools.partial(assert_close, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("one", CASES)

@@ -23,7 +23,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import dgg
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
 
 # Run by another test, which needs several processes or a trained model for them: its file and the
 # function that executes the page's code.

@@ -27,23 +27,11 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file  # noqa: E402
 
 from dgg.hf import GuidanceCallback, is_active  # noqa: E402
+from language_tasks import counting as task_data  # noqa: E402
+from language_tasks import llama as base_model  # noqa: E402
 
-VOCAB, LENGTH, STEPS = 24, 8, 6
+STEPS = 6
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def base_model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def lora(base, seed=1, **options):
@@ -52,13 +40,6 @@ def lora(base, seed=1, **options):
         r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1
     )
     return peft.get_peft_model(base, config, **options)
-
-
-def task_data(stride, examples=64):
-    """Sequences that count in steps of `stride`: every stride is another task."""
-    starts = torch.arange(examples) % VOCAB
-    rows = (starts[:, None] + stride * torch.arange(LENGTH)) % VOCAB
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
 OPTIONS = {"lr": 1e-2, "alpha": 0.5, "seed": 3}

@@ -40,13 +40,12 @@ FLOORS = {
 # Longer than a file, or a class, is to be, and why.
 LONG_FILES = {
     "csrc/cpu.cpp",  # the passes over memory, which are read beside each other
-    "dgg/hf.py",  # one callback, with what it says of every Trainer
 }
 LONG_CLASSES: set[str] = set()
 
 SOURCES = sorted(
     path
-    for folder in ("dgg", "kernels", "csrc", "tests", "bench")
+    for folder in ("dgg", "kernels", "csrc", "tests", "bench", "examples")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ) + [ROOT / "setup.py"]
@@ -245,7 +244,7 @@ def copy_of_the_tree(folder):
     """Returns a copy, so that nothing built earlier gets into a wheel, and nothing of it back."""
     copy = folder / "copy"
     built = shutil.ignore_patterns("*.so", "_build_error*.txt", "__pycache__")
-    for name in ("dgg", "kernels", "csrc"):
+    for name in ("dgg", "kernels", "csrc", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():

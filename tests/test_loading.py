@@ -533,7 +533,7 @@ def test_numbers_of_numpy_are_numbers(where, backend):
     runs = []
     for options in (NUMPY, same):
         params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
-        own = {k: v for k, v in options.items() if k in dgg._arguments.WIDE}
+        own = {k: v for k, v in options.items() if k in dgg._arguments.OPTIMIZER_OPTIONS}
         others = {k: v for k, v in options.items() if k not in own}
         if where == "constructor":
             opt = dgg.AdamW(params, backend=backend, **options)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pathlib
-import types
 
 import pytest
 import torch
@@ -263,7 +262,7 @@ def template(monkeypatch):
     def make(opt, source, held=None):
         monkeypatch.setattr(room, "of_template", lambda: source)
         if held is not None:
-            monkeypatch.setattr(room, "_held_by", lambda *_: held)
+            monkeypatch.setattr(room, "_entries_in_checkpoint", lambda *_: held)
         for group in opt.param_groups:
             for p in group["params"]:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -297,7 +296,7 @@ def test_a_template_for_a_checkpoint_has_the_others_too(template):
 
 def test_a_template_in_an_engine_asks_nobody(template):
     params, opt = guided(steps=0)
-    opt._ownership = sharding.RankShare(types.SimpleNamespace(anchored_elsewhere=lambda *_: 0))
+    opt._ownership = sharding.RankShare(opt)
     template(opt, Source(None, None, {"state": []}))
     assert all(set(opt.state[p]) == ADAM for p in params)
 
@@ -309,7 +308,9 @@ def test_a_template_in_an_engine_asks_nobody(template):
 def test_room_for_a_checkpoint_is_made_if_it_has_anchors(held, made, monkeypatch):
     params, opt = guided(steps=0)
     model, asked = torch.nn.Module(), []
-    monkeypatch.setattr(room, "_held_by", lambda _, *given: asked.append(given) or held)
+    monkeypatch.setattr(
+        room, "_entries_in_checkpoint", lambda _, *given: asked.append(given) or held
+    )
     assert room.make_room_for(opt, Source(model, "here")) is made
     assert asked == [("here", model)]
     assert opt._awaits_load is made and (params[0] in opt.state) is made
@@ -327,7 +328,7 @@ def test_what_a_state_dict_holds_is_told_by_its_tensors():
         "step": 3.0, "exp_avg": torch.ones(2, 3, dtype=F64), "exp_avg_sq": None,
         "master": torch.ones(2, 3), "anchor": torch.ones(2, 3, dtype=F16), "else": 1,
     }  # fmt: skip
-    found = room._held_in(opt, Source(None, None, {"state": {"a": entry}}))
+    found = room._entries_in_state_dict(opt, Source(None, None, {"state": {"a": entry}}))
     dtypes = {"step": None, "exp_avg": F64, "exp_avg_sq": None, "master": F32, "anchor": F16}
     assert found == [dtypes, {}]
 
@@ -337,10 +338,10 @@ def test_errors_name_a_parameter_by_its_own_name():
     opt = dgg.AdamW([("module.a", params[0]), ("b", params[1])], **GUIDED)
     given = {"state": {"a": {"exp_avg": torch.ones(5)}}}
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 \(module.a\) has"):
-        room._held_in(opt, Source(None, None, given))
+        room._entries_in_state_dict(opt, Source(None, None, given))
     given = {"state": {"0": {"exp_avg": torch.ones(5)}}}
     with pytest.raises(ValueError, match="exp_avg of parameter 0 has"):
-        room._held_in(dgg.AdamW(params), Source(None, None, given))
+        room._entries_in_state_dict(dgg.AdamW(params), Source(None, None, given))
 
 
 # -- room -----------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ def test_room_keeps_what_is_asked_of_where_it_lies():
 def test_no_room_where_an_engine_loads(attribute, monkeypatch):
     params, opt = guided(steps=0)
     if attribute == "share":
-        opt._ownership = sharding.RankShare(None)
+        opt._ownership = sharding.RankShare(opt)
     else:
         monkeypatch.setattr(opt, "_deepspeed_driver", lambda: object())
     with pytest.raises(RuntimeError, match="DeepSpeed and ZeroRedundancyOptimizer load their own"):

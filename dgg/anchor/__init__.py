@@ -14,25 +14,11 @@ from dgg.anchor.memory import (
     write,
 )
 from dgg.anchor.names import names_of_parameters, variants
-from dgg.anchor.sources import Stored, find_names, match_named, open_path
+from dgg.anchor.sources import find_names, match_named, open_path
 from dgg.reference import FLOAT_DTYPES
 
 __all__ = [
-    "FLOAT_DTYPES",
-    "Part",
-    "Stored",
-    "allocate",
-    "allocate_all",
-    "check_source",
-    "check_values",
-    "find_names",
-    "finite",
-    "is_alias",
-    "match_named",
-    "names_of_parameters",
-    "open_path",
-    "resolved",
-    "storage_dtype",
-    "variants",
-    "write",
-]
+    "FLOAT_DTYPES", "Part", "allocate", "allocate_all", "check_source", "check_values",
+    "find_names", "finite", "is_alias", "match_named", "names_of_parameters", "open_path",
+    "resolved", "storage_dtype", "variants", "write",
+]  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Task boundaries: whether an anchor may be set now, of which parameters, from what; setting it."""
+"""Task boundaries: whether an anchor may be set now, of which parameters, from which tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from dgg.sharding import fsdp1
 
 
 def is_due(
-    groups: Sequence[Mapping[str, Any]],
-    tensors: Any,
-    task: int | None,
-    resumed: int | None,
+    groups: Sequence[Mapping[str, Any]], tensors: Any, task: int | None, resumed: int | None
 ) -> bool:
-    """Returns whether ``set_anchor(tensors, task=task)`` is to set the anchor, not to keep it.
+    """Returns whether ``set_anchor(tensors, task=task)`` sets the anchor; False keeps it.
 
     Args:
         groups: Parameter groups with ``task_index``, ``draw_index`` and ``anchored``.
-        tensors: What the anchor is taken from; None for the present weights.
+        tensors: The source of the anchor; None for the present weights.
         task: Number of the task that is trained now, or None.
-        resumed: Steps that a fresh optimizer was resumed after, or None if it was not.
+        resumed: Steps of the checkpoint that a new optimizer has loaded, or None.
 
     Raises:
         RuntimeError: The anchor of a task in progress is gone, or was just resumed.
@@ -35,30 +32,27 @@ def is_due(
     """
     draws = int(groups[0]["draw_index"])
     if task is not None:
-        return begins_task(task, groups, draws, given=tensors is not None)
+        return begins_task(task, groups, draws, has_source=tensors is not None)
     if tensors is None:
         refuse_resumed(groups, draws, resumed)
     return True
 
 
-# A parameter (or partition), what its anchor is taken from, and the memory for it. The source is
-# None where the memory has the values already, or a function that writes them.
+# For each parameter (or partition): itself, the source of its anchor, and the anchor's memory. The
+# source is None if the memory has the values already, or a function that writes them.
 Plan = list[tuple[Tensor, "Tensor | Callable[[Tensor], None] | None", Tensor]]
 
 
 def place(
-    opt,
-    groups: Sequence[dict[str, Any]],
-    marks: Sequence[dict[str, Any]],
-    plan_all: Callable[[], Plan],
-    task: int | None,
-) -> None:
+    opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]],
+    plan_all: Callable[[], Plan], task: int | None,
+) -> None:  # fmt: skip
     """Sets the anchors of a plan, on all ranks or on none.
 
     Args:
         opt: The optimizer.
         groups: Groups that hold the parameters.
-        marks: For each group the dict that ``anchored`` and ``task_index`` are noted in.
+        marks: For each group the dict that has its ``anchored`` and ``task_index``.
         plan_all: Returns the plan; it raises before anything is changed.
         task: Number of the task that begins; None counts one up.
     """
@@ -70,8 +64,8 @@ def place(
     moved = any([target is not opt.state.get(p, {}).get("anchor") for p, _, target in plan])
     for p, source, target in plan:
         source(target) if callable(source) else anchor.write(target, source)
-        # Together with the moments: Adam would take a state that holds an anchor alone for
-        # initialised, and checkpoints made before the first step would miss the moments.
+        # Together with the moments: Adam would take a state with an anchor alone for initialised,
+        # and checkpoints made before the first step would lack the moments.
         opt._rule.init_state(opt, p, group_of[p], first=False)
         opt.state[p]["anchor"] = target
     for mark, params in zip(marks, members, strict=True):
@@ -79,7 +73,7 @@ def place(
         mark["task_index"] = mark["task_index"] + 1 if task is None else task
     opt._ownership.note_anchors(marks, anchored=True)
     opt._awaits_load = False
-    if moved:  # else the next step finds that its distances are those of another anchor
+    if moved:  # otherwise the anchors' versions tell the next step to measure anew
         opt._reset_caches()
 
 
@@ -101,7 +95,7 @@ def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]
     opt._reset_caches()
 
 
-def known_anchors(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
+def anchors_in(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
     """Returns the anchor, or None, of every parameter that has state."""
     return {
         p: entry.get("anchor") for p, entry in state.items() if isinstance(entry, dict) and entry
@@ -109,30 +103,25 @@ def known_anchors(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
 
 
 def plan_anchors(
-    groups: Sequence[Mapping[str, Any]],
-    known: Mapping[Tensor, Tensor | None],
-    tensors: Mapping[str, Tensor] | str | os.PathLike | None,
-    model: torch.nn.Module | None,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    weights: Callable[[Tensor], Tensor] = Tensor.detach,
-    *,
-    none: bool = False,
-) -> Plan:
-    """Decides which parameters get an anchor, from what and into which memory.
+    groups: Sequence[Mapping[str, Any]], anchors: Mapping[Tensor, Tensor | None],
+    tensors: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
+    dtype: torch.dtype | None, device: torch.device | None,
+    weights: Callable[[Tensor], Tensor] = Tensor.detach, *, none: bool = False,
+) -> Plan:  # fmt: skip
+    """Decides which parameters get an anchor, from which source and into which memory.
 
-    Nothing that exists is written: of a file each tensor is read into the memory of its new
-    anchor; where there is an anchor to be overwritten it is read twice, to be looked at first.
+    Existing tensors are not written. A tensor in a file is read into the memory of its new anchor;
+    if it will overwrite an anchor, it is read once to be checked and once to be copied.
 
     Args:
         groups: Groups that hold the parameters.
-        known: From `known_anchors`.
+        anchors: From `anchors_in`.
         tensors: Named sources, the path of some, or None for the present weights.
-        model: Maps names to parameters, or None if the groups know the names.
+        model: Maps names to parameters, or None if the groups have the names.
         dtype: Storage dtype or None for the parameter's.
         device: Storage device or None for the parameter's.
-        weights: What the optimizer steps for a parameter: itself, or its master weight.
-        none: Whether there may be nothing to anchor: other ranks have the parameters.
+        weights: Parameter → the tensor that the optimizer steps for it: itself or its master.
+        none: This rank may have no parameter, because other ranks have them.
 
     Returns:
         The plan; a present anchor that fits is its target again.
@@ -153,21 +142,18 @@ def plan_anchors(
         )
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
-    every = [p for group in groups for p in group["params"]]
-    chosen = [
-        (p, label)
-        for p, label in zip(every, _arguments.group_labels(groups), strict=True)
-        if p.requires_grad or p in known
-    ]
-    if not chosen and none:
+    all_params = [p for group in groups for p in group["params"]]
+    label_of = dict(zip(all_params, _arguments.group_labels(groups), strict=True))
+    params = [p for p in all_params if p.requires_grad or p in anchors]
+    labels = [label_of[p] for p in params]
+    if not params and none:
         return []
-    if not chosen:
+    if not params:
         raise ValueError(
             "set_anchor() found no trainable parameter in this optimizer; unfreeze "
             "(requires_grad_(True)) what the next task trains first"
         )
-    params, labels = [p for p, _ in chosen], [label for _, label in chosen]
-    for p, label in chosen:
+    for p, label in zip(params, labels, strict=True):
         _arguments.check_param(p, label, stepped=True)
         if tensors is not None and fsdp1.is_one(p):
             raise ValueError(
@@ -185,10 +171,7 @@ def plan_anchors(
                 "use 'cpu' or None (the parameter's device)"
             )
     stepped = [weights(p) for p in params]
-    dtypes = [
-        anchor.storage_dtype(theta, dtype, label)
-        for theta, label in zip(stepped, labels, strict=True)
-    ]
+    dtypes = [anchor.storage_dtype(x, dtype, y) for x, y in zip(stepped, labels, strict=True)]
     if tensors is None:
         sources = stepped
         for p, theta, label, wanted in zip(params, stepped, labels, dtypes, strict=True):
@@ -199,35 +182,32 @@ def plan_anchors(
             tensors = anchor.open_path(tensors)
         others = () if model is not None else _other_names(groups, params)
         sources = anchor.match_named(tensors, params, names, labels, dtypes, model, others)
-    kept = {}
+    present: dict[Tensor, Tensor] = {}
     for p, theta, wanted in zip(params, stepped, dtypes, strict=True):
-        old = known.get(p)
+        old = anchors.get(p)
         fits = old is not None and old.dtype == wanted and old.shape == p.shape
         # Somebody may have put the weights themselves there.
         if fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
-            kept[p] = old
-    wanted_of = dict(zip(params, dtypes, strict=True))
-    fresh = [p for p in params if p not in kept]
-    made = anchor.allocate_all(fresh, [wanted_of[p] for p in fresh], device)
-    targets = kept | dict(zip(fresh, made, strict=True))
+            present[p] = old
+    dtype_of = {p: wanted for p, wanted in zip(params, dtypes, strict=True) if p not in present}
+    fresh = anchor.allocate_all([*dtype_of], [*dtype_of.values()], device)
+    targets = present | dict(zip(dtype_of, fresh, strict=True))
     plan = []
     for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
-        fits = p in kept
-        target = targets[p]
         if isinstance(source, anchor.Part):
             values = source.read()
             anchor.check_values(values, label, wanted)
-            if not fits:
-                sharding.local(target).copy_(values)
+            if p not in present:
+                sharding.local(targets[p]).copy_(values)
                 source = None
-        plan.append((p, source, target))
+        plan.append((p, source, targets[p]))
     return plan
 
 
 def _names_of(groups, model, params) -> list[list[str]]:
     if model is not None:
-        known = anchor.names_of_parameters(model)
-        return [known.get(p, []) for p in params]
+        names_of = anchor.names_of_parameters(model)
+        return [names_of.get(p, []) for p in params]
     names: dict[Tensor, str] = {}
     for group in groups:
         if "param_names" not in group:
@@ -240,29 +220,30 @@ def _names_of(groups, model, params) -> list[list[str]]:
 
 
 def _other_names(groups, params) -> list[str]:
-    """Returns the names of parameters that get no anchor, which may have tensors all the same."""
-    mine = set(params)
+    anchored = set(params)
     return [
         name
         for group in groups
         for p, name in zip(group["params"], group["param_names"], strict=True)
-        if p not in mine
+        if p not in anchored
     ]
 
 
-def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, given: bool) -> bool:
-    """Decides what ``set_anchor(task=...)`` does: True sets the anchor, False keeps what is.
+def begins_task(
+    task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, has_source: bool
+) -> bool:
+    """Returns whether ``set_anchor(task=...)`` sets the anchor; False keeps the present one.
 
     Args:
         task: Number of the task that is to be trained now.
         groups: Parameter groups with ``task_index``.
         draws: Steps made so far.
-        given: Whether tensors or a path are given, not the present weights.
+        has_source: The caller passed tensors or a path, so the present weights are not the source.
 
     Raises:
         TypeError: ``task`` is no int.
         ValueError: ``task`` is negative, over already, or not the next one.
-        RuntimeError: The anchor of a task in progress is gone, and nothing is given for it.
+        RuntimeError: The anchor of a task in progress is gone, and the caller passed no source.
     """
     _arguments.check_options({"task_index": task})
     present = groups[0]["task_index"]
@@ -276,9 +257,9 @@ def begins_task(task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, g
             "a new optimizer, or resume from a checkpoint of task 0"
         )
     if present == task:
-        if anchored or (task == 0 and not given):
+        if anchored or (task == 0 and not has_source):
             return False
-        if task and not given:
+        if task and not has_source:
             raise RuntimeError(
                 f"set_anchor(task={task}): this optimizer is in task {task} already and has no "
                 "anchor, and the weights of now need not be those the task began with. Name them: "
@@ -301,7 +282,7 @@ def refuse_resumed(groups: Sequence[Mapping[str, Any]], draws: int, resumed: int
     Args:
         groups: Parameter groups with ``task_index`` and ``anchored``.
         draws: Steps made so far.
-        resumed: Steps that a fresh optimizer was resumed after, or None if it was not.
+        resumed: Steps of the checkpoint that a new optimizer has loaded, or None.
 
     Raises:
         RuntimeError: The optimizer has an anchor from a checkpoint and made no step since.
@@ -318,10 +299,10 @@ def refuse_resumed(groups: Sequence[Mapping[str, Any]], draws: int, resumed: int
 
 
 def refuse_earlier(named: int | None, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raises where a state of an earlier task would take the place of an anchor just set.
+    """Raises if the state of an earlier task would replace an anchor that was just set.
 
     Args:
-        named: The task that a new optimizer's anchor was set for by number, or None.
+        named: The task that ``set_anchor(task=...)`` named on a new optimizer, or None.
         saved: Groups of the state that is about to be loaded.
 
     Raises:

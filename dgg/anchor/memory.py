@@ -19,7 +19,7 @@ _COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 class Part(NamedTuple):
-    """The source of one anchor in a file, of a sharded one this rank's part; nothing is read.
+    """The source of one anchor in a file (if sharded: of this rank's part), not read yet.
 
     Attributes:
         stored: The file, a `sources.Stored`.
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     def read(self) -> Tensor:
         """Returns the values as a plain tensor on the CPU, good until the files are closed."""
-        # Who reads them makes tensors on the default device.
+        # Readers make tensors on the default device.
         with torch.device("cpu"):
             return self.stored.read(self.name, self.param)
 
@@ -79,41 +79,34 @@ def allocate(param: Tensor, dtype: torch.dtype, device: torch.device | None) -> 
     """Returns uninitialised memory for an anchor with the parameter's shape and strides."""
     device = param.device if device is None else device
     pinned = device.type == "cpu" and param.device.type == "cuda"
-    with torch.inference_mode(False):  # what is made there nobody could write later
-        made = torch.empty_like(
-            sharding.local(param.detach()),
-            dtype=dtype,
-            device=device,
-            memory_format=torch.preserve_format,
-            requires_grad=False,
-            pin_memory=pinned,
-        )
-    return sharding.like(made, param)
+    with torch.inference_mode(False):  # no later step could write a tensor made in inference mode
+        shard = torch.empty_like(
+            sharding.local(param.detach()), dtype=dtype, device=device, requires_grad=False,
+            memory_format=torch.preserve_format, pin_memory=pinned,
+        )  # fmt: skip
+    return sharding.like(shard, param)
 
 
 def allocate_all(
     params: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> list[Tensor]:
-    """Returns what `allocate` does for every parameter; in pinned memory those side by side."""
-    away = [
-        number
-        for number, p in enumerate(params)
-        if device is not None and device.type == "cpu" and p.device.type == "cuda"
-    ]
-    shards = [sharding.local(params[number].detach()) for number in away]
+    """Does what `allocate` does for every parameter; pinned anchors lie side by side."""
+    on_host = device is not None and device.type == "cpu"
+    numbers = [i for i, p in enumerate(params) if on_host and p.device.type == "cuda"]
+    shards = [sharding.local(params[i].detach()) for i in numbers]
     with torch.inference_mode(False):
-        pinned = backends.side_by_side(shards, [dtypes[number] for number in away])
-    made = dict(zip(away, pinned, strict=True))
+        pinned = backends.side_by_side(shards, [dtypes[i] for i in numbers])
+    pinned_of = dict(zip(numbers, pinned, strict=True))
     return [
-        sharding.like(made[number], p) if number in made else allocate(p, dtype, device)
-        for number, (p, dtype) in enumerate(zip(params, dtypes, strict=True))
+        sharding.like(pinned_of[i], p) if i in pinned_of else allocate(p, dtype, device)
+        for i, (p, dtype) in enumerate(zip(params, dtypes, strict=True))
     ]
 
 
 def resolved(x: Any) -> Any:
-    """Returns a tensor whose memory holds what it is; anything else as it is.
+    """Returns a tensor without lazy negation or conjugation; anything else as it is.
 
-    Torch's copies between a lazily negated tensor and another dtype have the wrong sign.
+    torch's copies between a lazily negated tensor and another dtype have the wrong sign.
     """
     if isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj()):
         return x.resolve_conj().resolve_neg()
@@ -121,9 +114,9 @@ def resolved(x: Any) -> Any:
 
 
 def write(target: Tensor, source: Tensor | Part | None) -> None:
-    """Copies a source into the memory of an anchor; of a whole tensor the anchor's shard.
+    """Copies a source into the memory of an anchor; None if the values are there already.
 
-    None stands for what is there already.
+    Of a whole tensor the anchor's shard is copied.
     """
     if source is None:
         return
@@ -143,7 +136,7 @@ def check_source(
 ) -> None:
     """Checks that ``source`` can become the anchor of ``param``, stored in ``dtype``.
 
-    Of a source in a file only name, shape and dtype are looked at: `check_values` once it is read.
+    Of a source in a file only shape and dtype are checked: `check_values` checks the rest later.
 
     Raises:
         TypeError: Not a tensor, or not of a floating (for complex parameters: complex) dtype.

@@ -1,67 +1,65 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whose tensor is it? The names of parameters in files and state dicts, and in memory.
+"""The names of parameters in memory, in state dicts and in files.
 
 Wrappers (DDP, torch.compile, Lightning, ...) put words before names or into them, and peft leaves
-the adapter's name out of what it writes. A source is therefore read in every way that could be
-meant, each for all parameters at once; what two ways read differently is an error, never a guess.
+the adapter's name out of the names in its files. `readings` tries all ways to read a source.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-# What wrappers put into names, wherever it stands. No module of anyone's is called so.
+# Parts that wrappers put anywhere into names, and that no other module has as its name.
 _RESERVED = {
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 }  # fmt: skip
-# What wrappers put before names, and what modules may be called all the same: DDP and engines,
+# Words that wrappers put before names, but that may also be names of modules: of DDP and engines,
 # Lightning and nested checkpoints, trl's value heads, peft.
 _WORDS = ("module.", "model.", "pretrained_model.", "base_model.model.")
 _HEAD = "pretrained_model."
 
 
 def plain(name: str) -> str:
-    """Returns a name without what can only be a wrapper's."""
+    """Returns a name without the reserved parts of wrappers."""
     return ".".join(part for part in name.split(".") if part not in _RESERVED)
 
 
 def names_of_parameters(model: torch.nn.Module | None) -> dict[Tensor, list[str]]:
-    """Returns all names of every parameter of ``model``, its own first, tied ones each of theirs.
+    """Returns all names of every parameter of ``model``, those in the model first.
 
-    Besides the plain names: names without what wrappers add (``module.``, ``_orig_mod.``, those
-    of FSDP and activation checkpointing), and those that peft gives an adapter's parameters, and
-    trained copies of modules, in the files it writes. None is another parameter's own.
+    They are the names in the model (of a tied parameter all of them), names without the words of
+    wrappers (``module.``, ``_orig_mod.``, those of FSDP and activation checkpointing), and the
+    names of an adapter's parameters and of trained copies of modules in peft's files. No name of
+    one parameter is in the model the name of another.
     """
-    known = Known(model)
+    model_names = ModelNames(model)
     owner: dict[str, int] = {}
-    for number, own in enumerate(known.own):
-        for name in own:
+    for number, in_model in enumerate(model_names.in_model):
+        for name in in_model:
             owner.setdefault(name, number)
             owner.setdefault(plain(name), number)
-    shared = min((_wrapped(names[0]) for names in known.forms["model"]), key=len, default="")
-    found = {}
-    for number, (param, own) in enumerate(zip(known.params, known.own, strict=True)):
-        names = list(own)
-        for forms in known.forms.values():
+    shared = min((_wrapped(forms[0]) for forms in model_names.forms["model"]), key=len, default="")
+    names_of = {}
+    for number, param in enumerate(model_names.params):
+        names = list(model_names.in_model[number])
+        for forms in model_names.forms.values():
             for form in forms[number]:
                 bare = form.removeprefix(shared)
                 names += (form, bare)
-                if len(known.forms) > 1:
+                if len(model_names.forms) > 1:
                     names.append(f"base_model.model.{bare}")
-        mine = [name for name in dict.fromkeys(names) if owner.get(name, number) == number]
-        found[param] = mine
-    return found
+        names_of[param] = [n for n in dict.fromkeys(names) if owner.get(n, number) == number]
+    return names_of
 
 
 def variants(name: str) -> list[str]:
-    """Returns the names a parameter may have in a checkpoint, its own first."""
-    found = [name, plain(name)]
-    found.append(found[-1].removeprefix(_wrapped(found[-1])))
-    return list(dict.fromkeys(found))
+    """Returns the names a parameter may have in a checkpoint, ``name`` first."""
+    bare = plain(name)
+    return list(dict.fromkeys([name, bare, bare.removeprefix(_wrapped(bare))]))
 
 
 def _wrapped(name: str) -> str:
@@ -80,34 +78,34 @@ def heads(names: Iterable[str], words: Sequence[str]) -> list[tuple[str, ...]]:
     return sorted(heads.values(), key=len)
 
 
-class Known:
-    """The parameters of a model, and what each is called by those who write files.
+class ModelNames:
+    """The parameters of a model, and their names in the files of different writers.
 
     Attributes:
         params: The parameters, each once.
-        own: For each the names it has in the model.
-        forms: Who writes (the model, peft for an adapter, a value head, the base model without
-            peft) → for each parameter the names it has there, without reserved parts.
-        computed: Number of a parameter that peft does not write → what it writes instead.
+        in_model: For each its names in the model.
+        forms: Writer of a file (the model, peft for an adapter, a value head, the base model
+            without peft) → for each parameter its names there, without reserved parts.
+        computed: Number of a parameter that peft does not write → why not.
     """
 
     def __init__(self, model: torch.nn.Module | None) -> None:
         numbers: dict[Tensor, int] = {}
-        self.own: list[list[str]] = []
+        self.in_model: list[list[str]] = []
         self.computed: dict[int, str] = {}
         self._number: dict[str, int] = {}
-        every = () if model is None else model.named_parameters(remove_duplicate=False)
-        for name, param in every:
+        named = () if model is None else model.named_parameters(remove_duplicate=False)
+        for name, param in named:
             number = numbers.setdefault(param, len(numbers))
-            if number == len(self.own):
-                self.own.append([])
-            self.own[number].append(name)
+            if number == len(self.in_model):
+                self.in_model.append([])
+            self.in_model[number].append(name)
             self._number[name] = self._number[plain(name)] = number
         self.params = list(numbers)
         self.forms: dict[str, list[tuple[str, ...]]] = {}
         self.words: tuple[str, ...] = _WORDS
-        inner = {} if model is None else _engines(model)
-        self._add("model", lambda name: (plain(name), plain(_without(name, inner))))
+        wrapped = () if model is None else _paths_of_engines(model)
+        self._add("model", lambda name: (plain(name), plain(_without_engines(name, wrapped))))
         if model is not None:
             _add_peft(self, model)
         if any(_HEAD in name for name in self._number):
@@ -115,92 +113,85 @@ class Known:
 
     def _add(self, kind: str, names: Callable[[str], Iterable[str | None]]) -> None:
         self.forms[kind] = [
-            tuple(dict.fromkeys(form for name in own for form in names(name) if form))
-            for own in self.own
+            tuple(dict.fromkeys(form for name in in_model for form in names(name) if form))
+            for in_model in self.in_model
         ]
 
     def number(self, name: str) -> int:
         """Returns the number of the parameter of that name, a new one if there is none."""
-        found = self._number.get(name)
-        found = self._number.get(plain(name)) if found is None else found
-        if found is None:
-            found = self._number[name] = len(self.own)
-            self.own.append([name])
-            for forms in self.forms.values():
-                forms.append((plain(name),))
-        return found
+        for known_name in (name, plain(name)):
+            if known_name in self._number:
+                return self._number[known_name]
+        self._number[name] = len(self.in_model)
+        self.in_model.append([name])
+        for forms in self.forms.values():
+            forms.append((plain(name),))
+        return self._number[name]
 
 
-def _without(name: str, paths: Mapping[str, str]) -> str:
-    """Returns a name without the parts that lead into the modules inside of engines."""
-    parts = name.split(".")
-    kept = [
-        part for i, part in enumerate(parts) if paths.get(".".join(parts[:i])) != part
-    ]  # fmt: skip
-    return ".".join(kept)
-
-
-def _engines(model: torch.nn.Module) -> dict[str, str]:
-    """Returns the attribute in which DDP and DataParallel, at a path, keep what they wrap."""
+def _paths_of_engines(model: torch.nn.Module) -> set[str]:
+    """Returns where in a model DDP and DataParallel are; they add ``module`` to names."""
     classes = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    return {path: "module" for path, m in model.named_modules() if isinstance(m, classes)}
+    return {path for path, module in model.named_modules() if isinstance(module, classes)}
 
 
-def _without_head(name: str) -> str | None:
-    """Returns the name in what a value head writes, which leaves its own part out."""
-    before = _wrapped(name)
-    return before + name[len(before) :].removeprefix(_HEAD)
+def _without_engines(name: str, paths: Collection[str]) -> str:
+    parts = name.split(".")
+    return ".".join(
+        part for i, part in enumerate(parts) if part != "module" or ".".join(parts[:i]) not in paths
+    )
 
 
-# -- peft ---------------------------------------------------------------------------------------
+def _without_head(name: str) -> str:
+    """Returns the name in the files of a value head, which leave its own part out."""
+    words = _wrapped(name)
+    return words + name[len(words) :].removeprefix(_HEAD)
 
 
-def _add_peft(known: Known, model: torch.nn.Module) -> None:
-    """Adds what peft calls the parameters: per adapter in its files, and without it."""
+def _add_peft(model_names: ModelNames, model: torch.nn.Module) -> None:
+    """Adds the names of parameters in the files of each adapter, and in the model without peft."""
     if "peft" not in sys.modules:
         return
     roots = list(_peft_models(model))
     if not roots:
         return
-    known.words += tuple(f"{plain(path)}." for path, _ in roots if plain(path))
+    model_names.words += tuple(f"{plain(path)}." for path, _ in roots if plain(path))
     adapters = dict.fromkeys(a for _, root in roots for a in root.peft_config)
     for adapter in adapters:
         saved: dict[str, str] = {}
         for path, root in roots:
             if adapter in root.peft_config:
                 names, computed = _saved_by_peft(root, adapter)
-                before = f"{path}." if path else ""
-                saved.update((before + name, before + key) for name, key in names.items())
-                known.computed.update((known.number(before + n), t) for n, t in computed.items())
-        known._add(
+                start = f"{path}." if path else ""
+                saved.update((start + name, start + key) for name, key in names.items())
+                for name, reason in computed.items():
+                    model_names.computed[model_names.number(start + name)] = reason
+        model_names._add(
             f"adapter {adapter!r}", lambda name, saved=saved: (plain(saved.get(name, name)),)
         )
     for path, root in roots:
         bare = _BaseNames(path, root)
-        known._add(f"base of {path!r}", lambda name, bare=bare: (bare(name),))
+        model_names._add(f"base of {path!r}", lambda name, bare=bare: (bare(name),))
 
 
 def _peft_models(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yields the outermost modules with adapters, and where they are."""
-    inside: list[str] = []
+    """Yields the paths of the outermost modules with adapters, and the modules."""
+    outer_paths: list[str] = []
     for path, module in model.named_modules():
-        if any(path.startswith(outer) for outer in inside):
+        if any(path.startswith(outer) for outer in outer_paths):
             continue
-        # Not what wrappers pass on from the module inside.
-        here = "peft_config" in vars(module) or hasattr(type(module), "peft_config")
-        if here and isinstance(module.peft_config, Mapping) and module.peft_config:
-            inside.append(f"{path}." if path else "")
+        # Of the module itself: wrappers pass attributes of the module inside on.
+        has_config = "peft_config" in vars(module) or hasattr(type(module), "peft_config")
+        if has_config and isinstance(module.peft_config, Mapping) and module.peft_config:
+            outer_paths.append(f"{path}." if path else "")
             yield path, module
 
 
 def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns what peft itself calls an adapter's parameters when it writes them.
+    """Returns name in memory → name in peft's files, and name in memory → why it is in no file.
 
-    Each kind of adapter has rules of its own, so peft is asked, with something in the place of
-    every parameter that tells which one it is.
-
-    Returns:
-        Name in memory → name in files; name in memory of what is not written → the reason.
+    Each kind of adapter has rules of its own. So peft is called with a stand-in for every
+    parameter, which is recognised in the result.
     """
     config = root.peft_config[adapter]
     if getattr(config, "is_prompt_learning", False):
@@ -209,35 +200,36 @@ def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str],
 
     if len(root.peft_config) > 1:
         root = _Alone(root, adapter)
-    stand_ins: dict[str, Tensor] = {}
-    for name, param in root.named_parameters(remove_duplicate=False):
-        # Without memory, and neither gathered nor moved as the parameter might be.
-        stand_ins[name] = torch.zeros((), dtype=param.dtype, device="cpu").expand(param.shape)
+    # They have no memory, and peft neither gathers nor moves them.
+    stand_ins = {
+        name: torch.zeros((), dtype=param.dtype, device="cpu").expand(param.shape)
+        for name, param in root.named_parameters(remove_duplicate=False)
+    }
     buffers = dict(root.named_buffers(remove_duplicate=False))
-    of = {id(x): name for name, x in stand_ins.items()}
+    name_of = {id(x): name for name, x in stand_ins.items()}
     # AdaLoRA would cut the tensors to the ranks it is going to keep.
     ranks = getattr(config, "rank_pattern", None)
     cuts = str(getattr(config, "peft_type", "")).endswith("ADALORA") and ranks is not None
     try:
         if cuts:
             config.rank_pattern = None
-        # Not "auto", which may ask the network whether embeddings have grown: their names are
-        # the model's own.
+        # Not "auto", which may ask the network whether embeddings have grown. Their names are those
+        # in the model.
         written = get_peft_model_state_dict(
             root, {**buffers, **stand_ins}, adapter, save_embedding_layers=False
         )
     except Exception:
-        return {}, {}  # there are still the names in memory
+        return {}, {}  # the names in memory remain
     finally:
         if cuts:
             config.rank_pattern = ranks
-    return {of[id(x)]: key for key, x in written.items() if id(x) in of}, {}
+    return {name_of[id(x)]: key for key, x in written.items() if id(x) in name_of}, {}
 
 
 class _Alone:
-    """A model as if it had one adapter only.
+    """A model that shows peft one of its adapters only.
 
-    Of several, peft leaves out every parameter in whose name another adapter's occurs.
+    Otherwise peft leaves out every parameter in whose name another adapter's name occurs.
     """
 
     def __init__(self, root: torch.nn.Module, adapter: str) -> None:
@@ -249,12 +241,12 @@ class _Alone:
 
 
 def _saved_prompt(root: torch.nn.Module, adapter: str, kind: str):
-    before = f"prompt_encoder.{adapter}."
-    names = [n for n, _ in root.named_parameters(remove_duplicate=False) if n.startswith(before)]
+    start = f"prompt_encoder.{adapter}."
+    names = [n for n, _ in root.named_parameters(remove_duplicate=False) if n.startswith(start)]
     if len(names) == 1:  # the embeddings themselves, of prompt tuning and of prefix tuning
         return {names[0]: "prompt_embeddings"}, {}
     if kind.endswith("MULTITASK_PROMPT_TUNING"):
-        short = {name: name.removeprefix(before) for name in names}
+        short = {name: name.removeprefix(start) for name in names}
         return {n: k.replace("embedding.weight", "prompt_embeddings") for n, k in short.items()}, {}
     reason = (
         "peft writes the prompt embeddings that this encoder computes, not the encoder's own "
@@ -264,7 +256,7 @@ def _saved_prompt(root: torch.nn.Module, adapter: str, kind: str):
 
 
 class _BaseNames:
-    """Names that parameters have in the model without peft; of what peft adds None."""
+    """Name of a parameter → its name in the model without peft, None if peft has added it."""
 
     def __init__(self, path: str, root: torch.nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -295,14 +287,14 @@ class _BaseNames:
             return None
         while at and tuple(p for p in parts[:at] if p not in _RESERVED) != self._outer:
             at += 1
-        kept = []
+        in_base = []
         while at < len(parts):
             skips = self._skips.get(".".join(parts[:at]))
             if skips is None or parts[at] in _RESERVED:
-                kept.append(parts[at])
+                in_base.append(parts[at])
                 at += 1
             elif parts[at] in skips:
                 at += skips[parts[at]]
             else:
                 return None
-        return plain(self._before + ".".join(kept))
+        return plain(self._before + ".".join(in_base))

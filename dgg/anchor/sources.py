@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where anchors θ* come from: named tensors in memory and in files."""
+"""Sources of anchors θ*: named tensors in memory and in files."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -18,21 +19,18 @@ from dgg.anchor.memory import Part, check_source, is_alias
 
 
 def find_names(
-    stored: Mapping[str, Any],
-    candidates: Sequence[Sequence[str]],
-    labels: Sequence[str],
-    model: torch.nn.Module | None = None,
-    params: Sequence[Tensor] | None = None,
+    stored: Mapping[str, Any], candidates: Sequence[Sequence[str]], labels: Sequence[str],
+    model: torch.nn.Module | None = None, params: Sequence[Tensor] | None = None,
     others: Sequence[str] = (),
-) -> list[str]:
-    """Finds the name under which each parameter's anchor stands in a source.
+) -> list[str]:  # fmt: skip
+    """Finds the name of the tensor in a source that is each parameter's.
 
     Args:
         stored: Named tensors, or a file's.
-        candidates: For each parameter the names it may have there, its own first.
-        labels: For each parameter how errors call it.
+        candidates: For each parameter the names it may have there, that in the model first.
+        labels: For each parameter its name in errors.
         model: The model the parameters belong to, if known.
-        params: The parameters; of sharded ones a rank compares no more than its part.
+        params: The parameters; of a sharded one a rank compares its own part only.
         others: Names of parameters that get no anchor, but may have a tensor there.
 
     Raises:
@@ -42,7 +40,7 @@ def find_names(
     where = f" in {stored.path}" if isinstance(stored, Stored) else ""
     ask = "" if model is not None else "pass model= if it is wrapped or peft's, "
 
-    def same(place: int, left: str, right: str) -> bool:
+    def equal(place: int, left: str, right: str) -> bool:
         return _same(stored, left, right, None if params is None else params[place])
 
     def called(place: int) -> str:
@@ -51,7 +49,7 @@ def find_names(
 
     words = stored.words if isinstance(stored, Stored) else ()
     try:
-        return readings.find(stored, candidates, model, others, same, words)
+        return readings.find(stored, candidates, model, others, equal, words)
     except readings.Two as two:
         raise ValueError(
             f"{called(two.place)}, may have two tensors{where}, {two.first!r} and {two.second!r}, "
@@ -65,8 +63,8 @@ def find_names(
             "by their names in the model (set_anchor(model.state_dict(), model=model)), or freeze "
             "one of the two"
         ) from None
-    except readings.Missing as found:
-        missing, reasons = [called(place) for place in found.places], found.reasons
+    except readings.Missing as error:
+        missing, reasons = [called(place) for place in error.places], error.reasons
     shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
     have = ", ".join(map(str, list(stored)[:3])) or "nothing"
     why = "".join(f"{reason}. " for reason in reasons)
@@ -81,18 +79,15 @@ def find_names(
 
 
 def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None) -> bool:
-    """Returns whether two tensors of a source are equal, of a sharded parameter's this part."""
+    """Returns whether two tensors of a source are equal; of a sharded parameter's this part."""
+    read = stored.__getitem__
     if isinstance(stored, Stored):
-        if stored.kind(left) != stored.kind(right):
+        shape, dtype = stored.kind(left)
+        if stored.kind(right) != (shape, dtype) or not isinstance(dtype, torch.dtype):
             return False
-        if not isinstance(stored.kind(left)[1], torch.dtype):
-            return False
-        if param is None or tuple(param.shape) != stored.kind(left)[0]:
-            x, y = stored[left], stored[right]
-        else:
-            x, y = stored.read(left, param), stored.read(right, param)
-    else:
-        x, y = stored[left], stored[right]
+        if param is not None and tuple(param.shape) == shape:
+            read = functools.partial(stored.read, param=param)
+    x, y = read(left), read(right)
     if x is y:
         return True
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape:
@@ -105,14 +100,10 @@ def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None
 
 
 def match_named(
-    tensors: Mapping[str, Tensor],
-    params: Sequence[Tensor],
-    names: Sequence[Sequence[str]],
-    labels: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    model: torch.nn.Module | None = None,
+    tensors: Mapping[str, Tensor], params: Sequence[Tensor], names: Sequence[Sequence[str]],
+    labels: Sequence[str], dtypes: Sequence[torch.dtype], model: torch.nn.Module | None = None,
     others: Sequence[str] = (),
-) -> list[Tensor | Part]:
+) -> list[Tensor | Part]:  # fmt: skip
     """Finds the source of every parameter's anchor by name, and checks it.
 
     Args:
@@ -120,13 +111,13 @@ def match_named(
             of parameters that the optimizer does not hold (frozen ones, buffers) are left alone.
         params: The parameters to be anchored.
         names: For each parameter the names it may have in ``tensors``.
-        labels: For each parameter how errors call it.
+        labels: For each parameter its name in errors.
         dtypes: For each parameter the storage dtype of its anchor.
         model: The model the parameters belong to, if known.
         others: Names of parameters that get no anchor, but may have a tensor there.
 
     Returns:
-        One source per parameter; of a file's the values are not looked at yet.
+        One source per parameter; values in files are not checked yet.
 
     Raises:
         KeyError: A parameter has no tensor.
@@ -134,8 +125,8 @@ def match_named(
         ValueError: A tensor's shape or values do not fit, or it cannot be told whose it is.
     """
     sources = []
-    found = find_names(tensors, names, labels, model, params, others)
-    for param, name, label, dtype in zip(params, found, labels, dtypes, strict=True):
+    in_source = find_names(tensors, names, labels, model, params, others)
+    for param, name, label, dtype in zip(params, in_source, labels, dtypes, strict=True):
         if isinstance(tensors, Stored):
             source = Part(tensors, name, param, *tensors.kind(name))
         else:
@@ -144,8 +135,6 @@ def match_named(
         sources.append(source)
     return sources
 
-
-# -- files --------------------------------------------------------------------------------------
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _MODEL_FILE = "model.safetensors"
@@ -159,11 +148,11 @@ _DTYPES = {
 
 
 class Stored(Mapping):
-    """Named tensors in files: names are known, a tensor is read when it is asked for.
+    """Named tensors in files; a tensor is read when it is looked up.
 
     Attributes:
-        path: Where they are.
-        words: What may stand before the names of parameters there, besides what wrappers put.
+        path: Path of the file or directory.
+        words: Words that may stand before names there, besides those of wrappers.
     """
 
     words: Sequence[str] = ()
@@ -191,20 +180,18 @@ class Stored(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self.kind(name)
-        made = torch.empty(shape, dtype=dtype, device="meta")
-        return Part(self, name, made, shape, dtype).read()
+        whole = torch.empty(shape, dtype=dtype, device="meta")
+        return Part(self, name, whole, shape, dtype).read()
 
 
 class _Safetensors(Stored):
-    """Tensors of safetensors files, mapped into memory: only what is touched is read."""
+    """Tensors of safetensors files, which are mapped into memory."""
 
     def __init__(self, path: pathlib.Path, files: Mapping[str, pathlib.Path] | None = None) -> None:
         super().__init__(path)
         self._open: dict[pathlib.Path, Any] = {}
-        if files is None:
-            self._names = dict.fromkeys(self._file(path).keys(), path)
-        else:
-            self._names = dict(files)
+        names = dict.fromkeys(self._file(path).keys(), path) if files is None else files
+        self._names = dict(names)
 
     def _file(self, path: pathlib.Path):
         if path not in self._open:
@@ -239,9 +226,9 @@ class _Safetensors(Stored):
             ) from error
 
     def kind(self, name: str) -> tuple[tuple[int, ...], Any]:
-        found = self._slice(name)
-        dtype = found.get_dtype()
-        return tuple(found.get_shape()), _DTYPES.get(dtype, dtype)
+        tensor = self._slice(name)
+        dtype = tensor.get_dtype()
+        return tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype)
 
     def read(self, name: str, param: Tensor) -> Tensor:
         box = sharding.box_of(param)
@@ -277,13 +264,13 @@ class _Distributed(Stored):
     def read(self, name: str, param: Tensor) -> Tensor:
         from torch.distributed.checkpoint import DefaultLoadPlanner
 
-        local = sharding.local(param)
-        made = torch.empty(local.shape, dtype=self.kind(name)[1], device="cpu")
+        shape, dtype = sharding.local(param).shape, self.kind(name)[1]
+        shard = torch.empty(shape, dtype=dtype, device="cpu")
         planner = DefaultLoadPlanner()
-        planner.set_up_planner({name: sharding.like(made, param)}, self._metadata, True)
+        planner.set_up_planner({name: sharding.like(shard, param)}, self._metadata, True)
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         self._reader.read_data(planner.finish_plan(plan), planner).wait()
-        return made
+        return shard
 
 
 def open_path(path: str | os.PathLike) -> Stored:

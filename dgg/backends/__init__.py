@@ -11,40 +11,14 @@ from dgg.backends.choice import (
     unavailable,
     unexpected_reference,
 )
-from dgg.backends.prefetch import is_away, side_by_side
-from dgg.backends.rows import (
-    ADAM,
-    SGD,
-    Draw,
-    Rows,
-    Rule,
-    Scaling,
-)
+from dgg.backends.prefetch import side_by_side
+from dgg.backends.rows import ADAM, SGD, Draw, Rows, Rule, Scaling
 from dgg.backends.uploads import capturing, without_waiting
-from dgg.backends.views import is_dense, real_view, same_order
+from dgg.backends.views import is_dense
 from dgg.backends.watch import MemoryWatch
 
 __all__ = [
-    "ADAM",
-    "BACKENDS",
-    "SGD",
-    "Draw",
-    "MemoryWatch",
-    "Rows",
-    "Rule",
-    "Scaling",
-    "capturing",
-    "choose",
-    "choose_for",
-    "is_away",
-    "is_dense",
-    "launches",
-    "make_rows",
-    "real_view",
-    "same_order",
-    "show_config",
-    "side_by_side",
-    "unavailable",
-    "unexpected_reference",
-    "without_waiting",
-]
+    "ADAM", "BACKENDS", "SGD", "Draw", "MemoryWatch", "Rows", "Rule", "Scaling", "capturing",
+    "choose", "choose_for", "is_dense", "launches", "make_rows", "show_config", "side_by_side",
+    "unavailable", "unexpected_reference", "without_waiting",
+]  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What can run on which device, and the rows that go with it."""
+"""The choice of a backend for a device, and of the class of its rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
         return backend
-    # Under the interpreter Triton runs on the CPU too, but only who names it wants that.
+    # Triton's interpreter runs on the CPU, too, but it is slow: it has to be named.
     candidates = ("cpp",) if device.type == "cpu" else ("cpp", "triton")
     return next((name for name in candidates if unavailable(name, device) is None), "reference")
 
@@ -62,8 +62,8 @@ def choose(backend: str | None, device: torch.device) -> str:
 def choose_for(backend: str | None, param: Tensor) -> str:
     """Returns the backend for ``param``: the one of `choose`, if it can reach the values.
 
-    Of what keeps its values in other tensors (float8 weights of a library) only plain torch
-    operations know what to do.
+    A tensor that keeps its values in other tensors (float8 weights of a library) can be stepped by
+    torch operations only.
 
     Raises:
         TypeError: The named backend cannot reach the values.
@@ -80,7 +80,7 @@ def choose_for(backend: str | None, param: Tensor) -> str:
 
 
 def launches(backend: str, device: torch.device) -> bool:
-    """Returns whether the backend works on ``device`` by launches that nobody waits for."""
+    """Returns whether the backend's work on ``device`` is launched and runs asynchronously."""
     return backend == "triton" or (backend == "cpp" and device.type != "cpu")
 
 
@@ -130,20 +130,16 @@ def show_config() -> str:
 
 
 def make_rows(
-    backend: str,
-    params: Sequence[Tensor],
-    *args: Any,
-    capturable: bool = False,
-    **columns: Any,
+    backend: str, params: Sequence[Tensor], *args: Any, capturable: bool = False, **columns: Any
 ) -> Rows:
     """Returns the rows of parameters of one device.
 
     Args:
-        backend: Who computes; one of `BACKENDS`.
+        backend: One of `BACKENDS`.
         params: The parameters.
-        args: What `Rows` takes besides.
+        args: Further arguments of `Rows`.
         capturable: Whether steps may be captured into a graph.
-        columns: Likewise.
+        columns: Keyword arguments of `Rows`.
     """
     if backend == "reference":
         return ReferenceRows(backend, params, *args, **columns)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How rows are cut into chunks, the units of work of a launch.
+"""Cutting rows into chunks, the units of work of a launch.
 
-One launch serves all rows of one dtype combination. The cut lies on the device for good.
+One launch serves all rows of one dtype combination. The cut is uploaded once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Launch:
         chunks: int32 [m, 2], position in ``rows`` and number within the row; an empty row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
         partials: float64 [3, m], workspace.
-        counters: int32 [k + 1], workspace, zero between launches: of each row's chunks that are
-            done, and last of the rows.
-        window: Window that the rows' anchors come in, -1 if they lie on the device.
+        counters: int32 [k + 1], workspace, zero between launches: how many chunks of each row are
+            done, and last how many rows.
+        window: Window of the rows' anchors, -1 if the anchors are on the device.
     """
 
     dtypes: int
@@ -44,19 +44,15 @@ class Launch:
         return self.dtypes & SLOT_MASK != self.dtypes >> SLOT_BITS * COPY_SLOT & SLOT_MASK
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The leading arguments of a launch after the table."""
         return self.rows, self.chunks, self.starts, self.partials, self.counters
 
 
 def cut(
-    numels: Sequence[int],
-    codes: Sequence[int],
-    device: torch.device,
-    *,
-    windows: Sequence[int] | None = None,
-    chunk: int = CHUNK,
-) -> list[Launch]:
+    numels: Sequence[int], codes: Sequence[int], device: torch.device, *,
+    windows: Sequence[int] | None = None, chunk: int = CHUNK,
+) -> list[Launch]:  # fmt: skip
     """Cuts rows into chunks, one `Launch` per dtype combination (and window of anchors).
 
     Args:
@@ -75,7 +71,7 @@ def cut(
     for kind in dict.fromkeys(kinds):
         members = [row for row, other in enumerate(kinds) if other == kind]
         rows = torch.tensor(members, dtype=torch.int64, device="cpu")
-        # An empty row has a chunk, too: the last one of a row stores what belongs to all of it.
+        # An empty row has a chunk, too: the last chunk of a row stores the results for the row.
         counts = ((sizes[rows] + chunk - 1) // chunk).clamp(min=1)
         starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=starts[1:])
@@ -87,17 +83,11 @@ def cut(
             )
         position = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
         number = torch.arange(total, device="cpu") - starts[position]
-        launches.append(
-            Launch(
-                kind[0],
-                rows.int().to(device),
-                torch.stack([position, number], dim=1).int().to(device),
-                starts.int().to(device),
-                torch.empty(3, total, dtype=torch.float64, device=device),
-                torch.zeros(len(rows) + 1, dtype=torch.int32, device=device),
-                kind[1],
-            )
-        )
+        chunks = torch.stack([position, number], dim=1)
+        partials = torch.empty(3, total, dtype=torch.float64, device=device)
+        counters = torch.zeros(len(rows) + 1, dtype=torch.int32, device=device)
+        tables = [x.int().to(device) for x in (rows, chunks, starts)]
+        launches.append(Launch(kind[0], *tables, partials, counters, kind[1]))
     return launches
 
 

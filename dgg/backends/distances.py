@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What is known of the distances to the anchors, and for which values of the parameters."""
+"""Distances to the anchors that were measured, and for which versions of the parameters."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Distances:
     Attributes:
         squares: float64 [n], -1 where the distance is not known.
         versions: Versions of the parameters when they were measured; None before the first time.
-        memory: int64 [n], what ``versions`` will be; the native look at the gradients brings its
-            own, which it writes.
+        memory: int64 [n], the array that becomes ``versions``; native gradients have an array of
+            their own, which they update.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -32,33 +32,33 @@ class Distances:
         self.memory = array.array("q", bytes(8 * count))
 
     def forget(self) -> None:
-        """Takes no distance for known."""
+        """Drops all distances."""
         self.squares.fill_(-1.0)
 
     def forget_rows(self, rows: Sequence[int]) -> None:
-        """Takes the distances of these rows for unknown."""
+        """Drops the distances of these rows."""
         self.squares[list(rows)] = -1.0
 
     def written(self, versions: Sequence[int]) -> list[int]:
-        """Returns the rows whose parameters have other versions by now, and notes these."""
-        now = array.array("q", versions)
-        if now == self.versions:
+        """Returns the rows whose parameters have changed versions, and keeps the new versions."""
+        present = array.array("q", versions)
+        if present == self.versions:
             return []
-        changed = [row for row, version in enumerate(self.versions) if version != now[row]]
-        self.versions[:] = now
+        changed = [row for row, version in enumerate(self.versions) if version != present[row]]
+        self.versions[:] = present
         return changed
 
     def measured(self, versions: Sequence[int], skipped: Sequence[int] = ()) -> None:
-        """Notes the versions of the parameters after an update that looked ahead.
+        """Keeps the versions of the parameters after an update that looked ahead.
 
         Args:
-            versions: Of all parameters, now.
-            skipped: Rows that were not updated and so not measured: what is known of them holds
-                at the version that it held at before.
+            versions: Of all parameters.
+            skipped: Rows that were not updated and so not measured: their distances hold at the
+                versions of before.
         """
-        now = array.array("q", versions)
+        measured_at = array.array("q", versions)
         if self.versions is not None:
             for row in skipped:
-                now[row] = self.versions[row]
+                measured_at[row] = self.versions[row]
         self.versions = self.memory
-        self.versions[:] = now
+        self.versions[:] = measured_at

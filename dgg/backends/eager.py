@@ -20,7 +20,7 @@ class ReferenceRows(Rows):
     _finds_written_copies = False
 
     def take_gradients(self, grads, replays, *, elementwise: bool) -> None:
-        """Keeps the gradients as the reference takes them: real, without anything lazy."""
+        """Keeps the gradients as the reference takes them: real, without lazy negation."""
         grads, replays = self._shards_of(grads, replays)
         self.grads, self.replays = resolved(grads), resolved(replays)
         self._grad_copies = [
@@ -32,7 +32,7 @@ class ReferenceRows(Rows):
         pairs = zip(grads, replays or [None] * len(grads), strict=True)
         self._present = [g is not None or r is not None for g, r in pairs]
         self.present = sum(self._present)
-        self.take_up_changes()
+        self.adopt_changes()
 
     def _had_gradients(self) -> Tensor:
         return torch.tensor(self._present, device="cpu")
@@ -80,11 +80,8 @@ class ReferenceRows(Rows):
         return [self._place(row) for row in range(len(self.params))] if self.places else ()
 
     def _of_group(self, number: int) -> tuple[list, list]:
-        # Rows of other groups pass as rows without gradient, which the reference leaves alone.
-        members = [group == number for group in self.groups]
+        # The reference leaves rows without gradient alone: here the rows of other groups have none.
         return tuple(
-            [x if member else None for member, x in zip(members, tensors, strict=True)]
-            if tensors
-            else []
+            [x if g == number else None for g, x in zip(self.groups, tensors, strict=bool(tensors))]
             for tensors in (self.grads, self.replays)
         )

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rows that a device's kernels step: launches of Triton or CUDA, which nobody waits for.
+"""Rows that a device's kernels step: asynchronous launches of Triton or CUDA.
 
-One launch serves all tensors of one dtype combination. Everything that stays the same from step to
-step (addresses of parameters, moments and anchors, the cut into chunks) lies on the device for
-good; what a step brings (gradient addresses, hyper-parameters) goes there in asynchronous copies,
-and in none where nothing changed.
+One launch serves all tensors of one dtype combination. Data that stays the same from step to step
+(addresses of parameters, moments and anchors, the cut into chunks) is uploaded once. Gradient
+addresses and hyper-parameters are uploaded asynchronously in the steps in which they change.
 """
 
 from __future__ import annotations
@@ -22,27 +21,14 @@ from dgg.backends.prefetch import AnchorWindows, is_away
 from dgg.backends.rows import Draw, Scaling
 from dgg.backends.table import TableRows, signed
 from dgg.backends.uploads import Uploads, capturing
-from dgg.kernels.layout import (
-    ANCHOR,
-    ANCHOR_BIT,
-    COPY_BIT,
-    DTYPES,
-    ELEMENTS_BIT,
-    GRANULARITIES,
-    GUIDE_HYPER,
-    LOOK_AHEAD_BIT,
-    NUMEL,
-    PARAM,
-    STATE_BIT,
-    STOCHASTIC_BIT,
-)
+from dgg.kernels import layout
 
-# What a norm launch is told where it makes no coefficients.
+# Settings of a norm launch that computes no coefficients.
 _NO_SETTINGS = {"max_grad_norm": None, "scaling": False, "per_tensor": False}
 
 
 class LaunchedRows(TableRows):
-    """Rows whose steps are launches on a device: tables and workspace there, addresses per step.
+    """Rows whose steps are launches on a device, which has their tables and workspace.
 
     Args:
         backend: "triton" or "cpp".
@@ -65,69 +51,66 @@ class LaunchedRows(TableRows):
         self._functions = libraries.launchers(backend)
         self._uploads = Uploads(self.device, capturable)
         self.windows = self._make_windows()
-        self._cuts = Cuts(
-            self._base_table[:, NUMEL].tolist(),
-            self.device,
-            None if self.windows is None else self.windows.of_row,
-        )
+        numels = self._base_table[:, layout.NUMEL].tolist()
+        windows_of_rows = None if self.windows is None else self.windows.of_row
+        self._cuts = Cuts(numels, self.device, windows_of_rows)
         self._launches: list[Launch] = []
         self._host_table: Tensor | None = None
-        # Chunks and workspace of captured steps.
+        # Chunks and workspace of captured steps, which their graphs use for good.
         self._captured: list[list[Launch]] = []
         self._hyper_on_device: dict[tuple[str, ...], Tensor] = {}
         self._none = torch.empty(0, dtype=torch.int64, device=self.device)
-        # Whether the distances to anchors that are elsewhere hold for this step.
+        # Whether the distances to anchors that are kept off the device hold for this step.
         self._measured = False
-        # The distances are on the device; which of them are dropped is noted on the host.
-        self._noted = torch.ones(len(self.params), dtype=torch.float64, device="cpu")
+        # The distances are on the device; the native gradients drop them in this array of the host.
+        self._dropped = torch.ones(len(self.params), dtype=torch.float64, device="cpu")
 
     def _make_windows(self) -> AnchorWindows | None:
-        """Returns the windows of anchors that are elsewhere, and enters where they will come."""
-        away = [
+        """Returns the windows of anchors kept off the device; enters their addresses there."""
+        anchors = [
             anchor if is_away(anchor, p) else None
-            for anchor, p in zip(self._state[ANCHOR], self.params, strict=True)
+            for anchor, p in zip(self._state[layout.ANCHOR], self.params, strict=True)
         ]
-        if all(anchor is None for anchor in away):
+        if all(anchor is None for anchor in anchors):
             return None
-        windows = AnchorWindows(away, self.device)
-        rows = [row for row, number in enumerate(windows.of_row) if number >= 0]
-        self._base_table[rows, ANCHOR] = torch.tensor(
-            [windows.addresses[row] for row in rows], dtype=torch.int64, device="cpu"
-        )
+        windows = AnchorWindows(anchors, self.device)
+        for row, number in enumerate(windows.of_row):
+            if number >= 0:
+                self._base_table[row, layout.ANCHOR] = windows.addresses[row]
         return windows
 
-    # -- what a step brings ---------------------------------------------------------------------
+    # -- the inputs of a step -------------------------------------------------------------------
 
     def flags(self, values: Sequence[int], name: str) -> Tensor:
-        """Sends the flags without waiting."""
+        """Uploads the flags asynchronously."""
         return self._uploads.send(name, torch.tensor(values, dtype=torch.uint8, device="cpu"))
 
     def take_native_gradients(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
-        """Sends the addresses that the native look finds."""
+        """Takes the gradients natively and uploads their addresses."""
         if not super().take_native_gradients(replays, elementwise=elementwise):
             return False
-        if bool((self._noted < 0).any()):
-            self._noted.fill_(1.0)
+        if bool((self._dropped < 0).any()):
+            self._dropped.fill_(1.0)
             self.forget()
         self._begin()
         return True
 
     def take_gradients(self, grads, replays, *, elementwise: bool) -> None:
-        """Sends the addresses."""
+        """Takes the gradients and uploads their addresses."""
         super().take_gradients(grads, replays, elementwise=elementwise)
         self._begin()
 
     def _begin(self) -> None:
-        """Sends the table and the addresses where they changed, and cuts the rows."""
+        """Uploads the table and the addresses if they changed, and cuts the rows."""
         self._join()
         self._hyper_on_device.clear()
-        inside = capturing(self.device)
-        if inside or self._table is not self._host_table:
-            self._launches = self._cuts.of(tuple(self._table[:, DTYPES].tolist()))
+        captured = capturing(self.device)
+        if captured or self._table is not self._host_table:
+            self._launches = self._cuts.of(tuple(self._table[:, layout.DTYPES].tolist()))
             self._device_table = self._uploads.send("table", self._table)
             # A graph has a table of its own.
-            self._host_table = None if inside else self._table
-            if inside:
+            self._host_table = None if captured else self._table
+            if captured:
                 self._captured.append(self._launches)
         self._device_grads = self._uploads.send("grads", self._grad_addresses)
         self._device_replays = self._none
@@ -137,8 +120,7 @@ class LaunchedRows(TableRows):
     def _hyper(self, groups: Sequence[Mapping[str, Any]], names: tuple[str, ...]) -> Tensor:
         """Returns the float64 [groups, names] table of hyper-parameters on the device.
 
-        Values that are tensors on the device are copied there, not read. A step asks for it more
-        than once.
+        Values that are tensors on the device are copied there, not read by the host.
         """
         if names not in self._hyper_on_device:
             self._hyper_on_device[names] = _send_hyper(self._uploads, groups, names)
@@ -147,7 +129,7 @@ class LaunchedRows(TableRows):
     # -- the distances --------------------------------------------------------------------------
 
     def forget(self, *, anchors: bool = True) -> None:
-        """Drops all distances, and with ``anchors`` what has come of the anchors themselves."""
+        """Drops all distances, and with ``anchors`` the anchors in the windows."""
         self._join()
         self._measured = False
         if anchors and self.windows is not None:
@@ -160,24 +142,24 @@ class LaunchedRows(TableRows):
             self.forget(anchors=anchors)
 
     def _join(self) -> None:
-        """Lets the device finish measuring ahead before it goes on."""
+        """Makes the current stream wait for `_measure_ahead`."""
         if self.windows is not None:
             self.windows.join()
 
     def _measure_ahead(self) -> None:
-        """Measures all distances with anchors that come from elsewhere, beside what follows.
+        """Measures the distances to anchors kept off the device, on the side stream.
 
-        Until the next `_begin`, the forward and the backward pass run at the same time; nothing
+        The next forward and backward pass run at the same time. Until the next `_begin` nothing
         else may use the launches.
         """
         windows = self.windows
         windows.follow()
-        # A new anchor drops all of these, at any time.
-        used = [x for launch in self._launches for x in launch.tensors]
-        windows.lend([self._device_table, self.distances, self._none, *used])
+        # A new anchor may free all these tensors while the side stream uses them.
+        tensors = [x for launch in self._launches for x in launch.tensors]
+        windows.lend([self._device_table, self.distances, self._none, *tensors])
         with windows.aside():
-            # Every row counts as present: which gradients the next step brings is not known yet.
-            present = self._device_table[:, PARAM].contiguous()
+            # Every row counts as present, since the gradients of the next step are not known yet.
+            present = self._device_table[:, layout.PARAM].contiguous()
             self.distances.fill_(-1.0)
             self._measure_in_windows(present, self._none)
         windows.leave()
@@ -194,10 +176,7 @@ class LaunchedRows(TableRows):
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
     def _as_anchors_come(self) -> Iterator[Launch]:
-        """Yields the launches in the order in which their anchors come, those that are here first.
-
-        A window is on its way and waited for when its launches come up.
-        """
+        """Yields the launches, those without a window first; makes each wait for its window."""
         yield from [launch for launch in self._launches if launch.window < 0]
         for number in () if self.windows is None else self.windows.order():
             self.windows.fetch(number)
@@ -206,19 +185,10 @@ class LaunchedRows(TableRows):
             self.windows.done(number)
 
     def _launch_norms(
-        self,
-        launch: Launch,
-        squares: Tensor,
-        grads: Tensor,
-        replays: Tensor,
-        *,
-        which: int,
-        replay_weight: float = 0.0,
-        gate: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        out: Tensor | None = None,
-        settings: Mapping[str, Any] = _NO_SETTINGS,
-    ) -> None:
+        self, launch: Launch, squares: Tensor, grads: Tensor, replays: Tensor, *, which: int,
+        replay_weight: float = 0.0, gate: Tensor | None = None, grad_scale: Tensor | None = None,
+        out: Tensor | None = None, settings: Mapping[str, Any] = _NO_SETTINGS,
+    ) -> None:  # fmt: skip
         self._functions.norms_launch(
             self._device_table, *launch.tensors, grads, replays, self.distances, squares, gate,
             grad_scale, out, dtypes=launch.dtypes, replay_weight=replay_weight, which=which,
@@ -226,15 +196,9 @@ class LaunchedRows(TableRows):
         )  # fmt: skip
 
     def _norms(
-        self,
-        out: Tensor | None,
-        settings: Mapping[str, Any],
-        *,
-        replay_weight: float,
-        scaling: Scaling,
-        which: int,
-        gate: Tensor | None = None,
-    ) -> Tensor:
+        self, out: Tensor | None, settings: Mapping[str, Any], *, replay_weight: float,
+        scaling: Scaling, which: int, gate: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         grads, replays = self._device_grads, self._device_replays
         if self.windows is not None and which & reference.NORM_DISTANCE and not self._measured:
             self._measure_in_windows(grads, replays)
@@ -249,30 +213,25 @@ class LaunchedRows(TableRows):
         return squares
 
     def norms(self, **options) -> Tensor:
-        """Launches what `reference.norms` does."""
+        """Launches `reference.norms`."""
         return self._norms(None, _NO_SETTINGS, **options)
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
-        """Launches what `reference.coefficients` does."""
+        """Launches `reference.coefficients`."""
         out = self._empty(reference.SCALES + len(self.params))
         self._functions.coefficients_launch(squares, out, **settings)
         return out
 
     def measure(self, settings: Mapping[str, Any], **options) -> Tensor:
-        """Launches both in one: the block that ends the last row of the norm pass makes them."""
+        """Launches both as one: the last block of the norm pass computes the coefficients."""
         out = self._empty(reference.SCALES + len(self.params))
         self._norms(out, settings, **options)
         return out
 
     def draw_flags(
-        self,
-        flags: Tensor,
-        groups: Sequence[dict],
-        names: tuple[str, ...],
-        draw_index: Tensor,
-        seed: int,
-        granularity: str,
-    ) -> Tensor:
+        self, flags: Tensor, groups: Sequence[dict], names: tuple[str, ...], draw_index: Tensor,
+        seed: int, granularity: str,
+    ) -> Tensor:  # fmt: skip
         """Draws on the device, for a step that is captured.
 
         Args:
@@ -289,7 +248,7 @@ class LaunchedRows(TableRows):
         gate = torch.empty(1, dtype=torch.uint8, device=self.device)
         self._functions.draw_flags_launch(
             self._device_table, self._hyper(groups, names), draw_index, flags, gate,
-            seed=signed(seed), granularity=GRANULARITIES[granularity],
+            seed=signed(seed), granularity=layout.GRANULARITIES[granularity],
             threshold_column=names.index("threshold"), strength_column=names.index("strength"),
         )  # fmt: skip
         return gate
@@ -298,36 +257,35 @@ class LaunchedRows(TableRows):
         self, rule, coefficients, flags, groups, draw, scaling, *, look_ahead, replay_weight
     ) -> None:
         """Launches the rule's update, once for each dtype combination."""
-        # Anchors that are not here come again for the next step's distances, beside its forward
-        # and backward pass.
-        away = self.windows is not None
-        here = look_ahead and not away
+        # Anchors kept off the device come a second time for the next step's distances, which are
+        # measured beside its forward and backward pass instead of in the update.
+        has_windows = self.windows is not None
         variant = _bits_of(draw)
-        if here:
-            variant |= ANCHOR_BIT | LOOK_AHEAD_BIT
+        if look_ahead and not has_windows:
+            variant |= layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT
         if any(group[rule.optional] for group in groups):
-            variant |= STATE_BIT
+            variant |= layout.STATE_BIT
         if self.stochastic:
-            variant |= STOCHASTIC_BIT
+            variant |= layout.STOCHASTIC_BIT
         function = getattr(self._functions, rule.name[:-1] + "_launch_")
         hyper = self._hyper(groups, rule.hyper)
-        for launch in self._as_anchors_come() if variant & ANCHOR_BIT else self._launches:
+        for launch in self._as_anchors_come() if variant & layout.ANCHOR_BIT else self._launches:
             function(
                 self._device_table, *launch.tensors, self._device_grads, self._device_replays,
                 coefficients, flags, hyper, self.distances, scaling.grad_scale, scaling.found_inf,
                 draw.index_tensor, dtypes=launch.dtypes,
-                variant=variant | (COPY_BIT if launch.copies else 0), replay_weight=replay_weight,
-                seed=signed(draw.seed), draw=draw.index,
+                variant=variant | (layout.COPY_BIT if launch.copies else 0),
+                replay_weight=replay_weight, seed=signed(draw.seed), draw=draw.index,
             )  # fmt: skip
         self._measured = False
-        look_ahead = look_ahead and not (away and self._staged_now)
-        if away and look_ahead:
+        look_ahead = look_ahead and not (has_windows and self._staged_now)
+        if has_windows and look_ahead:
             self._measure_ahead()
         self._after_update(look_ahead)
 
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
-        """Launches what `reference.guide_` does, once for each dtype combination."""
-        hyper = self._hyper(groups, GUIDE_HYPER)
+        """Launches `reference.guide_`, once for each dtype combination."""
+        hyper = self._hyper(groups, layout.GUIDE_HYPER)
         for launch in self._as_anchors_come() if draw.injecting else self._launches:
             self._functions.guide_launch_(
                 self._device_table, launch.rows, launch.chunks, self._device_grads,
@@ -342,23 +300,19 @@ def _send_hyper(
     uploads: Uploads, groups: Sequence[Mapping[str, Any]], names: tuple[str, ...]
 ) -> Tensor:
     values = [group[name] for group in groups for name in names]
-    there = [
-        (place, value)
-        for place, value in enumerate(values)
-        if isinstance(value, Tensor) and value.device.type != "cpu"
-    ]
-    for place, _ in there:
-        values[place] = 0.0
-    host = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
-    table = uploads.send("hyper", host)
-    if there:
-        # Not into the uploaded table itself, which is taken as it was sent.
+    on_device = [isinstance(x, Tensor) and x.device.type != "cpu" for x in values]
+    numbers = [0.0 if on else float(x) for on, x in zip(on_device, values, strict=True)]
+    table = uploads.send("hyper", torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    if any(on_device):
+        # A copy: the uploaded table must stay as it was sent.
         table = table.clone()
-        for place, value in there:
-            table[place].copy_(value.reshape(()), non_blocking=True)
+        for place, on in enumerate(on_device):
+            if on:
+                table[place].copy_(values[place].reshape(()), non_blocking=True)
     return table.view(len(groups), len(names))
 
 
 def _bits_of(draw: Draw) -> int:
     """Returns the bits of a launch's variant that the draw decides."""
-    return (ANCHOR_BIT if draw.injecting else 0) | (ELEMENTS_BIT if draw.elements else 0)
+    bits = layout.ANCHOR_BIT if draw.injecting else 0
+    return bits | (layout.ELEMENTS_BIT if draw.elements else 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from dgg import _callers, reference
 from dgg.backends.uploads import capturing
 
-# They lie in the package itself, where setup.py puts them, or a note that says why there are none.
+# setup.py puts the libraries into the package itself, or a note that says why there are none.
 FOLDER = pathlib.Path(__file__).parents[1]
 # The clone that the package was imported from, if it was: `import dgg` takes the folder there.
 CLONE = FOLDER.parent if all((FOLDER.parent / x).exists() for x in ("setup.py", "csrc")) else None
@@ -120,7 +120,7 @@ def _load_library(pattern: str, note: str) -> str | None:
         try:
             torch.ops.load_library(str(libraries[0]))
         except (OSError, RuntimeError) as error:
-            # Torch says which library it is; what is wrong with it says the error behind that.
+            # torch's error names the library; the cause of the error says what is wrong with it.
             reason = error.__cause__ or error
             return (
                 f"{libraries[0].name} cannot be loaded ({reason}); reinstall dgg for this torch: "
@@ -179,7 +179,7 @@ def _register_fakes() -> None:
 
 
 def _refuse_on_gpus() -> torch.library.Library:
-    """Says what to call instead; torch would list the dispatch keys that there are."""
+    """Raises errors that name the function to call; torch would list dispatch keys."""
     library = torch.library.Library("dgg", "IMPL", "CUDA")
 
     def refuse(name):
@@ -202,11 +202,11 @@ if cpp_error is None:
 
 
 def _direct(operator: Any) -> Any:
-    """Returns what an operator calls: its Python wrapper costs half a microsecond for each call."""
+    """Returns an operator without its Python wrapper, which costs half a microsecond per call."""
     return getattr(operator.default, "_op", operator.default)
 
 
-# What works on an address table, by the name of its function in `reference`.
+# The operators on an address table, by the name of their function in `reference`.
 OPERATORS: dict[str, Any] = {}
 if cpp_error is None:
     OPERATORS = {
@@ -219,7 +219,7 @@ if cpp_error is None:
 
 
 def launchers(backend: str) -> Any:
-    """Returns what has a GPU backend's launches: Triton's module, or CUDA's operators."""
+    """Returns the namespace of a GPU backend's launches: Triton's module, or CUDA's operators."""
     return importlib.import_module("dgg.kernels") if backend == "triton" else torch.ops.dgg
 
 
@@ -228,11 +228,11 @@ probed: dict[torch.device, str | None] = {}
 
 
 def trouble_on(device: torch.device) -> str | None:
-    """Returns why the CUDA library's kernels cannot run on a device, or None; tried out once.
+    """Returns why the CUDA library's kernels cannot run on a device, or None; tries it out once.
 
-    It may have been built for other devices or for a newer driver, which only a launch tells.
+    Only a launch shows that the library was built for other devices or for a newer driver.
     """
-    if device in probed or capturing(device):  # a launch would become the graph's
+    if device in probed or capturing(device):  # a launch would become part of the graph
         return probed.get(device)
     try:
         squares = torch.zeros(3, 1, dtype=torch.float64, device=device)

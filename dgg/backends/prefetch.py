@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Brings anchors that are kept off the device to it, window by window, on a stream of its own.
+"""Copies anchors that are kept off the device to it, window by window, on a stream of its own.
 
-With ``anchor_device="cpu"`` the anchors lie in pinned memory, side by side as they will lie on the
-device, so that a window comes in one copy. They are wanted on the steps that inject and on no
-others, and the draws say one step ahead which those are. The device holds two buffers; every anchor
-belongs to one window, every window to one buffer, so an anchor's address on the device never
-changes, and at most two windows are there at a time. A pass over all windows goes through them in
-the opposite order of the pass before, which finds the last two still in place.
+With ``anchor_device="cpu"`` the anchors lie in pinned memory in the order in which they will lie on
+the device, so that one copy moves a window. Only steps that inject need them, and the draws say one
+step ahead which steps do. The device has two buffers. Every anchor belongs to one window and every
+window to one buffer, so an anchor's address on the device never changes, and at most two windows
+are on the device at a time. Each pass goes through the windows in the opposite order of the pass
+before, whose last two windows are still in place.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dgg import _ranges
 
-# Bytes of a buffer; one that a single anchor does not fit is as long as that anchor.
+# Bytes of a buffer; if an anchor is longer, the buffer is as long as that anchor.
 WINDOW = 128 * 2**20
-# Anchors begin at multiples of this: what 128-bit accesses need, and more.
+# Anchors begin at multiples of this, which is more than 128-bit accesses need.
 _ALIGNMENT = 256
 
 
@@ -31,37 +31,32 @@ def is_away(anchor: Tensor | None, param: Tensor) -> bool:
 
 
 def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
-    """Cuts anchors into windows, in order.
+    """Returns for each window the number and the first byte of every anchor in it.
 
-    Args:
-        lengths: Bytes of every anchor.
-        size: Bytes of a window, which may be as long as its only anchor.
-
-    Returns:
-        For each window the number and the first byte of every anchor in it.
+    Anchors are given by their bytes; ``size`` is that of a window that has several of them.
     """
     size = WINDOW if size is None else size
     windows: list[list[tuple[int, int]]] = []
-    used = size
+    end = size
     for number, length in enumerate(lengths):
-        if not windows or (used + length > size and used > 0):
+        if not windows or (end + length > size and end > 0):
             windows.append([])
-            used = 0
-        windows[-1].append((number, used))
-        used += -(-length // _ALIGNMENT) * _ALIGNMENT
+            end = 0
+        windows[-1].append((number, end))
+        end += -(-length // _ALIGNMENT) * _ALIGNMENT
     return windows
 
 
 def side_by_side(
     like: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool = True
 ) -> list[Tensor]:
-    """Returns uninitialised tensors on the CPU that a copy per window can bring to a device.
+    """Returns uninitialised tensors on the CPU, of which one copy per window moves all to a device.
 
-    Torch rounds each block of pinned memory up to a power of two: here is one for each window.
-    The tensors share memory, but no version: a write to one is no write to the others.
+    There is one block of pinned memory per window, since torch rounds every block up to a power of
+    two. The tensors share memory, but no version: a write to one is no write to the others.
 
     Args:
-        like: What shapes and strides are taken from.
+        like: Tensors with their shapes and strides.
         dtypes: Of every tensor.
         pinned: Whether the memory is pinned.
     """
@@ -70,7 +65,7 @@ def side_by_side(
         for x, dtype in zip(like, dtypes, strict=True)
     ]
     lengths = [x.nbytes for x in shapes]
-    made = {}
+    tensors = []
     for window in _into_windows(lengths):
         last, begin = window[-1]
         memory = torch.empty(
@@ -79,12 +74,12 @@ def side_by_side(
         for number, begin in window:
             x = shapes[number]
             place = begin // x.element_size(), x.size(), x.stride()
-            made[number] = torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, *place)
-    return [made[number] for number in range(len(shapes))]
+            tensors.append(torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, *place))
+    return tensors
 
 
 class AnchorWindows:
-    """The windows of one device's anchors, and which of them are there.
+    """The windows of one device's anchors, and which of them are on the device.
 
     Args:
         anchors: Anchor of every row, None for rows that have none or have it on the device.
@@ -107,10 +102,9 @@ class AnchorWindows:
         self.count = len(windows)
         ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
         longest = -(-max(ends, default=1) // _ALIGNMENT) * _ALIGNMENT
-        self._buffers = [
-            torch.empty(longest, dtype=torch.uint8, device=device)
-            for _ in range(min(2, self.count))
-        ]
+        count = min(2, self.count)
+        buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._buffers = buffers
         self.addresses = [0] * len(anchors)
         self._copies: list[list[tuple[Tensor, Tensor]]] = []
         for number, window in enumerate(windows):
@@ -131,9 +125,9 @@ class AnchorWindows:
             self._stream = torch.Stream(device)
             for buffer in self._buffers:
                 buffer.record_stream(self._stream)
-            # Their memory may have been another tensor's, which work under way still reads.
+            # The buffers' memory may have been another tensor's, which queued work still reads.
             self.follow()
-        # Of each buffer: when it was filled, and when it was last read.
+        # Events of each buffer: it was filled, it was read for the last time.
         self._filled: list[torch.Event | None] = [None] * len(self._buffers)
         self._read: list[torch.Event | None] = [None] * len(self._buffers)
         self._pending: torch.Event | None = None
@@ -144,19 +138,16 @@ class AnchorWindows:
         return sum(buffer.numel() for buffer in self._buffers)
 
     def forget(self) -> None:
-        """Takes nothing on the device for current: the anchors were written."""
+        """Drops the windows on the device, because the anchors were written."""
         self._contents = [None] * len(self._buffers)
 
     def order(self) -> list[int]:
         """Returns the windows in the order of the next pass."""
-        numbers = list(range(self.count))
-        if not self._upwards:
-            numbers.reverse()
-        self._upwards = not self._upwards
-        return numbers
+        upwards, self._upwards = self._upwards, not self._upwards
+        return list(range(self.count))[:: 1 if upwards else -1]
 
     def fetch(self, number: int) -> None:
-        """Starts bringing a window, on the side stream; whoever reads it calls `wait` first."""
+        """Starts copying a window, on the side stream; its readers call `wait` first."""
         place = number % 2
         if self._contents[place] == number:
             return
@@ -169,20 +160,20 @@ class AnchorWindows:
         self._contents[place] = number
 
     def wait(self, number: int) -> None:
-        """Lets the current stream wait until a window is there."""
+        """Makes the current stream wait until a window is on the device."""
         event = self._filled[number % 2]
         if event is not None:
             torch.accelerator.current_stream(self._device).wait_event(event)
 
     def done(self, number: int) -> None:
-        """Notes that what the current stream was given so far reads a window for the last time."""
+        """Notes that the work queued on the current stream reads a window for the last time."""
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
             self._read[number % 2] = self._mark(current)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it work goes to the side stream; a context in such a context changes nothing."""
+        """Returns a context in which work goes to the side stream; contexts may be nested."""
         # Up to torch 2.10 a stream that is entered twice raises.
         if self._stream is None or self._is_aside:
             yield
@@ -195,13 +186,13 @@ class AnchorWindows:
             self._is_aside = False
 
     def follow(self) -> None:
-        """Lets the side stream wait for all that the current stream was given so far."""
+        """Makes the side stream wait for the work queued on the current stream."""
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
             self._stream.wait_event(self._mark(current))
 
     def lend(self, tensors: Iterable[Tensor]) -> None:
-        """Has the memory of tensors that work on the side stream uses reused only after it."""
+        """Keeps the memory of tensors from being reused before the side stream is done with it."""
         if self._stream is not None:
             for x in tensors:
                 x.record_stream(self._stream)
@@ -211,7 +202,7 @@ class AnchorWindows:
         self._pending = self._mark(self._stream)
 
     def join(self) -> None:
-        """Lets the current stream wait for the work noted by `leave`."""
+        """Makes the current stream wait for the work noted by `leave`."""
         if self._pending is not None:
             torch.accelerator.current_stream(self._device).wait_event(self._pending)
             self._pending = None
@@ -221,11 +212,9 @@ class AnchorWindows:
 
 
 def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    """Returns the bytes of anchors, those together that lie as they shall lie.
+    """Returns the bytes of dense anchors and where they go in the window, one copy for each.
 
-    Args:
-        anchors: Anchors that are dense, and where they begin in the window. The order of their
-            memory, which the parameter's kernels walk in, stays.
+    Anchors that lie side by side, as they will lie in the window, are one piece.
     """
     pieces: list[tuple[int, torch.UntypedStorage, int, int]] = []
     for begin, x in anchors:
@@ -233,13 +222,15 @@ def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Ten
         if not x.nbytes:
             continue
         if pieces:
-            start, known, source, _ = pieces[-1]
-            if known.data_ptr() == memory.data_ptr() and first - source == begin - start:
-                pieces[-1] = start, known, source, first + x.nbytes - source
+            start, piece, source, _ = pieces[-1]
+            if piece.data_ptr() == memory.data_ptr() and first - source == begin - start:
+                pieces[-1] = start, piece, source, first + x.nbytes - source
                 continue
         pieces.append((begin, memory, first, x.nbytes))
-    copied = []
-    for begin, memory, first, length in pieces:
-        x = torch.empty(0, dtype=torch.uint8, device=memory.device)  # another GPU's, maybe
-        copied.append((begin, x.set_(memory, first, (length,), (1,))))
-    return copied
+    return [
+        # The anchors may be on another GPU.
+        (begin, torch.empty(0, dtype=torch.uint8, device=memory.device).set_(
+            memory, first, (length,), (1,)
+        ))
+        for begin, memory, first, length in pieces
+    ]  # fmt: skip

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rows: the parallel lists that every backend works on, and what all backends share.
+"""Rows: the parallel lists that every backend works on.
 
 A kernel sees plain local tensors and numbers. `Rows` holds them as parallel lists, a row for each
-parameter. Its heirs compute: `ReferenceRows` by torch's operations, `TableRows` by the C++
-operators, `LaunchedRows` by launches of Triton or CUDA.
+parameter. Its subclasses compute: `ReferenceRows` with torch's operations, `TableRows` with the C++
+operators, `LaunchedRows` with launches of Triton or CUDA.
 """
 
 from __future__ import annotations
@@ -19,21 +19,12 @@ from dgg import reference, sharding
 from dgg.backends.distances import Distances
 from dgg.backends.views import real_view, real_views
 from dgg.backends.watch import MemoryWatch
-from dgg.kernels.layout import (
-    ADAM_HYPER,
-    ANCHOR,
-    COPY,
-    EXP_AVG,
-    EXP_AVG_SQ,
-    MAX_EXP_AVG_SQ,
-    PARAM,
-    SGD_HYPER,
-    STEP,
-)
+from dgg.kernels import layout
+from dgg.kernels.layout import ANCHOR, COPY, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, PARAM, STEP
 
 
 class Scaling(NamedTuple):
-    """What a GradScaler says of this step's gradients.
+    """The scale of this step's gradients, and a GradScaler's verdict on them.
 
     Attributes:
         divisor: Divisor of the gradients, for backends that run when they are called.
@@ -66,14 +57,14 @@ class Draw(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An update rule as the backends know it; any object with these attributes will do.
+    """An update rule as the backends know it.
 
     Attributes:
         name: Of its function in `reference`. The operator on the table has the same name in
             `libraries.OPERATORS`; the launch is called ``adam_launch_`` where this is ``adam_``.
         state: Columns of the lists that the reference takes after the gradients.
         hyper: Hyper-parameters in the order of the kernels' table; each group has all of them.
-        optional: The one that makes the rule read and write its optional state.
+        optional: The hyper-parameter with which the rule has its optional state.
     """
 
     name: str
@@ -82,35 +73,36 @@ class Rule(NamedTuple):
     optional: str
 
 
-ADAM = Rule("adam_", (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP), ADAM_HYPER, "amsgrad")
-SGD = Rule("sgd_", (EXP_AVG, ANCHOR), SGD_HYPER, "momentum")
+_ADAM_STATE = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, ANCHOR, STEP)
+ADAM = Rule("adam_", _ADAM_STATE, layout.ADAM_HYPER, "amsgrad")
+SGD = Rule("sgd_", (EXP_AVG, ANCHOR), layout.SGD_HYPER, "momentum")
 
 
 class Rows:
     """The parallel lists of one device's parameters, a row for each parameter.
 
     A step calls `take_gradients` or `take_native_gradients`, then `measure` (or `norms` and
-    `coefficients`, with a sum over ranks in between), then `update_` or `guide_`; `abandon` where
-    nothing is to be written.
+    `coefficients`, with a sum over ranks in between), then `update_` or `guide_`; `abandon` if
+    nothing is written.
 
     Args:
-        backend: Who computes.
+        backend: Name of the backend.
         params: Parameters: θ, or with master weights their copies.
         groups: Number of each row's parameter group.
         indices: Tensor index j of each row, counted over all groups.
-        anchors: θ* of each row or None. The other lists are of state; None if there is none.
+        anchors: θ* of each row or None. The next five lists are state; None for none at all.
         exp_avgs: m.
         exp_avg_sqs: v.
         max_exp_avg_sqs: v of amsgrad.
         steps: Step counts.
         masters: Master weights θ.
-        stochastic: Round what is stored as bfloat16 stochastically.
-        reduction: What sums squares over ranks, or None.
+        stochastic: Round bfloat16 weights stochastically.
+        reduction: Sums squares over ranks, or None.
         places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
-        holders: What an update counts as a write to, if it is not ``params``.
+        holders: The tensors whose versions an update moves, if they are not ``params``.
 
     Attributes:
-        holders: As given.
+        holders: The argument, or the parameters.
         params: The parameters, of DTensors the local shards.
         anchored: Whether any row has an anchor.
         distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
@@ -119,36 +111,27 @@ class Rows:
         present: Not 0 if there is a gradient or replay gradient in the present step.
     """
 
-    # Whether steps are launches that nobody waits for.
+    # Whether steps are asynchronous launches.
     launched = False
-    # Whether the kernels see by themselves that a weight is no more the rounding of its master.
+    # Whether the kernels compare every weight with the rounding of its master.
     _finds_written_copies = True
     present = 0
     # Whether every row had a gradient in the present step.
     _complete = False
 
     def __init__(
-        self,
-        backend: str,
-        params: Sequence[Tensor],
-        groups: Sequence[int],
-        indices: Sequence[int],
-        *,
-        anchors: Sequence[Tensor | None],
-        exp_avgs: Sequence[Tensor | None] | None = None,
-        exp_avg_sqs: Sequence[Tensor | None] | None = None,
-        max_exp_avg_sqs: Sequence[Tensor | None] | None = None,
-        steps: Sequence[Tensor | None] | None = None,
-        masters: Sequence[Tensor | None] | None = None,
-        stochastic: bool = False,
+        self, backend: str, params: Sequence[Tensor], groups: Sequence[int],
+        indices: Sequence[int], *, anchors: Sequence[Tensor | None],
+        exp_avgs: Sequence[Tensor | None] = (), exp_avg_sqs: Sequence[Tensor | None] = (),
+        max_exp_avg_sqs: Sequence[Tensor | None] = (), steps: Sequence[Tensor | None] = (),
+        masters: Sequence[Tensor | None] = (), stochastic: bool = False,
         reduction: sharding.Reduction | None = None,
-        places: Sequence[sharding.Place | None] = (),
-        holders: Sequence[Tensor] | None = None,
-    ) -> None:
+        places: Sequence[sharding.Place | None] = (), holders: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         absent = [None] * len(params)
         self.backend = backend
         self.stochastic = stochastic
-        self.holders = list(params if holders is None else holders)
+        self.holders = list(holders or params)
         self.params = [sharding.local(p) for p in params]
         self.device = self.params[0].device
         self.groups = list(groups)
@@ -175,20 +158,18 @@ class Rows:
         self._has_anchor = torch.tensor(has_anchor, device="cpu")
         self.grads: list[Tensor | None] = []
         self.replays: list[Tensor | None] = []
-        # Gradients that are worked on in a copy, and the copies.
+        # Gradients that a kernel edits in a copy, and the copies.
         self._grad_copies: list[tuple[Tensor, Tensor]] = []
 
     # -- the columns ----------------------------------------------------------------------------
 
     def tensors(self, column: int) -> list[Tensor | None]:
-        """Returns what the kernels see in a column: a tensor or None of every row."""
+        """Returns the tensors of a column as the kernels see them: one or None per row."""
         return [self._tensor(column, row) for row in range(len(self.params))]
 
     def _tensor(self, column: int, row: int) -> Tensor | None:
-        """Returns what the kernels see of a row's tensor; parameters are looked up every time.
-
-        A view kept from step to step would keep memory that somebody has taken from a parameter.
-        """
+        # A new view of the parameter every time: a kept one would keep memory alive after
+        # `.data =` has replaced it.
         if column == PARAM and self._masters[row] is not None:
             return self._masters[row]
         if column == COPY and self._masters[row] is None:
@@ -199,14 +180,14 @@ class Rows:
 
     def _place(self, row: int) -> tuple[int, int, int]:
         """Returns base, stretch and stride of a row's elements, as kernels count them."""
-        pairs = 2 if self.params[row].is_complex() else 1  # as which kernels see complex numbers
+        pairs = 2 if self.params[row].is_complex() else 1  # kernels see complex numbers as pairs
         place = self.places[row] if self.places else None
         if place is None:
             return 0, pairs * self.params[row].numel(), pairs * self.params[row].numel()
         return tuple(pairs * x for x in place)
 
     def flags(self, values: Sequence[int], name: str) -> Tensor:
-        """Returns uint8 flags, one per row, on the rows' device; until the next of this name."""
+        """Returns uint8 flags, one per row, on the device; valid until the next of this name."""
         return torch.tensor(values, dtype=torch.uint8, device="cpu").to(self.device)
 
     def constant_flags(self, value: int) -> Tensor:
@@ -240,7 +221,7 @@ class Rows:
         """Prepares `TableRows.take_native_gradients`; returns whether it is possible.
 
         Args:
-            watch: Watches parameters of which the first are these, in the rows' order.
+            watch: Its first parameters are these rows', in the rows' order.
         """
         return False
 
@@ -252,12 +233,12 @@ class Rows:
         Args:
             grads: Gradient of each row or None; strided, of the parameter's shape.
             replays: Replay gradient of each row or None; empty if there are none at all.
-            elementwise: Draws are made per element, which must then lie in row-major order.
+            elementwise: Draws are made per element, so elements have to lie in row-major order.
         """
         raise NotImplementedError
 
     def _shards_of(self, grads: list, replays: list) -> tuple[list, list]:
-        """Returns the local shards of gradients, after a look at how they are placed."""
+        """Returns the local shards of gradients, after a check of their placements."""
         if self._shards is None:
             return grads, replays
         return self._shards.of_grads(grads), [sharding.local(r) for r in replays]
@@ -272,38 +253,38 @@ class Rows:
         ]
 
     def abandon(self) -> None:
-        """Ends a step that wrote nothing: lets go of the gradients."""
+        """Ends a step that wrote nothing."""
         self.release()
 
     def release(self) -> None:
-        """Lets go of the gradients and of the copies made of them."""
+        """Releases the gradients and the copies made of them."""
         self.grads, self.replays, self._grad_copies = [], [], []
 
-    # -- what others wrote ----------------------------------------------------------------------
+    # -- changes by others ----------------------------------------------------------------------
 
     def _versions(self) -> Sequence[int]:
-        """Returns for each parameter what changes with every write that autograd knows of."""
+        """Returns a number per parameter that changes with every write that autograd sees."""
         if self._shards is not None:
             return self._shards.versions()
         return [p._version for p in self.params]
 
-    def take_up_changes(self) -> None:
-        """Carries changes that somebody made to the parameters over into their master weights.
+    def adopt_changes(self) -> None:
+        """Copies changes that somebody made to the parameters into their master weights.
 
-        An element that is still its master's rounding keeps the master; any other becomes it. What
-        was written through ``.data``, which no version counts, the kernels find by themselves,
-        element by element; for the reference every weight is looked at here.
+        An element that is the rounding of its master keeps the master; any other becomes its
+        master. Versions do not count writes through ``.data``: the kernels find these element by
+        element, and for the reference all weights are compared here.
         """
         if not self._has_masters:
             return
-        now = array.array("q", self._versions())
-        every = self._adopted is None or not self._finds_written_copies
-        if not every and now == self._adopted:
+        versions = array.array("q", self._versions())
+        all_rows = self._adopted is None or not self._finds_written_copies
+        if not all_rows and versions == self._adopted:
             return
         for row, master in enumerate(self._masters):
-            if master is not None and (every or self._adopted[row] != now[row]):
+            if master is not None and (all_rows or self._adopted[row] != versions[row]):
                 master.copy_(reference.adopted(master, self._tensor(COPY, row)))
-        self._adopted = now
+        self._adopted = versions
 
     def forget(self, *, anchors: bool = True) -> None:
         """Drops all known distances.
@@ -343,12 +324,7 @@ class Rows:
     # -- the computation ------------------------------------------------------------------------
 
     def norms(
-        self,
-        *,
-        replay_weight: float,
-        scaling: Scaling,
-        which: int,
-        gate: Tensor | None = None,
+        self, *, replay_weight: float, scaling: Scaling, which: int, gate: Tensor | None = None
     ) -> Tensor:
         """Returns the squares of `reference.norms` for these rows.
 
@@ -376,17 +352,9 @@ class Rows:
         return self.coefficients(self.norms(**options), **settings)
 
     def update_(
-        self,
-        rule: Rule,
-        coefficients: Tensor,
-        flags: Tensor,
-        groups: Sequence[dict],
-        draw: Draw,
-        scaling: Scaling,
-        *,
-        look_ahead: bool,
-        replay_weight: float,
-    ) -> None:
+        self, rule: Rule, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], draw: Draw,
+        scaling: Scaling, *, look_ahead: bool, replay_weight: float,
+    ) -> None:  # fmt: skip
         """Runs an update rule on these rows: all groups in one call, parameters in place.
 
         Args:
@@ -402,15 +370,9 @@ class Rows:
         raise NotImplementedError
 
     def guide_(
-        self,
-        coefficients: Tensor,
-        flags: Tensor,
-        groups: Sequence[dict],
-        draw: Draw,
-        scaling: Scaling,
-        *,
-        replay_weight: float,
-    ) -> None:
+        self, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], draw: Draw,
+        scaling: Scaling, *, replay_weight: float,
+    ) -> None:  # fmt: skip
         """Runs `reference.guide_` on these rows: every gradient becomes G, in place.
 
         Args:

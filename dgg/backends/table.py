@@ -20,23 +20,13 @@ from dgg.backends.native import NativeGradients
 from dgg.backends.rows import Rows
 from dgg.backends.views import give_back, is_dense, resolved, same_order
 from dgg.backends.watch import MemoryWatch
-from dgg.kernels.layout import (
-    ANCHOR,
-    COPY,
-    DTYPES,
-    EXP_AVG,
-    EXP_AVG_SQ,
-    GUIDE_HYPER,
-    MAX_EXP_AVG_SQ,
-    PARAM,
-    SLOT_BITS,
-    STEP,
-)
+from dgg.kernels import layout
+from dgg.kernels.layout import ANCHOR, COPY, DTYPES, GUIDE_HYPER, PARAM, SLOT_BITS, STEP
 from dgg.reference import FLOAT_DTYPES
 
-_MOMENTS = (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
+_MOMENTS = (layout.EXP_AVG, layout.EXP_AVG_SQ, layout.MAX_EXP_AVG_SQ)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
-# Stands for the address of an empty gradient, which has none but is there: 0 means absent.
+# The address entered for an empty gradient, which has none; 0 means that there is no gradient.
 _NOWHERE = 1
 _NO_ADDRESSES = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -51,8 +41,8 @@ class AddressColumn:
 
     Args:
         params: The parameters.
-        usual: For each of them whether any contiguous gradient of its dtype and shape can be worked
-            on as it is.
+        usual: For each of them whether kernels can take any contiguous gradient of its dtype and
+            shape as it is.
 
     Attributes:
         addresses: int64 [n] on the CPU; 0 where there is no gradient.
@@ -60,15 +50,14 @@ class AddressColumn:
 
     def __init__(self, params: Sequence[Tensor], usual: Sequence[bool]) -> None:
         self._expected = [p.dtype for p in params], [p.shape for p in params], usual
-        # Made once: a new tensor for the addresses of every step costs more than filling it.
+        # Made once: making a tensor for the addresses of every step costs more than filling it.
         self._memory = bytearray(max(8 * len(params), 1))
         self._pack = struct.Struct(f"{len(params)}q").pack_into
         self.addresses = torch.frombuffer(self._memory, dtype=torch.int64, count=len(params))
 
     def enter(self, grads: Sequence[Tensor | None]) -> set[int]:
-        """Enters the addresses of all gradients; returns the rows where that is not enough."""
-        # 448 gradients pass here every step: comprehensions over one attribute are the fastest
-        # thing Python has.
+        """Enters the addresses of all gradients; returns the rows that need a closer look."""
+        # Comprehensions over one attribute, the fastest way in Python, for 448 gradients a step.
         dtypes, shapes, usual = self._expected
         try:
             addresses, present, rows = list(map(Tensor.data_ptr, grads)), grads, None
@@ -107,7 +96,7 @@ class TableRows(Rows):
     def __init__(self, backend: str, params: Sequence[Tensor], *args: Any, **columns: Any) -> None:
         super().__init__(backend, params, *args, **columns)
         self._staged = [not self._flat(row) for row in range(len(self.params))]
-        # Gradients of parameters like these are taken without a look at each row's strides.
+        # Contiguous gradients of these parameters need no look at their strides.
         self._usual = [
             not staged and p.is_contiguous()
             for staged, p in zip(self._staged, self.params, strict=True)
@@ -115,11 +104,11 @@ class TableRows(Rows):
         self._address_columns = [AddressColumn(self.params, self._usual) for _ in range(2)]
         self._base_table = self._make_table()
         self._native: NativeGradients | None = None
-        # Where the native look at the gradients notes which distances it drops.
-        self._noted = self.distances
+        # Where the native gradients drop distances, by writing -1.
+        self._dropped = self.distances
         self._hyper_groups: Sequence[dict] | None = None
         self._hyper_values: list[float] = []
-        # Whether the native look at them has taken this step's gradients.
+        # Whether this step's gradients were taken natively.
         self._taken_natively = False
         self._grad_addresses = self._address_columns[0].addresses
         self._replay_addresses = _NO_ADDRESSES
@@ -148,14 +137,10 @@ class TableRows(Rows):
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._tensor(PARAM, row)
         state = (self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY))
-        # Gradients have the dtype of what the model computes with.
-        usual = self.params[row].dtype
-        dtypes = [
-            param.dtype,
-            usual if grad is None else grad.dtype,
-            usual if replay is None else replay.dtype,
-            *(param.dtype if x is None else x.dtype for x in state),
-        ]
+        # An absent gradient counts as one of the model's dtype, not of the master weight's.
+        grads = (self.params[row] if x is None else x for x in (grad, replay))
+        others = (param if x is None else x for x in state)
+        dtypes = [x.dtype for x in (param, *grads, *others)]
         packed = 0
         for slot, dtype in enumerate(dtypes):
             packed |= _DTYPE_CODES[dtype.to_real()] << (SLOT_BITS * slot)
@@ -177,13 +162,13 @@ class TableRows(Rows):
     # -- the gradients --------------------------------------------------------------------------
 
     def watch_gradients(self, watch: MemoryWatch) -> bool:
-        """Prepares the native look; the gradients of shards stand in the DTensors, out of reach."""
+        """Prepares the native gradients; the gradients inside of DTensors are out of reach."""
         if self._shards is None:
-            # Those that are dense in another order, too, unless elements have a number each.
+            # Stochastic rounding numbers the elements, so they have to be contiguous.
             usual = self._usual if self.stochastic else [not staged for staged in self._staged]
             buffers = [column.addresses for column in self._address_columns]
             self._native = watch.native_gradients(
-                self.params, *buffers, self._noted, usual, self._usual
+                self.params, *buffers, self._dropped, usual, self._usual
             )
         if self._native is None:
             return False
@@ -194,12 +179,12 @@ class TableRows(Rows):
         """Takes the gradients from ``.grad``, as `take_gradients` would, natively.
 
         Args:
-            replays: As in `take_gradients`, and so ``elementwise``.
-            elementwise: Likewise.
+            replays: As in `take_gradients`.
+            elementwise: As in `take_gradients`.
 
         Returns:
-            Whether it did. If not, a watched tensor moved or a gradient is wrong, and it is for
-            `take_gradients` to take them or to complain.
+            Whether it did. If not, a watched tensor moved or a gradient is wrong, and
+            `take_gradients` takes them or raises.
         """
         native = self._native
         present = native.begin(self._known.versions is not None, replays, row_major=elementwise)
@@ -231,10 +216,9 @@ class TableRows(Rows):
         self.grads, self.replays = grads, replays
         self._replay_addresses = self._address_columns[1].addresses if replays else _NO_ADDRESSES
         self._complete = not any([g is None for g in grads])
-        # Of no interest but whether there are any.
-        self.present = len(self.params) if self._complete else sum(
-            [x is not None for x in (*grads, *replays)]
-        )  # fmt: skip
+        # Only whether it is 0 matters.
+        every = len(self.params) if self._complete else 0
+        self.present = every or sum([x is not None for x in (*grads, *replays)])
         odd = self._address_columns[0].enter(grads)
         if replays:
             odd |= self._address_columns[1].enter(replays)
@@ -255,13 +239,12 @@ class TableRows(Rows):
             pairs[row] = pair = resolved([grad, replays[row] if replays else None])
             shape = self._tensor(PARAM, row).shape
             if any(x is not None and x.shape != shape for x in pair):
-                # Only `.grad.data =` can bring this about; a kernel would read beyond its end.
+                # After `.grad.data =` alone; a kernel would read beyond the gradient's end.
                 raise RuntimeError("a gradient has another shape than its parameter")
             for x in pair:
                 if x is not None and x.numel() and not x.data_ptr():
                     raise RuntimeError(f"a gradient is a {type(x).__name__} without memory")
-        # Before anything is copied.
-        self.take_up_changes()
+        self.adopt_changes()  # before a copy is made
         if pairs:
             self._table = self._base_table.clone()
         for row, pair in pairs.items():
@@ -286,7 +269,7 @@ class TableRows(Rows):
             self._table[row, DTYPES] = self._dtype_codes(row, *pair)
 
     def _stage(self, row: int) -> None:
-        # Tensors whose strides disagree are worked on as contiguous copies for this step.
+        # Kernels work on contiguous copies where strides differ.
         self._staged_now = True
         for column in (PARAM, *_MOMENTS, ANCHOR, COPY):
             tensor = self._tensor(column, row)
@@ -305,28 +288,28 @@ class TableRows(Rows):
         return present
 
     def abandon(self) -> None:
-        """Lets go of the gradients, also of those that the native look keeps."""
+        """Releases the gradients, those that were taken natively included."""
         if self._taken_natively:
             self._native.end(written=False)
             self._taken_natively = False
         self.release()
 
     def release(self) -> None:
-        """Lets go of the gradients and of all copies."""
+        """Releases the gradients and all copies."""
         self.grads, self.replays, self._grad_copies = [], [], []
-        # What is worked on in copies: row, tensor, copy; and what else a step must keep alive.
+        # Row, tensor and its copy, where kernels work on copies; all that a step must keep alive.
         self._copies: list[tuple[int, Tensor, Tensor]] = []
         self._kept: list[Tensor] = []
-        # The table has other lines where gradients are odd; then rows may be worked on in copies.
+        # A step with odd gradients has a table of its own, and perhaps staged rows.
         self._table, self._staged_now = self._base_table, False
-        # Whether the versions that are known were read in this step.
+        # Whether the versions of the distances were read in this step.
         self._versions_read = False
 
     def _versions(self) -> Sequence[int]:
         return self._native.versions if self._taken_natively else super()._versions()
 
     def forget_changed(self) -> None:
-        """Looks at the versions, unless the native look at the gradients has."""
+        """Compares the versions, unless the native gradients have."""
         if not self._taken_natively:
             super().forget_changed()
             self._versions_read = self._known.versions is not None
@@ -334,14 +317,14 @@ class TableRows(Rows):
     # -- the computation ------------------------------------------------------------------------
 
     def norms(self, *, replay_weight, scaling, which, gate=None) -> Tensor:
-        """Calls the operator that does what `reference.norms` does."""
+        """Calls the operator of `reference.norms`."""
         return OPERATORS["norms"](
             self._table, self._grad_addresses, self._replay_addresses, self.distances,
             replay_weight=replay_weight, grad_scale=scaling.divisor, which=which,
         )  # fmt: skip
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
-        """Calls the operator that does what `reference.coefficients` does."""
+        """Calls the operator of `reference.coefficients`."""
         return OPERATORS["coefficients"](squares, **settings)
 
     def update_(
@@ -357,7 +340,7 @@ class TableRows(Rows):
         self._after_update(look_ahead)
 
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
-        """Calls the operator that does what `reference.guide_` does, once for all groups."""
+        """Calls the operator of `reference.guide_`, once for all groups."""
         OPERATORS["guide_"](
             self._table, self._grad_addresses, self._replay_addresses, coefficients, flags,
             self._hyper_table(groups, GUIDE_HYPER), replay_weight=replay_weight,
@@ -368,9 +351,9 @@ class TableRows(Rows):
     def _after_guide(self) -> None:
         if self._grad_copies:
             give_back(self._grad_copies)
-        # The table hides the writes from autograd, which must know of them.
-        edited = [p.grad for p in self.params] if self._taken_natively else self.grads
-        torch.autograd.graph.increment_version([g for g in edited if g is not None])
+        # Autograd does not see writes through addresses.
+        grads = [p.grad for p in self.params] if self._taken_natively else self.grads
+        torch.autograd.graph.increment_version([g for g in grads if g is not None])
         self.abandon()
 
     def _after_update(self, look_ahead: bool) -> None:
@@ -388,13 +371,13 @@ class TableRows(Rows):
             self._taken_natively = False
             self.release()
             return
-        # The table hides the writes from autograd, which must know of them.
+        # Autograd does not see writes through addresses.
         written = self.holders
         if skipped := set(self._without_gradient()):
             written = [p for row, p in enumerate(written) if row not in skipped]
         torch.autograd.graph.increment_version(written)
         if look_ahead and self._versions_read and self._complete and not self._copies:
-            # Read in this step already, and bumped by one just now.
+            # They were read in this step and have just moved by one.
             self._known.measured([version + 1 for version in self._known.versions])
             look_ahead = False
         super()._after_update(look_ahead)

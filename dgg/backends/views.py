@@ -17,14 +17,14 @@ def real_view(x: Tensor) -> Tensor:
 
 
 def real_views(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns the local shards of tensors as the kernels see them, those that are there."""
+    """Returns the local shards of tensors as the kernels see them; None stays None."""
     return [
         None if x is None else real_view(sharding.local(x.detach()).resolve_conj()) for x in tensors
     ]
 
 
 def resolved(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns gradients as the kernels see them: real, conjugated and negated where that is due."""
+    """Returns gradients as the kernels see them: real, without lazy conjugation or negation."""
     return [None if x is None else x.resolve_neg() for x in real_views(grads)]
 
 
@@ -48,8 +48,8 @@ def same_order(x: Tensor, y: Tensor) -> bool:
 
 
 def give_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Writes what was worked on in a copy back into the gradients: pairs of gradient and copy."""
+    """Copies back into the gradients: pairs of gradient and edited copy."""
     for grad, copy in copies:
         value = torch.view_as_complex(copy) if grad.is_complex() else copy
-        # Of the same dtype: torch's copy to a lazily negated 16-bit tensor has the wrong sign.
+        # First cast: torch's copy to a lazily negated tensor of another dtype has the wrong sign.
         grad.copy_(value.to(grad.dtype))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A look at whether tensors still have their memory, natively where the library can."""
+"""Checks whether tensors still have their memory, natively where the library can."""
 
 from __future__ import annotations
 
@@ -17,22 +17,19 @@ from dgg.backends import libraries, native
 class MemoryWatch:
     """Tells whether tensors still have the memory, size, order and dtype of the beginning.
 
-    Keeps state alive, so that an equal address means the same memory. Of parameters it has nothing
-    but their Python objects: whoever exchanges what is inside of one (`torch.utils.swap_tensors`,
-    `to_empty`) asks that nobody else has it.
+    It keeps the state's tensors alive, so that an equal address means the same memory. It keeps
+    only the Python objects of parameters: `torch.utils.swap_tensors` and `to_empty` demand that
+    nobody else refers to what is inside.
 
     Args:
         params: Parameters.
         tensors: Other tensors.
-        anchors: For each of as many of the first parameters the place of its anchor among
-            ``tensors``, or -1: their versions are looked at, too.
+        anchors: Of the first parameters: the place of each one's anchor among ``tensors``, or -1.
+            The versions of anchors are compared, too.
     """
 
     def __init__(
-        self,
-        params: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        anchors: Sequence[int] = (),
+        self, params: Sequence[Tensor], tensors: Sequence[Tensor], anchors: Sequence[int] = ()
     ) -> None:
         self._params = [sharding.local(p) for p in params]
         tensors = [sharding.local(x) for x in tensors]
@@ -60,23 +57,16 @@ class MemoryWatch:
         return all([self._place(x) == place for x, place in self._tensors])
 
     def rewritten(self) -> list[int]:
-        """Returns which parameters' anchors were written since the last look.
-
-        The native look at the gradients keeps an account of its own.
-        """
-        now = [x._version for _, x in self._anchors]
-        if now == self._versions:
+        """Returns the parameters whose anchors were written since the last call."""
+        versions = [x._version for _, x in self._anchors]
+        if versions == self._versions:
             return []
-        changed = [
-            row
-            for (row, _), old, new in zip(self._anchors, self._versions, now, strict=True)
-            if old != new
-        ]
-        self._versions = now
-        return changed
+        pairs = zip(self._anchors, self._versions, versions, strict=True)
+        self._versions = versions
+        return [row for (row, _), before, version in pairs if before != version]
 
     def keep_dicts(self, dicts: Sequence[dict]) -> None:
-        """Looks at dicts, too, in `same_dicts`: they, their keys and their values stay alive."""
+        """Keeps dicts alive, with their keys and values, for `same_dicts`."""
         self._dicts = [(each, dict(each)) for each in dicts]
         if self._library is not None:
             native.watch_dicts(self._library, self._handle, dicts)
@@ -87,20 +77,20 @@ class MemoryWatch:
             return bool(self._library.same_dicts(self._handle))
         return all(
             [
-                len(now) == len(before)
-                and all([now.get(key, self) is value for key, value in before.items()])
-                for now, before in self._dicts
+                len(entry) == len(copy)
+                and all([entry.get(key, self) is value for key, value in copy.items()])
+                for entry, copy in self._dicts
             ]
         )
 
     def native_gradients(
         self, params: Sequence[Tensor], *memory: Any
     ) -> native.NativeGradients | None:
-        """Returns what takes up the gradients of ``params``, or None where Python has to.
+        """Returns the native gradients of ``params``, or None where Python has to take them.
 
         Args:
             params: The first parameters of this watch, in its order.
-            memory: What `NativeGradients` takes after the handle.
+            memory: The arguments of `NativeGradients` after the handle.
         """
         if self._library is None or not native.takes(params):
             return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The state of other libraries' Adam and AdamW, turned into one that dgg's optimizers load.
+"""Conversion of the state of other libraries' Adam and AdamW into one that dgg's optimizers load.
 
-Known by their keys alone, so that none of these libraries is imported: bitsandbytes (32 bits and
-blockwise 8 bits), torchao (8 and 4 bits, float8), apex and DeepSpeed.
+The libraries are recognised by the keys of their state and never imported: bitsandbytes (32 bits
+and blockwise 8 bits), torchao (8 and 4 bits, float8), apex and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from dgg import _arguments, anchor, sharding
 from dgg.checkpoint import saved_state
 from dgg.reference import FLOAT_DTYPES
 
-# bitsandbytes hides what it quantised in here, so that FSDP does not gather it.
+# The key under which bitsandbytes has quantised state, so that FSDP does not gather it.
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _BLOCKWISE = {"state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
 # Elements that share one absmax, today's first.
 _BLOCK_SIZES = (256, 2048)
-# Elements dequantised at a time: their codes are widened to look the values up.
+# Elements dequantised at a time, since their codes are cast to int32.
 _PIECE = 1 << 24
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _OURS = {"anchor", "master"}
-# Of a group in another library: what Adam has not, AdEMAMix' own, or has another meaning in dgg.
+# Options of groups in other libraries that Adam does not have, or that mean something else in dgg.
 _NOT_ADAMS = {"step", "bias_correction", "alpha", "t_alpha", "t_beta3"}
-# How the step is carried out, and what belongs to the optimizer as it is.
+# Entries of a group that are the optimizer's, whatever the state dict has; options that say how a
+# step is carried out.
 _NOT_SAVED = {"params", "param_names", "anchored"}
 _HOW = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
@@ -49,10 +50,10 @@ def convert_state_dict(
 ) -> dict[str, Any]:
     """Returns the state of another library's Adam or AdamW in the form that dgg loads.
 
-    Moments come out dequantised and in the dtype they are kept in (`load_state_dict` casts them as
-    torch does, see ``state_dtype``), lr, betas, eps and weight_decay as they were. What the other
-    library has not (amsgrad, maximize, dgg's own options) is the optimizer's. A state dict of
-    torch.optim's or dgg's optimizers comes out as an equal copy. Nothing that is given changes.
+    Moments are dequantised and keep their dtype (`load_state_dict` casts them as torch does, see
+    ``state_dtype``); lr, betas, eps and weight_decay are copied. Options that the other library
+    does not have (amsgrad, maximize, dgg's own) are taken from the optimizer. A state dict of
+    torch.optim's or dgg's optimizers is returned as an equal copy. No argument is modified.
 
     Args:
         state_dict: From ``state_dict()`` of bitsandbytes' AdamW, AdamW8bit and their paged
@@ -73,29 +74,30 @@ def convert_state_dict(
     """
     groups = _groups_of(optimizer)
     saved_state.check_form(state_dict, groups, taken_by="convert_state_dict()")
-    for number, (mine, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
-        _check_names(saved, mine, number)
+    pairs = list(zip(groups, state_dict["param_groups"], strict=True))
+    for number, (group, saved) in enumerate(pairs):
+        _check_names(saved, group, number)
     labels = _labels(groups, state_dict["param_groups"])
-    # Of what no group names there is nothing to convert, or the check above has said so.
+    # The check above has refused entries that no group names, unless they are empty.
     entries = {k: _unwrapped(entry) for k, entry in state_dict["state"].items() if k in labels}
     for key, entry in entries.items():
         _check_kind(entry, labels[key])
     state: dict[Any, Any] = {}
     param_groups = []
-    for number, (mine, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
-        group = _group(saved, mine, number)
-        here = {key: entries[key] for key in saved["params"] if key in entries}
-        steps = _steps(here, saved, number)
-        for param, key in zip(mine["params"], saved["params"], strict=True):
-            if key in here:
-                state[key] = _entry(here[key], steps.get(key), param, labels[key])
-                _check_amsgrad(state[key], group, labels[key])
-        param_groups.append(group)
+    for number, (group, saved) in enumerate(pairs):
+        param_groups.append(_group(saved, group, number))
+        steps = _steps({k: entries[k] for k in saved["params"] if k in entries}, saved, number)
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            if key in entries:
+                state[key] = _entry(entries[key], steps.get(key), param, labels[key])
+                amsgrad = param_groups[-1].get("amsgrad")
+                if state[key] and amsgrad and "max_exp_avg_sq" not in state[key]:
+                    raise ValueError(
+                        f"the state of {labels[key]} has no max_exp_avg_sq, which amsgrad=True "
+                        "needs; build the optimizer with amsgrad=False"
+                    )
     rest = {k: _copied(v) for k, v in state_dict.items() if k not in ("state", "param_groups")}
     return {"state": state, "param_groups": param_groups, **rest}
-
-
-# -- the whole ----------------------------------------------------------------------------------
 
 
 def _groups_of(optimizer: Any) -> Sequence[Mapping[str, Any]]:
@@ -112,51 +114,47 @@ def _groups_of(optimizer: Any) -> Sequence[Mapping[str, Any]]:
     return optimizer.param_groups
 
 
-def _check_names(saved: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> None:
-    """Raises where both know the parameters' names and have them in another order."""
-    known = mine.get("param_names")
-    names = saved.get("param_names")
-    if names is None and all(isinstance(key, str) for key in saved["params"]):
-        names = saved["params"]
-    if known is None or names is None or list(names) == list(known):
+def _check_names(saved: Mapping[str, Any], group: Mapping[str, Any], number: int) -> None:
+    """Raises if both groups have the parameters' names, but in another order."""
+    names, saved_names = group.get("param_names"), saved.get("param_names")
+    if saved_names is None and all(isinstance(key, str) for key in saved["params"]):
+        saved_names = saved["params"]
+    if names is None or saved_names is None or list(saved_names) == list(names):
         return
-    if sorted(names) == sorted(known):
-        place = next(i for i, (x, y) in enumerate(zip(names, known, strict=True)) if x != y)
+    if sorted(saved_names) == sorted(names):
+        place = next(i for i, (x, y) in enumerate(zip(saved_names, names, strict=True)) if x != y)
         raise ValueError(
-            f"parameter {place} of group {number} is {names[place]!r} in the state dict and "
-            f"{known[place]!r} in the optimizer; build it from the parameters in the same order"
+            f"parameter {place} of group {number} is {saved_names[place]!r} in the state dict and "
+            f"{names[place]!r} in the optimizer; build it from the parameters in the same order"
         )
 
 
 def _labels(
     groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> dict[Any, str]:
-    """Returns how errors call the parameter of every key."""
+    """Returns the label in errors of the parameter of every key."""
     labels = {}
-    for number, (mine, group) in enumerate(zip(groups, saved, strict=True)):
-        names = mine.get("param_names")
-        for place, key in enumerate(group["params"]):
+    for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        names = group.get("param_names")
+        for place, key in enumerate(saved_group["params"]):
             name = f" ({names[place]!r})" if names else ""
             labels[key] = f"parameter {place}{name} of group {number}"
     return labels
 
 
-# -- groups -------------------------------------------------------------------------------------
-
-
-def _group(saved: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _group(saved: Mapping[str, Any], group: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns the converted group; what the saved one lacks comes from the optimizer's."""
     _check_group(saved, number)
-    if saved.keys() >= {"amsgrad", "maximize"}:  # torch's or dgg's: whole as it is
+    if saved.keys() >= {"amsgrad", "maximize"}:  # torch's or dgg's: nothing to convert
         return {key: _copied(value) for key, value in saved.items()}
-    # What has one name and two meanings is dgg's: guidance does not come from elsewhere.
-    guidance = {*_arguments.WIDE, *_arguments.PER_GROUP}
-    foreign = saved.keys() - _NOT_ADAMS - _HOW - _NOT_SAVED - guidance
-    group = {key: _copied(mine[key]) for key in mine if key not in _NOT_SAVED | foreign}
+    # An option with the name of a guidance option means something else in the other library.
+    from_saved = saved.keys() - _NOT_ADAMS - _HOW - _NOT_SAVED - {*_arguments.GUIDANCE_OPTIONS}
+    converted = {key: _copied(group[key]) for key in group if key not in _NOT_SAVED | from_saved}
     for key in saved:
-        if key in foreign:
-            group[key] = _number(_copied(saved[key]), like=mine.get(key))
-    group["betas"] = tuple(group["betas"])
-    return {**group, "params": list(saved["params"]), "anchored": 0}
+        if key in from_saved:
+            converted[key] = _number(_copied(saved[key]), like=group.get(key))
+    converted["betas"] = tuple(converted["betas"])
+    return {**converted, "params": list(saved["params"]), "anchored": 0}
 
 
 def _check_group(saved: Mapping[str, Any], number: int) -> None:
@@ -207,9 +205,6 @@ def _copied(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-# -- entries ------------------------------------------------------------------------------------
-
-
 def _unwrapped(entry: Any) -> Any:
     if isinstance(entry, Mapping) and isinstance(entry.get(_WRAPPED), Mapping):
         return {**{k: v for k, v in entry.items() if k != _WRAPPED}, **entry[_WRAPPED]}
@@ -217,28 +212,26 @@ def _unwrapped(entry: Any) -> Any:
 
 
 def _steps(entries: Mapping[Any, Any], saved: Mapping[str, Any], number: int) -> dict[Any, Any]:
-    """Returns the step of every parameter of a group that has state."""
-    found = {key: entry for key, entry in entries.items() if entry}
-    own = {key: entry["step"] for key, entry in found.items() if "step" in entry}
-    if "step" not in saved or not found:
-        return own
-    if not own:  # apex counts per group
-        return dict.fromkeys(found, saved["step"])
-    counts = {key: _count(value) for key, value in own.items()}
-    if "bias_correction" not in saved or None in counts.values() or len(own) < len(found):
-        return own
-    if len(set(counts.values())) == 1:
-        return own
+    entries = {key: entry for key, entry in entries.items() if entry}
+    steps = {key: entry["step"] for key, entry in entries.items() if "step" in entry}
+    if "step" not in saved or not entries:
+        return steps
+    if not steps:  # apex counts per group
+        return dict.fromkeys(entries, saved["step"])
+    counts = {_count(value) for value in steps.values()}
+    complete = None not in counts and len(steps) == len(entries)
+    if "bias_correction" not in saved or not complete or len(counts) == 1:
+        return steps
     # DeepSpeed's FusedAdam steps all parameters of a dtype by the count of the last one, and
-    # raises no other.
-    dtypes = {getattr(entry.get("exp_avg"), "dtype", None) for entry in found.values()}
+    # increases no other.
+    dtypes = {getattr(entry.get("exp_avg"), "dtype", None) for entry in entries.values()}
     if len(dtypes) > 1:
         raise ValueError(
-            f"group {number} has the steps {sorted(set(counts.values()))} and moments in "
+            f"group {number} has the steps {sorted(counts)} and moments in "
             f"{sorted(map(str, dtypes))}: DeepSpeed's FusedAdam counts with the last parameter "
             "alone, once per dtype, so nobody can tell how often it stepped; set step of all"
         )
-    return dict.fromkeys(found, max(counts.values()))
+    return dict.fromkeys(entries, max(counts))
 
 
 def _count(step: Any) -> float | None:
@@ -293,7 +286,7 @@ def _step(value: Any, label: str) -> Tensor:
 
 
 def _plain(value: Any, key: str, label: str) -> Any:
-    """Returns a copy of a tensor, of torchao's quantised ones the values."""
+    """Returns a copy of a tensor; torchao's quantised ones are dequantised."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{key} of {label} is a {type(value).__name__}, not a tensor")
     shard = sharding.local(value)
@@ -301,7 +294,7 @@ def _plain(value: Any, key: str, label: str) -> Any:
         return value.detach().clone()
     if not hasattr(type(shard), "dequantize"):
         raise TypeError(f"{key} of {label} is a {type(shard).__name__}, which has no dequantize()")
-    # A copy also where it has nothing to compute.
+    # A copy, since dequantize() may return the tensor itself.
     return sharding.like(shard.dequantize().detach().clone(), value)
 
 
@@ -377,11 +370,3 @@ def _check_moment(value: Any, key: str, param: Tensor, label: str) -> None:
     shard = sharding.local(value)
     if key.endswith("exp_avg_sq") and not shard.is_complex() and shard.numel() and shard.min() < 0:
         raise ValueError(f"{key} of {label} has negative values, whose root Adam would take")
-
-
-def _check_amsgrad(entry: Mapping[str, Any], group: Mapping[str, Any], label: str) -> None:
-    if entry and group.get("amsgrad") and "max_exp_avg_sq" not in entry:
-        raise ValueError(
-            f"the state of {label} has no max_exp_avg_sq, which amsgrad=True needs; build the "
-            "optimizer with amsgrad=False"
-        )

@@ -22,29 +22,22 @@ from dgg.checkpoint.source import of_template
 from dgg.sharding import fsdp1
 from dgg.step import state
 
-_FLAGS_OF_OURS = ("foreach", "fused", "capturable", "differentiable")
-_BEFORE, _AFTER = (
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_STEP_FLAGS = ("foreach", "fused", "capturable", "differentiable")
+_BEFORE, _AFTER = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
 
 
 def make_whole(opt) -> None:
-    """Makes an optimizer's state what `state_dict` is to return, with numbers of Python's alone.
-
-    Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room for
-    what that holds, if a helper has made its state before that was known.
-    """
+    """Completes an optimizer's state before `state_dict` returns it; see `Guided.state_dict`."""
     if opt._template and opt._cache is None and not opt._awaits_load:
         origin = of_template()
         if origin is not None and not origin.broadcast:
             room.make_room_for(opt, origin)
     for group in opt.param_groups:
         _arguments.make_plain(group)
-        if "step" not in opt._rule.columns:  # SGD's buffer is begun by a step
+        if "step" not in opt._rule.columns:  # the first step of SGD makes its buffer
             continue
         for p in group["params"]:
-            # amsgrad switched on since the last step: as the next one would do it.
+            # amsgrad may have been switched on since the last step: do what the next step would.
             if isinstance(entry := opt.state.get(p), dict) and "exp_avg" in entry:
                 state.make(opt, p, opt._rule.needed(group))
 
@@ -54,22 +47,22 @@ def load(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
 
     Args:
         opt: The optimizer.
-        state_dict: What was given to ``load_state_dict``.
+        state_dict: Argument of ``load_state_dict``.
         torch_load: ``load_state_dict`` of the torch.optim class.
     """
-    # What loading replaces it makes anew, and leaves the former as it is.
-    before = dict(opt.__dict__)
+    # Loading makes new objects in place of these, which stay as they are.
+    attributes = dict(opt.__dict__)
     try:
         _load_between_hooks(opt, state_dict, torch_load)
     except BaseException:
         opt.__dict__.clear()
-        opt.__dict__.update(before)
+        opt.__dict__.update(attributes)
         raise
 
 
 def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
-    # Hooks may repair what they are given and look at what was loaded: they run before and
-    # after everything, not only around what torch does of it.
+    # Hooks may repair the state dict and look at the result, so they run before and after all of
+    # the loading, not only around torch's part of it.
     hooks = {name: getattr(opt, name) for name in (_BEFORE, _AFTER)}
     if isinstance(state_dict, Mapping):
         state_dict = dict(state_dict)
@@ -88,52 +81,45 @@ def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None])
 def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
     state_dict = _completed(opt, state_dict)
     anchors = _checked_anchors(opt, state_dict)
-    before = int(opt.param_groups[0]["draw_index"]), opt._resumed
+    draws, resumed = int(opt.param_groups[0]["draw_index"]), opt._resumed
     slot, cache = opt._replay, opt._cache
-    if before[0] <= 1:
-        boundary.refuse_earlier(opt._named, state_dict["param_groups"])
-    flags_before = [
-        {name: group.get(name) for name in _FLAGS_OF_OURS} for group in opt.param_groups
-    ]
-    options_before = [
-        {name: group[name] for name in (*opt._guidance, "anchored")} for group in opt.param_groups
-    ]
+    saved_groups, groups_before = state_dict["param_groups"], opt.param_groups
+    if draws <= 1:
+        boundary.refuse_earlier(opt._named, saved_groups)
     # torch casts all floating state to the parameter's dtype, which would round an anchor, a
-    # master weight and moments that are kept in another dtype.
-    kept_back = {"anchor", "master"}
+    # master weight and moments with a dtype of their own.
+    not_for_torch = {"anchor", "master"}
     if opt._settings.state_dtype is not None:
-        kept_back |= opt._rule.columns.keys() - {"step"}
-    stripped = dict(state_dict)
-    stripped["state"] = {
-        key: {k: anchor.resolved(v) for k, v in entry.items() if k not in kept_back}
+        not_for_torch |= opt._rule.columns.keys() - {"step"}
+    for_torch = {
+        key: {k: anchor.resolved(v) for k, v in entry.items() if k not in not_for_torch}
         if isinstance(entry, Mapping)
         else entry
         for key, entry in state_dict["state"].items()
     }
-    torch_load(stripped)
-    _load_kept_back(opt, state_dict, kept_back - {"anchor"})
+    torch_load({**state_dict, "state": for_torch})
+    _load_without_torch(opt, state_dict, not_for_torch - {"anchor"})
     _shard_moments(opt)
     _give_moments_memory(opt)
-    for group, flags, options, saved in zip(
-        opt.param_groups, flags_before, options_before, state_dict["param_groups"], strict=True
-    ):
+    for group, before, saved in zip(opt.param_groups, groups_before, saved_groups, strict=True):
         _arguments.make_plain(group)
+        flags = {name: before.get(name) for name in _STEP_FLAGS}
         group.update({k: v for k, v in flags.items() if v is not None or k in group})
-        group.update({k: v for k, v in options.items() if k not in saved})
+        group.update({k: before[k] for k in (*opt._guidance, "anchored") if k not in saved})
     dtypes = [value.dtype for value in anchors.values()]
-    made = anchor.allocate_all([*anchors], dtypes, opt._settings.anchor_device)
-    for (param, value), target in zip(anchors.items(), made, strict=True):
+    targets = anchor.allocate_all([*anchors], dtypes, opt._settings.anchor_device)
+    for (param, value), target in zip(anchors.items(), targets, strict=True):
         # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
         anchor.write(target, value.detach())
         opt.state[param]["anchor"] = target
-    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+    for group, saved in zip(opt.param_groups, saved_groups, strict=True):
         if saved.get("anchored"):
             _anchor_empty_shards(opt, group)
         present = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
         group["anchored"] = max(present, saved.get("anchored", 0))  # other ranks' included
     _normalise_steps(opt)
-    # Torch's checkpoint helpers make an empty step before they load into a new optimizer.
-    fresh = before[0] <= 1 or before[0] == before[1]
+    # torch's checkpoint helpers make an empty step before they load into a new optimizer.
+    fresh = draws in (0, 1, resumed)
     opt._resumed = int(opt.param_groups[0]["draw_index"]) if fresh else None
     opt._replay = slot
     opt._awaits_load, opt._cache = False, cache
@@ -142,12 +128,12 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
 
 
 def _give_moments_memory(opt) -> None:
-    """Gives every moment memory of its own, as dense as the parameter's.
+    """Gives every moment dense memory of its own.
 
-    torch takes the checkpoint's tensors as they are: an expanded one, one that two parameters
-    share, or a parameter's own, could not be written.
+    torch takes the checkpoint's tensors as they are. A step could not write one that is expanded,
+    that two parameters share, or that is a parameter's memory.
     """
-    taken = {
+    in_use = {
         (p.device, sharding.local(p).untyped_storage().data_ptr())
         for group in opt.param_groups
         for p in group["params"]
@@ -163,15 +149,15 @@ def _give_moments_memory(opt) -> None:
             place = value.device, value.untyped_storage().data_ptr()
             if not backends.is_dense(value):
                 entry[name] = value.contiguous()
-            elif value.numel() and place in taken:
+            elif value.numel() and place in in_use:
                 entry[name] = value.clone()
-            taken.add(place)
+            in_use.add(place)
 
 
 def _anchor_empty_shards(opt, group: dict[str, Any]) -> None:
-    """Anchors what FSDP1 left nothing of here, and its checkpoints therefore leave out.
+    """Anchors the parameters of FSDP1 that are empty on this rank and not in its checkpoints.
 
-    A rank on which all is empty would not know otherwise that there are norms to be summed.
+    Otherwise a rank with empty parameters alone would not take part in the sums of norms.
     """
     for param in group["params"]:
         empty = fsdp1.is_empty(param) and param.requires_grad
@@ -180,7 +166,7 @@ def _anchor_empty_shards(opt, group: dict[str, Any]) -> None:
             opt.state[param]["anchor"] = torch.empty_like(param)
 
 
-def _load_kept_back(opt, state_dict: Mapping[str, Any], names: set[str]) -> None:
+def _load_without_torch(opt, state_dict: Mapping[str, Any], names: set[str]) -> None:
     for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
         for param, key in zip(group["params"], saved["params"], strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
@@ -191,16 +177,16 @@ def _load_kept_back(opt, state_dict: Mapping[str, Any], names: set[str]) -> None
                 elif opt._settings.has_master(param):
                     dtype = torch.float32
                 else:
-                    continue  # the weights have become wide enough to hold everything
+                    continue  # the weights are of 32 bits now
                 value = anchor.resolved(value.detach())
                 opt.state[param][name] = value.to(param.device, dtype, copy=True)
 
 
 def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a state dict as it would be if torch's checkpoint helpers had left it whole.
+    """Returns a state dict without the traces of torch's checkpoint helpers.
 
-    Of flattened ones they put empty dicts where the checkpoint has nothing, and they leave out
-    frozen parameters, whose prepared room the load has filled all the same.
+    In flattened state dicts they put empty dicts where the checkpoint has nothing. And they leave
+    out frozen parameters, although the load has filled their prepared room.
     """
     saved_state.check_form(state_dict, opt.param_groups)
     state = {
@@ -215,46 +201,38 @@ def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
                 room = opt.state.get(param, {})
                 if "anchor" in room and anchor.finite(room["anchor"]):
                     state[key] = dict(room)
-    # None and {} say that nothing is known of a parameter.
-    known = {
-        key: entry
-        for key, entry in state.items()
-        if entry is not None and not (isinstance(entry, Mapping) and not entry)
-    }
-    return {**state_dict, "state": known}
+    # None and {} mean that there is no state of a parameter.
+    empty = {k for k, x in state.items() if x is None or (isinstance(x, Mapping) and not x)}
+    return {**state_dict, "state": {k: x for k, x in state.items() if k not in empty}}
 
 
 def _shard_moments(opt) -> None:
-    """Shards what came as whole tensors: what torch's helpers find no room for."""
+    """Shards whole moments of sharded parameters: torch's helpers shard only those with room."""
     for param, entry in opt.state.items():
         if not sharding.is_dtensor(param) or not isinstance(entry, dict):
             continue
         for name in entry.keys() & {*opt._rule.columns, "master"} - {"step"}:
             value = entry[name]
             if isinstance(value, Tensor) and not sharding.is_dtensor(value):
-                made = anchor.allocate(param, value.dtype, None)
-                anchor.write(made, value.detach())
-                entry[name] = made
+                entry[name] = anchor.allocate(param, value.dtype, None)
+                anchor.write(entry[name], value.detach())
 
 
 def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
-    """Checks groups and states but for the anchors."""
+    """Checks groups and states, but not the anchors."""
     ours = {**opt._guidance, "anchored": 0}
-    for number, (group, saved) in enumerate(
-        zip(opt.param_groups, state_dict["param_groups"], strict=True)
-    ):
+    keys = [*opt._rule.columns.keys() - {"anchor"}, "master"]
+    pairs = zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    for number, (group, saved) in enumerate(pairs):
         saved_state.check_group(number, saved, opt.defaults, ours)
-        options = {**group, **saved}
-        if saved.get("amsgrad") is None:
-            options["amsgrad"] = False
+        options = {**group, **saved, "amsgrad": saved.get("amsgrad") or False}
         for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if key not in state_dict["state"]:
                 continue
             entry = state_dict["state"][key]
             label = f"parameter {place} of group {number}"
             needed = opt._rule.needed_to_load(options, entry)
-            known = [*opt._rule.columns.keys() - {"anchor"}, "master"]
-            saved_state.check_entry(entry, param, label, needed, known)
+            saved_state.check_entry(entry, param, label, needed, keys)
             if "master" in entry and not opt._settings.master_weights:
                 raise ValueError(
                     f"the checkpoint has a master weight of {label}, which this optimizer "
@@ -324,7 +302,7 @@ def _unfilled(opt, value: Any, saved: Mapping[str, Any]) -> bool:
     """Returns whether an anchor is prepared room into which nothing was loaded."""
     if not opt._awaits_load or not isinstance(value, Tensor):
         return False
-    if sharding.local(value).numel() == 0:  # which only the group can tell
+    if sharding.local(value).numel() == 0:  # an empty anchor has no NaN that would show it
         return not saved.get("anchored", 1)
     return not anchor.finite(value)
 
@@ -333,7 +311,7 @@ def _normalise_steps(opt) -> None:
     """Gives ``step`` and the draw index the form that the kernels write."""
     for param, entry in opt.state.items():
         if isinstance(entry, dict) and entry.get("step") is not None:
-            # Its own: one count for two parameters would go up twice in a step.
+            # A clone: a count that two parameters share would go up twice in a step.
             entry["step"] = state.step_scalar(opt, param, entry["step"]).clone()
     for group in opt.param_groups:
         if isinstance(group["draw_index"], Tensor) and not opt._settings.capturable:

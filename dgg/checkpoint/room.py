@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Room in a new optimizer's state for what a distributed checkpoint holds.
+"""Room in a new optimizer's state for the state in a distributed checkpoint.
 
-torch.distributed.checkpoint loads into what is there: a template, that a helper makes by a step
-with zero gradients. Room for anchors is made by `prepare`, or where it is known who is loading.
+torch.distributed.checkpoint fills a template, which a helper makes by a step with zero gradients.
+`prepare` adds room for anchors, and so does `make_template` if it recognises the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,62 +12,66 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dgg import anchor, sharding
-from dgg.checkpoint.source import Source, entries_in, find, held_by, of_template
+from dgg.checkpoint.source import Source, dtypes_in, entries_in, find, of_template
 from dgg.step import checks, state
 
-# What ranks say to each other begins with it.
+# First word of a message between ranks.
 _ROOM = "dgg: room for a state dict"
 
 
 def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
-    """Makes room for what a distributed checkpoint holds; see `AdamW.prepare_for_load`."""
+    """Makes room for a distributed checkpoint; see `AdamW.prepare_for_load`."""
     if opt._deepspeed_driver() is not None or not opt._ownership.has_all:
         raise RuntimeError(
             "prepare_for_load() is for torch.distributed.checkpoint over FSDP2 and other "
             "DTensors; DeepSpeed and ZeroRedundancyOptimizer load their own checkpoints"
         )
-    every = [(p, group) for group in opt.param_groups for p in group["params"]]
-    if checkpoint is None:
-        held = [
-            {name: None for name in (*_kept_by_steps(opt, p, group), "anchor")}
-            if p.requires_grad or p in opt.state
-            else {}
-            for p, group in every
-        ]
-    else:
-        held = _held_by(opt, checkpoint, model)
-    make_room(opt, held)
+    if checkpoint is not None:
+        make_room(opt, _entries_in_checkpoint(opt, checkpoint, model))
+        return
+    entries = []
+    for group in opt.param_groups:
+        names = [*opt._rule.needed(group), "anchor", *opt._rule.columns.keys() & {"step"}]
+        for p in group["params"]:
+            master = ["master"] if opt._settings.has_master(p) else []
+            kept = p.requires_grad or p in opt.state
+            entries.append(dict.fromkeys([*names, *master]) if kept else {})
+    make_room(opt, entries)
 
 
-def make_room(opt, held: Sequence[Mapping[str, torch.dtype | None]]) -> None:
-    """Makes the state of every parameter that ``held`` says, anchors without any value."""
+def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
+    """Makes the state of every parameter; anchors are filled with NaN.
+
+    Args:
+        opt: The optimizer.
+        entries: For each parameter state key → dtype, or None for the usual one.
+    """
     params = [p for group in opt.param_groups for p in group["params"]]
-    for number, (p, names) in enumerate(zip(params, held, strict=True)):
-        if "master" in names and not opt._settings.has_master(p):
+    for number, (p, dtypes) in enumerate(zip(params, entries, strict=True)):
+        if "master" in dtypes and not opt._settings.has_master(p):
             raise ValueError(
                 f"the checkpoint has a master weight of parameter {number}, which this "
                 "optimizer would not keep; build it with master_weights=True over 16-bit "
                 "parameters"
             )
-    for p, names in zip(params, held, strict=True):
-        if not names:
+    for p, dtypes in zip(params, entries, strict=True):
+        if not dtypes:
             opt.state.pop(p, None)
             continue
         entry = opt.state[p]
-        for name in entry.keys() - names:
+        for name in entry.keys() - dtypes:
             del entry[name]
-        if "step" in names:
+        if "step" in dtypes:
             entry["step"] = state.step_scalar(opt, p, entry.get("step", 0.0))
-        state.make(opt, p, [name for name in names if name != "anchor"])
-        if "anchor" in names:
-            dtype = names["anchor"] or anchor.storage_dtype(
+        state.make(opt, p, [name for name in dtypes if name != "anchor"])
+        if "anchor" in dtypes:
+            dtype = dtypes["anchor"] or anchor.storage_dtype(
                 state.stepped_weight(opt, p), opt._settings.anchor_dtype, "a parameter"
             )
             entry["anchor"] = anchor.allocate(p, dtype, opt._settings.anchor_device)
-            # No weights are NaN: what is not overwritten will be noticed.
+            # NaN shows later which anchors were not overwritten.
             sharding.local(entry["anchor"]).fill_(float("nan"))
     for group in opt.param_groups:
         group["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
@@ -75,37 +79,30 @@ def make_room(opt, held: Sequence[Mapping[str, torch.dtype | None]]) -> None:
     opt._reset_caches()
 
 
-def _kept_by_steps(opt, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the keys of the state that a step keeps of a parameter, anchors apart."""
-    step = ("step",) if "step" in opt._rule.columns else ()
-    master = ("master",) if opt._settings.has_master(param) else ()
-    return (*step, *opt._rule.needed(group), *master)
-
-
-def _held_by(opt, source: Any, model) -> list[dict[str, torch.dtype | None]]:
-    held = held_by(source, {*opt._rule.columns, "master"})
-    return find(held, _names(opt, model))
+def _entries_in_checkpoint(opt, source: Any, model) -> list[dict[str, torch.dtype | None]]:
+    return find(dtypes_in(source, {*opt._rule.columns, "master"}), _names(opt, model))
 
 
 def _names(opt, model) -> list[list[str]]:
     """Returns the names that every parameter may have in a checkpoint."""
-    known = anchor.names_of_parameters(model)
+    names_in_model = anchor.names_of_parameters(model)
     names: list[list[str]] = []
     for group in opt.param_groups:
-        own = group.get("param_names", [None] * len(group["params"]))
-        for p, name in zip(group["params"], own, strict=True):
-            names.append([*known.get(p, []), *([] if name is None else anchor.variants(name))])
+        in_group = group.get("param_names", [None] * len(group["params"]))
+        for p, name in zip(group["params"], in_group, strict=True):
+            variants = [] if name is None else anchor.variants(name)
+            names.append([*names_in_model.get(p, []), *variants])
     return names
 
 
 def make_template(opt) -> None:
-    """Makes the state of torch's checkpoint helper, which calls a step with zero gradients.
+    """Makes state for torch's checkpoint helper, which calls a step with zero gradients.
 
-    Nothing else: no step is counted, no draw consumed, no momentum begun. Where it is known
-    what will be loaded and that has anchors, it is room for just that.
+    It counts no step, consumes no draw and begins no momentum. If it recognises the checkpoint and
+    that has anchors, it makes room for exactly the checkpoint's state.
     """
     if opt._awaits_load:
-        return  # room was made, for a checkpoint that holds no state
+        return  # prepare_for_load() has made room for a checkpoint without state
     origin = of_template() if opt._ownership.has_all else None
     if origin is not None and origin.broadcast:
         anchored = _make_room_together(opt, origin)
@@ -114,7 +111,7 @@ def make_template(opt) -> None:
         anchored = origin is not None and make_room_for(opt, origin)
     opt._template = True
     if anchored and origin.checkpoint is None:
-        return  # of what a state dict does not hold there is to be no state
+        return  # no state of parameters that the state dict does not hold
     for group in opt.param_groups:
         for p in group["params"]:
             if p.grad is not None and not opt.state.get(p):
@@ -127,41 +124,34 @@ def _check_template(opt) -> None:
 
 
 def make_room_for(opt, origin: Source) -> bool:
-    """Makes room for what will be loaded, if that has anchors, which it returns."""
+    """Makes room for the source of a template if it has anchors, and returns whether it has."""
     if origin.checkpoint is None:
-        held = _held_in(opt, origin)
+        entries = _entries_in_state_dict(opt, origin)
     else:
         try:
-            held = _held_by(opt, origin.checkpoint, origin.model)
+            entries = _entries_in_checkpoint(opt, origin.checkpoint, origin.model)
         except Exception:
-            # Torch reads it next, and what is wrong with it is an error on all ranks.
+            # torch reads the checkpoint next, and raises on all ranks.
             return False
-    anchored = any("anchor" in names for names in held)
+    anchored = any("anchor" in entry for entry in entries)
     if anchored:
-        make_room(opt, held)
+        make_room(opt, entries)
     return anchored
 
 
-def _held_in(opt, origin: Source) -> list[dict[str, torch.dtype | None]]:
-    """Returns what the state dict of a source holds of every parameter.
-
-    Raises:
-        KeyError: It holds nothing of a parameter that is trained, and that is an error.
-        ValueError: A shape is not the parameter's.
-    """
-    entries = entries_in(origin.given or {}, {*opt._rule.columns, "master"})
+def _entries_in_state_dict(opt, origin: Source) -> list[dict[str, torch.dtype | None]]:
+    """Returns state key → dtype of every parameter in a source's state dict, after checks."""
+    entries = entries_in(origin.state_dict or {}, {*opt._rule.columns, "master"})
     names = _names(opt, origin.model)
-    some = {name: entry for name, entry in entries.items() if entry}
     try:
-        found = find(some, names)
+        entry_of = find({name: entry for name, entry in entries.items() if entry}, names)
     except KeyError:
-        found = [{} for _ in names]
+        entry_of = [{} for _ in names]
     params = [p for group in opt.param_groups for p in group["params"]]
     by_name = not all(name.isdigit() for name in entries)
-    held = []
-    for number, (p, entry, mine) in enumerate(zip(params, found, names, strict=True)):
-        label = f"parameter {number} ({mine[0]})" if mine else f"parameter {number}"
-        if origin.strict and by_name and p.requires_grad and not {*mine} & entries.keys():
+    for number, (p, entry, candidates) in enumerate(zip(params, entry_of, names, strict=True)):
+        label = f"parameter {number} ({candidates[0]})" if candidates else f"parameter {number}"
+        if origin.strict and by_name and p.requires_grad and not {*candidates} & entries.keys():
             raise KeyError(
                 f"the state dict holds nothing of {label}, which is trained: is it another "
                 "model's? StateDictOptions(strict=False) loads the others"
@@ -173,45 +163,43 @@ def _held_in(opt, origin: Source) -> list[dict[str, torch.dtype | None]]:
                     f"the state dict's {key} of {label} has shape {tuple(shape)}, the "
                     f"parameter has {tuple(p.shape)}; load it into the same architecture"
                 )
-        held.append({key: getattr(value, "dtype", None) for key, value in entry.items()})
-    return held
+    return [{key: getattr(x, "dtype", None) for key, x in entry.items()} for entry in entry_of]
 
 
 def _make_room_together(opt, origin: Source) -> bool:
-    """Makes room on every rank for what rank 0 was given; returns whether it has anchors.
+    """Makes room on every rank for rank 0's state dict; returns whether it has anchors.
 
-    Raises on all ranks if any of them cannot: none is left waiting for the others.
+    If one rank fails, all raise: none waits for the others.
     """
-    # In the group and from the rank that torch takes for the tensors.
-    rank, world = dist.get_rank(), dist.get_world_size()
-    held: list[dict[str, torch.dtype | None]] = []
-    wrong: Exception | None = None
+    # Rank 0 of the whole world, as torch does for the tensors.
+    entries: list[dict[str, torch.dtype | None]] = []
+    failure: Exception | None = None
     try:
         _check_template(opt)
-        if rank == 0:
-            held = _held_in(opt, origin)
+        if dist.get_rank() == 0:
+            entries = _entries_in_state_dict(opt, origin)
     except Exception as error:
-        wrong = error
-    # No dict, which torch would take for its own message where a rank has state already.
-    told: list[Any] = [(_ROOM, held)]
-    dist.broadcast_object_list(told, src=0)
-    if not (isinstance(told[0], tuple) and len(told[0]) == 2 and told[0][0] == _ROOM):
+        failure = error
+    # A tuple: torch takes a dict for a message of its own on ranks that have state already.
+    message: list[Any] = [(_ROOM, entries)]
+    dist.broadcast_object_list(message, src=0)
+    if not (isinstance(message[0], tuple) and len(message[0]) == 2 and message[0][0] == _ROOM):
         raise RuntimeError(
             "the optimizer has state on rank 0 and none here: call prepare_for_load() on all "
             "ranks or on none before a state dict is loaded with broadcast_from_rank0=True"
         )
-    held = told[0][1]
-    anchored = any("anchor" in names for names in held)
-    if anchored and wrong is None:
+    entries = message[0][1]
+    anchored = any("anchor" in entry for entry in entries)
+    if anchored and failure is None:
         try:
-            make_room(opt, held)
+            make_room(opt, entries)
         except Exception as error:
-            wrong = error
-    everywhere: list[str | None] = [None] * world
-    dist.all_gather_object(everywhere, None if wrong is None else str(wrong))
-    if wrong is not None:
-        raise wrong
-    for other, text in enumerate(everywhere):
+            failure = error
+    reports: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(reports):
         if text is not None:
-            raise RuntimeError(f"rank {other} cannot load: {text}")
+            raise RuntimeError(f"rank {rank} cannot load: {text}")
     return anchored

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an optimizer's state dict must hold to be loaded, looked at before anything is changed.
+"""Checks of an optimizer's state dict, before anything is changed.
 
-torch.optim takes what it is given and fails at the next step, or trains on with moments of zero.
-Here every key that the class needs is there and of its type, or an error says which is not.
+torch.optim loads any state dict and fails at the next step, or trains on with moments of zero. Here
+an error says which key is missing or of the wrong type.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from torch import Tensor
 
 from dgg import _arguments, anchor, sharding
 
-# Options of groups that torch.optim fills in where an older release has not saved them.
+# Options of groups that torch.optim fills in if an older release has not saved them.
 _FILLED_IN = {
     "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
     "decoupled_weight_decay", "nesterov",
 }  # fmt: skip
-# Those among them that are older than all the others: where any other stands these do, too, unless
-# it is the group of an optimizer that has no such option (NAdam, RAdam, Adamax).
+# The oldest of these: a group that has one of the others has these, too, unless its optimizer has
+# no such option (NAdam, RAdam, Adamax).
 _OLDEST = {"amsgrad", "nesterov"}
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "nesterov")
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
-# float64 counts further by ones, and so does no training.
-_MOST_STEPS = 2.0**53
+_MOST_STEPS = 2.0**53  # beyond it float64 does not count by ones
 
 _CONVERT = (
     "dgg loads what torch.optim.AdamW, Adam, SGD and its own classes save. States of bitsandbytes, "
@@ -42,9 +41,9 @@ def check_form(
     """Checks that this is an optimizer's state dict, of as many parameters in as many groups.
 
     Args:
-        state_dict: What was given.
-        groups: Of the optimizer that it is for.
-        taken_by: The function that it was given to.
+        state_dict: The argument to check.
+        groups: Groups of the optimizer that loads it.
+        taken_by: The function whose argument it is.
 
     Raises:
         KeyError: It is no optimizer's state dict.
@@ -81,11 +80,12 @@ def check_form(
                 f"group {number} of the state dict is no dict with a list of params; pass what "
                 "optimizer.state_dict() returned"
             )
-    sizes, mine = ([len(group["params"]) for group in x] for x in (saved, groups))
-    if sizes != mine:
+    saved_sizes, sizes = ([len(group["params"]) for group in x] for x in (saved, groups))
+    if saved_sizes != sizes:
         raise ValueError(
-            f"the checkpoint's groups hold {sizes} parameters, this optimizer's {mine}; build "
-            "the optimizer over the same groups first (add_param_group() and freezing included)"
+            f"the checkpoint's groups hold {saved_sizes} parameters, this optimizer's {sizes}; "
+            "build the optimizer over the same groups first (add_param_group() and freezing "
+            "included)"
         )
     for number, group in enumerate(saved):
         names = group.get("param_names")
@@ -108,14 +108,11 @@ def check_form(
         ) from None
     if twice:
         raise ValueError("the state dict's groups name a parameter twice; it was not saved so")
-    strange = [
-        key
-        for key, entry in state_dict["state"].items()
-        if key not in keys and isinstance(entry, Mapping) and entry
-    ]
-    if strange:
+    entries = state_dict["state"].items()
+    unnamed = [k for k, entry in entries if k not in keys and isinstance(entry, Mapping) and entry]
+    if unnamed:
         raise ValueError(
-            f"the state dict has state of {strange[0]!r} and {len(strange) - 1} more, which its "
+            f"the state dict has state of {unnamed[0]!r} and {len(unnamed) - 1} more, which its "
             "groups do not name: it would be lost. Pass what optimizer.state_dict() returned (JSON "
             "turns the numbers of parameters into text)"
         )
@@ -138,11 +135,10 @@ def check_group(
     """
     filled_in = _FILLED_IN - (_OLDEST if saved.keys() & (_FILLED_IN - _OLDEST) else set())
     needed = defaults.keys() - ours.keys() - filled_in
-    # Somebody may set alpha in what torch.optim has saved.
-    is_ours = bool(saved.keys() & ours.keys() - set(_arguments.PER_GROUP))
-    missing = sorted(needed - saved.keys()) + (
-        sorted(ours.keys() - saved.keys()) if is_ours else []
-    )
+    missing = sorted(needed - saved.keys())
+    # alpha alone does not make it dgg's: somebody may set it in a state dict of torch.optim.
+    if saved.keys() & ours.keys() - set(_arguments.GROUP_OPTIONS):
+        missing += sorted(ours.keys() - saved.keys())
     if missing:
         raise ValueError(
             f"group {number} of the state dict has no {', '.join(missing)}: it is another "
@@ -181,16 +177,16 @@ def check_group(
 
 
 def check_entry(
-    entry: Any, param: Tensor, label: str, needed: Sequence[str], known: Sequence[str]
+    entry: Any, param: Tensor, label: str, needed: Sequence[str], keys: Sequence[str]
 ) -> None:
-    """Checks the state of a parameter but for its anchor.
+    """Checks the state of a parameter, but not its anchor.
 
     Args:
-        entry: What the state dict has of it.
+        entry: Its state in the state dict.
         param: The parameter.
-        label: How errors call it.
+        label: Its name in errors.
         needed: Keys that must be there.
-        known: Keys whose type is known.
+        keys: Keys whose values are checked.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -208,13 +204,11 @@ def check_entry(
             f"{sorted(map(str, entry))}: it is another optimizer's, or a part of it was lost on "
             f"the way. {_CONVERT}"
         )
-    for name in known:
+    for name in keys:
         value = entry.get(name)
-        if value is None:
-            continue
-        if name == "step":
+        if value is not None and name == "step":
             _check_step(value, label)
-        else:
+        elif value is not None:
             _check_moment(name, value, param, label)
 
 
@@ -238,7 +232,7 @@ def _check_moment(name: str, value: Any, param: Tensor, label: str) -> None:
             f"the checkpoint's {name} of {label} has shape {tuple(value.shape)}, the parameter has "
             f"{tuple(param.shape)}; load it into the same architecture"
         )
-    # Of float8 and of what a library keeps in codes nobody here knows the numbers.
+    # The numbers behind float8 and a library's codes are not known here.
     elsewhere = sharding.keeps_values_elsewhere(value) and type(value) is not type(param)
     suitable = value.dtype.to_real() in anchor.FLOAT_DTYPES
     if elsewhere or not suitable or value.is_complex() != param.is_complex():

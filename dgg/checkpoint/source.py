@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Distributed checkpoints: what one holds of an optimizer, and who asks for room for it.
+"""Distributed checkpoints: the optimizer state in one, and which one a template is made for.
 
-torch.distributed.checkpoint fills a template, and what the template has no room for is left out.
-The template of a new optimizer is made by a step with zero gradients, which is told by who calls.
-So is what the template will be filled from, where that can be known.
+torch.distributed.checkpoint fills a template, and leaves out what the template has no room for.
+Helpers make the template of a new optimizer by a step with zero gradients. The callers of that step
+show that it is one, and often which checkpoint will fill the template.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TEMPLATE_MAKERS = ("_init_optim_state", "init_optim_state")
 # torch's helper that loads a state dict, and the one that asks for a template.
 _LOADS = (_HELPERS, "_load_optim_state_dict")
 _ASKS = (_HELPERS, "_get_optim_state_dict")
-# Who asks for a template to load a distributed checkpoint into it: module, function, and the local
-# variable that has the checkpoint. Whatever is not as named here is not recognised.
+# Functions that load a distributed checkpoint into a template: module, name, and the local variable
+# that has the checkpoint. Functions with other names are not recognised.
 _LOADERS = {
     ("accelerate.utils.fsdp_utils", "load_fsdp_optimizer"): "ckpt_dir",
     ("torch.distributed.checkpoint.state_dict_loader", "load"): "storage_reader",
@@ -34,19 +34,19 @@ _LOADERS = {
 
 
 class Source(NamedTuple):
-    """What a template will be filled from.
+    """The checkpoint or state dict that will fill a template.
 
     Attributes:
         model: Has the names of the parameters.
         checkpoint: Directory or StorageReader of a distributed checkpoint; None for a state dict.
-        given: The state dict that this rank was given, which may be None.
-        broadcast: The state dict of rank 0 is everybody's.
-        strict: Parameters that are trained and not in it are an error.
+        state_dict: The state dict on this rank, which may be None.
+        broadcast: All ranks load the state dict of rank 0.
+        strict: It is an error if the state dict lacks a trainable parameter.
     """
 
     model: torch.nn.Module
     checkpoint: Any
-    given: Any = None
+    state_dict: Any = None
     broadcast: bool = False
     strict: bool = False
 
@@ -54,17 +54,17 @@ class Source(NamedTuple):
 def making_template() -> bool:
     """Returns whether a helper, torch's or torchtitan's, makes state by a step with zero gradients.
 
-    Told by who calls: a learning rate of 0 is legitimate (warm-up), and whether all gradients are 0
-    ranks would not agree on.
+    The callers show it. A learning rate of 0 would not (warm-up), nor would gradients of 0, which
+    not all ranks need to have.
     """
     return _callers.called_by_name(*_TEMPLATE_MAKERS)
 
 
 def of_template() -> Source | None:
-    """Returns what the state being made or asked for will be filled from; None if nobody can know.
+    """Returns the source that will fill the present template; None if the callers do not show it.
 
-    Known are a state dict that torch's helper is to load, if it loads by what is there; accelerate,
-    and with it the Trainer, that load a directory; and a ``Stateful`` in ``dcp.load``.
+    Recognised are a state dict that torch's helper loads into the template; a directory that
+    accelerate (and with it the Trainer) loads; and a ``Stateful`` in ``dcp.load``.
     """
     calls = _callers.calls_of(_LOADS, _ASKS, *_LOADERS)
     asker, local = next((call for call in calls if call[0] in (_LOADS, _ASKS)), (None, {}))
@@ -72,34 +72,35 @@ def of_template() -> Source | None:
     if not isinstance(model, torch.nn.Module):
         return None
     if asker == _LOADS:
-        return _given(model, local)
-    # The loader further out: what was called by it in turn has been passed.
+        return _of_state_dict(model, local)
+    # `calls` goes on outwards from the helper to its caller, the loader.
     for function, local in calls:
         if function in _LOADERS:
-            found = local.get(_LOADERS[function])
-            known = isinstance(found, (str, os.PathLike)) or hasattr(found, "read_metadata")
-            return Source(model, found) if known else None
+            checkpoint = local.get(_LOADERS[function])
+            is_path = isinstance(checkpoint, (str, os.PathLike))
+            readable = is_path or hasattr(checkpoint, "read_metadata")
+            return Source(model, checkpoint) if readable else None
     return None
 
 
-def _given(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
-    info, given = local.get("info"), local.get("state_dict")
-    whole, broadcast, strict, flat_parameters = (
+def _of_state_dict(model: torch.nn.Module, local: Mapping[str, Any]) -> Source | None:
+    info, state_dict = local.get("info"), local.get("state_dict")
+    full, broadcast, strict, fsdp1_modules = (
         getattr(info, name, None)
         for name in ("full_state_dict", "broadcast_from_rank0", "strict", "fsdp_modules")
     )
-    if flat_parameters is None or flat_parameters:  # of FSDP1, which loads in its own way
+    if fsdp1_modules is None or fsdp1_modules:  # FSDP1 loads without a template
         return None
-    if whole and broadcast:
-        return Source(model, None, given, True, bool(strict))
-    # Otherwise only of whole and of flattened ones is taken just what there is room for.
-    if isinstance(given, Mapping) and given and (whole or "state" not in given):
-        return Source(model, None, given)
+    if full and broadcast:
+        return Source(model, None, state_dict, True, bool(strict))
+    # Of other state dicts the helper takes all, whether the template has room for it or not.
+    if isinstance(state_dict, Mapping) and state_dict and (full or "state" not in state_dict):
+        return Source(model, None, state_dict)
     return None
 
 
 def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Returns what a state dict of torch's helpers, nested or flattened, holds.
+    """Returns the entries of a state dict of torch's helpers, nested or flattened.
 
     Args:
         state_dict: By names, or by the numbers of the parameters.
@@ -112,7 +113,7 @@ def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str
     Raises:
         TypeError: It is no such state dict.
     """
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state", {}), Mapping):
         raise TypeError(
             "no optimizer's state dict: pass what get_optimizer_state_dict() returned, not "
@@ -121,38 +122,38 @@ def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str
     if "state" in state_dict:
         for name, entry in state_dict["state"].items():
             entry = entry if isinstance(entry, Mapping) else {}
-            found[str(name)] = {key: value for key, value in entry.items() if key in keys}
-        return found
+            entries[str(name)] = {key: value for key, value in entry.items() if key in keys}
+        return entries
     for path, value in state_dict.items():
         head, _, key = path.rpartition(".")
         if path.startswith("state.") and key in keys:
-            found.setdefault(head.removeprefix("state."), {})[key] = value
-    return found
+            entries.setdefault(head.removeprefix("state."), {})[key] = value
+    return entries
 
 
-def held_by(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:
-    """Returns what a distributed checkpoint holds of optimizers' state.
+def dtypes_in(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:
+    """Returns which optimizer state a distributed checkpoint holds.
 
     Args:
         checkpoint: Directory of the checkpoint, a StorageReader or its Metadata.
         keys: State keys to look for.
 
     Returns:
-        Name of a parameter (or its number) → state key → dtype, None for what is no tensor.
+        Name of a parameter (or its number) → state key → dtype, None if the value is no tensor.
 
     Raises:
         FileNotFoundError: There is no distributed checkpoint in the directory.
         TypeError: ``checkpoint`` is none of these.
     """
-    held: dict[str, dict[str, torch.dtype | None]] = {}
+    saved: dict[str, dict[str, torch.dtype | None]] = {}
     for path, entry in _entries(checkpoint).items():
         head, _, key = path.rpartition(".")
         if key in keys:
             dtype = getattr(getattr(entry, "properties", None), "dtype", None)
-            # A module may be called state, too: every reading of the path is kept.
+            # A module may have the name state, too: every reading of the path is kept.
             for match in re.finditer(r"(?:^|(?<=\.))state\.", head):
-                held.setdefault(head[match.end() :], {})[key] = dtype
-    return held
+                saved.setdefault(head[match.end() :], {})[key] = dtype
+    return saved
 
 
 def _entries(checkpoint: Any) -> Mapping[str, Any]:
@@ -177,33 +178,31 @@ def _entries(checkpoint: Any) -> Mapping[str, Any]:
 
 
 def find(
-    held: Mapping[str, dict[str, torch.dtype | None]], names: Sequence[Sequence[str]]
+    saved: Mapping[str, dict[str, torch.dtype | None]], names: Sequence[Sequence[str]]
 ) -> list[dict[str, torch.dtype | None]]:
-    """Returns what a checkpoint holds of every parameter.
+    """Returns the entry of every parameter in a checkpoint; empty if there is none.
 
     Args:
-        held: From `held_by`.
+        saved: From `dtypes_in`.
         names: For each parameter the names it may have; none for parameters saved by number.
 
     Raises:
         KeyError: It holds state, but of none of the parameters.
     """
     # An optimizer's own state_dict() counts its parameters.
-    numbered = all(name.isdigit() for name in held)
-    found = []
+    numbered = all(name.isdigit() for name in saved)
+    entries = []
     for number, candidates in enumerate(names):
         if numbered:
             candidates = [*candidates, str(number)]
-        found.append(next((held[name] for name in candidates if name in held), {}))
-    if held and not any(found):
-        mine = next((candidates[0] for candidates in names if candidates), None)
+        entries.append(next((saved[name] for name in candidates if name in saved), {}))
+    if saved and not any(entries):
+        first = next((candidates[0] for candidates in names if candidates), None)
+        remedy = "; pass model=, which knows the names of the parameters"
+        if first:
+            remedy = f" (the first is {first!r}); pass the model the checkpoint was made with"
         raise KeyError(
-            f"the checkpoint holds optimizer state of {sorted(held)[0]!r} and others, but of no "
-            f"parameter of this optimizer"
-            + (
-                f" (the first is {mine!r}); pass the model the checkpoint was made with"
-                if mine
-                else "; pass model=, which knows the names of the parameters"
-            )
+            f"the checkpoint holds optimizer state of {sorted(saved)[0]!r} and others, but of no "
+            f"parameter of this optimizer{remedy}"
         )
-    return found
+    return entries

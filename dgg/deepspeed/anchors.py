@@ -16,12 +16,10 @@ from dgg.deepspeed.partitions import Partition, cut
 
 
 def plan_anchors(
-    opt,
-    partitions: Sequence[Partition],
-    tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+    opt, partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike | None,
     model: torch.nn.Module | None,
-) -> Plan:
-    """Returns of every partition what its fragments' anchors are and the memory for them.
+) -> Plan:  # fmt: skip
+    """Returns the anchors' sources and memory for every partition.
 
     Args:
         opt: The dgg optimizer.
@@ -46,7 +44,7 @@ def plan_anchors(
             "set_anchor() takes a mapping from names to tensors or the path of a file or "
             f"directory of them, not {type(tensors).__name__}"
         )
-    names = {} if model is None else anchor.names_of_parameters(model)
+    names = anchor.names_of_parameters(model) if model is not None else {}
     plan = []
     for number, partition in enumerate(partitions):
         label = f"partition {number}"
@@ -75,20 +73,17 @@ def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Te
 
 
 def _named_sources(
-    partition: Partition,
-    tensors: Mapping[str, Tensor],
-    names: Mapping[Tensor, list[str]],
-    model: torch.nn.Module | None,
-    dtype: torch.dtype,
-) -> Iterator[Tensor]:
-    """Yields of every fragment what named whole tensors have for it."""
+    partition: Partition, tensors: Mapping[str, Tensor], names: Mapping[Tensor, list[str]],
+    model: torch.nn.Module | None, dtype: torch.dtype,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yields the source of every fragment, cut out of the named whole tensors."""
     members = partition.members
     labels = [f"parameter {m.name!r}" for m in members]
-    known = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
-    found = anchor.find_names(tensors, known, labels, model)
+    candidates = [names.get(m.param) or anchor.variants(m.name or "") for m in members]
+    in_source = anchor.find_names(tensors, candidates, labels, model)
     fragments = {f.member: f for f in partition.fragments}
-    for number, (member, name, label) in enumerate(zip(members, found, labels, strict=True)):
-        # What other ranks have a fragment of is checked, too: all ranks raise or none.
+    for number, (member, name, label) in enumerate(zip(members, in_source, labels, strict=True)):
+        # All members are checked, also those of other ranks: all ranks raise or none.
         source = tensors[name]
         whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
         anchor.check_source(source, whole, label, dtype)

@@ -6,16 +6,16 @@ the optimizer's several times: once per parameter group (stages 1 and 2), once p
 all other groups emptied (stage 3), or once (its optimizer for bfloat16 with float32 gradients).
 All calls of one engine step make one step here: one draw, one ‖g‖, one ‖θ - θ*‖ over all ranks.
 
-A partition is cut back into the fragments of parameters that it consists of, whose places in the
-unsharded parameters are known. So draws per tensor and per element are those of the unsharded run,
-norms per tensor can be had, and the padding at a partition's end is nobody's: it is never touched
-and counts nowhere.
+A partition is cut into the fragments of parameters that it consists of. Their places in the
+unsharded parameters are known, so draws per tensor and per element are those of the unsharded run,
+and norms per tensor can be measured. The padding at a partition's end belongs to no fragment: no
+kernel reads or writes it.
 
-‖g‖ is the norm that DeepSpeed has measured and clipped by, on every rank the same: it costs neither
-a pass nor a collective. Only it is known at the first call, when the other groups' gradients do
-not yet lie where they are stepped. ‖θ - θ*‖ is measured then, over all partitions and in one
-collective, on the steps that inject. It is not carried over from the pass before, since DeepSpeed
-writes weights past autograd's version counters.
+‖g‖ is the norm that DeepSpeed has measured and clipped by, the same on every rank, so it costs
+neither a pass nor a collective. dgg could not measure it at the first call, when the gradients of
+the other groups are not in their partitions yet. On the steps that inject, the first call measures
+‖θ - θ*‖ over all partitions, with one collective. The update before does not measure it, since
+DeepSpeed writes weights past autograd's version counters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Partitions(sharding.Sharded):
     """Every rank steps flat partitions that DeepSpeed made of all parameters.
 
     Args:
-        driver: Knows the partitions.
+        driver: Has the partitions.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -61,7 +61,7 @@ class Partitions(sharding.Sharded):
         return [self._driver.zero_optimizer.dp_process_group]
 
     def copied(self) -> sharding.Lost:
-        """Returns that a copy has one rank's partitions and no engine."""
+        """Returns `Lost`: a copy has one rank's partitions and no engine."""
         return sharding.Lost("group")
 
 
@@ -83,7 +83,7 @@ class _FragmentRows(RowCache):
             for name, column in opt._rule.columns.items():
                 value = entry.get(name)
                 if column == "steps":
-                    # A count is written once per row: the others get one of their own.
+                    # A step writes the count of every row, so each row needs one.
                     copies = [None if value is None else value.clone() for _ in members[1:]]
                     columns[column] = [value, *copies]
                 else:
@@ -94,7 +94,7 @@ class _FragmentRows(RowCache):
                 [partition.group] * len(members),
                 [m.index for m in members],
                 places=[sharding.Place(f.base, f.count, f.count) for f in fragments],
-                # What is fresh, and whose version counts, is the partition.
+                # The state and the version are the partition's.
                 holders=[partition.tensor] * len(members),
                 **columns,
             )
@@ -105,7 +105,7 @@ class _FragmentRows(RowCache):
         return backends.MemoryWatch(params, tensors)
 
     def _can_take_native_gradients(self) -> bool:
-        return False  # gradients stand in the partitions
+        return False  # the gradients are those of partitions
 
 
 class Driver:
@@ -129,7 +129,7 @@ class Driver:
         partitions.refuse(opt, zero_optimizer)
         self._zero_optimizer = weakref.ref(zero_optimizer)
         self.partitions: list[Partition] = []
-        # What was decided at the first call of an engine step and holds for the others.
+        # Of the engine step in progress; its first call makes it.
         self._decision: Decision | None = None
         self.verbs = Verbs(
             self._decide, self._take_gradients, self._measure, self._finish, self._abandon
@@ -152,7 +152,7 @@ class Driver:
         return self._zero_optimizer()
 
     def _look_at_partitions(self, opt) -> None:
-        """Looks at the partitions; cuts them anew if they are others than before."""
+        """Cuts the partitions into fragments anew if DeepSpeed has replaced them."""
         zero_optimizer = self.zero_optimizer
         tensors = partitions.layout_of(zero_optimizer).partitions(zero_optimizer)
         if len(tensors) == len(self.partitions) and all(
@@ -163,9 +163,9 @@ class Driver:
         opt._cache = None
 
     def _drop_orphans(self, opt) -> None:
-        """Drops the state of parameters that partitions took the place of: nothing can save it."""
-        mine = {id(p.tensor) for p in self.partitions}
-        orphans = [p for p in opt.state if id(p) not in mine]
+        """Drops the state of parameters that were replaced by partitions, with a warning."""
+        partitions_now = {id(p.tensor) for p in self.partitions}
+        orphans = [p for p in opt.state if id(p) not in partitions_now]
         for p in orphans:
             del opt.state[p]
         if orphans:
@@ -176,15 +176,8 @@ class Driver:
                 stacklevel=_callers.stacklevel(),
             )
 
-    # -- the step -------------------------------------------------------------------------------
-
     def _decide(self, opt) -> Decision:
-        """Returns the decision of the engine step, which its first call makes for all.
-
-        Raises:
-            RuntimeError: The anchor that the groups promise is missing, or DeepSpeed does
-                something that is not known here.
-        """
+        """Returns the decision of the engine step; its first call makes it."""
         self._look_at_partitions(opt)
         number_of = {id(p.tensor): number for number, p in enumerate(self.partitions)}
         self._called = [
@@ -219,11 +212,9 @@ class Driver:
         decision.looks_ahead = False
         self._flags = self._draw_for_all(opt, decision) if self._is_anchored(opt) else None
         scaled = self._flags is not None and options["scaling"]
-        # ‖g‖ as DeepSpeed has measured it; c and s where they are the same for all tensors, and
-        # those of each partition where they are not.
-        self._grad_norm: Tensor | None = None
-        self._coefficients: Tensor | None = None
-        self._by_partition: list[Tensor] = []
+        self._grad_norm: Tensor | None = None  # ‖g‖, measured by DeepSpeed
+        self._coefficients: Tensor | None = None  # c and s, if the same for all tensors
+        self._by_partition: list[Tensor] = []  # otherwise those of each partition
         if scaled or options["max_grad_norm"] is not None:
             device = self.partitions[0].tensor.device
             norm = partitions.grad_norm(self.zero_optimizer).to(device, torch.float64)
@@ -233,11 +224,9 @@ class Driver:
                 squares[:2] = norm.square()
                 if scaled:
                     squares[2] = self._squared_distance(opt)
+                bound = options["max_grad_norm"]
                 self._coefficients = reference.coefficients(
-                    squares,
-                    max_grad_norm=options["max_grad_norm"],
-                    scaling=scaled,
-                    per_tensor=False,
+                    squares, max_grad_norm=bound, scaling=scaled, per_tensor=False
                 )
         for group in groups:
             group["draw_index"] = decision.index + 1
@@ -254,23 +243,20 @@ class Driver:
         return torch.tensor(flags, dtype=torch.uint8, device="cpu")
 
     def _part_steps(self, opt) -> None:
-        # DeepSpeed's universal loader gives all sub-groups one and the same tensor.
-        seen: set[int] = set()
+        # DeepSpeed's universal loader gives all sub-groups the same tensor as step count.
+        counts: set[int] = set()
         for partition in self.partitions:
             entry = opt.state.get(partition.tensor) or {}
-            step = entry.get("step")
-            if isinstance(step, Tensor):
-                if id(step) in seen:
+            if isinstance(step := entry.get("step"), Tensor):
+                if id(step) in counts:
                     step = entry["step"] = step.clone()
-                seen.add(id(step))
+                counts.add(id(step))
 
     def _rows(self, opt) -> dict[int, backends.Rows]:
         """Returns the rows of every partition that is not all padding."""
         params = [p.tensor for p in self.partitions]
-        members = opt._ownership.tensors(opt._all_groups)
-        groups = [
-            {**group, "params": own} for group, own in zip(opt._all_groups, members, strict=True)
-        ]
+        pairs = zip(opt._all_groups, opt._ownership.tensors(opt._all_groups), strict=True)
+        groups = [{**group, "params": tensors} for group, tensors in pairs]
         grads = [p.grad for p in params]
         if opt._cache is None or not opt._cache.valid(opt, groups, params, grads, []):
             opt._cache = _FragmentRows(opt, groups, self.partitions)
@@ -292,21 +278,21 @@ class Driver:
 
     def _measure(self, opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
         rows_of = dict(zip(self._stepped, all_rows, strict=True))
-        found = []
+        of_all_rows = []
         for number in self._called:
             rows = rows_of.get(number)
             coefficients = self._coefficients_of(decision, number, rows)
             if rows is None:
-                # Nothing of it is anybody's, but its count goes along: checkpoints compare them.
+                # It is all padding, but its step count must agree with the others in checkpoints.
                 opt._rule.skip_update(opt, self.partitions[number].tensor)
             else:
-                found.append(coefficients)
+                of_all_rows.append(coefficients)
         decision.flags = [
             None if self._flags is None else opt._draws.flags(decision, rows, decision.index)
             for rows in all_rows
         ]
         draws.settle(decision, any([flags is not None for flags in decision.flags]))
-        return found
+        return of_all_rows
 
     def _coefficients_of(
         self, decision: Decision, number: int, rows: backends.Rows | None
@@ -331,29 +317,30 @@ class Driver:
         squares = self._sum(squares)
         squares[0] = 0.0
         squares[0, 0] = self._grad_norm.square()
-        found = reference.coefficients(
+        coefficients = reference.coefficients(
             squares, max_grad_norm=decision.options["max_grad_norm"], scaling=True, per_tensor=True
         )
-        self._by_partition.append(found)
+        self._by_partition.append(coefficients)
         places = [*range(reference.SCALES)]
         places += [reference.SCALES + f.member for f in partition.fragments]
-        return found[places]
+        return coefficients[places]
 
-    def _finish(self, opt, decision: Decision, all_rows, found) -> None:
+    def _finish(self, opt, decision: Decision, all_rows, _) -> None:
         if len(self.partitions) - 1 not in self._called:
             return
-        device, every = self.partitions[0].tensor.device, self._coefficients
+        device, coefficients = self.partitions[0].tensor.device, self._coefficients
         if self._by_partition:
             # ‖g‖ and ‖d‖ over all tensors, from those of every partition.
             heads = torch.stack([x[: reference.SCALES] for x in self._by_partition])
             total = heads.square().sum(dim=0).sqrt()
             head = torch.stack([heads[0, 0], total[1], total[2], heads[0, 3]])
-            every = torch.cat([head, *(x[reference.SCALES :] for x in self._by_partition)])
+            scales = [x[reference.SCALES :] for x in self._by_partition]
+            coefficients = torch.cat([head, *scales])
         flags = None if self._flags is None else self._flags.to(device)
-        if every is None:
-            every = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
+        if coefficients is None:
+            coefficients = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
         backend = backends.choose(opt._settings.backend, device)
-        opt._last = norms.record(decision, device, backend, flags, every, None)
+        opt._last = norms.record(decision, device, backend, flags, coefficients, None)
         self._decision = None
 
     def _abandon(self, opt) -> None:
@@ -364,13 +351,11 @@ class Driver:
         with _ranges.record("dgg.norm"):
             total = torch.zeros(1, dtype=torch.float64, device=self.partitions[0].tensor.device)
             for rows in self._rows(opt).values():
-                # A row counts if it has a gradient; every one will have, but not yet.
+                # Rows without a gradient do not count. All rows will have one, but not yet.
                 rows.take_gradients(list(rows.params), [], elementwise=False)
                 rows.forget()
                 squares = rows.norms(
-                    replay_weight=1.0,
-                    scaling=backends.Scaling(),
-                    which=reference.NORM_DISTANCE,
+                    replay_weight=1.0, scaling=backends.Scaling(), which=reference.NORM_DISTANCE
                 )
                 total += squares[2].sum().to(total.device)
                 rows.release()
@@ -382,13 +367,11 @@ class Driver:
         group = self.zero_optimizer.dp_process_group
         if dist.get_world_size(group) == 1:
             return values
-        # With offloaded partitions the group's backend may want them where the model is.
-        there = values.to(self.partitions[0].members[0].param.device)
+        # Partitions may be offloaded, but the group's backend sums on the model's device.
+        on_device = values.to(self.partitions[0].members[0].param.device)
         with _ranges.record("dgg.allreduce"):
-            dist.all_reduce(there, group=group)
-        return there.to(values.device)
-
-    # -- anchors --------------------------------------------------------------------------------
+            dist.all_reduce(on_device, group=group)
+        return on_device.to(values.device)
 
     def _count_anchors(self, opt) -> int:
         return sum("anchor" in opt.state.get(p.tensor, ()) for p in self.partitions)
@@ -406,27 +389,27 @@ class Driver:
         )
 
     def marked_groups(self, opt) -> list[dict[str, Any]]:
-        """Returns the groups, of which none is anchored if a resume brought no anchor at all."""
+        """Returns the groups; marked as without anchors if a resume has brought none."""
         self._look_at_partitions(opt)
         if self._count_anchors(opt):
             return opt._all_groups
         return [{**group, "anchored": 0} for group in opt._all_groups]
 
     def plan_anchors(self, opt, tensors: Any, model: torch.nn.Module | None) -> Plan:
-        """Returns the plan of `anchors.plan_anchors` for the partitions of now."""
+        """Returns the plan of `anchors.plan_anchors` for the present partitions."""
         self._look_at_partitions(opt)
         return anchors.plan_anchors(opt, self.partitions, tensors, model)
 
 
 def find_driver(opt) -> Driver | None:
-    """Returns what drives the optimizer, if a ZeRO optimizer of DeepSpeed does.
+    """Returns the driver of an optimizer that DeepSpeed's ZeRO steps, otherwise None.
 
     Args:
-        opt: A dgg optimizer whose parameters are not those it was given.
+        opt: A dgg optimizer whose parameters were replaced.
 
     Raises:
-        RuntimeError: Its parameters are flat partitions of an engine that is not known, or
-            DeepSpeed is set up in a way that is not supported.
+        RuntimeError: Its parameters are flat partitions of an unknown engine, or DeepSpeed is set
+            up in a way that is not supported.
         ValueError: An option of the optimizer does not go with partitions.
     """
     zero_optimizer = partitions.find_zero_optimizer(opt)

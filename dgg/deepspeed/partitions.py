@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What DeepSpeed's objects are asked: all that dgg relies on in DeepSpeed stands in this file.
+"""DeepSpeed's objects: every attribute of them that dgg relies on is named in this file.
 
-DeepSpeed is never imported: an optimizer that finds other parameters than those it was given looks
-for the DeepSpeed object that has it as its ``optimizer``.
+DeepSpeed is never imported. An optimizer whose parameters were replaced looks for the DeepSpeed
+object that has it as its ``optimizer``.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +56,7 @@ class Partition(NamedTuple):
     """This rank's part of a group or sub-group of parameters.
 
     Attributes:
-        tensor: What the optimizer steps, flat.
+        tensor: The flat tensor that the optimizer steps.
         group: Number of its parameter group.
         members: The parameters of the group or sub-group, the same on every rank.
         fragments: What this rank has of them.
@@ -64,6 +66,10 @@ class Partition(NamedTuple):
     group: int
     members: list[Member]
     fragments: list[Fragment]
+
+
+# Parameter, its unsharded shape, first element in the partition and in the parameter, count.
+Piece = tuple[Tensor, torch.Size, int, int, int]
 
 
 def cut(x: Tensor | None, fragment: Fragment) -> Tensor | None:
@@ -85,23 +91,20 @@ def partitions_of(opt, zero_optimizer) -> list[Partition]:
     layout = layout_of(zero_optimizer)
     numbers = {identity: j for j, identity in enumerate(opt._original_ids)}
     tensors = layout.partitions(zero_optimizer)
-    strange = sum(
-        id(param) not in numbers
-        for number in range(len(tensors))
-        for param, *_ in layout.pieces(zero_optimizer, number)
-    )
-    if strange:
+    pieces = [list(layout.pieces(zero_optimizer, number)) for number in range(len(tensors))]
+    unknown = sum(id(param) not in numbers for of_one in pieces for param, *_ in of_one)
+    if unknown:
         raise RuntimeError(
-            f"DeepSpeed's engine trains {strange} parameters that this optimizer was not built "
+            f"DeepSpeed's engine trains {unknown} parameters that this optimizer was not built "
             "with, so their draws are not known: the parameters in its groups were exchanged "
             "before deepspeed.initialize, or it has been in another engine. Build a new "
             "optimizer over model.parameters() for every engine"
         )
     names = getattr(zero_optimizer, "param_names", None) or {}
     partitions = []
-    for number, (tensor, group) in enumerate(tensors):
+    for (tensor, group), of_one in zip(tensors, pieces, strict=True):
         members, fragments = [], []
-        for param, shape, start, base, count in layout.pieces(zero_optimizer, number):
+        for param, shape, start, base, count in of_one:
             if count > 0:
                 fragments.append(Fragment(len(members), start, count, base))
             members.append(Member(numbers[id(param)], names.get(param), param, shape))
@@ -123,10 +126,10 @@ def grad_norm(zero_optimizer) -> Tensor:
             "guided or clipped step needs; set it to true"
         )
     if getattr(zero_optimizer, "dynamic_loss_scale", False):
-        # Stages 1 and 2 unscale by the scale of after the step's update, which may have grown.
+        # Stages 1 and 2 unscale the norm by the loss scale after its update, which may be larger.
         norm = _local_of_step(zero_optimizer, "scaled_global_grad_norm") / zero_optimizer.loss_scale
     norm = torch.as_tensor(norm).double()
-    # Older releases say -1 where gradients are inf or NaN; the square of that would look fine.
+    # Older releases return -1 where gradients are inf or NaN; its square would look like a norm.
     norm = torch.where(norm < 0, torch.nan, norm)
     if zero_optimizer.clip_grad > 0.0:
         norm = norm / torch.clamp((norm + 1e-6) / zero_optimizer.clip_grad, min=1.0)
@@ -134,10 +137,10 @@ def grad_norm(zero_optimizer) -> Tensor:
 
 
 def put_back(opt, zero_optimizer) -> None:
-    """Makes the groups what they are between steps, after an error in one.
+    """Restores the groups to what they are between steps, after an error in a step.
 
-    DeepSpeed would leave them as they were for its call of ``step()``, and whoever then saves what
-    there is would save no more than that.
+    DeepSpeed would leave them as they were for one of its calls of ``step()``, and a checkpoint
+    saved then would hold no more than these.
     """
     opt.param_groups = opt._all_groups
     if _LAYOUTS.get(type(zero_optimizer).__name__) is _Stage3:
@@ -145,45 +148,46 @@ def put_back(opt, zero_optimizer) -> None:
             group["params"] = []
 
 
-class _Stage1And2:
-    """ZeRO-1 and ZeRO-2: a partition per group, each parameter one run of the flat group."""
+class _Flat:
+    """A partition per group; each parameter is one run of the flat group."""
 
-    @staticmethod
-    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
+    @classmethod
+    def partitions(cls, zero_optimizer) -> list[tuple[Tensor, int]]:
         """Returns every partition and the number of its parameter group."""
-        return [
-            (p, group) for group, p in enumerate(zero_optimizer.single_partition_of_fp32_groups)
-        ]
+        return [(p, group) for group, p in enumerate(getattr(zero_optimizer, cls.attribute))]
 
-    @staticmethod
-    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
+    @classmethod
+    def pieces(cls, zero_optimizer, number: int) -> Iterator[Piece]:
         """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
-        params = zero_optimizer.round_robin_bit16_groups[number]
-        size = zero_optimizer.single_partition_of_fp32_groups[number].numel()
-        offsets = zero_optimizer.round_robin_bit16_offsets[number]
+        size = getattr(zero_optimizer, cls.attribute)[number].numel()
         first = size * _rank(zero_optimizer.real_dp_process_group[number])
-        for param, offset in zip(params, offsets, strict=True):
+        for param, offset in cls.offsets(zero_optimizer, number):
             low, high = max(offset, first), min(offset + param.numel(), first + size)
             yield param, param.shape, max(low - first, 0), max(low - offset, 0), high - low
 
 
-class _BF16:
-    """bfloat16 with float32 gradients (ZeRO-1): as stages 1 and 2, in the groups' own order."""
+class _Stage1And2(_Flat):
+    """ZeRO-1 and ZeRO-2."""
+
+    attribute = "single_partition_of_fp32_groups"
 
     @staticmethod
-    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
-        """Returns every partition and the number of its parameter group."""
-        return [(p, group) for group, p in enumerate(zero_optimizer.fp32_groups_flat_partition)]
+    def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
+        """Returns the parameters of a group and where each begins in the flat group."""
+        params = zero_optimizer.round_robin_bit16_groups[number]
+        return zip(params, zero_optimizer.round_robin_bit16_offsets[number], strict=True)
+
+
+class _BF16(_Flat):
+    """bfloat16 with float32 gradients (ZeRO-1): the parameters lie in the group's own order."""
+
+    attribute = "fp32_groups_flat_partition"
 
     @staticmethod
-    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
-        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
-        size = zero_optimizer.fp32_groups_flat_partition[number].numel()
-        first, offset = size * _rank(zero_optimizer.real_dp_process_group[number]), 0
-        for param in zero_optimizer.bf16_groups[number]:
-            low, high = max(offset, first), min(offset + param.numel(), first + size)
-            yield param, param.shape, max(low - first, 0), max(low - offset, 0), high - low
-            offset += param.numel()
+    def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
+        params = zero_optimizer.bf16_groups[number]
+        ends = itertools.accumulate(p.numel() for p in params)
+        return [(p, end - p.numel()) for p, end in zip(params, ends, strict=True)]
 
 
 class _Stage3:
@@ -191,15 +195,13 @@ class _Stage3:
 
     @staticmethod
     def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
-        """Returns every partition and the number of its parameter group."""
         tensors = zero_optimizer.fp32_partitioned_groups_flat
         return [
             (p, zero_optimizer.sub_group_to_group_id[number]) for number, p in enumerate(tensors)
         ]
 
     @staticmethod
-    def pieces(zero_optimizer, number: int) -> Iterator[tuple[Tensor, torch.Size, int, int, int]]:
-        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
+    def pieces(zero_optimizer, number: int) -> Iterator[Piece]:
         rank, start = _rank(zero_optimizer.dp_process_group), 0
         for param in zero_optimizer.fp16_groups[number]:
             size = param.partition_numel()
@@ -213,53 +215,41 @@ _LAYOUTS = {
     "DeepSpeedZeroOptimizer_Stage3": _Stage3,
     "BF16_Optimizer": _BF16,
 }
-# What an optimizer of DeepSpeed has that steps partitions.
-_PARTITIONS = (
-    "single_partition_of_fp32_groups",
-    "fp32_partitioned_groups_flat",
-    "fp32_groups_flat_partition",
-)
+# Attributes of DeepSpeed's optimizers that step partitions: one of these.
+_PARTITIONS = (_Stage1And2.attribute, "fp32_partitioned_groups_flat", _BF16.attribute)
 
 
 def find_zero_optimizer(opt) -> Any:
     """Returns the ZeRO optimizer of DeepSpeed that has ``opt`` as its ``optimizer``, or None."""
     if "deepspeed" not in sys.modules:
         return None
-    return next(filter(_has_partitions, _holders(opt)), None)
+    wrappers = _wrappers_of(opt)
+    return next((x for x in wrappers if any(hasattr(x, name) for name in _PARTITIONS)), None)
 
 
-def _has_partitions(holder) -> bool:
-    return any(hasattr(holder, name) for name in _PARTITIONS)
-
-
-def _holders(opt) -> Iterator[Any]:
+def _wrappers_of(opt) -> Iterator[Any]:
     """Yields the objects of DeepSpeed that have an optimizer as their ``optimizer``."""
     referrers = gc.get_referrers(opt)
     entries = [x for x in referrers if isinstance(x, dict)]
     owners = gc.get_referrers(*entries) if entries else []
     for owner in (*referrers, *owners):
-        if not type(owner).__module__.startswith("deepspeed."):
-            continue
-        if getattr(owner, "optimizer", None) is opt:
+        of_deepspeed = type(owner).__module__.startswith("deepspeed.")
+        if of_deepspeed and getattr(owner, "optimizer", None) is opt:
             yield owner
 
 
 def refuse_unknown_partitions(opt) -> None:
-    """Raises a RuntimeError if an engine that is not known put partitions into the groups."""
+    """Raises a RuntimeError if an unknown engine put partitions into the groups."""
     import torch.distributed as dist
 
     if opt.process_group is not None or not (dist.is_available() and dist.is_initialized()):
         return
-    given = set(opt._original_ids)
-    strange = [
-        p
-        for group in opt.param_groups
-        for p in group["params"]
-        if type(p) is Tensor and p.dim() == 1 and id(p) not in given
-    ]
+    known = set(opt._original_ids)
+    params = [p for group in opt.param_groups for p in group["params"]]
+    unknown = any(type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
     # DeepSpeed without ZeRO keeps whole float32 copies of 16-bit parameters.
-    whole = "deepspeed" in sys.modules and any(True for _ in _holders(opt))
-    if strange and not whole and dist.get_world_size() > 1:
+    copies = "deepspeed" in sys.modules and any(True for _ in _wrappers_of(opt))
+    if unknown and not copies and dist.get_world_size() > 1:
         raise RuntimeError(
             "somebody put a flat tensor in place of the parameters this optimizer was given, and "
             "it is not an engine that dgg knows (DeepSpeed's ZeRO is). If every rank has a "
@@ -276,43 +266,39 @@ def refuse(opt, zero_optimizer) -> None:
             f"DeepSpeed's {name} is not supported; use ZeRO stage 1, 2 or 3 without zenflow, "
             "super_offload and MiCS"
         )
+    has = functools.partial(getattr, zero_optimizer)
+    on_nvme = has("swap_optimizer", False) or has("params_in_nvme_and_cpu", False)
     reasons = {
         "expert parameters (MoE) are partitioned over other ranks than the rest: not supported; "
-        "guide a model without them, or use FSDP2": getattr(
-            zero_optimizer, "has_moe_layers", False
-        ),
+        "guide a model without them, or use FSDP2": has("has_moe_layers", False),
         "model parallel ranks beside ZeRO are not supported; use ZeRO alone, or FSDP2 with tensor "
         "parallelism": _other_ranks(zero_optimizer),
         "NVMe offload keeps partitions where they cannot be measured; use offload device cpu": (
-            getattr(zero_optimizer, "swap_optimizer", False)
-            or getattr(zero_optimizer, "params_in_nvme_and_cpu", False)
+            on_nvme
         ),
         "zenflow steps selected columns with an optimizer of its own; leave it out": (
-            getattr(zero_optimizer, "zenflow", False)
+            has("zenflow", False)
         ),
         "torch_autocast with float16 scales the loss inside every sub-step; use bfloat16, or "
-        "DeepSpeed's fp16": getattr(zero_optimizer, "torch_autocast_gradscaler", None) is not None,
+        "DeepSpeed's fp16": has("torch_autocast_gradscaler", None) is not None,
     }
-    for reason, found in reasons.items():
-        if found:
+    for reason, applies in reasons.items():
+        if applies:
             raise RuntimeError(f"DeepSpeed: {reason}")
-    options = {
-        "capturable=True": opt._settings.capturable,
-        "stochastic_rounding=True": opt._settings.stochastic_rounding,
-        "process_group=": opt.process_group is not None,
-        "master_weights=True": opt._settings.master_weights
-        and weights_dtype(zero_optimizer) in _arguments.NARROW,
-    }
-    whys = {
-        "capturable=True": "DeepSpeed calls the step piece by piece, no graph captures it",
-        "stochastic_rounding=True": "ZeRO steps float32 weights of its own",
-        "process_group=": "its own process group is used",
-        "master_weights=True": "ZeRO keeps float32 weights itself, unless its configuration has "
-        "bf16_master_weights_and_grads or fp16_master_weights_and_grads: drop that",
-    }
-    for option, given in options.items():
-        if given:
-            raise ValueError(f"{option} does not go with DeepSpeed ({whys[option]}); leave it out")
+    settings = opt._settings
+    keeps_float32 = weights_dtype(zero_optimizer) not in _arguments.NARROW
+    for option, why, chosen in (
+        ("capturable=True", "DeepSpeed calls the step piece by piece, no graph captures it",
+         settings.capturable),
+        ("stochastic_rounding=True", "ZeRO steps float32 weights of its own",
+         settings.stochastic_rounding),
+        ("process_group=", "its own process group is used", opt.process_group is not None),
+        ("master_weights=True", "ZeRO keeps float32 weights itself, unless its configuration has "
+         "bf16_master_weights_and_grads or fp16_master_weights_and_grads: drop that",
+         settings.master_weights and not keeps_float32),
+    ):  # fmt: skip
+        if chosen:
+            raise ValueError(f"{option} does not go with DeepSpeed ({why}); leave it out")
 
 
 def weights_dtype(zero_optimizer) -> torch.dtype:

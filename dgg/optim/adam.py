@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """AdamW and Adam with Dynamic Gradient Guidance: drop-in for ``torch.optim``.
 
-Here stands what tells them from the others: arguments, state and hyper-parameters.
+This file has what is particular to them: arguments, state and hyper-parameters.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, backends
+from dgg import backends
+from dgg.optim import construction
 from dgg.optim.guided import Guided
 from dgg.step import state
 from dgg.step.rule import Rule, flag, number, number_of, threshold
 
 # torch.optim may be patched later, with these classes in place of its own.
 _TorchAdam = torch.optim.Adam
+# Arguments that torch.optim.Adam takes and that numpy's numbers may be given for.
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 class AdamRule(Rule):
@@ -26,12 +29,9 @@ class AdamRule(Rule):
 
     kernel = backends.ADAM
     columns = {
-        "exp_avg": "exp_avgs",
-        "exp_avg_sq": "exp_avg_sqs",
-        "max_exp_avg_sq": "max_exp_avg_sqs",
-        "step": "steps",
-        "anchor": "anchors",
-    }
+        "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs", "max_exp_avg_sq": "max_exp_avg_sqs",
+        "step": "steps", "anchor": "anchors",
+    }  # fmt: skip
 
     def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns both moments, and with amsgrad the largest second one."""
@@ -50,18 +50,15 @@ class AdamRule(Rule):
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the hyper-parameters that `backends.ADAM` names."""
+        beta1, beta2 = group["betas"][0], group["betas"][1]
         return {
             "lr": number(group, "lr"),
-            "beta1": number_of("betas", group["betas"][0]),
-            "beta2": number_of("betas", group["betas"][1]),
-            "eps": number(group, "eps"),
-            "weight_decay": number(group, "weight_decay"),
+            "beta1": number_of("betas", beta1), "beta2": number_of("betas", beta2),
+            "eps": number(group, "eps"), "weight_decay": number(group, "weight_decay"),
             "decoupled": flag(group, "decoupled_weight_decay"),
-            "amsgrad": flag(group, "amsgrad"),
-            "maximize": flag(group, "maximize"),
-            "strength": number(group, "strength"),
-            "threshold": threshold(group["alpha"]),
-        }
+            "amsgrad": flag(group, "amsgrad"), "maximize": flag(group, "maximize"),
+            "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
+        }  # fmt: skip
 
     def skip_update(self, opt, param: Tensor) -> None:
         """Counts a step in which every element of ``param`` is padding."""
@@ -98,57 +95,19 @@ class Adam(Guided, torch.optim.Adam):
     _new_rule = AdamRule
 
     def __init__(
-        self,
-        params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        alpha: float = 0.2,
-        strength: float = 1.0,
-        scaling: bool = True,
-        norm_scope: str = "global",
-        granularity: str = "step",
-        max_grad_norm: float | None = None,
-        replay_weight: float = 1.0,
-        seed: int = 0,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
-        master_weights: bool = False,
-        process_group=None,
+        self, params, lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None,
+        maximize: bool = False, capturable: bool = False, differentiable: bool = False,
+        fused: bool | None = None, decoupled_weight_decay: bool = False, alpha: float = 0.2,
+        strength: float = 1.0, scaling: bool = True, norm_scope: str = "global",
+        granularity: str = "step", max_grad_norm: float | None = None, replay_weight: float = 1.0,
+        seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,
-    ) -> None:
-        lr, betas, eps, weight_decay, amsgrad, maximize = _arguments.plain_numbers(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize,
-        )  # fmt: skip
-        arguments = {"foreach": foreach, "fused": fused, "maximize": maximize}
-
-        def parent() -> None:
-            _TorchAdam.__init__(
-                self, params, lr, betas, eps, weight_decay, amsgrad,
-                decoupled_weight_decay=decoupled_weight_decay, **arguments,
-            )  # fmt: skip
-
-        self._init_guidance(
-            parent, foreach=foreach, fused=fused, capturable=capturable,
-            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
-            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
-            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
-            process_group=process_group, backend=backend,
-        )  # fmt: skip
+    ) -> None:  # fmt: skip
+        construction.build(self, _TorchAdam.__init__, _NUMBERS, locals())
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -202,42 +161,15 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     def __init__(
-        self,
-        params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        alpha: float = 0.2,
-        strength: float = 1.0,
-        scaling: bool = True,
-        norm_scope: str = "global",
-        granularity: str = "step",
-        max_grad_norm: float | None = None,
-        replay_weight: float = 1.0,
-        seed: int = 0,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
-        master_weights: bool = False,
-        process_group=None,
+        self, params, lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
+        foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
+        fused: bool | None = None, alpha: float = 0.2, strength: float = 1.0, scaling: bool = True,
+        norm_scope: str = "global", granularity: str = "step", max_grad_norm: float | None = None,
+        replay_weight: float = 1.0, seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,
-    ) -> None:
-        Adam.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
-            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
-            decoupled_weight_decay=True, alpha=alpha, strength=strength, scaling=scaling,
-            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
-            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
-            process_group=process_group, backend=backend,
-        )  # fmt: skip
+    ) -> None:  # fmt: skip
+        Adam.__init__(**locals(), decoupled_weight_decay=True)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from dgg import _arguments, sharding
+from dgg._arguments import GROUP_OPTIONS, OPTIMIZER_OPTIONS
 from dgg.sharding import zero_redundancy
 from dgg.step.cache import RowCache
 from dgg.step.checks import Warned
@@ -17,14 +18,23 @@ from dgg.step.gradients import ReplaySlot
 from dgg.step.settings import FORMER_NAMES, check_kernels, settings_in, take_settings
 
 
-def build(opt, parent: Callable[[], None], options: dict[str, Any]) -> None:
+def build(
+    opt, torch_init: Callable[..., None], numbers: Sequence[str], arguments: Mapping[str, Any]
+) -> None:
     """Checks the guidance arguments, then lets torch.optim check and take the others.
 
     Args:
-        opt: The optimizer, of which nothing is made yet.
-        parent: Calls the constructor of the torch.optim class.
-        options: The arguments from ``alpha`` to ``backend``, and how the step is carried out.
+        opt: The optimizer, which has no attribute yet.
+        torch_init: ``__init__`` of the torch.optim class.
+        numbers: Names of the arguments that both constructors take and numpy's numbers may be
+            given for.
+        arguments: All arguments of the dgg class' constructor, ``self`` included.
     """
+    options = {name: value for name, value in arguments.items() if name not in ("self", "params")}
+    for_torch = {name: _arguments.plain(name, options.pop(name)) for name in numbers}
+    for_torch |= {name: options[name] for name in ("foreach", "fused")}
+    if "decoupled_weight_decay" in options:
+        for_torch["decoupled_weight_decay"] = options.pop("decoupled_weight_decay")
     name = type(opt).__name__
     if options.pop("differentiable"):
         raise ValueError(
@@ -33,48 +43,48 @@ def build(opt, parent: Callable[[], None], options: dict[str, Any]) -> None:
         )
     process_group = _arguments.check_process_group(options.pop("process_group"), options)
     opt._ownership = sharding.Sharded(process_group)
-    share = zero_redundancy.builder()
-    if share is not None:
+    zero_optimizer = zero_redundancy.builder()
+    if zero_optimizer is not None:
         if process_group is not None or options["capturable"]:
             raise ValueError(
                 "process_group= and capturable=True do not go with ZeroRedundancyOptimizer, "
                 "whose own process group is used and whose ranks synchronise in every step; "
                 "leave both"
             )
-        opt._ownership = sharding.RankShare(share)
+        opt._ownership = sharding.RankShare(zero_optimizer)
     opt._settings = take_settings(options)
     start_without_caches(opt)
     opt._guidance = {**options, "draw_index": 0, "task_index": 0}
     _arguments.check_options(opt._guidance)
     _arguments.make_plain(opt._guidance)
-    # Identities: a weak reference would forbid torch to swap a parameter (to_empty() of
-    # FSDP2's modules does), another one would keep what an engine exchanges alive.
+    # Identities of parameters, not references: torch swaps no parameter (as to_empty() of FSDP2's
+    # modules does) that has a weak reference, and a strong one would keep alive the parameters that
+    # an engine has replaced.
     opt._original_ids, opt._driver, opt._first_id = [], None, None
-    parent()
+    torch_init(opt, arguments["params"], **for_torch)
     opt._all_groups, opt._first_id = opt.param_groups, first_id(opt.param_groups)
-    _arguments.check_backend(opt._settings.backend, opt.param_groups)
-    every = opt._ownership.recorded(opt.param_groups)
-    rounding, master = opt._settings.stochastic_rounding, opt._settings.master_weights
-    _arguments.check_precision(rounding, master, [{"params": every}])
-    check_kernels(opt._settings, [p for group in opt.param_groups for p in group["params"]])
+    settings = opt._settings
+    _arguments.check_backend(settings.backend, opt.param_groups)
+    params_of_all_ranks = opt._ownership.recorded(opt.param_groups)
+    _arguments.check_precision(
+        settings.stochastic_rounding, settings.master_weights, [{"params": params_of_all_ranks}]
+    )
+    check_kernels(settings, [p for group in opt.param_groups for p in group["params"]])
     opt.defaults.update(opt._guidance)
     _arguments.make_plain(opt.defaults)
 
 
 def start_without_caches(opt) -> None:
-    """Gives an optimizer all that is never needed by a checkpoint, a copy or a pickle."""
+    """Sets the attributes that no checkpoint, copy or pickle carries along."""
     opt._rule, opt._draws, opt._replay = opt._new_rule(), Draws(), ReplaySlot()
     opt._cache: RowCache | None = None
-    # What the last step did, for the statistics; the last gradients were partial sums of the
-    # ranks'; the last step was skipped.
-    opt._last: dict[str, Any] | None = None
-    opt._partial = False
-    opt._skipped: Tensor | bool = False
-    # Steps that a fresh optimizer was resumed after; the task that was named with the anchor.
-    opt._resumed: int | None = None
-    opt._named: int | None = None
-    # All that captured steps read and write, for the optimizer's life: a graph knows addresses
-    # alone. First of each the rows.
+    opt._last: dict[str, Any] | None = None  # of the last step, for the statistics
+    opt._partial = False  # the last gradients were partial sums
+    opt._skipped: Tensor | bool = False  # the last step was skipped
+    opt._resumed: int | None = None  # steps of the checkpoint that a new optimizer has loaded
+    opt._named: int | None = None  # the task that set_anchor(task=...) named
+    # The tensors that captured steps read and write, for the optimizer's life: a graph has their
+    # addresses alone. Each entry begins with its cache of rows.
     opt.__dict__.setdefault("_captured", [])
     opt.__dict__.setdefault("_warned", Warned())
 
@@ -88,14 +98,14 @@ def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]],
         torch_set: ``__setstate__`` of the torch.optim class.
     """
     state = dict(state)
-    if "_settings" not in opt.__dict__:  # a copy; loading keeps what there is
+    if "_settings" not in opt.__dict__:  # a copy; load_state_dict() keeps the present settings
         state["_settings"] = settings_in(state)
         state.setdefault("_ownership", _ownership_in(state))
     for former in [name for name in state if name in _FORMER_ENTRIES]:
         del state[former]
     start_without_caches(opt)
     torch_set(state)
-    # DeepSpeed steps groups one by one in a list of its own.
+    # For the step of one group DeepSpeed replaces `param_groups` by a shorter list.
     opt._all_groups = opt.param_groups
     if "_original_ids" not in opt.__dict__:
         opt._original_ids = [id(p) for group in opt.param_groups for p in group["params"]]
@@ -109,7 +119,7 @@ def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]],
 def add_group(
     opt, param_group: dict[str, Any], torch_add: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Adds a group after a look at its options; after an error it is not there.
+    """Checks the options of a group and adds it; after an error the groups are as before.
 
     Args:
         opt: The optimizer.
@@ -118,41 +128,40 @@ def add_group(
     """
     options = opt.param_groups[0] if opt.param_groups else opt._guidance
     if isinstance(param_group, dict) and "anchored" in param_group:
-        # A dict that was a group before, since torch.optim keeps the one it is given. What
-        # belonged to that optimizer as a whole does not come along, nor is it changed there.
-        param_group = {k: v for k, v in param_group.items() if k not in _arguments.WIDE}
+        # A dict that is a group of another optimizer, since torch.optim keeps the dict it is given.
+        # The options of that optimizer as a whole stay there and do not come along.
+        param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
     if isinstance(param_group, dict):
-        for name in _arguments.WIDE:
+        for name in OPTIMIZER_OPTIONS:
             if name in param_group and param_group[name] != options[name]:
                 raise ValueError(
                     f"{name} is one setting for the whole optimizer ({options[name]!r}); a "
                     f"group cannot have its own ({param_group[name]!r}). Per group: alpha, "
                     "strength"
                 )
-        schedulable = {n: param_group[n] for n in _arguments.PER_GROUP if n in param_group}
-        _arguments.check_options(schedulable)
-    before = len(opt.param_groups)
+        _arguments.check_options({n: param_group[n] for n in GROUP_OPTIONS if n in param_group})
+    number = len(opt.param_groups)
     torch_add(param_group)
     group = opt.param_groups[-1]
     try:
         _arguments.make_plain(group)
-        seen: set[int] = set()
+        checked: set[int] = set()
         for place, param in enumerate(group["params"]):
             names = group.get("param_names")
             label = f"parameter {names[place]!r}" if names else f"parameter {place}"
-            _arguments.check_param(param, f"{label} of group {before}")
-            if id(param) in seen:
+            _arguments.check_param(param, f"{label} of group {number}")
+            if id(param) in checked:
                 raise ValueError(
-                    f"{label} of group {before} is in the group twice and would be updated by "
+                    f"{label} of group {number} is in the group twice and would be updated by "
                     "two threads at once; pass every parameter once"
                 )
-            seen.add(id(param))
+            checked.add(id(param))
     except (TypeError, ValueError):
-        del opt.param_groups[before:]
+        del opt.param_groups[number:]
         raise
-    for name in _arguments.WIDE:
+    for name in OPTIMIZER_OPTIONS:
         group[name] = options[name]
-    for name in _arguments.PER_GROUP:
+    for name in GROUP_OPTIONS:
         group.setdefault(name, opt._guidance[name])
     group["anchored"] = 0
     opt._original_ids += map(id, group["params"])
@@ -165,7 +174,7 @@ def first_id(groups: list[dict[str, Any]]) -> int | None:
     return id(params[0]) if params else None
 
 
-# Entries of former pickles that `Settings` and the ownership took the place of.
+# Entries of former pickles that `Settings` and the ownership have replaced.
 _FORMER_ENTRIES = {*FORMER_NAMES, "_lost_group", "_lost_share"}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The same guidance for an optimizer of someone else's."""
+"""The same guidance for any other optimizer."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class GuideRule(Rule):
 
 
 class Guidance:
-    """Guides an optimizer of someone else's: a step pre-hook that edits ``.grad`` in one pass.
+    """Guides any other optimizer: a step pre-hook that edits ``.grad`` in one pass.
 
     Works with any `torch.optim.Optimizer` (Muon, bitsandbytes, torchao, Adafactor, ...). Before
-    each of its steps every gradient becomes G = c (g + w r) + b s (θ - θ*), equation (5); what the
-    optimizer then does with G is its own affair. The hook works on ``.grad`` in place.
+    each of its steps every gradient becomes G = c (g + w r) + b s (θ - θ*), equation (5), in
+    ``.grad`` itself. The optimizer then steps with G instead of the gradient.
 
-    Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass and reads the
-    parameters once more on the steps that inject; its anchors live here, not in the other's state
-    (many optimizers take a state that is not empty for an initialised one), so save
+    Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass, so it reads the
+    parameters once more on the steps that inject. Its anchors are not in the other's state (many
+    optimizers take a state that is not empty for an initialised one), so save
     ``guidance.state_dict()`` beside ``optimizer.state_dict()``. `replay` does not go together with
-    a GradScaler, which cannot unscale what it does not see. Torch copies and pickles optimizers
+    a GradScaler, which does not see the replay gradients. torch copies and pickles optimizers
     without their hooks: a copy is not guided, make a new guidance over it.
 
     Args:
@@ -77,27 +77,17 @@ class Guidance:
     """
 
     process_group = sharding.ProcessGroup()
-    # The state is read by nobody who could write it past the versions.
+    # As if nobody had read the state: unlike that of `Stepped` it is not watched for reads.
     _state_read = False
     _rule = GuideRule()
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        alpha: float = 0.2,
-        strength: float = 1.0,
-        scaling: bool = True,
-        norm_scope: str = "global",
-        granularity: str = "step",
-        max_grad_norm: float | None = None,
-        replay_weight: float = 1.0,
-        seed: int = 0,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        process_group=None,
-        backend: str | None = None,
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, *, alpha: float = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        max_grad_norm: float | None = None, replay_weight: float = 1.0, seed: int = 0,
+        anchor_dtype: torch.dtype | None = None, anchor_device: torch.device | str | None = None,
+        process_group=None, backend: str | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"Guidance takes a torch.optim.Optimizer, not {type(optimizer).__name__}; of a "
@@ -151,7 +141,7 @@ class Guidance:
         while len(self.param_groups) < len(self.optimizer.param_groups):
             first = self.param_groups[0] if self.param_groups else self._options
             self.param_groups.append(
-                {**first, **{n: self._options[n] for n in _arguments.PER_GROUP}}
+                {**first, **{n: self._options[n] for n in _arguments.GROUP_OPTIONS}}
             )
 
     def _reset_caches(self) -> None:
@@ -160,15 +150,12 @@ class Guidance:
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
         """Sets θ* to the present weights, named tensors or those of files.
 
-        It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; what is resumed is loaded
+        It is `dgg.AdamW.set_anchor`, with the same rule for ``task``; a resumed guidance is loaded
         by this class' `load_state_dict`.
 
         Args:
@@ -194,7 +181,7 @@ class Guidance:
             return
         groups = self.optimizer.param_groups
         plan = functools.partial(
-            boundary.plan_anchors, groups, boundary.known_anchors(self.state), tensors, model,
+            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors, model,
             self._settings.anchor_dtype, self._settings.anchor_device,
         )  # fmt: skip
         boundary.place(self, groups, marked, plan, task)
@@ -235,15 +222,10 @@ class Guidance:
         for group in self.param_groups:
             _arguments.make_plain(group)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return {
-            "param_groups": [dict(group) for group in self.param_groups],
-            "anchors": {
-                i: self.state[p]["anchor"]
-                for i, p in enumerate(params)
-                if "anchor" in self.state.get(p, ())
-            },
-            "params": len(params),
-        }
+        entries = {i: self.state.get(p, {}) for i, p in enumerate(params)}
+        anchors = {i: entry["anchor"] for i, entry in entries.items() if "anchor" in entry}
+        groups = [dict(group) for group in self.param_groups]
+        return {"param_groups": groups, "anchors": anchors, "params": len(params)}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -261,13 +243,12 @@ class Guidance:
         self._sync_groups()
         _check_saved(self, params, state_dict)
         groups = state_dict["param_groups"]
-        anchors = {params[i]: value for i, value in state_dict["anchors"].items()}
-        dtypes = [value.dtype for value in anchors.values()]
-        made = anchor.allocate_all([*anchors], dtypes, self._settings.anchor_device)
-        for target, value in zip(made, anchors.values(), strict=True):
-            anchor.write(target, value)
+        sources = {params[i]: value for i, value in state_dict["anchors"].items()}
+        dtypes = [value.dtype for value in sources.values()]
+        anchors = anchor.allocate_all([*sources], dtypes, self._settings.anchor_device)
         self.state = defaultdict(dict)
-        for param, target in zip(anchors, made, strict=True):
+        for (param, value), target in zip(sources.items(), anchors, strict=True):
+            anchor.write(target, value)
             self.state[param]["anchor"] = target
         fresh = self.param_groups[0]["draw_index"] in (0, self._resumed)
         self._named, self._resumed = None, groups[0]["draw_index"] if fresh else None
@@ -276,7 +257,7 @@ class Guidance:
 
     def _before_step(self, optimizer, args, kwargs):
         if not optimizer.state and source.making_template():
-            return None  # no step of the training: it counts no draw
+            return None  # a checkpoint helper's step, not one of the training: it counts no draw
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._edit()
@@ -286,7 +267,8 @@ class Guidance:
 
         def guided_closure():
             loss = closure()
-            self._set_draw(draw)
+            for group in self.param_groups:
+                group["draw_index"] = draw
             self._edit()
             return loss
 
@@ -294,25 +276,21 @@ class Guidance:
             return args, {**kwargs, "closure": guided_closure}
         return (args[0], guided_closure, *args[2:]), kwargs
 
-    def _set_draw(self, draw: int) -> None:
-        for group in self.param_groups:
-            group["draw_index"] = draw
-
     @torch.no_grad()
     def _sum_partial_gradients(self, params: Sequence[Tensor]) -> None:
-        """Sums partial gradients, in ``.grad``, where the other optimizer wants them too."""
+        """Sums partial gradients over their ranks; the sums become ``.grad``."""
         slot = self._replay
         replayed = [p for p in params if slot.get(p) is not None] if slot else []
-        both = [*(p.grad for p in params), *map(slot.get, replayed)]
-        sums = sharding.sum_partial_gradients([*params, *replayed], both)
-        for p, given, whole in zip(params, both, sums, strict=False):
-            if whole is not given:
-                p.grad = whole
+        grads = [*(p.grad for p in params), *map(slot.get, replayed)]
+        sums = sharding.sum_partial_gradients([*params, *replayed], grads)
+        for p, grad, total in zip(params, grads, sums, strict=False):
+            if total is not grad:
+                p.grad = total
         slot.exchange(replayed, sums[len(params) :])
 
     def _refuse_partitions(self, params: Sequence[Tensor]) -> None:
-        given = self._original_ids
-        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in given for p in params)
+        known = self._original_ids
+        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
         if "deepspeed" in sys.modules and any(strange):
             raise RuntimeError(
                 "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
@@ -325,17 +303,16 @@ class Guidance:
         run(self, _EDIT)
 
     def _check(self, groups, params: Sequence[Tensor], elementwise: bool) -> None:
-        """Checks everything that a step relies on."""
         slot = self._replay
         self._refuse_partitions(params)
         self._sum_partial_gradients(params)
         labels = None
         for i, p in enumerate(params):
             r = slot.get(p) if slot else None
-            for given, kind in ((p.grad, "gradient"), (r, "replay gradient")):
-                if given is not None:
+            for grad, kind in ((p.grad, "gradient"), (r, "replay gradient")):
+                if grad is not None:
                     labels = labels or _arguments.group_labels(groups)
-                    _arguments.check_gradient(given, p, labels[i], kind)
+                    _arguments.check_gradient(grad, p, labels[i], kind)
                     _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
             value = self.state.get(p, {}).get("anchor")
             if value is not None and value.shape != p.shape:
@@ -366,7 +343,7 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
             "optimizer it was saved with"
         )
     for number, group in enumerate(groups):
-        absent = [name for name in (*_arguments.WIDE, *_arguments.PER_GROUP) if name not in group]
+        absent = [name for name in _arguments.GUIDANCE_OPTIONS if name not in group]
         if absent:
             raise KeyError(
                 f"group {number} of the state dict lacks {absent}; pass what "
@@ -392,7 +369,6 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
 
 
 def _decide(opt: Guidance) -> Decision:
-    """Reads the options of a step; refuses what a GradScaler and a replay cannot do together."""
     opt._replay.check_closed()
     options = opt._draws.options.read(opt.param_groups)
     decision = Decision(options, opt.param_groups, [], options["draw_index"])
@@ -403,10 +379,10 @@ def _decide(opt: Guidance) -> Decision:
 
 
 def _take_gradients(opt: Guidance, decision: Decision) -> list[backends.Rows]:
-    """Takes the gradients, and makes those that the other optimizer is to see."""
+    """Takes the gradients; makes the missing ones of parameters with a replay gradient."""
     slot, groups = opt._replay, opt.optimizer.param_groups
     elementwise = decision.options["granularity"] == "element"
-    # With GradScaler an optimizer that unscales by itself gets gradients that are scaled yet.
+    # A GradScaler hands still scaled gradients to an optimizer that unscales by itself.
     scale, found_inf = (getattr(opt.optimizer, n, None) for n in ("grad_scale", "found_inf"))
     if slot and (found_inf is not None or gradients.unscaled_unseen()):
         raise RuntimeError(
@@ -443,17 +419,14 @@ def _take_gradients(opt: Guidance, decision: Decision) -> list[backends.Rows]:
 
 
 def _take_native_gradients(opt: Guidance, groups, elementwise: bool) -> bool:
-    """Takes the gradients natively, if nothing but their values is new since the last step.
-
-    Then there is nothing to check either: what is strange is left to the long way.
-    """
+    """Takes the gradients natively and without checks, if only their values are new."""
     cache = opt._cache
     if cache is None:
         return False
     replays: list[Tensor | None] = []
     if opt._replay:
         replays = opt._replay.of(cache.params)
-        # Where there is a replay gradient alone, the other optimizer is given a gradient.
+        # A parameter with a replay gradient alone is given a gradient by `_take_gradients`.
         pairs = zip(cache.params, replays, strict=True)
         if any([r is not None and p.grad is None for p, r in pairs]):
             return False
@@ -467,33 +440,32 @@ def _take_native_gradients(opt: Guidance, groups, elementwise: bool) -> bool:
 
 
 def _measure(opt: Guidance, decision: Decision, all_rows: list[backends.Rows]) -> list[Tensor]:
-    """Draws and measures; where every gradient would stay what it is none is written."""
+    """Draws and measures; decides whether the step changes any gradient."""
     for rows in all_rows:
-        # The other optimizer has moved the parameters since any distance was measured.
+        # The other optimizer has moved the parameters since the distances were measured.
         rows.forget(anchors=False)
-    found = norms.measure(opt, decision, all_rows)
+    coefficients = norms.measure(opt, decision, all_rows)
     scaled = getattr(opt.optimizer, "grad_scale", None) is not None
     clips = decision.options["max_grad_norm"] is not None
     decision.hyper = [
         {
             "maximize": bool(group.get("maximize", False)),
-            "strength": float(own["strength"]),
-            "threshold": threshold(own["alpha"]),
+            "strength": float(options["strength"]),
+            "threshold": threshold(options["alpha"]),
         }
-        for group, own in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
+        for group, options in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
     ]
     decision.applies = bool(decision.injecting or clips or opt._replay or scaled)
     if not decision.applies:
         abandon(opt)
-    return found
+    return coefficients
 
 
-def _finish(opt: Guidance, decision: Decision, all_rows, found) -> None:
-    """Counts the draw; tells the optimizer that its gradients are unscaled."""
+def _finish(opt: Guidance, decision: Decision, all_rows, coefficients) -> None:
     if decision.applies and all_rows and getattr(opt.optimizer, "grad_scale", None) is not None:
         # The gradients are unscaled now; the optimizer must not divide them again.
         opt.optimizer.grad_scale = None
-    finish(opt, decision, all_rows, found)
+    finish(opt, decision, all_rows, coefficients)
     if decision.skipped:
         opt._last = norms.record_skipped(opt.optimizer.param_groups[0]["params"][0].device)
 

@@ -9,6 +9,7 @@ checkpoint to `dgg.checkpoint`.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,27 +31,31 @@ from dgg.step.rule import Rule
 from dgg.step.run import CAPTURED, EAGER, Verbs, run
 
 
+def _closure_of(self, closure: Callable[[], Any] | None = None) -> Any:
+    """Returns the closure among the arguments of `Stepped.step`, whose signature this is."""
+    return closure
+
+
+_closure_of.__qualname__ = "step"  # by which errors call it
+
+
 class Stepped(Imitable):
     """An optimizer whose step is `dgg.step.run`."""
 
-    # The state is room for a checkpoint that is yet to be loaded.
+    # The state is room for a checkpoint that is not loaded yet.
     _awaits_load = False
-    # The state was made by a checkpoint helper, who may not have known what will be loaded into it.
+    # A checkpoint helper made the state, perhaps without knowing which checkpoint will fill it.
     _template = False
-    # The step is being made between torch.optim's hooks.
+    # torch.optim's hooks around the present step have been called.
     _in_hooks = False
     _new_rule: type[Rule]
     process_group = sharding.ProcessGroup()
 
-    # -- construction ---------------------------------------------------------------------------
-
-    def _init_guidance(self, parent: Callable[[], None], **options: Any) -> None:
-        construction.build(self, parent, options)
-
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
-        kept = {name: getattr(self, name) for name in ("_settings", "_guidance", "_awaits_load")}
-        return {**super().__getstate__(), **kept, "_ownership": self._ownership.copied()}
+        names = ("_settings", "_guidance", "_awaits_load")
+        attributes = {name: getattr(self, name) for name in names}
+        return {**super().__getstate__(), **attributes, "_ownership": self._ownership.copied()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over a copied, pickled or loaded state and starts without caches."""
@@ -71,14 +76,12 @@ class Stepped(Imitable):
         """
         construction.add_group(self, param_group, super().add_param_group)
 
-    # -- state ----------------------------------------------------------------------------------
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves it to the step to unscale the gradients.
 
-        As in torch.optim with ``fused=True`` alone; and where a scaler does not see all: replay
-        gradients, and those of other ranks' partitions, of which the step says what to do.
+        True with ``fused=True``, as in torch.optim, and where a scaler does not see all gradients
+        (replay gradients, other ranks' partitions): the step then says how to scale.
         """
         return (
             self._settings.unscales
@@ -89,18 +92,18 @@ class Stepped(Imitable):
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignores what torch.optim sets: it follows from the options and the replay gradients."""
+        """Ignores the value that torch.optim sets: the getter computes it."""
 
     @property
     def state(self) -> dict[Tensor, Any]:
         """The state by parameter: torch.optim's keys and ``anchor``.
 
-        Whoever changes the state reads it here first, so that a step need not look at thousands
-        of tensors that nobody touched.
+        Code that changes the state has to read this attribute first. A step after which nobody
+        has read it does not look at the state's tensors again.
         """
         try:
             state = self.__dict__["state"]
-        except KeyError:  # of a wrapper that imitates the class and looks elsewhere then
+        except KeyError:  # a wrapper that imitates the class: it then asks the optimizer inside
             raise AttributeError("state") from None
         self._state_read = True
         return state
@@ -110,9 +113,7 @@ class Stepped(Imitable):
         self._state_read = True
         self.__dict__["state"] = value
 
-    # -- the step -------------------------------------------------------------------------------
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
         Args:
@@ -137,16 +138,15 @@ class Stepped(Imitable):
                 or _torch_optimizer._global_optimizer_post_hooks
             )
         ):
-            # torch.optim would always step inside of a range for the profiler, which costs as much
-            # as the update of a hundred tiny tensors. A subclass with a step of its own has torch's
-            # hooks around that one.
+            # torch.optim makes every step inside of a profiler range, which costs as much as the
+            # update of a hundred tiny tensors. A subclass that overrides step() has torch's hooks
+            # around its own.
             self._in_hooks = True
             try:
-                return (
-                    _step_with_hooks(self) if closure is None else _step_with_hooks(self, closure)
-                )
+                return _step_with_hooks(self, *args, **kwargs)  # hooks get just what was given
             finally:
                 self._in_hooks = False
+        closure = _closure_of(self, *args, **kwargs) if args or kwargs else None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,8 +155,7 @@ class Stepped(Imitable):
             with torch.no_grad():
                 self._uncompiled_step()
         else:
-            # Without the objects of `no_grad` and a decorated function's wrapper: either costs as
-            # much as a small kernel.
+            # Not `with torch.no_grad()` and no decorator: either costs as much as a small kernel.
             enabled = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
@@ -170,7 +169,8 @@ class Stepped(Imitable):
             self._optimizer_step_code()
         return loss
 
-    step.hooked = True  # torch.optim leaves it as it is
+    step.__signature__ = inspect.signature(_closure_of)
+    step.hooked = True  # torch.optim does not wrap a step that says so
 
     @torch._disable_dynamo
     def _uncompiled_step(self) -> None:
@@ -180,7 +180,7 @@ class Stepped(Imitable):
                 run(self, verbs)
 
     def _verbs(self) -> Verbs | None:
-        """Returns how this step is made; None if a checkpoint helper only wants state."""
+        """Returns how to make this step; None if a checkpoint helper only wants state."""
         driver = self._deepspeed_driver()
         if driver is not None:
             return driver.verbs
@@ -190,13 +190,13 @@ class Stepped(Imitable):
         return CAPTURED if self._settings.capturable else EAGER
 
     def _deepspeed_driver(self) -> deepspeed.Driver | None:
-        """Returns what steps DeepSpeed's partitions in place of the parameters, if it does."""
+        """Returns the driver if DeepSpeed has put partitions in place of the parameters."""
         driver = self._driver
         if driver is not None and driver.zero_optimizer is not None:
             return driver
         if driver is None and construction.first_id(self.param_groups) == self._first_id:
             return None
-        # The parameters were exchanged: look once by whom.
+        # The parameters were exchanged: look for an engine once.
         self._driver = deepspeed.find_driver(self)
         if self._driver is None:
             self._first_id = construction.first_id(self.param_groups)
@@ -205,9 +205,9 @@ class Stepped(Imitable):
         return self._driver
 
     def _reset_caches(self) -> None:
-        """Has the next step make its rows anew, and says so if a graph works on the present ones.
+        """Makes the next step build its rows anew; warns if a CUDA graph uses the present ones.
 
-        Nothing can stop a replay; what it works on is kept, so that it harms nobody.
+        Nothing can stop a graph's replay. Its memory stays allocated, so that it does no harm.
         """
         if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
             warnings.warn(
@@ -235,15 +235,15 @@ class Guided(Stepped):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as a dict, as torch.optim does; with numbers of Python's alone.
 
-        Asked by who is going to fill it from a distributed checkpoint, a new optimizer makes room
-        for what that holds, if a helper has made its state before that was known.
+        If the caller is about to load a distributed checkpoint into the result, a new optimizer
+        makes room for the checkpoint's state first.
         """
         load.make_whole(self)
         return super().state_dict()
 
     @torch._disable_dynamo
     @imitable
-    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.inference_mode(False)  # no later step could write a tensor made in inference mode
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of the torch.optim class it replaces.
@@ -268,24 +268,21 @@ class Guided(Stepped):
     @imitable
     @torch.no_grad()
     def prepare_for_load(
-        self,
-        checkpoint: Any = None,
-        *,
-        model: torch.nn.Module | None = None,
+        self, checkpoint: Any = None, *, model: torch.nn.Module | None = None
     ) -> None:
         """Makes room for what a distributed checkpoint holds: anchors and the rest of the state.
 
-        torch.distributed.checkpoint loads into what is there. A new optimizer has no anchors, so
-        without this a guided checkpoint is refused when it is loaded, unless it is known who loads
-        it: accelerate, the Trainer, a ``Stateful`` and torch's ``set_optimizer_state_dict`` need no
-        call (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or
-        ``get_state_dict`` make the template. It counts as no task and sets no anchor: until the
-        checkpoint is loaded, `step` raises.
+        torch.distributed.checkpoint loads into existing tensors. A new optimizer has no anchors, so
+        without this call a guided checkpoint is refused when it is loaded. Accelerate, the Trainer,
+        a ``Stateful`` and torch's ``set_optimizer_state_dict`` are recognised and need no call
+        (docs/checkpoints.md). Call it before ``get_optimizer_state_dict`` or ``get_state_dict``
+        make the template. It counts as no task and sets no anchor: until the checkpoint is loaded,
+        `step` raises.
 
         Args:
-            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: exactly what
-                it holds finds room, in the dtypes it was saved in. None makes room for an anchor of
-                every trainable parameter, in ``anchor_dtype``, beside the other state.
+            checkpoint: Directory of the checkpoint, a StorageReader or its Metadata: room is made
+                for exactly its state, in the dtypes it was saved in. None makes room for an anchor
+                of every trainable parameter, in ``anchor_dtype``, beside the other state.
             model: Maps names to parameters; not needed if the optimizer was built from
                 ``named_parameters()``.
 
@@ -308,15 +305,12 @@ class Guided(Stepped):
     # -- the anchor -----------------------------------------------------------------------------
 
     @imitable
-    @torch.inference_mode(False)  # what is made there no later step could write
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
         """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
 
         Every parameter that requires a gradient (or has state from an earlier task) gets an
@@ -337,14 +331,14 @@ class Guided(Stepped):
         Without ``task`` every call is a boundary, and counts as one; only a new optimizer that
         has just loaded an anchor refuses to replace it by weights that may be those of mid-task.
 
-        With ``capturable=True`` a CUDA graph of the step stays valid where every anchor is
-        overwritten in place. Where anchors are new (the first call), and after `clear_anchor`,
-        `load_state_dict` or `add_param_group`, it has to be captured again: a warning says so, and
-        what the old graph works on is kept as long as the optimizer.
+        With ``capturable=True`` a CUDA graph of the step stays valid if every anchor is overwritten
+        in place. After the first call, and after `clear_anchor`, `load_state_dict` or
+        `add_param_group`, it has to be captured again: a warning says so, and the memory of the old
+        graph is kept as long as the optimizer.
 
-        Of a path the names are checked first; then every tensor is read one at a time, of sharded
-        parameters each rank's own part only. All ranks call it; if one fails, none has changed
-        anything and the others say what it was.
+        Names in files are checked first; then every tensor is read one at a time, of sharded
+        parameters each rank's own part only. All ranks call it. If one fails, no rank has changed
+        anything, and the others raise an error with the reason.
 
         Args:
             tensors: The previous task's weights: named tensors, such as a model's or a peft
@@ -386,15 +380,12 @@ class Guided(Stepped):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
-        self,
-        tensors: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        *,
-        model: torch.nn.Module | None = None,
-        task: int | None = None,
-    ) -> None:
-        """Does what `set_anchor` does without asking whether it can be right.
+        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+    ) -> None:  # fmt: skip
+        """Sets the anchor as `set_anchor` does, without its rules about tasks.
 
-        For frameworks that know by themselves where a task begins, as `dgg.hf` does.
+        For frameworks that know where a task begins, such as `dgg.hf`.
 
         Args:
             tensors: As in `set_anchor`.
@@ -406,7 +397,7 @@ class Guided(Stepped):
             plan = functools.partial(driver.plan_anchors, self, tensors, model)
         else:
             plan = functools.partial(
-                boundary.plan_anchors, self.param_groups, boundary.known_anchors(self.state),
+                boundary.plan_anchors, self.param_groups, boundary.anchors_in(self.state),
                 tensors, model, self._settings.anchor_dtype, self._settings.anchor_device,
                 functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
             )  # fmt: skip
@@ -470,7 +461,7 @@ class Guided(Stepped):
             ``distance`` (‖θ - θ*‖) and ``clip`` (c); None for what that step had no need to
             measure. ``anchored`` (int64: how many parameters have an anchor; 0 means that nothing
             can be guided yet) and ``guided`` (int64: how many were pulled; 0 where nothing was
-            drawn). The attribute ``backend`` names who made the step.
+            drawn). The attribute ``backend`` is the name of the step's backend.
         """
         return norms.statistics(self._last, sum(group["anchored"] for group in self.param_groups))
 

@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, backends, reference, sharding
+from dgg import backends, reference, sharding
+from dgg.optim import construction
 from dgg.optim.guided import Guided
 from dgg.step import state
 from dgg.step.rule import Rule, flag, number, threshold
 
 # torch.optim may be patched later, with this class in place of its own.
 _TorchSGD = torch.optim.SGD
+# Arguments that torch.optim.SGD takes and that numpy's numbers may be given for.
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 class SgdRule(Rule):
     """SGD, with or without momentum.
 
-    A buffer is made by the first step of its parameter, in which it becomes G (torch: without
-    dampening); ``fresh`` has the identities of the parameters whose buffer was made for this step.
+    The first step of a parameter makes its buffer, which becomes G in that step (as in torch,
+    without dampening).
+
+    Attributes:
+        fresh: Identities of the parameters whose buffer was made for the step that comes next.
     """
 
     kernel = backends.SGD
@@ -36,10 +42,10 @@ class SgdRule(Rule):
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def needed_to_load(self, group: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
-        """Returns the buffer where a step was made: anchor and master may have come before one."""
-        made = {"anchor", "master", "momentum_buffer"}
-        others = isinstance(entry, Mapping) and entry.keys() - made
-        return self.needed(group) if others else ()
+        """Returns the buffer, if the entry has a key that only a step can have made."""
+        made_without_step = {"anchor", "master", "momentum_buffer"}
+        stepped = isinstance(entry, Mapping) and entry.keys() - made_without_step
+        return self.needed(group) if stepped else ()
 
     def init_state(self, opt, param: Tensor, group: Mapping[str, Any], *, first: bool) -> None:
         """Makes the master weight and, for the first step, the buffer."""
@@ -54,15 +60,12 @@ class SgdRule(Rule):
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the hyper-parameters that `backends.SGD` names."""
         return {
-            "lr": number(group, "lr"),
-            "momentum": number(group, "momentum"),
+            "lr": number(group, "lr"), "momentum": number(group, "momentum"),
             "dampening": number(group, "dampening"),
             "weight_decay": number(group, "weight_decay"),
-            "nesterov": flag(group, "nesterov"),
-            "maximize": flag(group, "maximize"),
-            "strength": number(group, "strength"),
-            "threshold": threshold(group["alpha"]),
-        }
+            "nesterov": flag(group, "nesterov"), "maximize": flag(group, "maximize"),
+            "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
+        }  # fmt: skip
 
     def final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
         """Returns the flags with FIRST_STEP where the buffer is fresh."""
@@ -73,13 +76,13 @@ class SgdRule(Rule):
         return flags | rows.flags(fresh, "fresh")
 
     def after_update(self, rows: backends.Rows) -> None:
-        """Takes the buffers of these rows for begun."""
+        """Notes that the buffers of these rows are no longer fresh."""
         if self.fresh:
             self.fresh.difference_update(map(id, rows.holders))
 
     def after_load(self, opt, state_dict: Mapping[str, Any]) -> None:
-        """Takes buffers of zeros that no step has begun for fresh."""
-        # Torch's checkpoint helpers save buffers of zeros before the first step.
+        """Notes buffers of zeros as fresh, if the state dict is from before the first step."""
+        # torch's checkpoint helpers make such buffers.
         if all(saved.get("draw_index", 1) == 0 for saved in state_dict["param_groups"]):
             self.fresh.update(
                 id(p)
@@ -90,11 +93,11 @@ class SgdRule(Rule):
             )
 
     def skip_update(self, opt, param: Tensor) -> None:
-        """Takes the buffer of a parameter for begun that is all padding."""
+        """Notes that the buffer is no longer fresh, although all of it is padding."""
         self.fresh.discard(id(param))
 
     def waits_for_scaler(self, opt) -> bool:
-        """Returns whether a buffer is made by this step, if that is not skipped."""
+        """Returns whether this step makes a buffer, unless it is skipped."""
         return opt._cache is None or bool(self.fresh)
 
 
@@ -123,52 +126,14 @@ class SGD(Guided, torch.optim.SGD):
     _new_rule = SgdRule
 
     def __init__(
-        self,
-        params,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
-        alpha: float = 0.2,
-        strength: float = 1.0,
-        scaling: bool = True,
-        norm_scope: str = "global",
-        granularity: str = "step",
-        max_grad_norm: float | None = None,
-        replay_weight: float = 1.0,
-        seed: int = 0,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
-        master_weights: bool = False,
-        process_group=None,
+        self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
+        foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
+        capturable: bool = False, alpha: float = 0.2, strength: float = 1.0, scaling: bool = True,
+        norm_scope: str = "global", granularity: str = "step", max_grad_norm: float | None = None,
+        replay_weight: float = 1.0, seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,
-    ) -> None:
-        lr, momentum, dampening, weight_decay, nesterov, maximize = _arguments.plain_numbers(
-            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-            nesterov=nesterov, maximize=maximize,
-        )  # fmt: skip
-
-        def parent() -> None:
-            _TorchSGD.__init__(
-                self, params, lr, momentum, dampening, weight_decay, nesterov,
-                maximize=maximize, foreach=foreach, fused=fused,
-            )  # fmt: skip
-
-        self._init_guidance(
-            parent, foreach=foreach, fused=fused, capturable=capturable,
-            differentiable=differentiable, alpha=alpha, strength=strength, scaling=scaling,
-            norm_scope=norm_scope, granularity=granularity, max_grad_norm=max_grad_norm,
-            replay_weight=replay_weight, seed=seed, anchor_dtype=anchor_dtype,
-            anchor_device=anchor_device, state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding, master_weights=master_weights,
-            process_group=process_group, backend=backend,
-        )  # fmt: skip
+    ) -> None:  # fmt: skip
+        construction.build(self, _TorchSGD.__init__, _NUMBERS, locals())

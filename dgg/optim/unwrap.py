@@ -7,6 +7,9 @@ from typing import Any
 
 from dgg.optim.guided import Guided
 
+# Attributes in which frameworks keep the optimizer that they wrap.
+_ATTRIBUTES = ("optimizer", "_optimizer", "basic_optimizer", "optim")
+
 
 def unwrap(optimizer: Any) -> Any:
     """Returns the dgg optimizer inside wrappers.
@@ -18,27 +21,20 @@ def unwrap(optimizer: Any) -> Any:
     Raises:
         TypeError: There is no dgg optimizer inside.
     """
-    seen: list[str] = []
+    types: list[str] = []
     inner = optimizer
-    while inner is not None and len(seen) < 16:
-        # Lightning's and Fabric's wrappers imitate the class of what they wrap.
-        inside = vars(inner).get("_optimizer") if isinstance(inner, Guided) else None
-        if isinstance(inner, Guided) and not isinstance(inside, Guided):
+    while inner is not None and len(types) < 16:
+        # Lightning's and Fabric's wrappers imitate the class of the optimizer inside them.
+        imitated = vars(inner).get("_optimizer") if isinstance(inner, Guided) else None
+        if isinstance(inner, Guided) and not isinstance(imitated, Guided):
             return inner
-        seen.append(type(inner).__name__)
-        inner = (
-            inside
-            if inside is not None
-            else next(
-                (
-                    found
-                    for name in ("optimizer", "_optimizer", "basic_optimizer", "optim")
-                    if (found := getattr(inner, name, None)) is not None
-                ),
-                None,
-            )
-        )
+        types.append(type(inner).__name__)
+        if imitated is None:
+            attributes = [getattr(inner, name, None) for name in _ATTRIBUTES]
+            inner = next((x for x in attributes if x is not None), None)
+        else:
+            inner = imitated
     raise TypeError(
-        f"no dgg optimizer inside {' > '.join(seen)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
+        f"no dgg optimizer inside {' > '.join(types)}: pass dgg.AdamW, dgg.Adam or dgg.SGD to the "
         "framework (Trainer: optimizer_cls_and_kwargs=(dgg.AdamW, {...}))"
     )

@@ -11,32 +11,13 @@ from dgg.sharding.dtensor import (
     keeps_values_elsewhere,
     like,
     local,
-    place_of,
     shard_of,
-    version_of,
 )
 from dgg.sharding.ownership import Lost, ProcessGroup, RankShare, Sharded
-from dgg.sharding.reduction import Reduction, on_all_or_none, peers, sum_partial_gradients
+from dgg.sharding.reduction import Reduction, on_all_or_none, sum_partial_gradients
 
 __all__ = [
-    "Place",
-    "Lost",
-    "ProcessGroup",
-    "RankShare",
-    "Reduction",
-    "Sharded",
-    "Shards",
-    "all_equal_dtensors",
-    "box_of",
-    "check",
-    "is_dtensor",
-    "keeps_values_elsewhere",
-    "like",
-    "local",
-    "on_all_or_none",
-    "peers",
-    "place_of",
-    "shard_of",
-    "sum_partial_gradients",
-    "version_of",
-]
+    "Place", "Lost", "ProcessGroup", "RankShare", "Reduction", "Sharded", "Shards",
+    "all_equal_dtensors", "box_of", "check", "is_dtensor", "keeps_values_elsewhere", "like",
+    "local", "on_all_or_none", "shard_of", "sum_partial_gradients",
+]  # fmt: skip

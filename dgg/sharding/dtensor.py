@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sharded parameters: the one place that knows DTensor.
+"""DTensor parameters: their local shards, and where these lie in the whole.
 
-A step works on local shards, plain tensors, and no DTensor operation takes part in it. What a
-shard has to tell is where its elements lie in the whole parameter (for draws per element) and over
-which ranks the squares of its norm are to be summed: over those of the mesh dimensions that shard
-it, not over those that replicate it, so that nothing is counted twice.
+A step works on local shards, which are plain tensors, without any DTensor operation. Draws per
+element need the place of a shard's elements in the whole parameter. Norms are summed over the mesh
+dimensions that shard the parameter, not over those that replicate it, so that nothing counts twice.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def local(x: Tensor | None) -> Tensor | None:
 def keeps_values_elsewhere(x: Tensor) -> bool:
     """Returns whether ``x`` (of a DTensor the shard) has no memory of its own.
 
-    So it is with what dispatches to Python: fake tensors, float8 and quantised weights.
+    Such tensors dispatch to Python: fake tensors, float8 and quantised weights.
     """
     return torch._C._dispatch_keys(local(x)).has(torch._C.DispatchKey.Python)
 
@@ -55,13 +54,9 @@ def like(shard: Tensor, param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        shard,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
+        shard, param.device_mesh, param.placements, run_check=False, shape=param.shape,
         stride=param.stride(),
-    )
+    )  # fmt: skip
 
 
 def check(param: Tensor, label: str, *, elements: bool) -> None:
@@ -69,7 +64,7 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
 
     Args:
         param: The parameter.
-        label: How errors call it.
+        label: Its name in errors.
         elements: Draws are made per element.
 
     Raises:
@@ -98,18 +93,14 @@ def check(param: Tensor, label: str, *, elements: bool) -> None:
 def place_of(param: Tensor) -> Place | None:
     """Returns where a parameter's local elements lie in the whole one.
 
-    None if they are no equal runs at equal distances: sharded along two dimensions that are not
-    the first, or interleaved.
+    None if they are not equal runs at equal distances: the parameter is sharded along two
+    dimensions that are not the first, or interleaved.
     """
     if not is_dtensor(param):
         return Place(0, max(param.numel(), 1), max(param.numel(), 1))
     if _interleaved(param):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+    shape, offsets = _shape_and_offsets(param)
     sharded = [d for d, size in enumerate(shape) if size != param.shape[d]]
     inner = [d for d in sharded if d > 0]
     if len(inner) > 1:
@@ -125,11 +116,19 @@ def place_of(param: Tensor) -> Place | None:
     return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
 
 
+def _shape_and_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    from torch.distributed.tensor import _utils
+
+    return _utils.compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+
+
 def _interleaved(param: Tensor) -> bool:
     """Returns whether a shard is several separate pieces of a dimension; the same on all ranks.
 
-    FSDP2 over tensor parallelism shards what is sharded already and calls that strided: the later
-    mesh dimensions pick one of the pieces again, if they are as many.
+    FSDP2 over tensor parallelism shards a dimension a second time ("strided"). The later mesh
+    dimensions pick one piece again, if they have as many ranks as there are pieces.
     """
     for d, placement in enumerate(param.placements):
         pieces = getattr(placement, "split_factor", 1)
@@ -154,11 +153,7 @@ def box_of(param: Tensor) -> tuple[slice, ...]:
             f"a parameter of shape {tuple(param.shape)} placed as {param.placements} has shards of "
             "several separate pieces; give a DTensor, or redistribute it to Shard or Replicate"
         )
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+    shape, offsets = _shape_and_offsets(param)
     # The offset of a shard without elements lies behind the end.
     starts = [offset if size else 0 for size, offset in zip(shape, offsets, strict=True)]
     return tuple(slice(a, a + size) for a, size in zip(starts, shape, strict=True))
@@ -166,23 +161,21 @@ def box_of(param: Tensor) -> tuple[slice, ...]:
 
 def shard_of(whole: Tensor, param: Tensor) -> Tensor:
     """Returns the part of a whole tensor that belongs to this rank's shard of ``param``."""
-    if not is_dtensor(param) or is_dtensor(whole):
-        return whole
-    return whole[box_of(param)]
+    return whole[box_of(param)] if is_dtensor(param) and not is_dtensor(whole) else whole
 
 
 class Shards:
     """The shards of a list of parameters of which some are DTensors, and of their gradients.
 
-    What a step asks of every DTensor is asked here with one attribute each: a look at what a
-    tensor is costs as much as the update of a small one.
+    It reads one attribute of every DTensor in a step: checking the kind of a tensor costs as much
+    as the update of a small one.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._all = all(map(is_dtensor, params))
         self._params = list(params)
         self._locals = [local(p) for p in params]
-        self._known: list[object] = []
+        self._checked_specs: list[object] = []
 
     def of_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Returns the local shards of gradients, a row each, checking how they are placed.
@@ -195,22 +188,23 @@ class Shards:
         except AttributeError:  # some are absent, or plain
             specs, shards = [getattr(g, "_spec", None) for g in grads], [local(g) for g in grads]
         # Engines give every gradient the spec of the step before, or one that is equal.
-        if len(specs) != len(self._known) or not all(map(operator.is_, specs, self._known)):
-            known = self._known or [None] * len(specs)
-            for param, grad, spec, seen in zip(self._params, grads, specs, known, strict=True):
-                if grad is None or (seen is not None and _same_placing(spec, seen)):
+        checked = self._checked_specs
+        if len(specs) != len(checked) or not all(map(operator.is_, specs, checked)):
+            checked = checked or [None] * len(specs)
+            for param, grad, spec, before in zip(self._params, grads, specs, checked, strict=True):
+                if grad is None or (before is not None and _same_placing(spec, before)):
                     continue
                 if not all_equal_dtensors(grad, param):
                     raise RuntimeError("a gradient is not sharded as its parameter is")
-            self._known = specs
+            self._checked_specs = specs
         return shards
 
     def versions(self) -> list[int]:
         """Returns for every parameter what changes with each write that autograd knows of."""
+        pairs = zip(self._params, self._locals, strict=True)
         if self._all:
-            both = zip(self._params, self._locals, strict=True)
-            return [param._version + shard._version for param, shard in both]
-        return [version_of(p) for p in self._params]
+            return [param._version + shard._version for param, shard in pairs]
+        return [p._version if shard is p else p._version + shard._version for p, shard in pairs]
 
 
 def _same_placing(spec, other) -> bool:
@@ -226,9 +220,3 @@ def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:
     return not is_dtensor(param) or (
         grad.device_mesh == param.device_mesh and tuple(grad.placements) == tuple(param.placements)
     )
-
-
-def version_of(param: Tensor) -> int:
-    """Returns a number that changes with every write that autograd knows of."""
-    shard = local(param)
-    return param._version if shard is param else param._version + shard._version

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""FullyShardedDataParallel (FSDP1): what its parameters do not tell of themselves.
+"""FullyShardedDataParallel (FSDP1): which run of a parameter's elements each rank holds.
 
 With ``use_orig_params=True`` every rank holds each parameter as a flat, possibly empty run of its
-elements, a plain tensor that says neither of what it is a part nor who has the rest. Only the
-handles know, and no parameter refers to its handle: they are looked up once per optimizer.
+elements, a plain tensor without shape and process group of the whole. FSDP1's handles have these,
+but no parameter refers to its handle: the handles are searched for once per optimizer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check(param: Tensor, label: str) -> None:
 
 
 def runs(params: Sequence[Tensor]) -> dict[int, Run]:
-    """Returns the runs of those parameters that FSDP1 has taken, by their place in ``params``.
+    """Returns the runs of the parameters that FSDP1 has flattened, by place in ``params``.
 
     Raises:
         RuntimeError: The handle of one is not to be found.
@@ -60,7 +60,7 @@ def runs(params: Sequence[Tensor]) -> dict[int, Run]:
         return {}
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    found: dict[int, Run] = {}
+    run_of: dict[int, Run] = {}
     for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
         flat = handle.flat_param
         for number, (param, shape) in enumerate(
@@ -72,11 +72,11 @@ def runs(params: Sequence[Tensor]) -> dict[int, Run]:
             if handle.uses_sharded_strategy:
                 start = flat._shard_param_infos[number].intra_param_start_idx
                 run = Run(handle.process_group, start or 0, shape)
-            found[places[id(param)]] = run
-    if len(found) < len(places):
+            run_of[places[id(param)]] = run
+    if len(run_of) < len(places):
         raise RuntimeError(
-            f"{len(places) - len(found)} parameters were taken by FSDP1, but their "
+            f"{len(places) - len(run_of)} parameters were taken by FSDP1, but their "
             "FullyShardedDataParallel modules are not to be found: were they deleted, or hidden "
             "by gc.freeze()? Call gc.unfreeze(), or use torch.distributed.fsdp.fully_shard"
         )
-    return found
+    return run_of

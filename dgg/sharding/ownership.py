@@ -3,18 +3,19 @@
 
 Four answers: `Sharded` (whole parameters, DTensors, FSDP1's runs, flat partitions over a process
 group), `RankShare` (ZeroRedundancyOptimizer deals whole parameters out to the ranks), DeepSpeed's
-``Partitions`` (`dgg.deepspeed`), and `Lost` (a copy that has to be told again).
+``Partitions`` (`dgg.deepspeed`), and `Lost` (a copy that no longer knows the other ranks).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg.sharding import fsdp1, zero_redundancy
+from dgg.sharding import fsdp1
 from dgg.sharding.dtensor import Place, is_dtensor, place_of
 from dgg.sharding.reduction import Reduction
 from dgg.sharding.reduction import peers as peers_of
@@ -32,14 +33,14 @@ class Sharded:
         self.process_group = process_group
 
     def check(self) -> None:
-        """Raises a RuntimeError if a step could not know who has the rest."""
+        """Raises a RuntimeError if the ranks with the other parts are not known."""
 
     def tensors(self, groups: Sequence[Mapping[str, Any]]) -> list[list[Tensor]]:
         """Returns what this rank steps, by group."""
         return [group["params"] for group in groups]
 
     def recorded(self, groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Returns the parameters whose replay gradients are kept."""
+        """Returns the parameters whose replay gradients are recorded."""
         return [p for group in groups for p in group["params"]]
 
     def indices(self, params: Sequence[Tensor]) -> Sequence[int]:
@@ -49,19 +50,19 @@ class Sharded:
     def everywhere(self) -> tuple[list[int], list[int]] | None:
         """Returns group and tensor index of the rows of all ranks.
 
-        None where every rank has a part of each, and knows what all draw.
+        None where every rank has a part of each parameter, and so knows all draws.
         """
         return None
 
     def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
-        """Returns where this rank's part of each parameter lies in the whole, and what sums.
+        """Returns where this rank's part of each parameter lies in the whole, and the sums.
 
         Args:
             params: Parameters of one device.
 
         Returns:
             Their places, empty if all are whole; and the sums over the ranks that hold the other
-            parts, None if there are none.
+            parts, None without such ranks.
         """
         runs = fsdp1.runs(params)
         sharded = any(map(is_dtensor, params))
@@ -91,7 +92,7 @@ class Sharded:
         """Notes that anchors were set, or cleared, on all ranks."""
 
     def join_norms(self) -> None:
-        """Takes part in the other ranks' sum with nothing of its own."""
+        """Adds zeros to the other ranks' sum, if they wait for this rank."""
 
     @property
     def has_all(self) -> bool:
@@ -99,66 +100,96 @@ class Sharded:
         return True
 
     def copied(self) -> Sharded | Lost:
-        """Returns who holds what of a copy or of an unpickled optimizer."""
+        """Returns the ownership of a copy or of an unpickled optimizer."""
         return self if self.process_group is None else Lost("group")
 
 
 class RankShare(Sharded):
     """This rank steps its share of a ZeroRedundancyOptimizer's parameters, whole tensors each.
 
+    Norms run over all ranks' shares, draws count all parameters, and a rank whose share is small or
+    empty takes part in every sum.
+
     Args:
-        share: The ZeroRedundancyOptimizer, as this rank's local optimizer sees it.
+        zero_optimizer: The ZeroRedundancyOptimizer. It refers to the local optimizer, which
+            therefore refers to it weakly.
     """
 
-    def __init__(self, share: zero_redundancy.Share) -> None:
+    def __init__(self, zero_optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
-        self._share = share
+        self._zero_optimizer = weakref.ref(zero_optimizer)
+        self._anchored_elsewhere: list[int] = []
+
+    def _optimizer(self) -> Any:
+        optimizer = self._zero_optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                "the ZeroRedundancyOptimizer that built this optimizer is gone, and this rank's "
+                "share alone is no training: keep it, and step it instead of its `optim`"
+            )
+        return optimizer
 
     def recorded(self, groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """Returns the parameters of all ranks: their gradients are summed everywhere."""
-        return self._share.params()
+        return [p for group in self._optimizer().param_groups for p in group["params"]]
 
     def indices(self, params: Sequence[Tensor]) -> Sequence[int]:
         """Returns the tensor index j of every parameter, counted over those of all ranks."""
-        return self._share.numbers(params)
+        index_of = {p: j for j, p in enumerate(self.recorded(()))}
+        return [index_of[p] for p in params]
 
     def everywhere(self) -> tuple[list[int], list[int]]:
         """Returns group and tensor index of the parameters of all ranks."""
-        return self._share.rows()
+        groups = self._optimizer().param_groups
+        numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+        return numbers, list(range(len(numbers)))
 
     def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
-        """Returns that the tensors are whole, and what sums over the shares."""
-        return [], Reduction.of_shares(self._share.process_group)
+        """Returns no places, since the tensors are whole, and the sums over the shares."""
+        return [], Reduction.of_shares(self._optimizer().process_group)
 
     def peers(self, params: Sequence[Tensor]) -> list:
         """Returns the group whose ranks have the other shares."""
-        return [self._share.process_group]
+        return [self._optimizer().process_group]
 
     def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
         """Returns how many parameters of a group are anchored on other ranks."""
-        return self._share.anchored_elsewhere(number, group)
+        if self._anchored_elsewhere:
+            return self._anchored_elsewhere[number]
+        share = set(group["params"])
+        params = self._optimizer().param_groups[number]["params"]
+        return sum(p.requires_grad and p not in share for p in params)
 
     def note_anchors(self, groups: Sequence[dict[str, Any]], *, anchored: bool) -> None:
-        """Notes the anchors of all ranks in the groups here and in the whole optimizer's."""
-        self._share.note_anchors(groups, anchored=anchored)
+        """Notes the anchors of all ranks in the groups here and in the ZeroRedundancyOptimizer's.
+
+        It copies its own groups to the local optimizer before every step.
+        """
+        self._anchored_elsewhere = []
+        self._anchored_elsewhere = [
+            self.anchored_elsewhere(n, group) for n, group in enumerate(groups)
+        ]
+        for group, whole in zip(groups, self._optimizer().param_groups, strict=True):
+            group["anchored"] = sum(p.requires_grad for p in whole["params"]) if anchored else 0
+            whole.update({name: group[name] for name in ("anchored", "task_index")})
 
     def join_norms(self) -> None:
-        """Takes part in the other ranks' sum with nothing of its own."""
-        zero = self._share.params()[0].new_zeros(3, 1, dtype=torch.float64)
-        Reduction.of_shares(self._share.process_group).sum_(zero, per_tensor=False)
+        """Adds zeros to the other ranks' sum, which waits for this rank."""
+        zeros = self.recorded(())[0].new_zeros(3, 1, dtype=torch.float64)
+        Reduction.of_shares(self._optimizer().process_group).sum_(zeros, per_tensor=False)
 
     @property
     def has_all(self) -> bool:
-        """Whether this rank has at least a part of every parameter: no, whole ones are dealt."""
+        """Whether this rank has a part of every parameter: no, each is whole on one rank."""
         return False
 
     def copied(self) -> Lost:
-        """Returns that a copy has one rank's share and no ZeroRedundancyOptimizer."""
+        """Returns `Lost`: a copy has one rank's share and no ZeroRedundancyOptimizer."""
         return Lost("share")
 
 
 class Lost(Sharded):
-    """A copy that does not know who has the rest: its first step raises.
+    """A copy that does not know the ranks with the other parts: its first step raises.
 
     Args:
         what: ``"group"`` or ``"share"``.
@@ -169,7 +200,7 @@ class Lost(Sharded):
         self.what = what
 
     def check(self) -> None:
-        """Raises a RuntimeError that says what the copy has to be told."""
+        """Raises a RuntimeError that says how to repair the copy."""
         if self.what == "share":
             raise RuntimeError(
                 "this optimizer was copied out of a ZeroRedundancyOptimizer and has only one "
@@ -182,18 +213,18 @@ class Lost(Sharded):
         )
 
     def copied(self) -> Lost:
-        """Returns that a copy of the copy has lost it, too."""
+        """Returns the same for a copy of the copy."""
         return self
 
 
 class ProcessGroup:
-    """The attribute ``process_group`` of an optimizer, by which a copy is told again who it is."""
+    """The attribute ``process_group`` of an optimizer; setting it repairs a copy."""
 
     def __get__(self, opt, owner=None) -> Any:
         """Returns the group over whose ranks plain parameters are flat partitions, or None."""
         return self if opt is None else opt._ownership.process_group
 
     def __set__(self, opt, value: Any) -> None:
-        """Takes another group; the next step makes its rows, and their sums, anew."""
+        """Sets another group; the next step makes its rows, and their sums, anew."""
         opt._ownership = Sharded(value)
         opt._cache = None

@@ -17,10 +17,13 @@ from dgg.sharding.dtensor import is_dtensor, like, local
 
 
 class _Part(NamedTuple):
-    """What is summed together: rows, over which groups one after the other, counted how often.
+    """Rows that are summed together.
 
-    ``rows`` are None if they are all there are. ``shares``: they are whole tensors, of which the
-    other ranks have others.
+    Attributes:
+        rows: Their numbers; None for all rows.
+        groups: The process groups over which to sum, one after the other.
+        weights: float64, the weight of each row; None for 1.
+        shares: The rows are whole tensors, and the other ranks have other tensors.
     """
 
     rows: Tensor | None
@@ -32,14 +35,14 @@ class _Part(NamedTuple):
 class Reduction:
     """Sums squares over the ranks that hold the other shards, one collective per mesh.
 
-    Where a mesh dimension shards some parameters and replicates others, those are counted by the
-    share that makes their replicas one.
+    Where a mesh dimension shards some parameters and replicates others, the squares of the others
+    are divided by the number of replicas.
 
     Args:
         params: Parameters of the rows, DTensors or plain ones.
         process_group: Over whose ranks plain parameters are partitioned, or None if every rank
             has all of them.
-        runs: What FSDP1's parameters are runs of, by row.
+        runs: The runs of FSDP1's parameters, by row.
     """
 
     def __init__(
@@ -76,30 +79,26 @@ class Reduction:
             dims = sorted(set().union(*rows.values()))
             if dims:
                 weights = [
-                    1.0 / math.prod(mesh.size(d) for d in dims if d not in own)
-                    for own in rows.values()
+                    1.0 / math.prod(mesh.size(d) for d in dims if d not in sharding_dims)
+                    for sharding_dims in rows.values()
                 ]
                 self._add(list(rows), len(params), _groups_of(mesh, dims), weights)
 
     @classmethod
     def of_shares(cls, process_group) -> Reduction:
-        """Returns the sums over whole tensors that are dealt out to the ranks of a group.
+        """Returns the sums over whole tensors, each of which is on one rank of a group.
 
-        Of norms per tensor only that of clipping runs over the ranks: this rank has the others.
+        With norms per tensor only the norm for clipping is summed over the ranks.
         """
-        made = cls(())
-        made._parts.append(_Part(None, [process_group], None, shares=True))
-        return made
+        reduction = cls(())
+        reduction._parts.append(_Part(None, [process_group], None, shares=True))
+        return reduction
 
     def _add(self, rows: list[int], count: int, groups: list, weights: list[float]) -> None:
+        some = None if len(rows) == count else torch.tensor(rows, device="cpu")
         even = all(weight == 1.0 for weight in weights)
-        self._parts.append(
-            _Part(
-                None if len(rows) == count else torch.tensor(rows, device="cpu"),
-                groups,
-                None if even else torch.tensor(weights, dtype=torch.float64, device="cpu"),
-            )
-        )
+        vector = None if even else torch.tensor(weights, dtype=torch.float64, device="cpu")
+        self._parts.append(_Part(some, groups, vector))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -109,17 +108,17 @@ class Reduction:
 
         Args:
             squares: float64 [3, n] of this rank. Modified in place.
-            per_tensor: Every row's own sum is wanted, not only that over all rows.
+            per_tensor: Return the sum of every row, not only that over all rows.
 
         Returns:
-            ``squares``; unless ``per_tensor`` the sums over the rows of a mesh stand in the first
-            of them, the others are 0.
+            ``squares``; unless ``per_tensor`` the first row of each mesh has the sum over the
+            mesh's rows, and the others are 0.
         """
         import torch.distributed as dist
 
         for number, (rows, groups, weights, shares) in enumerate(self._parts):
             if squares.device.type != "cpu":
-                # Copied there once: the numbers of a step stay on its device.
+                # Copied to the device once.
                 rows, weights = (x if x is None else x.to(squares.device) for x in (rows, weights))
                 self._parts[number] = _Part(rows, groups, weights, shares)
             vector = squares if rows is None else squares.index_select(1, rows)
@@ -134,29 +133,24 @@ class Reduction:
                 summed = 1 if per_tensor else 3
                 squares[:summed] = 0.0
                 squares[:summed, 0] = vector[:summed]
-            elif per_tensor and rows is not None:
-                squares.index_copy_(1, rows, vector)
-            elif per_tensor:
+            elif rows is None and per_tensor:
                 squares.copy_(vector)
+            elif rows is None:
+                squares.zero_()
+                squares[:, 0] = vector
+            elif per_tensor:
+                squares.index_copy_(1, rows, vector)
             else:
-                self._only_first(squares, rows, vector)
+                squares.index_fill_(1, rows, 0.0)
+                squares.index_copy_(1, rows[:1], vector.unsqueeze(1))
         return squares
-
-    @staticmethod
-    def _only_first(squares: Tensor, rows: Tensor | None, sums: Tensor) -> None:
-        if rows is None:
-            squares.zero_()
-            squares[:, 0] = sums
-        else:
-            squares.index_fill_(1, rows, 0.0)
-            squares.index_copy_(1, rows[:1], sums.unsqueeze(1))
 
 
 def _groups_of(mesh, dims: Sequence[int]) -> list:
-    """Returns the groups over which to sum one after the other: a single one where it can be.
+    """Returns the groups over which to sum one after the other, a single one if possible.
 
-    A new group is made by all ranks of the world, which count the groups they make: on a mesh over
-    a part of it, others would not take part, and wait for these ranks in the next group of theirs.
+    All ranks of the world have to take part when a group is made. On a mesh over a part of the
+    world the others would not, so there no new group is made.
     """
     import torch.distributed as dist
 
@@ -171,7 +165,7 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
 
 
 def peers(params: Sequence[Tensor], process_group=None) -> list:
-    """Returns the groups over which ranks hold parts or copies of these; the same order on all.
+    """Returns the groups whose ranks hold parts or copies of these, in the same order on all.
 
     Args:
         params: Parameters.
@@ -180,53 +174,52 @@ def peers(params: Sequence[Tensor], process_group=None) -> list:
     Raises:
         RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
     """
-    found = [] if process_group is None else [process_group]
-    runs = fsdp1.runs(params).values()
+    groups = [process_group, *dict.fromkeys(run.group for run in fsdp1.runs(params).values())]
     meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
-    found += [group for group in dict.fromkeys(run.group for run in runs) if group is not None]
-    return found + [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+    groups += [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+    return [group for group in groups if group is not None]
 
 
 @contextlib.contextmanager
 def on_all_or_none(groups: Sequence, settings: Mapping[str, object]) -> Iterator[None]:
-    """Lets no rank go on from a block in which another one failed, or with settings of its own.
+    """Raises on every rank if the block fails on one of them, or if their settings differ.
 
     Otherwise ranks would go on with different states, and wait for each other at the next step.
 
     Args:
-        groups: Process groups, one after the other; all ranks come here.
-        settings: What has to be the same on all ranks.
+        groups: Process groups, one after the other; all ranks call this.
+        settings: Options that have to be the same on all ranks.
 
     Raises:
-        RuntimeError: Another rank failed, and this says why. A rank that failed itself raises what
-            it had to.
+        RuntimeError: Another rank failed; the message says why. A rank that failed itself raises
+            its own error.
         ValueError: A setting differs.
     """
     import torch.distributed as dist
 
-    wrong: Exception | None = None
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
-        wrong = error
-    said = None
+        failure = error
+    message = None
     for group in groups:
-        if said is None and wrong is not None:
-            said = f"rank {dist.get_rank()}: {wrong}"
-        everywhere: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, (said, settings), group=group)
-        said = next((text for text, _ in everywhere if text is not None), None)
-        if said is None:
-            wrong = _difference([others for _, others in everywhere])
-    if wrong is not None:
-        raise wrong
-    if said is not None:
-        raise RuntimeError(f"another rank failed, so no rank has changed anything: {said}")
+        if message is None and failure is not None:
+            message = f"rank {dist.get_rank()}: {failure}"
+        reports: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reports, (message, settings), group=group)
+        message = next((text for text, _ in reports if text is not None), None)
+        if message is None:
+            failure = _difference([settings_there for _, settings_there in reports])
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"another rank failed, so no rank has changed anything: {message}")
 
 
 def _difference(settings: Sequence[Mapping[str, object]]) -> ValueError | None:
     for name in settings[0]:
-        values = list(dict.fromkeys(mine[name] for mine in settings))[:4]
+        values = list(dict.fromkeys(of_rank[name] for of_rank in settings))[:4]
         if len(values) > 1:
             return ValueError(
                 f"{name} is {values} on these ranks; give all ranks the same, or each would make "
@@ -238,14 +231,15 @@ def _difference(settings: Sequence[Mapping[str, object]]) -> ValueError | None:
 def sum_partial_gradients(
     params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Returns gradients with partial ones of replicated parameters summed over their mesh.
+    """Returns the gradients, those that are partial sums summed over the parameter's mesh.
 
-    Under sequence parallelism every rank has the norms' gradients of its part of the sequence. All
-    ranks of a mesh must bring the same ones: there is one collective per mesh and dtype for all.
+    Under sequence parallelism the gradients of layer norms are sums over each rank's part of the
+    sequence. All ranks of a mesh must have partial gradients of the same parameters: there is one
+    collective per mesh and dtype.
 
     Args:
-        params: Parameters; one may stand there twice.
-        grads: Gradient of each, or None. They are left as they are.
+        params: Parameters; one may occur twice.
+        grads: Gradient of each, or None. They are not modified.
     """
     import torch.distributed as dist
 
@@ -261,8 +255,8 @@ def sum_partial_gradients(
             dims
             and grad.device_mesh == param.device_mesh
             and all(
-                mine.is_replicate() if d in dims else mine == its
-                for d, (mine, its) in enumerate(zip(param.placements, grad.placements, strict=True))
+                placement.is_replicate() if d in dims else placement == grad.placements[d]
+                for d, placement in enumerate(param.placements)
             )
         ):
             key = (param.device_mesh, dims, grad.dtype, grad.device)
@@ -274,6 +268,6 @@ def sum_partial_gradients(
             for group in _groups_of(mesh, dims):
                 dist.all_reduce(vector, group=group)
         sums = vector.split([shard.numel() for shard in shards])
-        for i, shard, found in zip(places, shards, sums, strict=True):
-            grads[i] = like(found.view(shard.shape), params[i])
+        for i, shard, total in zip(places, shards, sums, strict=True):
+            grads[i] = like(total.view(shard.shape), params[i])
     return grads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a step keeps from the one before: the rows of all parameters and their origin."""
+"""The rows of all parameters, kept from step to step as long as nobody exchanges a tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dgg.step.draws import Decision
 
 
 class ParamLists:
-    """Tells whether parameter groups still hold the parameters, by identity, of the beginning."""
+    """Tells whether parameter groups still hold the same parameter objects."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self._lists = [list(group["params"]) for group in groups]
@@ -30,9 +30,9 @@ class ParamLists:
 
     def same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Returns whether they do."""
-        # Comparing lists takes identical members as equal without a look at them. Others meet
-        # Tensor.__eq__, which has no truth value unless it is of one element: those are looked at
-        # one by one.
+        # Comparing lists takes identical members as equal without calling Tensor.__eq__. Other
+        # members call it, and its result has no truth value unless it is of one element: those
+        # parameters are compared one by one.
         try:
             if [group["params"] for group in groups] != self._lists:
                 return False
@@ -42,7 +42,7 @@ class ParamLists:
 
 
 class RowCache:
-    """The rows of all parameters, one `backends.Rows` per device, and what they were made from.
+    """The rows of all parameters, one `backends.Rows` per device, and the tensors behind them.
 
     Args:
         opt: The optimizer.
@@ -51,13 +51,7 @@ class RowCache:
         replays: Replay gradient of each or None; empty if there are none at all.
     """
 
-    def __init__(
-        self,
-        opt,
-        groups: Sequence[Mapping[str, Any]],
-        params: list[Tensor],
-        replays: Sequence[Tensor | None],
-    ) -> None:
+    def __init__(self, opt, groups, params: list[Tensor], replays: Sequence) -> None:
         self.params = params
         state = opt.state
         states = [state.get(p) for p in params]
@@ -70,34 +64,31 @@ class RowCache:
             if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
         ]
         opt._state_read = False
-        # Turning amsgrad or momentum on between two steps asks for state that is not there yet.
+        # Switching amsgrad or momentum on between two steps needs more state.
         self._needed = [opt._rule.needed(group) for group in groups]
         self.all_rows: list[backends.Rows] = []
         self._places: list[list[int] | None] = []
-        # Frozen parameters of a whole model are not carried through every step.
+        # Frozen parameters of a model have no rows.
         usable = [
             i
-            for i, p in enumerate(params)
+            for i, (p, grad) in enumerate(zip(params, replays or [None] * len(params), strict=True))
             if not is_lazy(p)
-            and (
-                states[i]
-                or p.requires_grad
-                or p.grad is not None
-                or (replays and replays[i] is not None)
-            )
+            and (states[i] or p.requires_grad or p.grad is not None or grad is not None)
             and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
-        used, has_master = set(usable), opt._settings.has_master
+        has_master = opt._settings.has_master
         needed = [
             (*self._needed[number], *(("master",) if has_master(p) else ()))
             for number, p in zip(numbers, params, strict=True)
         ]
-        self._unready = [
+        without_state = {
             i
             for i, entry in enumerate(states)
-            if i not in used or any((entry or {}).get(name) is None for name in needed[i])
-        ]
+            if any((entry or {}).get(name) is None for name in needed[i])
+        }
+        # Parameters for which a gradient would need rows or state that are not there.
+        self._unready = sorted(without_state | (set(range(len(params))) - set(usable)))
         self._make_rows(opt, params, states, numbers, usable)
         self._watch = self._make_watch(params, tensors, states, usable)
         self._state = opt.__dict__["state"]
@@ -121,57 +112,40 @@ class RowCache:
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
             }
+            columns["masters"] = [
+                entry.get("master") if settings.has_master(params[i]) else None
+                for i, entry in zip(places, entries, strict=True)
+            ]
+            lists = ([x[i] for i in places] for x in (params, numbers, indices))
             runs, reduction = ownership.parts([params[i] for i in places])
-            self.all_rows.append(
-                backends.make_rows(
-                    backend,
-                    [params[i] for i in places],
-                    [numbers[i] for i in places],
-                    [indices[i] for i in places],
-                    masters=[
-                        entry.get("master") if settings.has_master(params[i]) else None
-                        for i, entry in zip(places, entries, strict=True)
-                    ],
-                    stochastic=settings.stochastic_rounding,
-                    capturable=settings.capturable,
-                    reduction=reduction,
-                    places=runs,
-                    **columns,
-                )
-            )
+            rows = backends.make_rows(
+                backend, *lists, stochastic=settings.stochastic_rounding,
+                capturable=settings.capturable, reduction=reduction, places=runs, **columns,
+            )  # fmt: skip
+            self.all_rows.append(rows)
             self._places.append(None if len(places) == len(params) else places)
 
     def _make_watch(self, params, tensors, states, usable) -> backends.MemoryWatch:
-        # share_memory_() and `.data =` take the memory from under a tensor. The parameters with
-        # rows come first: their gradients can be taken natively.
-        used = set(usable)
+        # share_memory_() and `.data =` replace the memory of a tensor. The parameters with rows
+        # come first: their gradients can be taken natively.
         place_of = {id(x): place for place, x in enumerate(tensors)}
-        anchors = [(states[i] or {}).get("anchor") for i in self._in_order(usable)]
-        return backends.MemoryWatch(
-            [
-                *(p for rows in self.all_rows for p in rows.params),
-                *(p for i, p in enumerate(params) if i not in used and not is_lazy(p)),
-            ],
-            tensors,
-            [place_of.get(id(x), -1) for x in anchors],
-        )
+        in_order = [i for places in self._places for i in (usable if places is None else places)]
+        anchors = [(states[i] or {}).get("anchor") for i in in_order]
+        without_rows = sorted(set(range(len(params))) - set(usable))
+        watched = [p for rows in self.all_rows for p in rows.params]
+        watched += [params[i] for i in without_rows if not is_lazy(params[i])]
+        return backends.MemoryWatch(watched, tensors, [place_of.get(id(x), -1) for x in anchors])
 
     def _can_take_native_gradients(self) -> bool:
         return len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
 
-    def _in_order(self, usable: Sequence[int]) -> list[int]:
-        """Returns the numbers of the parameters that have rows, in the order of the rows."""
-        if len(self.all_rows) == 1:
-            return list(usable)
-        return [i for places in self._places for i in places]
-
     def take_native_gradients(
         self, opt, groups, replays: Sequence[Tensor | None], *, elementwise: bool
     ) -> bool:
-        """Takes the gradients of this step natively; returns False if that is not enough.
+        """Takes the gradients of this step natively; returns False if it cannot.
 
-        It is enough if nothing was exchanged since (see `valid`) and all gradients are plain, or
-        but a few, which are looked at one by one.
+        It can if nothing was exchanged since the last step (see `valid`) and no gradient is of
+        another shape than its parameter.
         """
         if not (
             self._native
@@ -196,42 +170,44 @@ class RowCache:
             if places is None:
                 rows.take_gradients(grads, replays, elementwise=elementwise)
             else:
-                others = [replays[i] for i in places] if replays else []
-                rows.take_gradients([grads[i] for i in places], others, elementwise=elementwise)
+                rows.take_gradients(
+                    [grads[i] for i in places],
+                    [replays[i] for i in places] if replays else [],
+                    elementwise=elementwise,
+                )
 
     def abandon(self) -> None:
-        """Lets go of the gradients of a step that could not be finished."""
+        """Releases the gradients of a step that could not be finished."""
         for rows in self.all_rows:
             rows.abandon()
 
     def valid(self, opt, groups, params: list[Tensor], grads, replays) -> bool:
-        """Returns whether nothing was exchanged since: parameters, memory, state, groups."""
+        """Returns whether parameters, memory, state and groups are those of the last step."""
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
-        if [len(group["params"]) for group in groups] != self._sizes:
-            return False
-        if not self._same_needs(opt, groups):
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes or not self._same_needs(opt, groups):
             return False
         if any(grads[i] is not None or (replays and replays[i] is not None) for i in self._unready):
             return False
-        # The state's memory too, whoever read it: a table of freed addresses corrupts the heap.
         if not all([p._local_tensor is shard for p, shard in self._shards]):
             return False
+        # Also where nobody has read the state: a table of freed addresses corrupts the heap.
         if not (self._watch.unmoved() and self._unchanged_state(opt)):
             return False
         self._forget_rewritten()
         return True
 
     def anchored_and_removed(self, params: Sequence[Tensor]) -> int | None:
-        """Returns how many anchored parameters are not among ``params`` any more.
+        """Returns how many anchored parameters of the last step are not among ``params``.
 
-        None if others have joined them in the meantime.
+        None if ``params`` has others that were not there at the last step.
         """
-        before, now = set(map(id, self.params)), set(map(id, params))
-        if now - before:
+        identities = set(map(id, params))
+        if identities - set(map(id, self.params)):
             return None
         return sum(
-            id(p) not in now
+            id(p) not in identities
             for p, entry in zip(self._keys, self._entries, strict=True)
             if isinstance(entry, dict) and "anchor" in entry
         )
@@ -246,14 +222,14 @@ class RowCache:
         if opt.__dict__["state"] is not self._state or not self._watch.same_dicts():
             return False
         if opt._state_read:
-            # Whoever read the state may have written into an anchor, and `.data` hides it.
+            # The reader may have written into an anchor, which `.data` hides from the versions.
             for rows in self.all_rows:
                 rows.forget()
             opt._state_read = False
         return True
 
     def _forget_rewritten(self) -> None:
-        """Drops the distances from anchors that were written, through whatever reference."""
+        """Drops the distances from anchors whose versions have changed."""
         changed = self._watch.rewritten()
         first = 0
         for rows in self.all_rows:
@@ -264,17 +240,17 @@ class RowCache:
 
     @property
     def launched(self) -> bool:
-        """Whether any device's step is launched and not waited for."""
+        """Whether the step of any device is launched, not run when it is called."""
         return any([rows.launched for rows in self.all_rows])
 
     @property
     def unchecked(self) -> bool:
-        """Whether a backend takes gradients without looking at their kind."""
+        """Whether a backend takes gradients without checking them."""
         return any([rows.backend == "reference" for rows in self.all_rows])
 
 
 def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
-    """Takes the gradients of a step; everything is checked before state is made.
+    """Takes the gradients of a step; all checks run before state is made.
 
     Args:
         opt: The optimizer.
@@ -308,7 +284,7 @@ def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
 
 
 def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | None:
-    """Takes the gradients after a look at everything they rely on, unless the step is skipped."""
+    """Checks the gradients and all that the step uses, then takes them unless it is skipped."""
     cache, groups, replays = opt._cache, opt.param_groups, decision.replays
     params = [p for group in groups for p in group["params"]]
     grads = [p.grad for p in params]
@@ -318,7 +294,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     if not valid or cache.unchecked:
         checks.check_step(opt, params, grads, replays)
     if params and backends.capturing(params[0].device):
-        # Before anything is made, which would be made in the graph.
+        # Before state is made, which would become part of the graph.
         checks.check_capture(opt, params[0].device, valid)
     if decision.skipped:
         return None
@@ -327,21 +303,23 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     try:
         cache.take_gradients(grads, replays, elementwise=elementwise)
     except (RuntimeError, KeyError):
-        # A gradient of another kind than at the steps before: partial, or say which it is.
-        partial = opt._partial
+        # A gradient that differs from those of the last steps: either partial sums, which can be
+        # summed, or the checks below raise an error that names it.
+        summed_before = opt._partial
         grads, replays = _with_sums(opt, params, grads, replays)
         checks.check_step(opt, params, grads, replays)
-        if partial or not opt._partial:
+        if summed_before or not opt._partial:
             raise
         cache.take_gradients(grads, replays, elementwise=elementwise)
     return cache
 
 
 def _with_sums(opt, params, grads, replays) -> tuple[list, list]:
-    """Sums partial gradients over their ranks, and remembers that there are such."""
-    both = [*grads, *replays]
-    sums = sharding.sum_partial_gradients([*params, *params][: len(both)], both)
-    opt._partial = not all(map(operator.is_, sums, both))
+    """Sums partial gradients over their ranks; notes whether there were any."""
+    gradients_and_replays = [*grads, *replays]
+    twice = [*params, *params][: len(gradients_and_replays)]
+    sums = sharding.sum_partial_gradients(twice, gradients_and_replays)
+    opt._partial = not all(map(operator.is_, sums, gradients_and_replays))
     return sums[: len(grads)], sums[len(grads) :]
 
 
@@ -351,14 +329,12 @@ def _remake(opt, params: list[Tensor], grads, replays) -> RowCache:
     checks.warn_if_idle(opt, params, grads, replays)
     checks.warn_if_narrow(opt, params, grads, replays)
     checks.warn_if_slow(opt, params, grads, replays)
-    place = 0
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if grads[place] is not None or (replays and replays[place] is not None):
-                opt._rule.init_state(opt, p, group, first=True)
-                if not opt._settings.has_master(p):  # the model has been made wide: model.float()
-                    opt.state.get(p, {}).pop("master", None)
-            place += 1
+    group_of = [group for group in opt.param_groups for _ in group["params"]]
+    for place in checks.with_gradient(grads, replays):
+        p = params[place]
+        opt._rule.init_state(opt, p, group_of[place], first=True)
+        if not opt._settings.has_master(p):  # model.float() was called since the master was made
+            opt.state.get(p, {}).pop("master", None)
     opt._reset_caches()
     opt._cache = RowCache(opt, opt.param_groups, params, replays)
     return opt._cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""All that a step relies on, looked at before anything is changed; and what it warns of."""
+"""The checks and the warnings of a step; they run before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,40 @@ from torch.nn.parameter import is_lazy
 
 from dgg import _arguments, _callers, anchor, backends, sharding
 
-# Steps after which an optimizer without an anchor, or without any gradient, is told of.
+# Draw index from which a missing anchor is warned of; steps without a gradient until a warning.
 LONG, _IDLE = 199, 100
 
 
 class Warned:
-    """What an optimizer has warned of, and what its next warnings depend on.
+    """Which warnings an optimizer has given, and what the next ones depend on.
 
     Attributes:
-        narrow: 16-bit weights are stepped without compensation.
-        unguided: There is no anchor for a long time.
-        idle: There is no gradient for a long time.
+        narrow: Warned that 16-bit weights are stepped without compensation.
+        unguided: Warned that there has been no anchor for a long time.
+        idle: Warned that there has been no gradient for a long time.
         idle_steps: Steps in a row without any gradient.
-        boundary_known: A task boundary was named, or a callback sees to it.
+        boundary_known: A task boundary was named, or a callback sets the anchors.
     """
 
     narrow = unguided = idle = boundary_known = False
     idle_steps = 0
 
 
+def with_gradient(grads, replays) -> list[int]:
+    """Returns the places of the parameters that have a gradient or a replay gradient.
+
+    Args:
+        grads: Gradient of each parameter or None.
+        replays: Replay gradient of each or None; empty if there are none at all.
+    """
+    if not replays:
+        return [place for place, grad in enumerate(grads) if grad is not None]
+    pairs = zip(grads, replays, strict=True)
+    return [place for place, (g, r) in enumerate(pairs) if g is not None or r is not None]
+
+
 def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
-    """Checks everything a step relies on, before anything is changed.
+    """Checks parameters, gradients, state and anchors of a step, before anything is changed.
 
     Args:
         opt: The optimizer.
@@ -45,21 +58,19 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
         TypeError: A parameter, a gradient or state is of the wrong kind.
         ValueError: A shape differs, or an anchor is the parameter's own memory.
     """
-    labels = None
     groups = opt.param_groups
+    places = with_gradient(grads, replays)
+    labels = _arguments.group_labels(groups) if places else []
     group_of = [group for group in groups for _ in group["params"]]
-    for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        replay = replays[place] if replays else None
-        if grad is None and replay is None:
-            continue
-        labels = labels or _arguments.group_labels(groups)
-        label = labels[place]
-        elementwise = groups[0]["granularity"] == "element"
+    elementwise = groups[0]["granularity"] == "element"
+    for place in places:
+        param, label = params[place], labels[place]
         _arguments.check_param(param, label, stepped=True, elements=elementwise)
         backends.choose_for(opt._settings.backend, param)
-        for given, kind in ((grad, "gradient"), (replay, "replay gradient")):
-            if given is not None:
-                _arguments.check_gradient(given, param, label, kind)
+        replay = replays[place] if replays else None
+        for kind, grad in (("gradient", grads[place]), ("replay gradient", replay)):
+            if grad is not None:
+                _arguments.check_gradient(grad, param, label, kind)
         entry = opt.state.get(param, {})
         if not isinstance(entry, dict):
             raise TypeError(
@@ -88,19 +99,19 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
 
 
 def _check_anchored(opt, params: Sequence[Tensor]) -> None:
-    """Raises if anchors that the groups promise are not there."""
+    """Raises if the state lacks anchors that the groups count."""
     groups = opt.param_groups
     elsewhere = [opt._ownership.anchored_elsewhere(n, group) for n, group in enumerate(groups)]
     present = [sum("anchor" in opt.state.get(p, ()) for p in g["params"]) for g in groups]
-    promised = [group["anchored"] - n for group, n in zip(groups, elsewhere, strict=True)]
-    missing = [here < there for here, there in zip(present, promised, strict=True)]
+    counted = [group["anchored"] - n for group, n in zip(groups, elsewhere, strict=True)]
+    missing = [count < promised for count, promised in zip(present, counted, strict=True)]
     if not any(missing):
         return
-    # Somebody has taken parameters out of a group, or into another: none goes unguided.
+    # Parameters that were removed from a group, or moved to another, explain the difference.
     cache = opt._cache
-    if cache is not None and sum(promised) - sum(present) == cache.anchored_and_removed(params):
-        for group, here, there in zip(groups, present, elsewhere, strict=True):
-            group["anchored"] = here + there
+    if cache is not None and sum(counted) - sum(present) == cache.anchored_and_removed(params):
+        for group, count, other_ranks in zip(groups, present, elsewhere, strict=True):
+            group["anchored"] = count + other_ranks
         return
     number = missing.index(True)
     raise RuntimeError(
@@ -113,12 +124,12 @@ def _check_anchored(opt, params: Sequence[Tensor]) -> None:
 
 
 def check_capture(opt, device: torch.device, valid: bool) -> None:
-    """Raises if a graph is being captured that would replay the wrong thing.
+    """Raises if the step is being captured into a graph and cannot be replayed.
 
     Args:
         opt: The optimizer.
-        device: The device of its parameters.
-        valid: The rows of the step before can be used again.
+        device: Device of its parameters.
+        valid: The step can use the rows of the step before.
 
     Raises:
         RuntimeError: The step decides on the host, or it would make state.
@@ -138,17 +149,16 @@ def check_capture(opt, device: torch.device, valid: bool) -> None:
 
 
 def warn_if_narrow(opt, params: Sequence[Tensor], grads, replays) -> None:
-    """Warns once if 16-bit weights are stepped and nothing keeps what their rounding loses."""
+    """Warns once if 16-bit weights are stepped and their rounding errors are lost."""
     if opt._warned.narrow:
         return
     settings = opt._settings
     narrow = [
         place
-        for place, p in enumerate(params)
-        if p.dtype in _arguments.NARROW
-        and (grads[place] is not None or (replays and replays[place] is not None))
-        and not settings.has_master(p)
-        and not (settings.stochastic_rounding and p.dtype == torch.bfloat16)
+        for place in with_gradient(grads, replays)
+        if params[place].dtype in _arguments.NARROW
+        and not settings.has_master(params[place])
+        and not (settings.stochastic_rounding and params[place].dtype == torch.bfloat16)
     ]
     if not narrow:
         return
@@ -156,12 +166,11 @@ def warn_if_narrow(opt, params: Sequence[Tensor], grads, replays) -> None:
     more = f" and {len(narrow) - 1} more are" if len(narrow) > 1 else " is"
     dtype = params[narrow[0]].dtype
     rounding = " or stochastic_rounding=True (no memory)" if dtype == torch.bfloat16 else ""
-    _arguments.warn_narrow(
-        f"{label}{more}",
-        dtype,
+    remedy = (
         f"pass master_weights=True (a float32 copy){rounding}, or keep the weights in float32 "
-        "and compute in 16 bits under autocast",
+        "and compute in 16 bits under autocast"
     )
+    _arguments.warn_narrow(f"{label}{more}", dtype, remedy)
     opt._warned.narrow = True
 
 
@@ -169,13 +178,11 @@ def warn_if_slow(opt, params: Sequence[Tensor], grads, replays) -> None:
     """Warns, once in a process, of steps on the reference that nobody asked for."""
     if opt._settings.backend is not None:
         return
-    for place, p in enumerate(params):
-        if grads[place] is None and not (replays and replays[place] is not None):
-            continue
-        reason = backends.unexpected_reference(p.device)
+    for device in dict.fromkeys(params[place].device for place in with_gradient(grads, replays)):
+        reason = backends.unexpected_reference(device)
         if reason is not None:
             warnings.warn(
-                f"steps on {p.device.type!r} take the slow reference: {reason}. "
+                f"steps on {device.type!r} take the slow reference: {reason}. "
                 "backend='reference' asks for it without this warning",
                 stacklevel=_callers.stacklevel(),
             )
@@ -198,7 +205,7 @@ def warn_if_idle(opt, params: Sequence[Tensor], grads, replays) -> None:
 
 
 def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) -> None:
-    """Warns once if no gradient, or no anchor, has been there for a long time."""
+    """Warns once if there has been no gradient, or no anchor, for a long time."""
     warned = opt._warned
     present = any([rows.present for rows in all_rows])
     warned.idle_steps = 0 if present else warned.idle_steps + 1

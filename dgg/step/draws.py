@@ -17,15 +17,15 @@ _CERTAIN = 1 << 32  # the threshold at α = 1, above every word
 
 
 class Decision:
-    """What a step has decided; made anew at every step.
+    """The decisions of one step.
 
     Attributes:
         options: Options of the whole optimizer.
         groups: Every parameter group.
         hyper: Hyper-parameters of every group under the kernels' names.
-        index: Draw index k; 0 in a captured step, of which the device knows it.
+        index: Draw index k; 0 in a captured step, which reads it on the device.
         replays: Replay gradient of every parameter or None; empty if there are none at all.
-        scaling: What a GradScaler says.
+        scaling: Scale and verdict of a GradScaler.
         skipped: The step is skipped since gradients are inf or NaN.
         flags: uint8 flags of every device's rows, or None where none of them injects.
         injecting: Any row of any rank may inject.
@@ -57,10 +57,7 @@ _UNSCALED = backends.Scaling()
 
 
 class Draws:
-    """The draws of one optimizer.
-
-    It keeps nothing that a checkpoint would need: seed and draw index stand in the groups.
-    """
+    """The draws of one optimizer. Seed and draw index are in its groups, for checkpoints."""
 
     def __init__(self) -> None:
         self.options = Options()
@@ -117,13 +114,13 @@ class Draws:
         flags = self.drawn(decision, rows.groups, rows.indices, index)
         if isinstance(flags, int):
             return rows.constant_flags(flags) if flags else None
-        # Two places: the next step's flags are asked for before this step's are read.
+        # Two places: the flags of the next step are made before those of this step are read.
         return rows.flags(flags, f"flags {index % 2}")
 
     def must_join_norms(self, decision: Decision, all_rows: Sequence[backends.Rows], opt) -> bool:
-        """Returns whether a rank takes part in norms without knowing if any rank injects.
+        """Returns whether this rank measures norms because another rank may inject.
 
-        Draws per tensor are those of this rank's tensors; of partitions others may have more.
+        With draws per tensor a rank only draws for the tensors of its own partition.
         """
         return (
             opt.process_group is not None
@@ -133,7 +130,7 @@ class Draws:
         )
 
     def _step_word(self, seed: int, index: int) -> int:
-        # The look-ahead asks at step k for k + 1, which the next step asks for again.
+        # The look-ahead of step k needs the word of k + 1, and so does the next step.
         if self._word is None or self._word[:2] != (seed, index):
             self._word = (seed, index, _philox.step_word(seed, index))
         return self._word[2]
@@ -149,7 +146,7 @@ def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def decide(opt) -> Decision:
-    """Returns the decision of a step so far as the groups tell it; nothing is changed.
+    """Returns a step's decision, with all that the groups determine; nothing is changed.
 
     Raises:
         RuntimeError: A `replay` block is open.
@@ -167,31 +164,29 @@ def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
     draws = opt._draws
     decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
-    everywhere = opt._ownership.everywhere()
-    if everywhere is None:
+    rows_of_all_ranks = opt._ownership.everywhere()
+    if rows_of_all_ranks is None:
         injecting = any([flags is not None for flags in decision.flags])
         injecting = injecting or draws.must_join_norms(decision, all_rows, opt)
     else:
-        # Ranks that have nothing to inject take part in the norms of those that do.
+        # A rank without rows that inject takes part in the norms of the others.
         anchored = any([group["anchored"] for group in decision.groups])
-        injecting = anchored and draws.drawn(decision, *everywhere, decision.index) != 0
+        injecting = anchored and draws.drawn(decision, *rows_of_all_ranks, decision.index) != 0
     settle(decision, injecting)
 
 
 def settle(decision: Decision, injecting: bool, index_tensor: Tensor | None = None) -> None:
-    """Notes whether any row may inject, and what the backends are told of the draw.
+    """Sets the decision's ``injecting`` and ``draw``.
 
     Args:
         decision: Of the step.
         injecting: Whether any row of any rank may inject.
         index_tensor: int64 [], the draw index that a captured step reads on the device.
     """
-    options = decision.options
-    elements = injecting and options["granularity"] == "element"
+    seed, granularity = decision.options["seed"], decision.options["granularity"]
+    elements = injecting and granularity == "element"
     decision.injecting = injecting
-    decision.draw = backends.Draw(
-        options["seed"], decision.index, injecting, elements, index_tensor
-    )
+    decision.draw = backends.Draw(seed, decision.index, injecting, elements, index_tensor)
 
 
 def index_on(opt, device: torch.device) -> Tensor:
@@ -209,6 +204,6 @@ def advance(opt, decision: Decision) -> None:
     if opt._settings.capturable:
         index_on(opt, opt.param_groups[0]["params"][0].device).add_(1)
         return
-    index = decision.index + 1  # one object for all groups, by which the next step sees they agree
+    index = decision.index + 1  # one object, by whose identity the next step sees that all agree
     for group in opt.param_groups:
         group["draw_index"] = index

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Gradients of a step beside ``.grad``: those of the replay, and what a GradScaler says."""
+"""Replay gradients beside ``.grad``, and the scale and verdict of a GradScaler."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ReplaySlot:
 
     def __init__(self) -> None:
         self._grads: dict[int, tuple[Tensor, Tensor]] = {}
-        # The parameters of the last block in their order, and what stands in `_grads` of each.
+        # The parameters of the last block in their order, and the replay gradient of each.
         self._recorded: tuple[list[Tensor], list[Tensor | None]] = [], []
         self._open = False
-        # zero_grad() was called since the last block; a dropped gradient was warned of.
+        # zero_grad() was called since the last block; a warning told of a dropped gradient.
         self._zeroed = self._warned = False
 
     def __bool__(self) -> bool:
@@ -63,16 +63,16 @@ class ReplaySlot:
         self._recorded = [], []
 
     def clear(self) -> None:
-        """Drops all replay gradients: the step has used them, or nobody wants them any more."""
+        """Drops all replay gradients."""
         self._grads.clear()
         self._recorded = [], []
         self._zeroed = False
 
     def zero_grad(self) -> None:
-        """Notes that the optimizer has zeroed gradients: after a block that is ``.grad``'s alone.
+        """Notes that the optimizer has zeroed ``.grad``; the replay gradients stay.
 
-        So loops may do it anywhere between the block and the step. A second time without a step in
-        between can only mean that the step is not to come, and drops the gradients.
+        A loop may call it anywhere between the block and the step. A second call without a step in
+        between means that the step was left out, and drops the replay gradients.
         """
         if self._open or not self._grads:
             return
@@ -91,11 +91,11 @@ class ReplaySlot:
 
     @contextlib.contextmanager
     def record(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Lets gradients flow into the slot instead of ``.grad``, without copying any.
+        """Records gradients in the slot instead of ``.grad``, without copying any.
 
-        The gradients already in ``.grad`` are put aside and come back at the end; several
-        recordings before a step add up. Only gradients that are views of an engine's buckets, and
-        those of an earlier block, are copied.
+        The gradients already in ``.grad`` come back at the end; several blocks before a step add
+        up. Only gradients that are views of an engine's buckets, and those of an earlier block, are
+        copied.
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
@@ -106,20 +106,20 @@ class ReplaySlot:
                 "get no gradient of theirs; leave it first, and give each block its own backward()"
             )
         for p in params:
-            kept = self.get(p)
+            r = self.get(p)
             # torch takes gradients of another dtype where grad_dtype says so (None: of any).
             dtype = getattr(p, "grad_dtype", p.dtype)
-            if kept is not None and (
-                (kept.device, kept.shape) != (p.device, p.shape) or dtype not in (None, kept.dtype)
+            if r is not None and (
+                (r.device, r.shape) != (p.device, p.shape) or dtype not in (None, r.dtype)
             ):
                 raise RuntimeError(
-                    f"replay gradients of {kept.dtype}, shape {tuple(kept.shape)}, are waiting for "
+                    f"replay gradients of {r.dtype}, shape {tuple(r.shape)}, are waiting for "
                     f"a step and the parameter has become {p.dtype}, {tuple(p.shape)}: step first, "
                     "or drop them with clear_replay()"
                 )
         present = [detached_from_bucket(p.grad) for p in params]
-        # Backward passes add to what they find, in place: only a copy of it can come back.
-        before = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
+        # A backward pass adds to the recorded gradients in place: after an error copies come back.
+        copies = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
         self._open = True
         _recorded.update(identities)
         try:
@@ -133,7 +133,7 @@ class ReplaySlot:
             self._recorded = list(params), grads
             self._zeroed = False
         except BaseException:
-            self._grads, self._recorded = before, ([], [])
+            self._grads, self._recorded = copies, ([], [])
             raise
         finally:
             self._open = False
@@ -146,7 +146,7 @@ def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
     """Returns a gradient that no later backward pass writes into.
 
     DistributedDataParallel(gradient_as_bucket_view=True) and FSDP1 make ``.grad`` a view of a
-    bucket that the next backward pass fills again; what autograd makes itself is no view.
+    bucket that the next backward pass fills again; autograd's own gradients are no views.
     """
     if grad is None or sharding.is_dtensor(grad) or not grad._is_view():
         return grad
@@ -156,7 +156,7 @@ def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
 def read_scaler(
     grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device | None
 ) -> tuple[backends.Scaling, bool]:
-    """Reads what a GradScaler left on the optimizer: on the host only where nothing is launched.
+    """Reads the tensors that a GradScaler left on the optimizer; synchronises without a device.
 
     Args:
         grad_scale: Divisor of the gradients, one element, or None.
@@ -164,24 +164,23 @@ def read_scaler(
         device: Where the step is launched, or None where it runs when it is called.
 
     Returns:
-        The scaling, and whether the step is known to be skipped; launches find out by themselves.
+        The scaling, and whether the host knows that the step is skipped; launches read
+        ``found_inf`` on the device.
     """
     if grad_scale is None and found_inf is None:
         return _UNSCALED, False
     if device is not None:
-        there = [
-            None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)
-        ]
-        return backends.Scaling(1.0, *there), False
+        tensors = [x if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)]
+        return backends.Scaling(1.0, *tensors), False
     skip = found_inf is not None and bool(found_inf)
     return backends.Scaling(1.0 if grad_scale is None else float(grad_scale)), skip
 
 
 def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
-    """Raises if a GradScaler that lets the step unscale has seen a part of the gradients only.
+    """Raises if a GradScaler that lets the step unscale has seen only this rank's gradients.
 
-    Of DTensors torch sums over the ranks what it finds, of FSDP1's runs only unscale_() does: each
-    rank would skip or step its part of the weights, and change its scale, by a verdict of its own.
+    Each rank would then skip its part of the step, and change its scale, by itself. Of DTensors
+    torch sums the verdict over the ranks; of FSDP1's runs only unscale_() does.
 
     Raises:
         RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
@@ -196,16 +195,16 @@ def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
 
 
 def unscaled_unseen() -> bool:
-    """Returns whether a GradScaler calls the step that has unscaled ``.grad`` without a word.
+    """Returns whether the caller is a GradScaler that has unscaled ``.grad`` before the step.
 
-    So it does where the optimizer it is given, a wrapper say, does not unscale by itself. Told by
-    who calls; asked only where there are replay gradients, which it cannot have seen.
+    It does so, and leaves no attribute, if the optimizer it was given (a wrapper, say) does not
+    unscale by itself.
     """
     return _callers.called_by("torch.amp.grad_scaler", "GradScaler", "_maybe_opt_step")
 
 
 def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scaling, Tensor | bool]:
-    """Returns what a GradScaler says of a step, and whether that skips it.
+    """Returns the scaling of a GradScaler, and whether its verdict skips the step.
 
     Args:
         opt: The optimizer.
@@ -218,17 +217,17 @@ def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scalin
         RuntimeError: The scaler has unscaled ``.grad`` alone, or has seen a part of the gradients.
     """
     scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
-    seen = scale is not None or found_inf is not None
-    if not seen and not replays:
+    has_scaler = scale is not None or found_inf is not None
+    if not has_scaler and not replays:
         return _UNSCALED, False
-    if replays and scale is None and (seen or unscaled_unseen()):
+    if replays and scale is None and (has_scaler or unscaled_unseen()):
         raise RuntimeError(
             "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "
             "gradients; do not call it beside replay(): dgg clips in the step itself, set "
             "max_grad_norm on the optimizer. (Of a wrapper, ZeroRedundancyOptimizer say, "
             "GradScaler.step() calls it too: use bfloat16 without a scaler there)"
         )
-    if not seen:
+    if not has_scaler:
         return _UNSCALED, False
     params = [p for group in opt.param_groups for p in group["params"]]
     if scale is not None:
@@ -243,10 +242,8 @@ def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scalin
     if launched:
         if present and scaling.found_inf is not None:
             largest = torch.stack(torch._foreach_norm(present, float("inf")))
-            infinite = largest.isfinite().all().logical_not()
-            scaling = scaling._replace(
-                found_inf=scaling.found_inf.reshape(()) + infinite.to(torch.float32)
-            )
+            infinite = largest.isfinite().all().logical_not().to(torch.float32)
+            scaling = scaling._replace(found_inf=scaling.found_inf.reshape(()) + infinite)
         if scaling.found_inf is not None and opt._rule.waits_for_scaler(opt):
             skipped = bool(scaling.found_inf)
         return scaling, skipped or (False if scaling.found_inf is None else scaling.found_inf)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Norms of a step, the coefficients c and s that follow from them, and what is told of them."""
+"""Norms of a step, the coefficients c and s that follow from them, and the statistics."""
 
 from __future__ import annotations
 
@@ -33,11 +33,9 @@ def measure(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[
 
 
 def coefficients(
-    decision: Decision,
-    all_rows: Sequence[backends.Rows],
-    gates: Sequence[Tensor] | None = None,
+    decision: Decision, all_rows: Sequence[backends.Rows], gates: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Returns the coefficients [4 + n] of each device's rows, computing only needed norms.
+    """Returns the coefficients [4 + n] of each device's rows; only needed norms are measured.
 
     Args:
         decision: Of the step.
@@ -57,16 +55,10 @@ def coefficients(
     if not which:
         return [rows.constant_coefficients() for rows in all_rows]
     per_tensor = options["norm_scope"] == "tensor"
-    settings = {
-        "max_grad_norm": None if bound is None else float(bound),
-        "scaling": options["scaling"],
-        "per_tensor": per_tensor,
-    }
-    arguments = {
-        "replay_weight": float(options["replay_weight"]),
-        "scaling": decision.scaling,
-        "which": which,
-    }
+    bound = None if bound is None else float(bound)
+    settings = {"max_grad_norm": bound, "scaling": options["scaling"], "per_tensor": per_tensor}
+    weight = float(options["replay_weight"])
+    arguments = {"replay_weight": weight, "scaling": decision.scaling, "which": which}
     gates = [None] * len(all_rows) if gates is None else gates
     with _ranges.record("dgg.norm"):
         if len(all_rows) == 1 and all_rows[0].reduction is None:
@@ -82,9 +74,8 @@ def coefficients(
     # One norm over several devices: the few squares travel, the gradients stay.
     home = squares[0].device
     joined = torch.cat([part.to(home) for part in squares], dim=1)
-    every = reference.coefficients(joined, **settings)
     sizes = [reference.SCALES, *(part.shape[1] for part in squares)]
-    head, *scales = every.split(sizes)
+    head, *scales = reference.coefficients(joined, **settings).split(sizes)
     return [
         torch.cat([head, part]).to(rows.device) for part, rows in zip(scales, all_rows, strict=True)
     ]
@@ -115,40 +106,31 @@ class Statistics(dict):
 
 
 def record(
-    decision: Decision,
-    device: torch.device,
-    backend: str,
-    flags: Tensor | None,
-    found: Tensor,
-    active: Tensor | None,
-) -> dict[str, Any]:
-    """Returns what `statistics` of a step are made of; nothing is computed here.
+    decision: Decision, device: torch.device, backend: str, flags: Tensor | None,
+    coefficients: Tensor, active: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the record of a step from which `statistics` computes; nothing is computed here.
 
     Args:
         decision: Of the step.
-        device: Where the statistics are to be.
-        backend: Who made the step.
+        device: Device of the statistics.
+        backend: Name of the backend that made the step.
         flags: uint8 [n], or None where none injects.
-        found: float64 [4 + n], the coefficients.
-        active: bool [n] on the CPU, rows with a gradient and an anchor; None if that is all.
+        coefficients: float64 [4 + n].
+        active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
     """
     options = decision.options
     return {
-        "flags": flags,
-        "found_inf": decision.scaling.found_inf,
-        "coefficients": found,
-        "strength": decision.strength,
-        "per_tensor": options["norm_scope"] == "tensor",
+        "flags": flags, "coefficients": coefficients, "active": active, "device": device,
+        "backend": backend, "found_inf": decision.scaling.found_inf,
+        "strength": decision.strength, "per_tensor": options["norm_scope"] == "tensor",
         "measured": flags is not None and options["scaling"],
         "clipped": options["max_grad_norm"] is not None,
-        "device": device,
-        "backend": backend,
-        "active": active,
-    }
+    }  # fmt: skip
 
 
 def record_skipped(device: torch.device) -> dict[str, Any]:
-    """Returns what `statistics` of a step are made of that changed nothing."""
+    """Returns the record of a step that changed nothing."""
     return {"flags": None, "coefficients": None, "device": device}
 
 
@@ -156,19 +138,19 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     """Returns the statistics of the last step as tensors on its device; see `AdamW`.
 
     Args:
-        last: What `record` returned, or None before the first step.
-        anchored: How many parameters have an anchor.
+        last: From `record`, or None before the first step.
+        anchored: Number of parameters with an anchor.
     """
     stats = Statistics(dict.fromkeys(_STATISTICS))
     stats["anchored"] = torch.full((), anchored, dtype=torch.int64, device="cpu")
     if last is None:
         return stats
     stats.backend = last.get("backend", "")
-    flags, found = last["flags"], last["coefficients"]
+    flags, coefficients = last["flags"], last["coefficients"]
     zero = torch.zeros((), device=last["device"], dtype=torch.float32)
     stats["injected"], stats["guided"] = zero.bool(), zero.long()
     if flags is not None:
-        # Flags say what was drawn; a parameter without gradient was left alone all the same.
+        # Flags say what was drawn, but a parameter without gradient is not guided.
         guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
         if last["active"] is not None:
             guided = guided & backends.without_waiting(last["active"], guided.device)
@@ -176,14 +158,14 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
             guided = guided & last["found_inf"].eq(0).all()
         stats["injected"], stats["guided"] = guided.any(), guided.sum()
     stats["scale"] = zero
-    if found is None:
+    if coefficients is None:
         return stats
     if flags is not None:
-        scales = found[reference.SCALES :] * last["strength"]
+        scales = coefficients[reference.SCALES :] * last["strength"]
         stats["scale"] = scales.float() if last["per_tensor"] else scales[0].float()
     if last["measured"]:
-        stats["grad_norm"] = found[reference.GRAD_NORM].float()
-        stats["distance"] = found[reference.DISTANCE].float()
+        stats["grad_norm"] = coefficients[reference.GRAD_NORM].float()
+        stats["distance"] = coefficients[reference.DISTANCE].float()
     if last["clipped"]:
-        stats["clip"] = found[reference.CLIP].float()
+        stats["clip"] = coefficients[reference.CLIP].float()
     return stats

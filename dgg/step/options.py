@@ -13,26 +13,25 @@ from dgg import _arguments
 
 # The draw index of the last step that a number of 64 bits can count.
 _LAST = (1 << 63) - 1
-# Entries of a group that are looked at elsewhere, or at every step.
+# Entries of a group that are not compared here: others look at them, or they change at every step.
 _MOVING = ("params", "param_names", "draw_index")
-_CHECKED = (*_arguments.WIDE, *_arguments.PER_GROUP)
-_COMPARED = tuple(name for name in _CHECKED if name != "draw_index")
+_COMPARED = [name for name in _arguments.GUIDANCE_OPTIONS if name != "draw_index"]
 
 
 class Options:
     """The options in force at one step, read from the groups and checked when they change.
 
     Attributes:
-        derived: What others have made of the options, by name; emptied as soon as an option may
-            be another one.
+        derived: Values that other modules computed from the options, by name; emptied as soon as
+            an option may have changed.
     """
 
     def __init__(self) -> None:
         self.derived: dict[str, Any] = {}
         self._checked: Any = None
         self._draw: object = object()  # the draw index of captured steps, a tensor
-        # Of every group its keys, what reads its options, and the objects it has read; empty if any
-        # of these could change and stay the same object.
+        # The keys of every group, a function that reads its options, and their values; empty if a
+        # value could change and stay the same object.
         self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
 
     def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -45,40 +44,29 @@ class Options:
         first = groups[0]
         # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
         draw = first["draw_index"]
-        known = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
-        if not known or any([group["draw_index"] is not draw for group in groups]):
+        valid = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
+        if not valid or any([group["draw_index"] is not draw for group in groups]):
             self._read_draws(groups)
         if self._unchanged(groups):
             return first
         self.derived.clear()
-        present = [
-            tuple(
-                [
-                    _arguments.comparable(g[name])
-                    for name in (*_arguments.WIDE, *_arguments.PER_GROUP)
-                    if name != "draw_index"
-                ]
-            )
-            for g in groups
-        ]
-        if present != self._checked:
+        values = [[_arguments.comparable(group[name]) for name in _COMPARED] for group in groups]
+        if values != self._checked:
             for number, group in enumerate(groups):
                 _arguments.check_agreement(number, group, first)
-                _arguments.check_options(
-                    {name: group[name] for name in (*_arguments.WIDE, *_arguments.PER_GROUP)}
-                )
+                _arguments.check_options({n: group[n] for n in _arguments.GUIDANCE_OPTIONS})
             for group in groups:
                 _arguments.make_plain(group)
-            self._checked = present
+            self._checked = values
         self._keep(groups)
         return first
 
     def _unchanged(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Returns whether all options, of the update rule too, are the objects kept last."""
+        """Returns whether all options, the update rule's too, are the objects kept last."""
         if len(groups) != len(self._known):
             return False
         for (keys, options_of, values), group in zip(self._known, groups, strict=True):
-            # An option that was taken out, or put back, is one that changed.
+            # A key that was removed or added counts as a change.
             if list(group) != keys or not all(map(operator.is_, options_of(group), values)):
                 return False
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an update rule has to say of itself; `dgg.optim` has one for each optimizer."""
+"""The interface of an update rule; `dgg.optim` has one for each optimizer."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ class Rule:
         """Notes that a step wrote these rows."""
 
     def after_load(self, opt, state_dict: Mapping[str, Any]) -> None:
-        """Notes what a loaded state dict means for the rule."""
+        """Adapts the rule to a loaded state dict."""
 
     def skip_update(self, opt, param: Tensor) -> None:
         """Ends a step in which every element of ``param`` is padding and none is updated."""
 
     def waits_for_scaler(self, opt) -> bool:
-        """Returns whether this one step must know on the host if a GradScaler skips it."""
+        """Returns whether the host must know if a GradScaler skips this step."""
         return False
 
 
@@ -93,7 +93,7 @@ def number(group: Mapping[str, Any], name: str) -> float | Tensor:
 
 
 def number_of(name: str, value: Any) -> float | Tensor:
-    """Returns what `number` does of an option's value."""
+    """Does what `number` does, given the option's value."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(

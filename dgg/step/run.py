@@ -14,14 +14,14 @@ from dgg.step.draws import Decision
 
 
 class Verbs(NamedTuple):
-    """What a step consists of; an engine that does something in its own way brings its own.
+    """The parts of a step; an engine that makes one of them in another way has a function for it.
 
     Attributes:
         decide: Reads and checks the options: opt → decision. Nothing is changed.
         take_gradients: Hands the rows their gradients: opt, decision → rows of every device.
-        measure: Draws, and computes c and s: opt, decision, rows → coefficients of every device's.
-        finish: Counts the step and keeps what the statistics are made of.
-        abandon: Lets go of the gradients after an error.
+        measure: Draws, and computes c and s: opt, decision, rows → coefficients of every device.
+        finish: Counts the step and keeps its results for the statistics.
+        abandon: Releases the gradients after an error.
     """
 
     decide: Callable[[Any], Decision]
@@ -35,57 +35,60 @@ def run(opt, verbs: Verbs) -> None:
     """Makes one step: decide, take the gradients, measure, apply.
 
     Args:
-        opt: The optimizer. A step reads its ``param_groups`` and ``state``, and of what is private
+        opt: The optimizer. A step reads its ``param_groups`` and ``state``, and the private
             ``_settings``, ``_rule``, ``_ownership``, ``_cache``, ``_draws`` and ``_replay``.
-        verbs: How it does that.
+        verbs: The parts of the step.
     """
     try:
         decision = verbs.decide(opt)
         all_rows = verbs.take_gradients(opt, decision)
-        found = () if decision.skipped else verbs.measure(opt, decision, all_rows)
+        coefficients = () if decision.skipped else verbs.measure(opt, decision, all_rows)
         if decision.applies:
             rule, options = opt._rule, decision.options
             weight = float(options["replay_weight"])
             with _ranges.record("dgg.update"):
-                for rows, flags, c_and_s in zip(all_rows, decision.flags, found, strict=True):
-                    final = rule.final_flags(rows, flags)
-                    if rule.kernel is None:
-                        rows.guide_(
-                            c_and_s, final, decision.hyper, decision.draw, decision.scaling,
-                            replay_weight=weight,
-                        )  # fmt: skip
-                        continue
-                    rows.update_(
-                        rule.kernel, c_and_s, final, decision.hyper, decision.draw,
-                        decision.scaling, replay_weight=weight,
-                        look_ahead=decision.looks_ahead
-                        and opt._draws.flags(decision, rows, decision.index + 1) is not None,
+                for rows, flags, c_and_s in zip(
+                    all_rows, decision.flags, coefficients, strict=True
+                ):
+                    arguments = (
+                        c_and_s, rule.final_flags(rows, flags), decision.hyper, decision.draw,
+                        decision.scaling,
                     )  # fmt: skip
+                    if rule.kernel is None:
+                        rows.guide_(*arguments, replay_weight=weight)
+                        continue
+                    look_ahead = (
+                        decision.looks_ahead
+                        and opt._draws.flags(decision, rows, decision.index + 1) is not None
+                    )
+                    rows.update_(
+                        rule.kernel, *arguments, look_ahead=look_ahead, replay_weight=weight
+                    )
                     rule.after_update(rows)
     except BaseException:
         verbs.abandon(opt)
         raise
-    verbs.finish(opt, decision, all_rows, found)
+    verbs.finish(opt, decision, all_rows, coefficients)
 
 
 def finish(
-    opt, decision: Decision, all_rows: Sequence[backends.Rows], found: Sequence[Tensor]
+    opt, decision: Decision, all_rows: Sequence[backends.Rows], coefficients: Sequence[Tensor]
 ) -> None:
-    """Counts the draw, keeps what the statistics are made of, drops the replay gradients."""
+    """Counts the draw, keeps the record for the statistics, drops the replay gradients."""
     draws.advance(opt, decision)
-    if found:
+    if coefficients:
         rows, flags = all_rows[0], decision.flags[0]
+        active = None if flags is None else rows.active
         opt._last = norms.record(
-            decision, rows.device, rows.backend, flags, found[0],
-            None if flags is None else rows.active,
-        )  # fmt: skip
+            decision, rows.device, rows.backend, flags, coefficients[0], active
+        )
     elif params := decision.groups[0].get("params"):
         opt._last = norms.record_skipped(params[0].device)
     opt._replay.clear()
 
 
 def abandon(opt) -> None:
-    """Lets go of the gradients of a step that raised."""
+    """Releases the gradients of a step that raised."""
     if opt._cache is not None:
         opt._cache.abandon()
 
@@ -93,7 +96,7 @@ def abandon(opt) -> None:
 def measure_on_device(
     opt, decision: Decision, all_rows: Sequence[backends.Rows]
 ) -> Sequence[Tensor]:
-    """Draws and measures as `norms.measure`, all on the device: a graph of it can be replayed."""
+    """Draws and measures as `norms.measure` does, but on the device, so that a graph can replay."""
     if not all_rows:
         return ()
     (rows,) = all_rows
@@ -104,12 +107,9 @@ def measure_on_device(
     flags = opt._rule.final_flags(rows, rows.constant_flags(0)).clone()
     decision.flags, gates, options = [flags], None, decision.options
     if rows.anchored:
+        seed, granularity = options["seed"], options["granularity"]
         names = opt._rule.kernel.hyper
-        gates = [
-            rows.draw_flags(
-                flags, decision.hyper, names, index, options["seed"], options["granularity"]
-            )
-        ]
+        gates = [rows.draw_flags(flags, decision.hyper, names, index, seed, granularity)]
     draws.settle(decision, rows.anchored, index)
     decision.looks_ahead = False
     return norms.coefficients(decision, all_rows, gates)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How an optimizer was built: what no group and no checkpoint changes."""
+"""The constructor's arguments that no group and no checkpoint changes."""
 
 from __future__ import annotations
 
@@ -48,15 +48,14 @@ def take_settings(options: dict[str, Any]) -> Settings:
     """Takes an optimizer's settings out of its keyword arguments, and checks them.
 
     Args:
-        options: Keyword arguments; what belongs to the settings is removed.
+        options: Keyword arguments; the settings are removed from it.
 
     Raises:
         TypeError: A setting has the wrong type.
         ValueError: A setting is unknown, or two contradict each other.
     """
-    capturable = bool(options.pop("capturable"))
-    fused, foreach = options.pop("fused"), options.pop("foreach")
-    backend = options.pop("backend")
+    capturable, fused = bool(options.pop("capturable")), options.pop("fused")
+    foreach, backend = options.pop("foreach"), options.pop("backend")
     anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
     anchor_device = _arguments.check_anchor_device(options.pop("anchor_device"))
     if capturable and anchor_device is not None:
@@ -67,8 +66,8 @@ def take_settings(options: dict[str, Any]) -> Settings:
         )
     state_dtype = _arguments.check_dtype("state_dtype", options.pop("state_dtype"))
     if not (fused or foreach) and (fused is False or foreach is False):
-        # Either asks for torch's tensor-by-tensor arithmetic, which is what the reference is;
-        # beside a True of the other it only says which of the fast ways it is (torchtitan).
+        # False asks for tensor-by-tensor arithmetic, which is the reference's. Beside a True of the
+        # other it only says which of torch's fast ways is meant (torchtitan).
         if backend not in (None, "reference"):
             raise ValueError(
                 f"fused={fused}, foreach={foreach} ask for an unfused step and "
@@ -113,7 +112,7 @@ def check_kernels(settings: Settings, params: Iterable[Tensor]) -> None:
             )
 
 
-# What copies and pickles of before `Settings` called its fields.
+# Attributes in copies and pickles of former releases → fields of `Settings`.
 FORMER_NAMES = {
     "_backend": "backend", "_fused": "fused", "_unscales": "unscales",
     "_capturable": "capturable", "_anchor_dtype": "anchor_dtype",
@@ -123,7 +122,7 @@ FORMER_NAMES = {
 
 
 def settings_in(state: Mapping[str, Any]) -> Settings:
-    """Returns the settings in what `Guided.__getstate__` returned, of this release or before."""
+    """Returns the settings in the result of `Guided.__getstate__`, of any release."""
     if "_settings" in state:
         return state["_settings"]
     return Settings(**{new: state[old] for old, new in FORMER_NAMES.items() if old in state})

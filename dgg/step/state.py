@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the state of a parameter is made: moments, step counts and master weights."""
+"""Making the state of a parameter: moments, step counts and master weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dgg import anchor, backends, reference, sharding
 
 
 def make(opt, param: Tensor, names: Iterable[str]) -> None:
-    """Makes what is missing of ``names``: moments of zeros, and the master weight."""
+    """Makes the missing ones of ``names``: moments of zeros, and the master weight."""
     state = opt.state[param]
     for name in names:
         if state.get(name) is not None:
@@ -35,19 +35,19 @@ def step_scalar(opt, param: Tensor, step: Any) -> Tensor:
     same = isinstance(step, Tensor) and not step.is_neg()
     if same and (step.dtype, step.dim(), step.device) == (torch.float32, 0, device):
         return step
-    # Filled there: a copy of a number on the host would be waited for.
+    # torch.full, not a copy of a number on the host, which would synchronise.
     return torch.full((), float(step), dtype=torch.float32, device=device)
 
 
 def stepped_weight(opt, param: Tensor) -> Tensor:
-    """Returns what a step updates for ``param``: its master weight, or the parameter."""
+    """Returns the tensor that a step updates for ``param``: its master weight, or itself."""
     if not opt._settings.has_master(param):
         return param.detach()
     master = opt.state.get(param, {}).get("master")
     if master is None:
         return param.detach().float()
-    # Somebody may have written the parameter since: loaded the best checkpoint, say.
-    kept, present = sharding.local(master), sharding.local(param.detach())
-    if torch.equal(kept.to(present.dtype), present):
+    # Somebody may have written the parameter since the last step: loaded a checkpoint, say.
+    master_shard, shard = sharding.local(master), sharding.local(param.detach())
+    if torch.equal(master_shard.to(shard.dtype), shard):
         return master
-    return sharding.like(reference.adopted(kept, present), param)
+    return sharding.like(reference.adopted(master_shard, shard), param)
