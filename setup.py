@@ -2,26 +2,35 @@
 """Builds the optional libraries dgg/_C*.so and dgg/_C_cuda*.so; the rest is in pyproject.toml.
 
 They use the stable ABI of torch 2.10 and no Python API, so one file serves every later torch and
-Python. Where one cannot be built the installation still succeeds: the reason goes to
-dgg/_build_error.txt or dgg/_build_error_cuda.txt, and `dgg.show_config()` prints it.
+Python. They are compiled against the torch of the environment that is installed into, also when
+pip builds in an environment of its own.
+
+Where one cannot be built the installation still succeeds: the reason goes to dgg/_build_error.txt
+or dgg/_build_error_cuda.txt. Its first line ends with what to do; dgg adds the command. The first
+step on the reference says it, and so does `dgg.show_config()`.
 
 Environment:
     DGG_CPP   0 skips the C++ library, 1 makes its failure fatal.
     DGG_CUDA  0 skips the CUDA library, 1 builds it whatever torch is installed and makes its
-              failure fatal; unset, it is built for a CUDA build of torch if nvcc is found.
+              failure fatal; unset, it is built for a CUDA build of torch if nvcc is found, for the
+              GPUs of this machine, and given up after a minute.
+    DGG_TORCH  1 has pip fetch a CPU build of torch to compile against where none is installed.
     CUDA_HOME  where nvcc is; else PATH, the usual place, and NVIDIA's Python packages are searched.
     TORCH_CUDA_ARCH_LIST  compute capabilities, as torch reads it: "8.0;9.0+PTX".
     DEBUG  1 builds without optimisation and with debug information.
 """
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,6 +42,13 @@ DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 # Features newer than torch 2.10 are out of reach at compile time already.
 TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
+# What DGG_TORCH=1 compiles against. Only the CPU builds of PyTorch's own index are called so: pip
+# cannot take the one of PyPI instead, which brings gigabytes of CUDA.
+PINNED_TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
+OLDEST_TORCH = (2, 10)
+# How long the CUDA library may take that nobody has asked for.
+PATIENCE = 60.0
+
 ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 OLDEST = 80  # bfloat16 conversions
 NAMED = {
@@ -43,15 +59,57 @@ NAMED = {
 }
 
 
-def torch_directory() -> pathlib.Path:
-    """Returns the directory of torch without importing it."""
+def say(text: str) -> None:
+    """Prints a line where a person sees it: pip keeps to itself what a build prints."""
+    print(f"dgg: {text}", file=sys.stderr, flush=True)
+    if os.name == "posix" and not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\ndgg: {text}", file=terminal)
+
+
+def find_torch() -> pathlib.Path | None:
+    """Returns the directory of torch without importing it, or None if there is none.
+
+    In pip's isolated build the interpreter is that of the environment, and only environment
+    variables hide what is installed there: asked without them, it tells.
+    """
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    if spec is not None and spec.origin is not None:
+        return pathlib.Path(spec.origin).parent
+    code = (
+        "import importlib.util, sys; sys.path.pop(0); spec = importlib.util.find_spec('torch'); "
+        "print(spec and spec.origin or '')"
+    )
+    done = subprocess.run([sys.executable, "-E", "-c", code], stdout=subprocess.PIPE, text=True)
+    return pathlib.Path(done.stdout.strip()).parent if done.stdout.strip() else None
+
+
+def torch_directory() -> pathlib.Path:
+    """Returns the directory of a torch that can be compiled against."""
+    torch = find_torch()
+    if torch is None:
         raise ModuleNotFoundError(
-            "torch is not installed where the package was built; install it first, then "
-            "`pip install --no-build-isolation` this package"
+            "torch is not installed where the package was built; install torch, then install dgg "
+            "again"
         )
-    return pathlib.Path(spec.origin).parent
+    found = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", version_of(torch), re.MULTILINE)
+    if found is not None and (int(found[2]), int(found[3])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ModuleNotFoundError(
+            f"torch {found[1]} is older than {oldest}; install a newer one, then install dgg again"
+        )
+    return torch
+
+
+def version_of(torch: pathlib.Path) -> str:
+    file = torch / "version.py"
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def build_requirements() -> list[str]:
+    """Returns what an isolated build needs besides pyproject.toml: torch, if that was asked for."""
+    asked = os.environ.get("DGG_TORCH", "") not in ("", "0")
+    return [PINNED_TORCH] if asked and find_torch() is None else []
 
 
 def flags(msvc: bool) -> list[str]:
@@ -89,8 +147,7 @@ def cuda_flags() -> list[str]:
 
 def torch_has_cuda(torch: pathlib.Path) -> bool:
     """Returns whether the installed torch is a CUDA build, without importing it."""
-    text = (torch / "version.py").read_text(encoding="utf-8")
-    return re.search(r"^cuda\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None
+    return re.search(r"^cuda\b[^=\n]*=\s*['\"]", version_of(torch), re.MULTILINE) is not None
 
 
 def find_nvcc() -> str | None:
@@ -104,6 +161,17 @@ def find_nvcc() -> str | None:
     for root in packages.submodule_search_locations or () if packages else ():
         places += map(str, pathlib.Path(root).glob("*/bin"))
     return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def local_architectures() -> str | None:
+    """Returns the compute capabilities of this machine's GPUs, as TORCH_CUDA_ARCH_LIST has them."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.findall(r"^\s*(\d+\.\d)\s*$", done.stdout, re.MULTILINE)
+    return ";".join(sorted(set(found))) or None
 
 
 def code_options(wanted: str | None, known: set[int]) -> list[str]:
@@ -156,16 +224,41 @@ def code_options(wanted: str | None, known: set[int]) -> list[str]:
     ]
 
 
-def spawn_with_reason(command: list[str], **_) -> None:
-    """Runs a compiler so that what it complains about is not lost."""
+def spawn_with_reason(command: list[str], *, deadline: float | None = None, **_) -> None:
+    """Runs a compiler so that what it complains about is not lost.
+
+    Args:
+        command: The compiler and its arguments.
+        deadline: When it is stopped, with all that it has started, in seconds of time.monotonic().
+
+    Raises:
+        CompileError: It is not there, or it failed; what it printed follows the first line.
+        TimeoutError: The deadline has passed.
+    """
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=deadline is not None,
+        )  # fmt: skip
     except OSError as error:
-        raise CompileError(f"no C++ compiler: {error}") from error
-    sys.stderr.write(done.stdout)
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-20:])
-        raise CompileError(f"{command[0]} failed with exit code {done.returncode}:\n{tail}")
+        raise CompileError(
+            f"no C++ compiler: {error}; install one (on Debian: apt-get install g++), then install "
+            "dgg again"
+        ) from error
+    try:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        output, _ = process.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise TimeoutError(f"{command[0]} was stopped") from None
+    sys.stderr.write(output)
+    if process.returncode:
+        tail = "\n".join(output.splitlines()[-20:])
+        raise CompileError(
+            f"{command[0]} failed with exit code {process.returncode} (dgg.show_config() has its "
+            f"output); see that it compiles C++17, then install dgg again\n{tail}"
+        )
 
 
 class BuildExtension(build_ext):
@@ -186,7 +279,14 @@ class BuildExtension(build_ext):
             place.unlink(missing_ok=True)
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(reason + "\n", encoding="utf-8")
-            print(f"dgg: continuing without {name} ({reason})", file=sys.stderr)
+            first = reason.splitlines()[0]
+            torch = find_torch()
+            if name == CPP:
+                say(f"INSTALLED WITHOUT ITS FAST CPU LIBRARY, steps will be slow: {first}")
+            elif torch is not None and torch_has_cuda(torch):
+                say(f"installed without its CUDA library: {first}")
+            else:  # which nobody can use there
+                print(f"dgg: continuing without {name}: {first}", file=sys.stderr)
 
     def build_extensions(self):
         for extension in list(self.extensions):
@@ -196,14 +296,22 @@ class BuildExtension(build_ext):
             }[extension.name]
             wanted = os.environ.get(switch, "")
             if wanted == "0":
-                reason = f"not built: {switch}=0 was set during installation"
+                reason = (
+                    f"not built: {switch}=0 was set during installation; unset it, then install "
+                    "dgg again"
+                )
             else:
                 try:
                     reason = build(extension, wanted == "1")
                 except Exception as error:
                     if wanted == "1":
                         raise
-                    reason = f"{type(error).__name__}: {error}"
+                    reason = str(error)
+                    if not isinstance(error, (CompileError, ModuleNotFoundError)):
+                        reason = f"{type(error).__name__}: {error}"
+                    if "install dgg again" not in reason:
+                        first, *others = reason.splitlines() or [""]
+                        reason = "\n".join([f"{first}; mend that, then install dgg again", *others])
             if reason is not None:
                 self.reasons[extension.name] = reason
                 # Setuptools would look for the outputs of what was not built. A new list: the old
@@ -220,6 +328,7 @@ class BuildExtension(build_ext):
         extension.library_dirs.append(str(torch / "lib"))
         extension.libraries.append("torch_cpu")
         extension.extra_compile_args.extend(flags(msvc))
+        say(f"compiling the CPU library against {torch} (a minute at most, on most machines)")
         self.build_extension(extension)
         return None
 
@@ -232,18 +341,34 @@ class BuildExtension(build_ext):
             return f"not built: {missing}"
         torch = torch_directory()
         if not required and not torch_has_cuda(torch):
-            return "not built: the torch of the installation has no CUDA (DGG_CUDA=1 builds anyway)"
+            return (
+                "not built: the torch of the installation has no CUDA; install a CUDA build of "
+                "torch, then install dgg again"
+            )
         nvcc = find_nvcc()
         if nvcc is None:
-            missing = "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+            missing = (
+                "nvcc was not found; install the CUDA toolkit or set CUDA_HOME, then install dgg "
+                "again"
+            )
             if required:
                 raise CompileError(missing)
             return f"not built: {missing}"
+        wanted, deadline = os.environ.get("TORCH_CUDA_ARCH_LIST") or None, None
+        if not required:
+            # Nobody has asked for it: it is built if that takes no time worth mentioning.
+            deadline = time.monotonic() + PATIENCE
+            wanted = wanted or local_architectures()
+            if wanted is None:
+                return (
+                    "not built: there is no GPU here to build it for; set DGG_CUDA=1 to build it "
+                    "for all, then install dgg again"
+                )
         if self.compiler.compiler_type == "msvc":
             raise CompileError("the CUDA library is built with g++ or clang++, not with MSVC")
         listed = subprocess.run([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE, text=True)
         known = {int(number) for number in re.findall(r"sm_(\d+)\b", listed.stdout)}
-        codes = code_options(os.environ.get("TORCH_CUDA_ARCH_LIST") or None, known)
+        codes = code_options(wanted, known)
 
         folder = pathlib.Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
@@ -252,16 +377,31 @@ class BuildExtension(build_ext):
         include = ["-I", str(torch / "include"), f"-D{TARGET[0]}={TARGET[1]}", "-DUSE_CUDA"]
         objects = [folder / f"{pathlib.Path(source).stem}.o" for source in extension.sources]
 
+        limit = "" if required else f", {PATIENCE:.0f} s at most"
+        say(
+            f"compiling the CUDA library for {wanted or 'every architecture'}, {len(objects)} "
+            f"files{limit}; DGG_CUDA=0 leaves it out"
+        )
+        begin, done = time.monotonic(), []
+
         def compile_one(source, target):
             # Only the operators, which are host code, see torch. Without a GPU to name, nvcc would
             # compile nothing for the oldest that it knows.
             own = [*include, codes[0]] if source.endswith("cuda.cu") else codes
-            spawn_with_reason(
-                [nvcc, *cuda_flags(), *own, f"--threads={threads}", "-c", source, "-o", str(target)]
-            )
+            options = [*cuda_flags(), *own, f"--threads={threads}", "-c", source]
+            spawn_with_reason([nvcc, *options, "-o", str(target)], deadline=deadline)
+            done.append(source)
+            seconds = time.monotonic() - begin
+            say(f"{source} is compiled, {len(done)} of {len(objects)}, after {seconds:.0f} s")
 
-        with concurrent.futures.ThreadPoolExecutor(min(cores, len(objects))) as pool:
-            list(pool.map(compile_one, extension.sources, objects))
+        try:
+            with concurrent.futures.ThreadPoolExecutor(min(cores, len(objects))) as pool:
+                list(pool.map(compile_one, extension.sources, objects))
+        except TimeoutError:
+            return (
+                f"not built: it takes more than {PATIENCE:.0f} s here; set DGG_CUDA=1 to wait for "
+                "it, then install dgg again"
+            )
         library = pathlib.Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         libraries = [torch / "lib"]
@@ -311,10 +451,10 @@ if __name__ == "__main__":
                 CUDA,
                 # The longest to compile first.
                 sources=[
+                    "csrc/cuda_guide.cu",
                     "csrc/cuda_adam.cu",
                     "csrc/cuda_sgd.cu",
                     "csrc/cuda_norms.cu",
-                    "csrc/cuda_guide.cu",
                     "csrc/cuda.cu",
                 ],
                 depends=[
@@ -329,4 +469,5 @@ if __name__ == "__main__":
             ),
         ],
         cmdclass={"build_ext": BuildExtension},
+        setup_requires=build_requirements(),
     )

@@ -2,10 +2,13 @@
 """dgg: Dynamic Gradient Guidance for continual fine-tuning, fused into the optimizer step."""
 
 from dgg import metrics
+from dgg.backends import libraries as _libraries
 from dgg.backends import show_config
 from dgg.checkpoint.convert import convert_state_dict
 from dgg.optim import SGD, Adam, AdamW, Guidance, unwrap
 from dgg.replay import ReplayBuffer
+
+_libraries.warn_if_unbuilt()
 
 __version__ = "0.1.0.dev0"
 

@@ -19,7 +19,7 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dgg
-from dgg.backends import BACKENDS
+from dgg.backends import BACKENDS, libraries
 
 BENCH = pathlib.Path(__file__).parents[1] / "bench"
 _ran: collections.Counter[str] = collections.Counter()
@@ -90,6 +90,9 @@ def quick_interpreter():
 
 
 def pytest_configure(config):
+    # Where there is no compiler, whichever test stepped first would hear of it. The summary says
+    # it too, and test_callers.py looks at the warning.
+    libraries.told |= {"cpu", "cuda"}
     # xdist would begin with the files of the most tests, which are the quick ones.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False

@@ -14,6 +14,7 @@ import linecache
 import math
 import pathlib
 import queue
+import re
 import sys
 import types
 import warnings
@@ -23,6 +24,7 @@ import torch
 
 import dgg
 from dgg import _callers, backends
+from dgg.backends import libraries
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_TRITON = backends.unavailable("triton", torch.device("cpu"))
@@ -110,6 +112,10 @@ def with_infinite_replay():
     return optimizer
 
 
+def without_a_library():
+    return adamw()[0]
+
+
 def in_a_cache_that_fails():
     return adamw(backend="triton")[0]
 
@@ -135,10 +141,14 @@ OF_STEPS = {
         with_infinite_replay, "replay gradients are inf", SCALED,
     ),
     ("dgg/_arguments.py", "warn_narrow"): (in_16_bits, "16-bit weights lose", WAYS),
+    ("dgg/step/checks.py", "warn_if_slow"): (
+        without_a_library, "take the slow reference.*no compiler", WAYS,
+    ),
     ("kernels/launcher.py", "_find"): (in_a_cache_that_fails, "Trying again", WAYS),
 }  # fmt: skip
 # The others, and the test that looks at their line.
 OTHERS = {
+    ("dgg/backends/libraries.py", "warn_if_unbuilt"): "test_install.py",
     ("dgg/optim/guided.py", "_reset_caches"): "test_gpu_stand_in.py",
     ("dgg/step/gradients.py", "zero_grad"): "below",
     ("dgg/deepspeed/driver.py", "_drop_orphans"): "deepspeed_worker.py",
@@ -187,10 +197,14 @@ def test_a_warning_of_a_step_is_about_the_users_line(place, way, monkeypatch):
         if NO_TRITON is not None:
             pytest.skip(f"no Triton here: {NO_TRITON}")
         cache_that_fails_once(monkeypatch)
+    if make is without_a_library:
+        monkeypatch.setattr(libraries, "cpp_error", "no compiler")
+        monkeypatch.setattr(libraries, "told", set())
+        monkeypatch.setattr(libraries, "declined", False)
     optimizer = make()
     with pytest.warns(UserWarning, match=text) as heard:
         way(optimizer)
-    (warning,) = [w for w in heard if text in str(w.message)]
+    (warning,) = [w for w in heard if re.search(text, str(w.message))]
     assert warning.filename == __file__
     assert "step" in linecache.getline(__file__, warning.lineno)
 

@@ -9,6 +9,7 @@ from dgg.backends.choice import (
     make_rows,
     show_config,
     unavailable,
+    unexpected_reference,
 )
 from dgg.backends.prefetch import side_by_side
 from dgg.backends.rows import ADAM, SGD, Draw, Rows, Rule, Scaling
@@ -19,5 +20,5 @@ from dgg.backends.watch import MemoryWatch
 __all__ = [
     "ADAM", "BACKENDS", "SGD", "Draw", "MemoryWatch", "Rows", "Rule", "Scaling", "capturing",
     "choose", "choose_for", "is_dense", "launches", "make_rows", "show_config", "side_by_side",
-    "unavailable", "without_waiting",
+    "unavailable", "unexpected_reference", "without_waiting",
 ]  # fmt: skip

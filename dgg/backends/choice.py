@@ -84,11 +84,27 @@ def launches(backend: str, device: torch.device) -> bool:
     return backend == "triton" or (backend == "cpp" and device.type != "cpu")
 
 
+def unexpected_reference(device: torch.device) -> str | None:
+    """Returns why the reference is the fastest on a device that has kernels, if it is; said once.
+
+    It is None where somebody installed dgg without its library on purpose.
+    """
+    if device.type not in ("cpu", "cuda") or device.type in libraries.told:
+        return None
+    if libraries.declined or choose(None, device) != "reference":
+        return None
+    libraries.told.add(device.type)
+    missing = ("cpp",) if device.type == "cpu" else ("cpp", "triton")
+    reasons = [f"backend {name!r} cannot run, {unavailable(name, device)}" for name in missing]
+    return "; ".join(reasons)
+
+
 def show_config() -> str:
     """Returns, as text to print, which backends are usable here and why the others are not."""
     lines = [
         f"torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        f"dgg from {libraries.FOLDER}",
     ]
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
@@ -100,6 +116,8 @@ def show_config() -> str:
             if backend == "cpp" and reason is None and device.type == "cpu":
                 state += f" ({torch.ops.dgg.isa()})"
             lines.append(f"  {backend:<10} {device.type:<5} {state}")
+            if backend == "cpp" and device.type == "cpu":
+                lines += [f"    {line}" for line in libraries.details]
     chosen = ", ".join(f"{choose(None, device)} on {device.type}" for device in devices)
     lines.append(
         f"default: {chosen}; on other devices: the first of cpp (CUDA) and triton that runs there, "

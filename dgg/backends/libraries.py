@@ -1,39 +1,138 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled libraries, or why there are none."""
+"""The compiled libraries, or why there are none; and where Triton's kernels are."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
+import json
 import pathlib
+import shlex
+import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import reference
+from dgg import _callers, reference
 from dgg.backends.uploads import capturing
 
 # setup.py puts the libraries into the package itself, or a note that says why there are none.
 FOLDER = pathlib.Path(__file__).parents[1]
+# The clone that the package was imported from, if it was: `import dgg` takes the folder there.
+CLONE = FOLDER.parent if all((FOLDER.parent / x).exists() for x in ("setup.py", "csrc")) else None
+
+
+def _find_kernels() -> None:
+    """Finds ``dgg.kernels`` where the package is a clone's folder: in kernels/ beside it.
+
+    An editable install maps the name, perhaps to another clone.
+    """
+    if (FOLDER / "kernels" / "__init__.py").exists():
+        return
+    home = FOLDER.parent / "kernels" / "__init__.py"
+    if CLONE is None or not home.exists():
+        if importlib.util.find_spec("dgg.kernels") is None:
+            raise ImportError(
+                f"{FOLDER} is no whole package, dgg.kernels is missing; install the whole: in a "
+                "clone of dgg, pip install --force-reinstall --no-deps ."
+            )
+        return
+    spec = importlib.util.spec_from_file_location(
+        "dgg.kernels", home, submodule_search_locations=[str(home.parent)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = sys.modules["dgg"].kernels = module
+    spec.loader.exec_module(module)
+
+
+# Before anything of this package asks for it.
+_find_kernels()
+
+# What a compiler said of a library that could not be built.
+details: list[str] = []
+# Types of devices of which a step has said that it is slow there, and why.
+told: set[str] = set()
+
+
+def command() -> str:
+    """Returns the command that builds and installs the package again."""
+    if CLONE is not None:
+        return f"pip install -e {shlex.quote(str(CLONE))}"
+    source, install = "", "pip install"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        found = importlib.metadata.distribution("dgg")
+        # Another dgg may be installed than the one that is imported.
+        if pathlib.Path(str(found.locate_file("dgg"))).resolve() == FOLDER.resolve():
+            source = _origin(json.loads(found.read_text("direct_url.json") or "{}"))
+            if (found.read_text("INSTALLER") or "").strip() == "uv":
+                # Its isolated builds hide torch, and where it installs there need be no pip.
+                install = "uv pip install --no-build-isolation"
+    options = "--force-reinstall --no-deps --no-cache-dir"
+    if not source:
+        return f"{install} {options} . (in a clone of dgg)"
+    return f"{install} {options} {shlex.quote(source)}"
+
+
+def _origin(direct: dict[str, Any]) -> str:
+    """Returns what pip was told to build, from its record of that, or ""."""
+    url = direct.get("url", "")
+    if url.endswith(".whl"):  # which would bring the same again
+        return ""
+    if "vcs_info" in direct:
+        return f"{direct['vcs_info']['vcs']}+{url}@{direct['vcs_info']['commit_id']}"
+    if url.startswith("file:"):
+        import urllib.request  # large, and seldom needed
+
+        return urllib.request.url2pathname(urllib.parse.urlparse(url).path)
+    return url
+
+
+def _built(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    return sorted(folder.glob(f"{pattern}.so")) + sorted(folder.glob(f"{pattern}.pyd"))
+
+
+def _places() -> list[pathlib.Path]:
+    """Returns where libraries and notes are looked for."""
+    # `pip install .` builds in the clone and leaves its results there.
+    left = [] if CLONE is None else CLONE.glob("build/lib*/dgg")
+    return [FOLDER, *sorted(left, key=lambda folder: -folder.stat().st_mtime)]
 
 
 def _load_library(pattern: str, note: str) -> str | None:
-    """Loads compiled operators; returns None, or why they are missing."""
-    libraries = sorted(FOLDER.glob(f"{pattern}.so")) + sorted(FOLDER.glob(f"{pattern}.pyd"))
-    if not libraries:
-        report = FOLDER / note
-        reason = report.read_text().strip() if report.exists() else "it was not built"
-        return (
-            f"{reason}; install a C++ compiler and reinstall dgg "
-            "(pip install --no-build-isolation --force-reinstall --no-deps dgg)"
-        )
-    try:
-        torch.ops.load_library(str(libraries[0]))
-    except (OSError, RuntimeError) as error:
-        # torch's error names the library; the cause of the error says what is wrong with it.
-        reason = error.__cause__ or error
-        return f"{libraries[0].name} cannot be loaded ({reason}); reinstall dgg for this torch"
-    return None
+    """Loads compiled operators; returns None, or why they are missing, and what mends that."""
+    for place in _places():
+        libraries = _built(place, pattern)
+        if not libraries and (place / note).exists():
+            reason, _, output = (place / note).read_text(encoding="utf-8").strip().partition("\n")
+            details.extend(output.splitlines())
+            return f"{reason}: {_variables(note)}{command()}"
+        if not libraries:
+            continue
+        if place != FOLDER and CLONE is not None:
+            sources = [path.stat().st_mtime for path in CLONE.glob("csrc/*")]
+            if libraries[0].stat().st_mtime < max(sources):
+                return f"{libraries[0]} is older than csrc/: {_variables(note)}{command()}"
+        try:
+            torch.ops.load_library(str(libraries[0]))
+        except (OSError, RuntimeError) as error:
+            # torch's error names the library; the cause of the error says what is wrong with it.
+            reason = error.__cause__ or error
+            return (
+                f"{libraries[0].name} cannot be loaded ({reason}); reinstall dgg for this torch: "
+                f"{_variables(note)}{command()}"
+            )
+        return None
+    where = "" if CLONE is None else f" in {CLONE}, which dgg is imported from"
+    return f"it was not built{where}: {_variables(note)}{command()}"
+
+
+def _variables(note: str) -> str:
+    return "DGG_CUDA=1 " if "cuda" in note else ""
 
 
 def _load_cuda_library() -> str | None:
@@ -41,15 +140,27 @@ def _load_cuda_library() -> str | None:
         return cpp_error
     if torch.version.cuda is None:
         return (
-            f"torch {torch.__version__} has no CUDA; install a CUDA build of torch, then reinstall "
-            "dgg with DGG_CUDA=1"
+            f"torch {torch.__version__} has no CUDA; install a CUDA build of torch, then dgg "
+            f"again: DGG_CUDA=1 {command()}"
         )
-    reason = _load_library("_C_cuda*", "_build_error_cuda.txt")
-    return reason and reason.replace("a C++ compiler", "nvcc (CUDA toolkit), set DGG_CUDA=1")
+    return _load_library("_C_cuda*", "_build_error_cuda.txt")
 
 
 cpp_error = _load_library("_C.*", "_build_error.txt")
 cuda_error = _load_cuda_library()
+# Somebody wanted no library.
+declined = cpp_error is not None and "DGG_CPP=0" in cpp_error
+
+
+def warn_if_unbuilt() -> None:
+    """Warns, at the import, of a clone that nothing was built in: it is not what was installed."""
+    if cpp_error is None or CLONE is None or not cpp_error.startswith("it was not built"):
+        return
+    told.add("cpu")
+    warnings.warn(
+        f"dgg has no compiled library, and steps are slow: {cpp_error}",
+        stacklevel=_callers.stacklevel(),
+    )
 
 
 def _register_fakes() -> None:

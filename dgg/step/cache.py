@@ -328,6 +328,7 @@ def _remake(opt, params: list[Tensor], grads, replays) -> RowCache:
     opt._ownership.check()
     checks.warn_if_idle(opt, params, grads, replays)
     checks.warn_if_narrow(opt, params, grads, replays)
+    checks.warn_if_slow(opt, params, grads, replays)
     group_of = [group for group in opt.param_groups for _ in group["params"]]
     for place in checks.with_gradient(grads, replays):
         p = params[place]

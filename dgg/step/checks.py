@@ -174,6 +174,20 @@ def warn_if_narrow(opt, params: Sequence[Tensor], grads, replays) -> None:
     opt._warned.narrow = True
 
 
+def warn_if_slow(opt, params: Sequence[Tensor], grads, replays) -> None:
+    """Warns, once in a process, of steps on the reference that nobody asked for."""
+    if opt._settings.backend is not None:
+        return
+    for device in dict.fromkeys(params[place].device for place in with_gradient(grads, replays)):
+        reason = backends.unexpected_reference(device)
+        if reason is not None:
+            warnings.warn(
+                f"steps on {device.type!r} take the slow reference: {reason}. "
+                "backend='reference' asks for it without this warning",
+                stacklevel=_callers.stacklevel(),
+            )
+
+
 def warn_if_idle(opt, params: Sequence[Tensor], grads, replays) -> None:
     """Warns at a first step without any gradient: the model trains other parameters."""
     if opt._cache is not None or any(opt.state.values()):
