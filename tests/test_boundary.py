@@ -80,20 +80,20 @@ LEFT_OUT = "(task=3)…in task 1,…task 2 would be left out…end of task 2,…
 
 @pytest.mark.parametrize(("task", "groups", "draws", "given", "begins"), numbered(BEGINNINGS))
 def test_a_task_begins_or_goes_on(task, groups, draws, given, begins):
-    assert boundary.begins_task(task, groups, draws, given=given) is begins
+    assert boundary.begins_task(task, groups, draws, has_source=given) is begins
 
 
 @pytest.mark.parametrize(("task", "groups", "error", "text"), numbered(REFUSALS))
 def test_tasks_that_cannot_begin(task, groups, error, text):
-    refused(error, text, boundary.begins_task, task, groups, 5, given=False)
+    refused(error, text, boundary.begins_task, task, groups, 5, has_source=False)
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_no_task_is_left_out(given):
     for groups, draws in ((groups_of(1), 1), (groups_of(1, 0, 3), 0)):
-        refused(ValueError, LEFT_OUT, boundary.begins_task, 3, groups, draws, given=given)
-    assert boundary.begins_task(3, groups_of(1), 0, given=given)
-    assert boundary.begins_task(3, groups_of(2, 4), 7, given=given)
+        refused(ValueError, LEFT_OUT, boundary.begins_task, 3, groups, draws, has_source=given)
+    assert boundary.begins_task(3, groups_of(1), 0, has_source=given)
+    assert boundary.begins_task(3, groups_of(2, 4), 7, has_source=given)
 
 
 def test_an_anchor_just_resumed_is_not_replaced():
@@ -257,7 +257,7 @@ def test_anchors_that_are_known():
     p, q, r, s = (Parameter(torch.zeros(1)) for _ in range(4))
     anchor_of_q = torch.ones(1)
     state = {p: {}, q: {"anchor": anchor_of_q}, r: {"step": 1}, s: "no state of ours"}
-    known = boundary.known_anchors(state)
+    known = boundary.anchors_in(state)
     assert known.keys() == {q, r} and known[q] is anchor_of_q and known[r] is None
 
 
