@@ -395,12 +395,14 @@ def _take_gradients(opt: Guidance, decision: Decision) -> list[backends.Rows]:
     opt._check(groups, params, elementwise)
     if scale is not None:
         gradients.refuse_scaler(params, opt.process_group)
-    launched = bool(params) and all(
-        backends.launches(backends.choose_for(opt._settings.backend, p), p.device) for p in params
-    )
-    decision.scaling, decision.skipped = gradients.read_scaler(
-        scale, found_inf, params[0].device if launched else None
-    )
+    if scale is not None or found_inf is not None:
+        backend, stepped = opt._settings.backend, [p for p in params if p.grad is not None]
+        launched = bool(stepped) and all(
+            backends.launches(backends.choose_for(backend, p), p.device) for p in stepped
+        )
+        decision.scaling, decision.skipped = gradients.read_scaler(
+            scale, found_inf, stepped[0].device if launched else None
+        )
     if decision.skipped:
         return []
     for p in params:
