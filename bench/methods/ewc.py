@@ -33,7 +33,7 @@ class EWC(Method):
         logits_of: See `Method`.
         strength: λ.
         samples: Items of a task that its Fisher matrix is worked out from; None: all given.
-        coverage: Probability of the labels that are summed over; 1 is exact (see `exact_fisher`).
+        coverage: Share of the Fisher matrix that is worked out; 1 is exact (see `exact_fisher`).
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.3, 1.0, 10.0, 100.0)}

@@ -31,12 +31,13 @@ def exact_fisher(
 
     Args:
         logits_of: Returns the logits (items, classes) of a batch, with their graph.
-        batches: The data.
+        batches: The data. Batches of one item are the fastest: each gradient goes through a batch.
         parameters: With respect to which.
         samples: So many items, the first ones; None: all.
-        coverage: For each item the likeliest labels are summed over, as many as have this
-            probability together; 1: all of them, which is exact. A left-out label's term has its
-            probability as a factor, so 0.999 costs little and saves most labels of a sure model.
+        coverage: 1: every label of every item, which is exact. Less: of a batch's pairs of item and
+            label those that matter most, as many as hold this share of the trace of the Fisher
+            matrix of the logits, Σ p(y) ‖e_y − p‖². It saves the items that the model is sure of.
+            (Likely labels alone would not do: of a sure model the others hold nearly all of it.)
     """
     total = [torch.zeros_like(p) for p in parameters]
     items = 0
@@ -47,9 +48,11 @@ def exact_fisher(
         p = log_p.detach()[:count].exp()
         taken = torch.ones_like(p, dtype=torch.bool)
         if coverage < 1:
-            sorted_p, order = p.sort(descending=True)
-            # A label is needed while those before it do not have the mass yet.
-            taken.scatter_(1, order, sorted_p.cumsum(1) - sorted_p < coverage)
+            # ‖e_y − p‖² = 1 − 2 p_y + ‖p‖²; a pair is needed while those before it do not suffice.
+            parts = (p * (1 - 2 * p + p.square().sum(1, keepdim=True))).flatten()
+            ordered, order = parts.sort(descending=True)
+            needed = ordered.cumsum(0) - ordered < coverage * parts.sum()
+            taken.view(-1)[order] = needed
         rows, labels = taken.nonzero(as_tuple=True)
         for row, label in zip(rows.split(CHUNK), labels.split(CHUNK), strict=True):
             seeds = log_p.new_zeros(len(row), *log_p.shape)

@@ -6,11 +6,12 @@ mean over all examples, are added: s. A kernel estimate (Gaussian, Scott's width
 of the examples at s. The tail share of the examples that lie where there are the fewest is left
 out, and of the others the k with the largest s are kept.
 
-"Learn more, forget less: a gradient-aware data selection approach for LLM", arXiv 2511.08620.
-Against the paper: it selects training data after one epoch of warm-up, here the examples to replay
-are selected at the task's end; its layers are embedding and head, here the first and last matrix
-that train (`layers`); its thresholds set themselves in a way that could not be read from the
-sources at hand, so the rule above, with a tail of 10 %, and the given k stand for them.
+Liu et al.: "Learn more, forget less: a gradient-aware data selection approach for LLM", arXiv
+2511.08620. Against the paper: it selects training data after one epoch of warm-up, here the
+examples to replay are selected at the task's end; its layers are embedding and head, here the
+first and last matrix that train (`layers`); its thresholds set themselves in a way that could not
+be read from the sources at hand, so the rule above, with a tail of 10 %, and the given k stand for
+them.
 """
 
 from __future__ import annotations

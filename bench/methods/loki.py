@@ -77,7 +77,7 @@ class LoKI(Method):
         return self.model.get_submodule(name.split(".lora_B")[0])
 
     def attribute(self, name: str, batch: Any) -> Tensor:
-        """Returns |integrated gradients| (items, rows) of one layer, summed over positions."""
+        """Returns the integrated gradients (items, rows) of one layer, at the last position."""
         with torch.no_grad():
             answers = self.logits_of(batch).argmax(-1)
         total: Tensor | None = None
@@ -100,7 +100,7 @@ class LoKI(Method):
             total = weight * g if total is None else total + weight * g
             output = scaled[0].detach()  # of the last point, where the factor is 1
         attributed = total * output / (self.points - 1)
-        return attributed.reshape(len(answers), -1, attributed.shape[-1]).sum(1).abs()
+        return attributed.reshape(len(answers), -1, attributed.shape[-1])[:, -1]
 
     def end_task(self, task: int, batches: Sequence[Any]) -> None:
         """Marks the rows that this task hardly uses."""

@@ -46,7 +46,9 @@ class SPD(Method):
     def edit_gradients(self, replay: Sequence[Tensor | None] | None) -> None:
         """Looks where the gradient points; it stays as it is."""
         self._distance = []
-        for p, anchor in zip(self.parameters, self.anchor or self.parameters, strict=True):
+        if not self.anchor:
+            return
+        for p, anchor in zip(self.parameters, self.anchor, strict=True):
             turns_back = p.grad is not None and bool((p.grad * (p - anchor)).sum() > 0)
             self._distance.append((p - anchor).norm() if turns_back else None)
 
