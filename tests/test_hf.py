@@ -581,7 +581,7 @@ def test_logs_reach_everyone(tmp_path, caplog):
 
 
 def test_statistics_are_folded():
-    window = dgg.hf._Window()
+    window = dgg.hf.callback._Window()
     for step in range(200):
         hit = step % 4 == 0
         window.add(

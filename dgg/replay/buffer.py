@@ -180,23 +180,35 @@ class ReplayBuffer:
 
     # ------------------------------------------------------------------------------ sampling
 
-    def sample(self, count: int) -> list[Any]:
+    def sample(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[Any]:
         """Copies of the next `count` examples of the deck, which is dealt anew as often as needed.
 
         Nothing has changed if this raises.
 
+        Args:
+            count: how many this rank receives.
+            rank: which part of the cards that are dealt, from 0.
+            world_size: into how many parts they go. Ranks whose buffers are the same deal the same
+                `count * world_size` cards, and each takes other ones of them; so the buffers stay
+                the same.
+
         Raises:
-            TypeError: if `count` is not an integer.
-            ValueError: if `count` is negative, or the buffer is empty and `count` is not 0.
+            TypeError: if an argument is not an integer.
+            ValueError: if `count` is negative, there is no such rank, or the buffer is empty and
+                `count` is not 0.
         """
         count = as_int("count", count)
+        rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if count and not len(self):
             raise ValueError("the replay buffer is empty: add a finished task first")
         self._settle()
         with Draws(self._rng) as draws:
-            cards, deck, left = deal(count, self._deck, self._kept, draws)
+            cards, deck, left = deal(count * world_size, self._deck, self._kept, draws)
+            cards = cards[rank * count : (rank + 1) * count]
             examples = [copied(self._kept[task][k], self.copy_tensors) for task, k in cards]
         del deck[left:]
         self._deck = deck
@@ -312,6 +324,13 @@ class ReplayBuffer:
             yield batch
         if self._pass is current:
             self._pass = None
+
+    def _course(self) -> tuple[Any, ...]:
+        """What decides all further draws: equal where buffers of the same data draw the same."""
+        number = {task: place for place, task in enumerate(self._kept)}
+        deck = [(number[task], k) for task, k in self._deck]
+        sizes = [(len(kept), self._seen[task]) for task, kept in self._kept.items()]
+        return sizes, deck, self._owed, self._rng.getstate()
 
     def _settle(self) -> None:
         """In a DataLoader's worker, takes the worker's own generator; see the class.
