@@ -156,6 +156,7 @@ OTHERS = {
     ("dgg/hf/callback.py", "_resume"): "test_hf.py",
     ("dgg/hf/callback.py", "_resume", 2): "test_hf.py",
     ("dgg/hf/callback.py", "_warn_of_ignored_lr"): "test_hf.py",
+    ("dgg/hf/replay_trainer.py", "_load_optimizer_and_scheduler"): "test_hf_replay.py",
     ("kernels/launcher.py", "_without_spills"): "below",
 }
 

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from dgg.hf import GuidanceCallback, ReplayTrainer, is_active, with_replay  # noqa: E402
+from dgg.replay.buffer import course  # noqa: E402
 from language_tasks import Killed, arguments_of, counting, killed_after, llama  # noqa: E402
 
 STEPS, SIZE = 6, 4
@@ -83,10 +84,11 @@ def mean_loss(model, batches):
 
 
 def by_hand(
-    model, data, memory, *, ratio=0.5, accumulation=1, autocast=None, anchor=True, **options
+    model, data, memory, *, ratio=0.5, accumulation=1, autocast=None, anchor=True, opt=None,
+    **options,
 ):  # fmt: skip
     """What the Trainer is to do, in a loop."""
-    opt = dgg.AdamW(model.parameters(), weight_decay=0.0, **{**OPTIONS, **options})
+    opt = opt or dgg.AdamW(model.parameters(), weight_decay=0.0, **{**OPTIONS, **options})
     if anchor:
         opt.set_anchor()
     model.train()
@@ -148,7 +150,7 @@ def test_same_weights_as_by_hand(tmp_path, over, hand):
     assert is_active(trainer)
     other = by_hand(alone, task_data(3), twin, **hand)
     assert_same_weights(model, alone)
-    assert memory._course() == twin._course()
+    assert course(memory) == course(twin)
     # And replay is no no-op.
     without = llama()
     by_hand(without, task_data(3), dgg.ReplayBuffer(1), **hand)
@@ -175,6 +177,30 @@ def test_tasks_one_after_the_other(tmp_path):
     with pytest.raises(ValueError, match="task 2 is in the buffer already"):
         trainer.remember()
     assert trainer.remember("more", task_data(7)[:2]) == 2
+
+
+def test_same_trainer_next_task(tmp_path):
+    """The optimizer goes on; it clips from the first task on that has something to replay."""
+    model, alone, memory, twin = llama(), llama(), memory_of(), memory_of()
+    trainer = trainer_for(
+        model, task_data(1), tmp_path, memory, max_grad_norm=0.05, replay={"replay_ratio": 0.1}
+    )
+    trainer.train()
+    opt = dgg.unwrap(trainer.optimizer)
+    assert opt.param_groups[0]["max_grad_norm"] is None
+    assert trainer.remember() == 9
+    # From here on as by hand, where the first two steps have no old example.
+    twin.add_task(task_data(1), 0)
+    alone.load_state_dict(model.state_dict())
+    other = dgg.AdamW(alone.parameters(), weight_decay=0.0, max_grad_norm=0.05, **OPTIONS)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        other.state[q] = copy.deepcopy(opt.state[p])
+    other.param_groups[0]["draw_index"] = STEPS
+    trainer.train_dataset = task_data(3)
+    trainer.train()
+    by_hand(alone, task_data(3), twin, opt=other, ratio=0.1)
+    assert_same_weights(model, alone)
+    assert [group["max_grad_norm"] for group in opt.param_groups] == [0.05, 0.05]
 
 
 def test_first_task_is_the_trainers(tmp_path):
@@ -212,7 +238,7 @@ def test_resumed_bit_for_bit(tmp_path):
     for number, state in right["state"].items():
         assert state.keys() == left["state"][number].keys() and "anchor" in state
         assert all(torch.equal(left["state"][number][key], value) for key, value in state.items())
-    assert fresh._course() == straight.replay_buffer._course()
+    assert course(fresh) == course(straight.replay_buffer)
     assert fresh.tasks == (0,) and len(fresh) == 9
     logged = [[e for e in t.state.log_history if e["step"] > 4][0] for t in (resumed, straight)]
     assert logged[0]["loss"] == logged[1]["loss"]

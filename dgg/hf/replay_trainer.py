@@ -24,6 +24,7 @@ from dgg import _callers
 from dgg.hf.callback import GuidanceCallback, _unwrap, logger
 from dgg.replay import ReplayBuffer
 from dgg.replay.arguments import as_ratio
+from dgg.replay.buffer import course
 
 __all__ = ["ReplayTrainer", "with_replay"]
 
@@ -264,8 +265,8 @@ class _Replay:
             return
         from accelerate.utils import gather_object
 
-        course = self.replay_buffer._course(), as_ratio(self.replay_ratio)
-        mine = hashlib.sha256(repr(course).encode()).hexdigest()
+        text = repr((course(self.replay_buffer), as_ratio(self.replay_ratio)))
+        mine = hashlib.sha256(text.encode()).hexdigest()
         if len(set(gather_object([mine]))) > 1:
             raise RuntimeError(
                 "the replay buffers of the ranks differ: give every rank a buffer with the same "

@@ -16,6 +16,7 @@ from dgg.replay.arguments import (
     as_seed,
     as_task,
     check_batches,
+    check_part,
     is_columns,
     is_indexed,
 )
@@ -23,7 +24,7 @@ from dgg.replay.copies import copied
 from dgg.replay.drawing import Card, Draws, choose, deal, offer, this_worker, worker_generator
 from dgg.replay.passes import _Pass
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["ReplayBuffer", "course"]
 
 
 class ReplayBuffer:
@@ -197,12 +198,7 @@ class ReplayBuffer:
             ValueError: if `count` is negative, there is no such rank, or the buffer is empty and
                 `count` is not 0.
         """
-        count = as_int("count", count)
-        rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
-        if count < 0:
-            raise ValueError(f"count must not be negative, got {count}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+        count, rank, world_size = check_part(count, rank, world_size)
         if count and not len(self):
             raise ValueError("the replay buffer is empty: add a finished task first")
         self._settle()
@@ -325,13 +321,6 @@ class ReplayBuffer:
         if self._pass is current:
             self._pass = None
 
-    def _course(self) -> tuple[Any, ...]:
-        """What decides all further draws: equal where buffers of the same data draw the same."""
-        number = {task: place for place, task in enumerate(self._kept)}
-        deck = [(number[task], k) for task, k in self._deck]
-        sizes = [(len(kept), self._seen[task]) for task, kept in self._kept.items()]
-        return sizes, deck, self._owed, self._rng.getstate()
-
     def _settle(self) -> None:
         """In a DataLoader's worker, takes the worker's own generator; see the class.
 
@@ -386,3 +375,11 @@ class ReplayBuffer:
         memo[id(self)] = other
         other.load_state_dict(copy.deepcopy(self.state_dict(), memo))
         return other
+
+
+def course(buffer: ReplayBuffer) -> tuple[Any, ...]:
+    """What decides all further draws: equal where buffers of the same data draw the same."""
+    number = {task: place for place, task in enumerate(buffer._kept)}
+    deck = [(number[task], k) for task, k in buffer._deck]
+    sizes = [(len(kept), buffer._seen[task]) for task, kept in buffer._kept.items()]
+    return sizes, deck, buffer._owed, buffer._rng.getstate()
