@@ -1118,6 +1118,27 @@ def trainer_with_other_memories(folder):
     assert trainer.state.global_step == 0
 
 
+def trainer_replays_under(folder, accumulated=2, **over):
+    """Options of DDP change nothing: each pass is one that it reduces, or that waits for it."""
+    found, usual = [], {"gradient_accumulation_steps": accumulated}
+    for place, options in enumerate((usual, {**usual, **over})):
+        fresh()
+        out, memory = os.path.join(folder, str(place)), memory_of(0)
+        model = language_model()
+        trainer = trainer_for(
+            model, 1, out, dist.get_world_size(), guide_first_task=True, memory=memory, **options
+        )
+        trainer.train()
+        if "ddp_static_graph" in options:
+            assert trainer.model_wrapped.static_graph
+        assert_same_on_all_ranks(model.parameters())
+        found.append([p.detach() for p in model.parameters()])
+    # Sums of the ranks before those of the passes are rounded otherwise.
+    exact = {"rtol": 0.0, "atol": 0.0}
+    close = {"rtol": 1e-5, "atol": 1e-6} if "accelerator_config" in over else exact
+    torch.testing.assert_close(*found, **close)
+
+
 def trainer_beside(
     folder, build=language_model, named=False, sharded=None, options=None, **over
 ):  # fmt: skip

@@ -153,6 +153,13 @@ MORE = [
          sharded={}, named=True),
     case("Trainer FSDP2", "trainer_beside", "meta init", label="FSDP2 meta", folder="",
          sharded={"cpu_ram_efficient_loading": True}),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="static graph", folder="",
+         accumulated=1,  # torch's no_sync() fails in a static graph, with and without replay
+         ddp_static_graph=True, ddp_find_unused_parameters=False),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="small buckets", folder="",
+         ddp_bucket_cap_mb=0.001, ddp_find_unused_parameters=False),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="every pass reduced", folder="",
+         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}),
     case("Trainer FSDP2", "trainer_run", "resume", label="full", kept="Trainer FSDP2 full",
          sharded={"state_dict_type": "FULL_STATE_DICT"}),
 ]  # fmt: skip
