@@ -369,7 +369,7 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
         )
     for number, group in enumerate(groups):
         needed = set(_arguments.GUIDANCE_OPTIONS) - _arguments.NEW_OPTIONS.keys()
-        absent = sorted(needed - group.keys())
+        absent = sorted(name for name in needed if name not in group)
         if absent:
             raise KeyError(
                 f"group {number} of the state dict lacks {absent}; pass what "
