@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The reference against its equations, element by element in Python's own arithmetic.
 
-Every backend is tested against ``dgg/reference.py``; here it is tested itself: the equations of its
+Every backend is tested against ``dgg/reference/``; here it is tested itself: the equations of its
 docstring, written down once more for single numbers, with every option off its neutral value and
 every optional argument left out once. It is the file that ``make mutate`` changes line by line
 (docs/mutation_testing.md): whatever these tests would not notice there, no other test needs to.
