@@ -35,10 +35,11 @@ ELSEWHERE = {
     "docs/checkpoints.md 2": ("checkpoint_worker.py", "of_the_docs"),
     "docs/huggingface.md 2": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 3": ("test_hf.py", "test_the_guide_is_true"),
-    "docs/huggingface.md 5": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 4": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 6": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 7": ("test_hf.py", "test_the_guide_is_true"),
-    "docs/huggingface.md 8": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/huggingface.md 8": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 9": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
     "docs/sharding.md 1": (
         "test_launched.py",
         "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",
@@ -229,7 +230,7 @@ def trainer(run, monkeypatch, tmp_path, capsys):
     assert kwargs == {"train_dataset": "task"}
 
 
-@stand_in("docs/huggingface.md 4")
+@stand_in("docs/huggingface.md 5")
 @stand_in("dgg/optim/guided.py set_anchor")
 def own_loop(run, monkeypatch, tmp_path, capsys):
     model, _ = model_and_batches()

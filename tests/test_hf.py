@@ -364,7 +364,7 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1]
     assert len([line for line in diff.splitlines() if line[0] in "+-"]) <= 4
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names = {
         "dgg": dgg,
         "Trainer": transformers.Trainer,
@@ -380,6 +380,11 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
         names["model"], names["base"] = lora(base_model()), base_model()
         if "from_pretrained" in example:
             names["model"].save_pretrained("adapters/0")
+        if "importance.safetensors" in example:  # what the process before has left
+            trainer_for(
+                names["model"], task_data(0), "out/process-0", [GuidanceCallback()],
+                options={"importance": 0.5},
+            ).train()  # fmt: skip
         exec(example, names)
         assert is_active(names["trainer"])
         if "replay_buffer" in example:
@@ -817,3 +822,97 @@ def test_numbers_of_numpy_are_numbers():
     ):
         callback = GuidanceCallback(alpha=alpha, task=np.int64(2))
         assert callback.alpha == expected and json.loads(json.dumps(callback.first_task)) == 2
+
+
+# Importance, and alpha="auto", from task to task
+
+WEIGHED = {"alpha": 1.0, "importance": 0.5}
+
+
+def importances(trainer):
+    opt = dgg.unwrap(trainer.optimizer)
+    return {
+        n: opt.state[p]["importance"]
+        for n, p in trainer.model.named_parameters()
+        if "importance" in opt.state.get(p, ())
+    }
+
+
+@pytest.mark.parametrize("how", ["new Trainer", "folder of the anchor", "argument"])
+def test_importance_goes_from_task_to_task(tmp_path, how, monkeypatch):
+    from dgg.hf import importance
+
+    model = lora(base_model())
+    out = tmp_path / "first"
+    # In the first task there is nothing to protect, and nothing to weigh.
+    first = trainer_for(model, task_data(0), out, [GuidanceCallback()], options=WEIGHED)
+    first.train()
+    sums = dgg.unwrap(first.optimizer).importance_dict(model=model)
+    assert not importances(first)
+    saved = load_file(out / "importance.safetensors")
+    assert all(torch.equal(saved[name], total) for name, total in sums.items())
+    if how == "new Trainer":
+        callback = GuidanceCallback()
+    else:
+        monkeypatch.setattr(importance, "_sums", {})  # as in another process
+        model.save_pretrained(out)
+        more = {"importance": sums} if how == "argument" else {"anchor": out}
+        callback = GuidanceCallback(task=1, **more)
+    second = trainer_for(model, task_data(1), tmp_path / "second", [callback], options=WEIGHED)
+    second.train()
+    mean = torch.cat([x.reshape(-1) for x in sums.values()]).mean()
+    found = importances(second)
+    assert found.keys() == trainable(model).keys()
+    assert_close = torch.testing.assert_close
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (key,) = [key for key in sums if key in (name, name.replace(".default", ""))]
+            assert_close(found[name], sums[key] / mean)
+    # The third adds its own second moments to the sums of both.
+    opt = dgg.unwrap(second.optimizer)
+    together = opt.importance_dict(model=model)
+    assert all((together[key] >= sums[key]).all() for key in sums)
+    assert any((together[key] > sums[key]).any() for key in sums)
+
+
+def test_a_new_process_without_the_importance_says_what_to_pass(tmp_path, monkeypatch):
+    from dgg.hf import importance
+
+    monkeypatch.setattr(importance, "_sums", {})
+    model = lora(base_model())
+    trainer = trainer_for(
+        model, task_data(1), tmp_path, [GuidanceCallback(task=1)], options=WEIGHED
+    )
+    before = trainable(model)
+    with pytest.raises(RuntimeError, match=r"GuidanceCallback\(importance=...\)"):
+        trainer.train()
+    assert_same(before, trainable(model))
+    with pytest.raises(TypeError, match="importance= must be what importance_dict"):
+        GuidanceCallback(importance=3)
+
+
+def test_auto_of_the_callback_is_logged(tmp_path, caplog):
+    model = lora(base_model())
+    buffer = dgg.ReplayBuffer(per_task=4, seed=0)
+    data = task_data(0)
+    buffer.add_task([data[i] for i in range(4)])
+    trainer = dgg.hf.ReplayTrainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=STEPS,
+            logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+            max_grad_norm=0.5,
+        ),
+        train_dataset=task_data(1),
+        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2}),
+        callbacks=[GuidanceCallback("auto", task=1)],
+        replay_buffer=buffer,
+        replay_ratio=0.5,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="dgg.hf"):
+        trainer.train()
+    assert "alpha auto, anchor of" in caplog.text
+    entries = [entry for entry in trainer.state.log_history if "guidance/pull" in entry]
+    assert len(entries) > STEPS
+    assert all(-1 <= entry["guidance/alignment"] <= 1 for entry in entries)
+    assert all(entry["guidance/pull"] >= 0 for entry in entries)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dgg import _arguments, _callers, backends, optim
+from dgg.hf import importance as importances
 
 try:
     from transformers import TrainerCallback
@@ -48,19 +49,24 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     In the log entries of the training, and so in every logger: ``guidance/injected`` (share of
     the steps since the last entry that were guided), ``guidance/scale`` (mean s of these),
     ``guidance/distance`` (mean ‖θ - θ*‖), ``guidance/grad_norm`` (mean ‖g‖), ``guidance/clip``
-    (mean c, if the optimizer clips) and ``guidance/task``; what no step measured is left out.
+    (mean c, if the optimizer clips), with ``alpha="auto"`` ``guidance/alignment`` and
+    ``guidance/pull``, and ``guidance/task``; what no step measured is left out.
     The last entry of a training summarises all of it. Steps are not synchronised for this: the
     numbers stay on the device until the Trainer logs.
 
     Args:
-        alpha: Probability of injecting: one number, one per task in order, or a mapping from
-            task number to alpha. None leaves the optimizer's own.
+        alpha: Probability of injecting, or ``"auto"``: one for all tasks, one per task in order, or
+            a mapping from task number to alpha. None leaves the optimizer's own.
         task: Number of the first task this callback sees, from 0; None counts by itself.
         anchor: The anchor of the first task this callback sees, instead of the weights it begins
             with: named tensors, or a path as `dgg.AdamW.set_anchor` takes it: a safetensors file
             or a directory written by ``save_pretrained`` (a model, an adapter), a Trainer's last
             checkpoint. A checkpoint from the middle of a training is refused.
         guide_first_task: Also guide task 0, towards the (pre-trained) weights it begins with.
+        importance: For an optimizer with ``importance`` > 0, that of the first task this callback
+            sees: what ``importance_dict()`` returned, or its path. None takes what the training
+            before has left: in this process, or in ``importance.safetensors`` in the folder of
+            ``anchor``. Every training writes that file into its ``output_dir`` at its end.
 
     Raises:
         TypeError: An argument is of the wrong type; when the training begins: the Trainer's
@@ -74,10 +80,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, alpha: float | Sequence[float] | Mapping[int, float] | None = None, *,
+        self,
+        alpha: float | str | Sequence[float | str] | Mapping[int, float | str] | None = None, *,
         task: int | None = None, anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
         guide_first_task: bool = False,
+        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
     ) -> None:  # fmt: skip
+        importances.check(importance)
         self.alpha = _checked_alpha(alpha)
         if task is not None:
             task = _arguments.plain("task", task)
@@ -91,7 +100,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             raise TypeError(f"guide_first_task={guide_first_task!r} must be True or False")
         self.first_task = task
         self.guide_first_task = guide_first_task
-        self._anchor_source = anchor
+        self._anchor_source, self._importance_source = anchor, importance
         # Of the present training, or of the last one.
         self._task: int | None = None
         self._guided = self._running = self._stepped = False
@@ -155,7 +164,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             self._origin = "the tensors given" if isinstance(source, Mapping) else str(source)
         # Not set_anchor(): the Trainer's state says where a task begins, not the optimizer's.
-        opt._place_anchor(source, model=None if source is None else model, task=task)
+        weights = importances.source_of(opt, _core(model), self._importance_source, source)
+        named = source is not None or weights is not None
+        opt._place_anchor(source, model=model if named else None, task=task, importance=weights)
 
     def _resume(self, opt, model: nn.Module, saved: Mapping[str, Any]) -> None:
         anchored = _anchored(opt)
@@ -200,8 +211,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._running = False
         if state.is_hyper_param_search:
             return  # Every trial is the same task again.
-        self._anchor_source = self.first_task = None
+        self._anchor_source = self._importance_source = self.first_task = None
         core = _core(kwargs["model"])
+        opt, writes = _unwrap(kwargs["optimizer"]), state.is_world_process_zero
+        importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
         _tasks_done[core] = max(self._task + 1, _tasks_done.get(core, 0))
 
     def _upcoming(self, model: nn.Module) -> int:
@@ -212,9 +225,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         upcoming = 0 if self._task is None else self._task + 1
         return max(upcoming, _tasks_done.get(_core(model), 0))
 
-    def _alpha_of(self, task: int) -> float | None:
+    def _alpha_of(self, task: int) -> float | str | None:
         alpha = self.alpha
-        if alpha is None or isinstance(alpha, float):
+        if alpha is None or isinstance(alpha, (float, str)):
             return alpha
         if isinstance(alpha, dict):
             by_task, remedy = alpha, f"add the key {task}"
@@ -295,9 +308,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return text + "not guided, there is no former task to protect"
         anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
         size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
-        alphas = sorted({float(group["alpha"]) for group in opt.param_groups})
+        alphas = sorted({_shown_alpha(group["alpha"]) for group in opt.param_groups})
         return text + (
-            f"alpha {', '.join(f'{a:g}' for a in alphas)}, anchor of {len(anchors)} {pieces} "
+            f"alpha {', '.join(alphas)}, anchor of {len(anchors)} {pieces} "
             f"({size:.1f} MiB): {self._origin}"
         )
 
@@ -335,8 +348,8 @@ class _Window:
             self._fold()
 
     def _fold(self) -> None:
-        for name in ("injected", "scale", "grad_norm", "distance", "clip"):
-            values = [row[name].float().mean() for row in self._rows if row[name] is not None]
+        for name in ("injected", "scale", "grad_norm", "distance", "clip", "alignment", "pull"):
+            values = [x.float().mean() for row in self._rows if (x := row.get(name)) is not None]
             if values:
                 total, count = torch.stack(values).sum(), len(values)
                 if name in self._sums:
@@ -408,7 +421,7 @@ def _unwrap(optimizer, who: str = "GuidanceCallback"):
         ) from None
 
 
-def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
+def _checked_alpha(alpha: Any) -> Any:
     if alpha is None:
         return None
     if getattr(alpha, "ndim", 0) == 1 and len(alpha) != 1:
@@ -425,9 +438,13 @@ def _checked_alpha(alpha: Any) -> float | list[float] | dict[int, float] | None:
     return _checked_number(alpha)
 
 
-def _checked_number(alpha: Any) -> float:
+def _checked_number(alpha: Any) -> float | str:
     _arguments.check_options({"alpha": alpha})
-    return float(alpha)
+    return alpha if isinstance(alpha, str) else float(alpha)
+
+
+def _shown_alpha(alpha: Any) -> str:
+    return alpha if isinstance(alpha, str) else f"{float(alpha):g}"
 
 
 def _anchored(opt) -> int:

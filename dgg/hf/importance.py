@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Carries the importance from the optimizer of one training to that of the next."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgg import _callers, sharding
+
+logger = logging.getLogger("dgg.hf")
+
+# The file that a finished training leaves in its output_dir, for a process per task.
+FILE = "importance.safetensors"
+# Sums of v̂ at the end of the last training, by model, for scripts that make a new Trainer for every
+# task.
+_sums: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+Source = Mapping[str, Tensor] | str | os.PathLike
+
+
+def check(importance: Any) -> None:
+    """Raises a TypeError unless it is a source of importance, or None."""
+    if importance is not None and not isinstance(importance, (Mapping, str, os.PathLike)):
+        raise TypeError(
+            "importance= must be what importance_dict() returned, or the path of a file with it, "
+            f"not {type(importance).__name__}"
+        )
+
+
+def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writes: bool) -> None:
+    """Keeps the sums of a finished training for the next one, and in a file of its output_dir.
+
+    Args:
+        opt: The optimizer.
+        model: The model as trained.
+        core: The module inside of wrappers, by which the next training finds them.
+        output_dir: The Trainer's; None writes no file.
+        writes: This process writes; all ranks call this.
+    """
+    if not opt.param_groups[0]["importance"]:
+        return
+    try:
+        sums = opt.importance_dict(model=model)
+    except RuntimeError as error:
+        logger.warning(
+            "the importance of this training is not carried to the next one: %s", error,
+            stacklevel=_callers.stacklevel(),
+        )  # fmt: skip
+        return
+    _sums[core] = sums
+    if output_dir is None:
+        return
+    whole = {}
+    for name, value in sums.items():
+        value = value.full_tensor() if sharding.is_dtensor(value) else value
+        if writes:
+            whole[name] = value.contiguous().to("cpu")
+    if writes and not any(value.is_complex() for value in whole.values()):
+        from safetensors.torch import save_file
+
+        os.makedirs(output_dir, exist_ok=True)
+        part = os.path.join(output_dir, f".{FILE}.part")
+        save_file(whole, part)
+        os.replace(part, os.path.join(output_dir, FILE))  # whole or not at all
+
+
+def source_of(
+    opt, core: nn.Module, given: Source | None, anchor_source: Source | None
+) -> Source | None:
+    """Returns where the importance of a task that begins comes from.
+
+    Args:
+        opt: The optimizer.
+        core: The module inside of wrappers.
+        given: The callback's argument.
+        anchor_source: Where the anchor comes from; a path may have the importance beside it.
+
+    Returns:
+        A source for ``set_anchor(importance=...)``; None if the optimizer has second moments of
+        its own, or weighs nothing.
+
+    Raises:
+        RuntimeError: The optimizer is new, and nobody has kept the importance of the last task.
+    """
+    if not opt.param_groups[0]["importance"]:
+        return None
+    if given is not None:
+        return given
+    if any(isinstance(entry, dict) and _has_stepped(entry) for entry in opt.state.values()):
+        return None
+    if isinstance(anchor_source, (str, os.PathLike)):
+        path = pathlib.Path(anchor_source)
+        for folder in (path, path.parent):
+            if (folder / FILE).is_file():
+                return folder / FILE
+    if core in _sums:
+        return _sums[core]
+    raise RuntimeError(
+        f"the optimizer weighs its pull (importance={opt.param_groups[0]['importance']}), is new, "
+        "and nothing is known of the training before: pass GuidanceCallback(importance=...) with "
+        f"the path of the {FILE} that the former training has left in its output_dir, or build the "
+        "optimizer with importance=0"
+    )
+
+
+def _has_stepped(entry: Mapping[str, Any]) -> bool:
+    step = entry.get("step", 0)
+    return float(step) > 0 if isinstance(step, (int, float, torch.Tensor)) else False
