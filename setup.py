@@ -441,6 +441,7 @@ if __name__ == "__main__":
                     "csrc/cpu_arguments.h",
                     "csrc/cpu_chunks.h",
                     "csrc/cpu_loops.h",
+                    "csrc/cpu_updates.h",
                     "csrc/table.h",
                     "csrc/torch_inside.h",
                     "csrc/update.h",

@@ -19,6 +19,7 @@
 #include "cpu_arguments.h"
 #include "cpu_chunks.h"
 #include "cpu_loops.h"
+#include "cpu_updates.h"
 
 namespace dgg {
 namespace {
@@ -149,110 +150,6 @@ namespace {
 
 // Updates.
 
-// The loops read and write S and compute in T. S is T where blocks are staged, and the storage type
-// itself where all tensors of a row share it: then nothing needs staging.
-
-template <typename T, typename S, int kPulled, bool kAmsgrad>
-struct AdamLoop {
-  S* param;
-  const S* grad;
-  S* exp_avg;
-  S* exp_avg_sq;
-  S* max_exp_avg_sq;
-  const S* anchor;
-  const S* importance;
-  int64_t n;
-  AdamScalars<T> scalars;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(param + i);
-    prefetch(grad + i);
-    prefetch(exp_avg + i);
-    prefetch(exp_avg_sq + i);
-    if constexpr (kAmsgrad) prefetch(max_exp_avg_sq + i);
-    if constexpr (kPulled != kNotPulled) prefetch(anchor + i);
-    if constexpr (kPulled == kByImportance) prefetch(importance + i);
-  }
-
-  DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = widen<T>(param[i]), m = widen<T>(exp_avg[i]), v = widen<T>(exp_avg_sq[i]);
-    T x = T(0), a = T(0), f = T(0);
-    if constexpr (kAmsgrad) x = widen<T>(max_exp_avg_sq[i]);
-    if constexpr (kPulled != kNotPulled) a = widen<T>(anchor[i]);
-    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
-    adam<kPulled, kAmsgrad>(scalars, p, widen<T>(grad[i]), m, v, x, a, f);
-    param[i] = narrow<S>(p);
-    exp_avg[i] = narrow<S>(m);
-    exp_avg_sq[i] = narrow<S>(v);
-    if constexpr (kAmsgrad) max_exp_avg_sq[i] = narrow<S>(x);
-  }
-};
-
-template <typename T, typename S, int kPulled, bool kMomentum>
-struct SgdLoop {
-  S* param;
-  const S* grad;
-  S* buffer;
-  const S* anchor;
-  const S* importance;
-  int64_t n;
-  SgdScalars<T> scalars;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(param + i);
-    prefetch(grad + i);
-    if constexpr (kMomentum) prefetch(buffer + i);
-    if constexpr (kPulled != kNotPulled) prefetch(anchor + i);
-    if constexpr (kPulled == kByImportance) prefetch(importance + i);
-  }
-
-  DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = widen<T>(param[i]), b = T(0), a = T(0), f = T(0);
-    if constexpr (kMomentum) b = widen<T>(buffer[i]);
-    if constexpr (kPulled != kNotPulled) a = widen<T>(anchor[i]);
-    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
-    sgd<kPulled, kMomentum>(scalars, p, widen<T>(grad[i]), b, a, f);
-    param[i] = narrow<S>(p);
-    if constexpr (kMomentum) buffer[i] = narrow<S>(b);
-  }
-};
-
-template <typename T, typename S, int kPulled>
-struct GuideLoop {
-  const S* param;
-  const S* grad;
-  const S* anchor;
-  const S* importance;
-  S* out;
-  int64_t n;
-  GuideScalars<T> scalars;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(grad + i);
-    if constexpr (kPulled != kNotPulled) {
-      prefetch(param + i);
-      prefetch(anchor + i);
-    }
-    if constexpr (kPulled == kByImportance) prefetch(importance + i);
-  }
-
-  DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = T(0), a = T(0), f = T(0);
-    if constexpr (kPulled != kNotPulled) {
-      p = widen<T>(param[i]);
-      a = widen<T>(anchor[i]);
-    }
-    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
-    out[i] = narrow<S>(guide<kPulled>(scalars, p, widen<T>(grad[i]), a, f));
-  }
-};
-
 template <typename Scalars>
 struct UpdateRow : Row {
   Stream state[3];
@@ -294,22 +191,45 @@ void store(const UpdateRow<Scalars>& row, const Draws& draws, int64_t begin, int
   row.param.template unstage<S>(begin, n, updated);
 }
 
+// What a rule's loop reads of a block beside the parameter and the state. Without replay gradient
+// the gradient is h already.
+template <typename T, typename S>
+struct Inputs {
+  const S* grad;
+  const S* replay;
+  T replay_weight;
+  const S* anchor;
+  const S* importance;
+
+  template <bool kReplayed>
+  Gradient<T, S, kReplayed> gradient() const {
+    return {grad, replay, replay_weight};
+  }
+
+  template <int kPulled>
+  Pull<T, S, kPulled> pull() const {
+    return {anchor, importance};
+  }
+};
+
 struct AdamRule {
   using Row = UpdateRow<AdamScalars<double>>;
   static constexpr const char* kOp = "adam_table_";
   static constexpr int kHypers = kAdamHypers, kStates = 3;
   static constexpr auto* kCompute = compute_adam;
 
-  template <typename T, typename S, int kPulled>
-  static void block(const AdamScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, const S* importance, int64_t n, const Ahead& ahead) {
+  template <int kPulled, bool kReplayed, typename T, typename S>
+  static void block(const AdamScalars<T>& scalars, S* param, const Inputs<T, S>& in,
+                    S* const* state, int64_t n, const Ahead& ahead) {
+    const auto gradient = in.template gradient<kReplayed>();
+    const auto pull = in.template pull<kPulled>();
     if (state[2]) {
-      run(AdamLoop<T, S, kPulled, true>{param, grad, state[0], state[1], state[2], anchor,
-                                        importance, n, scalars},
+      run(AdamLoop<T, S, kPulled, kReplayed, true>{param, gradient, state[0], state[1], state[2],
+                                                   pull, n, scalars},
           ahead);
     } else {
-      run(AdamLoop<T, S, kPulled, false>{param, grad, state[0], state[1], nullptr, anchor,
-                                         importance, n, scalars},
+      run(AdamLoop<T, S, kPulled, kReplayed, false>{param, gradient, state[0], state[1], nullptr,
+                                                    pull, n, scalars},
           ahead);
     }
   }
@@ -321,18 +241,30 @@ struct SgdRule {
   static constexpr int kHypers = kSgdHypers, kStates = 1;
   static constexpr auto* kCompute = compute_sgd;
 
-  template <typename T, typename S, int kPulled>
-  static void block(const SgdScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, const S* importance, int64_t n, const Ahead& ahead) {
+  template <int kPulled, bool kReplayed, typename T, typename S>
+  static void block(const SgdScalars<T>& scalars, S* param, const Inputs<T, S>& in, S* const* state,
+                    int64_t n, const Ahead& ahead) {
+    const auto gradient = in.template gradient<kReplayed>();
+    const auto pull = in.template pull<kPulled>();
     if (state[0]) {
-      run(SgdLoop<T, S, kPulled, true>{param, grad, state[0], anchor, importance, n, scalars},
+      run(SgdLoop<T, S, kPulled, kReplayed, true>{param, gradient, state[0], pull, n, scalars},
           ahead);
     } else {
-      run(SgdLoop<T, S, kPulled, false>{param, grad, nullptr, anchor, importance, n, scalars},
+      run(SgdLoop<T, S, kPulled, kReplayed, false>{param, gradient, nullptr, pull, n, scalars},
           ahead);
     }
   }
 };
+
+// One rule's loop over a block, with or without a replay gradient that is mixed in it.
+template <typename Rule, int kPulled, typename T, typename S, typename Scalars>
+void run_block(const Scalars& scalars, S* param, const Inputs<T, S>& in, S* const* state, int64_t n,
+               const Ahead& ahead) {
+  if constexpr (is_wide<S>() && kPulled != kByRoute) {
+    if (in.replay) return Rule::template block<kPulled, true>(scalars, param, in, state, n, ahead);
+  }
+  Rule::template block<kPulled, false>(scalars, param, in, state, n, ahead);
+}
 
 // Returns the look-ahead's share of the chunk.
 template <typename Rule, typename T, typename S>
@@ -350,9 +282,20 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
     if constexpr (is_wide<S>()) {
       if (row.copy) row.copy.adopt(begin, n, param);
     }
-    const S* const grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
-    ahead.add<S>(row.grad, begin, row.replay || row.masked);
-    ahead.add<S>(row.replay, begin, true);
+    Inputs<T, S> in{};
+    // Where both are stored as S the loop mixes them, which spares a walk over the block.
+    if (row.replay && !row.masked && !row.routed && row.grad.dtype == code_of<S>() && row.grad &&
+        row.replay.dtype == code_of<S>()) {
+      in.grad = row.grad.template at<S>(begin);
+      in.replay = row.replay.template at<S>(begin);
+      in.replay_weight = static_cast<T>(row.replay_weight);
+      ahead.add<S>(row.grad, begin);
+      ahead.add<S>(row.replay, begin);
+    } else {
+      in.grad = stage_gradient<S>(row, begin, n, spare + kBlock, spare + 2 * kBlock);
+      ahead.add<S>(row.grad, begin, row.replay || row.masked);
+      ahead.add<S>(row.replay, begin, true);
+    }
     S* state[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) {
       state[s] = row.state[s] ? row.state[s].template stage<S>(begin, n, buffers[s]) : nullptr;
@@ -374,25 +317,29 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
       if constexpr (is_wide<S>()) {
         S* const pull = spare + 4 * kBlock;
         stage_pull(row, draws, scalars.guide, begin, n, param, anchor, by.importance, pull);
-        Rule::template block<T, S, kByRoute>(scalars, param, grad, state, pull, nullptr, n, ahead);
+        in.anchor = pull;
+        run_block<Rule, kByRoute>(scalars, param, in, state, n, ahead);
       }
     } else if (row.masked) {
       if constexpr (is_wide<S>()) {
         S* const total = spare + 4 * kBlock;
-        guide_drawn(row, draws, scalars.guide, begin, n, param, grad, anchor, by.importance, total);
+        guide_drawn(row, draws, scalars.guide, begin, n, param, in.grad, anchor, by.importance,
+                    total);
+        in.grad = total;
         auto guided = scalars;
         guided.guide.grad = T(1);
-        Rule::template block<T, S, kNotPulled>(guided, param, total, state, nullptr, nullptr, n,
-                                               ahead);
+        run_block<Rule, kNotPulled>(guided, param, in, state, n, ahead);
       }
-    } else if (row.guided && by.importance) {
-      Rule::template block<T, S, kByImportance>(scalars, param, grad, state, anchor, by.importance,
-                                                n, ahead);
     } else if (row.guided) {
-      Rule::template block<T, S, kByAnchor>(scalars, param, grad, state, anchor, nullptr, n, ahead);
+      in.anchor = anchor;
+      in.importance = by.importance;
+      if (by.importance) {
+        run_block<Rule, kByImportance>(scalars, param, in, state, n, ahead);
+      } else {
+        run_block<Rule, kByAnchor>(scalars, param, in, state, n, ahead);
+      }
     } else {
-      Rule::template block<T, S, kNotPulled>(scalars, param, grad, state, nullptr, nullptr, n,
-                                             ahead);
+      run_block<Rule, kNotPulled>(scalars, param, in, state, n, ahead);
     }
     store<S>(row, draws, begin, n, param);
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -472,13 +419,21 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
         }
       }
       if (!row.masked && importance) {
-        run(GuideLoop<T, S, kByImportance>{param, grad, anchor, importance, out, n, scalars},
+        run(
+            GuideLoop<T, S, kByImportance>{
+                param, {grad, nullptr, T(0)}, {anchor, importance}, out, n, scalars},
             ahead);
       } else if (!row.masked) {
-        run(GuideLoop<T, S, kByAnchor>{param, grad, anchor, nullptr, out, n, scalars}, ahead);
+        run(
+            GuideLoop<T, S, kByAnchor>{
+                param, {grad, nullptr, T(0)}, {anchor, nullptr}, out, n, scalars},
+            ahead);
       }
     } else {
-      run(GuideLoop<T, S, kNotPulled>{nullptr, grad, nullptr, nullptr, out, n, scalars}, ahead);
+      run(
+          GuideLoop<T, S, kNotPulled>{
+              nullptr, {grad, nullptr, T(0)}, {nullptr, nullptr}, out, n, scalars},
+          ahead);
     }
     row.grad.unstage<S>(begin, n, out);
   }

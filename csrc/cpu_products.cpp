@@ -16,30 +16,45 @@
 namespace dgg {
 namespace {
 
-// Squares and products of equation (7), of a block of h, u and r; A is the sums' type.
+// Squares and products of equation (7), of a block; A is the sums' type. h, u and r are made on the
+// way: a buffer of each would have to be written and read again.
 struct BlockProducts {
   double head = 0, pull = 0, replay = 0, h_dot_r = 0, u_dot_r = 0;
 };
 
-template <typename A, typename T, bool kReplay>
-struct ProductSums {
-  const T* h;
-  const T* u;
-  const T* r;
+template <typename T>
+struct BlockInputs {
+  const T* grad;
+  const T* replay;
+  const T* param;
+  const T* anchor;
+  const T* importance;
   int64_t n;
+  T replay_weight;
+  GuideScalars<T> scalars;
+};
+
+template <typename A, typename T, int kPulled, bool kReplayed>
+struct ProductSums {
+  BlockInputs<T> in;
   BlockProducts* sums;
 
   DGG_HOST_DEVICE void operator()() const {
     const ProductSums self = *this;
     A lanes[5][kLanes] = {};
     int64_t i = 0;
-    for (; i + kLanes <= self.n; i += kLanes) {
+    for (; i + kLanes <= self.in.n; i += kLanes) {
+      prefetch(self.in.grad + i);
+      prefetch(self.in.param + i);
+      prefetch(self.in.anchor + i);
+      if constexpr (kReplayed) prefetch(self.in.replay + i);
+      if constexpr (kPulled == kByImportance) prefetch(self.in.importance + i);
       DGG_PRAGMA_SIMD
       for (int lane = 0; lane < kLanes; ++lane) self.add(lanes, lane, i + lane);
     }
-    for (int rest = 0; i + rest < self.n; ++rest) self.add(lanes, rest, i + rest);
-    double totals[5];
-    for (int k = 0; k < (kReplay ? 5 : 2); ++k) {
+    for (int rest = 0; i + rest < self.in.n; ++rest) self.add(lanes, rest, i + rest);
+    double totals[5] = {};
+    for (int k = 0; k < (kReplayed ? 5 : 2); ++k) {
       double wide[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) wide[lane] = lanes[k][lane];
       for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -47,16 +62,20 @@ struct ProductSums {
       }
       totals[k] = wide[0];
     }
-    *self.sums = {totals[0], totals[1], kReplay ? totals[2] : 0, kReplay ? totals[3] : 0,
-                  kReplay ? totals[4] : 0};
+    *self.sums = {totals[0], totals[1], totals[2], totals[3], totals[4]};
   }
 
   DGG_HOST_DEVICE void add(A (&lanes)[5][kLanes], int lane, int64_t i) const {
-    const A head = static_cast<A>(h[i]), pull = static_cast<A>(u[i]);
+    T h = in.grad[i];
+    if constexpr (kReplayed) h = real_gradient(h, in.replay[i], in.replay_weight);
+    T f = T(0);
+    if constexpr (kPulled == kByImportance) f = in.importance[i];
+    const T u = pull_of<kPulled>(in.scalars, in.param[i], in.anchor[i], f);
+    const A head = static_cast<A>(h), pull = static_cast<A>(u);
     lanes[0][lane] += head * head;
     lanes[1][lane] += pull * pull;
-    if constexpr (kReplay) {
-      const A replay = static_cast<A>(r[i]);
+    if constexpr (kReplayed) {
+      const A replay = static_cast<A>(in.replay[i]);
       lanes[2][lane] += replay * replay;
       lanes[3][lane] += head * replay;
       lanes[4][lane] += pull * replay;
@@ -64,15 +83,31 @@ struct ProductSums {
   }
 };
 
-// A product is no larger than the squares of its factors: where these are sound, so is it.
-template <typename T, bool kReplay>
-BlockProducts products_of(const T* h, const T* u, const T* r, int64_t n) {
+// Apart, as in cpu_loops.h.
+template <typename T, int kPulled, bool kReplayed>
+DGG_COLD BlockProducts products_again(const BlockInputs<T>& in) {
   BlockProducts sums;
-  run(ProductSums<T, T, kReplay>{h, u, r, n, &sums});
-  const bool spoiled = may_be_spoiled<T>(sums.head) || may_be_spoiled<T>(sums.pull) ||
-                       (kReplay && may_be_spoiled<T>(sums.replay));
-  if (spoiled) run(ProductSums<double, T, kReplay>{h, u, r, n, &sums});
+  run(ProductSums<double, T, kPulled, kReplayed>{in, &sums});
   return sums;
+}
+
+// A product is no larger than the squares of its factors: where these are sound, so is it.
+template <typename T, int kPulled, bool kReplayed>
+BlockProducts products_of(const BlockInputs<T>& in) {
+  BlockProducts sums;
+  run(ProductSums<T, T, kPulled, kReplayed>{in, &sums});
+  const bool spoiled = may_be_spoiled<T>(sums.head) || may_be_spoiled<T>(sums.pull) ||
+                       (kReplayed && may_be_spoiled<T>(sums.replay));
+  return spoiled ? products_again<T, kPulled, kReplayed>(in) : sums;
+}
+
+template <typename T>
+BlockProducts products_of(const BlockInputs<T>& in) {
+  if (in.importance) {
+    return in.replay ? products_of<T, kByImportance, true>(in)
+                     : products_of<T, kByImportance, false>(in);
+  }
+  return in.replay ? products_of<T, kByAnchor, true>(in) : products_of<T, kByAnchor, false>(in);
 }
 
 struct ProductRow {
@@ -91,31 +126,34 @@ struct ProductRow {
 template <typename T>
 BlockProducts product_chunk(const ProductRow& work, const Chunk& chunk) {
   const Row& row = work.row;
-  const auto scalars = work.scalars.as<T>();
-  T first[kBlock], second[kBlock], third[kBlock], fourth[kBlock], fifth[kBlock];
+  T buffers[5][kBlock];
+  BlockInputs<T> in{};
+  in.replay_weight = static_cast<T>(row.replay_weight);
+  in.scalars = work.scalars.as<T>();
   BlockProducts sums;
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
-    const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    const T* const h = stage_gradient<T>(row, begin, n, first, second);
+    const int64_t n = in.n = std::min<int64_t>(kBlock, chunk.count - offset);
     if (!work.guided) {
-      sums.head += sum_squares<T>(h, n);
+      sums.head += sum_squares<T>(stage_gradient<T>(row, begin, n, buffers[0], buffers[1]), n);
       continue;
     }
-    const T* param = row.param.stage<T>(begin, n, third);
-    if (row.copy) {
-      if (param != third) std::copy_n(param, n, third);
-      row.copy.adopt(begin, n, third);
-      param = third;
+    if (row.grad) {
+      in.grad = row.grad.stage<T>(begin, n, buffers[0]);
+    } else {
+      std::fill_n(buffers[0], n, T(0));
+      in.grad = buffers[0];
     }
-    const T* const anchor = row.anchor.stage<T>(begin, n, fourth);
-    const T* const importance = row.importance ? row.importance.stage<T>(begin, n, fifth) : nullptr;
-    T u[kBlock];
-    stage_pull(row, Draws{}, scalars, begin, n, param, anchor, importance, u);
-    // One of another type is converted a second time, out of the cache.
-    const T* const r = row.replay ? row.replay.stage<T>(begin, n, second) : nullptr;
-    const BlockProducts block =
-        r ? products_of<T, true>(h, u, r, n) : products_of<T, false>(h, u, h, n);
+    in.replay = row.replay ? row.replay.stage<T>(begin, n, buffers[1]) : nullptr;
+    in.param = row.param.stage<T>(begin, n, buffers[2]);
+    if (row.copy) {
+      if (in.param != buffers[2]) std::copy_n(in.param, n, buffers[2]);
+      row.copy.adopt(begin, n, buffers[2]);
+      in.param = buffers[2];
+    }
+    in.anchor = row.anchor.stage<T>(begin, n, buffers[3]);
+    in.importance = row.importance ? row.importance.stage<T>(begin, n, buffers[4]) : nullptr;
+    const BlockProducts block = products_of(in);
     sums.head += block.head;
     sums.pull += block.pull;
     sums.replay += block.replay;
