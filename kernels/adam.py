@@ -126,6 +126,7 @@ def _adam_chunk(
         p, m, v, x = adam(
             p, total, real, shift, m, v, x, amsgrad,
             l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+            ROUTE,
         )  # fmt: skip
         write(m_pointer, offset, count, None, narrow(m, M), FAST, ONCE)
         write(v_pointer, offset, count, None, narrow(v, V), FAST, ONCE)

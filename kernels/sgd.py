@@ -114,7 +114,7 @@ def _sgd_chunk(
         total, _, shift = guided_gradient(
             h, p, a, f, rest, weight, factor, pull, guided, drawn, ROUTE
         )
-        p, b = sgd(p, total, shift, b, l2, lr, momentum, undamped, nesterov, fresh)
+        p, b = sgd(p, total, shift, b, l2, lr, momentum, undamped, nesterov, fresh, ROUTE)
         if MOMENTUM:
             write(b_pointer, offset, count, remembering, narrow(b, M), FAST, ONCE)
         words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)

@@ -220,12 +220,11 @@ def guided_gradient(
 
     `factor` is c over the gradient scale, `pull` is b s, with the decoupled route times the
     learning rate. `anchor` is None in kernels that guide nothing, `drawn` None where no draw is by
-    element. c h is None unless the second moment is made of it, and the last result is None but
-    with the decoupled route.
+    element. Only with the decoupled route does the last result mean anything.
     """
     total = factor * gradient
-    real = None
-    shift = None
+    real = total
+    shift = total
     if anchor is not None:
         difference = weighted_difference(param, anchor, importance, rest, weight)
         if drawn is not None:
@@ -233,8 +232,6 @@ def guided_gradient(
         if ROUTE == BY_DECOUPLED:
             shift = tl.where(guided, pull * difference, 0.0)
         else:
-            if ROUTE == BY_FIRST_MOMENT:
-                real = total
             total = tl.where(guided, tl.fma(pull, difference, total), total)
     return total, real, shift
 
@@ -279,6 +276,7 @@ def with_decay(total, param, l2):
 def adam(
     param, total, real, shift, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad,
     l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+    ROUTE: tl.constexpr,
 ):  # fmt: skip
     """Equation (6), torch.optim.Adam and AdamW; the scalars are those of AdamScalars in update.h.
 
@@ -286,12 +284,10 @@ def adam(
     None in kernels without amsgrad; in others the row says whether it is used. `real` and `shift`
     are those of `guided_gradient`.
     """
-    if real is None:
-        total = with_decay(total, param, l2)
-        squared = total
-    else:
+    total = with_decay(total, param, l2)
+    squared = total
+    if ROUTE == BY_FIRST_MOMENT:
         squared = with_decay(real, param, l2)
-        total = with_decay(total, param, l2)
     near = weight1 < 0.5
     start = tl.where(near, exp_avg, total)
     exp_avg = tl.fma(tl.where(near, weight1, -rest1), total - exp_avg, start)
@@ -304,15 +300,17 @@ def adam(
         largest = tl.where(fresh, exp_avg_sq, max_exp_avg_sq)
         second = tl.where(amsgrad, largest, exp_avg_sq)
     denom = tl.fma(root(second), inv_sqrt_bias2, eps)
-    if shift is None:
-        param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
-    else:
+    if ROUTE == BY_DECOUPLED:
         param = tl.fma(param, keep, -shift) - quotient(step_size * exp_avg, denom)
+    else:
+        param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
     return param, exp_avg, exp_avg_sq, largest
 
 
 @triton.jit
-def sgd(param, total, shift, buffer, l2, lr, momentum, undamped, nesterov, first):
+def sgd(
+    param, total, shift, buffer, l2, lr, momentum, undamped, nesterov, first, ROUTE: tl.constexpr
+):
     """Equation (6), torch.optim.SGD.
 
     `buffer` is None in kernels without momentum; in others a row may have momentum 0. `shift` is
@@ -324,6 +322,6 @@ def sgd(param, total, shift, buffer, l2, lr, momentum, undamped, nesterov, first
         new_buffer = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
         nesterov_total = tl.where(nesterov, tl.fma(momentum, new_buffer, total), new_buffer)
         total = tl.where(momentum != 0, nesterov_total, total)
-    if shift is not None:
+    if ROUTE == BY_DECOUPLED:
         param = param - shift
     return tl.fma(-lr, total, param), new_buffer
