@@ -102,7 +102,12 @@ class Launch:
 
     @property
     def several(self):
-        """Whether the compiler takes several blocks at once: gradients are scaled, no more."""
+        """Whether the compiler takes several blocks at once, since there is little to do with one.
+
+        Gradients are scaled, no more; or there are two products, not five.
+        """
+        if self.kernel == "products":
+            return not self.replay
         return self.kernel == "guide" and not self.anchored
 
     def streams(self):
@@ -563,13 +568,16 @@ def check(target, launch, kernels):
         ahead = accesses(launch.streams()[0], pack)
         # Of each stream as many accesses as of every other; what is small is unrolled.
         assert main["loads"] % ahead == 0 and main["loads"] > 0
+        each = ahead
+        if launch.several and disassembled and target in NVIDIA:
+            ahead = max(loop["loads"] for loop in main["loops"])
         # Of the coefficients four numbers lie side by side, and behind the strengths two.
         assert main["stores"] == (0 if target in NVIDIA else 3)
         if target in NVIDIA and disassembled:
             assert main["once"] == [0, 0], "the update wants what this pass has read"
             assert main["loops"]
             for loop in main["loops"]:
-                assert loop["loads"] % ahead == 0
+                assert loop["loads"] % each == 0
                 assert loop["stores"] == loop["narrow loads"] == loop["narrow stores"] == 0
     elif launch.kernel != "norms" and target not in NVIDIA:
         # Numbers of the table that lie side by side come in one load, in each of the two walks.

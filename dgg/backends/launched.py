@@ -248,9 +248,7 @@ class LaunchedRows(TableRows):
         self, flags: Tensor, out: Tensor | None, settings: Mapping[str, Any], *,
         replay_weight: float, scaling: Scaling,
     ) -> Tensor:  # fmt: skip
-        sums = torch.zeros(
-            reference.PRODUCTS, len(self.params), dtype=torch.float64, device=self.device
-        )
+        sums = self._empty(reference.PRODUCTS, len(self.params))
         launches = list(self._launches) if self.windows is None else self._as_anchors_come()
         for launch in launches:
             last = out is not None and launch is self._launches[-1]
