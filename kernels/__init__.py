@@ -3,8 +3,8 @@
 
 One launch serves all tensors of one dtype combination: it reads their addresses from a table and
 takes a program per chunk. The math stands in update.py, once; layout.py says what stands where in
-the table; chunks.py says how a chunk is found and walked; norms.py, adam.py, sgd.py and guide.py
-hold the kernels, and launcher.py launches them.
+the table; chunks.py says how a chunk is found and walked; norms.py, products.py, adam.py, sgd.py
+and guide.py hold the kernels, and launcher.py launches them.
 
 The folder is a package of its own, and this file stays, because an editable install maps
 ``dgg.kernels`` to it. Importing it imports neither Triton nor a kernel: names are looked up when
@@ -24,6 +24,8 @@ OLDEST = (3, 4)
 _HOMES = {
     "norms_launch": "norms",
     "coefficients_launch": "norms",
+    "products_launch": "products",
+    "guard_coefficients_launch": "products",
     "adam_launch_": "adam",
     "sgd_launch_": "sgd",
     "guide_launch_": "guide",

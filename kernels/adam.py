@@ -4,6 +4,7 @@
 import torch
 import triton
 import triton.language as tl
+from dgg.kernels import layout
 from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
@@ -13,6 +14,7 @@ from dgg.kernels.chunks import (
     EXP_AVG,
     EXP_AVG_SQ,
     GROUP,
+    IMPORTANCE,
     MAX_EXP_AVG_SQ,
     NUMEL,
     ONCE,
@@ -39,13 +41,23 @@ from dgg.kernels.chunks import (
     signed,
     stream,
     tree_sum,
+    weights_of,
     whole_blocks,
     words_stay_together,
     write,
 )  # fmt: skip
 from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import ADAM_HYPER, CHUNK
-from dgg.kernels.update import adam, adopted, guided_gradient, narrow, power, widen
+from dgg.kernels.update import (
+    BY_DECOUPLED,
+    adam,
+    adopted,
+    guided_gradient,
+    narrow,
+    power,
+    weighted_difference,
+    widen,
+)
 
 # Columns of `hyper`.
 ADAM_LR = tl.constexpr(ADAM_HYPER.index("lr"))
@@ -64,14 +76,15 @@ ADAM_HYPERS = tl.constexpr(len(ADAM_HYPER))
 @triton.jit
 def _adam_chunk(
     lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-    first, unmasked, count, guided, reading, masked, amsgrad, threshold, draw, seed,
-    replay_weight, factor, pull, l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps,
-    step_size,
+    importance, first, unmasked, count, guided, reading, weighing, masked, amsgrad, threshold,
+    draw, seed, replay_weight, factor, pull, rest, weight, l2, keep, weight1, rest1, beta2, weight2,
+    inv_sqrt_bias2, eps, step_size,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_COPY: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, ROUTE: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
     p_pointer = stream(param, first, P, FAST)
@@ -82,6 +95,7 @@ def _adam_chunk(
     x_pointer = stream(max_exp_avg_sq, first, X, FAST)
     a_pointer = stream(anchor, first, A, FAST)
     c_pointer = stream(copy, first, C, FAST)
+    f_pointer = stream(importance, first, F, FAST)
     for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
@@ -103,10 +117,16 @@ def _adam_chunk(
         a = None
         if HAS_ANCHOR:
             a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
-        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
+        f = None
+        if HAS_IMPORTANCE:
+            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        total, real, shift = guided_gradient(
+            h, p, a, f, rest, weight, factor, pull, guided, drawn, ROUTE
+        )
         p, m, v, x = adam(
-            p, total, m, v, x, amsgrad,
+            p, total, real, shift, m, v, x, amsgrad,
             l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+            ROUTE,
         )  # fmt: skip
         write(m_pointer, offset, count, None, narrow(m, M), FAST, ONCE)
         write(v_pointer, offset, count, None, narrow(v, V), FAST, ONCE)
@@ -119,7 +139,8 @@ def _adam_chunk(
             write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
         if LOOK_AHEAD:
             # As stored: what the next step's norm pass would see.
-            lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)
+            u = weighted_difference(widen(stored, T), a, f, rest, weight)
+            lanes = add_squares(lanes, u, offset, count, FAST)
     return lanes
 
 
@@ -127,12 +148,13 @@ def _adam_chunk(
 def adam_kernel(
     table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags, hyper,
     distances, grad_scale, found_inf, draw_index, replay_weight: tl.int64, seed: tl.int64,
-    draw: tl.int64,
+    draw: tl.int64, pull_weight: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+    X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, AMSGRAD: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, ROUTE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one counts the step and sums the distances."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
@@ -181,10 +203,14 @@ def adam_kernel(
             copy = tl.load(line + COPY)
             addresses = addresses | copy
         anchor = param
+        importance = param
         guided = False
         reading = False
+        weighing = False
         masked = False
         pull = factor
+        rest = factor
+        weight = factor
         threshold = factor
         if HAS_ANCHOR:
             anchor = tl.load(line + ANCHOR)
@@ -192,10 +218,17 @@ def adam_kernel(
             pull, guided, masked = guidance_of(
                 row, anchor, flags, coefficients, tl.load(group + ADAM_STRENGTH), threshold
             )
+            if ROUTE == BY_DECOUPLED:
+                pull = lr * pull
             reading = guided
             if LOOK_AHEAD:
                 reading = anchor != 0
             addresses = addresses | tl.where(reading, anchor, 0)
+        if HAS_IMPORTANCE:
+            importance = tl.load(line + IMPORTANCE)
+            rest, weight = weights_of(importance, pull_weight)
+            weighing = reading & (importance != 0)
+            addresses = addresses | tl.where(weighing, importance, 0)
         unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
             unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
@@ -214,12 +247,13 @@ def adam_kernel(
                     anchor = tl.load(line + ANCHOR)
             lanes = _adam_chunk(
                 lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-                first, unmasked, count, guided, reading, masked, amsgrad, threshold, draw_word,
-                seed, number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), keep.to(T),
+                importance, first, unmasked, count, guided, reading, weighing, masked, amsgrad,
+                threshold, draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
+                rest.to(T), weight.to(T), l2.to(T), keep.to(T),
                 (1.0 - beta1).to(T), beta1.to(T), beta2.to(T), (1.0 - beta2).to(T),
                 inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
-                P, G, R, M, V, X, A, C, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, AMSGRAD,
-                ROUNDING, HAS_COPY, BLOCK, PACK, walk == 0,
+                P, G, R, M, V, X, A, C, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD,
+                AMSGRAD, ROUNDING, HAS_COPY, HAS_IMPORTANCE, ROUTE, BLOCK, PACK, walk == 0,
             )  # fmt: skip
         if LOOK_AHEAD:
             tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
@@ -236,21 +270,22 @@ def adam_launch_(
     coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
     grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
     draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
-    variant: int, chunk: int = CHUNK,
+    variant: int, importance: float = 0.0, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
     """Runs `reference.adam_` on the rows of one launch.
 
     Args:
-        table: int64 [n, 14], on the device as everything here; columns as in csrc/table.h.
+        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
             Tensors are modified in place, step counts too.
         rows: int32 [k], rows of the table that this launch is about.
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, m], workspace.
+        partials: float64 [5, m], workspace.
         counters: int32 [k + 1], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
-        coefficients: float64 [4 + n] from `coefficients_launch`.
+        coefficients: float64 [4 + n] from `coefficients_launch`, or what
+            `guard_coefficients_launch` makes but for the last two numbers.
         flags: uint8 [n], bits of `reference.INJECT` and its like.
         hyper: float64 [groups, 10], columns as in ADAM_HYPER.
         distances: float64 [n]; squares after the update of the rows written with LOOK_AHEAD, -1
@@ -258,25 +293,29 @@ def adam_launch_(
         grad_scale: float32, one element, or None; divisor of the gradients.
         found_inf: float32, one element, or None; unless it is 0, nothing changes.
         draw_index: int64, one element, or None; the draw index where the device counts it.
-        dtypes: The rows' dtype codes, 8 bits each.
+        dtypes: The rows' dtype codes, 4 bits each.
         replay_weight: w of equation (1).
         seed: Seed of the draws.
         draw: Draw index k if the device does not count it.
-        variant: Bits of layout.py, ANCHOR_BIT and its like.
+        variant: Bits of layout.py, ANCHOR_BIT and its like. IMPORTANCE_BIT weighs the pull, and
+            FIRST_MOMENT_BIT and DECOUPLED_BIT say where it enters.
+        importance: i of equation (3); only read with IMPORTANCE_BIT.
         chunk: Elements of a chunk, a power of two.
 
     Raises:
-        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT.
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT, or for two
+            routes.
     """
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)
-    pack = pack_of(*dtypes[:8])
+    # An importance that nobody reads does not count; it has the parameter's dtype mostly.
+    pack = pack_of(*dtypes[: -1 if variant & layout.IMPORTANCE_BIT else -2])
     replayed = replays.shape[0] > 0
     with on_device_of(table):
         adam_kernel[(chunks.shape[0],)](
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            signed(seed), signed(draw), *dtypes, replayed, *features, chunk, min(BLOCK, chunk),
-            pack,
+            signed(seed), signed(draw), bits(importance), *dtypes, replayed, *features, chunk,
+            min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

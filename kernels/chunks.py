@@ -52,6 +52,7 @@ BASE = tl.constexpr(layout.BASE)
 STRETCH = tl.constexpr(layout.STRETCH)
 STRIDE = tl.constexpr(layout.STRIDE)
 COPY = tl.constexpr(layout.COPY)
+IMPORTANCE = tl.constexpr(layout.IMPORTANCE)
 COLUMNS = tl.constexpr(layout.COLUMNS)
 
 # Elements of a block, the part of a chunk that is in registers at one time. Lanes of sums are the
@@ -119,26 +120,38 @@ def signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def features_of(variant: int, dtypes: tuple) -> tuple[bool, bool, bool, bool, bool, bool]:
-    """Returns what an update is compiled for: anchor, elements, look-ahead, state, rounding, copy.
+def features_of(variant: int, dtypes: tuple) -> tuple[bool | int, ...]:
+    """Returns what an update is compiled for.
 
     Args:
         variant: Bits as in layout.py.
         dtypes: From `dtypes_of`; stochastic rounding is for bfloat16 alone.
 
+    Returns:
+        Anchor, elements, look-ahead, state, rounding, copy, importance, and the route.
+
     Raises:
-        ValueError: Something is asked for that needs an anchor, without the bit for anchors.
+        ValueError: Something is asked for that needs an anchor, without the bit for anchors; or two
+            routes.
     """
-    anchor, elements, look_ahead, state, stochastic, copy = (
+    anchor, elements, look_ahead, state, stochastic, copy, importance, first_moment, decoupled = (
         bool(variant & bit)
         for bit in (layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT, layout.STATE_BIT,
-                    layout.STOCHASTIC_BIT, layout.COPY_BIT)
+                    layout.STOCHASTIC_BIT, layout.COPY_BIT, layout.IMPORTANCE_BIT,
+                    layout.FIRST_MOMENT_BIT, layout.DECOUPLED_BIT)
     )  # fmt: skip
-    if (elements or look_ahead) and not anchor:
-        raise ValueError(f"variant {variant}: ELEMENTS and LOOK_AHEAD need ANCHOR, too")
+    if (elements or look_ahead or importance or first_moment or decoupled) and not anchor:
+        raise ValueError(
+            f"variant {variant}: ELEMENTS, LOOK_AHEAD, IMPORTANCE and the routes need ANCHOR, too"
+        )
+    if first_moment and decoupled:
+        raise ValueError(f"variant {variant}: FIRST_MOMENT and DECOUPLED exclude each other")
+    route = layout.BY_FIRST_MOMENT if first_moment else layout.BY_GRADIENT
+    route = layout.BY_DECOUPLED if decoupled else route
     narrow = dtypes[layout.PARAM_SLOT] == tl.bfloat16
     narrow = narrow or (copy and dtypes[layout.COPY_SLOT] == tl.bfloat16)
-    return anchor, elements, look_ahead, state, stochastic and narrow, copy
+    rounding = stochastic and narrow
+    return anchor, elements, look_ahead, state, rounding, copy, importance, route
 
 
 def on_device_of(tensor: torch.Tensor):
@@ -309,6 +322,13 @@ def guidance_of(row, anchor, flags, coefficients, strength, threshold):
     guided = ((flag & (INJECT | INJECT_ELEMENTS)) != 0) & (anchor != 0) & (pull != 0)
     guided = guided & ((threshold > 0) | ((flag & INJECT_ELEMENTS) == 0))
     return pull, guided, guided & by_element & (threshold < CERTAIN)
+
+
+@triton.jit
+def weights_of(importance, weight):
+    """1 - i and i of equation (3) for a row: 1 and 0 where it has no importance."""
+    weight = tl.where(importance != 0, number(weight), 0.0)
+    return 1.0 - weight, weight
 
 
 @triton.jit

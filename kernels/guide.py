@@ -11,6 +11,7 @@ from dgg.kernels.chunks import (
     BLOCK,
     COLUMNS,
     GROUP,
+    IMPORTANCE,
     INDEX,
     NUMEL,
     ONCE,
@@ -30,6 +31,7 @@ from dgg.kernels.chunks import (
     read_gradient,
     signed,
     stream,
+    weights_of,
     whole_blocks,
     words_stay_together,
     write,
@@ -37,6 +39,7 @@ from dgg.kernels.chunks import (
 from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK, GUIDE_HYPER
 from dgg.kernels.update import (
+    BY_GRADIENT,
     CERTAIN,
     FIRST_STEP,
     INJECT,
@@ -60,16 +63,17 @@ BY_TENSOR = tl.constexpr(layout.BY_TENSOR)
 
 @triton.jit
 def _guide_chunk(
-    line, param, grad, replay, anchor, first, unmasked, count, guided, masked, threshold, draw,
-    seed, replay_weight, factor, pull,
-    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
-    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    line, param, grad, replay, anchor, importance, first, unmasked, count, guided, weighing,
+    masked, threshold, draw, seed, replay_weight, factor, pull, rest, weight,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
+    T: tl.constexpr, HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    HAS_IMPORTANCE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     p_pointer = stream(param, first, P, FAST)
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
     a_pointer = stream(anchor, first, A, FAST)
+    f_pointer = stream(importance, first, F, FAST)
     for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
@@ -85,17 +89,22 @@ def _guide_chunk(
         if HAS_ANCHOR:
             p = read(p_pointer, offset, count, guided, T, FAST, AGAIN)
             a = read(a_pointer, offset, count, guided, T, FAST, ONCE)
-        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
+        f = None
+        if HAS_IMPORTANCE:
+            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        total, _, _ = guided_gradient(
+            h, p, a, f, rest, weight, factor, pull, guided, drawn, BY_GRADIENT
+        )
         write(g_pointer, offset, count, None, narrow(total, G), FAST, AGAIN)
 
 
 @kernel
 def guide_kernel(
     table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-    draw_index, replay_weight: tl.int64, seed: tl.int64, draw: tl.int64,
-    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
-    HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    draw_index, replay_weight: tl.int64, seed: tl.int64, draw: tl.int64, pull_weight: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
+    T: tl.constexpr, HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
+    HAS_IMPORTANCE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; one with nothing to change changes nothing."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
@@ -109,9 +118,13 @@ def guide_kernel(
     factor = factor_of(coefficients, grad_scale)
     param = grad * 0
     anchor = param
+    importance = param
     guided = False
+    weighing = False
     masked = False
     pull = factor
+    rest = factor
+    weight = factor
     threshold = factor
     needed = (factor != 1) | (replay != 0)
     if HAS_ANCHOR:
@@ -133,15 +146,22 @@ def guide_kernel(
         addresses = grad | replay
         if HAS_ANCHOR:
             addresses = addresses | tl.where(guided, param | anchor, 0)
+        if HAS_IMPORTANCE:
+            importance = tl.load(line + IMPORTANCE)
+            rest, weight = weights_of(importance, pull_weight)
+            weighing = guided & (importance != 0)
+            addresses = addresses | tl.where(weighing, importance, 0)
         unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
             unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
         draw_word = draw_of(draw_index, draw)
         for walk in tl.static_range(2):
             _guide_chunk(
-                line, param, grad, replay, anchor, first, unmasked, count, guided, masked,
-                threshold, draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
-                P, G, R, A, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, BLOCK, PACK, walk == 0,
+                line, param, grad, replay, anchor, importance, first, unmasked, count, guided,
+                weighing, masked, threshold, draw_word, seed, number(replay_weight).to(T),
+                factor.to(T), pull.to(T), rest.to(T), weight.to(T),
+                P, G, R, A, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, HAS_IMPORTANCE, BLOCK, PACK,
+                walk == 0,
             )  # fmt: skip
 
 
@@ -150,22 +170,24 @@ def guide_launch_(
     replays: torch.Tensor, coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor,
     grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
     draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
-    variant: int, chunk: int = CHUNK,
+    variant: int, importance: float = 0.0, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
     """Runs `reference.guide_` on the rows of one launch; arguments as in `adam_launch_`.
 
     A row without a gradient, or without a pull, a replay gradient and a factor, is not written.
     ``hyper`` is float64 [groups, 3] with columns as in GUIDE_HYPER; of ``variant`` only
-    ANCHOR_BIT and ELEMENTS_BIT matter.
+    ANCHOR_BIT and, with it, ELEMENTS_BIT and IMPORTANCE_BIT matter.
     """
-    p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
+    p, g, r, _, _, _, a, _, f, t = dtypes_of(dtypes)
     anchored = bool(variant & layout.ANCHOR_BIT)
-    pack = pack_of(p, g, r, a)
+    elements = anchored and bool(variant & layout.ELEMENTS_BIT)
+    weighted = anchored and bool(variant & layout.IMPORTANCE_BIT)
+    pack = pack_of(p, g, r, a, *([f] if weighted else []))
     with on_device_of(table):
         guide_kernel[(chunks.shape[0],)](
             table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-            draw_index, bits(replay_weight), signed(seed), signed(draw), p, g, r, a, t,
-            replays.shape[0] > 0, anchored, anchored and bool(variant & layout.ELEMENTS_BIT), chunk,
+            draw_index, bits(replay_weight), signed(seed), signed(draw), bits(importance),
+            p, g, r, a, f, t, replays.shape[0] > 0, anchored, elements, weighted, chunk,
             min(BLOCK, chunk), pack, **options_of(table.device, pack),
         )  # fmt: skip
 
@@ -211,7 +233,7 @@ def draw_flags_launch(
     """Draws on the device: which rows inject at the draw index that the device counts.
 
     Args:
-        table: int64 [n, 14], on the device as everything here.
+        table: int64 [n, 15], on the device as everything here.
         hyper: float64 [groups, columns].
         draw_index: int64, one element.
         flags: uint8 [n]; the bits for injection are set, the others stay.

@@ -16,10 +16,11 @@ from dgg import _callers
 
 # Launches do not depend on the numbers in these, nor on the alignment of the small tables.
 NUMBERS = ["n", "slots", "which", "seed", "draw", "replay_weight", "max_grad_norm",
-           "members", "settings", "hypers", "threshold_column", "strength_column"]  # fmt: skip
+           "pull_weight", "members", "settings", "hypers", "threshold_column",
+           "strength_column"]  # fmt: skip
 TABLES = ["table", "rows", "chunks", "starts", "partials", "counters", "grads", "replays",
-          "distances", "squares", "gate", "grad_scale", "found_inf", "draw_index", "coefficients",
-          "flags", "hyper", "out"]  # fmt: skip
+          "distances", "squares", "products", "gate", "grad_scale", "found_inf", "draw_index",
+          "coefficients", "flags", "hyper", "out"]  # fmt: skip
 # Those that may be None.
 OPTIONAL = ["gate", "grad_scale", "found_inf", "draw_index"]
 

@@ -9,6 +9,7 @@ from dgg.kernels.chunks import (
     ANCHOR,
     BLOCK,
     COLUMNS,
+    IMPORTANCE,
     LARGEST,
     NUMEL,
     PARAM,
@@ -30,6 +31,7 @@ from dgg.kernels.chunks import (
     stream,
     sum_of_row,
     tree_sum,
+    weights_of,
     whole_blocks,
 )  # fmt: skip
 from dgg.kernels.launcher import kernel
@@ -43,6 +45,7 @@ from dgg.kernels.update import (
     NORM_TOTAL,
     SCALES,
     TOTAL_LENGTH,
+    weighted_difference,
 )
 
 # Blocks that are loaded before the first of them is added up: there is so little to do with one
@@ -84,12 +87,14 @@ def _add_gradients(
 
 @triton.jit
 def _add_differences(
-    lanes, param, anchor, first, unmasked, count, P: tl.constexpr, A: tl.constexpr,
-    T: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+    lanes, param, anchor, importance, rest, weight, first, unmasked, count,
+    P: tl.constexpr, A: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
+    HAS_IMPORTANCE: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the squares of theta - theta*, to the same bits as the updates' look-ahead."""
+    """Adds the squares of u, to the same bits as the updates' look-ahead."""
     p_pointer = stream(param, first, P, FAST)
     a_pointer = stream(anchor, first, A, FAST)
+    f_pointer = stream(importance, first, F, FAST)
     for place in tl.range(
         0 if FAST else unmasked,
         unmasked if FAST else count,
@@ -99,17 +104,32 @@ def _add_differences(
         offset = place + tl.arange(0, BLOCK)
         p = read(p_pointer, offset, count, None, T, FAST, AGAIN)
         a = read(a_pointer, offset, count, None, T, FAST, AGAIN)
-        lanes = add_squares(lanes, p - a, offset, count, FAST)
+        f = None
+        if HAS_IMPORTANCE:
+            f = read(f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
+        u = weighted_difference(p, a, f, rest, weight)
+        lanes = add_squares(lanes, u, offset, count, FAST)
     return lanes
 
 
 @triton.jit
-def _norm(squares, n):
+def sum_of_rows(numbers, n):
+    """Sum of one number of each row, in an order that depends on n alone."""
     lanes = tl.zeros([TILE], tl.float64)
     for begin in tl.range(0, n, TILE):
         offset = begin + tl.arange(0, TILE)
-        lanes += tl.load(squares + offset, mask=offset < n, other=0.0)
-    return tl.sqrt(tree_sum(lanes, TILE))
+        lanes += tl.load(numbers + offset, mask=offset < n, other=0.0)
+    return tree_sum(lanes, TILE)
+
+
+@triton.jit
+def clip_of(total, max_grad_norm, settings):
+    """Equation (2)."""
+    clip = tl.full([], 1.0, tl.float64)
+    if (settings & CLIPPED) != 0:
+        ratio = number(max_grad_norm) / (total + 1e-6)
+        clip = tl.where(ratio > 1.0, 1.0, ratio)
+    return clip
 
 
 @triton.jit
@@ -125,13 +145,10 @@ def _scale(clip, grad, distance):
 @triton.jit
 def _make_coefficients(squares, out, n, max_grad_norm, settings):
     """What one program makes of the squares: the sums over the rows have a fixed order."""
-    total = _norm(squares, n)
-    grad = _norm(squares + n, n)
-    distance = _norm(squares + 2 * n, n)
-    clip = tl.full([], 1.0, tl.float64)
-    if (settings & CLIPPED) != 0:
-        ratio = number(max_grad_norm) / (total + 1e-6)
-        clip = tl.where(ratio > 1.0, 1.0, ratio)
+    total = tl.sqrt(sum_of_rows(squares, n))
+    grad = tl.sqrt(sum_of_rows(squares + n, n))
+    distance = tl.sqrt(sum_of_rows(squares + 2 * n, n))
+    clip = clip_of(total, max_grad_norm, settings)
     tl.store(out + CLIP, clip)
     tl.store(out + GRAD_LENGTH, grad)
     tl.store(out + DISTANCE_LENGTH, distance)
@@ -163,7 +180,7 @@ def _asked(which, gate):
 
 
 @triton.jit
-def _program():
+def program_from_the_end():
     """The program's number, counted from the last."""
     # A norm pass then ends with what the update behind it begins with: the cache still holds it.
     return tl.num_programs(0) - 1 - tl.program_id(0)
@@ -178,7 +195,7 @@ def _finish_norms(
 
     And when all of the rows are done, makes the coefficients, if the settings say so.
     """
-    position = position_of(chunks, _program())
+    position = position_of(chunks, program_from_the_end())
     if is_last_of_row(counters, starts, position):
         row = tl.load(rows + position).to(tl.int64)
         numel = tl.load(table + row * COLUMNS + NUMEL)
@@ -221,15 +238,16 @@ def _finish_norms(
 def norms_kernel(
     table, rows, chunks, starts, partials, counters, grads, replays, distances, squares, gate,
     grad_scale, out, n, slots, members, which, replay_weight: tl.int64, max_grad_norm: tl.int64,
-    settings,
-    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, T: tl.constexpr,
-    HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    settings, pull_weight: tl.int64,
+    P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, A: tl.constexpr, F: tl.constexpr,
+    T: tl.constexpr, HAS_REPLAY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums its chunks, the last row's the rows."""
     which = _asked(which, gate)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
-    program = _program()
+    program = program_from_the_end()
     row, place = chunk_of(rows, chunks, program)
     line = table + row * COLUMNS
     first = place * CHUNK
@@ -272,18 +290,27 @@ def norms_kernel(
     if active & (count > 0) & (anchor != 0) & ((which & NORM_DISTANCE) != 0):
         if tl.load(distances + row) < 0:
             param = tl.load(line + PARAM)
+            addresses = param | anchor
+            importance = param
+            rest = number(pull_weight)
+            weight = rest
+            if HAS_IMPORTANCE:
+                importance = tl.load(line + IMPORTANCE)
+                rest, weight = weights_of(importance, pull_weight)
+                addresses = addresses | importance
             lanes = tl.zeros([BLOCK], T)
-            unmasked = whole_blocks(count, param | anchor, BLOCK)
+            unmasked = whole_blocks(count, addresses, BLOCK)
             for walk in tl.static_range(2):
                 lanes = _add_differences(
-                    lanes, param, anchor, first, unmasked, count, P, A, T, BLOCK, walk == 0,
+                    lanes, param, anchor, importance, rest.to(T), weight.to(T), first, unmasked,
+                    count, P, A, F, T, HAS_IMPORTANCE, BLOCK, walk == 0,
                 )  # fmt: skip
             of_distance = tree_sum(lanes, BLOCK)
             if T == tl.float32:
                 if is_reliable(of_distance) == 0:
                     lanes64 = _add_differences(
-                        tl.zeros([BLOCK], tl.float64), param, anchor, first, 0, count, P, A, T,
-                        BLOCK, False,
+                        tl.zeros([BLOCK], tl.float64), param, anchor, importance, rest.to(T),
+                        weight.to(T), first, 0, count, P, A, F, T, HAS_IMPORTANCE, BLOCK, False,
                     )  # fmt: skip
                     of_distance = tree_sum(lanes64, BLOCK)
             tl.store(partials + 2 * slots + program, of_distance)
@@ -300,16 +327,16 @@ def norms_launch(
     distances: torch.Tensor, squares: torch.Tensor, gate: torch.Tensor | None,
     grad_scale: torch.Tensor | None, out: torch.Tensor | None, *, dtypes: int,
     replay_weight: float, which: int, max_grad_norm: float | None, scaling: bool,
-    per_tensor: bool, chunk: int = CHUNK,
+    per_tensor: bool, importance: float = 0.0, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
     """Computes `reference.norms` of the rows of one launch, and what follows from all squares.
 
     Args:
-        table: int64 [n, 14], on the device as everything here; columns as in csrc/table.h.
+        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
         rows: int32 [k], rows of the table that this launch is about.
         chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, m], workspace.
+        partials: float64 [5, m], workspace.
         counters: int32 [k + 1], workspace, zero between launches.
         grads: int64 [n], addresses of the gradients, 0 for None.
         replays: int64 [n] or [0], likewise.
@@ -319,19 +346,21 @@ def norms_launch(
         grad_scale: float32, one element, or None; divisor of the gradients.
         out: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
             rows of other launches having been written before.
-        dtypes: The rows' dtype codes, 8 bits each.
+        dtypes: The rows' dtype codes, 4 bits each.
         replay_weight: w of equation (1).
         which: Bits of `reference.NORM_TOTAL` and its like.
         max_grad_norm: As in `coefficients_launch`; the same for those that follow.
         scaling: Of no interest without ``out``.
         per_tensor: Likewise.
+        importance: i of equation (3); rows that have an importance are measured by it.
         chunk: Elements of a chunk, a power of two.
     """
-    p, g, r, _, _, _, a, _, t = dtypes_of(dtypes)
+    p, g, r, _, _, _, a, _, f, t = dtypes_of(dtypes)
     n, m = table.shape[0], chunks.shape[0]
     replayed = replays.shape[0] > 0
-    pack = pack_of(p, g, r, a)
-    settings = _settings(max_grad_norm, scaling, per_tensor)
+    weighted = importance != 0
+    pack = pack_of(p, g, r, a, *([f] if weighted else []))
+    settings = settings_of(max_grad_norm, scaling, per_tensor)
     if out is None:  # the same variant, which then writes nowhere
         out = squares
     else:
@@ -340,8 +369,8 @@ def norms_launch(
         norms_kernel[(m,)](
             table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
             gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
-            bits(max_grad_norm or 0.0), settings,
-            p, g, r, a, t, replayed, chunk, min(BLOCK, chunk),
+            bits(max_grad_norm or 0.0), settings, bits(importance),
+            p, g, r, a, f, t, replayed, weighted, chunk, min(BLOCK, chunk),
             **options_of(table.device, pack),
         )  # fmt: skip
 
@@ -352,7 +381,7 @@ def coefficients_kernel(squares, out, n, max_grad_norm: tl.int64, settings):
     _make_coefficients(squares, out, n.to(tl.int64), max_grad_norm, settings)
 
 
-def _settings(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
+def settings_of(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
     """Returns the bits that tell a kernel what to make of the squares."""
     chosen = {CLIPPED: max_grad_norm is not None, SCALING: scaling, PER_TENSOR: per_tensor}
     return sum(bit.value for bit, there in chosen.items() if there)
@@ -374,6 +403,6 @@ def coefficients_launch(
     with on_device_of(squares):
         coefficients_kernel[(1,)](
             squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
-            _settings(max_grad_norm, scaling, per_tensor),
+            settings_of(max_grad_norm, scaling, per_tensor),
             **options_of(squares.device),
         )  # fmt: skip

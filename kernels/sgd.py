@@ -4,6 +4,7 @@
 import torch
 import triton
 import triton.language as tl
+from dgg.kernels import layout
 from dgg.kernels.chunks import (
     AGAIN,
     ANCHOR,
@@ -12,6 +13,7 @@ from dgg.kernels.chunks import (
     COPY,
     EXP_AVG,
     GROUP,
+    IMPORTANCE,
     NUMEL,
     ONCE,
     PARAM,
@@ -36,13 +38,23 @@ from dgg.kernels.chunks import (
     signed,
     stream,
     tree_sum,
+    weights_of,
     whole_blocks,
     words_stay_together,
     write,
 )  # fmt: skip
 from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK, SGD_HYPER
-from dgg.kernels.update import FIRST_STEP, adopted, guided_gradient, narrow, sgd, widen
+from dgg.kernels.update import (
+    BY_DECOUPLED,
+    FIRST_STEP,
+    adopted,
+    guided_gradient,
+    narrow,
+    sgd,
+    weighted_difference,
+    widen,
+)
 
 # Columns of `hyper`.
 SGD_LR = tl.constexpr(SGD_HYPER.index("lr"))
@@ -58,14 +70,15 @@ SGD_HYPERS = tl.constexpr(len(SGD_HYPER))
 
 @triton.jit
 def _sgd_chunk(
-    lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count,
-    guided, reading, masked, remembering, fresh, threshold, draw, seed, replay_weight, factor,
-    pull, l2, lr, momentum, undamped, nesterov,
+    lanes, line, param, grad, replay, buffer, anchor, copy, importance, first, unmasked,
+    count, guided, reading, weighing, masked, remembering, fresh, threshold, draw, seed,
+    replay_weight, factor, pull, rest, weight, l2, lr, momentum, undamped, nesterov,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_COPY: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, ROUTE: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
     p_pointer = stream(param, first, P, FAST)
@@ -74,6 +87,7 @@ def _sgd_chunk(
     b_pointer = stream(buffer, first, M, FAST)
     a_pointer = stream(anchor, first, A, FAST)
     c_pointer = stream(copy, first, C, FAST)
+    f_pointer = stream(importance, first, F, FAST)
     for place in tl.range(0 if FAST else unmasked, unmasked if FAST else count, BLOCK):
         offset = place + tl.arange(0, BLOCK)
         # First, when nothing else takes registers yet.
@@ -94,8 +108,13 @@ def _sgd_chunk(
         a = None
         if HAS_ANCHOR:
             a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
-        total = guided_gradient(h, p, a, factor, pull, guided, drawn)
-        p, b = sgd(p, total, b, l2, lr, momentum, undamped, nesterov, fresh)
+        f = None
+        if HAS_IMPORTANCE:
+            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        total, _, shift = guided_gradient(
+            h, p, a, f, rest, weight, factor, pull, guided, drawn, ROUTE
+        )
+        p, b = sgd(p, total, shift, b, l2, lr, momentum, undamped, nesterov, fresh, ROUTE)
         if MOMENTUM:
             write(b_pointer, offset, count, remembering, narrow(b, M), FAST, ONCE)
         words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
@@ -105,7 +124,8 @@ def _sgd_chunk(
             write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
         if LOOK_AHEAD:
             # As stored: what the next step's norm pass would see.
-            lanes = add_squares(lanes, widen(stored, T) - a, offset, count, FAST)
+            u = weighted_difference(widen(stored, T), a, f, rest, weight)
+            lanes = add_squares(lanes, u, offset, count, FAST)
     return lanes
 
 
@@ -113,12 +133,13 @@ def _sgd_chunk(
 def sgd_kernel(
     table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags, hyper,
     distances, grad_scale, found_inf, draw_index, replay_weight: tl.int64, seed: tl.int64,
-    draw: tl.int64,
+    draw: tl.int64, pull_weight: tl.int64,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
     LOOK_AHEAD: tl.constexpr, MOMENTUM: tl.constexpr, ROUNDING: tl.constexpr,
-    HAS_COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, ROUTE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums the distances."""
     row, place = chunk_of(rows, chunks, tl.program_id(0))
@@ -159,10 +180,14 @@ def sgd_kernel(
             copy = tl.load(line + COPY)
             addresses = addresses | copy
         anchor = param
+        importance = param
         guided = False
         reading = False
+        weighing = False
         masked = False
         pull = factor
+        rest = factor
+        weight = factor
         threshold = factor
         if HAS_ANCHOR:
             anchor = tl.load(line + ANCHOR)
@@ -170,10 +195,17 @@ def sgd_kernel(
             pull, guided, masked = guidance_of(
                 row, anchor, flags, coefficients, tl.load(group + SGD_STRENGTH), threshold
             )
+            if ROUTE == BY_DECOUPLED:
+                pull = lr * pull
             reading = guided
             if LOOK_AHEAD:
                 reading = anchor != 0
             addresses = addresses | tl.where(reading, anchor, 0)
+        if HAS_IMPORTANCE:
+            importance = tl.load(line + IMPORTANCE)
+            rest, weight = weights_of(importance, pull_weight)
+            weighing = reading & (importance != 0)
+            addresses = addresses | tl.where(weighing, importance, 0)
         unmasked = whole_blocks(count, addresses, BLOCK)
         if ELEMENTS:
             unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
@@ -189,12 +221,12 @@ def sgd_kernel(
                 if HAS_ANCHOR:
                     anchor = tl.load(line + ANCHOR)
             lanes = _sgd_chunk(
-                lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count,
-                guided, reading, masked, remembering, fresh, threshold, draw_word, seed,
-                number(replay_weight).to(T), factor.to(T), pull.to(T), l2.to(T), lr.to(T),
-                momentum.to(T), undamped.to(T), nesterov,
-                P, G, R, M, A, C, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, MOMENTUM,
-                ROUNDING, HAS_COPY, BLOCK, PACK, walk == 0,
+                lanes, line, param, grad, replay, buffer, anchor, copy, importance, first, unmasked,
+                count, guided, reading, weighing, masked, remembering, fresh, threshold, draw_word,
+                seed, number(replay_weight).to(T), factor.to(T), pull.to(T), rest.to(T),
+                weight.to(T), l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov,
+                P, G, R, M, A, C, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, MOMENTUM,
+                ROUNDING, HAS_COPY, HAS_IMPORTANCE, ROUTE, BLOCK, PACK, walk == 0,
             )  # fmt: skip
         if LOOK_AHEAD:
             tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))
@@ -211,7 +243,7 @@ def sgd_launch_(
     coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
     grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
     draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
-    variant: int, chunk: int = CHUNK,
+    variant: int, importance: float = 0.0, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
     """Runs `reference.sgd_` on the rows of one launch; arguments as in `adam_launch_`.
 
@@ -219,18 +251,21 @@ def sgd_launch_(
     that some group has momentum.
 
     Raises:
-        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT.
+        ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT, or for two
+            routes, or for the one through a second moment, which SGD does not have.
     """
+    if variant & layout.FIRST_MOMENT_BIT:
+        raise ValueError(f"variant {variant}: FIRST_MOMENT needs a second moment, SGD has none")
     dtypes = dtypes_of(dtypes)
     features = features_of(variant, dtypes)
-    p, g, r, b, _, _, a, c, t = dtypes
-    pack = pack_of(p, g, r, b, a, c)
+    p, g, r, b, _, _, a, c, f, t = dtypes
+    pack = pack_of(p, g, r, b, a, c, *([f] if variant & layout.IMPORTANCE_BIT else []))
     replayed = replays.shape[0] > 0
     with on_device_of(table):
         sgd_kernel[(chunks.shape[0],)](
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            signed(seed), signed(draw), p, g, r, b, a, c, t, replayed, *features,
-            chunk, min(BLOCK, chunk), pack,
+            signed(seed), signed(draw), bits(importance), p, g, r, b, a, c, f, t, replayed,
+            *features, chunk, min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

@@ -31,6 +31,11 @@ DISTANCE_LENGTH = tl.constexpr(layout.DISTANCE_LENGTH)
 TOTAL_LENGTH = tl.constexpr(layout.TOTAL_LENGTH)
 SCALES = tl.constexpr(layout.SCALES)
 
+# Where the pull enters.
+BY_GRADIENT = tl.constexpr(layout.BY_GRADIENT)
+BY_FIRST_MOMENT = tl.constexpr(layout.BY_FIRST_MOMENT)
+BY_DECOUPLED = tl.constexpr(layout.BY_DECOUPLED)
+
 # Counter word 3 of Philox. A tensor's stream is this plus its index.
 STREAM_STEP = tl.constexpr(layout.STREAM_STEP)
 STREAM_TENSOR = tl.constexpr(layout.STREAM_TENSOR)
@@ -194,18 +199,41 @@ def adopted(master, param, present, C: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def guided_gradient(gradient, param, anchor, factor, pull, guided, drawn):
-    """Equation (5); `factor` is c over the gradient scale, `pull` is b s.
+def weighted_difference(param, anchor, importance, rest, weight):
+    """The u of equation (3), to the same bits wherever it is needed.
 
-    `anchor` is None in kernels that guide nothing, `drawn` None where no draw is by element.
+    `rest` is 1 - i and `weight` i; of a row without importance they are 1 and 0. `importance` is
+    None in kernels that do not weigh the pull.
+    """
+    difference = param - anchor
+    if importance is not None:
+        difference = difference * tl.fma(weight, importance, rest)
+    return difference
+
+
+@triton.jit
+def guided_gradient(
+    gradient, param, anchor, importance, rest, weight, factor, pull, guided, drawn,
+    ROUTE: tl.constexpr,
+):  # fmt: skip
+    """G of equation (5), c h, and what the parameter is moved by outside of the moments.
+
+    `factor` is c over the gradient scale, `pull` is b s, with the decoupled route times the
+    learning rate. `anchor` is None in kernels that guide nothing, `drawn` None where no draw is by
+    element. Only with the decoupled route does the last result mean anything.
     """
     total = factor * gradient
+    real = total
+    shift = total
     if anchor is not None:
-        difference = param - anchor
+        difference = weighted_difference(param, anchor, importance, rest, weight)
         if drawn is not None:
             difference = tl.where(drawn, difference, 0.0)
-        total = tl.where(guided, tl.fma(pull, difference, total), total)
-    return total
+        if ROUTE == BY_DECOUPLED:
+            shift = tl.where(guided, pull * difference, 0.0)
+        else:
+            total = tl.where(guided, tl.fma(pull, difference, total), total)
+    return total, real, shift
 
 
 @triton.jit
@@ -246,19 +274,24 @@ def with_decay(total, param, l2):
 
 @triton.jit
 def adam(
-    param, total, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad,
+    param, total, real, shift, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad,
     l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
+    ROUTE: tl.constexpr,
 ):  # fmt: skip
     """Equation (6), torch.optim.Adam and AdamW; the scalars are those of AdamScalars in update.h.
 
     The first moment is a lerp taken from the nearer end, as torch.lerp is. `max_exp_avg_sq` is
-    None in kernels without amsgrad; in others the row says whether it is used.
+    None in kernels without amsgrad; in others the row says whether it is used. `real` and `shift`
+    are those of `guided_gradient`.
     """
     total = with_decay(total, param, l2)
+    squared = total
+    if ROUTE == BY_FIRST_MOMENT:
+        squared = with_decay(real, param, l2)
     near = weight1 < 0.5
     start = tl.where(near, exp_avg, total)
     exp_avg = tl.fma(tl.where(near, weight1, -rest1), total - exp_avg, start)
-    exp_avg_sq = tl.fma(beta2, exp_avg_sq, weight2 * total * total)
+    exp_avg_sq = tl.fma(beta2, exp_avg_sq, weight2 * squared * squared)
     second = exp_avg_sq
     largest = exp_avg_sq
     if max_exp_avg_sq is not None:
@@ -267,15 +300,21 @@ def adam(
         largest = tl.where(fresh, exp_avg_sq, max_exp_avg_sq)
         second = tl.where(amsgrad, largest, exp_avg_sq)
     denom = tl.fma(root(second), inv_sqrt_bias2, eps)
-    param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
+    if ROUTE == BY_DECOUPLED:
+        param = tl.fma(param, keep, -shift) - quotient(step_size * exp_avg, denom)
+    else:
+        param = tl.fma(param, keep, -quotient(step_size * exp_avg, denom))
     return param, exp_avg, exp_avg_sq, largest
 
 
 @triton.jit
-def sgd(param, total, buffer, l2, lr, momentum, undamped, nesterov, first):
+def sgd(
+    param, total, shift, buffer, l2, lr, momentum, undamped, nesterov, first, ROUTE: tl.constexpr
+):
     """Equation (6), torch.optim.SGD.
 
-    `buffer` is None in kernels without momentum; in others a row may have momentum 0.
+    `buffer` is None in kernels without momentum; in others a row may have momentum 0. `shift` is
+    that of `guided_gradient`.
     """
     total = with_decay(total, param, l2)
     new_buffer = total
@@ -283,4 +322,6 @@ def sgd(param, total, buffer, l2, lr, momentum, undamped, nesterov, first):
         new_buffer = tl.where(first, total, tl.fma(momentum, buffer, undamped * total))
         nesterov_total = tl.where(nesterov, tl.fma(momentum, new_buffer, total), new_buffer)
         total = tl.where(momentum != 0, nesterov_total, total)
+    if ROUTE == BY_DECOUPLED:
+        param = param - shift
     return tl.fma(-lr, total, param), new_buffer

@@ -126,6 +126,43 @@ def test_a_whole_training_step_is_captured(rate, anchored, gpu):
     assert_same_bits(*runs)
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
+def test_a_guarded_training_step_is_captured(importance, gpu):
+    """The strength of the pull is the device's own: replays follow the replay gradients."""
+    runs = []
+    for captured in (False, True):
+        run = Training(alpha="auto", importance=importance, replay_weight=0.2)
+        old = [run.optimizer.state[p]["anchor"].clone() for p in run.params]
+        new = [p + 30.0 for p in old]
+
+        def train(run=run, old=old, new=new):
+            run.optimizer.zero_grad()
+            with run.optimizer.replay():
+                sum((p - x).square().sum() for p, x in zip(run.params, old, strict=True)).backward()
+            sum((p - x).square().sum() for p, x in zip(run.params, new, strict=True)).backward()
+            run.optimizer.step()
+
+        for _ in range(5):  # to the far side of the anchor
+            train()
+        step = train
+        if captured:
+            run.optimizer.zero_grad()
+            with gpu.graph() as graph:
+                train()
+            step = graph.replay
+        pulls = []
+        for _ in range(4):
+            step()
+            stats = run.optimizer.guidance_stats()
+            pulls.append([stats[name].item() for name in ("alignment", "pull", "scale", "clip")])
+        runs.append((run.bits(), pulls))
+    (bits, pulls), (replayed, pulls_of_replays) = runs
+    assert_same_bits(bits, replayed)
+    assert pulls == pulls_of_replays
+    assert all(alignment < 0 < pull for alignment, pull, *_ in pulls)
+    assert len({pull for _, pull, *_ in pulls}) == 4
+
+
 def interrupted(gpu, between, replays=2, **options):
     """Runs replays with ``between`` before each, and the same without a graph."""
     runs = []
@@ -331,15 +368,19 @@ def test_tensors_of_the_user_that_a_graph_reads_stay(gpu):
 MANY = [(200,), (13, 15), (190,), ()]
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("strict", [True, False], ids=["torch-2.10", "today"])
-def test_anchors_that_come_in_windows_through_streams(strict, monkeypatch):
+def test_anchors_that_come_in_windows_through_streams(strict, importance, monkeypatch):
     """Work of the side stream is done as late as it may be: a wait that is missing shows."""
     runs = []
     for away in (False, True):
         with monkeypatch.context() as patch, StandIn(patch, strict_streams=strict) as gpu:
             patch.setattr(prefetch, "WINDOW", 1024)
             device = "cpu" if away else None
-            run = Training(capturable=False, shapes=MANY, anchored=False, anchor_device=device)
+            run = Training(
+                capturable=False, shapes=MANY, anchored=False, anchor_device=device,
+                importance=importance,
+            )  # fmt: skip
             for number in range(7):
                 if number in (1, 4):
                     run.optimizer.set_anchor()
@@ -376,6 +417,37 @@ def test_anchors_off_the_device_are_few_blocks_of_memory_and_few_copies(gpu, tmp
         run.optimizer.state[p]["anchor"] is x for p, x in zip(run.params, anchors, strict=True)
     )
     assert_same_bits(anchors, [p.detach().cpu() for p in run.params])
+
+
+def test_guarded_steps_with_anchors_that_come_in_windows_through_streams(monkeypatch):
+    runs = []
+    for away in (False, True):
+        with monkeypatch.context() as patch, StandIn(patch) as gpu:
+            patch.setattr(prefetch, "WINDOW", 1024)
+            run = Training(
+                capturable=False, shapes=MANY, alpha="auto", importance=0.7, replay_weight=0.2,
+                anchor_device="cpu" if away else None,
+            )  # fmt: skip
+            for number in range(4):
+                with run.optimizer.replay():
+                    for p in run.params:
+                        p.grad = torch.full_like(p, -1.0)
+                run.step(1.0 + number)
+                assert run.optimizer.guidance_stats()["pull"].item() > 0
+            assert (run.optimizer._cache.all_rows[0].windows is not None) == away
+            gpu.drain()
+            runs.append([p.tolist() for p in run.params])
+    assert runs[0] == runs[1]
+
+
+def test_importances_off_the_device_are_a_block_of_memory_and_a_copy_beside_the_anchors(gpu):
+    run = Training(capturable=False, shapes=[(33,)] * 40, anchor_device="cpu", importance=0.5)
+    (rows,) = run.optimizer._cache.all_rows
+    for name in ("anchor", "importance"):
+        kept = [run.optimizer.state[p][name] for p in run.params]
+        (memory,) = {x.untyped_storage().data_ptr() for x in kept}
+        assert gpu.blocks[memory].pinned and len(gpu.blocks[memory].bytes) == 39 * 256 + 33 * 4
+    assert [len(copies) for copies in rows.windows._copies] == [2]
 
 
 def test_anchors_dropped_while_they_are_measured(gpu):

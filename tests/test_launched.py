@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Optimizers whose step is launched, as on a GPU: the engine, with Triton's interpreter as device.
 
-- Whole runs equal those of the CPU backend, for every rule, granularity and norm scope.
+- Whole runs equal those of the CPU backend, for every rule, granularity and norm scope; weighted by
+  importance or not, alpha a number or "auto", by every route.
 - capturable=True decides on the device exactly what is decided on the host otherwise, with learning
   rate and alpha as tensors that change.
 - Anchors that come window by window give the same bits as anchors that are there.
@@ -51,9 +52,29 @@ GUIDANCE = {
 }
 
 
+# What pulls along u of equation (3), by other routes, or as strongly as replay gradients ask for.
+CHOSEN = {
+    "auto": {"alpha": "auto", "max_grad_norm": 3.0},
+    "auto-tensor": {"alpha": "auto", "norm_scope": "tensor", "importance": 0.7, "strength": 0.9},
+    "auto-decoupled": {"alpha": "auto", "importance": 1.0, "route": "decoupled"},
+    "weighted": {"alpha": 0.5, "importance": 0.7, "max_grad_norm": 3.0},
+    "weighted-elements": {
+        "alpha": 0.5, "importance": 0.7, "granularity": "element", "route": "first_moment",
+    },
+}  # fmt: skip
+
+
 def capturing_now(patch):
     for module in (uploads_of_rows, launched_rows, libraries, backends):
         patch.setattr(module, "capturing", lambda device: True)
+
+
+def conflict(p, anchor, sign=1.0):
+    """Returns a replay gradient against ``p.grad`` that points away from the anchor."""
+    g = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    away = sign * (p.detach() - anchor.to(p.dtype))
+    length, wanted = away.double().norm().item(), max(g.double().norm().item(), 1.0)
+    return -2 * g + away * (wanted / length if length else 0.0)
 
 
 class Run:
@@ -63,17 +84,42 @@ class Run:
         cls, defaults = RULES[rule]
         self.params = make_params(shapes, dtype)
         self.optimizer = cls(self.params, backend=backend, **{**defaults, **options})
-        self.steps = 0
+        self.steps, self.pulls, self.replays = 0, [], {}
 
     def step(self, missing=(), replay=False):
         generator = torch.Generator().manual_seed(self.steps)
         set_grads(self.params, generator, missing=missing)
-        if replay:
+        if replay == "conflict":
+            replay = [conflict(p, self.optimizer.state[p]["anchor"]) for p in self.params]
+        if isinstance(replay, list):
+            self.replays[self.steps] = replay
+            with self.optimizer.replay():
+                for p, r in zip(self.params, replay, strict=True):
+                    p.grad = r.clone()
+        elif replay:
             with self.optimizer.replay():
                 for p in self.params[:-1]:
                     p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         self.optimizer.step()
         self.steps += 1
+
+    def run_with_conflicts(self, steps=6, like=None):
+        """Runs with an anchor from the second step on, and replay gradients from the third on.
+
+        Args:
+            steps: Number of steps.
+            like: The run whose replay gradients are taken; else they are made for this one.
+        """
+        for k in range(steps):
+            if k in (1, 4):
+                self.optimizer.set_anchor()
+            replay = None
+            if k > 1:
+                replay = "conflict" if like is None else like.replays[k]
+            self.step(missing=(0,) if k == 3 else (), replay=replay)
+            stats = self.optimizer.guidance_stats()
+            self.pulls.append([stats[name] for name in ("scale", "alignment", "pull", "clip")])
+        return self
 
     def run(self, steps=6, anchor_at=1):
         for k in range(steps):
@@ -116,6 +162,85 @@ def test_runs_equal_the_cpu_backend(rule, kind):
             assert stats[name] is None, name
         else:
             torch.testing.assert_close(stats[name], value)
+
+
+@pytest.mark.parametrize("route", ["gradient", "first_moment", "decoupled"])
+@pytest.mark.parametrize("alpha", ["auto", 0.5])
+@pytest.mark.parametrize("importance", [0.0, 0.7])
+def test_weighted_and_guarded_runs_equal_the_cpu_backend(importance, alpha, route):
+    options = {
+        "importance": importance, "alpha": alpha, "route": route, "max_grad_norm": 3.0, "seed": 3,
+        "replay_weight": 0.2, "strength": 0.9,
+        # Of a shorter way from the anchor the weights' last bits would be a larger part.
+        "lr": 0.1,
+    }  # fmt: skip
+    launched = Run("adamw", "triton", **options).run_with_conflicts()
+    plain = Run("adamw", "reference", **options).run_with_conflicts(like=launched)
+    assert_close(launched, plain)
+    assert_same_pulls(launched, plain)
+
+
+@pytest.mark.parametrize("kind", ["auto", "auto-tensor", "auto-decoupled"])
+def test_weighted_and_guarded_runs_of_sgd_equal_the_cpu_backend(kind):
+    options = {**CHOSEN[kind], "replay_weight": 0.2, "importance": 0.0}
+    launched = Run("sgd", "triton", **options).run_with_conflicts()
+    plain = Run("sgd", "reference", **options).run_with_conflicts(like=launched)
+    assert_close(launched, plain)
+    assert_same_pulls(launched, plain)
+
+
+def assert_same_pulls(run, other):
+    """Asserts that every step pulled as strongly, and that some did."""
+    for mine, theirs in zip(run.pulls, other.pulls, strict=True):
+        for x, y in zip(mine, theirs, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert any(bool((scale > 0).any()) for scale, *_ in run.pulls), "nothing pulled"
+
+
+@pytest.mark.parametrize("alpha", ["auto", 0.5])
+@pytest.mark.parametrize("kind", ["gradient", "maximize"])
+def test_weighted_guidance_of_other_optimizers(kind, alpha):
+    runs, replays = [], {}
+    for backend in ("triton", "reference"):
+        params = make_params(SHAPES, F32)
+        named = [(str(i), p) for i, p in enumerate(params)]
+        inner = torch.optim.SGD(named, lr=0.1, maximize=kind == "maximize")
+        guidance = dgg.Guidance(
+            inner, alpha=alpha, max_grad_norm=2.0, seed=4, replay_weight=0.2, importance=0.7,
+            backend=backend,
+        )  # fmt: skip
+        run = types.SimpleNamespace(params=params, optimizer=guidance, pulls=[])
+        sign = -1.0 if kind == "maximize" else 1.0
+        for k in range(5):
+            generator = torch.Generator().manual_seed(k)
+            set_grads(params, generator)
+            if k == 1:
+                importance = {name: torch.rand(p.shape, generator=generator) for name, p in named}
+                guidance.set_anchor(importance=importance)
+            if k > 1:
+                if backend == "triton":
+                    replays[k] = [conflict(p, guidance.state[p]["anchor"], sign) for p in params]
+                with guidance.replay():
+                    for p, r in zip(params, replays[k], strict=True):
+                        p.grad = r.clone()
+            inner.step()
+            stats = guidance.guidance_stats()
+            run.pulls.append([stats[name] for name in ("scale", "alignment", "pull", "clip")])
+        runs.append(run)
+    for p, q in zip(runs[0].params, runs[1].params, strict=True):
+        torch.testing.assert_close(p, q)
+    assert_same_pulls(*runs)
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_captured_steps_pull_the_same(kind):
+    options = {**CHOSEN[kind], "seed": 5, "replay_weight": 0.2}
+    captured = Run("adamw", "triton", capturable=True, **options).run_with_conflicts()
+    plain = Run("adamw", "triton", **options).run_with_conflicts(like=captured)
+    assert_close(captured, plain)
+    assert_same_pulls(captured, plain)
 
 
 @pytest.mark.parametrize("kind", GUIDANCE)
@@ -217,6 +342,39 @@ def test_anchors_that_come_in_windows(dtype, kind, away, monkeypatch):
     there = Run("adamw", "triton", dtype, **options).run()
     assert there.optimizer._cache.all_rows[0].windows is None
     assert_equal(windowed, there)
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_importances_come_in_the_windows_of_their_anchors(dtype, kind, away, monkeypatch):
+    options = {
+        **CHOSEN[kind], "shapes": [x for x in MANY if x], "seed": 2, "replay_weight": 0.2,
+        "anchor_dtype": F32, "importance_dtype": BF16, "granularity": "step",
+    }  # fmt: skip
+    windowed = Run("adamw", "triton", dtype, **options).run_with_conflicts()
+    windows = windowed.optimizer._cache.all_rows[0].windows
+    assert windows.count >= 2 and windows.bytes <= 2 * (1024 + 512)
+    weighted = bool(options.get("importance"))
+    for place, p in enumerate(windowed.params):
+        assert bool(windows.importance_addresses[place]) == (weighted and p.numel() > 0)
+    monkeypatch.undo()
+    there = Run("adamw", "triton", dtype, **options).run_with_conflicts(like=windowed)
+    assert there.optimizer._cache.all_rows[0].windows is None
+    assert_equal(windowed, there)
+    assert_same_pulls(windowed, there)
+
+
+def test_windows_notice_changed_importances(away):
+    options = {"alpha": 1.0, "importance": 0.7, "shapes": MANY, "seed": 9}
+    runs = [Run("adamw", backend, **options) for backend in ("triton", "reference")]
+    for run in runs:
+        for k in range(5):
+            if k == 1:
+                run.optimizer.set_anchor()
+            if k == 3:
+                run.optimizer.state[run.params[1]]["importance"].mul_(3.0)
+            run.step()
+    assert_close(*runs)
 
 
 def test_windows_fetch_only_for_steps_that_inject(away, monkeypatch):
@@ -406,6 +564,43 @@ def test_launches_of_a_step(kind, capturable, launched):
     run.step()
     summed = ["norms_launch", "coefficients_launch"] * measuring
     assert launched == [*drawn, *summed, "adam_launch_"]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_launches_of_a_guarded_step(capturable, launched):
+    """Products, which make the strength, and update; without replay gradients only what clips."""
+    options = {"alpha": "auto", "max_grad_norm": 1.0, "replay_weight": 0.2, "importance": 0.5}
+    run = Run("adamw", "triton", capturable=capturable, **options).run_with_conflicts(3)
+    drawn = ["draw_flags_launch"] * capturable
+    del launched[:]
+    run.step(replay="conflict")
+    assert launched == [*drawn, "products_launch", "adam_launch_"]
+    del launched[:]
+    run.step()
+    assert launched == ["norms_launch", "adam_launch_"]
+    (rows,) = run.optimizer._cache.all_rows
+    rows.reduction = Alone()
+    del launched[:]
+    run.step(replay="conflict")
+    summed = ["products_launch", "guard_coefficients_launch"]
+    assert launched == [*drawn, *summed, "adam_launch_"]
+
+
+@pytest.mark.parametrize("alpha", ["auto", 1.0])
+def test_the_last_launch_of_several_dtypes_makes_the_strength(alpha, launched):
+    runs = []
+    for backend in ("triton", "reference"):
+        run = Run("adamw", backend, alpha=alpha, replay_weight=0.2, importance=0.7, lr=0.01)
+        run.params += make_params([(9,), (40,)], BF16)
+        run.optimizer.add_param_group({"params": run.params[-2:]})
+        run.run_with_conflicts(4, like=runs[0] if runs else None)
+        if backend == "triton":
+            measured = ["products_launch" if alpha == "auto" else "norms_launch"] * 2
+            assert launched[-4:] == measured + ["adam_launch_"] * 2
+        runs.append(run)
+    for p, q in zip(*(run.params for run in runs), strict=True):
+        torch.testing.assert_close(p, q)
+    assert_same_pulls(*runs)
 
 
 def test_the_last_launch_of_several_dtypes_makes_the_coefficients(launched):

@@ -166,6 +166,46 @@ def test_anchors_side_by_side_come_in_one_copy_a_window(size, monkeypatch, log):
     assert sum(found[1][0]) == len(SHAPES) - 1, "all but the empty one"
 
 
+@pytest.mark.parametrize("size", [256, 1024, 8192])
+def test_an_importance_comes_in_the_window_of_its_anchor(size, monkeypatch):
+    monkeypatch.setattr(prefetch, "WINDOW", size)
+    like = [torch.zeros(shape) for shape in SHAPES]
+    kinds = []
+    for base, dtypes in ((100, DTYPES[:3]), (200, DTYPES[1::-1])):
+        made = prefetch.side_by_side(
+            like, [dtypes[place % len(dtypes)] for place in range(len(like))], pinned=False
+        )
+        for place, x in enumerate(made):
+            x.fill_(base + place)
+        kinds.append(made)
+    anchors, importances = kinds
+    importances[4] = None  # an anchor without
+    anchors[5] = None  # on the device already
+    anchors[6] = importances[6] = None
+    made = prefetch.AnchorWindows(anchors, torch.device("cpu"), importances=importances)
+    assert made.of_row[6] == -1 and min(x for x in made.of_row[:6]) >= 0
+    assert (made.addresses[5], made.importance_addresses[4]) == (0, 0)
+    found = 0
+    for number in made.order():
+        made.fetch(number)
+        buffer = made._buffers[number % 2]
+        taken = []
+        for tensors, addresses in (
+            (anchors, made.addresses), (importances, made.importance_addresses)
+        ):  # fmt: skip
+            for row, x in enumerate(tensors):
+                if x is None or made.of_row[row] != number or not x.numel():
+                    continue
+                begin = addresses[row] - buffer.data_ptr()
+                assert begin % 256 == 0
+                assert torch.equal(buffer[begin : begin + x.nbytes].view(x.dtype), x.flatten())
+                taken.append((begin, begin + x.nbytes))
+                found += 1
+        taken.sort()
+        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False)), "they overlap"
+    assert found == 2 * (len(SHAPES) - 1) - 4
+
+
 def test_memory_of_anchors_is_as_long_as_they_are():
     like = [torch.zeros(100) for _ in range(9)]
     made = prefetch.side_by_side(like, [torch.bfloat16] * 9, pinned=False)

@@ -33,6 +33,7 @@ from rows import (
     GUIDE,
     HYPER,
     INJECT,
+    ROUTES,
     SEED,
     SGD,
     SGD_CASES,
@@ -75,7 +76,7 @@ def cut(problem, table, chunk=CHUNK):
 def call(
     name, problem, hyper, flags, *, chunk=CHUNK, table=None, look_ahead=False, stochastic=False,
     grad_scale=None, found_inf=None, draw_index=None, replay_weight=1.0, seed=SIGNED_SEED,
-    draw=DRAW, distances=None,
+    draw=DRAW, distances=None, importance=0.0, route="gradient",
 ):  # fmt: skip
     """Runs one kernel on a problem; `hyper` is one set of numbers or a list of those."""
     if table is None:
@@ -86,11 +87,15 @@ def call(
         extra |= layout.STOCHASTIC_BIT
     if any(copy is not None for copy in problem.copies):
         extra |= layout.COPY_BIT
-    variant = variant_of(hyper if isinstance(hyper, list) else [hyper], flags, extra)
+    variant = variant_of(
+        hyper if isinstance(hyper, list) else [hyper], flags, extra, importance=importance,
+        route=route,
+    )  # fmt: skip
     grads, replays = addresses(problem.grads), addresses(problem.replays)
     if grad_scale is not None:
         grad_scale = torch.tensor(grad_scale)
-    options = dict(replay_weight=replay_weight, seed=seed, draw=draw, variant=variant, chunk=chunk)
+    options = dict(replay_weight=replay_weight, seed=seed, draw=draw, variant=variant, chunk=chunk,
+                   importance=importance)  # fmt: skip
     for part in cut(problem, table, chunk):
         common = (grads, replays, problem.coefficients, flags, numbers)
         if name == "guide":
@@ -109,7 +114,7 @@ def call(
 
 def call_norms(
     problem, which, *, chunk=CHUNK, replay_weight=1.0, grad_scale=None, gate=None, distances=None,
-    out=None, max_grad_norm=None, scaling=False, per_tensor=False,
+    out=None, max_grad_norm=None, scaling=False, per_tensor=False, importance=0.0,
 ):  # fmt: skip
     squares = torch.full((3, len(problem.params)), -9.0, dtype=F64)
     table = problem.table(0)
@@ -122,7 +127,7 @@ def call_norms(
             problem.distances if distances is None else distances, squares, gate, grad_scale,
             out if part is parts[-1] else None, dtypes=part.dtypes, replay_weight=replay_weight,
             which=which, chunk=chunk, max_grad_norm=max_grad_norm, scaling=scaling,
-            per_tensor=per_tensor,
+            per_tensor=per_tensor, importance=importance,
         )  # fmt: skip
         assert not part.counters.any()
     return squares
@@ -134,6 +139,34 @@ def call_coefficients(squares, **options):
     return out
 
 
+def call_products(
+    problem, flags, *, chunk=CHUNK, replay_weight=1.0, grad_scale=None, importance=0.0, out=None,
+    max_grad_norm=None, per_tensor=False, maximize=False,
+):  # fmt: skip
+    sums = torch.full((reference.PRODUCTS, len(problem.params)), -9.0, dtype=F64)
+    table = problem.table(0)
+    if grad_scale is not None:
+        grad_scale = torch.tensor([grad_scale])
+    parts = cut(problem, table, chunk)
+    for part in parts:
+        part.partials.fill_(float("nan"))
+        kernels.products_launch(
+            table, *part.tensors, addresses(problem.grads), addresses(problem.replays), flags, sums,
+            grad_scale, out if part is parts[-1] else None, dtypes=part.dtypes,
+            replay_weight=replay_weight, importance=importance, max_grad_norm=max_grad_norm,
+            per_tensor=per_tensor, maximize=maximize, chunk=chunk,
+        )  # fmt: skip
+        assert not part.counters.any()
+    return sums
+
+
+def call_guard(sums, **options):
+    size = reference.SCALES + sums.shape[1] + reference.GUARD_EXTRAS
+    out = torch.full((size,), -9.0, dtype=F64)
+    kernels.guard_coefficients_launch(sums, out, **options)
+    return out
+
+
 # Updates
 
 
@@ -141,6 +174,18 @@ def call_coefficients(squares, **options):
 @pytest.mark.parametrize("case", ADAM_CASES)
 def test_adam(case, situation):
     rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, [0, *EDGES])
+
+
+@pytest.mark.parametrize("situation", ROUTES)
+@pytest.mark.parametrize("case", ["adamw", "adam", "amsgrad-maximize"])
+def test_adam_routes(case, situation):
+    rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, [0, *EDGES])
+
+
+@pytest.mark.parametrize("situation", [name for name in ROUTES if name.startswith("decoupled")])
+@pytest.mark.parametrize("case", SGD_CASES)
+def test_sgd_routes(case, situation):
+    rows.check_update(call, "sgd", {**SGD, **SGD_CASES[case]}, situation, [0, *EDGES[3:]])
 
 
 @pytest.mark.parametrize("first", [0, FIRST])
@@ -239,6 +284,16 @@ def test_dtype_combinations(name):
     rows.check_dtypes(call, call_norms, name, kinds, 37, ELEMENTS)
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd", "guide"])
+def test_dtype_combinations_with_importance(name):
+    # All pairs of anchor and importance, the others taking turns.
+    kinds = [
+        tuple(DTYPES[(a + shift) % 4] for shift in (f, 0, 2 * f + 1, f + 1, 0, f, f))
+        for a, f in itertools.product(range(4), repeat=2)
+    ]
+    rows.check_dtypes(call, call_norms, name, kinds, 37, ELEMENTS, importance=0.7)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_chunks_as_they_are_used(dtype):
     # The real chunk has several blocks; here are whole chunks, whole blocks and a ragged end.
@@ -261,7 +316,8 @@ def test_chunks_as_they_are_used(dtype):
 def test_misaligned_views_give_the_same_bits(name, dtype):
     """Aligned tensors and views into the middle of others take different walks."""
     sizes = [1, 7, 40, CHUNK, CHUNK + 9, 2 * CHUNK]
-    options = {"replay_weight": 0.6} | ({} if name == "guide" else {"look_ahead": True})
+    options = {"replay_weight": 0.6, "importance": 0.7}
+    options |= {} if name == "guide" else {"look_ahead": True}
     results = []
     for offset in (0, 1, 3):
         problem = Problem(sizes, (dtype,) * 5, offset=offset)
@@ -404,7 +460,7 @@ def test_elements_beyond_2_to_the_33():
     kernels.adam_launch_(
         table, torch.zeros(1, dtype=torch.int32),
         torch.tensor([[0, number], [0, number + 1]], dtype=torch.int32),
-        torch.tensor([0, 2], dtype=torch.int32), torch.zeros(3, 2, dtype=F64),
+        torch.tensor([0, 2], dtype=torch.int32), torch.zeros(layout.PARTIALS, 2, dtype=F64),
         torch.zeros(1, dtype=torch.int32), grads, torch.empty(0, dtype=torch.int64),
         problem.coefficients, problem.flags(ELEMENTS), numbers_of(ADAM), problem.distances,
         None, None, None, dtypes=0, replay_weight=1.0, seed=SIGNED_SEED, draw=DRAW,
@@ -418,15 +474,25 @@ def test_elements_beyond_2_to_the_33():
     assert_same_step("adam", problem, exact, ADAM, "far away")
 
 
-def test_a_variant_that_contradicts_itself_is_refused():
+@pytest.mark.parametrize(
+    "name,variant,message",
+    [
+        ("adam", layout.LOOK_AHEAD_BIT, "the routes need ANCHOR"),
+        ("adam", layout.IMPORTANCE_BIT, "the routes need ANCHOR"),
+        ("sgd", layout.DECOUPLED_BIT, "the routes need ANCHOR"),
+        ("adam", 1 | layout.FIRST_MOMENT_BIT | layout.DECOUPLED_BIT, "exclude each other"),
+        ("sgd", 1 | layout.FIRST_MOMENT_BIT, "SGD has none"),
+    ],
+)
+def test_a_variant_that_contradicts_itself_is_refused(name, variant, message):
     problem = Problem([9], replay=False)
     (part,) = cut(problem, problem.table(2))
-    with pytest.raises(ValueError, match="LOOK_AHEAD need ANCHOR"):
-        kernels.adam_launch_(
+    with pytest.raises(ValueError, match=message):
+        getattr(kernels, LAUNCHES[name])(
             problem.table(2), *part.tensors, addresses(problem.grads), addresses([]),
             problem.coefficients, problem.flags(0), torch.zeros(1, 10, dtype=F64),
             problem.distances, None, None, None, dtypes=0, replay_weight=1.0, seed=0, draw=0,
-            variant=layout.LOOK_AHEAD_BIT,
+            variant=variant,
         )  # fmt: skip
 
 
@@ -587,10 +653,115 @@ def test_draws_on_the_device(granularity):
 # Norms and coefficients
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("which", range(1, 8))
 @pytest.mark.parametrize("replay", [False, True])
-def test_norms(which, replay):
-    rows.check_norms(call_norms, which, replay, EDGES)
+def test_norms(which, replay, importance):
+    rows.check_norms(call_norms, which, replay, EDGES, importance)
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(dtype, replay, importance):
+    rows.check_products(call_products, dtype, replay, EDGES, importance)
+
+
+def test_products_of_extreme_numbers():
+    rows.check_extreme_products(call_products)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_products_of_chunks_as_they_are_used(dtype, offset):
+    """Whole blocks, ragged ends and misaligned views give the reference's sums, and one run's."""
+    sizes = [layout.CHUNK + 1024 + 5, 1024, 1023, 2049]
+    kinds = (dtype, dtype, F32, dtype, BF16, dtype, dtype)
+    problem, aligned = (Problem(sizes, kinds, offset=x) for x in (offset, 0))
+    flags = problem.flags(INJECT)
+    options = {"replay_weight": 0.6, "importance": 0.7}
+    sums = call_products(problem, flags, chunk=layout.CHUNK, **options)
+    exact = problem.exact()
+    expected = reference.products(
+        exact.params, exact.grads, exact.replays, exact.anchors, flags,
+        importances=exact.importances, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(sums[:4], expected[:4], rtol=1e-6, atol=0)
+    bounds = (expected[[1, 2]] * expected[3]).sqrt()
+    assert ((sums[4:] - expected[4:]).abs() <= 1e-6 * bounds).all()
+    assert torch.equal(sums, call_products(aligned, flags, chunk=layout.CHUNK, **options))
+
+
+@pytest.mark.parametrize("kinds", [(F32, BF16), (F64, F32)])
+def test_products_count_written_parameters_in_their_masters_place(kinds):
+    master, dtype = kinds
+    problem = Problem([5, CHUNK + 9, 0], (*(master,) * 5, dtype, master), copies=True)
+    for copy in problem.copies[:2]:
+        copy[::3] += 0.5
+    flags = problem.flags(INJECT)
+    sums = call_products(problem, flags, replay_weight=0.6)
+    exact = problem.exact()
+    exact.params = [
+        reference.adopted(p, c).double()
+        for p, c in zip(problem.params, problem.copies, strict=True)
+    ]
+    expected = reference.products(
+        exact.params, exact.grads, exact.replays, exact.anchors, flags, replay_weight=0.6
+    )
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-4)
+    assert (sums[reference.PULL, :2] / expected[reference.PULL, :2] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("name", rows.GUARDS)
+def test_guard_coefficients(name, max_grad_norm, per_tensor, maximize):
+    rows.check_guard(call_guard, name, max_grad_norm, per_tensor, maximize)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_guard_coefficients_of_many_rows(per_tensor):
+    sums = torch.randn(6, 2100, generator=torch.Generator().manual_seed(0), dtype=F64)
+    sums[:4].abs_()
+    sums[reference.H_DOT_R] -= 0.5
+    sums[reference.U_DOT_R] += 0.5
+    settings = dict(max_grad_norm=1.0, per_tensor=per_tensor, maximize=False)
+    expected = reference.guard_coefficients(sums, **settings)
+    pulled = (expected[reference.SCALES : -2] > 0).double().mean()
+    assert 0.2 < pulled < 0.9 if per_tensor else pulled == 1
+    torch.testing.assert_close(call_guard(sums, **settings), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 2.0])
+def test_the_product_pass_makes_the_coefficients(max_grad_norm, per_tensor, maximize):
+    sizes = [0, 5, CHUNK + 9, 0, 2 * CHUNK, *[1] * 9]
+    settings = dict(max_grad_norm=max_grad_norm, per_tensor=per_tensor, maximize=maximize)
+    problem = Problem(sizes)
+    problem.grads[1] = problem.replays[1] = problem.anchors[2] = None
+    for row in (1, len(sizes) - 1):  # a launch of other dtypes
+        problem.params[row] = problem.params[row].double()
+    # The gradient raises the replayed loss, and the pull lowers it.
+    for p, a, g, r in zip(
+        problem.params, problem.anchors, problem.grads, problem.replays, strict=True
+    ):
+        if a is not None and r is not None:
+            r.copy_(p - a).mul_(-1.0 if maximize else 1.0).add_(0.1)
+            g.copy_(r).mul_(-2.0)
+    flags = problem.flags(INJECT)
+    found = []
+    for _ in range(2):  # the counter is ready for the next step
+        out = torch.full((reference.SCALES + len(sizes) + 2,), float("nan"), dtype=F64)
+        sums = call_products(problem, flags, out=out, replay_weight=0.5, **settings)
+        assert torch.equal(out, call_guard(sums, **settings))
+        assert (out[0] < 1) == (max_grad_norm is not None) and (out[1:4] > 0).all()
+        assert out[reference.SCALES + 4] > 0 and out[-1] > 0
+        found.append(bits([out, sums]))
+    assert found[0] == found[1]
+    # Nobody asks for them: the sums are the same.
+    assert bits([call_products(problem, flags, replay_weight=0.5)]) == bits([sums])
 
 
 @pytest.mark.parametrize(
@@ -657,10 +828,12 @@ def test_rows_of_many_chunks(sizes):
     assert [s.item() - 2 for s in problem.steps] == before
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_look_ahead_is_the_next_norm_pass(dtype, name):
-    rows.check_look_ahead(call, call_norms, name, dtype, EDGES, [0, INJECT, ELEMENTS] * 3)
+def test_look_ahead_is_the_next_norm_pass(dtype, name, importance):
+    flags = [0, INJECT, ELEMENTS] * 3
+    rows.check_look_ahead(call, call_norms, name, dtype, EDGES, flags, importance)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 0.1, 1e9])

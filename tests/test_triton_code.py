@@ -6,7 +6,8 @@ place of the driver, compiles what they would have launched, and reads the machi
 
 A variant is a kernel, a mix of dtypes, a guidance (none, per step, per element, each of the last
 two with the look-ahead or without), extras (momentum or amsgrad, stochastic rounding, copies of
-master weights), and whether there are replay gradients and numbers on the device. By default are
+master weights), what is asked of the pull (importance, first moment alone, outside of the moments),
+and whether there are replay gradients and numbers on the device. By default are
 compiled
 
 - the launches that people use most: COMMON for every target, MORE for sm_90 (`test_machine_code`),
@@ -52,11 +53,14 @@ if importlib.util.find_spec("triton") is not None:
 DTYPES = [F32, BF16, F16, F64]  # in the order of their codes
 ANCHOR, ELEMENTS, LOOK_AHEAD = layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT
 STATE, STOCHASTIC, COPY = layout.STATE_BIT, layout.STOCHASTIC_BIT, layout.COPY_BIT
+IMPORTANCE, FIRST_MOMENT = layout.IMPORTANCE_BIT, layout.FIRST_MOMENT_BIT
+DECOUPLED = layout.DECOUPLED_BIT
 
 NVIDIA = ["sm_80", "sm_90", "sm_100", "sm_120"]
 TARGETS = [*NVIDIA, "gfx942"]
 
-# Dtypes of parameter, gradient, moments, anchor and copy that people use.
+# Dtypes of parameter, gradient, moments, anchor and copy that people use; importance is stored as
+# the anchor.
 MIXES = {
     "f32": (F32, F32, F32, F32, F32),
     "bf16": (BF16, BF16, BF16, BF16, BF16),
@@ -86,7 +90,8 @@ class Launch:
     device: bool = False  # grad_scale, found_inf, draw_index and gate are given
 
     def __str__(self):
-        names = ["anchor", "elements", "look-ahead", "state", "stochastic", "copy"]
+        names = ["anchor", "elements", "look-ahead", "state", "stochastic", "copy", "importance",
+                 "first-moment", "decoupled"]  # fmt: skip
         words = [name for bit, name in enumerate(names) if self.variant >> bit & 1]
         words += ["replay"] * self.replay + ["device"] * self.device
         return "-".join([self.kernel, self.mix, *words])
@@ -97,13 +102,21 @@ class Launch:
 
     @property
     def several(self):
-        """Whether the compiler takes several blocks at once: gradients are scaled, no more."""
+        """Whether the compiler takes several blocks at once, since there is little to do with one.
+
+        Gradients are scaled, no more; or there are two products, not five.
+        """
+        if self.kernel == "products":
+            return not self.replay
         return self.kernel == "guide" and not self.anchored
 
     def streams(self):
         """Dtypes of the tensors that each element is loaded from and stored to."""
         param, grad, state, anchor, copy = MIXES[self.mix]
         loads = [grad] + [grad] * self.replay + [anchor] * self.anchored
+        loads += [anchor] * bool(self.variant & IMPORTANCE)
+        if self.kernel == "products":
+            return loads + [param] + [copy] * (copy != param), []
         if self.kernel == "guide":
             return loads + [param] * self.anchored, [grad]
         moments = 2 + bool(self.variant & STATE) if self.kernel == "adam" else 0
@@ -132,7 +145,7 @@ class Launch:
         """Elements of a block in one thread."""
         param, grad, state, anchor, copy = MIXES[self.mix]
         used = {param, grad, anchor} | ({state} if self.kernel in ("adam", "sgd") else set())
-        used |= {copy} if self.kernel in ("adam", "sgd") else set()
+        used |= {copy} if self.kernel in ("adam", "sgd", "products") else set()
         return 8 if used & {BF16, F16} else 4
 
 
@@ -147,6 +160,7 @@ COMMON = [
     Launch("adam", "bf16", ANCHOR | LOOK_AHEAD | STOCHASTIC),
     Launch("guide", "bf16", ANCHOR | ELEMENTS),
     Launch("norms", "f32"),
+    Launch("products", "f32", ANCHOR | IMPORTANCE, replay=True),
 ]
 # Where people will look first.
 MORE = [
@@ -167,6 +181,20 @@ MORE = [
     Launch("sgd", "bf16", ANCHOR | STATE),
     Launch("norms", "bf16"),
     Launch("norms", "mixed", replay=True, device=True),
+    Launch("adam", "f32", ANCHOR | IMPORTANCE, replay=True),
+    Launch("adam", "bf16", ANCHOR | IMPORTANCE | LOOK_AHEAD),
+    Launch("adam", "master", ANCHOR | IMPORTANCE | COPY | STOCHASTIC, replay=True),
+    Launch("adam", "f32", ANCHOR | FIRST_MOMENT),
+    Launch("adam", "mixed", ANCHOR | IMPORTANCE | DECOUPLED, replay=True),
+    Launch("sgd", "f32", ANCHOR | IMPORTANCE | DECOUPLED | STATE, replay=True),
+    Launch("guide", "f32", ANCHOR | IMPORTANCE, replay=True),
+    Launch("norms", "f32", IMPORTANCE),
+    Launch("products", "f32", ANCHOR, replay=True),
+    Launch("products", "bf16", ANCHOR | IMPORTANCE, replay=True, device=True),
+    Launch("products", "mixed", ANCHOR, replay=True),
+    Launch("products", "master", ANCHOR | IMPORTANCE, replay=True),
+    Launch("products", "f64", ANCHOR | IMPORTANCE, replay=True),
+    Launch("products", "f32", ANCHOR),
 ]
 FAST = [(target, launch) for target in TARGETS for launch in COMMON]
 FAST += [("sm_90", launch) for launch in MORE]
@@ -191,22 +219,29 @@ def launches(kernel, *choices):
     has everything at once, and so the most registers.
     """
     flags = [False, True]
-    if kernel == "norms":
-        for *chosen, mix, replay, device in covering(*choices, flags, flags):
-            yield *chosen, Launch(kernel, mix, 0, replay, device)
+    if kernel in ("norms", "products"):
+        anchored = ANCHOR if kernel == "products" else 0
+        for *chosen, mix, weighing, replay, device in covering(
+            *choices, [0, IMPORTANCE], flags, flags
+        ):
+            yield *chosen, Launch(kernel, mix, anchored | weighing, replay, device)
         return
     guidances, extras = [0, ANCHOR, ANCHOR | ELEMENTS], [0]
     if kernel != "guide":
         guidances += [ANCHOR | LOOK_AHEAD, ANCHOR | ELEMENTS | LOOK_AHEAD]
         extras = [0, STATE, STOCHASTIC, STATE | STOCHASTIC]
-    for *chosen, mix, guidance, extra, replay, device in covering(
-        *choices, guidances, extras, flags, flags
+    # What is asked of the pull goes with any guidance, and with none it is nothing.
+    pulls = [0, IMPORTANCE]
+    pulls += {"adam": [FIRST_MOMENT, IMPORTANCE | DECOUPLED], "sgd": [DECOUPLED]}.get(kernel, [])
+    for *chosen, mix, guidance, pull, extra, replay, device in covering(
+        *choices, guidances, pulls, extras, flags, flags
     ):
         variant = guidance | extra | (COPY if mix == "master" and kernel != "guide" else 0)
+        variant |= pull if guidance else 0
         yield *chosen, Launch(kernel, mix, variant, replay, device)
 
 
-KERNELS = ["adam", "sgd", "guide", "norms"]
+KERNELS = ["adam", "sgd", "guide", "norms", "products"]
 
 
 def pairs():
@@ -246,26 +281,40 @@ def record(launch, target):
     drawn = ints(1) if launch.device else None
     gate = ints(1, dtype=torch.uint8) if launch.device else None
     param, grad, state, anchor, copy = MIXES[launch.mix]
-    kinds = [param, grad, grad, state, state, state, anchor, copy]
+    # Where importance is not read, its dtype says nothing, as in a table without it.
+    weighted = bool(launch.variant & IMPORTANCE)
+    kinds = [param, grad, grad, state, state, state, anchor, copy, anchor if weighted else param]
     codes = sum(DTYPES.index(kind) << layout.SLOT_BITS * place for place, kind in enumerate(kinds))
     int32 = torch.int32
     table = ints(2, layout.COLUMNS)
     rows, parts, starts = ints(2, dtype=int32), ints(2, 2, dtype=int32), ints(3, dtype=int32)
-    partials, counters = doubles(3, 2), ints(3, dtype=int32)
+    partials, counters = doubles(layout.PARTIALS, 2), ints(3, dtype=int32)
+    importance = 0.5 if weighted else 0.0
     addresses = ints(2), ints(2 if launch.replay else 0)
     common = (*addresses, doubles(6), ints(2, dtype=torch.uint8), doubles(1, 10))
-    draws = dict(dtypes=codes, replay_weight=0.5, seed=1, draw=0, variant=launch.variant)
+    draws = dict(dtypes=codes, replay_weight=0.5, seed=1, draw=0, variant=launch.variant,
+                 importance=importance)  # fmt: skip
     if launch.kernel == "norms":
         kernels.norms_launch(
             table, rows, parts, starts, partials, counters, *addresses, doubles(2), doubles(3, 2),
             gate, scale, doubles(6), dtypes=codes, replay_weight=0.5, which=7, max_grad_norm=1.0,
-            scaling=True, per_tensor=False,
+            scaling=True, per_tensor=False, importance=importance,
+        )  # fmt: skip
+    elif launch.kernel == "products":
+        kernels.products_launch(
+            table, rows, parts, starts, partials, counters, *addresses, ints(2, dtype=torch.uint8),
+            doubles(6, 2), scale, doubles(8), dtypes=codes, replay_weight=0.5,
+            importance=importance, max_grad_norm=1.0, per_tensor=False, maximize=False,
         )  # fmt: skip
     elif launch.kernel == "guide":
         kernels.guide_launch_(table, rows, parts, *common, scale, found, drawn, **draws)
     elif launch.kernel == "coefficients":
         kernels.coefficients_launch(
             doubles(3, 2), doubles(6), max_grad_norm=1.0, scaling=True, per_tensor=launch.device
+        )
+    elif launch.kernel == "guard_coefficients":
+        kernels.guard_coefficients_launch(
+            doubles(6, 2), doubles(8), max_grad_norm=1.0, per_tensor=launch.device, maximize=False
         )
     elif launch.kernel == "draw_flags":
         kernels.draw_flags_launch(
@@ -494,7 +543,8 @@ def check(target, launch, kernels):
     if launch.kernel == "norms":
         param, grad, _, anchor, _ = MIXES[launch.mix]
         gradients = accesses([grad] * (1 + launch.replay), pack)
-        differences = accesses([param, anchor], pack)
+        weighted = bool(launch.variant & IMPORTANCE)
+        differences = accesses([param, anchor] + [anchor] * weighted, pack)
         ahead = 4 * gradients
         assert main["loads"] >= ahead + 4 * differences
         # Of the coefficients four numbers lie side by side.
@@ -514,6 +564,21 @@ def check(target, launch, kernels):
             assert loop["stores"] == loop["narrow loads"] == loop["narrow stores"] == 0
         if target in NVIDIA:
             assert main["once"] == [0, 0], "the update wants what a norm pass has read"
+    elif launch.kernel == "products":
+        ahead = accesses(launch.streams()[0], pack)
+        # Of each stream as many accesses as of every other; what is small is unrolled.
+        assert main["loads"] % ahead == 0 and main["loads"] > 0
+        each = ahead
+        if launch.several and disassembled and target in NVIDIA:
+            ahead = max(loop["loads"] for loop in main["loops"])
+        # Of the coefficients four numbers lie side by side, and behind the strengths two.
+        assert main["stores"] == (0 if target in NVIDIA else 3)
+        if target in NVIDIA and disassembled:
+            assert main["once"] == [0, 0], "the update wants what this pass has read"
+            assert main["loops"]
+            for loop in main["loops"]:
+                assert loop["loads"] % each == 0
+                assert loop["stores"] == loop["narrow loads"] == loop["narrow stores"] == 0
     elif launch.kernel != "norms" and target not in NVIDIA:
         # Numbers of the table that lie side by side come in one load, in each of the two walks.
         loads, stores = (accesses(streams, pack) for streams in launch.streams())
@@ -530,7 +595,7 @@ def check(target, launch, kernels):
         for counts in (main, *main.get("loops", [])):
             assert counts["loads"] == counts["stores"] // stores * loads > 0, (loads, stores)
             assert counts["stores"] % stores == 0, stores
-    if launch.kernel != "norms" and target in NVIDIA and disassembled:
+    if launch.kernel not in ("norms", "products") and target in NVIDIA and disassembled:
         assert main["loops"]
         again = [accesses(streams, pack) for streams in launch.wanted_again()]
         copies = main["stores"] // stores
@@ -580,6 +645,7 @@ def test_machine_code_of_every_variant(target, mix, kernel, ask):
     "launch,counters",
     [
         (Launch("norms", "f32"), 2),  # of a row's chunks, and of the rows
+        (Launch("products", "f32", ANCHOR, replay=True), 2),
         (Launch("adam", "bf16", ANCHOR | LOOK_AHEAD | STOCHASTIC), 1),
         (Launch("adam", "f32"), 1),  # the last one counts the step that all have read
         (Launch("sgd", "f32"), 0),
@@ -595,7 +661,8 @@ def test_what_others_wrote_is_acquired_once(launch, counters, ask):
 @pytest.mark.parametrize("target", TARGETS)
 def test_small_kernels(target, ask):
     """The kernels of one program, whose norms are of all tensors or of each."""
-    for name, device in (("coefficients", False), ("coefficients", True), ("draw_flags", True)):
+    names = ["coefficients", "guard_coefficients", "draw_flags"]
+    for name, device in itertools.product(names, (False, True)):
         (kernel,) = ask(target, Launch(name, "f32", device=device))
         assert kernel["name"] == f"{name}_kernel"
         assert kernel["scratch"] == 0, "registers were spilled"

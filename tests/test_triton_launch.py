@@ -60,7 +60,7 @@ def main():
         return run(self, *arguments, **options)
 
     triton.runtime.jit.JITFunction.run = counted
-    from dgg.kernels import adam, guide, norms, sgd
+    from dgg.kernels import adam, guide, layout, norms, products, sgd
 
     from dgg import kernels
 
@@ -80,10 +80,9 @@ def main():
     ):
         int32 = torch.int32
         common = (
-            ints(rows, 14), ints(rows, dtype=int32), ints(chunks, 2, dtype=int32),
-            ints(rows + 1, dtype=int32), doubles(3, chunks), ints(rows + 1, dtype=int32),
-            ints(rows),
-            ints(0),
+            ints(rows, layout.COLUMNS), ints(rows, dtype=int32), ints(chunks, 2, dtype=int32),
+            ints(rows + 1, dtype=int32), doubles(layout.PARTIALS, chunks),
+            ints(rows + 1, dtype=int32), ints(rows), ints(0),
         )  # fmt: skip
         flags, which = ints(rows, dtype=torch.uint8), {"dtypes": 0, "replay_weight": 0.5}
         coefficients = doubles(4 + rows)
@@ -92,10 +91,16 @@ def main():
             coefficients if rows > 1 else None, which=7, scaling=rows > 2, per_tensor=False,
             max_grad_norm=1.0 if chunks == 3 else None, **which,
         )  # fmt: skip
+        guard = {"max_grad_norm": 1.0, "per_tensor": rows > 2, "maximize": rows == 1}
+        kernels.products_launch(
+            *common, flags, doubles(6, rows), extra["grad_scale"],
+            doubles(6 + rows) if rows > 1 else None, importance=0.5, **guard, **which,
+        )  # fmt: skip
+        kernels.guard_coefficients_launch(doubles(6, rows), doubles(6 + rows), **guard)
         for name, hypers in (("adam", 10), ("sgd", 8)):
             getattr(kernels, f"{name}_launch_")(
                 *common, coefficients, flags, doubles(1, hypers), doubles(rows), *extra.values(),
-                variant=7, **which, **numbers,
+                variant=7 | layout.IMPORTANCE_BIT, importance=1.0, **which, **numbers,
             )  # fmt: skip
         table, first, cut, _, _, _, *addresses = common
         kernels.guide_launch_(
@@ -110,7 +115,8 @@ def main():
             seed=numbers["seed"], granularity=2, threshold_column=9, strength_column=8,
         )  # fmt: skip
     functions = (
-        norms.norms_kernel, norms.coefficients_kernel, adam.adam_kernel, sgd.sgd_kernel,
+        norms.norms_kernel, norms.coefficients_kernel, products.products_kernel,
+        products.guard_coefficients_kernel, adam.adam_kernel, sgd.sgd_kernel,
         guide.guide_kernel, guide.draw_flags_kernel,
     )  # fmt: skip
     compiled = {
@@ -122,7 +128,7 @@ def main():
     print(json.dumps({"started": started, **found}))
 
 
-@pytest.mark.slow  # six kernels are compiled
+@pytest.mark.slow  # eight kernels are compiled
 def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -139,7 +145,8 @@ def test_launches_are_bound_and_compiled_once_for_every_variant(tmp_path):
         # The fourth launch has numbers on the device, where the others have none; of Adam and SGD
         # the first variant is compiled again, since it spilled registers.
         "norms_kernel": 2, "adam_kernel": 3, "sgd_kernel": 3, "guide_kernel": 2,
-        "coefficients_kernel": 1, "draw_flags_kernel": 1,
+        "products_kernel": 2, "coefficients_kernel": 1, "guard_coefficients_kernel": 1,
+        "draw_flags_kernel": 1,
     }  # fmt: skip
     for name, variants in found["compiled"].items():
         variants -= name in SPILLS

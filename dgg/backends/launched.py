@@ -72,17 +72,27 @@ class LaunchedRows(TableRows):
         self._dropped = torch.ones(len(self.params), dtype=torch.float64, device="cpu")
 
     def _make_windows(self) -> AnchorWindows | None:
-        """Returns the windows of anchors kept off the device; enters their addresses there."""
-        anchors = [
-            anchor if is_away(anchor, p) else None
-            for anchor, p in zip(self._state[layout.ANCHOR], self.params, strict=True)
-        ]
-        if all(anchor is None for anchor in anchors):
+        """Returns the windows of anchors kept off the device; enters their addresses there.
+
+        The importances kept off the device come with them.
+        """
+        anchors, importances = (
+            [
+                x if is_away(x, p) else None
+                for x, p in zip(self._state[column], self.params, strict=True)
+            ]
+            for column in (layout.ANCHOR, layout.IMPORTANCE)
+        )
+        if all(x is None for x in (*anchors, *importances)):
             return None
-        windows = AnchorWindows(anchors, self.device)
-        for row, number in enumerate(windows.of_row):
-            if number >= 0:
-                self._base_table[row, layout.ANCHOR] = windows.addresses[row]
+        windows = AnchorWindows(anchors, self.device, importances=importances)
+        for column, tensors, addresses in (
+            (layout.ANCHOR, anchors, windows.addresses),
+            (layout.IMPORTANCE, importances, windows.importance_addresses),
+        ):
+            for row, x in enumerate(tensors):
+                if x is not None:
+                    self._base_table[row, column] = addresses[row]
         return windows
 
     # -- the inputs of a step -------------------------------------------------------------------
@@ -238,9 +248,7 @@ class LaunchedRows(TableRows):
         self, flags: Tensor, out: Tensor | None, settings: Mapping[str, Any], *,
         replay_weight: float, scaling: Scaling,
     ) -> Tensor:  # fmt: skip
-        sums = torch.zeros(
-            reference.PRODUCTS, len(self.params), dtype=torch.float64, device=self.device
-        )
+        sums = self._empty(reference.PRODUCTS, len(self.params))
         launches = list(self._launches) if self.windows is None else self._as_anchors_come()
         for launch in launches:
             last = out is not None and launch is self._launches[-1]

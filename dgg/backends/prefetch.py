@@ -7,6 +7,8 @@ step ahead which steps do. The device has two buffers. Every anchor belongs to o
 window to one buffer, so an anchor's address on the device never changes, and at most two windows
 are on the device at a time. Each pass goes through the windows in the opposite order of the pass
 before, whose last two windows are still in place.
+
+Where the pull is weighted, an importance lies beside each anchor and comes in the same window.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ def is_away(anchor: Tensor | None, param: Tensor) -> bool:
     return anchor is not None and anchor.device != param.device
 
 
+def _aligned(length: int) -> int:
+    """Returns how many bytes further the next anchor may begin."""
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
 def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
     """Returns for each window the number and the first byte of every anchor in it.
 
@@ -43,7 +50,7 @@ def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[
             windows.append([])
             end = 0
         windows[-1].append((number, end))
-        end += -(-length // _ALIGNMENT) * _ALIGNMENT
+        end += _aligned(length)
     return windows
 
 
@@ -85,35 +92,51 @@ class AnchorWindows:
         anchors: Anchor of every row, None for rows that have none or have it on the device.
         device: The device of the parameters.
         size: Bytes of a window.
+        importances: The same of every row's importance; empty if there are none at all.
 
     Attributes:
         of_row: Number of every row's window, -1 for rows without.
         addresses: Address of every row's anchor on the device, 0 for rows without.
+        importance_addresses: The same of the importances.
     """
 
     def __init__(
-        self, anchors: Sequence[Tensor | None], device: torch.device, size: int | None = None
-    ) -> None:
+        self, anchors: Sequence[Tensor | None], device: torch.device, size: int | None = None,
+        importances: Sequence[Tensor | None] = (),
+    ) -> None:  # fmt: skip
         self._device = device
+        kinds = [anchors, importances or [None] * len(anchors)]
         self.of_row = [-1] * len(anchors)
-        rows = [row for row, anchor in enumerate(anchors) if anchor is not None]
-        lengths = [anchors[row].nbytes for row in rows]
+        rows = [
+            row
+            for row, pair in enumerate(zip(*kinds, strict=True))
+            if any(x is not None for x in pair)
+        ]
+        lengths = [
+            sum(_aligned(kind[row].nbytes) for kind in kinds if kind[row] is not None)
+            for row in rows
+        ]
         windows = _into_windows(lengths, size)
         self.count = len(windows)
         ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
-        longest = -(-max(ends, default=1) // _ALIGNMENT) * _ALIGNMENT
+        longest = max([_ALIGNMENT, *ends])
         count = min(2, self.count)
         buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count)]
         self._buffers = buffers
-        self.addresses = [0] * len(anchors)
+        self.addresses, self.importance_addresses = addresses = [[0] * len(anchors) for _ in kinds]
         self._copies: list[list[tuple[Tensor, Tensor]]] = []
         for number, window in enumerate(windows):
             buffer = self._buffers[number % 2]
-            for place, begin in window:
-                self.of_row[rows[place]] = number
-                target = buffer[begin : begin + lengths[place]]
-                self.addresses[rows[place]] = target.data_ptr()
-            placed = [(begin, anchors[rows[place]]) for place, begin in window]
+            placed, begin = [], 0
+            # All anchors first: as they lie in memory, so that they are one piece, and so are the
+            # importances behind them.
+            for kind, known in zip(kinds, addresses, strict=True):
+                for row in [rows[place] for place, _ in window]:
+                    self.of_row[row] = number
+                    if kind[row] is not None:
+                        known[row] = buffer[begin : begin + kind[row].nbytes].data_ptr()
+                        placed.append((begin, kind[row]))
+                        begin += _aligned(kind[row].nbytes)
             self._copies.append(
                 [(buffer[begin : begin + len(x)], x) for begin, x in _in_few_pieces(placed)]
             )

@@ -77,7 +77,8 @@ def finish(
     """Counts the draw, keeps the record for the statistics, drops the replay gradients."""
     draws.advance(opt, decision)
     if coefficients:
-        rows, flags = all_rows[0], decision.flags[0]
+        # A captured step has flags always; if none can inject, they say nothing.
+        rows, flags = all_rows[0], decision.flags[0] if decision.injecting else None
         active = None if flags is None else rows.active
         opt._last = norms.record(
             decision, rows.device, rows.backend, flags, coefficients[0], active
