@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+import dgg
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -17,7 +21,7 @@ if not (BENCH / "study").exists():
     pytest.skip("the study is not in the wheel", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
-from study import paired  # noqa: E402
+from study import digits, paired, rules  # noqa: E402
 
 # -- statistics ------------------------------------------------------------------------------------
 
@@ -132,3 +136,192 @@ def test_verdicts():
     assert paired.verdict(paired.compare(down)) == "not reproduced"
     assert paired.verdict(paired.compare(none)) == "undecided"
     assert paired.verdict(paired.compare(up), p=0.2) == "undecided"  # Holm's, for example
+
+
+# -- digits ----------------------------------------------------------------------------------------
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = digits.load()
+    assert images.shape == (1797, 64) and (images.min(), images.max()) == (0, 1)
+    # What scikit-learn's description and tests say of them.
+    assert [int((labels == k).sum()) for k in range(10)] == [
+        178, 182, 177, 183, 181, 182, 181, 179, 174, 180
+    ]  # fmt: skip
+    assert (16 * images).sum() == 561718
+    assert digits.DATA_PATH.stat().st_size < 100_000
+
+
+def test_rotations_turn():
+    images, _ = digits.load()
+    square = images[:20].reshape(-1, 8, 8)
+    quarter = digits.rotated(images[:20], 90).reshape(-1, 8, 8)
+    ways = [quarter - square[:, ::-1].swapaxes(1, 2), quarter - square.swapaxes(1, 2)[:, ::-1]]
+    assert min(abs(way).max() for way in ways) < 1e-12
+    assert abs(digits.rotated(images[:20], 36) - images[:20]).max() > 0.5
+
+
+@pytest.mark.parametrize("bed", digits.BEDS)
+def test_digit_streams(bed):
+    setting = digits.Setting(bed, 6, 5)
+    two = digits.stream(setting, (3, 4), torch.float64)
+    one = digits.stream(setting, (4,), torch.float64)
+    assert torch.equal(two.weights[1:], one.weights) and not torch.equal(*two.weights)
+    images, labels = digits.load()
+    of_task = []
+    for t, (both, alone) in enumerate(zip(two.tasks, one.tasks, strict=True)):
+        # A seed sees the same, whatever other seeds are trained beside it.
+        assert torch.equal(both.images[1:], alone.images)
+        assert torch.equal(both.labels[1:], alone.labels)
+        assert both.images.shape == (2, 6, 32, 64)
+        assert both.replayed == (8 if t else 0)
+        new = alone.labels[0, :, : 32 - both.replayed]
+        if bed == "classes":
+            assert len(new.unique()) == 2
+        of_task.append(
+            {image.numpy().tobytes() for image in alone.images[0, :, : len(new[0])].flatten(0, 1)}
+        )
+        asked = alone_test = one.test_images[t][0][one.test_labels[t][0] >= 0]
+        seen = {image.numpy().tobytes() for image in asked}
+        assert not of_task[-1] & seen, "an item is trained and tested"
+        assert len(alone_test) >= (60 if bed == "classes" else 497)
+        old = {image.numpy().tobytes() for image in alone.images[0, :, len(new[0]) :].flatten(0, 1)}
+        assert len(old) <= 5 * t and (not t or len(old) > t)
+    if bed == "classes":
+        tasks = [set(labels.flatten().tolist()) - {-1} for labels in one.test_labels]
+        assert sorted(k for task in tasks for k in task) == list(range(10))
+    longer = digits.stream(digits.Setting(bed, 6, 100), (4,), torch.float64)
+    assert torch.equal(longer.test_images[2], one.test_images[2])
+    validation = digits.stream(digits.Setting(bed, 6, 5, "validation"), (4,), torch.float64)
+    assert torch.equal(validation.tasks[1].images, one.tasks[1].images)
+    assert validation.test_images[0].shape != one.test_images[0].shape
+
+
+def _network(flat):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    model.double()
+    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+    return model
+
+
+def test_gradients_by_hand_are_those_of_autograd():
+    stream = digits.stream(digits.Setting("permuted", 2, 5), (0, 1, 2), torch.float64)
+    batch = stream.tasks[1]
+    at = digits.Pass(stream.weights, batch.images[:, 0], batch.labels[:, 0])
+    fisher = digits.exact_fisher(stream.weights, stream.fisher_images[0][:, :7])
+    for k in range(3):
+        model = _network(stream.weights[k])
+        for begin, end in ((0, 32), (24, 32)):
+            logits = model(batch.images[k, 0, begin:end])
+            loss = F.cross_entropy(logits, batch.labels[k, 0, begin:end])
+            expected = torch.autograd.grad(loss, list(model.parameters()))
+            expected = torch.cat([g.flatten() for g in expected])
+            torch.testing.assert_close(at.gradient(begin, end)[k], expected)
+        total = torch.zeros_like(fisher[k])
+        for image in stream.fisher_images[0][k, :7]:
+            logs = model(image[None]).log_softmax(-1)[0]
+            for log in logs:
+                by = torch.autograd.grad(log, list(model.parameters()), retain_graph=True)
+                total += log.exp().detach() * torch.cat([g.flatten() for g in by]) ** 2
+        torch.testing.assert_close(fisher[k], total / 7)
+
+
+def _train_alone(stream, **options):
+    """The same with autograd, `replay()` and `dgg.AdamW`, for the one seed of a stream."""
+    model = _network(stream.weights[0])
+    opt = dgg.AdamW(model.parameters(), weight_decay=0.0, seed=stream.seeds[0], **options)
+    matrix = []
+    for batches in stream.tasks:
+        for state in opt.state.values():
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                state[name].zero_()
+        for step in range(stream.setting.steps):
+            rate = min(1, (step + 1) / 10) * (1 - step / stream.setting.steps)
+            opt.param_groups[0]["lr"] = stream.lr * rate
+            opt.zero_grad()
+            logits = model(batches.images[0, step])
+            losses = F.cross_entropy(logits, batches.labels[0, step], reduction="none") / 32
+            new = 32 - batches.replayed
+            if options.get("alpha") == "auto" and batches.replayed:
+                losses[:new].sum().backward(retain_graph=True)
+                with opt.replay():
+                    losses[new:].sum().backward()
+            else:
+                losses.sum().backward()
+            opt.step()
+        matrix.append([])
+        with torch.no_grad():
+            for images, labels in zip(stream.test_images, stream.test_labels, strict=True):
+                right = model(images[0]).argmax(-1) == labels[0]
+                matrix[-1].append(100 * right.sum().item() / (labels[0] >= 0).sum().item())
+        opt.set_anchor()
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), matrix
+
+
+def _has(**options):
+    """Whether dgg.AdamW knows these options, which came later than the rest."""
+    try:
+        dgg.AdamW([torch.nn.Parameter(torch.ones(1))], **options)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "rule, options",
+    [
+        (rules.Rule("replay"), {"alpha": 0.0}),
+        (rules.Rule("dgg", alpha=0.3), {"alpha": 0.3}),
+        (rules.Rule("dgg", alpha=1.0, strength=0.1), {"alpha": 1.0, "strength": 0.1}),
+        (rules.Rule("dgg", alpha=0.3, scaling=False, strength=0.2),
+         {"alpha": 0.3, "scaling": False, "strength": 0.2}),
+        (rules.Rule("dgg", alpha=0.3, importance=0.5), {"alpha": 0.3, "importance": 0.5}),
+        (rules.Rule("dgg", alpha=0.3, route="first_moment"),
+         {"alpha": 0.3, "route": "first_moment"}),
+        (rules.Rule("dgg", alpha=0.3, route="decoupled"), {"alpha": 0.3, "route": "decoupled"}),
+        (rules.Rule("guard"), {"alpha": "auto"}),
+        (rules.Rule("guard", importance=0.5), {"alpha": "auto", "importance": 0.5}),
+        (rules.Rule("guard", importance=1.0), {"alpha": "auto", "importance": 1.0}),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_one_seed_goes_the_way_of_the_optimizer(rule, options):
+    if not _has(**options):
+        pytest.skip(f"dgg.AdamW does not know {options} yet")
+    setting = digits.Setting("classes", 12, 5)
+    together = rules.train(rule, digits.stream(setting, (1, 2), torch.float64))
+    alone, matrix = _train_alone(digits.stream(setting, (2,), torch.float64), **options)
+    torch.testing.assert_close(together["weights"][1], alone, rtol=1e-9, atol=1e-10)
+    for i, row in enumerate(together["matrices"][1]):
+        # The batched program reports accuracies of float32 division.
+        assert row[: i + 1] == pytest.approx(matrix[i][: i + 1], abs=1e-5)
+    start = digits.stream(setting, (2,), torch.float64).weights[0]
+    assert (alone - start).abs().max() > 0.02
+    if rule.kind != "replay":
+        assert together["pull"][1] > 0.005
+
+
+def test_guard_and_agem_meet_their_condition():
+    generator = torch.Generator().manual_seed(0)
+    h, r, flat, anchor = (torch.randn(50, 9, generator=generator).double() for _ in range(4))
+    raw = torch.rand(50, 9, generator=generator).double()
+    memory = rules.Memory(anchor, raw, raw)
+    dot = lambda a, b: (a * b).sum(1)  # noqa: E731
+    for w in (0.0, 0.5, 1.0):
+        pull = rules._pull(rules.Rule("guard", importance=w), h, r, flat, memory, (), 0)
+        u = ((1 - w) + w * raw / raw.mean(1, keepdim=True)) * (flat - anchor)
+        x, y = dot(h, r), dot(u, r)
+        length, limit = pull.norm(dim=1), h.norm(dim=1)
+        active = (x < 0) & (y > 0)
+        assert 5 < active.sum() < 45
+        assert (pull[~active] == 0).all() and (length <= limit * (1 + 1e-12)).all()
+        capped = active & (length > limit * (1 - 1e-9))
+        free = active & ~capped
+        assert free.any() and capped.any()
+        torch.testing.assert_close(dot(h + pull, r)[free], torch.zeros(int(free.sum())).double())
+        torch.testing.assert_close(pull, length[:, None] * u / u.norm(dim=1, keepdim=True))
+    kept = rules._not_against(h, r)
+    against = dot(h, r) < 0
+    assert torch.equal(kept[~against], h[~against])
+    torch.testing.assert_close(dot(kept, r)[against], torch.zeros(int(against.sum())).double())
+    assert rules._pull(rules.Rule("guard"), h, None, flat, memory, (), 0) is None
