@@ -182,3 +182,5 @@ ORDERINGS = (
         for bed in ("classes", "permuted", "rotated")
     ),
 )  # fmt: skip
+# “α is flat” is judged by equivalence: both ends of the interval within ± MARGIN.
+FLAT = ("alpha0.05", "alpha0.2")
