@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every comparison method is: the hooks that a training loop calls, and checked numbers.
+
+A step of the loop: before_forward, forward and backward, after_forward, clip_grad_norm_,
+edit_gradients, optimizer.step, after_step. Around a task: begin_task before its first step,
+end_task behind its last one. What a method adds to gradients is thus outside of the clipping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Method:
+    """A comparison method: hooks that a training loop calls. This one does nothing.
+
+    Args:
+        model: The model that is trained.
+        named: Its trainable parameters, or some of them, by their name in the model.
+        optimizer: Steps these parameters (no guidance, no clipping of its own).
+        loss_of: Returns the mean loss of a batch, with its graph. What a batch is, the loop knows.
+        logits_of: Returns the logits (items, classes) of a batch.
+    """
+
+    #: The points at which the knob of the method is tuned: a keyword and its values.
+    knobs: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    #: True: `edit_gradients` wants the gradients of the replayed rows alone.
+    needs_replay_gradients: ClassVar[bool] = False
+    #: True: `choose(batches, scores, k)` picks the examples to replay.
+    chooses_examples: ClassVar[bool] = False
+    #: Where forward hooks read layers, so that they must be called as modules, not by F.linear with
+    #: their weights: in `logits_of` at a "boundary", or in the forward pass of every "step".
+    reads_modules: ClassVar[str] = ""
+    #: Names of the attributes that make up the state: tensors, numbers, lists and dicts of them.
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        loss_of: Callable[[Any], Tensor],
+        logits_of: Callable[[Any], Tensor],
+    ) -> None:
+        if not named:
+            raise ValueError(f"{type(self).__name__}: named has no parameter")
+        theirs = dict(model.named_parameters())
+        foreign = [name for name, p in named.items() if theirs.get(name) is not p]
+        if foreign:
+            raise ValueError(f"{type(self).__name__}: the model has no parameter {foreign[0]!r}")
+        self.model, self.named, self.optimizer = model, dict(named), optimizer
+        self.loss_of, self.logits_of = loss_of, logits_of
+        self.parameters: list[nn.Parameter] = list(named.values())
+
+    # -- the hooks ---------------------------------------------------------------------------------
+
+    def begin_task(self, task: int) -> None:
+        """Called before the first step of task 0, 1, …"""
+
+    def before_forward(self) -> None:
+        """Called at each step before the forward pass: may move parameters."""
+
+    def after_forward(self) -> None:
+        """Called at each step behind the backward pass: undoes what before_forward moved."""
+
+    def edit_gradients(self, replay: Sequence[Tensor | None] | None) -> None:
+        """Called at each step behind the clipping: may change the gradients.
+
+        Args:
+            replay: Gradients of the replayed rows alone, in the order of `named`, or None.
+        """
+
+    def after_step(self) -> None:
+        """Called at each step behind optimizer.step()."""
+
+    def end_task(self, task: int, batches: Sequence[Any]) -> None:
+        """Called at a task's end, with batches of its training data; may move parameters."""
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a study that goes on at this task boundary must load."""
+        return {name: _copy(getattr(self, name)) for name in self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the state of a method of the same kind."""
+        if state.keys() != set(self.kept):
+            raise ValueError(
+                f"{type(self).__name__} keeps {sorted(self.kept)}, the state has {sorted(state)}"
+            )
+        for name in self.kept:
+            setattr(self, name, _copy(state[name]))
+
+    # -- for the methods ---------------------------------------------------------------------------
+
+    def require(
+        self, name: str, value: float, low: float, high: float = math.inf, *,
+        whole: bool = False, beyond_low: bool = False, below_high: bool = False,
+    ) -> Any:  # fmt: skip
+        """Returns a hyper-parameter that is a number in its range, or raises an error naming it."""
+        owner = type(self).__name__
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "a whole number" if whole else "a number"
+            raise TypeError(f"{owner}: {name} must be {kind}, not {value!r}")
+        above = value > low if beyond_low else value >= low
+        below = value < high if below_high or high == math.inf else value <= high
+        if not (above and below):
+            left, right = "([", ")]"
+            opened = left[not beyond_low] + f"{low:g}, {high:g}"
+            raise ValueError(
+                f"{owner}: {name} must lie in "
+                f"{opened}{right[not (below_high or high == math.inf)]}, not {value!r}"
+            )
+        return value
+
+    def require_choice(self, name: str, value: str, choices: Sequence[str]) -> str:
+        """Returns a hyper-parameter that is one of a few words, or raises an error naming it."""
+        if value not in choices:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be one of {', '.join(choices)}, not {value!r}"
+            )
+        return value
+
+    def snapshot(self) -> list[Tensor]:
+        """Returns copies of the parameters as they are now."""
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def put_back(self, values: Sequence[Tensor]) -> None:
+        """Sets the parameters to these values, bit for bit."""
+        for p, value in zip(self.parameters, values, strict=True):
+            p.copy_(value)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Returns the optimizer's group of every parameter: learning rate and weight decay."""
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        return [group_of[id(p)] for p in self.parameters]
+
+    def add_to_gradients(self, terms: Sequence[Tensor], strength: float) -> None:
+        """Adds strength times these tensors; a parameter without a gradient gets one."""
+        for p, term in zip(self.parameters, terms, strict=True):
+            if p.grad is None:
+                p.grad = term * strength
+            else:
+                p.grad.add_(term, alpha=strength)
+
+
+class Drawing(Method):
+    """A method that draws random numbers, from a generator of its own.
+
+    Args:
+        model: As for every method, and so on.
+        named: See `Method`.
+        optimizer: See `Method`.
+        loss_of: See `Method`.
+        logits_of: See `Method`.
+        seed: Of the draws.
+    """
+
+    def __init__(self, model, named, optimizer, loss_of, logits_of, *, seed: int = 0) -> None:
+        super().__init__(model, named, optimizer, loss_of, logits_of)
+        self.require("seed", seed, 0, whole=True)
+        self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state, the place in the stream of draws included."""
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the state; the draws go on where they stood."""
+        rest = {name: value for name, value in state.items() if name != "generator"}
+        super().load_state_dict(rest)
+        self.generator.set_state(state["generator"])
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: _copy(part) for name, part in value.items()}
+    return [_copy(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
+    """Returns the inner product of two lists of tensors, summed in float64; None counts as 0."""
+    found = [
+        (a.double() * b.double()).sum()
+        for a, b in zip(left, right, strict=True)
+        if a is not None and b is not None
+    ]
+    return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
