@@ -46,6 +46,8 @@ TARGET = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 # cannot take the one of PyPI instead, which brings gigabytes of CUDA.
 PINNED_TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+cpu"
 OLDEST_TORCH = (2, 10)
+# The C++ library: operators, passes over the CPU's memory, and the watch of tensors.
+CPU_SOURCES = ("ops", "cpu", "cpu_lists", "cpu_products", "watch")
 # How long the CUDA library may take that nobody has asked for.
 PATIENCE = 60.0
 
@@ -434,7 +436,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 CPP,
-                sources=["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_lists.cpp", "csrc/watch.cpp"],
+                sources=[f"csrc/{name}.cpp" for name in CPU_SOURCES],
                 depends=[
                     "csrc/cpu_arguments.h",
                     "csrc/cpu_chunks.h",

@@ -64,6 +64,14 @@ double square_of_gradient(const Row& row, const Chunk& chunk) {
   return sum;
 }
 
+// F of a block and its weight; no address where the row has none.
+template <typename S>
+Weighting<S> weighting(const Row& row, int64_t begin, int64_t n, S* buffer) {
+  const S* const importance =
+      row.importance ? row.importance.template stage<S>(begin, n, buffer) : nullptr;
+  return {importance, 1 - row.weight, row.weight};
+}
+
 template <typename T>
 Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
   const Row& row = work.row;
@@ -72,7 +80,7 @@ Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
   if (row.grad && (work.grad || (work.total && !row.replay))) {
     sums.grad = square_of_gradient<T>(row, chunk);
   }
-  T first[kBlock], second[kBlock];
+  T first[kBlock], second[kBlock], third[kBlock];
   if (!row.replay) {
     sums.total = sums.grad;
   } else if (work.total) {
@@ -89,7 +97,7 @@ Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
         param = first;
       }
       const T* const anchor = row.anchor.stage<T>(begin, n, second);
-      sums.distance += sum_squared_differences<T>(param, anchor, n);
+      sums.distance += sum_squared_pulls<T>(param, anchor, n, weighting(row, begin, n, third));
     });
   }
   return sums;
@@ -144,7 +152,7 @@ namespace {
 // The loops read and write S and compute in T. S is T where blocks are staged, and the storage type
 // itself where all tensors of a row share it: then nothing needs staging.
 
-template <typename T, typename S, bool kGuided, bool kAmsgrad>
+template <typename T, typename S, int kPulled, bool kAmsgrad>
 struct AdamLoop {
   S* param;
   const S* grad;
@@ -152,6 +160,7 @@ struct AdamLoop {
   S* exp_avg_sq;
   S* max_exp_avg_sq;
   const S* anchor;
+  const S* importance;
   int64_t n;
   AdamScalars<T> scalars;
 
@@ -163,15 +172,17 @@ struct AdamLoop {
     prefetch(exp_avg + i);
     prefetch(exp_avg_sq + i);
     if constexpr (kAmsgrad) prefetch(max_exp_avg_sq + i);
-    if constexpr (kGuided) prefetch(anchor + i);
+    if constexpr (kPulled != kNotPulled) prefetch(anchor + i);
+    if constexpr (kPulled == kByImportance) prefetch(importance + i);
   }
 
   DGG_HOST_DEVICE void element(int64_t i) const {
     T p = widen<T>(param[i]), m = widen<T>(exp_avg[i]), v = widen<T>(exp_avg_sq[i]);
-    T x = T(0), a = T(0);
+    T x = T(0), a = T(0), f = T(0);
     if constexpr (kAmsgrad) x = widen<T>(max_exp_avg_sq[i]);
-    if constexpr (kGuided) a = widen<T>(anchor[i]);
-    adam<kGuided, kAmsgrad>(scalars, p, widen<T>(grad[i]), m, v, x, a);
+    if constexpr (kPulled != kNotPulled) a = widen<T>(anchor[i]);
+    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
+    adam<kPulled, kAmsgrad>(scalars, p, widen<T>(grad[i]), m, v, x, a, f);
     param[i] = narrow<S>(p);
     exp_avg[i] = narrow<S>(m);
     exp_avg_sq[i] = narrow<S>(v);
@@ -179,12 +190,13 @@ struct AdamLoop {
   }
 };
 
-template <typename T, typename S, bool kGuided, bool kMomentum>
+template <typename T, typename S, int kPulled, bool kMomentum>
 struct SgdLoop {
   S* param;
   const S* grad;
   S* buffer;
   const S* anchor;
+  const S* importance;
   int64_t n;
   SgdScalars<T> scalars;
 
@@ -194,24 +206,27 @@ struct SgdLoop {
     prefetch(param + i);
     prefetch(grad + i);
     if constexpr (kMomentum) prefetch(buffer + i);
-    if constexpr (kGuided) prefetch(anchor + i);
+    if constexpr (kPulled != kNotPulled) prefetch(anchor + i);
+    if constexpr (kPulled == kByImportance) prefetch(importance + i);
   }
 
   DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = widen<T>(param[i]), b = T(0), a = T(0);
+    T p = widen<T>(param[i]), b = T(0), a = T(0), f = T(0);
     if constexpr (kMomentum) b = widen<T>(buffer[i]);
-    if constexpr (kGuided) a = widen<T>(anchor[i]);
-    sgd<kGuided, kMomentum>(scalars, p, widen<T>(grad[i]), b, a);
+    if constexpr (kPulled != kNotPulled) a = widen<T>(anchor[i]);
+    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
+    sgd<kPulled, kMomentum>(scalars, p, widen<T>(grad[i]), b, a, f);
     param[i] = narrow<S>(p);
     if constexpr (kMomentum) buffer[i] = narrow<S>(b);
   }
 };
 
-template <typename T, typename S, bool kGuided>
+template <typename T, typename S, int kPulled>
 struct GuideLoop {
   const S* param;
   const S* grad;
   const S* anchor;
+  const S* importance;
   S* out;
   int64_t n;
   GuideScalars<T> scalars;
@@ -220,19 +235,21 @@ struct GuideLoop {
 
   DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
     prefetch(grad + i);
-    if constexpr (kGuided) {
+    if constexpr (kPulled != kNotPulled) {
       prefetch(param + i);
       prefetch(anchor + i);
     }
+    if constexpr (kPulled == kByImportance) prefetch(importance + i);
   }
 
   DGG_HOST_DEVICE void element(int64_t i) const {
-    T p = T(0), a = T(0);
-    if constexpr (kGuided) {
+    T p = T(0), a = T(0), f = T(0);
+    if constexpr (kPulled != kNotPulled) {
       p = widen<T>(param[i]);
       a = widen<T>(anchor[i]);
     }
-    out[i] = narrow<S>(guide<kGuided>(scalars, p, widen<T>(grad[i]), a));
+    if constexpr (kPulled == kByImportance) f = widen<T>(importance[i]);
+    out[i] = narrow<S>(guide<kPulled>(scalars, p, widen<T>(grad[i]), a, f));
   }
 };
 
@@ -283,16 +300,16 @@ struct AdamRule {
   static constexpr int kHypers = kAdamHypers, kStates = 3;
   static constexpr auto* kCompute = compute_adam;
 
-  template <typename T, typename S, bool kGuided>
+  template <typename T, typename S, int kPulled>
   static void block(const AdamScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, int64_t n, const Ahead& ahead) {
+                    const S* anchor, const S* importance, int64_t n, const Ahead& ahead) {
     if (state[2]) {
-      run(AdamLoop<T, S, kGuided, true>{param, grad, state[0], state[1], state[2], anchor, n,
-                                        scalars},
+      run(AdamLoop<T, S, kPulled, true>{param, grad, state[0], state[1], state[2], anchor,
+                                        importance, n, scalars},
           ahead);
     } else {
-      run(AdamLoop<T, S, kGuided, false>{param, grad, state[0], state[1], nullptr, anchor, n,
-                                         scalars},
+      run(AdamLoop<T, S, kPulled, false>{param, grad, state[0], state[1], nullptr, anchor,
+                                         importance, n, scalars},
           ahead);
     }
   }
@@ -304,13 +321,15 @@ struct SgdRule {
   static constexpr int kHypers = kSgdHypers, kStates = 1;
   static constexpr auto* kCompute = compute_sgd;
 
-  template <typename T, typename S, bool kGuided>
+  template <typename T, typename S, int kPulled>
   static void block(const SgdScalars<T>& scalars, S* param, const S* grad, S* const* state,
-                    const S* anchor, int64_t n, const Ahead& ahead) {
+                    const S* anchor, const S* importance, int64_t n, const Ahead& ahead) {
     if (state[0]) {
-      run(SgdLoop<T, S, kGuided, true>{param, grad, state[0], anchor, n, scalars}, ahead);
+      run(SgdLoop<T, S, kPulled, true>{param, grad, state[0], anchor, importance, n, scalars},
+          ahead);
     } else {
-      run(SgdLoop<T, S, kGuided, false>{param, grad, nullptr, anchor, n, scalars}, ahead);
+      run(SgdLoop<T, S, kPulled, false>{param, grad, nullptr, anchor, importance, n, scalars},
+          ahead);
     }
   }
 };
@@ -318,7 +337,7 @@ struct SgdRule {
 // Returns the look-ahead's share of the chunk.
 template <typename Rule, typename T, typename S>
 double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chunk& chunk) {
-  S buffers[Rule::kStates + 5][kBlock];
+  S buffers[Rule::kStates + 6][kBlock];
   S* const spare = buffers[Rule::kStates];
   const auto scalars = row.scalars.template as<T>();
   double distance = 0;
@@ -340,24 +359,40 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
       ahead.add<S>(row.state[s], begin);
     }
     const S* anchor = nullptr;
+    Weighting<S> by{};
     if (row.guided || row.look_ahead) {
       anchor = row.anchor.template stage<S>(begin, n, spare + 3 * kBlock);
-      // Of a block that only looks ahead it is read after the loop, by one that prefetches it.
-      if (row.guided) ahead.add<S>(row.anchor, begin, row.masked);
+      by = weighting(row, begin, n, spare + 5 * kBlock);
+      // Of a block that only looks ahead they are read after the loop, by one that prefetches them.
+      if (row.guided) {
+        ahead.add<S>(row.anchor, begin, row.masked || row.routed);
+        ahead.add<S>(row.importance, begin, row.masked || row.routed);
+      }
     }
     ahead.add<S>(row.copy, begin, true);
-    if (row.masked) {
+    if (row.guided && row.routed) {
+      if constexpr (is_wide<S>()) {
+        S* const pull = spare + 4 * kBlock;
+        stage_pull(row, draws, scalars.guide, begin, n, param, anchor, by.importance, pull);
+        Rule::template block<T, S, kByRoute>(scalars, param, grad, state, pull, nullptr, n, ahead);
+      }
+    } else if (row.masked) {
       if constexpr (is_wide<S>()) {
         S* const total = spare + 4 * kBlock;
-        guide_drawn(row, draws, scalars.guide, begin, n, param, grad, anchor, total);
+        guide_drawn(row, draws, scalars.guide, begin, n, param, grad, anchor, by.importance, total);
         auto guided = scalars;
         guided.guide.grad = T(1);
-        Rule::template block<T, S, false>(guided, param, total, state, nullptr, n, ahead);
+        Rule::template block<T, S, kNotPulled>(guided, param, total, state, nullptr, nullptr, n,
+                                               ahead);
       }
+    } else if (row.guided && by.importance) {
+      Rule::template block<T, S, kByImportance>(scalars, param, grad, state, anchor, by.importance,
+                                                n, ahead);
     } else if (row.guided) {
-      Rule::template block<T, S, true>(scalars, param, grad, state, anchor, n, ahead);
+      Rule::template block<T, S, kByAnchor>(scalars, param, grad, state, anchor, nullptr, n, ahead);
     } else {
-      Rule::template block<T, S, false>(scalars, param, grad, state, nullptr, n, ahead);
+      Rule::template block<T, S, kNotPulled>(scalars, param, grad, state, nullptr, nullptr, n,
+                                             ahead);
     }
     store<S>(row, draws, begin, n, param);
     for (int s = 0; s < Rule::kStates; ++s) {
@@ -366,7 +401,7 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
     if (row.look_ahead) {
       // Read again, as stored: what the next step's norm pass would see.
       const S* const stored = row.param.template stage<S>(begin, n, spare);
-      distance += sum_squared_differences<T>(stored, anchor, n);
+      distance += sum_squared_pulls<T>(stored, anchor, n, by);
     }
   }
   return distance;
@@ -403,6 +438,7 @@ double set_guidance(const Rows& rows, const Control& control, int64_t i, double 
   row.guided = guidance.guided;
   row.masked = guidance.masked;
   row.threshold = guidance.threshold;
+  row.routed = guidance.guided && control.route != kByGradient;
   return guidance.pull;
 }
 
@@ -413,7 +449,7 @@ double row_factor(const Rows& rows, const Control& control, bool negate) {
 template <typename T, typename S>
 void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& draws,
                  const Chunk& chunk) {
-  S buffers[4][kBlock];
+  S buffers[5][kBlock];
   const auto scalars = wide.as<T>();
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
@@ -426,14 +462,23 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
     if (row.guided) {
       const S* const param = row.param.stage<S>(begin, n, buffers[2]);
       const S* const anchor = row.anchor.stage<S>(begin, n, buffers[3]);
+      const S* const importance = weighting(row, begin, n, buffers[4]).importance;
       ahead.add<S>(row.param, begin);
       ahead.add<S>(row.anchor, begin);
+      ahead.add<S>(row.importance, begin);
       if constexpr (is_wide<S>()) {
-        if (row.masked) guide_drawn(row, draws, scalars, begin, n, param, grad, anchor, out, ahead);
+        if (row.masked) {
+          guide_drawn(row, draws, scalars, begin, n, param, grad, anchor, importance, out, ahead);
+        }
       }
-      if (!row.masked) run(GuideLoop<T, S, true>{param, grad, anchor, out, n, scalars}, ahead);
+      if (!row.masked && importance) {
+        run(GuideLoop<T, S, kByImportance>{param, grad, anchor, importance, out, n, scalars},
+            ahead);
+      } else if (!row.masked) {
+        run(GuideLoop<T, S, kByAnchor>{param, grad, anchor, nullptr, out, n, scalars}, ahead);
+      }
     } else {
-      run(GuideLoop<T, S, false>{nullptr, grad, nullptr, out, n, scalars}, ahead);
+      run(GuideLoop<T, S, kNotPulled>{nullptr, grad, nullptr, nullptr, out, n, scalars}, ahead);
     }
     row.grad.unstage<S>(begin, n, out);
   }
@@ -472,8 +517,9 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
       last_step = step;
     }
     row.scalars = scalars;
-    row.scalars.guide.pull =
+    const double pull =
         set_guidance(rows, control, i, hyper[kAdamStrength], hyper[kAdamThreshold], row);
+    set_pull(row.scalars.guide, pull, hyper[kAdamLr], control.route, rows.importance);
     row.choose_staging(3);
   }
   // Only now, with everything checked, is anything written.
@@ -498,8 +544,9 @@ void compute_sgd(const Rows& rows, const Control& control, double* distances, bo
     }
     const double pull =
         set_guidance(rows, control, i, hyper[kSgdStrength], hyper[kSgdThreshold], row);
-    row.scalars = sgd_scalars(hyper, row_factor(rows, control, hyper[kSgdMaximize] != 0), pull,
+    row.scalars = sgd_scalars(hyper, row_factor(rows, control, hyper[kSgdMaximize] != 0),
                               (control.flags[i] & kFirstStep) != 0);
+    set_pull(row.scalars.guide, pull, hyper[kSgdLr], control.route, rows.importance);
     row.choose_staging(1);
   }
   run_updates<SgdRule>(work, control.draws, distances);
@@ -521,6 +568,8 @@ void compute_guide(const Rows& rows, const Control& control) {
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
     row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull);
+    row.scalars.rest = 1 - rows.importance;
+    row.scalars.weight = rows.importance;
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
     row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);
@@ -541,10 +590,10 @@ namespace {
 // Operators.
 
 Tensor norms_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
-                   const Tensor& distances, double replay_weight, double grad_scale,
-                   int64_t which) {
-  const Rows rows =
-      make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight, grad_scale);
+                   const Tensor& distances, double replay_weight, double grad_scale, int64_t which,
+                   double importance) {
+  const Rows rows = make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight,
+                              grad_scale, importance);
   check_tensor("norms_table", "distances", distances, ScalarType::Double, rows.n);
   Tensor squares = empty_doubles({3, rows.n});
   compute_norms(rows, data<double>(distances), which, data<double>(squares));
@@ -580,29 +629,56 @@ Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_n
   return result;
 }
 
+Tensor products_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+                      const Tensor& flags, double replay_weight, double grad_scale,
+                      double importance) {
+  const char* const op = "products_table";
+  const Rows rows =
+      make_rows(op, table, grads, replays, INT64_MAX, replay_weight, grad_scale, importance);
+  check_tensor(op, "flags", flags, ScalarType::Byte, rows.n);
+  Tensor sums = empty_doubles({kProducts, rows.n});
+  compute_products(rows, data<const uint8_t>(flags), data<double>(sums));
+  return sums;
+}
+
+Tensor make_guard_coefficients(const Tensor& products, std::optional<double> max_grad_norm,
+                               bool per_tensor, bool maximize) {
+  STD_TORCH_CHECK(products.dim() == 2 && products.size(0) == kProducts,
+                  "dgg::guard_coefficients: products must have shape [6, n]");
+  const int64_t n = products.size(1);
+  check_tensor("guard_coefficients", "products", products, ScalarType::Double, kProducts * n);
+  Tensor result = empty_doubles({kScales + n + kGuardExtras});
+  guard_coefficients(data<const double>(products), n, max_grad_norm, per_tensor, maximize,
+                     data<double>(result));
+  return result;
+}
+
 template <typename Rule>
 void update_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                   const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
                   const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
-                  int64_t seed, int64_t draw, bool stochastic) {
+                  int64_t seed, int64_t draw, bool stochastic, double importance, int64_t route) {
   const char* const op = Rule::kOp;
   check_table(op, table);
   const Control control =
-      make_control(op, table.size(0), coefficients, flags, hyper, Rule::kHypers, seed, draw);
-  const Rows rows = make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale);
+      make_control(op, table.size(0), coefficients, flags, hyper, Rule::kHypers, seed, draw, route);
+  const Rows rows =
+      make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale, importance);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
   Rule::kCompute(rows, control, data<double>(distances), look_ahead, stochastic);
 }
 
 void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                  const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
-                 double replay_weight, double grad_scale, int64_t seed, int64_t draw) {
+                 double replay_weight, double grad_scale, int64_t seed, int64_t draw,
+                 double importance) {
   const char* const op = "guide_table_";
   check_table(op, table);
   const Control control =
-      make_control(op, table.size(0), coefficients, flags, hyper, kGuideHypers, seed, draw);
-  compute_guide(make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale),
-                control);
+      make_control(op, table.size(0), coefficients, flags, hyper, kGuideHypers, seed, draw, 0);
+  compute_guide(
+      make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale, importance),
+      control);
 }
 
 Tensor philox_words(int64_t seed, int64_t draw, int64_t stream, int64_t n) {
@@ -636,6 +712,8 @@ std::string isa() {
 STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
   m.impl("norms_table", TORCH_BOX(&dgg::norms_table));
   m.impl("coefficients", TORCH_BOX(&dgg::make_coefficients));
+  m.impl("products_table", TORCH_BOX(&dgg::products_table));
+  m.impl("guard_coefficients", TORCH_BOX(&dgg::make_guard_coefficients));
   m.impl("adam_table_", TORCH_BOX(&dgg::update_table<dgg::AdamRule>));
   m.impl("sgd_table_", TORCH_BOX(&dgg::update_table<dgg::SgdRule>));
   m.impl("guide_table_", TORCH_BOX(&dgg::guide_table));

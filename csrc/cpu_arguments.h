@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "table.h"
@@ -27,6 +28,7 @@ struct Rows {
   int64_t n;
   double replay_weight;
   double grad_scale;
+  double importance;  // i of equation (3)
 
   const int64_t* row(int64_t i) const { return table + i * kColumns; }
   int64_t replay(int64_t i) const { return replays ? replays[i] : 0; }
@@ -49,6 +51,7 @@ struct Control {
   const double* hyper;
   int64_t groups;
   Draws draws;
+  int route;
 };
 
 // The passes, in cpu.cpp.
@@ -58,6 +61,11 @@ void compute_adam(const Rows& rows, const Control& control, double* distances, b
 void compute_sgd(const Rows& rows, const Control& control, double* distances, bool look_ahead,
                  bool stochastic);
 void compute_guide(const Rows& rows, const Control& control);
+
+// In cpu_products.cpp.
+void compute_products(const Rows& rows, const uint8_t* flags, double* sums);
+void guard_coefficients(const double* products, int64_t n, std::optional<double> max_grad_norm,
+                        bool per_tensor, bool maximize, double* out);
 
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                          int64_t numel) {
@@ -82,8 +90,10 @@ inline void check_table(const char* op, const Tensor& table) {
 
 inline Rows make_rows(const char* op, const Tensor& table, const Tensor& grads,
                       const Tensor& replays, int64_t groups, double replay_weight,
-                      double grad_scale) {
+                      double grad_scale, double importance) {
   check_table(op, table);
+  STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op,
+                  ": importance must lie in [0, 1], not ", importance);
   const int64_t n = table.size(0);
   check_tensor(op, "table", table, ScalarType::Long, n * kColumns);
   check_tensor(op, "grads", grads, ScalarType::Long, n);
@@ -94,7 +104,8 @@ inline Rows make_rows(const char* op, const Tensor& table, const Tensor& grads,
             any_replay ? data<const int64_t>(replays) : nullptr,
             n,
             replay_weight,
-            grad_scale};
+            grad_scale,
+            importance};
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* r = rows.row(i);
     STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnStretch] > 0) &&
@@ -116,24 +127,27 @@ inline Rows make_rows(const char* op, const Tensor& table, const Tensor& grads,
 
 inline Control make_control(const char* op, int64_t n, const Tensor& coefficients,
                             const Tensor& flags, const double* hyper, int64_t groups, int64_t seed,
-                            int64_t draw) {
+                            int64_t draw, int64_t route) {
+  STD_TORCH_CHECK(route >= kByGradient && route <= kByDecoupled, "dgg::", op,
+                  ": route must be 0 (gradient), 1 (first moment) or 2 (decoupled), not ", route);
   check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
   check_tensor(op, "flags", flags, ScalarType::Byte, n);
   return {data<const double>(coefficients),
           data<const uint8_t>(flags),
           hyper,
           groups,
-          {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)}};
+          {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)},
+          static_cast<int>(route)};
 }
 
 inline Control make_control(const char* op, int64_t n, const Tensor& coefficients,
                             const Tensor& flags, const Tensor& hyper, int64_t hypers, int64_t seed,
-                            int64_t draw) {
+                            int64_t draw, int64_t route) {
   STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hypers, "dgg::", op,
                   ": hyper must have shape [groups, ", hypers, "]");
   check_tensor(op, "hyper", hyper, ScalarType::Double, hyper.numel());
   return make_control(op, n, coefficients, flags, data<const double>(hyper), hyper.size(0), seed,
-                      draw);
+                      draw, route);
 }
 
 inline Tensor empty_doubles(std::vector<int64_t> sizes) {

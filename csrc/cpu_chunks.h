@@ -99,12 +99,15 @@ Stream stream_of(const Rows& rows, int64_t i, int64_t address, int slot) {
 // them first: with tiny tensors that shows.
 struct Row {
   Stream param, grad, replay, anchor;
-  Stream copy;  // of a master weight
+  Stream importance;  // nothing where the pull is not weighted
+  Stream copy;        // of a master weight
   int64_t numel;
   int64_t index, base, stretch, stride;
   double replay_weight;
+  double weight;  // i of equation (3)
   bool guided = false;
   bool masked = false;
+  bool routed = false;  // the pull enters elsewhere than in the gradient
   uint32_t threshold = 0;
   int staging = kFloat32;  // S of the updates' loops
 
@@ -116,13 +119,16 @@ struct Row {
         grad(stream_of(rows, i, rows.grads[i], kSlotGrad)),
         replay(stream_of(rows, i, rows.replay(i), kSlotReplay)),
         anchor(stream_of(rows, i, r[kColumnAnchor], kSlotAnchor)),
+        importance(
+            stream_of(rows, i, rows.importance != 0 ? r[kColumnImportance] : 0, kSlotImportance)),
         copy(stream_of(rows, i, r[kColumnCopy], kSlotCopy)),
         numel(r[kColumnNumel]),
         index(r[kColumnIndex]),
         base(r[kColumnBase]),
         stretch(r[kColumnStretch]),
         stride(r[kColumnStride]),
-        replay_weight(rows.replay_weight) {}
+        replay_weight(rows.replay_weight),
+        weight(rows.importance) {}
 };
 
 // What an update prefetches where blocks are staged. Converting a block reads it in no time and
@@ -199,8 +205,11 @@ const S* stage_gradient(const Row& row, int64_t begin, int64_t n, S* buffer, S* 
 int staging_of(const Row& row, const Stream* states, int count, bool anchored) {
   const int dtype = row.param.dtype;
   if (dtype == kFloat64) return kFloat64;
-  if (dtype != kBFloat16 || row.replay || row.masked || row.grad.dtype != dtype) return kFloat32;
+  if (dtype != kBFloat16 || row.replay || row.masked || row.routed || row.grad.dtype != dtype) {
+    return kFloat32;
+  }
   if (anchored && row.anchor.dtype != dtype) return kFloat32;
+  if (anchored && row.importance && row.importance.dtype != dtype) return kFloat32;
   for (int s = 0; s < count; ++s) {
     if (states[s] && states[s].dtype != dtype) return kFloat32;
   }
@@ -241,11 +250,39 @@ void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t beg
 // G of a row that is drawn element by element, for loops that guide nothing themselves.
 template <typename T>
 void guide_drawn(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
-                 int64_t n, const T* param, const T* grad, const T* anchor, T* out,
-                 const Ahead& ahead = {}) {
+                 int64_t n, const T* param, const T* grad, const T* anchor, const T* importance,
+                 T* out, const Ahead& ahead = {}) {
   uint32_t words[kBlock];
   draw_words(row, draws, kStreamElement, begin, n, words);
-  run(GuideDrawn<T>{param, grad, anchor, out, words, row.threshold, n, scalars}, ahead);
+  if (importance) {
+    run(GuideDrawn<T, kByImportance>{param, grad, anchor, importance, out, words, row.threshold, n,
+                                     scalars},
+        ahead);
+  } else {
+    run(GuideDrawn<T, kByAnchor>{param, grad, anchor, nullptr, out, words, row.threshold, n,
+                                 scalars},
+        ahead);
+  }
+}
+
+// u of a row whose pull does not go by the gradient.
+template <typename T>
+void stage_pull(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
+                int64_t n, const T* param, const T* anchor, const T* importance, T* out) {
+  uint32_t words[kBlock];
+  if (row.masked) draw_words(row, draws, kStreamElement, begin, n, words);
+  const auto make = [&](auto pulled, auto drawn) {
+    run(PullDifference<T, decltype(pulled)::value, decltype(drawn)::value>{
+        param, anchor, importance, out, words, row.threshold, n, scalars});
+  };
+  const auto drawn = [&](auto pulled) {
+    row.masked ? make(pulled, std::true_type()) : make(pulled, std::false_type());
+  };
+  if (importance) {
+    drawn(std::integral_constant<int, kByImportance>());
+  } else {
+    drawn(std::integral_constant<int, kByAnchor>());
+  }
 }
 
 // A list that keeps its memory from call to call: for hundreds of tiny tensors getting it anew

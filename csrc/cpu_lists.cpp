@@ -15,13 +15,14 @@ using TensorList = std::vector<Tensor>;
 class ListTable {
  public:
   ListTable(const char* op, const TensorList& params, const TensorList& grads,
-            const TensorList& replays, const TensorList& anchors,
+            const TensorList& replays, const TensorList& anchors, const TensorList& importances,
             const std::vector<int64_t>& indices)
       : op_(op), params_(params), table_(params.size() * kColumns, 0) {
     STD_TORCH_CHECK(indices.empty() || indices.size() == params.size(), "dgg::", op_,
                     ": indices has ", indices.size(), " entries, params ", params.size());
     add("params", params, kColumnParam, kSlotParam);
     add("anchors", anchors, kColumnAnchor, kSlotAnchor);
+    add("importances", importances, kColumnImportance, kSlotImportance);
     grads_ = add("grads", grads, -1, kSlotGrad);
     replays_ = add("replays", replays, -1, kSlotReplay);
     if (grads_.empty()) grads_.assign(params.size(), 0);
@@ -74,13 +75,16 @@ class ListTable {
                     " tensors, params ", params_.size());
   }
 
-  Rows rows(double replay_weight, double grad_scale) const {
+  Rows rows(double replay_weight, double grad_scale, double importance) const {
+    STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op_,
+                    ": importance must lie in [0, 1], not ", importance);
     return {table_.data(),
             grads_.data(),
             replays_.empty() ? nullptr : replays_.data(),
             static_cast<int64_t>(params_.size()),
             replay_weight,
-            grad_scale};
+            grad_scale,
+            importance};
   }
 
  private:
@@ -112,9 +116,10 @@ class ListTable {
 
 Tensor norms_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
                   const TensorList& anchors, const Tensor& distances, double replay_weight,
-                  double grad_scale, int64_t which) {
-  const ListTable table("norms", params, grads, replays, anchors, {});
-  const Rows rows = table.rows(replay_weight, grad_scale);
+                  double grad_scale, int64_t which, const TensorList& importances,
+                  double importance) {
+  const ListTable table("norms", params, grads, replays, anchors, importances, {});
+  const Rows rows = table.rows(replay_weight, grad_scale, importance);
   check_tensor("norms", "distances", distances, ScalarType::Double, rows.n);
   Tensor squares = empty_doubles({3, rows.n});
   compute_norms(rows, data<double>(distances), which, data<double>(squares));
@@ -128,9 +133,10 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
                const Tensor& flags, const std::vector<int64_t>& indices, double lr, double beta1,
                double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
                bool maximize, double strength, int64_t threshold, double replay_weight,
-               double grad_scale, bool look_ahead, int64_t seed, int64_t draw) {
+               double grad_scale, bool look_ahead, int64_t seed, int64_t draw,
+               const TensorList& importances, double importance, int64_t route) {
   const char* const op = "adam_";
-  ListTable table(op, params, grads, replays, anchors, indices);
+  ListTable table(op, params, grads, replays, anchors, importances, indices);
   table.require("exp_avgs", exp_avgs);
   table.require("exp_avg_sqs", exp_avg_sqs);
   if (amsgrad) table.require("max_exp_avg_sqs", max_exp_avg_sqs);
@@ -148,9 +154,9 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
                                      double(maximize),
                                      strength,
                                      static_cast<double>(threshold)};
-  const Rows rows = table.rows(replay_weight, grad_scale);
+  const Rows rows = table.rows(replay_weight, grad_scale, importance);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
-  compute_adam(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw),
+  compute_adam(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw, route),
                data<double>(distances), look_ahead, false);
 }
 
@@ -159,10 +165,10 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
               const Tensor& distances, const Tensor& coefficients, const Tensor& flags,
               const std::vector<int64_t>& indices, double lr, double momentum, double dampening,
               double weight_decay, bool nesterov, bool maximize, double strength, int64_t threshold,
-              double replay_weight, double grad_scale, bool look_ahead, int64_t seed,
-              int64_t draw) {
+              double replay_weight, double grad_scale, bool look_ahead, int64_t seed, int64_t draw,
+              const TensorList& importances, double importance, int64_t route) {
   const char* const op = "sgd_";
-  ListTable table(op, params, grads, replays, anchors, indices);
+  ListTable table(op, params, grads, replays, anchors, importances, indices);
   if (momentum != 0) table.require("momentum_buffers", momentum_buffers);
   table.add("momentum_buffers", momentum_buffers, kColumnExpAvg, kSlotExpAvg);
   const double hyper[kSgdHypers] = {lr,
@@ -173,9 +179,9 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
                                     double(maximize),
                                     strength,
                                     static_cast<double>(threshold)};
-  const Rows rows = table.rows(replay_weight, grad_scale);
+  const Rows rows = table.rows(replay_weight, grad_scale, importance);
   check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
-  compute_sgd(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw),
+  compute_sgd(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw, route),
               data<double>(distances), look_ahead, false);
 }
 
@@ -183,12 +189,24 @@ void guide_list(const TensorList& params, const TensorList& grads, const TensorL
                 const TensorList& anchors, const Tensor& coefficients, const Tensor& flags,
                 const std::vector<int64_t>& indices, bool maximize, double strength,
                 int64_t threshold, double replay_weight, double grad_scale, int64_t seed,
-                int64_t draw) {
+                int64_t draw, const TensorList& importances, double importance) {
   const char* const op = "guide_";
-  const ListTable table(op, params, grads, replays, anchors, indices);
+  const ListTable table(op, params, grads, replays, anchors, importances, indices);
   const double hyper[kGuideHypers] = {double(maximize), strength, static_cast<double>(threshold)};
-  const Rows rows = table.rows(replay_weight, grad_scale);
-  compute_guide(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw));
+  const Rows rows = table.rows(replay_weight, grad_scale, importance);
+  compute_guide(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw, 0));
+}
+
+Tensor products_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
+                     const TensorList& anchors, const Tensor& flags, double replay_weight,
+                     double grad_scale, const TensorList& importances, double importance) {
+  const char* const op = "products";
+  const ListTable table(op, params, grads, replays, anchors, importances, {});
+  const Rows rows = table.rows(replay_weight, grad_scale, importance);
+  check_tensor(op, "flags", flags, ScalarType::Byte, rows.n);
+  Tensor sums = empty_doubles({kProducts, rows.n});
+  compute_products(rows, data<const uint8_t>(flags), data<double>(sums));
+  return sums;
 }
 
 }  // namespace
@@ -198,5 +216,6 @@ STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
   m.impl("norms", TORCH_BOX(&dgg::norms_list));
   m.impl("adam_", TORCH_BOX(&dgg::adam_list));
   m.impl("sgd_", TORCH_BOX(&dgg::sgd_list));
+  m.impl("products", TORCH_BOX(&dgg::products_list));
   m.impl("guide_", TORCH_BOX(&dgg::guide_list));
 }

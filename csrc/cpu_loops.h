@@ -296,11 +296,12 @@ struct Philox {
 
 // G of equation (5) where each element has a draw of its own: selected, not multiplied away, or the
 // difference of a weight that is infinite would be NaN where nothing pulls.
-template <typename T>
+template <typename T, int kPulled>
 struct GuideDrawn {
   const T* param;
   const T* grad;
   const T* anchor;
+  const T* importance;
   T* out;
   const uint32_t* words;
   uint32_t threshold;
@@ -312,21 +313,58 @@ struct GuideDrawn {
     prefetch(grad + i);
     prefetch(param + i);
     prefetch(anchor + i);
+    if constexpr (kPulled == kByImportance) prefetch(importance + i);
   }
   DGG_HOST_DEVICE void element(int64_t i) const {
-    out[i] = guide<true>(scalars, param[i], grad[i], anchor[i], words[i] < threshold);
+    const T f = kPulled == kByImportance ? importance[i] : T(0);
+    out[i] = guide<kPulled>(scalars, param[i], grad[i], anchor[i], f, words[i] < threshold);
   }
 };
 
-// sum (x - y)^2, or sum x^2. The lanes are explicit so that their number is not the compiler's
-// choice.
-// A is the arithmetic's type, T that of the sums.
-template <typename T, typename S, bool kDifference, typename A = T>
+// u of equation (3); where `words` says that an element is not drawn, 0.
+template <typename T, int kPulled, bool kDrawn>
+struct PullDifference {
+  const T* param;
+  const T* anchor;
+  const T* importance;
+  T* out;
+  const uint32_t* words;
+  uint32_t threshold;
+  int64_t n;
+  GuideScalars<T> scalars;
+
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(param + i);
+    prefetch(anchor + i);
+    if constexpr (kPulled == kByImportance) prefetch(importance + i);
+  }
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    const T f = kPulled == kByImportance ? importance[i] : T(0);
+    const T u = pull_of<kPulled>(scalars, param[i], anchor[i], f);
+    out[i] = !kDrawn || words[i] < threshold ? u : T(0);
+  }
+};
+
+// What squares are summed of: x, x - y, or (x - y) weighted by an importance.
+enum Squared : int { kOfOne, kOfDifference, kOfPull };
+
+// The importance of the differences that are squared, and the weights of equation (3).
+template <typename S>
+struct Weighting {
+  const S* importance;
+  double rest, weight;
+};
+
+// sum x^2, sum (x - y)^2, or the latter weighted. The lanes are explicit so that their number is
+// not the compiler's choice. A is the arithmetic's type, T that of the sums.
+template <typename T, typename S, Squared kOf, typename A = T>
 struct SquareSum {
   const S* x;
   const S* y;
   int64_t n;
   double* sum;
+  Weighting<S> by;
 
   DGG_HOST_DEVICE void operator()() const {
     const SquareSum self = *this;
@@ -334,7 +372,8 @@ struct SquareSum {
     int64_t i = 0;
     for (; i + kLanes <= self.n; i += kLanes) {
       prefetch(self.x + i);
-      if constexpr (kDifference) prefetch(self.y + i);
+      if constexpr (kOf != kOfOne) prefetch(self.y + i);
+      if constexpr (kOf == kOfPull) prefetch(self.by.importance + i);
       DGG_PRAGMA_SIMD
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += self.square(i + lane);
     }
@@ -359,7 +398,10 @@ struct SquareSum {
 
   DGG_HOST_DEVICE T square(int64_t i) const {
     A value = widen<A>(x[i]);
-    if constexpr (kDifference) value -= widen<A>(y[i]);
+    if constexpr (kOf != kOfOne) value -= widen<A>(y[i]);
+    if constexpr (kOf == kOfPull) {
+      value *= static_cast<A>(by.rest) + static_cast<A>(by.weight) * widen<A>(by.importance[i]);
+    }
     return static_cast<T>(value) * static_cast<T>(value);
   }
 };
@@ -402,29 +444,31 @@ bool may_be_spoiled(double sum) {
 }
 
 // Apart, so that the function in which it is needed once in a thousand million years is inlined.
-template <typename T, typename S, bool kDifference>
-DGG_COLD double sum_squares_again(const S* x, const S* y, int64_t n) {
+template <typename T, typename S, Squared kOf>
+DGG_COLD double sum_squares_again(const S* x, const S* y, int64_t n, const Weighting<S>& by) {
   double sum;
-  run(SquareSum<double, S, kDifference, T>{x, y, n, &sum});
+  run(SquareSum<double, S, kOf, T>{x, y, n, &sum, by});
   return sum;
 }
 
-template <typename T, typename S, bool kDifference>
-double sum_squares_of(const S* x, const S* y, int64_t n) {
+template <typename T, typename S, Squared kOf>
+double sum_squares_of(const S* x, const S* y, int64_t n, const Weighting<S>& by) {
   double sum;
-  run(SquareSum<T, S, kDifference>{x, y, n, &sum});
-  return may_be_spoiled<T>(sum) ? sum_squares_again<T, S, kDifference>(x, y, n) : sum;
+  run(SquareSum<T, S, kOf>{x, y, n, &sum, by});
+  return may_be_spoiled<T>(sum) ? sum_squares_again<T, S, kOf>(x, y, n, by) : sum;
 }
 
 template <typename T, typename S>
 double sum_squares(const S* x, int64_t n) {
-  return sum_squares_of<T, S, false>(x, nullptr, n);
+  return sum_squares_of<T, S, kOfOne>(x, nullptr, n, {});
 }
 
 // The one function behind both the norm pass and the look-ahead, so that they agree bit for bit.
+// Without importance its address is null.
 template <typename T, typename S>
-double sum_squared_differences(const S* x, const S* y, int64_t n) {
-  return sum_squares_of<T, S, true>(x, y, n);
+double sum_squared_pulls(const S* x, const S* y, int64_t n, const Weighting<S>& by) {
+  return by.importance ? sum_squares_of<T, S, kOfPull>(x, y, n, by)
+                       : sum_squares_of<T, S, kOfDifference>(x, y, n, by);
 }
 
 template <typename T>
@@ -435,6 +479,65 @@ double sum_squares_of_ways(const T* x, int64_t gap) {
   sum = 0;
   for (int way = 0; way < kWays; ++way) sum += sum_squares<double>(x + way * gap, kBlock);
   return sum;
+}
+
+// Squares and products of equation (7), of a block of h, u and r; A is the sums' type.
+struct BlockProducts {
+  double head = 0, pull = 0, replay = 0, h_dot_r = 0, u_dot_r = 0;
+};
+
+template <typename A, typename T, bool kReplay>
+struct ProductSums {
+  const T* h;
+  const T* u;
+  const T* r;
+  int64_t n;
+  BlockProducts* sums;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const ProductSums self = *this;
+    A lanes[5][kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= self.n; i += kLanes) {
+      DGG_PRAGMA_SIMD
+      for (int lane = 0; lane < kLanes; ++lane) self.add(lanes, lane, i + lane);
+    }
+    for (int rest = 0; i + rest < self.n; ++rest) self.add(lanes, rest, i + rest);
+    double totals[5];
+    for (int k = 0; k < (kReplay ? 5 : 2); ++k) {
+      double wide[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) wide[lane] = lanes[k][lane];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) wide[lane] += wide[lane + half];
+      }
+      totals[k] = wide[0];
+    }
+    *self.sums = {totals[0], totals[1], kReplay ? totals[2] : 0, kReplay ? totals[3] : 0,
+                  kReplay ? totals[4] : 0};
+  }
+
+  DGG_HOST_DEVICE void add(A (&lanes)[5][kLanes], int lane, int64_t i) const {
+    const A head = static_cast<A>(h[i]), pull = static_cast<A>(u[i]);
+    lanes[0][lane] += head * head;
+    lanes[1][lane] += pull * pull;
+    if constexpr (kReplay) {
+      const A replay = static_cast<A>(r[i]);
+      lanes[2][lane] += replay * replay;
+      lanes[3][lane] += head * replay;
+      lanes[4][lane] += pull * replay;
+    }
+  }
+};
+
+// A product is no larger than the squares of its factors: where these are sound, so is it.
+template <typename T, bool kReplay>
+BlockProducts products_of(const T* h, const T* u, const T* r, int64_t n) {
+  BlockProducts sums;
+  run(ProductSums<T, T, kReplay>{h, u, r, n, &sums});
+  const bool spoiled = may_be_spoiled<T>(sums.head) || may_be_spoiled<T>(sums.pull) ||
+                       (kReplay && may_be_spoiled<T>(sums.replay));
+  if (spoiled) run(ProductSums<double, T, kReplay>{h, u, r, n, &sums});
+  return sums;
 }
 
 // Masters, corrected by the parameters that they belong to.

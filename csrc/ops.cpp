@@ -10,43 +10,59 @@
 STABLE_TORCH_LIBRARY(dgg, m) {
   m.def(
       "norms_table(Tensor table, Tensor grads, Tensor replays, Tensor(a!) distances, *, "
-      "float replay_weight, float grad_scale, int which) -> Tensor");
+      "float replay_weight, float grad_scale, int which, float importance=0.0) -> Tensor");
   m.def(
       "coefficients(Tensor squares, *, float? max_grad_norm, bool scaling, bool per_tensor) "
       "-> Tensor");
   m.def(
       "adam_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
-      "bool look_ahead, int seed, int draw, bool stochastic=False) -> ()");
+      "bool look_ahead, int seed, int draw, bool stochastic=False, float importance=0.0, "
+      "int route=0) -> ()");
   m.def(
       "sgd_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(a!) distances, *, float replay_weight, float grad_scale, "
-      "bool look_ahead, int seed, int draw, bool stochastic=False) -> ()");
+      "bool look_ahead, int seed, int draw, bool stochastic=False, float importance=0.0, "
+      "int route=0) -> ()");
   m.def(
       "guide_table_(Tensor table, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
-      "Tensor hyper, *, float replay_weight, float grad_scale, int seed, int draw) -> ()");
+      "Tensor hyper, *, float replay_weight, float grad_scale, int seed, int draw, "
+      "float importance=0.0) -> ()");
+  m.def(
+      "products_table(Tensor table, Tensor grads, Tensor replays, Tensor flags, *, "
+      "float replay_weight, float grad_scale, float importance=0.0) -> Tensor");
+  m.def(
+      "guard_coefficients(Tensor products, *, float? max_grad_norm, bool per_tensor, "
+      "bool maximize) -> Tensor");
 
   m.def(
       "norms(Tensor[] params, Tensor[] grads, Tensor[] replays, Tensor[] anchors, "
-      "Tensor(a!) distances, *, float replay_weight, float grad_scale, int which) -> Tensor");
+      "Tensor(a!) distances, *, float replay_weight, float grad_scale, int which, "
+      "Tensor[] importances, float importance=0.0) -> Tensor");
   m.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] anchors, "
       "Tensor(e!)[] steps, Tensor(f!) distances, Tensor coefficients, Tensor flags, "
       "int[] indices, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool decoupled, bool amsgrad, bool maximize, float strength, int threshold, "
-      "float replay_weight, float grad_scale, bool look_ahead, int seed, int draw) -> ()");
+      "float replay_weight, float grad_scale, bool look_ahead, int seed, int draw, "
+      "Tensor[] importances, float importance=0.0, int route=0) -> ()");
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, "
       "Tensor(b!)[] momentum_buffers, Tensor[] anchors, Tensor(c!) distances, "
       "Tensor coefficients, Tensor flags, int[] indices, *, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, float strength, "
-      "int threshold, float replay_weight, float grad_scale, bool look_ahead, int seed, int draw) "
-      "-> ()");
+      "int threshold, float replay_weight, float grad_scale, bool look_ahead, int seed, int draw, "
+      "Tensor[] importances, float importance=0.0, int route=0) -> ()");
   m.def(
       "guide_(Tensor[] params, Tensor(a!)[] grads, Tensor[] replays, Tensor[] anchors, "
       "Tensor coefficients, Tensor flags, int[] indices, *, bool maximize, float strength, "
-      "int threshold, float replay_weight, float grad_scale, int seed, int draw) -> ()");
+      "int threshold, float replay_weight, float grad_scale, int seed, int draw, "
+      "Tensor[] importances, float importance=0.0) -> ()");
+  m.def(
+      "products(Tensor[] params, Tensor[] grads, Tensor[] replays, Tensor[] anchors, "
+      "Tensor flags, *, float replay_weight, float grad_scale, Tensor[] importances, "
+      "float importance=0.0) -> Tensor");
 
   // On a device a step is launched: table and everything else lie there, and nothing waits for
   // them. One launch serves the rows of one dtype combination, cut into chunks

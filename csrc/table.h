@@ -37,6 +37,7 @@ enum Column : int {
   // With master weights kColumnParam is the master and this the parameter the model computes with,
   // to which every update is written as well, rounded to its dtype.
   kColumnCopy,
+  kColumnImportance,  // F of equation (3)
   kColumns
 };
 
@@ -50,16 +51,17 @@ enum DtypeSlot : int {
   kSlotMaxExpAvgSq,
   kSlotAnchor,
   kSlotCopy,
+  kSlotImportance,
   kSlots
 };
 
-constexpr int kSlotBits = 8;
-constexpr int kSlotMask = 0xFF;
+constexpr int kSlotBits = 4;
+constexpr int kSlotMask = 0xF;
 
 enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
 
 // Every code is below kDtypes: of each slot no bit beyond the lowest two.
-constexpr uint64_t kNoDtypes = 0xFCFCFCFCFCFCFCFCu;
+constexpr uint64_t kNoDtypes = 0xCCCCCCCCCCCCCCCCu;
 
 DGG_HOST_DEVICE constexpr int code_at(uint64_t dtypes, int slot) {
   return static_cast<int>(dtypes >> (kSlotBits * slot) & kSlotMask);
@@ -86,6 +88,16 @@ enum Which : int { kTotalNorm = 1, kGradNorm = 2, kDistance = 4 };
 // Places in `coefficients`; from kScales on there is one for each row.
 enum Coefficient : int { kClip, kGradLength, kDistanceLength, kTotalLength, kScales };
 
+// Rows of `products`: ||h||^2 of all tensors, then of the guided ones ||h||^2, ||u||^2, ||r||^2,
+// <h, r> and <u, r>.
+enum Product : int { kTotal, kGuided, kPull, kReplay, kHDotR, kUDotR, kProducts };
+
+// Partial sums of a chunk at most: those of `products` but for the first.
+constexpr int kPartials = 5;
+
+// Behind the scales of a guarded step: its alignment and its pull.
+constexpr int kGuardExtras = 2;
+
 // Bits of `variant`: what a launch has to be compiled for.
 enum Variant : int {
   kAnchorBit = 1,
@@ -93,8 +105,14 @@ enum Variant : int {
   kLookAheadBit = 4,
   kStateBit = 8,
   kStochasticBit = 16,
-  kCopyBit = 32
+  kCopyBit = 32,
+  kImportanceBit = 64,
+  kFirstMomentBit = 128,
+  kDecoupledBit = 256
 };
+
+// Where the pull enters: in the gradient, in the first moment alone, or outside of the moments.
+enum Route : int { kByGradient, kByFirstMoment, kByDecoupled };
 
 // What a draw decides.
 enum Granularity : int { kByStep, kByTensor, kByElement };
@@ -161,6 +179,23 @@ DGG_HOST_DEVICE double scale_of(double clip, double grad, double distance) {
   return ratio > 1 ? 1 : ratio;  // NaN stays NaN
 }
 
+// What equation (7) is made of: norms, not squares, of h and u, and the products.
+struct Guard {
+  double head, pull, h_dot_r, u_dot_r;
+};
+
+// Equation (7) without the strength: the a at which the step does not raise the loss of the
+// replayed examples any more, but no longer a pull than the gradient.
+DGG_HOST_DEVICE double guard_of(double clip, const Guard& g, bool maximize) {
+  const double back = maximize ? -g.u_dot_r : g.u_dot_r;
+  if (!(g.h_dot_r < 0 && back > 0 && g.pull > 0 && g.head <= kLargest && g.pull <= kLargest)) {
+    return 0;
+  }
+  const double enough = -clip * g.h_dot_r / back, most = clip * g.head / g.pull;
+  const double least = enough < most ? enough : most;
+  return least <= kLargest ? least : 0;  // NaN, too
+}
+
 // c, with everything else that multiplies the real gradient.
 DGG_HOST_DEVICE double gradient_factor(double clip, double grad_scale, bool negate) {
   const double factor = clip / grad_scale;
@@ -189,13 +224,13 @@ DGG_HOST_DEVICE double bias_correction(double beta, double step) {
   return 1 - std::pow(beta, step);
 }
 
-// Without the pull, which is the row's own.
+// Without the pull, which is the row's own; see set_pull.
 DGG_HOST_DEVICE AdamScalars<double> adam_scalars(const double* hyper, double factor, double bias1,
                                                  double bias2) {
   const double lr = hyper[kAdamLr], beta1 = hyper[kAdamBeta1], beta2 = hyper[kAdamBeta2];
   const bool decoupled = hyper[kAdamDecoupled] != 0;
   AdamScalars<double> s;
-  s.guide = {factor, 0};
+  s.guide = {factor, 0, 0, 0, 1, 0};
   s.l2 = decoupled ? 0 : hyper[kAdamWeightDecay];
   s.keep = decoupled ? 1 - lr * hyper[kAdamWeightDecay] : 1;
   s.weight1 = 1 - beta1;
@@ -208,10 +243,9 @@ DGG_HOST_DEVICE AdamScalars<double> adam_scalars(const double* hyper, double fac
   return s;
 }
 
-DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double factor, double pull,
-                                               bool first) {
+DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double factor, bool first) {
   SgdScalars<double> s;
-  s.guide = {factor, pull};
+  s.guide = {factor, 0, 0, 0, 1, 0};
   s.l2 = hyper[kSgdWeightDecay];
   s.lr = hyper[kSgdLr];
   s.momentum = hyper[kSgdMomentum];
@@ -224,7 +258,17 @@ DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double facto
 // The other optimizer negates what it is given; the pull must survive that.
 DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor,
                                                    double pull) {
-  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull};
+  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1, 0};
+}
+
+// The row's own part of the scalars: b s of equation (5) and where it enters, i of equation (3).
+DGG_HOST_DEVICE void set_pull(GuideScalars<double>& s, double pull, double lr, int route,
+                              double importance) {
+  s.pull = route == kByDecoupled ? 0 : pull;
+  s.squared = route == kByGradient ? pull : 0;
+  s.shift = route == kByDecoupled ? lr * pull : 0;
+  s.rest = 1 - importance;
+  s.weight = importance;
 }
 
 }  // namespace dgg

@@ -179,20 +179,42 @@ DGG_HOST_DEVICE T real_gradient(T grad, T replay, T replay_weight) {
 template <typename T>
 struct GuideScalars {
   T grad;
-  T pull;
+  T pull;     // in G, of which the first moment is made
+  T squared;  // the same of what the second moment is made of
+  T shift;    // what the parameter is moved by, outside of the moments
+  T rest;     // 1 - i of equation (3)
+  T weight;   // i
 
   template <typename U>
   DGG_HOST_DEVICE GuideScalars<U> as() const {
-    return {static_cast<U>(grad), static_cast<U>(pull)};
+    return {static_cast<U>(grad),  static_cast<U>(pull), static_cast<U>(squared),
+            static_cast<U>(shift), static_cast<U>(rest), static_cast<U>(weight)};
   }
 };
 
+// How an update is pulled: not at all; along param - anchor; along that, weighted by importance; or
+// along a u that was made before, by whatever route.
+enum Pulled : int { kNotPulled, kByAnchor, kByImportance, kByRoute };
+
+// u of equation (3). With kByRoute the anchor is u already.
+template <int kPulled, typename T>
+DGG_HOST_DEVICE T pull_of(const GuideScalars<T>& s, T param, T anchor, T importance) {
+  if (kPulled == kByRoute) return anchor;
+  const T difference = param - anchor;
+  return kPulled == kByImportance ? difference * (s.rest + s.weight * importance) : difference;
+}
+
 // Equation (5). `inject` is for those who learn only at run time, element by element, whether the
 // anchor pulls.
-template <bool kGuided, typename T>
-DGG_HOST_DEVICE T guide(const GuideScalars<T>& s, T param, T grad, T anchor, bool inject = true) {
+template <int kPulled, typename T>
+DGG_HOST_DEVICE T guide(const GuideScalars<T>& s, T param, T grad, T anchor, T importance,
+                        bool inject = true) {
   const T scaled = s.grad * grad;
-  return kGuided && inject ? scaled + s.pull * (param - anchor) : scaled;
+  if (kPulled == kNotPulled || !inject) return scaled;
+  const T u = pull_of<kPulled>(s, param, anchor, importance);
+  // Not an unconditional addition: 0 * inf would be NaN.
+  if (kPulled == kByRoute) return s.pull != T(0) ? scaled + s.pull * u : scaled;
+  return scaled + s.pull * u;
 }
 
 template <typename T>
@@ -220,15 +242,22 @@ struct AdamScalars {
 
 // Equation (6), torch.optim.Adam and AdamW. The first moment is a lerp taken from the nearer end,
 // as torch.lerp is, so beta1 = 0 gives exactly the gradient.
-template <bool kGuided, bool kAmsgrad, typename T>
+template <int kPulled, bool kAmsgrad, typename T>
 DGG_HOST_DEVICE void adam(const AdamScalars<T>& s, T& param, T grad, T& exp_avg, T& exp_avg_sq,
-                          T& max_exp_avg_sq, T anchor, bool inject = true) {
-  T total = guide<kGuided>(s.guide, param, grad, anchor, inject);
+                          T& max_exp_avg_sq, T anchor, T importance, bool inject = true) {
+  T total = guide<kPulled>(s.guide, param, grad, anchor, importance, inject);
+  T squared = total;
+  if (kPulled == kByRoute) {
+    squared = s.guide.grad * grad;
+    squared = inject && s.guide.squared != T(0) ? squared + s.guide.squared * anchor : squared;
+    squared = s.l2 != T(0) ? squared + s.l2 * param : squared;
+  }
   // Not an unconditional addition: 0 * inf would be NaN where torch has none.
   total = s.l2 != T(0) ? total + s.l2 * param : total;
+  if (kPulled != kByRoute) squared = total;
   const T gap = total - exp_avg;
   exp_avg = s.weight1 < T(0.5) ? exp_avg + s.weight1 * gap : total - s.rest1 * gap;
-  exp_avg_sq = s.beta2 * exp_avg_sq + s.weight2 * total * total;
+  exp_avg_sq = s.beta2 * exp_avg_sq + s.weight2 * squared * squared;
   T second = exp_avg_sq;
   if (kAmsgrad) {
     // The first comparison fails for NaN in either place, the second lets a new one in.
@@ -237,7 +266,13 @@ DGG_HOST_DEVICE void adam(const AdamScalars<T>& s, T& param, T grad, T& exp_avg,
     max_exp_avg_sq = second;
   }
   const T denom = std::sqrt(second) * s.inv_sqrt_bias2 + s.eps;
-  param = param * s.keep - s.step_size * exp_avg / denom;
+  if (kPulled == kByRoute) {
+    const T kept = param * s.keep;
+    const T moved = inject && s.guide.shift != T(0) ? kept - s.guide.shift * anchor : kept;
+    param = moved - s.step_size * exp_avg / denom;
+  } else {
+    param = param * s.keep - s.step_size * exp_avg / denom;
+  }
 }
 
 template <typename T>
@@ -260,14 +295,17 @@ struct SgdScalars {
 };
 
 // Equation (6), torch.optim.SGD.
-template <bool kGuided, bool kMomentum, typename T>
+template <int kPulled, bool kMomentum, typename T>
 DGG_HOST_DEVICE void sgd(const SgdScalars<T>& s, T& param, T grad, T& buffer, T anchor,
-                         bool inject = true) {
-  T total = guide<kGuided>(s.guide, param, grad, anchor, inject);
+                         T importance, bool inject = true) {
+  T total = guide<kPulled>(s.guide, param, grad, anchor, importance, inject);
   total = s.l2 != T(0) ? total + s.l2 * param : total;
   if (kMomentum) {
     buffer = s.first != T(0) ? total : s.momentum * buffer + s.undamped * total;
     total = s.nesterov != T(0) ? total + s.momentum * buffer : buffer;
+  }
+  if (kPulled == kByRoute) {
+    param = inject && s.guide.shift != T(0) ? param - s.guide.shift * anchor : param;
   }
   param = param - s.lr * total;
 }

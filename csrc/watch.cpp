@@ -63,7 +63,8 @@ struct List {
   std::vector<Impl> kept;
   std::vector<AtenTensorHandle> grads;  // where they stand, while they are taken up
   std::vector<uint8_t> active;          // whether there is a gradient or a replay gradient
-  // Place among `impls` of every parameter's anchor or -1, and the anchors' versions.
+  // Place among `impls` of every parameter's anchor or -1, then perhaps of every one's importance;
+  // and their versions.
   std::vector<int64_t> anchors;
   std::vector<int64_t> anchor_versions;
   std::vector<Dict> dicts;
@@ -223,7 +224,7 @@ int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void
     if (list.anchors[i] < 0) continue;
     const int64_t version = torch.version(handle_of(list.impls[list.anchors[i]]));
     if (version == list.anchor_versions[i]) continue;
-    to.distances[i] = -1.0;
+    to.distances[i % count] = -1.0;
     list.anchor_versions[i] = version;
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -278,7 +279,8 @@ DGG_C_API void dgg_python(int64_t impl_offset, int64_t keys_offset, uint64_t laz
 
 // Watches parameters, too, given by their Python objects, in front of what the watch has. The
 // objects must outlive it. `anchors` has for each of the first `anchored` of them the place of its
-// anchor among the watch's own tensors, or -1. Returns 0, or -2 if one has no memory.
+// anchor among the watch's own tensors, or -1, and may have the same of the importances behind
+// that. Returns 0, or -2 if one has no memory.
 DGG_C_API int64_t dgg_watch_params(int64_t handle, const void* const* objects, int64_t count,
                                    const int64_t* anchors, int64_t anchored) {
   try {

@@ -15,15 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from dgg import _callers, _numbers, backends, sharding
-from dgg.reference import FLOAT_DTYPES
+from dgg.reference import FLOAT_DTYPES, ROUTES
 from dgg.sharding import fsdp1
 
 # Options of the whole optimizer. Every group has them, because every kind of checkpoint carries the
 # groups; all groups must agree.
 OPTIMIZER_OPTIONS = (
     "scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed", "draw_index",
-    "task_index",
+    "task_index", "importance", "importance_mean", "route",
 )  # fmt: skip
+# Those that earlier releases have not saved, and what they did.
+NEW_OPTIONS = {"importance": 0.0, "importance_mean": 0.0, "route": "gradient"}
 # Options of one group, which a schedule may change.
 GROUP_OPTIONS = ("alpha", "strength")
 GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
@@ -31,7 +33,12 @@ GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
 NARROW = (torch.bfloat16, torch.float16)
 _LARGEST = sys.float_info.max
 PLAIN_TYPES = {float, int, bool, str, type(None)}
-_CHOICES = {"norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element")}
+_CHOICES = {
+    "norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element"),
+    "route": ROUTES,
+}  # fmt: skip
+# The alpha that sets the pull by itself, from the replay gradients.
+AUTO = "auto"
 
 
 def plain(name: str, value: Any) -> Any:
@@ -81,7 +88,15 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={options[name]!r} is not one of {choices}")
     if "scaling" in options and not isinstance(options["scaling"], bool):
         raise TypeError(f"scaling={options['scaling']!r} must be True or False")
-    _check_number(options, "alpha", low=0.0, high=1.0, why="it is a probability")
+    if not (isinstance(options.get("alpha"), str) and options["alpha"] == AUTO):
+        why = f"it is a probability, or {AUTO!r}"
+        _check_number(options, "alpha", low=0.0, high=1.0, why=why)
+    if isinstance(options.get("importance"), Tensor):
+        raise TypeError("importance is a tensor; it must be a number: pass a Python float")
+    _check_number(
+        options, "importance", low=0.0, high=1.0, why="1 - importance weighs the plain difference"
+    )
+    _check_number(options, "importance_mean", low=0.0, why="it is a mean of squares")
     _check_number(options, "strength", low=0.0, why="a negative one would push off the anchor")
     _check_number(options, "replay_weight", low=0.0, why="it weighs the replay gradient")
     if options.get("max_grad_norm") is not None:
@@ -136,6 +151,42 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
     if not (inside and value <= high and value <= _LARGEST):
         bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name}={_numbers.shown(value)} must lie in {bounds}: {why}")
+
+
+def guard_of(groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]) -> bool | None:
+    """Returns None unless alpha is "auto", otherwise whether the guided groups maximize.
+
+    Args:
+        groups: Groups with the guidance options.
+        ascends: For each of them whether it maximizes.
+
+    Raises:
+        ValueError: An option, or a group, does not go with alpha="auto".
+    """
+    automatic = [isinstance(group["alpha"], str) for group in groups]
+    if not any(automatic):
+        return None
+    first = groups[0]
+    if first["granularity"] != "step" or not first["scaling"]:
+        raise ValueError(
+            f"alpha={AUTO!r} draws nothing and finds the scale by itself, so "
+            f"granularity={first['granularity']!r} and scaling={first['scaling']} would be "
+            "ignored; leave granularity='step' and scaling=True, or use a number for alpha"
+        )
+    for number, (group, auto) in enumerate(zip(groups, automatic, strict=True)):
+        alpha = group["alpha"]
+        if not auto and (isinstance(alpha, Tensor) or alpha != 0):
+            raise ValueError(
+                f"alpha={alpha!r} of group {number} does not go with alpha={AUTO!r} of group "
+                f"{automatic.index(True)}; use {AUTO!r} or 0 (not guided) in every group"
+            )
+    guided = {bool(maximize) for maximize, auto in zip(ascends, automatic, strict=True) if auto}
+    if len(guided) > 1:
+        raise ValueError(
+            f"alpha={AUTO!r} compares the gradients of all its groups, and some maximize and some "
+            "do not; use one optimizer for each"
+        )
+    return guided.pop()
 
 
 def check_agreement(number: int, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -393,7 +444,7 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
             f"the {name} in the state of {label} is a view that cannot be written element by "
             f"element (expanded, lazily negated or conjugated); {remedy}"
         )
-    if name != "anchor" and value.device != param.device:
+    if name not in ("anchor", "importance") and value.device != param.device:
         raise ValueError(
             f"the {name} in the state of {label} is on {str(value.device)!r}, the parameter on "
             f"{str(param.device)!r}; move it, or load the state dict, which does so"

@@ -21,12 +21,13 @@ BASE = 10
 STRETCH = 11
 STRIDE = 12
 COPY = 13
-COLUMNS = 14
+IMPORTANCE = 14
+COLUMNS = 15
 
 # Dtypes in the order of their codes, and the places of the codes within the dtype column.
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
-SLOT_BITS = 8
-SLOT_MASK = 0xFF
+SLOT_BITS = 4
+SLOT_MASK = 0xF
 PARAM_SLOT = 0
 GRAD_SLOT = 1
 REPLAY_SLOT = 2
@@ -35,7 +36,8 @@ EXP_AVG_SQ_SLOT = 4
 MAX_EXP_AVG_SQ_SLOT = 5
 ANCHOR_SLOT = 6
 COPY_SLOT = 7
-SLOTS = 8
+IMPORTANCE_SLOT = 8
+SLOTS = 9
 
 # Columns of the hyper-parameters, a row per group.
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize",
@@ -51,6 +53,15 @@ LOOK_AHEAD_BIT = 4
 STATE_BIT = 8
 STOCHASTIC_BIT = 16
 COPY_BIT = 32
+IMPORTANCE_BIT = 64
+FIRST_MOMENT_BIT = 128
+DECOUPLED_BIT = 256
+
+# Where the pull enters.
+BY_GRADIENT = 0
+BY_FIRST_MOMENT = 1
+BY_DECOUPLED = 2
+ROUTES = {"gradient": BY_GRADIENT, "first_moment": BY_FIRST_MOMENT, "decoupled": BY_DECOUPLED}
 
 # What a draw decides.
 BY_STEP = 0
@@ -78,6 +89,20 @@ GRAD_LENGTH = 1
 DISTANCE_LENGTH = 2
 TOTAL_LENGTH = 3
 SCALES = 4
+
+# Rows of `products`: of all tensors ||h||^2, then of the guided ones ||h||^2, ||u||^2, ||r||^2,
+# <h, r> and <u, r>.
+TOTAL = 0
+GUIDED = 1
+PULL = 2
+REPLAY = 3
+H_DOT_R = 4
+U_DOT_R = 5
+PRODUCTS = 6
+# Partial sums of a chunk at most: those of `products` but for the first.
+PARTIALS = 5
+# Behind the scales of a guarded step: its alignment and its pull.
+GUARD_EXTRAS = 2
 
 # Word 3 of a Philox counter; a tensor's stream is this plus its index.
 STREAM_STEP = 0

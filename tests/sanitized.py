@@ -27,7 +27,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 CALLS = ROOT / "tests" / "sanitized_calls.py"
-SOURCES = [ROOT / "csrc" / name for name in ("ops.cpp", "cpu.cpp", "cpu_lists.cpp", "watch.cpp")]
+SOURCES = [
+    ROOT / "csrc" / f"{name}.cpp" for name in ("ops", "cpu", "cpu_lists", "cpu_products", "watch")
+]
 HEADERS = sorted((ROOT / "csrc").glob("*.h"))
 COMPILER = shutil.which("g++")
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgg import _arguments, anchor, sharding
+from dgg.anchor import importance
 from dgg.sharding import fsdp1
 
 
@@ -46,8 +47,9 @@ Plan = list[tuple[Tensor, "Tensor | Callable[[Tensor], None] | None", Tensor]]
 def place(
     opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]],
     plan_all: Callable[[], Plan], task: int | None,
+    plan_importance: Callable[[list[Tensor]], list[importance.Entry]],
 ) -> None:  # fmt: skip
-    """Sets the anchors of a plan, on all ranks or on none.
+    """Sets the anchors of a plan, and the importance that goes with them, on all ranks or on none.
 
     Args:
         opt: The optimizer.
@@ -55,22 +57,35 @@ def place(
         marks: For each group the dict that has its ``anchored`` and ``task_index``.
         plan_all: Returns the plan; it raises before anything is changed.
         task: Number of the task that begins; None counts one up.
+        plan_importance: Returns the plan of the importance of these parameters; called if the
+            optimizer weighs its pull.
     """
     members = opt._ownership.tensors(groups)
     peers = opt._ownership.peers([p for params in members for p in params])
+    weighted, mean = bool(marks[0]["importance"]), 0.0
+    entries: list[importance.Entry] = []
     with sharding.on_all_or_none(peers, _arguments.settings_of(marks)):
         plan = plan_all()
+        if weighted:
+            entries = plan_importance([p for p, _, _ in plan])
+    if weighted:
+        mean = importance.mean_of(opt, entries, peers)
     group_of = {p: group for group, params in zip(groups, members, strict=True) for p in params}
     moved = any([target is not opt.state.get(p, {}).get("anchor") for p, _, target in plan])
+    moved |= any([x.target is not opt.state.get(x.param, {}).get("importance") for x in entries])
+    importance.write(opt, entries, mean)
     for p, source, target in plan:
         source(target) if callable(source) else anchor.write(target, source)
         # Together with the moments: Adam would take a state with an anchor alone for initialised,
         # and checkpoints made before the first step would lack the moments.
         opt._rule.init_state(opt, p, group_of[p], first=False)
         opt.state[p]["anchor"] = target
+        if not weighted and opt.state[p].pop("importance", None) is not None:
+            moved = True
     for mark, params in zip(marks, members, strict=True):
         mark["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in params)
         mark["task_index"] = mark["task_index"] + 1 if task is None else task
+        mark["importance_mean"] = mean
     opt._ownership.note_anchors(marks, anchored=True)
     opt._awaits_load = False
     if moved:  # otherwise the anchors' versions tell the next step to measure anew
@@ -89,7 +104,8 @@ def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]
         for p in params:
             if p in opt.state:
                 opt.state[p].pop("anchor", None)
-        mark["anchored"] = 0
+                opt.state[p].pop("importance", None)
+        mark["anchored"], mark["importance_mean"] = 0, 0.0
     opt._ownership.note_anchors(marks, anchored=False)
     opt._awaits_load = False
     opt._reset_caches()
@@ -202,6 +218,41 @@ def plan_anchors(
                 source = None
         plan.append((p, source, targets[p]))
     return plan
+
+
+def plan_importance(
+    opt, groups: Sequence[Mapping[str, Any]],
+    source: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
+    params: Sequence[Tensor],
+) -> list[importance.Entry]:  # fmt: skip
+    """Returns the plan of `importance.plan` for plain parameters.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        source: Sums of v̂ by name, their path, or None for the present second moments.
+        model: Maps names to parameters, or None if the groups have the names.
+        params: Those that get an anchor.
+    """
+    all_params = [p for group in groups for p in group["params"]]
+    label_of = dict(zip(all_params, _arguments.group_labels(groups), strict=True))
+    labels = [label_of[p] for p in params]
+    if source is None:
+        return importance.plan(opt, groups, params, labels, None)
+    for p, label in zip(params, labels, strict=True):
+        if fsdp1.is_one(p):
+            raise ValueError(
+                f"{label} is FSDP1's, and importance by name is not cut into its runs: keep the "
+                "optimizer between tasks, or resume its checkpoint, which has the importance"
+            )
+    names = _names_of(groups, model, params)
+    tensors = source if isinstance(source, Mapping) else anchor.open_path(source)
+    others = () if model is not None else _other_names(groups, params)
+
+    def match(dtypes: Sequence[torch.dtype]):
+        return anchor.match_named(tensors, params, names, labels, dtypes, model, others)
+
+    return importance.plan(opt, groups, params, labels, match)
 
 
 def _names_of(groups, model, params) -> list[list[str]]:

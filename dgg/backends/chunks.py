@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgg.kernels.layout import CHUNK, COPY_SLOT, SLOT_BITS, SLOT_MASK
+from dgg.kernels.layout import CHUNK, COPY_SLOT, PARTIALS, SLOT_BITS, SLOT_MASK
 
 
 @dataclass
@@ -20,11 +20,11 @@ class Launch:
     """The rows of one dtype combination, cut into chunks; all tensors on the device.
 
     Attributes:
-        dtypes: Dtype codes of the rows, 8 bits each, as in the table.
+        dtypes: Dtype codes of the rows, as in the table.
         rows: int32 [k], rows of the table, ascending.
         chunks: int32 [m, 2], position in ``rows`` and number within the row; an empty row has one.
         starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [3, m], workspace.
+        partials: float64 [5, m], workspace.
         counters: int32 [k + 1], workspace, zero between launches: how many chunks of each row are
             done, and last how many rows.
         window: Window of the rows' anchors, -1 if the anchors are on the device.
@@ -84,7 +84,7 @@ def cut(
         position = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
         number = torch.arange(total, device="cpu") - starts[position]
         chunks = torch.stack([position, number], dim=1)
-        partials = torch.empty(3, total, dtype=torch.float64, device=device)
+        partials = torch.empty(PARTIALS, total, dtype=torch.float64, device=device)
         counters = torch.zeros(len(rows) + 1, dtype=torch.int32, device=device)
         tables = [x.int().to(device) for x in (rows, chunks, starts)]
         launches.append(Launch(kind[0], *tables, partials, counters, kind[1]))

@@ -10,7 +10,7 @@ import torch
 
 
 class Distances:
-    """The known squares ‖θ - θ*‖² of a list of parameters, and the versions at which they hold.
+    """The known squares ‖u‖² of a list of parameters, and the versions at which they hold.
 
     A step that looks ahead measures them after its update, so that the next step need not. They
     hold as long as nobody else writes a parameter or its anchor.

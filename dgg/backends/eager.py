@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from dgg import reference
 from dgg.backends.rows import Rows
 from dgg.backends.views import give_back, resolved
-from dgg.kernels.layout import ANCHOR, COPY, GUIDE_HYPER, PARAM
+from dgg.kernels.layout import ANCHOR, COPY, GUIDE_HYPER, IMPORTANCE, PARAM
 
 
 class ReferenceRows(Rows):
@@ -42,11 +43,29 @@ class ReferenceRows(Rows):
         return reference.norms(
             self.tensors(PARAM), self.grads, self.replays, self.tensors(ANCHOR), self.distances,
             replay_weight=replay_weight, grad_scale=scaling.divisor, which=which,
+            **self._importance(),
         )  # fmt: skip
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Calls `reference.coefficients`."""
         return reference.coefficients(squares, **settings)
+
+    def products(self, flags: Tensor, *, replay_weight, scaling) -> Tensor:
+        """Calls `reference.products`."""
+        return reference.products(
+            self.tensors(PARAM), self.grads, self.replays, self.tensors(ANCHOR), flags,
+            replay_weight=replay_weight, grad_scale=scaling.divisor, **self._importance(),
+        )  # fmt: skip
+
+    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
+        """Calls `reference.guard_coefficients`."""
+        return reference.guard_coefficients(sums, **settings)
+
+    def _importance(self) -> dict[str, Any]:
+        """Returns the arguments of the reference's functions that weigh the pull."""
+        if not self.importance:
+            return {}
+        return {"importances": self.tensors(IMPORTANCE), "importance": self.importance}
 
     def update_(
         self, rule, coefficients, flags, groups, draw, scaling, *, look_ahead, replay_weight
@@ -60,7 +79,7 @@ class ReferenceRows(Rows):
                 look_ahead=look_ahead, places=self._all_places(),
                 copies=self.tensors(COPY) if self._has_masters else (), stochastic=self.stochastic,
                 replay_weight=replay_weight, grad_scale=scaling.divisor, seed=draw.seed,
-                draw=draw.index,
+                draw=draw.index, route=self.route, **self._importance(),
             )  # fmt: skip
         self._after_update(look_ahead)
 
@@ -71,7 +90,7 @@ class ReferenceRows(Rows):
                 self.tensors(PARAM), *self._of_group(number), self.tensors(ANCHOR), coefficients,
                 flags, self.indices, **{key: group[key] for key in GUIDE_HYPER},
                 replay_weight=replay_weight, grad_scale=scaling.divisor, seed=draw.seed,
-                draw=draw.index, places=self._all_places(),
+                draw=draw.index, places=self._all_places(), **self._importance(),
             )  # fmt: skip
         give_back(self._grad_copies)
         self.release()

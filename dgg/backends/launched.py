@@ -25,6 +25,12 @@ from dgg.kernels import layout
 
 # Settings of a norm launch that computes no coefficients.
 _NO_SETTINGS = {"max_grad_norm": None, "scaling": False, "per_tensor": False}
+# The same of a launch of `products`.
+_NO_GUARD = {"max_grad_norm": None, "per_tensor": False, "maximize": False}
+# The bit of a launch for the place where the pull enters.
+_ROUTE_BITS = {
+    "gradient": 0, "first_moment": layout.FIRST_MOMENT_BIT, "decoupled": layout.DECOUPLED_BIT,
+}  # fmt: skip
 
 
 class LaunchedRows(TableRows):
@@ -192,7 +198,7 @@ class LaunchedRows(TableRows):
         self._functions.norms_launch(
             self._device_table, *launch.tensors, grads, replays, self.distances, squares, gate,
             grad_scale, out, dtypes=launch.dtypes, replay_weight=replay_weight, which=which,
-            **settings,
+            importance=self.importance, **settings,
         )  # fmt: skip
 
     def _norms(
@@ -228,6 +234,42 @@ class LaunchedRows(TableRows):
         self._norms(out, settings, **options)
         return out
 
+    def _launch_products(
+        self, flags: Tensor, out: Tensor | None, settings: Mapping[str, Any], *,
+        replay_weight: float, scaling: Scaling,
+    ) -> Tensor:  # fmt: skip
+        sums = torch.zeros(
+            reference.PRODUCTS, len(self.params), dtype=torch.float64, device=self.device
+        )
+        launches = list(self._launches) if self.windows is None else self._as_anchors_come()
+        for launch in launches:
+            last = out is not None and launch is self._launches[-1]
+            self._functions.products_launch(
+                self._device_table, *launch.tensors, self._device_grads, self._device_replays,
+                flags, sums, scaling.grad_scale, out if last else None, dtypes=launch.dtypes,
+                replay_weight=replay_weight, importance=self.importance,
+                **(settings if last else _NO_GUARD),
+            )  # fmt: skip
+        return sums
+
+    def products(self, flags: Tensor, **options) -> Tensor:
+        """Launches `reference.products`."""
+        return self._launch_products(flags, None, _NO_GUARD, **options)
+
+    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
+        """Launches `reference.guard_coefficients`."""
+        out = self._empty(reference.SCALES + len(self.params) + reference.GUARD_EXTRAS)
+        self._functions.guard_coefficients_launch(sums, out, **settings)
+        return out
+
+    def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options) -> Tensor:
+        """Launches both as one, unless anchors come in windows, in an order of their own."""
+        if self.windows is not None:
+            return super().measure_guard(settings, flags, **options)
+        out = self._empty(reference.SCALES + len(self.params) + reference.GUARD_EXTRAS)
+        self._launch_products(flags, out, settings, **options)
+        return out
+
     def draw_flags(
         self, flags: Tensor, groups: Sequence[dict], names: tuple[str, ...], draw_index: Tensor,
         seed: int, granularity: str,
@@ -260,13 +302,17 @@ class LaunchedRows(TableRows):
         # Anchors kept off the device come a second time for the next step's distances, which are
         # measured beside its forward and backward pass instead of in the update.
         has_windows = self.windows is not None
-        variant = _bits_of(draw)
+        variant = self._bits_of(draw)
         if look_ahead and not has_windows:
             variant |= layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT
         if any(group[rule.optional] for group in groups):
             variant |= layout.STATE_BIT
         if self.stochastic:
             variant |= layout.STOCHASTIC_BIT
+        if look_ahead and self.importance and not has_windows:
+            variant |= layout.IMPORTANCE_BIT
+        if draw.injecting:
+            variant |= _ROUTE_BITS[self.route]
         function = getattr(self._functions, rule.name[:-1] + "_launch_")
         hyper = self._hyper(groups, rule.hyper)
         for launch in self._as_anchors_come() if variant & layout.ANCHOR_BIT else self._launches:
@@ -276,12 +322,20 @@ class LaunchedRows(TableRows):
                 draw.index_tensor, dtypes=launch.dtypes,
                 variant=variant | (layout.COPY_BIT if launch.copies else 0),
                 replay_weight=replay_weight, seed=signed(draw.seed), draw=draw.index,
+                importance=self.importance,
             )  # fmt: skip
         self._measured = False
         look_ahead = look_ahead and not (has_windows and self._staged_now)
         if has_windows and look_ahead:
             self._measure_ahead()
         self._after_update(look_ahead)
+
+    def _bits_of(self, draw: Draw) -> int:
+        """Returns the bits of a launch's variant that the draw decides."""
+        bits = layout.ELEMENTS_BIT if draw.elements else 0
+        if draw.injecting:
+            bits |= layout.ANCHOR_BIT | (layout.IMPORTANCE_BIT if self.importance else 0)
+        return bits
 
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
         """Launches `reference.guide_`, once for each dtype combination."""
@@ -290,8 +344,9 @@ class LaunchedRows(TableRows):
             self._functions.guide_launch_(
                 self._device_table, launch.rows, launch.chunks, self._device_grads,
                 self._device_replays, coefficients, flags, hyper, scaling.grad_scale,
-                scaling.found_inf, draw.index_tensor, dtypes=launch.dtypes, variant=_bits_of(draw),
-                replay_weight=replay_weight, seed=signed(draw.seed), draw=draw.index,
+                scaling.found_inf, draw.index_tensor, dtypes=launch.dtypes,
+                variant=self._bits_of(draw), replay_weight=replay_weight, seed=signed(draw.seed),
+                draw=draw.index, importance=self.importance,
             )  # fmt: skip
         self._after_guide()
 
@@ -310,9 +365,3 @@ def _send_hyper(
             if on:
                 table[place].copy_(values[place].reshape(()), non_blocking=True)
     return table.view(len(groups), len(names))
-
-
-def _bits_of(draw: Draw) -> int:
-    """Returns the bits of a launch's variant that the draw decides."""
-    bits = layout.ANCHOR_BIT if draw.injecting else 0
-    return bits | (layout.ELEMENTS_BIT if draw.elements else 0)

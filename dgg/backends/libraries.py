@@ -174,6 +174,15 @@ def _register_fakes() -> None:
     def _(squares, **_kwargs):
         return squares.new_empty((reference.SCALES + squares.shape[1],))
 
+    @torch.library.register_fake("dgg::products")
+    def _(params, grads, replays, anchors, flags, **_kwargs):
+        return flags.new_empty((reference.PRODUCTS, len(params)), dtype=torch.float64)
+
+    @torch.library.register_fake("dgg::guard_coefficients")
+    def _(products, **_kwargs):
+        size = reference.SCALES + products.shape[1] + reference.GUARD_EXTRAS
+        return products.new_empty((size,))
+
     for name in ("adam_", "sgd_", "guide_"):
         torch.library.register_fake(f"dgg::{name}", lambda *_args, **_kwargs: None)
 
@@ -191,7 +200,8 @@ def _refuse_on_gpus() -> torch.library.Library:
 
         return run
 
-    for name in ("norms", "coefficients", "adam_", "sgd_", "guide_"):
+    for name in ("norms", "coefficients", "products", "guard_coefficients", "adam_", "sgd_",
+                 "guide_"):  # fmt: skip
         library.impl(name, refuse(name))
     return library
 
@@ -212,6 +222,8 @@ if cpp_error is None:
     OPERATORS = {
         "norms": _direct(torch.ops.dgg.norms_table),
         "coefficients": _direct(torch.ops.dgg.coefficients),
+        "products": _direct(torch.ops.dgg.products_table),
+        "guard_coefficients": _direct(torch.ops.dgg.guard_coefficients),
         "adam_": _direct(torch.ops.dgg.adam_table_),
         "sgd_": _direct(torch.ops.dgg.sgd_table_),
         "guide_": _direct(torch.ops.dgg.guide_table_),

@@ -20,7 +20,16 @@ from dgg.backends.distances import Distances
 from dgg.backends.views import real_view, real_views
 from dgg.backends.watch import MemoryWatch
 from dgg.kernels import layout
-from dgg.kernels.layout import ANCHOR, COPY, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, PARAM, STEP
+from dgg.kernels.layout import (
+    ANCHOR,
+    COPY,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    IMPORTANCE,
+    MAX_EXP_AVG_SQ,
+    PARAM,
+    STEP,
+)
 
 
 class Scaling(NamedTuple):
@@ -96,6 +105,7 @@ class Rows:
         max_exp_avg_sqs: v of amsgrad.
         steps: Step counts.
         masters: Master weights θ.
+        importances: F.
         stochastic: Round bfloat16 weights stochastically.
         reduction: Sums squares over ranks, or None.
         places: Where each row's elements lie in the whole tensor; empty if all rows are whole.
@@ -105,7 +115,9 @@ class Rows:
         holders: The argument, or the parameters.
         params: The parameters, of DTensors the local shards.
         anchored: Whether any row has an anchor.
-        distances: float64 [n], known ‖θ - θ*‖² of each row, or -1.
+        distances: float64 [n], known ‖u‖² of each row, or -1.
+        importance: The option, i of equation (3).
+        route: Where the pull enters; one of `reference.ROUTES`.
         grads: Gradient of each row in the present step or None.
         replays: Replay gradient of each row or None; empty when there are none at all.
         present: Not 0 if there is a gradient or replay gradient in the present step.
@@ -118,14 +130,16 @@ class Rows:
     present = 0
     # Whether every row had a gradient in the present step.
     _complete = False
+    importance = 0.0
+    route = "gradient"
 
     def __init__(
         self, backend: str, params: Sequence[Tensor], groups: Sequence[int],
         indices: Sequence[int], *, anchors: Sequence[Tensor | None],
         exp_avgs: Sequence[Tensor | None] = (), exp_avg_sqs: Sequence[Tensor | None] = (),
         max_exp_avg_sqs: Sequence[Tensor | None] = (), steps: Sequence[Tensor | None] = (),
-        masters: Sequence[Tensor | None] = (), stochastic: bool = False,
-        reduction: sharding.Reduction | None = None,
+        masters: Sequence[Tensor | None] = (), importances: Sequence[Tensor | None] = (),
+        stochastic: bool = False, reduction: sharding.Reduction | None = None,
         places: Sequence[sharding.Place | None] = (), holders: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         absent = [None] * len(params)
@@ -151,6 +165,7 @@ class Rows:
             EXP_AVG_SQ: real_views(exp_avg_sqs or absent),
             MAX_EXP_AVG_SQ: real_views(max_exp_avg_sqs or absent),
             ANCHOR: real_views(anchors),
+            IMPORTANCE: real_views(importances or absent),
             STEP: list(steps or absent),
         }
         has_anchor = [anchor is not None for anchor in anchors]
@@ -214,6 +229,17 @@ class Rows:
     def _had_gradients(self) -> Tensor:
         """Returns whether each row had a gradient or replay gradient in the last step."""
         raise NotImplementedError
+
+    def use_options(self, options: Mapping[str, Any]) -> None:
+        """Takes the options that say along what, and where, the anchor pulls.
+
+        Args:
+            options: Options of the whole optimizer.
+        """
+        importance = float(options["importance"])
+        if importance != self.importance:
+            self.forget(anchors=False)  # they were measured with another weight
+        self.importance, self.route = importance, options["route"]
 
     # -- the gradients --------------------------------------------------------------------------
 
@@ -350,6 +376,32 @@ class Rows:
             options: What `norms` takes.
         """
         return self.coefficients(self.norms(**options), **settings)
+
+    def products(self, flags: Tensor, *, replay_weight: float, scaling: Scaling) -> Tensor:
+        """Returns the sums of `reference.products` for these rows.
+
+        Args:
+            flags: uint8 [n], which rows are guided.
+            replay_weight: w.
+            scaling: Divisor of the gradients.
+        """
+        raise NotImplementedError
+
+    def guard_coefficients(
+        self, sums: Tensor, *, max_grad_norm: float | None, per_tensor: bool, maximize: bool
+    ) -> Tensor:
+        """Returns c, the norms and a as `reference.guard_coefficients` does."""
+        raise NotImplementedError
+
+    def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options: Any) -> Tensor:
+        """Returns the `guard_coefficients` of rows whose `products` nobody else has a part in.
+
+        Args:
+            settings: What `guard_coefficients` takes besides the sums.
+            flags: What `products` takes.
+            options: The rest of what `products` takes.
+        """
+        return self.guard_coefficients(self.products(flags, **options), **settings)
 
     def update_(
         self, rule: Rule, coefficients: Tensor, flags: Tensor, groups: Sequence[dict], draw: Draw,

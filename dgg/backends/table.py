@@ -21,7 +21,17 @@ from dgg.backends.rows import Rows
 from dgg.backends.views import give_back, is_dense, resolved, same_order
 from dgg.backends.watch import MemoryWatch
 from dgg.kernels import layout
-from dgg.kernels.layout import ANCHOR, COPY, DTYPES, GUIDE_HYPER, PARAM, SLOT_BITS, STEP
+from dgg.kernels.layout import (
+    ANCHOR,
+    COPY,
+    DTYPES,
+    GUIDE_HYPER,
+    IMPORTANCE,
+    PARAM,
+    ROUTES,
+    SLOT_BITS,
+    STEP,
+)
 from dgg.reference import FLOAT_DTYPES
 
 _MOMENTS = (layout.EXP_AVG, layout.EXP_AVG_SQ, layout.MAX_EXP_AVG_SQ)
@@ -119,24 +129,25 @@ class TableRows(Rows):
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
         param = self._tensor(PARAM, row)
-        state = [self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY)]
+        state = [self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)]
         return is_dense(param) and all(x is None or same_order(x, param) for x in state)
 
     def _make_table(self) -> Tensor:
         lines = []
         for row in range(len(self.params)):
             tensors = [self._tensor(column, row) for column in (PARAM, *_MOMENTS, ANCHOR, STEP)]
-            copy = self._tensor(COPY, row)
+            behind = [self._tensor(column, row) for column in (COPY, IMPORTANCE)]
             lines.append(
                 [*(0 if x is None else x.data_ptr() for x in tensors), tensors[0].numel(),
                  self.groups[row], self._dtype_codes(row, None, None), self.indices[row],
-                 *self._place(row), 0 if copy is None else copy.data_ptr()]
+                 *self._place(row), *(0 if x is None else x.data_ptr() for x in behind)]
             )  # fmt: skip
         return torch.tensor(lines, dtype=torch.int64, device="cpu")
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._tensor(PARAM, row)
-        state = (self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY))
+        columns = (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)
+        state = (self._tensor(column, row) for column in columns)
         # An absent gradient counts as one of the model's dtype, not of the master weight's.
         grads = (self.params[row] if x is None else x for x in (grad, replay))
         others = (param if x is None else x for x in state)
@@ -271,14 +282,14 @@ class TableRows(Rows):
     def _stage(self, row: int) -> None:
         # Kernels work on contiguous copies where strides differ.
         self._staged_now = True
-        for column in (PARAM, *_MOMENTS, ANCHOR, COPY):
+        for column in (PARAM, *_MOMENTS, ANCHOR, COPY, IMPORTANCE):
             tensor = self._tensor(column, row)
             if tensor is None:
                 continue
             copy = tensor.to(self.device).contiguous()
             self._kept.append(copy)
             self._table[row, column] = copy.data_ptr()
-            if copy.data_ptr() != tensor.data_ptr() and column != ANCHOR:
+            if copy.data_ptr() != tensor.data_ptr() and column not in (ANCHOR, IMPORTANCE):
                 self._copies.append((row, tensor, copy))
 
     def _had_gradients(self) -> Tensor:
@@ -321,11 +332,23 @@ class TableRows(Rows):
         return OPERATORS["norms"](
             self._table, self._grad_addresses, self._replay_addresses, self.distances,
             replay_weight=replay_weight, grad_scale=scaling.divisor, which=which,
+            importance=self.importance,
         )  # fmt: skip
 
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Calls the operator of `reference.coefficients`."""
         return OPERATORS["coefficients"](squares, **settings)
+
+    def products(self, flags: Tensor, *, replay_weight, scaling) -> Tensor:
+        """Calls the operator of `reference.products`."""
+        return OPERATORS["products"](
+            self._table, self._grad_addresses, self._replay_addresses, flags,
+            replay_weight=replay_weight, grad_scale=scaling.divisor, importance=self.importance,
+        )  # fmt: skip
+
+    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
+        """Calls the operator of `reference.guard_coefficients`."""
+        return OPERATORS["guard_coefficients"](sums, **settings)
 
     def update_(
         self, rule, coefficients, flags, groups, draw, scaling, *, look_ahead, replay_weight
@@ -335,7 +358,8 @@ class TableRows(Rows):
             self._table, self._grad_addresses, self._replay_addresses, coefficients, flags,
             self._hyper_table(groups, rule.hyper), self.distances, replay_weight=replay_weight,
             grad_scale=scaling.divisor, look_ahead=look_ahead, stochastic=self.stochastic,
-            seed=signed(draw.seed), draw=draw.index,
+            seed=signed(draw.seed), draw=draw.index, importance=self.importance,
+            route=ROUTES[self.route],
         )  # fmt: skip
         self._after_update(look_ahead)
 
@@ -345,6 +369,7 @@ class TableRows(Rows):
             self._table, self._grad_addresses, self._replay_addresses, coefficients, flags,
             self._hyper_table(groups, GUIDE_HYPER), replay_weight=replay_weight,
             grad_scale=scaling.divisor, seed=signed(draw.seed), draw=draw.index,
+            importance=self.importance,
         )  # fmt: skip
         self._after_guide()
 

@@ -26,14 +26,23 @@ class MemoryWatch:
         tensors: Other tensors.
         anchors: Of the first parameters: the place of each one's anchor among ``tensors``, or -1.
             The versions of anchors are compared, too.
+        importances: The same of the importances, which the distances depend on, too; empty if
+            there are none.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], tensors: Sequence[Tensor], anchors: Sequence[int] = ()
+        self,
+        params: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        anchors: Sequence[int] = (),
+        importances: Sequence[int] = (),
     ) -> None:
         self._params = [sharding.local(p) for p in params]
         tensors = [sharding.local(x) for x in tensors]
-        self._anchors = [(row, tensors[place]) for row, place in enumerate(anchors) if place >= 0]
+        places = [*anchors, *importances]
+        self._anchors = [
+            (row % len(anchors), tensors[place]) for row, place in enumerate(places) if place >= 0
+        ]
         self._dicts: list[tuple[dict, dict]] | None = None
         self._handle: int | None = None
         self._library: native.Library | None = None
@@ -43,7 +52,7 @@ class MemoryWatch:
             self._library = native.load()
         self._tensors = [] if self._handle is not None else [(x, self._place(x)) for x in tensors]
         if self._library is not None:
-            native.watch_params(self._library, self._handle, self._params, anchors)
+            native.watch_params(self._library, self._handle, self._params, places)
         else:
             self._tensors += [(p, self._place(p)) for p in self._params]
         self._versions = [x._version for _, x in self._anchors]
@@ -57,7 +66,7 @@ class MemoryWatch:
         return all([self._place(x) == place for x, place in self._tensors])
 
     def rewritten(self) -> list[int]:
-        """Returns the parameters whose anchors were written since the last call."""
+        """Returns the parameters whose anchors or importances were written since the last call."""
         versions = [x._version for _, x in self._anchors]
         if versions == self._versions:
             return []

@@ -29,7 +29,7 @@ _BLOCK_SIZES = (256, 2048)
 _PIECE = 1 << 24
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
-_OURS = {"anchor", "master"}
+_OURS = {"anchor", "importance", "master"}
 # Options of groups in other libraries that Adam does not have, or that mean something else in dgg.
 _NOT_ADAMS = {"step", "bias_correction", "alpha", "t_alpha", "t_beta3"}
 # Entries of a group that are the optimizer's, whatever the state dict has; options that say how a

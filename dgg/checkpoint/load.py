@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from dgg import _arguments, anchor, backends, sharding
-from dgg.anchor import boundary
+from dgg.anchor import boundary, importance
 from dgg.checkpoint import room, saved_state
 from dgg.checkpoint.source import of_template
 from dgg.sharding import fsdp1
@@ -81,6 +81,7 @@ def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None])
 def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
     state_dict = _completed(opt, state_dict)
     anchors = _checked_anchors(opt, state_dict)
+    importances = _checked_importances(opt, state_dict, anchors)
     draws, resumed = int(opt.param_groups[0]["draw_index"]), opt._resumed
     slot, cache = opt._replay, opt._cache
     saved_groups, groups_before = state_dict["param_groups"], opt.param_groups
@@ -88,7 +89,7 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
         boundary.refuse_earlier(opt._named, saved_groups)
     # torch casts all floating state to the parameter's dtype, which would round an anchor, a
     # master weight and moments with a dtype of their own.
-    not_for_torch = {"anchor", "master"}
+    not_for_torch = {"anchor", "importance", "master"}
     if opt._settings.state_dtype is not None:
         not_for_torch |= opt._rule.columns.keys() - {"step"}
     for_torch = {
@@ -98,7 +99,7 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
         for key, entry in state_dict["state"].items()
     }
     torch_load({**state_dict, "state": for_torch})
-    _load_without_torch(opt, state_dict, not_for_torch - {"anchor"})
+    _load_without_torch(opt, state_dict, not_for_torch - {"anchor", "importance"})
     _shard_moments(opt)
     _give_moments_memory(opt)
     for group, before, saved in zip(opt.param_groups, groups_before, saved_groups, strict=True):
@@ -106,12 +107,13 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
         flags = {name: before.get(name) for name in _STEP_FLAGS}
         group.update({k: v for k, v in flags.items() if v is not None or k in group})
         group.update({k: before[k] for k in (*opt._guidance, "anchored") if k not in saved})
-    dtypes = [value.dtype for value in anchors.values()]
-    targets = anchor.allocate_all([*anchors], dtypes, opt._settings.anchor_device)
-    for (param, value), target in zip(anchors.items(), targets, strict=True):
-        # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
-        anchor.write(target, value.detach())
-        opt.state[param]["anchor"] = target
+    for name, values in (("anchor", anchors), ("importance", importances)):
+        dtypes = [value.dtype for value in values.values()]
+        targets = anchor.allocate_all([*values], dtypes, opt._settings.anchor_device)
+        for (param, value), target in zip(values.items(), targets, strict=True):
+            # A copy: set_anchor() writes in place, and the checkpoint may be another optimizer's.
+            anchor.write(target, value.detach())
+            opt.state[param][name] = target
     for group, saved in zip(opt.param_groups, saved_groups, strict=True):
         if saved.get("anchored"):
             _anchor_empty_shards(opt, group)
@@ -164,6 +166,8 @@ def _anchor_empty_shards(opt, group: dict[str, Any]) -> None:
         if empty and "anchor" not in opt.state.get(param, ()):
             opt._rule.init_state(opt, param, group, first=False)
             opt.state[param]["anchor"] = torch.empty_like(param)
+            if group["importance"]:
+                opt.state[param]["importance"] = torch.empty_like(param)
 
 
 def _load_without_torch(opt, state_dict: Mapping[str, Any], names: set[str]) -> None:
@@ -221,7 +225,7 @@ def _shard_moments(opt) -> None:
 def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
     """Checks groups and states, but not the anchors."""
     ours = {**opt._guidance, "anchored": 0}
-    keys = [*opt._rule.columns.keys() - {"anchor"}, "master"]
+    keys = [*opt._rule.columns.keys() - {"anchor", "importance"}, "master"]
     pairs = zip(opt.param_groups, state_dict["param_groups"], strict=True)
     for number, (group, saved) in enumerate(pairs):
         saved_state.check_group(number, saved, opt.defaults, ours)
@@ -296,6 +300,31 @@ def _checked_anchors(opt, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]
             "before loading"
         )
     return anchors
+
+
+def _checked_importances(
+    opt, state_dict: Mapping[str, Any], anchors: Mapping[Tensor, Tensor]
+) -> dict[Tensor, Tensor]:
+    """Returns the importance of every parameter that the checkpoint has one of, checked."""
+    importances: dict[Tensor, Tensor] = {}
+    for number, (group, saved) in enumerate(
+        zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    ):
+        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            value = state_dict["state"].get(key, {}).get("importance")
+            label = f"parameter {place} of group {number}"
+            if value is None or _unfilled(opt, value, saved):
+                if param in anchors and saved.get("importance"):
+                    raise RuntimeError(
+                        f"the checkpoint weighs its pull (importance={saved['importance']}) but "
+                        f"carries no importance of {label}: it was lost on the way. Save and load "
+                        "the whole state_dict(); for a distributed checkpoint call "
+                        "prepare_for_load(checkpoint) before the template is made"
+                    )
+                continue
+            importance.check_saved(value, param, label)
+            importances[param] = value
+    return importances
 
 
 def _unfilled(opt, value: Any, saved: Mapping[str, Any]) -> bool:

@@ -33,7 +33,13 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
         return
     entries = []
     for group in opt.param_groups:
-        names = [*opt._rule.needed(group), "anchor", *opt._rule.columns.keys() & {"step"}]
+        weighted = ["importance"] if group["importance"] else []
+        names = [
+            *opt._rule.needed(group),
+            "anchor",
+            *weighted,
+            *opt._rule.columns.keys() & {"step"},
+        ]
         for p in group["params"]:
             master = ["master"] if opt._settings.has_master(p) else []
             kept = p.requires_grad or p in opt.state
@@ -65,14 +71,17 @@ def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
             del entry[name]
         if "step" in dtypes:
             entry["step"] = state.step_scalar(opt, p, entry.get("step", 0.0))
-        state.make(opt, p, [name for name in dtypes if name != "anchor"])
-        if "anchor" in dtypes:
-            dtype = dtypes["anchor"] or anchor.storage_dtype(
-                state.stepped_weight(opt, p), opt._settings.anchor_dtype, "a parameter"
-            )
-            entry["anchor"] = anchor.allocate(p, dtype, opt._settings.anchor_device)
-            # NaN shows later which anchors were not overwritten.
-            sharding.local(entry["anchor"]).fill_(float("nan"))
+        state.make(opt, p, [name for name in dtypes if name not in ("anchor", "importance")])
+        settings = opt._settings
+        for name, theta, wanted in (
+            ("anchor", state.stepped_weight(opt, p), settings.anchor_dtype),
+            ("importance", p, settings.importance_dtype),
+        ):
+            if name in dtypes:
+                dtype = dtypes[name] or anchor.storage_dtype(theta, wanted, "a parameter")
+                entry[name] = anchor.allocate(p, dtype, settings.anchor_device)
+                # NaN shows later which of them were not overwritten.
+                sharding.local(entry[name]).fill_(float("nan"))
     for group in opt.param_groups:
         group["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
     opt._awaits_load = True

@@ -138,7 +138,7 @@ def check_group(
     missing = sorted(needed - saved.keys())
     # alpha alone does not make it dgg's: somebody may set it in a state dict of torch.optim.
     if saved.keys() & ours.keys() - set(_arguments.GROUP_OPTIONS):
-        missing += sorted(ours.keys() - saved.keys())
+        missing += sorted(ours.keys() - saved.keys() - _arguments.NEW_OPTIONS.keys())
     if missing:
         raise ValueError(
             f"group {number} of the state dict has no {', '.join(missing)}: it is another "

@@ -65,6 +65,29 @@ def plan_anchors(
     return plan
 
 
+def named_sums(
+    partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike,
+    model: torch.nn.Module | None, dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:  # fmt: skip
+    """Returns the sums of v̂ of every partition, cut out of named whole tensors.
+
+    Args:
+        partitions: This rank's.
+        tensors: Sums by name, or their path.
+        model: Maps names to parameters; None takes DeepSpeed's names.
+        dtypes: Dtype of each partition's sum.
+    """
+    if isinstance(tensors, (str, os.PathLike)):
+        tensors = anchor.open_path(tensors)
+    names = anchor.names_of_parameters(model) if model is not None else {}
+    sums = []
+    for partition, dtype in zip(partitions, dtypes, strict=True):
+        sources = list(_named_sources(partition, tensors, names, model, dtype))
+        sums.append(torch.zeros_like(partition.tensor, dtype=dtype))
+        _write_fragments(partition, sources, sums[-1])
+    return sums
+
+
 def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Tensor) -> None:
     # The padding, which ZeRO-3 leaves uninitialised, must be finite in a checkpoint.
     target.zero_()

@@ -20,6 +20,7 @@ DeepSpeed writes weights past autograd's version counters.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dgg import _arguments, _callers, _ranges, backends, reference, sharding
+from dgg.anchor import importance
 from dgg.anchor.boundary import Plan
 from dgg.deepspeed import anchors, partitions
 from dgg.deepspeed.partitions import Partition, cut
@@ -56,6 +58,20 @@ class Partitions(sharding.Sharded):
             for number in range(len(groups))
         ]
 
+    @property
+    def has_names(self) -> bool:
+        """Whether the model's names belong to what is stepped here: no, to parts of it."""
+        return False
+
+    def elements(self, param: Tensor) -> int:
+        """Returns how many elements of a partition are no padding."""
+        (partition,) = [p for p in self._driver.partitions if p.tensor is param]
+        return sum(fragment.count for fragment in partition.fragments)
+
+    def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
+        """Returns sums over the partitions of all ranks."""
+        return self._driver.total(torch.stack([x.to("cpu") for x in sums]).sum(dim=0))
+
     def peers(self, params: Sequence[Tensor]) -> list:
         """Returns the group whose ranks have the other partitions."""
         return [self._driver.zero_optimizer.dp_process_group]
@@ -81,6 +97,8 @@ class _FragmentRows(RowCache):
             members = [partition.members[f.member] for f in fragments]
             columns: dict[str, list] = {"anchors": [None] * len(members)}
             for name, column in opt._rule.columns.items():
+                if name == "importance" and not self._weighted:
+                    continue
                 value = entry.get(name)
                 if column == "steps":
                     # A step writes the count of every row, so each row needs one.
@@ -210,6 +228,7 @@ class Driver:
         options = opt._draws.options.read(groups)
         decision = Decision(options, groups, draws.hyper_of(opt, groups), options["draw_index"])
         decision.looks_ahead = False
+        partitions.refuse_guard(groups)
         self._flags = self._draw_for_all(opt, decision) if self._is_anchored(opt) else None
         scaled = self._flags is not None and options["scaling"]
         self._grad_norm: Tensor | None = None  # ‖g‖, measured by DeepSpeed
@@ -260,6 +279,8 @@ class Driver:
         grads = [p.grad for p in params]
         if opt._cache is None or not opt._cache.valid(opt, groups, params, grads, []):
             opt._cache = _FragmentRows(opt, groups, self.partitions)
+        for rows in opt._cache.all_rows:
+            rows.use_options(groups[0])
         return opt._cache.of_partition
 
     def _take_gradients(self, opt, decision: Decision) -> list[backends.Rows]:
@@ -314,7 +335,7 @@ class Driver:
                 scaling=decision.scaling,
                 which=reference.NORM_GRAD | reference.NORM_DISTANCE,
             )
-        squares = self._sum(squares)
+        squares = self.total(squares)
         squares[0] = 0.0
         squares[0, 0] = self._grad_norm.square()
         coefficients = reference.coefficients(
@@ -359,9 +380,10 @@ class Driver:
                 )
                 total += squares[2].sum().to(total.device)
                 rows.release()
-        return self._sum(total)
+        return self.total(total)
 
-    def _sum(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor) -> Tensor:
+        """Returns the sum of float64 values over all ranks; every rank calls it."""
         import torch.distributed as dist
 
         group = self.zero_optimizer.dp_process_group
@@ -399,6 +421,16 @@ class Driver:
         """Returns the plan of `anchors.plan_anchors` for the present partitions."""
         self._look_at_partitions(opt)
         return anchors.plan_anchors(opt, self.partitions, tensors, model)
+
+    def plan_importance(
+        self, opt, source: Any, model: torch.nn.Module | None, params: Sequence[Tensor]
+    ) -> list[importance.Entry]:
+        """Returns the plan of `importance.plan` for the present partitions."""
+        labels = [f"partition {number}" for number in range(len(params))]
+        match = None
+        if source is not None:
+            match = functools.partial(anchors.named_sums, self.partitions, source, model)
+        return importance.plan(opt, opt._all_groups, params, labels, match)
 
 
 def find_driver(opt) -> Driver | None:

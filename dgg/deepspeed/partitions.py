@@ -11,7 +11,7 @@ import functools
 import gc
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,6 +255,16 @@ def refuse_unknown_partitions(opt) -> None:
             "it is not an engine that dgg knows (DeepSpeed's ZeRO is). If every rank has a "
             "partition of a whole, say over which ranks: process_group=torch.distributed.group."
             "WORLD (or optimizer.process_group = ...); otherwise norms would be those of one rank"
+        )
+
+
+def refuse_guard(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises a ValueError for alpha="auto", which needs replay gradients of their own."""
+    if any(isinstance(group["alpha"], str) for group in groups):
+        raise ValueError(
+            "alpha='auto' needs replay gradients kept apart, and DeepSpeed's ZeRO reduces all "
+            "gradients into partitions of its own: use a number for alpha, with importance=0.5 or "
+            "1, and put the replayed examples into the batch (dgg.ReplayBuffer.mix)"
         )
 
 

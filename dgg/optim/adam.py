@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import backends
+from dgg import backends, reference
 from dgg.optim import construction
 from dgg.optim.guided import Guided
 from dgg.step import state
-from dgg.step.rule import Rule, flag, number, number_of, threshold
+from dgg.step.rule import Rule, corrected_moment, flag, number, number_of, threshold
 
 # torch.optim may be patched later, with these classes in place of its own.
 _TorchAdam = torch.optim.Adam
@@ -28,9 +28,10 @@ class AdamRule(Rule):
     """Adam and AdamW."""
 
     kernel = backends.ADAM
+    routes = reference.ROUTES
     columns = {
         "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs", "max_exp_avg_sq": "max_exp_avg_sqs",
-        "step": "steps", "anchor": "anchors",
+        "step": "steps", "anchor": "anchors", "importance": "importances",
     }  # fmt: skip
 
     def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,6 +60,12 @@ class AdamRule(Rule):
             "amsgrad": flag(group, "amsgrad"), "maximize": flag(group, "maximize"),
             "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
         }  # fmt: skip
+
+    def second_moment(
+        self, opt, param: Tensor, group: Mapping[str, Any]
+    ) -> tuple[Tensor, float] | None:
+        """Returns exp_avg_sq of ``param`` and its bias correction; None before its first step."""
+        return corrected_moment(opt.state.get(param, {}), group)
 
     def skip_update(self, opt, param: Tensor) -> None:
         """Counts a step in which every element of ``param`` is padding."""
@@ -99,10 +106,11 @@ class Adam(Guided, torch.optim.Adam):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None,
         maximize: bool = False, capturable: bool = False, differentiable: bool = False,
-        fused: bool | None = None, decoupled_weight_decay: bool = False, alpha: float = 0.2,
+        fused: bool | None = None, decoupled_weight_decay: bool = False, alpha: float | str = 0.2,
         strength: float = 1.0, scaling: bool = True, norm_scope: str = "global",
         granularity: str = "step", max_grad_norm: float | None = None, replay_weight: float = 1.0,
-        seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        importance: float = 0.0, route: str = "gradient", seed: int = 0,
+        anchor_dtype: torch.dtype | None = None, importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,
@@ -126,16 +134,24 @@ class AdamW(Adam, torch.optim.AdamW):
             stay on the device, and ``lr`` and ``alpha`` may be tensors there. GPU only.
         differentiable: Refused: the step records no graph.
         fused: True demands a fused backend, False the reference.
-        alpha: Probability of injecting the guidance at a step (α); per group, schedulable.
+        alpha: Probability of injecting the guidance at a step (α); per group, schedulable. Or
+            ``"auto"``: every step pulls as strongly as its replay gradients ask for, equation (7);
+            see `replay`.
         strength: Factor of the guidance's scale s; per group, schedulable.
         scaling: Scale by min(1, c ‖g‖ / ‖θ - θ*‖); False is the paper's ablation (s = strength).
         norm_scope: ``"global"``: one norm over all guided parameters; ``"tensor"``: one each.
         granularity: What one Bernoulli draw decides: ``"step"``, ``"tensor"`` or ``"element"``.
         max_grad_norm: Clip the real gradient's total norm within the step, or None.
         replay_weight: Weight w of the replay gradients recorded by `replay`.
+        importance: Weight i of the importance F in the pull, in [0, 1]: it acts along
+            ((1 - i) + i F) ∘ (θ - θ*). F is made at task boundaries, from Adam's second moments;
+            see `set_anchor`.
+        route: Where the pull enters: ``"gradient"`` (both moments, the paper's),
+            ``"first_moment"``, or ``"decoupled"`` (outside of the moments, as weight decay is).
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
-        anchor_device: Storage device of the anchor; None is the parameter's.
+        importance_dtype: Storage dtype of the importance; None is the parameter's.
+        anchor_device: Storage device of anchor and importance; None is the parameter's.
         state_dtype: Storage dtype of the moments; None is the parameter's.
         stochastic_rounding: Round bfloat16 parameters stochastically, so that small updates are
             not lost in the mean; the random words are drawn as the Bernoulli draws are.
@@ -165,9 +181,11 @@ class AdamW(Adam, torch.optim.AdamW):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
         foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
-        fused: bool | None = None, alpha: float = 0.2, strength: float = 1.0, scaling: bool = True,
-        norm_scope: str = "global", granularity: str = "step", max_grad_norm: float | None = None,
-        replay_weight: float = 1.0, seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        fused: bool | None = None, alpha: float | str = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
+        route: str = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,

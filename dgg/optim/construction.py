@@ -54,8 +54,10 @@ def build(
         opt._ownership = sharding.RankShare(zero_optimizer)
     opt._settings = take_settings(options)
     start_without_caches(opt)
-    opt._guidance = {**options, "draw_index": 0, "task_index": 0}
+    opt._guidance = {**options, "draw_index": 0, "task_index": 0, "importance_mean": 0.0}
     _arguments.check_options(opt._guidance)
+    opt._rule.check_route(options["route"])
+    _arguments.guard_of([opt._guidance], [False])
     _arguments.make_plain(opt._guidance)
     # Identities of parameters, not references: torch swaps no parameter (as to_empty() of FSDP2's
     # modules does) that has a weak reference, and a strong one would keep alive the parameters that
@@ -110,6 +112,7 @@ def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]],
     if "_original_ids" not in opt.__dict__:
         opt._original_ids = [id(p) for group in opt.param_groups for p in group["params"]]
         opt._driver, opt._first_id = None, first_id(opt.param_groups)
+    opt._guidance = {**_arguments.NEW_OPTIONS, **opt._guidance}
     for group in opt.param_groups:
         for name, value in opt._guidance.items():
             group.setdefault(name, value)

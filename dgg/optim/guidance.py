@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import _arguments, anchor, backends, sharding
+from dgg import _arguments, anchor, sharding
 from dgg.anchor import boundary
+from dgg.anchor import importance as importances
 from dgg.checkpoint import source
-from dgg.step import gradients, norms
+from dgg.optim.gradient_edit import EDIT, GuideRule
+from dgg.step import norms
 from dgg.step.cache import RowCache
-from dgg.step.draws import Decision, Draws
+from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
-from dgg.step.rule import Rule, threshold
-from dgg.step.run import Verbs, abandon, finish, run
+from dgg.step.run import run
 from dgg.step.settings import Settings
-
-
-class GuideRule(Rule):
-    """Makes every gradient G = c (g + w r) + b s (θ - θ*), equation (5), and nothing else."""
 
 
 class Guidance:
@@ -46,16 +43,18 @@ class Guidance:
 
     Args:
         optimizer: The optimizer to guide.
-        alpha: Probability of injecting the guidance at a step (α).
+        alpha: Probability of injecting the guidance at a step (α), or ``"auto"``; see `dgg.AdamW`.
         strength: Factor of the guidance's scale s.
         scaling: Scale by min(1, c ‖g‖ / ‖θ - θ*‖); False gives s = strength.
         norm_scope: ``"global"`` or ``"tensor"``.
         granularity: ``"step"``, ``"tensor"`` or ``"element"``.
         max_grad_norm: Clip the real gradient's total norm in the same pass, or None.
         replay_weight: Weight w of the replay gradients.
+        importance: Weight of the importance in the pull; see `dgg.AdamW`.
         seed: Seed of the draws, in [0, 2**64).
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
-        anchor_device: Storage device of the anchor; None is the parameter's.
+        importance_dtype: Storage dtype of the importance; None is the parameter's.
+        anchor_device: Storage device of anchor and importance; None is the parameter's.
         process_group: Group over whose ranks plain parameters are partitioned; see `dgg.AdamW`.
         backend: ``"reference"``, ``"cpp"``, ``"triton"`` or None (the fastest).
 
@@ -82,11 +81,13 @@ class Guidance:
     _rule = GuideRule()
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, alpha: float = 0.2, strength: float = 1.0,
+        self, optimizer: torch.optim.Optimizer, *, alpha: float | str = 0.2, strength: float = 1.0,
         scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
-        max_grad_norm: float | None = None, replay_weight: float = 1.0, seed: int = 0,
-        anchor_dtype: torch.dtype | None = None, anchor_device: torch.device | str | None = None,
-        process_group=None, backend: str | None = None,
+        max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
+        seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        importance_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None, process_group=None,
+        backend: str | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -103,13 +104,16 @@ class Guidance:
             backend,
             anchor_dtype=_arguments.check_dtype("anchor_dtype", anchor_dtype),
             anchor_device=_arguments.check_anchor_device(anchor_device),
+            importance_dtype=_arguments.check_dtype("importance_dtype", importance_dtype),
         )
         self._options = {
             "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
             "granularity": granularity, "max_grad_norm": max_grad_norm,
             "replay_weight": replay_weight, "seed": seed, "draw_index": 0, "task_index": 0,
+            "importance": importance, "importance_mean": 0.0, "route": "gradient",
         }  # fmt: skip
         _arguments.check_options(self._options)
+        _arguments.guard_of([self._options], [False])
         self._ownership = sharding.Sharded(
             _arguments.check_process_group(process_group, self._options)
         )
@@ -152,6 +156,7 @@ class Guidance:
     def set_anchor(
         self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
+        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
     ) -> None:  # fmt: skip
         """Sets θ* to the present weights, named tensors or those of files.
 
@@ -163,6 +168,8 @@ class Guidance:
                 weights.
             model: Maps names to parameters.
             task: Number of the task that begins now, or goes on.
+            importance: As in `dgg.AdamW.set_anchor`; the second moments are the guided
+                optimizer's, if it keeps ``exp_avg_sq``.
 
         Raises:
             FileNotFoundError: There is nothing at the path.
@@ -177,6 +184,7 @@ class Guidance:
         count = self._count_anchors()
         marked = [{**group, "anchored": count} for group in self.param_groups]
         task = None if task is None else _arguments.plain("task", task)
+        importances.check_wanted(importance, marked[0]["importance"])
         if not boundary.is_due(marked, tensors, task, self._resumed):
             return
         groups = self.optimizer.param_groups
@@ -184,9 +192,10 @@ class Guidance:
             boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors, model,
             self._settings.anchor_dtype, self._settings.anchor_device,
         )  # fmt: skip
-        boundary.place(self, groups, marked, plan, task)
+        weigh = functools.partial(boundary.plan_importance, self, groups, importance, model)
+        boundary.place(self, groups, marked, plan, task, weigh)
         for group, mark in zip(self.param_groups, marked, strict=True):
-            group["task_index"] = mark["task_index"]
+            group.update({name: mark[name] for name in ("task_index", "importance_mean")})
         self._named = task
 
     def _count_anchors(self) -> int:
@@ -196,6 +205,14 @@ class Guidance:
         """Drops the anchor: the gradients are left as they are from here on."""
         groups = self.optimizer.param_groups
         boundary.clear(self, groups, [{} for _ in groups])
+        for group in self.param_groups:
+            group["importance_mean"] = 0.0
+
+    @torch.no_grad()
+    def importance_dict(self, *, model: torch.nn.Module | None = None) -> dict[str, Tensor]:
+        """Returns the sums of v̂ by name; see `dgg.AdamW.importance_dict`."""
+        self._sync_groups()
+        return importances.as_dict(self, self.optimizer.param_groups, model)
 
     def replay(self) -> contextlib.AbstractContextManager[None]:
         """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
@@ -223,9 +240,13 @@ class Guidance:
             _arguments.make_plain(group)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         entries = {i: self.state.get(p, {}) for i, p in enumerate(params)}
-        anchors = {i: entry["anchor"] for i, entry in entries.items() if "anchor" in entry}
+        anchors, weights = (
+            {i: entry[name] for i, entry in entries.items() if name in entry}
+            for name in ("anchor", "importance")
+        )
         groups = [dict(group) for group in self.param_groups]
-        return {"param_groups": groups, "anchors": anchors, "params": len(params)}
+        saved = {"param_groups": groups, "anchors": anchors, "params": len(params)}
+        return {**saved, "importances": weights} if weights else saved
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -243,16 +264,19 @@ class Guidance:
         self._sync_groups()
         _check_saved(self, params, state_dict)
         groups = state_dict["param_groups"]
-        sources = {params[i]: value for i, value in state_dict["anchors"].items()}
-        dtypes = [value.dtype for value in sources.values()]
-        anchors = anchor.allocate_all([*sources], dtypes, self._settings.anchor_device)
-        self.state = defaultdict(dict)
-        for (param, value), target in zip(sources.items(), anchors, strict=True):
-            anchor.write(target, value)
-            self.state[param]["anchor"] = target
+        loaded: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        saved = state_dict["anchors"], state_dict.get("importances", {})
+        for name, values in zip(("anchor", "importance"), saved, strict=True):
+            dtypes = [value.dtype for value in values.values()]
+            members = [params[i] for i in values]
+            targets = anchor.allocate_all(members, dtypes, self._settings.anchor_device)
+            for param, value, target in zip(members, values.values(), targets, strict=True):
+                anchor.write(target, value)
+                loaded[param][name] = target
+        self.state = loaded
         fresh = self.param_groups[0]["draw_index"] in (0, self._resumed)
         self._named, self._resumed = None, groups[0]["draw_index"] if fresh else None
-        self.param_groups = [dict(group) for group in groups]
+        self.param_groups = [{**_arguments.NEW_OPTIONS, **group} for group in groups]
         self._reset_caches()
 
     def _before_step(self, optimizer, args, kwargs):
@@ -300,7 +324,7 @@ class Guidance:
 
     def _edit(self) -> None:
         self._sync_groups()
-        run(self, _EDIT)
+        run(self, EDIT)
 
     def _check(self, groups, params: Sequence[Tensor], elementwise: bool) -> None:
         slot = self._replay
@@ -343,7 +367,8 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
             "optimizer it was saved with"
         )
     for number, group in enumerate(groups):
-        absent = [name for name in _arguments.GUIDANCE_OPTIONS if name not in group]
+        needed = set(_arguments.GUIDANCE_OPTIONS) - _arguments.NEW_OPTIONS.keys()
+        absent = sorted(needed - group.keys())
         if absent:
             raise KeyError(
                 f"group {number} of the state dict lacks {absent}; pass what "
@@ -366,110 +391,17 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
                 "guidance.state_dict() returned"
             )
         anchor.check_source(value, params[i], labels[i])
-
-
-def _decide(opt: Guidance) -> Decision:
-    opt._replay.check_closed()
-    options = opt._draws.options.read(opt.param_groups)
-    decision = Decision(options, opt.param_groups, [], options["draw_index"])
-    decision.strength = float(options["strength"])
-    # The other optimizer moves the parameters past what an update could measure.
-    decision.looks_ahead = False
-    return decision
-
-
-def _take_gradients(opt: Guidance, decision: Decision) -> list[backends.Rows]:
-    """Takes the gradients; makes the missing ones of parameters with a replay gradient."""
-    slot, groups = opt._replay, opt.optimizer.param_groups
-    elementwise = decision.options["granularity"] == "element"
-    # A GradScaler hands still scaled gradients to an optimizer that unscales by itself.
-    scale, found_inf = (getattr(opt.optimizer, n, None) for n in ("grad_scale", "found_inf"))
-    if slot and (found_inf is not None or gradients.unscaled_unseen()):
-        raise RuntimeError(
-            "Guidance.replay() does not go together with a GradScaler, which cannot unscale "
-            "the replay gradients; use dgg.AdamW, or bfloat16 without a scaler"
+    weights = state_dict.get("importances", {})
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"the state dict's importances are a {type(weights).__name__}, not a dict by parameter "
+            "number; pass what guidance.state_dict() returned"
         )
-    if scale is None and found_inf is None and _take_native_gradients(opt, groups, elementwise):
-        return opt._cache.all_rows
-    params = [p for group in groups for p in group["params"]]
-    opt._check(groups, params, elementwise)
-    if scale is not None:
-        gradients.refuse_scaler(params, opt.process_group)
-    if scale is not None or found_inf is not None:
-        backend, stepped = opt._settings.backend, [p for p in params if p.grad is not None]
-        launched = bool(stepped) and all(
-            backends.launches(backends.choose_for(backend, p), p.device) for p in stepped
-        )
-        decision.scaling, decision.skipped = gradients.read_scaler(
-            scale, found_inf, stepped[0].device if launched else None
-        )
-    if decision.skipped:
-        return []
-    for p in params:
-        shard = sharding.local(p.grad)
-        if shard is None and slot and slot.get(p) is not None:
-            p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-        elif shard is not None and not backends.is_dense(shard):
-            # An expanded gradient cannot be written in place.
-            shard = shard.clone(memory_format=torch.contiguous_format)
-            p.grad = sharding.like(shard, p)
-    grads, replays = [p.grad for p in params], slot.of(params)
-    if opt._cache is None or not opt._cache.valid(opt, groups, params, grads, replays):
-        opt._cache = RowCache(opt, groups, params, replays)
-    opt._cache.take_gradients(grads, replays, elementwise=elementwise)
-    return opt._cache.all_rows
-
-
-def _take_native_gradients(opt: Guidance, groups, elementwise: bool) -> bool:
-    """Takes the gradients natively and without checks, if only their values are new."""
-    cache = opt._cache
-    if cache is None:
-        return False
-    replays: list[Tensor | None] = []
-    if opt._replay:
-        replays = opt._replay.of(cache.params)
-        # A parameter with a replay gradient alone is given a gradient by `_take_gradients`.
-        pairs = zip(cache.params, replays, strict=True)
-        if any([r is not None and p.grad is None for p, r in pairs]):
-            return False
-    if not cache.take_native_gradients(opt, groups, replays, elementwise=elementwise):
-        return False
-    # An expanded gradient cannot be written in place.
-    if all([backends.is_dense(x) for x in cache.all_rows[0].odd_gradients()]):
-        return True
-    cache.abandon()
-    return False
-
-
-def _measure(opt: Guidance, decision: Decision, all_rows: list[backends.Rows]) -> list[Tensor]:
-    """Draws and measures; decides whether the step changes any gradient."""
-    for rows in all_rows:
-        # The other optimizer has moved the parameters since the distances were measured.
-        rows.forget(anchors=False)
-    coefficients = norms.measure(opt, decision, all_rows)
-    scaled = getattr(opt.optimizer, "grad_scale", None) is not None
-    clips = decision.options["max_grad_norm"] is not None
-    decision.hyper = [
-        {
-            "maximize": bool(group.get("maximize", False)),
-            "strength": float(options["strength"]),
-            "threshold": threshold(options["alpha"]),
-        }
-        for group, options in zip(opt.optimizer.param_groups, opt.param_groups, strict=True)
-    ]
-    decision.applies = bool(decision.injecting or clips or opt._replay or scaled)
-    if not decision.applies:
-        abandon(opt)
-    return coefficients
-
-
-def _finish(opt: Guidance, decision: Decision, all_rows, coefficients) -> None:
-    if decision.applies and all_rows and getattr(opt.optimizer, "grad_scale", None) is not None:
-        # The gradients are unscaled now; the optimizer must not divide them again.
-        opt.optimizer.grad_scale = None
-    finish(opt, decision, all_rows, coefficients)
-    if decision.skipped:
-        opt._last = norms.record_skipped(opt.optimizer.param_groups[0]["params"][0].device)
-
-
-_EDIT = Verbs(_decide, _take_gradients, _measure, _finish, abandon)
+    for i in {*state_dict["anchors"], *weights}:
+        if groups[0].get("importance") and i not in weights or i not in state_dict["anchors"]:
+            raise KeyError(
+                f"the state dict weighs its pull, but has no anchor and importance of parameter "
+                f"{i!r}; pass what guidance.state_dict() returned"
+            )
+        if i in weights:
+            importances.check_saved(weights[i], params[i], labels[i])

@@ -9,220 +9,21 @@ checkpoint to `dgg.checkpoint`.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as _torch_optimizer
 
-from dgg import _arguments, _callers, _ranges, deepspeed, sharding
-from dgg._imitable import Imitable, imitable
+from dgg import _arguments
+from dgg._imitable import imitable
 from dgg.anchor import boundary
-from dgg.checkpoint import load, room, source
-from dgg.optim import construction
-from dgg.sharding import fsdp1
+from dgg.anchor import importance as importances
+from dgg.checkpoint import load, room
+from dgg.optim.stepped import Stepped
 from dgg.step import norms, state
-from dgg.step.rule import Rule
-from dgg.step.run import CAPTURED, EAGER, Verbs, run
-
-
-def _closure_of(self, closure: Callable[[], Any] | None = None) -> Any:
-    """Returns the closure among the arguments of `Stepped.step`, whose signature this is."""
-    return closure
-
-
-_closure_of.__qualname__ = "step"  # by which errors call it
-
-
-class Stepped(Imitable):
-    """An optimizer whose step is `dgg.step.run`."""
-
-    # The state is room for a checkpoint that is not loaded yet.
-    _awaits_load = False
-    # A checkpoint helper made the state, perhaps without knowing which checkpoint will fill it.
-    _template = False
-    # torch.optim's hooks around the present step have been called.
-    _in_hooks = False
-    _new_rule: type[Rule]
-    process_group = sharding.ProcessGroup()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy or a pickle needs: torch's three entries and the settings."""
-        names = ("_settings", "_guidance", "_awaits_load")
-        attributes = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **attributes, "_ownership": self._ownership.copied()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes over a copied, pickled or loaded state and starts without caches."""
-        construction.take_state(self, state, super().__setstate__)
-
-    @imitable
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim does; its parameters are guided from the next anchor on.
-
-        Args:
-            param_group: ``{"params": ..., "lr": ..., "alpha": ..., "strength": ...}``; the other
-                guidance options belong to the whole optimizer.
-
-        Raises:
-            TypeError: A trainable parameter has a dtype that cannot be optimized.
-            ValueError: A guidance option is out of range or not one of a group, or a parameter
-                is given twice.
-        """
-        construction.add_group(self, param_group, super().add_param_group)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves it to the step to unscale the gradients.
-
-        True with ``fused=True``, as in torch.optim, and where a scaler does not see all gradients
-        (replay gradients, other ranks' partitions): the step then says how to scale.
-        """
-        return (
-            self._settings.unscales
-            or bool(self._replay)
-            or self.process_group is not None
-            or any(fsdp1.is_one(p) for group in self.param_groups for p in group["params"])
-        )
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Ignores the value that torch.optim sets: the getter computes it."""
-
-    @property
-    def state(self) -> dict[Tensor, Any]:
-        """The state by parameter: torch.optim's keys and ``anchor``.
-
-        Code that changes the state has to read this attribute first. A step after which nobody
-        has read it does not look at the state's tensors again.
-        """
-        try:
-            state = self.__dict__["state"]
-        except KeyError:  # a wrapper that imitates the class: it then asks the optimizer inside
-            raise AttributeError("state") from None
-        self._state_read = True
-        return state
-
-    @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
-        self._state_read = True
-        self.__dict__["state"] = value
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
-        """Performs one optimization step: G of the guided gradients, then the base optimizer.
-
-        Args:
-            closure: Evaluates the model again and returns the loss; optional.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            TypeError: A gradient is sparse or of an unsupported dtype.
-            ValueError: An option in the groups is out of range.
-            RuntimeError: The anchor that the groups promise is missing.
-        """
-        if (
-            type(self).step is Stepped.step
-            and not self._in_hooks
-            and (
-                torch.autograd.profiler._is_profiler_enabled
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _torch_optimizer._global_optimizer_pre_hooks
-                or _torch_optimizer._global_optimizer_post_hooks
-            )
-        ):
-            # torch.optim makes every step inside of a profiler range, which costs as much as the
-            # update of a hundred tiny tensors. A subclass that overrides step() has torch's hooks
-            # around its own.
-            self._in_hooks = True
-            try:
-                return _step_with_hooks(self, *args, **kwargs)  # hooks get just what was given
-            finally:
-                self._in_hooks = False
-        closure = _closure_of(self, *args, **kwargs) if args or kwargs else None
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                self._uncompiled_step()
-        else:
-            # Not `with torch.no_grad()` and no decorator: either costs as much as a small kernel.
-            enabled = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)
-            try:
-                with _ranges.record("dgg.step"):
-                    verbs = self._verbs()
-                    if verbs is not None:
-                        run(self, verbs)
-            finally:
-                torch._C._set_grad_enabled(enabled)
-        if not self._in_hooks:
-            self._optimizer_step_code()
-        return loss
-
-    step.__signature__ = inspect.signature(_closure_of)
-    step.hooked = True  # torch.optim does not wrap a step that says so
-
-    @torch._disable_dynamo
-    def _uncompiled_step(self) -> None:
-        with _ranges.record("dgg.step"):
-            verbs = self._verbs()
-            if verbs is not None:
-                run(self, verbs)
-
-    def _verbs(self) -> Verbs | None:
-        """Returns how to make this step; None if a checkpoint helper only wants state."""
-        driver = self._deepspeed_driver()
-        if driver is not None:
-            return driver.verbs
-        if self._cache is None and not self.state and source.making_template():
-            room.make_template(self)
-            return None
-        return CAPTURED if self._settings.capturable else EAGER
-
-    def _deepspeed_driver(self) -> deepspeed.Driver | None:
-        """Returns the driver if DeepSpeed has put partitions in place of the parameters."""
-        driver = self._driver
-        if driver is not None and driver.zero_optimizer is not None:
-            return driver
-        if driver is None and construction.first_id(self.param_groups) == self._first_id:
-            return None
-        # The parameters were exchanged: look for an engine once.
-        self._driver = deepspeed.find_driver(self)
-        if self._driver is None:
-            self._first_id = construction.first_id(self.param_groups)
-            if driver is not None:  # its engine is gone
-                self._ownership = sharding.Sharded()
-        return self._driver
-
-    def _reset_caches(self) -> None:
-        """Makes the next step build its rows anew; warns if a CUDA graph uses the present ones.
-
-        Nothing can stop a graph's replay. Its memory stays allocated, so that it does no harm.
-        """
-        if self._cache is not None and any(entry[0] is self._cache for entry in self._captured):
-            warnings.warn(
-                "the step of this optimizer was captured into a CUDA graph, and what that reads "
-                "and writes was replaced since: state was loaded or exchanged, a group added, an "
-                "anchor set for the first time or cleared. A replay would go on with what was "
-                "there before: capture it again",
-                stacklevel=_callers.stacklevel(),
-            )
-        self._cache = None
-
-
-_step_with_hooks = torch.optim.Optimizer.profile_hook_step(
-    lambda self, *args, **kwargs: Stepped.step(self, *args, **kwargs)
-)
 
 
 class Guided(Stepped):
@@ -310,6 +111,7 @@ class Guided(Stepped):
     def set_anchor(
         self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
+        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
     ) -> None:  # fmt: skip
         """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
 
@@ -336,6 +138,11 @@ class Guided(Stepped):
         `add_param_group`, it has to be captured again: a warning says so, and the memory of the old
         graph is kept as long as the optimizer.
 
+        With the option ``importance`` > 0 a boundary also makes F, ``state[p]["importance"]``: v̂ =
+        exp_avg_sq / (1 - β₂^step) is added to the sum over all boundaries so far, and F is that sum
+        divided by its mean over all anchored parameters. Call it before moments are reset. A new
+        optimizer has no second moments: pass it what the former one's `importance_dict` returned.
+
         Names in files are checked first; then every tensor is read one at a time, of sharded
         parameters each rank's own part only. All ranks call it. If one fails, no rank has changed
         anything, and the others raise an error with the reason.
@@ -349,12 +156,15 @@ class Guided(Stepped):
             model: Maps names to parameters; not needed if the optimizer was built from
                 ``named_parameters()``.
             task: Number of the task that is trained now, from 0.
+            importance: Sums of v̂ by name, from `importance_dict`, or the path of a file with them;
+                they replace those of this optimizer. None adds its own second moments.
 
         Raises:
             FileNotFoundError: There is nothing at the path.
             KeyError: A trainable parameter has no tensor.
             RuntimeError: It would replace an anchor that was just resumed, the anchor of a task in
-                progress is gone, or another rank failed.
+                progress is gone, there is no second moment to make an importance of, or another
+                rank failed.
             TypeError: ``tensors`` or one of them is of the wrong type.
             ValueError: A shape differs, values are not finite, names are not known, the path is
                 a Trainer's checkpoint from the middle of a training, or ``task`` is over already
@@ -372,8 +182,9 @@ class Guided(Stepped):
         groups = self.param_groups if driver is None else driver.marked_groups(self)
         self._warned.boundary_known |= task is not None
         task = None if task is None else _arguments.plain("task", task)
+        importances.check_wanted(importance, groups[0]["importance"])
         if boundary.is_due(groups, tensors, task, self._resumed):
-            self._place_anchor(tensors, model=model, task=task)
+            self._place_anchor(tensors, model=model, task=task, importance=importance)
             self._named = task
 
     @imitable
@@ -382,6 +193,7 @@ class Guided(Stepped):
     def _place_anchor(
         self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
+        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
     ) -> None:  # fmt: skip
         """Sets the anchor as `set_anchor` does, without its rules about tasks.
 
@@ -391,23 +203,51 @@ class Guided(Stepped):
             tensors: As in `set_anchor`.
             model: As in `set_anchor`.
             task: Number of the task; None counts one up.
+            importance: As in `set_anchor`.
         """
         driver = self._deepspeed_driver()
         if driver is not None:
             plan = functools.partial(driver.plan_anchors, self, tensors, model)
+            weigh = functools.partial(driver.plan_importance, self, importance, model)
         else:
             plan = functools.partial(
                 boundary.plan_anchors, self.param_groups, boundary.anchors_in(self.state),
                 tensors, model, self._settings.anchor_dtype, self._settings.anchor_device,
                 functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
             )  # fmt: skip
-        boundary.place(self, self._all_groups, self._all_groups, plan, task)
+            weigh = functools.partial(
+                boundary.plan_importance, self, self.param_groups, importance, model
+            )
+        boundary.place(self, self._all_groups, self._all_groups, plan, task, weigh)
 
     @imitable
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
         self._deepspeed_driver()
         boundary.clear(self, self._all_groups, self._all_groups)
+
+    @imitable
+    @torch.no_grad()
+    def importance_dict(self, *, model: torch.nn.Module | None = None) -> dict[str, Tensor]:
+        """Returns the sums of v̂ by name, that of the present task included: for the next optimizer.
+
+        A new optimizer (another process, another Trainer) has no second moments. Save this at the
+        end of a task, and pass it to the next one's ``set_anchor(importance=...)``.
+
+        Args:
+            model: Maps parameters to names; not needed if the optimizer was built from
+                ``named_parameters()``.
+
+        Returns:
+            float32 (float64) tensors of the parameters' shapes, DTensors where these are; not
+            divided by their mean.
+
+        Raises:
+            RuntimeError: There is no second moment, or an engine has flat partitions.
+            ValueError: A parameter has no name.
+        """
+        self._deepspeed_driver()
+        return importances.as_dict(self, self.param_groups, model)
 
     # -- replay, statistics, gradients ----------------------------------------------------------
 
@@ -458,10 +298,12 @@ class Guided(Stepped):
         Returns:
             ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
             strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
-            ``distance`` (‖θ - θ*‖) and ``clip`` (c); None for what that step had no need to
-            measure. ``anchored`` (int64: how many parameters have an anchor; 0 means that nothing
-            can be guided yet) and ``guided`` (int64: how many were pulled; 0 where nothing was
-            drawn). The attribute ``backend`` is the name of the step's backend.
+            ``distance`` (‖u‖: ‖θ - θ*‖ without importance) and ``clip`` (c); None for what that
+            step had no need to measure. With ``alpha="auto"`` also ``alignment`` (⟨h, r⟩ / ‖h‖ ‖r‖,
+            negative where a step would undo the former tasks) and ``pull`` (a ‖u‖ / ‖h‖), and
+            ``grad_norm`` is ‖h‖. ``anchored`` (int64: how many parameters have an anchor; 0 means
+            that nothing can be guided yet) and ``guided`` (int64: how many were pulled; 0 where
+            nothing was drawn). The attribute ``backend`` is the name of the step's backend.
         """
         return norms.statistics(self._last, sum(group["anchored"] for group in self.param_groups))
 

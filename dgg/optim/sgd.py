@@ -32,7 +32,9 @@ class SgdRule(Rule):
     """
 
     kernel = backends.SGD
-    columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors"}
+    routes = ("gradient", "decoupled")
+    no_moment = "SGD has none"
+    columns = {"momentum_buffer": "exp_avgs", "anchor": "anchors", "importance": "importances"}
 
     def __init__(self) -> None:
         self.fresh: set[int] = set()
@@ -43,7 +45,7 @@ class SgdRule(Rule):
 
     def needed_to_load(self, group: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
         """Returns the buffer, if the entry has a key that only a step can have made."""
-        made_without_step = {"anchor", "master", "momentum_buffer"}
+        made_without_step = {"anchor", "importance", "master", "momentum_buffer"}
         stepped = isinstance(entry, Mapping) and entry.keys() - made_without_step
         return self.needed(group) if stepped else ()
 
@@ -129,9 +131,11 @@ class SGD(Guided, torch.optim.SGD):
         self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
         weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
         foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
-        capturable: bool = False, alpha: float = 0.2, strength: float = 1.0, scaling: bool = True,
-        norm_scope: str = "global", granularity: str = "step", max_grad_norm: float | None = None,
-        replay_weight: float = 1.0, seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        capturable: bool = False, alpha: float | str = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
+        route: str = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
         backend: str | None = None,

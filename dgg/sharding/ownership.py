@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dgg.sharding import fsdp1
-from dgg.sharding.dtensor import Place, is_dtensor, place_of
+from dgg.sharding.dtensor import Place, is_dtensor, local, place_of
 from dgg.sharding.reduction import Reduction
 from dgg.sharding.reduction import peers as peers_of
 
@@ -91,13 +91,47 @@ class Sharded:
     def note_anchors(self, groups: Sequence[dict[str, Any]], *, anchored: bool) -> None:
         """Notes that anchors were set, or cleared, on all ranks."""
 
-    def join_norms(self) -> None:
-        """Adds zeros to the other ranks' sum, if they wait for this rank."""
+    def join_norms(self, sums: int = 3) -> None:
+        """Adds zeros to the other ranks' sum, if they wait for this rank.
+
+        Args:
+            sums: How many sums they form.
+        """
 
     @property
     def has_all(self) -> bool:
         """Whether this rank has at least a part of every parameter."""
         return True
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the parameters here are those that the model's names belong to."""
+        return self.process_group is None
+
+    def elements(self, param: Tensor) -> int:
+        """Returns how many elements of what `tensors` returned are weights, real numbers each."""
+        return local(param).numel() * (2 if param.is_complex() else 1)
+
+    def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
+        """Returns sums over all parts of all ranks; every rank calls it.
+
+        Args:
+            params: What this rank steps.
+            sums: float64 [count] of each of them.
+            count: How many sums there are.
+
+        Returns:
+            float64 [count] on the CPU.
+        """
+        whole = torch.zeros(count, dtype=torch.float64, device="cpu")
+        for device in dict.fromkeys(p.device for p in params):
+            here = [i for i, p in enumerate(params) if p.device == device]
+            _, reduction = self.parts([params[i] for i in here])
+            part = torch.stack([sums[i].to(device) for i in here], dim=1)
+            if reduction is not None:
+                reduction.sum_(part, per_tensor=False)
+            whole += part.sum(dim=1).to("cpu")
+        return whole
 
     def copied(self) -> Sharded | Lost:
         """Returns the ownership of a copy or of an unpickled optimizer."""
@@ -173,15 +207,29 @@ class RankShare(Sharded):
             group["anchored"] = sum(p.requires_grad for p in whole["params"]) if anchored else 0
             whole.update({name: group[name] for name in ("anchored", "task_index")})
 
-    def join_norms(self) -> None:
+    def join_norms(self, sums: int = 3) -> None:
         """Adds zeros to the other ranks' sum, which waits for this rank."""
-        zeros = self.recorded(())[0].new_zeros(3, 1, dtype=torch.float64)
+        zeros = self.recorded(())[0].new_zeros(sums, 1, dtype=torch.float64)
         Reduction.of_shares(self._optimizer().process_group).sum_(zeros, per_tensor=False)
 
     @property
     def has_all(self) -> bool:
         """Whether this rank has a part of every parameter: no, each is whole on one rank."""
         return False
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the model's names belong to the parameters here: to a share of them alone."""
+        return False
+
+    def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
+        """Returns sums over all shares; a rank without parameters takes part."""
+        home = self.recorded(())[0]
+        part = home.new_zeros(count, 1, dtype=torch.float64)
+        for each in sums:
+            part[:, 0] += each.to(home.device)
+        Reduction.of_shares(self._optimizer().process_group).sum_(part, per_tensor=False)
+        return part[:, 0].to("cpu")
 
     def copied(self) -> Lost:
         """Returns `Lost`: a copy has one rank's share and no ZeroRedundancyOptimizer."""

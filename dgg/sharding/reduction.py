@@ -107,7 +107,7 @@ class Reduction:
         """Sums over the ranks; every rank calls it, whether it has gradients or not.
 
         Args:
-            squares: float64 [3, n] of this rank. Modified in place.
+            squares: float64 [k, n] of this rank. Modified in place.
             per_tensor: Return the sum of every row, not only that over all rows.
 
         Returns:
@@ -130,7 +130,7 @@ class Reduction:
                 for group in groups:
                     dist.all_reduce(vector, group=group)
             if shares:
-                summed = 1 if per_tensor else 3
+                summed = 1 if per_tensor else len(squares)
                 squares[:summed] = 0.0
                 squares[:summed, 0] = vector[:summed]
             elif rows is None and per_tensor:

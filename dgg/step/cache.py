@@ -65,7 +65,8 @@ class RowCache:
         ]
         opt._state_read = False
         # Switching amsgrad or momentum on between two steps needs more state.
-        self._needed = [opt._rule.needed(group) for group in groups]
+        self._needed = _needs(opt, groups)
+        self._weighted = bool(self._needed[-1])
         self.all_rows: list[backends.Rows] = []
         self._places: list[list[int] | None] = []
         # Frozen parameters of a model have no rows.
@@ -111,6 +112,7 @@ class RowCache:
             columns = {
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
+                if name != "importance" or self._weighted
             }
             columns["masters"] = [
                 entry.get("master") if settings.has_master(params[i]) else None
@@ -130,11 +132,16 @@ class RowCache:
         # come first: their gradients can be taken natively.
         place_of = {id(x): place for place, x in enumerate(tensors)}
         in_order = [i for places in self._places for i in (usable if places is None else places)]
-        anchors = [(states[i] or {}).get("anchor") for i in in_order]
+        anchors, importances = (
+            [place_of.get(id((states[i] or {}).get(name)), -1) for i in in_order]
+            for name in ("anchor", "importance")
+        )
         without_rows = sorted(set(range(len(params))) - set(usable))
         watched = [p for rows in self.all_rows for p in rows.params]
         watched += [params[i] for i in without_rows if not is_lazy(params[i])]
-        return backends.MemoryWatch(watched, tensors, [place_of.get(id(x), -1) for x in anchors])
+        return backends.MemoryWatch(
+            watched, tensors, anchors, importances if self._weighted else ()
+        )
 
     def _can_take_native_gradients(self) -> bool:
         return len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
@@ -215,7 +222,7 @@ class RowCache:
     def _same_needs(self, opt, groups) -> bool:
         derived = opt._draws.options.derived
         if "needed" not in derived:
-            derived["needed"] = [opt._rule.needed(group) for group in groups]
+            derived["needed"] = _needs(opt, groups)
         return self._needed == derived["needed"]
 
     def _unchanged_state(self, opt) -> bool:
@@ -249,6 +256,12 @@ class RowCache:
         return any([rows.backend == "reference" for rows in self.all_rows])
 
 
+def _needs(opt, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Returns the state that a step reads, of every group; and last that of anchored parameters."""
+    weighted = ("importance",) if opt.param_groups[0]["importance"] else ()
+    return [*(opt._rule.needed(group) for group in groups), weighted]
+
+
 def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
     """Takes the gradients of a step; all checks run before state is made.
 
@@ -276,6 +289,8 @@ def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
         cache = _take_one_by_one(opt, decision, elementwise)
     if decision.skipped:
         return []
+    for rows in cache.all_rows:
+        rows.use_options(decision.options)
     if not opt._settings.capturable or not cache.all_rows:
         idle = opt._warned.idle_steps or not cache.all_rows or not cache.all_rows[0].present
         if idle or decision.index >= checks.LONG:

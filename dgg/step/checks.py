@@ -77,10 +77,16 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
                 f"the state of {label} is a {type(entry).__name__}, not a dict; drop it (del "
                 "optimizer.state[p])"
             )
-        for name in (*opt._rule.needed(group_of[place]), "anchor", "master"):
+        for name in (*opt._rule.needed(group_of[place]), "anchor", "importance", "master"):
             if entry.get(name) is not None:
                 _arguments.check_state(name, entry[name], param, label)
         value = entry.get("anchor")
+        if value is not None and groups[0]["importance"] and entry.get("importance") is None:
+            raise RuntimeError(
+                f"importance={groups[0]['importance']} weighs the pull of {label}, whose state has "
+                "no importance: it is made at a task boundary. Set it with set_anchor(), or "
+                "set_anchor(importance=...), while the option is on; or set the option to 0"
+            )
         if value is not None and any(
             anchor.is_alias(value, theta) for theta in (param, entry.get("master", param))
         ):

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _philox, backends, reference
+from dgg import _arguments, _callers, _philox, backends, reference
 from dgg.step.options import Options
-from dgg.step.rule import threshold
+from dgg.step.rule import CERTAIN, threshold
 
-_CERTAIN = 1 << 32  # the threshold at α = 1, above every word
+# Steps without a replay gradient after which a run with alpha="auto" is told that it has none.
+_LONG = 100
 
 
 class Decision:
@@ -31,13 +33,16 @@ class Decision:
         injecting: Any row of any rank may inject.
         draw: The draw as the backends take it.
         strength: Of the first group, for the statistics.
+        guarded: alpha="auto": the replay gradients decide how strong the pull is.
+        ascends: The guided groups maximize.
+        alignment_and_pull: float64 [2] of a guarded step that injects, for the statistics.
         applies: The step changes anything.
         looks_ahead: The update measures the distances that the next step needs.
     """
 
     __slots__ = (
-        "applies", "draw", "flags", "groups", "hyper", "index", "injecting", "looks_ahead",
-        "options", "replays", "scaling", "skipped", "strength",
+        "alignment_and_pull", "applies", "ascends", "draw", "flags", "groups", "guarded", "hyper",
+        "index", "injecting", "looks_ahead", "options", "replays", "scaling", "skipped", "strength",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +53,8 @@ class Decision:
         self.scaling = _UNSCALED
         self.skipped = self.injecting = False
         self.applies, self.looks_ahead = True, options["scaling"]
+        self.guarded = self.ascends = False
+        self.alignment_and_pull: Tensor | None = None
         self.flags: list[Tensor | None] = []
         self.draw: backends.Draw | None = None
         self.strength = hyper[0]["strength"] if hyper else 0.0
@@ -62,6 +69,49 @@ class Draws:
     def __init__(self) -> None:
         self.options = Options()
         self._word: tuple[int, int, int] | None = None
+        # Steps in which alpha="auto" had no replay gradient; -1 once there was one, or a warning.
+        self._without_replay = 0
+
+    def guard(
+        self, decision: Decision, groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]
+    ) -> None:
+        """Notes in the decision whether alpha is "auto", and whether the guided groups maximize.
+
+        Args:
+            decision: Of the step.
+            groups: Groups with the guidance options.
+            ascends: For each of them whether it maximizes.
+
+        Raises:
+            ValueError: An option, or a group, does not go with alpha="auto".
+        """
+        derived = self.options.derived
+        if "guard" not in derived:
+            derived["guard"] = _arguments.guard_of(groups, ascends)
+        if derived["guard"] is not None:
+            decision.guarded, decision.ascends = True, derived["guard"]
+            decision.looks_ahead = False  # the products read all that a distance would save
+
+    def has_replay(self, replays: bool) -> bool:
+        """Returns whether a guarded step has replay gradients; warns once if it never has.
+
+        Args:
+            replays: There are some.
+        """
+        if replays:
+            self._without_replay = -1
+        elif self._without_replay >= 0:
+            self._without_replay += 1
+        if self._without_replay == _LONG:
+            self._without_replay = -1
+            warnings.warn(
+                f"alpha='auto' takes the strength of the pull from replay gradients, and {_LONG} "
+                "steps had none: nothing is guided. Record them (with opt.replay(): "
+                "loss(old).backward()); without a memory use a number for alpha, with "
+                "importance=0.5 or 1",
+                stacklevel=_callers.stacklevel(),
+            )
+        return replays
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
         """Returns the threshold of every group's draws, 0 where nothing can be injected."""
@@ -94,13 +144,13 @@ class Draws:
             return hits.tolist() if bool(hits.any()) else 0
         if granularity == "step":
             # At α = 1 the step is known without its word.
-            sure = all([limit in (0, _CERTAIN) for limit in limits])
+            sure = all([limit in (0, CERTAIN) for limit in limits])
             word = 0 if sure else self._step_word(seed, index)
             by_group = [reference.INJECT if word < limit else 0 for limit in limits]
         else:
             # Above or below all words the elements' draws are known without drawing.
             by_group = [
-                reference.INJECT if limit == _CERTAIN else reference.INJECT_ELEMENTS if limit else 0
+                reference.INJECT if limit == CERTAIN else reference.INJECT_ELEMENTS if limit else 0
                 for limit in limits
             ]
         if len(set(by_group)) == 1:
@@ -141,6 +191,7 @@ def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     derived = opt._draws.options.derived
     hyper = derived.get("hyper")
     if hyper is None:
+        opt._rule.check_route(groups[0]["route"])
         hyper = derived["hyper"] = [opt._rule.hyper(group) for group in groups]
     return hyper
 
@@ -157,12 +208,18 @@ def decide(opt) -> Decision:
     groups = opt.param_groups
     options = opt._draws.options.read(groups)
     index = 0 if opt._settings.capturable else options["draw_index"]
-    return Decision(options, groups, hyper_of(opt, groups), index)
+    decision = Decision(options, groups, hyper_of(opt, groups), index)
+    opt._draws.guard(decision, groups, [group.get("maximize") for group in groups])
+    return decision
 
 
 def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
     draws = opt._draws
+    if decision.guarded and not draws.has_replay(bool(opt._replay)):
+        decision.flags = [None] * len(all_rows)
+        settle(decision, False)
+        return
     decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
     rows_of_all_ranks = opt._ownership.everywhere()
     if rows_of_all_ranks is None:

@@ -27,7 +27,9 @@ def measure(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[
     if all_rows:
         return coefficients(decision, all_rows)
     options = decision.options
-    if options["max_grad_norm"] is not None or (decision.injecting and options["scaling"]):
+    if decision.guarded and decision.injecting:
+        ownership.join_norms(reference.PRODUCTS)
+    elif options["max_grad_norm"] is not None or (decision.injecting and options["scaling"]):
         ownership.join_norms()
     return []
 
@@ -42,6 +44,8 @@ def coefficients(
         all_rows: The rows of every device.
         gates: uint8 [1] of every device: whether a captured step injects.
     """
+    if decision.guarded and decision.injecting:
+        return _guard_coefficients(decision, all_rows)
     options = decision.options
     bound = options["max_grad_norm"]
     which = reference.NORM_TOTAL if bound is not None else 0
@@ -81,7 +85,54 @@ def coefficients(
     ]
 
 
-_STATISTICS = ("injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided")
+def _guard_coefficients(decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
+    """Returns the coefficients [4 + n] of each device's rows for alpha="auto"."""
+    options, bound = decision.options, decision.options["max_grad_norm"]
+    per_tensor = options["norm_scope"] == "tensor"
+    settings = {
+        "max_grad_norm": None if bound is None else float(bound), "per_tensor": per_tensor,
+        "maximize": decision.ascends,
+    }  # fmt: skip
+    arguments = {
+        "replay_weight": float(options["replay_weight"]), "scaling": decision.scaling
+    }  # fmt: skip
+    all_flags = [
+        rows.constant_flags(0) if flags is None else flags
+        for rows, flags in zip(all_rows, decision.flags, strict=True)
+    ]
+    with _ranges.record("dgg.norm"):
+        if len(all_rows) == 1 and all_rows[0].reduction is None:
+            result = all_rows[0].measure_guard(settings, all_flags[0], **arguments)
+            return _without_extras(decision, [result])
+        sums = [
+            rows.products(flags, **arguments)
+            for rows, flags in zip(all_rows, all_flags, strict=True)
+        ]
+    for part, rows in zip(sums, all_rows, strict=True):
+        if rows.reduction is not None:
+            rows.reduction.sum_(part, per_tensor=per_tensor)
+    if len(all_rows) == 1:
+        result = all_rows[0].guard_coefficients(sums[0], **settings)
+        return _without_extras(decision, [result])
+    joined = torch.cat([part.to(sums[0].device) for part in sums], dim=1)
+    sizes = [reference.SCALES, *(part.shape[1] for part in sums), reference.GUARD_EXTRAS]
+    head, *scales, extras = reference.guard_coefficients(joined, **settings).split(sizes)
+    whole = [
+        torch.cat([head, part, extras]).to(rows.device)
+        for part, rows in zip(scales, all_rows, strict=True)
+    ]
+    return _without_extras(decision, whole)
+
+
+def _without_extras(decision: Decision, coefficients: Sequence[Tensor]) -> list[Tensor]:
+    """Returns coefficients without alignment and pull, which the decision keeps."""
+    decision.alignment_and_pull = coefficients[0][-reference.GUARD_EXTRAS :]
+    return [x[: -reference.GUARD_EXTRAS] for x in coefficients]
+
+
+_STATISTICS = (
+    "injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided", "alignment", "pull",
+)  # fmt: skip
 
 
 class Statistics(dict):
@@ -124,7 +175,8 @@ def record(
         "flags": flags, "coefficients": coefficients, "active": active, "device": device,
         "backend": backend, "found_inf": decision.scaling.found_inf,
         "strength": decision.strength, "per_tensor": options["norm_scope"] == "tensor",
-        "measured": flags is not None and options["scaling"],
+        "measured": flags is not None and (options["scaling"] or decision.guarded),
+        "alignment_and_pull": decision.alignment_and_pull,
         "clipped": options["max_grad_norm"] is not None,
     }  # fmt: skip
 
@@ -166,6 +218,9 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     if last["measured"]:
         stats["grad_norm"] = coefficients[reference.GRAD_NORM].float()
         stats["distance"] = coefficients[reference.DISTANCE].float()
+    if last["alignment_and_pull"] is not None:
+        alignment, pull = last["alignment_and_pull"].unbind()
+        stats["alignment"], stats["pull"] = alignment.float(), (pull * last["strength"]).float()
     if last["clipped"]:
         stats["clip"] = coefficients[reference.CLIP].float()
     return stats

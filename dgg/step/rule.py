@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dgg import _arguments, _philox, backends
 
+# The threshold at α = 1, above every word.
+CERTAIN = 1 << 32
+
 
 class Rule:
     """The rule by which one optimizer changes its parameters.
@@ -17,10 +20,22 @@ class Rule:
     Attributes:
         kernel: What the backends know of it (`backends.Rule`); None if it changes gradients alone.
         columns: State key → keyword of `backends.make_rows`.
+        routes: The places where its pull may enter; the others have no meaning for it.
     """
 
     kernel: backends.Rule | None = None
-    columns: Mapping[str, str] = {"anchor": "anchors"}
+    columns: Mapping[str, str] = {"anchor": "anchors", "importance": "importances"}
+
+    routes: tuple[str, ...] = ("gradient",)
+
+    def check_route(self, route: str) -> None:
+        """Raises a ValueError if the rule has no such place where the pull could enter."""
+        if route not in self.routes:
+            raise ValueError(
+                f"route={route!r} does not go with this optimizer, which has "
+                f"{'no second moment' if 'decoupled' in self.routes else 'the gradients alone'}: "
+                f"use {' or '.join(map(repr, self.routes))}, or dgg.AdamW"
+            )
 
     def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the state keys that a step of the group's parameters reads, ``step`` apart."""
@@ -64,6 +79,15 @@ class Rule:
     def after_load(self, opt, state_dict: Mapping[str, Any]) -> None:
         """Adapts the rule to a loaded state dict."""
 
+    # Why it has no second moment, in the error of an importance that needs one.
+    no_moment = "a new optimizer has none"
+
+    def second_moment(
+        self, opt, param: Tensor, group: Mapping[str, Any]
+    ) -> tuple[Tensor, float] | None:
+        """Returns exp_avg_sq of ``param`` and 1 - β₂^step, its correction; None without steps."""
+        return None
+
     def skip_update(self, opt, param: Tensor) -> None:
         """Ends a step in which every element of ``param`` is padding and none is updated."""
 
@@ -72,14 +96,26 @@ class Rule:
         return False
 
 
-def threshold(alpha: float | Tensor) -> int | Tensor:
+def threshold(alpha: float | str | Tensor) -> int | Tensor:
     """Returns the threshold of the draws for a group's alpha: floor(α · 2**32).
 
     A tensor on an accelerator stays there.
     """
+    if isinstance(alpha, str):  # "auto" draws nothing: every step may inject
+        return CERTAIN
     if isinstance(alpha, Tensor) and alpha.device.type != "cpu":
         return (alpha.double() * 4294967296.0).floor()
     return _philox.threshold(float(alpha))
+
+
+def corrected_moment(
+    entry: Mapping[str, Any], group: Mapping[str, Any]
+) -> tuple[Tensor, float] | None:
+    """Returns exp_avg_sq in a parameter's state, and 1 - β₂^step; None without it or a step."""
+    value, step = entry.get("exp_avg_sq"), entry.get("step")
+    if not isinstance(value, Tensor) or step is None or float(step) < 1:
+        return None
+    return value, 1.0 - float(group["betas"][1]) ** float(step)
 
 
 def number(group: Mapping[str, Any], name: str) -> float | Tensor:

@@ -106,11 +106,12 @@ def measure_on_device(
         opt._captured.append((opt._cache, index, decision.scaling, tensors))
     flags = opt._rule.final_flags(rows, rows.constant_flags(0)).clone()
     decision.flags, gates, options = [flags], None, decision.options
-    if rows.anchored:
+    guards = not decision.guarded or opt._draws.has_replay(bool(opt._replay))
+    if rows.anchored and guards:
         seed, granularity = options["seed"], options["granularity"]
         names = opt._rule.kernel.hyper
         gates = [rows.draw_flags(flags, decision.hyper, names, index, seed, granularity)]
-    draws.settle(decision, rows.anchored, index)
+    draws.settle(decision, rows.anchored and guards, index)
     decision.looks_ahead = False
     return norms.coefficients(decision, all_rows, gates)
 

@@ -25,6 +25,7 @@ class Settings:
         anchor_dtype: Storage dtype of the anchor; None is the parameter's.
         anchor_device: Storage device of the anchor; None is the parameter's.
         state_dtype: Storage dtype of the moments; None is the parameter's.
+        importance_dtype: Storage dtype of the importance; None is the parameter's.
         stochastic_rounding: bfloat16 parameters are rounded stochastically.
         master_weights: 16-bit parameters have a float32 copy in the state.
     """
@@ -38,6 +39,7 @@ class Settings:
     state_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
     master_weights: bool = False
+    importance_dtype: torch.dtype | None = None
 
     def has_master(self, param: Tensor) -> bool:
         """Returns whether a float32 copy of ``param`` is what steps update."""
@@ -65,6 +67,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
             "captured step only the device knows; leave anchor_device None"
         )
     state_dtype = _arguments.check_dtype("state_dtype", options.pop("state_dtype"))
+    importance_dtype = _arguments.check_dtype("importance_dtype", options.pop("importance_dtype"))
     if not (fused or foreach) and (fused is False or foreach is False):
         # False asks for tensor-by-tensor arithmetic, which is the reference's. Beside a True of the
         # other it only says which of torch's fast ways is meant (torchtitan).
@@ -82,6 +85,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
     return Settings(
         backend, bool(fused or foreach), bool(fused), capturable, anchor_dtype, anchor_device,
         state_dtype, options.pop("stochastic_rounding"), options.pop("master_weights"),
+        importance_dtype,
     )  # fmt: skip
 
 

@@ -1,24 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-r"""The update in plain PyTorch: specification, fallback and oracle in one.
-
-Equations, numbered as in the README (θ parameter, g gradient, r replay gradient, θ* anchor):
-
-    (1)  h = g + w r
-    (2)  c = min(1, max_grad_norm / (‖h‖ + 1e-6)),  1 without clipping
-    (3)  d = θ - θ*
-    (4)  s = strength · min(1, c ‖g‖ / ‖d‖),  0 when ‖g‖ or ‖d‖ is 0 or not finite;
-         strength without scaling
-    (5)  G = c h + b s d,  b ~ Bernoulli(α)
-    (6)  Adam, AdamW or SGD applied to G
-
-Every backend computes these and nothing else, has these functions' signatures, and is tested
-against them. Arithmetic is float32 whatever the storage type (float64 parameters: float64);
-tensors promoted to float64 therefore make this file the oracle. A ``None`` in a list means
-absent; a row with neither grad nor replay is untouched and counts in no norm.
-
-Li et al., "Multimodal Continual Instruction Tuning with Dynamic Gradient Guidance",
-arXiv 2511.15164.
-"""
+"""The updates of equations (5) and (6): Adam, AdamW, SGD and the gradient edit."""
 
 from __future__ import annotations
 
@@ -28,137 +9,24 @@ import torch
 from torch import Tensor
 
 from dgg import _philox
-
-# Storage dtypes of parameters, gradients, moments and anchors; complex ones come as real views.
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from dgg.reference.measures import (
+    CLIP,
+    SCALES,
+    TensorList,
+    compute_dtype,
+    distance,
+    entry,
+    gradients,
+    weighted_difference,
+)
 
 # What a row of `flags` may ask for.
 INJECT = 1
 INJECT_ELEMENTS = 2
 FIRST_STEP = 4
 
-# Which squares `norms` is to compute.
-NORM_TOTAL = 1
-NORM_GRAD = 2
-NORM_DISTANCE = 4
-
-# Rows of the result of `coefficients` before the scales.
-CLIP, GRAD_NORM, DISTANCE, TOTAL_NORM, SCALES = 0, 1, 2, 3, 4
-
-TensorList = Sequence[Tensor | None]
-
-
-def compute_dtype(param: Tensor) -> torch.dtype:
-    """Returns the arithmetic's dtype: float64 for float64 parameters, else float32."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def gradients(
-    grad: Tensor | None,
-    replay: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    replay_weight: float,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns (h, g) of equation (1) in ``dtype``, unscaled; g is None if there is no grad."""
-    g = None
-    if grad is not None:
-        g = grad.to(dtype)
-        if grad_scale != 1.0:
-            g = g / grad_scale
-    if replay is None:
-        return g, g
-    r = replay.to(dtype) * replay_weight
-    if grad_scale != 1.0:
-        r = r / grad_scale
-    return (r if g is None else g + r), g
-
-
-def norms(
-    params: TensorList,
-    grads: TensorList,
-    replays: TensorList,
-    anchors: TensorList,
-    distances: Tensor,
-    *,
-    replay_weight: float = 1.0,
-    grad_scale: float = 1.0,
-    which: int = NORM_TOTAL | NORM_GRAD | NORM_DISTANCE,
-) -> Tensor:
-    """Sums the squares that equations (2) and (4) need, one partial per tensor.
-
-    Args:
-        params: Parameters θ, any floating dtype.
-        grads: Gradients g or None.
-        replays: Replay gradients r or None; an empty list means none at all.
-        anchors: Anchors θ* or None.
-        distances: float64 [n]; a value that is not negative is the known ‖θ - θ*‖² of its row
-            and is not computed again; computed ones are stored. Modified in place.
-        replay_weight: w of equation (1).
-        grad_scale: Divisor of the gradients (``GradScaler``).
-        which: Bits NORM_TOTAL, NORM_GRAD, NORM_DISTANCE.
-
-    Returns:
-        float64 [3, n]: ‖h‖² of every row with a gradient; ‖g‖² and ‖d‖² of those with an anchor.
-    """
-    squares = torch.zeros(3, len(params), dtype=torch.float64, device=distances.device)
-    for row, (param, grad, anchor) in enumerate(zip(params, grads, anchors, strict=True)):
-        replay = _entry(replays, row)
-        if grad is None and replay is None:
-            continue
-        dtype = compute_dtype(param)
-        h, g = gradients(grad, replay, dtype, replay_weight=replay_weight, grad_scale=grad_scale)
-        if which & NORM_TOTAL:
-            squares[0, row] = _square_sum(h)
-        if anchor is None:
-            continue
-        if which & NORM_GRAD and g is not None:
-            squares[1, row] = _square_sum(g)
-        if which & NORM_DISTANCE:
-            if distances[row] < 0:
-                distances[row] = distance(param, anchor)
-            squares[2, row] = distances[row]
-    return squares
-
-
-def distance(param: Tensor, anchor: Tensor) -> Tensor:
-    """Returns ‖θ - θ*‖² as a float64 scalar tensor."""
-    dtype = compute_dtype(param)
-    return _square_sum(param.to(dtype) - anchor.to(param.device, dtype))
-
-
-def _square_sum(x: Tensor) -> Tensor:
-    # A float64 copy of one tensor: this backend trades speed for certainty.
-    return x.double().square().sum()
-
-
-def coefficients(
-    squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
-) -> Tensor:
-    """Turns squares into c and s, on the device, without synchronisation.
-
-    Args:
-        squares: float64 [3, n] from `norms`, summed over the shards where there are any.
-        max_grad_norm: Bound of equation (2), or None.
-        scaling: False gives s = 1 (times strength), the paper's ablation.
-        per_tensor: Norms of equation (4) per tensor instead of over all of them.
-
-    Returns:
-        float64 [4 + n]: c, ‖g‖, ‖d‖, ‖h‖, then s / strength of every row.
-    """
-    total, grad, dist = squares.sum(dim=1).sqrt().unbind()
-    clip = scale = torch.ones_like(total)
-    if max_grad_norm is not None:
-        clip = torch.clamp(max_grad_norm / (total + 1e-6), max=1.0)
-    if scaling:
-        g, d = (squares[1].sqrt(), squares[2].sqrt()) if per_tensor else (grad, dist)
-        # clamp keeps NaN; 0/0 is decided here because minimum, fmin and Triton disagree on it.
-        scale = torch.clamp(clip * g / d, max=1.0)
-        # Nor is there a direction in what is not finite: a NaN would go into all weights.
-        usable = (g != 0) & (d != 0) & g.isfinite() & d.isfinite()
-        scale = torch.where(usable, scale, torch.zeros_like(scale))
-    return torch.cat([torch.stack([clip, grad, dist, total]), scale.expand(squares.shape[1])])
+# Where the pull of equation (5) enters.
+ROUTES = ("gradient", "first_moment", "decoupled")
 
 
 def adopted(master: Tensor, copy: Tensor) -> Tensor:
@@ -214,6 +82,9 @@ def adam_(
     copies: TensorList = (),
     stochastic: bool = False,
     places: Sequence[tuple[int, int, int]] = (),
+    importances: TensorList = (),
+    importance: float = 0.0,
+    route: str = "gradient",
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -228,7 +99,8 @@ def adam_(
         max_exp_avg_sqs: Largest second moments (amsgrad), modified in place; else None.
         anchors: θ* or None.
         steps: float32 scalars, incremented for every row with a gradient.
-        distances: float64 [n], ‖θ_new - θ*‖² of the rows written if ``look_ahead``, else -1.
+        distances: float64 [n], ‖u‖² after the update of the rows written if ``look_ahead``, else
+            -1.
         coefficients: float64 [4 + n] from `coefficients`.
         flags: uint8 [n], bits INJECT and INJECT_ELEMENTS.
         indices: Tensor indices j, for element draws.
@@ -251,25 +123,32 @@ def adam_(
         places: (base, stretch, stride) of every row that is a shard: its element l is element
             base + (l // stretch) · stride + l % stretch of the whole parameter. Empty: all are
             whole.
+        importances: F or None; an empty list means none at all.
+        importance: i of equation (3).
+        route: Where the pull enters; one of ROUTES.
         seed: Seed of the draws.
         draw: Draw index k.
     """
-    for row, total in _total_gradients(
+    for row, guided, real, pull in _gradients(
         params, grads, replays, anchors, coefficients, flags, indices, places, maximize=maximize,
         strength=strength, threshold=threshold, replay_weight=replay_weight,
-        grad_scale=grad_scale, seed=seed, draw=draw,
+        grad_scale=grad_scale, importances=importances, importance=importance, route=route,
+        seed=seed, draw=draw,
     ):  # fmt: skip
         param = params[row]
-        dtype = total.dtype
+        dtype = guided.dtype
+        squared = real if route == "first_moment" else guided
         steps[row] += 1
         step = steps[row].item()
         theta = param.to(dtype)
         if decoupled:
             theta = theta * (1 - lr * weight_decay)
         elif weight_decay != 0:
-            total = total + weight_decay * theta
-        exp_avg = torch.lerp(exp_avgs[row].to(dtype), total, 1 - beta1)
-        exp_avg_sq = exp_avg_sqs[row].to(dtype) * beta2 + (1 - beta2) * total * total
+            guided, squared = guided + weight_decay * theta, squared + weight_decay * theta
+        if pull is not None:
+            theta = theta - lr * pull
+        exp_avg = torch.lerp(exp_avgs[row].to(dtype), guided, 1 - beta1)
+        exp_avg_sq = exp_avg_sqs[row].to(dtype) * beta2 + (1 - beta2) * squared * squared
         exp_avgs[row].copy_(exp_avg)
         exp_avg_sqs[row].copy_(exp_avg_sq)
         largest = exp_avg_sq
@@ -279,10 +158,13 @@ def adam_(
         denom = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
         updated = theta - (lr / (1 - beta1**step)) * exp_avg / denom
         store(
-            updated, param, _entry(copies, row), indices[row], stochastic=stochastic, seed=seed,
-            draw=draw, place=_entry(places, row),
+            updated, param, entry(copies, row), indices[row], stochastic=stochastic, seed=seed,
+            draw=draw, place=entry(places, row),
         )  # fmt: skip
-        _look_ahead(row, param, anchors[row], distances, look_ahead)
+        if look_ahead:
+            distances[row] = _look_ahead(row, param, anchors, importances, importance)
+        else:
+            distances[row] = -1.0
 
 
 def sgd_(
@@ -310,6 +192,9 @@ def sgd_(
     copies: TensorList = (),
     stochastic: bool = False,
     places: Sequence[tuple[int, int, int]] = (),
+    importances: TensorList = (),
+    importance: float = 0.0,
+    route: str = "gradient",
     seed: int = 0,
     draw: int = 0,
 ) -> None:
@@ -339,13 +224,17 @@ def sgd_(
         copies: As in `adam_`.
         stochastic: Round what is stored as bfloat16 stochastically; see `store`.
         places: As in `adam_`.
+        importances: As in `adam_`.
+        importance: As in `adam_`.
+        route: ``"gradient"`` or ``"decoupled"``; there is no second moment.
         seed: Seed of the draws.
         draw: Draw index k.
     """
-    for row, total in _total_gradients(
+    for row, total, _, pull in _gradients(
         params, grads, replays, anchors, coefficients, flags, indices, places, maximize=maximize,
         strength=strength, threshold=threshold, replay_weight=replay_weight,
-        grad_scale=grad_scale, seed=seed, draw=draw,
+        grad_scale=grad_scale, importances=importances, importance=importance, route=route,
+        seed=seed, draw=draw,
     ):  # fmt: skip
         param = params[row]
         theta = param.to(total.dtype)
@@ -358,11 +247,16 @@ def sgd_(
                 buffer = momentum_buffers[row].to(total.dtype) * momentum + (1 - dampening) * total
             momentum_buffers[row].copy_(buffer)
             total = total + momentum * buffer if nesterov else buffer
+        if pull is not None:
+            theta = theta - lr * pull
         store(
-            theta - lr * total, param, _entry(copies, row), indices[row], stochastic=stochastic,
-            seed=seed, draw=draw, place=_entry(places, row),
+            theta - lr * total, param, entry(copies, row), indices[row], stochastic=stochastic,
+            seed=seed, draw=draw, place=entry(places, row),
         )  # fmt: skip
-        _look_ahead(row, param, anchors[row], distances, look_ahead)
+        if look_ahead:
+            distances[row] = _look_ahead(row, param, anchors, importances, importance)
+        else:
+            distances[row] = -1.0
 
 
 def store(
@@ -422,6 +316,8 @@ def guide_(
     threshold: int,
     replay_weight: float = 1.0,
     grad_scale: float = 1.0,
+    importances: TensorList = (),
+    importance: float = 0.0,
     seed: int = 0,
     draw: int = 0,
     places: Sequence[tuple[int, int, int]] = (),
@@ -444,25 +340,33 @@ def guide_(
         threshold: floor(α 2**32), compared with the words of element draws.
         replay_weight: w.
         grad_scale: Divisor of the gradients.
+        importances: As in `adam_`.
+        importance: As in `adam_`.
         seed: Seed of the draws.
         draw: Draw index k.
         places: As in `adam_`.
     """
-    for row, total in _total_gradients(
+    for row, total, _, _ in _gradients(
         params, grads, replays, anchors, coefficients, flags, indices, places, maximize=False,
         strength=-strength if maximize else strength, threshold=threshold,
-        replay_weight=replay_weight, grad_scale=grad_scale, seed=seed, draw=draw,
+        replay_weight=replay_weight, grad_scale=grad_scale, importances=importances,
+        importance=importance, route="gradient", seed=seed, draw=draw,
     ):  # fmt: skip
         grads[row].copy_(total)
 
 
-def _total_gradients(
+def _gradients(
     params, grads, replays, anchors, coefficients, flags, indices, places, *,
-    maximize, strength, threshold, replay_weight, grad_scale, seed, draw,
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """Yields the number and G of every row that has a gradient, each when it is asked for."""
+    maximize, strength, threshold, replay_weight, grad_scale, importances, importance, route,
+    seed, draw,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:  # fmt: skip
+    """Yields, for every row that has a gradient, its number, G, c h and the decoupled pull.
+
+    With the decoupled route G is c h; with the others the last entry is None. Each row is computed
+    when it is asked for.
+    """
     for row, param in enumerate(params):
-        grad, replay, anchor = grads[row], _entry(replays, row), anchors[row]
+        grad, replay, anchor = grads[row], entry(replays, row), anchors[row]
         if grad is None and replay is None:
             continue
         dtype = compute_dtype(param)
@@ -470,19 +374,23 @@ def _total_gradients(
         difference = None
         inject = int(flags[row]) & (INJECT | INJECT_ELEMENTS)
         if anchor is not None and inject:
-            difference = param.to(h.dtype) - anchor.to(param.device, h.dtype)
+            difference = weighted_difference(
+                param, anchor, entry(importances, row), importance, h.dtype
+            )
             if inject & INJECT_ELEMENTS:
-                elements = _elements(param, _entry(places, row))
+                elements = _elements(param, entry(places, row))
                 words = _philox.element_words(seed, draw, indices[row], elements)
                 zeros = torch.zeros_like(difference)
                 difference = torch.where(words < threshold, difference, zeros)
         scale = strength * coefficients[SCALES + row]
-        yield row, guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
-
-
-def _entry(entries, row):
-    """Returns the entry of a row; None if the list is empty, which means that no row has one."""
-    return entries[row] if len(entries) else None
+        real = guided_gradient(h, None, coefficients[CLIP], None, maximize)
+        if route != "decoupled":
+            total = guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
+            yield row, total, real, None
+        elif difference is None or not scale:
+            yield row, real, real, None
+        else:
+            yield row, real, real, difference * scale.to(h.dtype)
 
 
 def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:
@@ -494,5 +402,8 @@ def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:
     return base + elements // stretch * stride + elements % stretch
 
 
-def _look_ahead(row, param, anchor, distances, look_ahead) -> None:
-    distances[row] = distance(param, anchor) if look_ahead and anchor is not None else -1.0
+def _look_ahead(row, param, anchors, importances, importance) -> Tensor | float:
+    """Returns ‖u‖² after the update; -1 without an anchor."""
+    if anchors[row] is None:
+        return -1.0
+    return distance(param, anchors[row], entry(importances, row), importance)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Importance F: how much each weight mattered to the former tasks, from Adam's second moments.
+
+At every task boundary v̂ = exp_avg_sq / (1 - β₂^step) is added to the sum over the boundaries
+before, and F is that sum divided by its mean over all anchored parameters of the optimizer. The
+state holds F. The groups hold the mean, ``importance_mean``: F · mean is the sum again. v̂ estimates
+E[G²] over the last 1 / (1 - β₂) steps of the task, a diagonal Fisher matrix that costs nothing (Li
+et al., "Fishers for Free?", arXiv 2507.18807). It is in the units of the clipped gradient; a
+clipping factor that is the same for all steps leaves F as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgg import anchor, sharding
+from dgg.backends.views import real_view
+from dgg.sharding import fsdp1
+
+
+class Entry(NamedTuple):
+    """The importance of one parameter (or partition) that a boundary sets.
+
+    Attributes:
+        param: The parameter.
+        label: Its name in errors.
+        sum: Returns the sum of v̂ over all boundaries, float32 or float64, of this rank's part.
+        target: The memory of its F.
+    """
+
+    param: Tensor
+    label: str
+    sum: Callable[[], Tensor]
+    target: Tensor
+
+
+def check_wanted(importance: Any, weight: float) -> None:
+    """Raises unless ``set_anchor(importance=...)`` has a form that is used.
+
+    Raises:
+        TypeError: It is neither a mapping nor a path.
+        ValueError: The optimizer does not weigh its pull.
+    """
+    if importance is None:
+        return
+    if not isinstance(importance, (Mapping, str, os.PathLike)):
+        raise TypeError(
+            "set_anchor(importance=...) takes a mapping from names to tensors, or its path, not "
+            f"{type(importance).__name__}; pass what importance_dict() returned"
+        )
+    if not weight:
+        raise ValueError(
+            "set_anchor(importance=...) would be ignored, since the optimizer's importance is 0; "
+            "build it with importance=0.5 or 1, or leave the argument out"
+        )
+
+
+def plan(
+    opt, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor], labels: Sequence[str],
+    match: Callable[[Sequence[torch.dtype]], Sequence[Any]] | None,
+) -> list[Entry]:  # fmt: skip
+    """Decides where the importance of every anchored parameter comes from, and into which memory.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        params: Those that get an anchor; parameters, or partitions.
+        labels: Their names in errors.
+        match: Dtype of every parameter's sum → their sources, sums of v̂; it raises if one has
+            none. None adds v̂ to the present sums.
+
+    Raises:
+        RuntimeError: There is no second moment, and no source.
+        TypeError: A source is of the wrong type.
+        ValueError: A source has another shape, or values that are negative or not finite.
+    """
+    dtypes = [
+        anchor.storage_dtype(p, opt._settings.importance_dtype, label)
+        for p, label in zip(params, labels, strict=True)
+    ]
+    if match is None:
+        sums = _running_sums(opt, groups, params)
+    else:
+        sums = []
+        exact = [_exact(p) for p in params]
+        for p, label, given in zip(params, labels, match(exact), strict=True):
+            values = given.read() if isinstance(given, anchor.Part) else given.detach()
+            check_sum(values, label)
+            sums.append(_reader(values, p))
+    targets = _targets(opt, params, dtypes)
+    return [Entry(*entry) for entry in zip(params, labels, sums, targets, strict=True)]
+
+
+def _exact(param: Tensor) -> torch.dtype:
+    dtype = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
+    return dtype.to_complex() if param.is_complex() else dtype
+
+
+def check_saved(value: Any, param: Tensor, label: str) -> None:
+    """Checks a saved F before anything is changed.
+
+    Raises:
+        TypeError: It is no tensor of a floating dtype.
+        ValueError: It has another shape, or values that are negative, inf or NaN.
+    """
+    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    suitable = isinstance(value, Tensor) and value.dtype.to_real() in anchor.FLOAT_DTYPES
+    if not suitable or value.is_complex() != param.is_complex() or value.layout != torch.strided:
+        raise TypeError(
+            f"the importance saved for {label} is {kind}, not a dense tensor of floating numbers; "
+            "pass what optimizer.state_dict() returned"
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"the importance saved for {label} has shape {tuple(value.shape)}, the parameter has "
+            f"{tuple(param.shape)}; load it into the same architecture"
+        )
+    if value.device.type == "meta":
+        raise ValueError(
+            f"the importance saved for {label} is on the meta device, which holds no values; load "
+            "the checkpoint to a device first"
+        )
+    check_sum(value, label)
+
+
+def check_sum(values: Tensor, label: str) -> None:
+    """Raises a ValueError unless F, or a sum of v̂, is finite and not negative."""
+    values = real_view(sharding.local(values.detach()))
+    if not anchor.finite(values) or bool((values < 0).any()):
+        raise ValueError(
+            f"the importance given for {label} has values that are negative, inf or NaN; it is "
+            "made of squares: pass what importance_dict() or state_dict() returned"
+        )
+
+
+def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        whole = anchor.allocate(param, _exact(param), None)
+        anchor.write(whole, values)
+        return real_view(sharding.local(whole))
+
+    return read
+
+
+def _running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+    """Returns functions that return the present sum of every parameter with its v̂ added."""
+    mean = float(opt.param_groups[0]["importance_mean"])
+    members = opt._ownership.tensors(groups)
+    group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
+    moments = [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
+    present = [opt.state.get(p, {}).get("importance") for p in params]
+    if params and all(m is None for m in moments) and all(f is None for f in present):
+        raise RuntimeError(
+            f"importance={opt.param_groups[0]['importance']} needs the second moments of the task "
+            f"that has ended, and {opt._rule.no_moment}: pass "
+            "set_anchor(importance=former.importance_dict()), of the optimizer that trained it "
+            "(saved and loaded between processes), or use importance=0"
+        )
+
+    def reader(p: Tensor, moment, before: Tensor | None) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            shard = real_view(sharding.local(p.detach()))
+            dtype = torch.float64 if shard.dtype == torch.float64 else torch.float32
+            total = torch.zeros_like(shard, dtype=dtype)
+            if moment is not None:
+                value, correction = moment
+                total += real_view(sharding.local(value)).to(total.device, dtype) / correction
+            if before is not None:
+                total += real_view(sharding.local(before)).to(total.device, dtype) * mean
+            return total
+
+        return read
+
+    return [reader(*x) for x in zip(params, moments, present, strict=True)]
+
+
+def _targets(opt, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Returns the memory of every F: the present one where it fits, otherwise new."""
+    targets: dict[int, Tensor] = {}
+    for i, (p, dtype) in enumerate(zip(params, dtypes, strict=True)):
+        old = opt.state.get(p, {}).get("importance")
+        if old is not None and old.dtype == dtype and old.shape == p.shape:
+            targets[i] = old
+    missing = [i for i in range(len(params)) if i not in targets]
+    fresh = anchor.allocate_all(
+        [params[i] for i in missing], [dtypes[i] for i in missing], opt._settings.anchor_device
+    )
+    targets |= dict(zip(missing, fresh, strict=True))
+    return [targets[i] for i in range(len(params))]
+
+
+def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
+    """Returns the mean of all sums over all elements of all ranks; every rank calls it.
+
+    Args:
+        opt: The optimizer.
+        entries: From `plan`.
+        peers: The groups whose ranks have the other parts.
+
+    Raises:
+        RuntimeError: All sums are 0: no step was made; or another rank failed.
+        ValueError: The mean is not finite, or F overflows its dtype.
+    """
+    params = [entry.param for entry in entries]
+    pairs, largest = [], []
+    for entry in entries:
+        total = entry.sum()
+        count = opt._ownership.elements(entry.param)
+        pairs.append(torch.stack([total.double().sum(), total.new_tensor(count).double()]))
+        largest.append(float(total.max()) if total.numel() else 0.0)
+    whole = opt._ownership.total(params, pairs, 2)
+    mean = float(whole[0] / whole[1].clamp(min=1))
+    with sharding.on_all_or_none(peers, {}):
+        if mean == 0.0:
+            raise RuntimeError(
+                "the second moments of all anchored parameters are 0, so no weight is more "
+                "important than another; call set_anchor() after the steps of a task"
+            )
+        if not 0.0 < mean < float("inf"):
+            raise ValueError(
+                f"the mean of the second moments is {mean}; the training has diverged, and no "
+                "importance can be made of it"
+            )
+        for entry, value in zip(entries, largest, strict=True):
+            dtype = entry.target.dtype.to_real()
+            if value / mean > torch.finfo(dtype).max:
+                raise ValueError(
+                    f"the importance of {entry.label} is {value / mean:g} times the mean and "
+                    f"overflows {dtype}; pass importance_dtype=torch.bfloat16 or torch.float32"
+                )
+    return mean
+
+
+def write(opt, entries: Sequence[Entry], mean: float) -> None:
+    """Writes F, the sums divided by their mean, and enters it in the state."""
+    for entry in entries:
+        target = real_view(sharding.local(entry.target))
+        target.copy_(entry.sum().div_(mean))
+        opt.state[entry.param]["importance"] = entry.target
+
+
+def as_dict(opt, groups: Sequence[Mapping[str, Any]], model: torch.nn.Module | None):
+    """Returns the sums of all parameters by name; see `dgg.AdamW.importance_dict`."""
+    params = [p for group in groups for p in group["params"]]
+    if not opt._ownership.has_names or any(map(fsdp1.is_one, params)):
+        raise RuntimeError(
+            "importance_dict() needs whole tensors with names, and this engine has put flat "
+            "partitions or shares in their place: keep the optimizer between tasks, or resume its "
+            "checkpoint, which has the importance"
+        )
+    chosen = [p for p in params if p.requires_grad or "importance" in opt.state.get(p, ())]
+    if model is not None:
+        names_of = anchor.names_of_parameters(model)
+        names = {p: names_of[p][0] for p in chosen if names_of.get(p)}
+    else:
+        names = {
+            p: name
+            for group in groups
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+    unnamed = [p for p in chosen if p not in names]
+    if unnamed:
+        raise ValueError(
+            f"importance_dict() knows no name of {len(unnamed)} parameters: pass model=, or build "
+            "the optimizer from model.named_parameters()"
+        )
+    result: dict[str, Tensor] = {}
+    for p, read in zip(chosen, _running_sums(opt, groups, chosen), strict=True):
+        total = read()
+        if p.is_complex():
+            total = torch.view_as_complex(total)
+        result[names[p]] = sharding.like(total, p)
+    return result
