@@ -6,7 +6,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +27,17 @@ if not (BENCH / "study").exists():
     pytest.skip("the study is not in the wheel", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
-from study import digits, paired, rules  # noqa: E402
+from study import digits, paired, protocol, rules, search  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the study; two threads only wait for each other at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # -- statistics ------------------------------------------------------------------------------------
 
@@ -258,15 +274,6 @@ def _train_alone(stream, **options):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), matrix
 
 
-def _has(**options):
-    """Whether dgg.AdamW knows these options, which came later than the rest."""
-    try:
-        dgg.AdamW([torch.nn.Parameter(torch.ones(1))], **options)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 @pytest.mark.parametrize(
     "rule, options",
     [
@@ -286,8 +293,6 @@ def _has(**options):
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )  # fmt: skip
 def test_one_seed_goes_the_way_of_the_optimizer(rule, options):
-    if not _has(**options):
-        pytest.skip(f"dgg.AdamW does not know {options} yet")
     setting = digits.Setting("classes", 12, 5)
     together = rules.train(rule, digits.stream(setting, (1, 2), torch.float64))
     alone, matrix = _train_alone(digits.stream(setting, (2,), torch.float64), **options)
@@ -325,3 +330,356 @@ def test_guard_and_agem_meet_their_condition():
     assert torch.equal(kept[~against], h[~against])
     torch.testing.assert_close(dot(kept, r)[against], torch.zeros(int(against.sum())).double())
     assert rules._pull(rules.Rule("guard"), h, None, flat, memory, (), 0) is None
+
+
+def test_digits_study_tunes_and_compares(monkeypatch):
+    from study import digits_study
+
+    wanted = ("replay", "guard50", "agem")
+    monkeypatch.setattr(
+        protocol, "FIXED_RULES", {name: protocol.FIXED_RULES[name] for name in wanted}
+    )
+    found = digits_study.run_setting("permuted", 40, 5, (20, 21, 22), (100, 101))
+    assert set(found["results"]) == {*wanted, *protocol.DIGIT_FAMILIES}
+    assert found["chosen"].keys() == protocol.DIGIT_FAMILIES.keys()
+    for name, one in found["chosen"].items():
+        assert one["tried"] == protocol.DIGIT_BUDGET, name
+    for result in found["results"].values():
+        assert [len(result[metric]) for metric in digits_study.METRICS] == [3] * 5
+        assert result["mean_matrix"][4][4] > 0 and result["mean_matrix"][0][1] is None
+    assert max(found["results"]["guard50"]["pull"]) > 0.001
+    # Without a memory the guard has nothing to go by: it would be training without replay.
+    none = digits_study.run_setting("permuted", 4, 0, (20,), (100,))
+    assert set(none["results"]) == {"replay", *protocol.DIGIT_FAMILIES}
+
+
+def test_comparison_methods_on_digits_see_what_the_rules_see():
+    import methods
+    from study import digits_study
+
+    setting = digits.Setting("classes", 8, 5)
+    alone = digits_study.train_alone(methods.METHODS["l2sp"], {"strength": 0.3}, setting, 21)
+    together = rules.train(rules.Rule("l2sp", knob=0.3), digits.stream(setting, (20, 21)))
+    for i, row in enumerate(together["matrices"][1]):
+        assert alone[i] == pytest.approx(row, abs=2.5)  # an item or two: float32, other sums
+    assert digits_study.train_alone(methods.METHODS["agem"], {}, setting, 21) != alone
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+def _searched(family, score, budget):
+    scores, order = {}, []
+    while points := search.next_points(family, scores, budget):
+        order += points
+        scores |= {point: score(family.values(point)) for point in points}
+    assert len(order) == len(set(order))
+    return search.choose(family, scores), order
+
+
+def test_search_goes_to_the_best_and_uses_its_budget():
+    family = search.Family(
+        "x", {"lr": (1.0, 2.0, 4.0, 8.0, 16.0), "k": (0.0, 1.0, 2.0, 3.0)}, ((1, 1), (1, 2), (2, 1))
+    )
+    best = {"lr": 4.0, "k": 2.0}
+    score = lambda v: -abs(v["lr"] - best["lr"]) - abs(v["k"] - best["k"])  # noqa: E731
+    chosen, order = _searched(family, score, 8)
+    assert order[:3] == list(family.start)
+    assert (chosen.values, chosen.score, chosen.tried) == (best, 0, 8)
+    # The budget is spent to the last point, whether or not the best was found early.
+    for budget in range(1, 20):
+        found, order = _searched(family, score, budget)
+        assert len(order) == found.tried == budget
+    assert _searched(family, score, 12)[0].interior
+    # At the end of a ladder nothing is known of what lies beyond.
+    ends = _searched(family, lambda v: v["lr"], 20)[0]
+    assert ends.values["lr"] == 16 and not ends.interior
+    assert not _searched(family, score, 3)[0].interior
+    assert search.label({"lr": 0.0015, "alpha": 0.1}) == "lr0.0015-alpha0.1"
+    with pytest.raises(ValueError, match="no point was tried"):
+        search.choose(family, {})
+    with pytest.raises(ValueError, match="no point"):
+        search.Family("x", {"lr": (1.0,)}, ((0, 0),))
+
+
+def test_families_have_room_around_their_start():
+    import methods
+
+    families = [*protocol.FAMILIES.values(), *protocol.DIGIT_FAMILIES.values()]
+    families += [protocol.other_family(methods.METHODS[name].knobs) for name in methods.METHODS]
+    for family in families:
+        assert len(family.start) == 4, family.name
+        for ladder in family.axes.values():
+            assert list(ladder) == sorted(set(ladder))
+    for family in protocol.FAMILIES.values():
+        places = [set(place) for place in zip(*family.start, strict=True)]
+        for ladder, used in zip(family.axes.values(), places, strict=True):
+            assert 0 < min(used) and max(used) < len(ladder) - 1
+
+
+# -- the LLaVA beds --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava():
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from study import arms, in_domain, shifted, training
+
+    return arms, in_domain, shifted, training
+
+
+TINY = {"steps": 6, "train_items": 24, "test_items": 10, "remembered": 4, "warmup": 2}
+
+
+def _numbers(result):
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def test_every_word_and_picture_of_the_shifted_bed(llava):
+    _, _, shifted, training = llava
+    from minivqa import scenes
+    from study import shifted_tasks as tasks
+
+    assert list(shifted.WORD_ID)[: len(scenes.VOCABULARY)] == list(scenes.VOCABULARY)
+    assert len(tasks.TASKS) >= 5
+    answers = {}
+    for name, make in tasks.TASKS.items():
+        for test in (False, True):
+            found = make(60, random.Random(5), torch.Generator().manual_seed(5), test)
+            rows = 60 * (found.together if test else 1)
+            assert len(found.questions) == len(found.answers) == len(found.pixels) == rows
+            assert found.pixels.shape[1:] == (3, 36, 36) and found.pixels.isfinite().all()
+            assert -1.6 < found.pixels.min() < -0.5 and 1 < found.pixels.max() < 2.5, name
+            prompts, targets = shifted.encode(found)
+            assert prompts.shape == (rows, 19) and len(targets) == rows
+            again = make(60, random.Random(5), torch.Generator().manual_seed(5), test)
+            assert torch.equal(again.pixels, found.pixels) and again.answers == found.answers
+        answers[name] = set(found.answers)
+    assert len(answers["emoji names"]) > 10 and len(answers["emoji categories"]) == 5
+    assert answers["digits"] == set(tasks.DIGIT_WORDS[:5])
+    # All of a caption's three rows show one picture; the words before are in the question.
+    captions = tasks.TASKS["captions"](4, random.Random(1), torch.Generator().manual_seed(1), True)
+    assert captions.together == 3 and len(captions.answers) == 12
+    for k in range(0, 12, 3):
+        assert torch.equal(captions.pixels[k], captions.pixels[k + 2])
+        assert captions.questions[k + 2][3:] == tuple(captions.answers[k : k + 2])
+    sums = tasks.TASKS["sums"](80, random.Random(2), torch.Generator().manual_seed(2), False)
+    for pixels, question, answer in zip(sums.pixels, sums.questions, sums.answers, strict=True):
+        image = 0.35 * pixels + 0.35
+        lit = (image > 0.75) & (image.sum(0) < 1.6)
+        # A bar's ticks are dark: a column's height is that of its highest lit pixel, in units of 9.
+        heights = [
+            max(math.ceil((36 - row) / 9) for row in range(36) if lit[channel, row].sum() >= 4)
+            for channel in range(3)
+        ]
+        named = [heights[tasks.BARS.index(word)] for word in question if word in tasks.BARS]
+        assert tasks.DIGIT_WORDS[sum(named)] == answer
+
+
+def test_the_base_is_lengthened_not_changed(llava):
+    _, _, shifted, _ = llava
+    from minivqa import model as vqa
+
+    base, longer = vqa.load_base(), shifted.base()
+    words = base.lm_head.weight.shape[0]
+    assert words < len(shifted.WORD_ID) == longer.lm_head.weight.shape[0]
+    weights = longer.state_dict()
+    for name, value in base.state_dict().items():
+        assert torch.equal(weights[name][: len(value)] if value.dim() else weights[name], value)
+    assert not any(p.requires_grad for p in longer.parameters())
+    new = longer.lm_head.weight[words:]
+    assert new.std().item() == pytest.approx(base.lm_head.weight.std().item(), rel=0.05)
+    assert torch.equal(shifted.base().lm_head.weight, longer.lm_head.weight)
+
+
+def test_atlases_are_small_and_licensed():
+    from study import shifted_tasks as tasks
+
+    folder = BENCH / "study"
+    listing = tasks.listing()
+    assert 200 <= sum(map(len, listing["rows"].values())) <= 400
+    words = [word for word, _, _ in tasks.names()]
+    assert len(words) == len(set(words)) == 20
+    for style, path in tasks.ATLASES.items():
+        assert path.stat().st_size < 400_000
+        tiles = tasks.sprites(style)
+        assert tiles.shape[:2] == (8, 28)
+        # No cell is empty, and no two are the same.
+        assert (tiles[:, :, 3].mean((2, 3)) > 0.1).all()
+        assert len({tile.numpy().tobytes() for tile in tiles.flatten(0, 1)}) == 8 * 28
+    text = (folder / "DATA.md").read_text(encoding="utf-8")
+    for name in ("digits.npz", "emoji_google.png", "emoji_twitter.png", "emoji.json"):
+        assert f"`{name}`" in text and (folder / name).exists()
+    for licence in ("Apache-2.0", "CC-BY-4.0", "emoji-datasource-MIT"):
+        assert f"licenses/{licence}.txt" in text
+        assert (folder / "licenses" / f"{licence}.txt").stat().st_size > 1000
+
+
+def test_in_domain_items_are_those_of_the_demo(llava):
+    """So that this study and the one before it can be compared."""
+    _, in_domain, _, training = llava
+    from minivqa import methods as demo
+
+    sizes = training.Sizes(**TINY)
+    theirs = demo.load_data(
+        demo.Settings(6, sizes.train_items, sizes.test_items, sizes.remembered), 3
+    )
+    ours = in_domain.load(sizes, 3)
+    assert ours.tasks == theirs.tasks
+    for a, b in zip(ours.train, theirs.train, strict=True):
+        assert torch.equal(a, b)
+    for mine, other in zip(ours.test, theirs.test, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.rows, other, strict=True))
+
+
+def _arm(llava, name):
+    arms = llava[0]
+    kinds = {
+        "replay": ("plain", {}),
+        "guard": ("guard", {"importance": 0.5}),
+        "dgg": ("dgg", {"alpha": 0.5}),
+        "agem": ("agem", {}),
+        "spd": ("spd", {"strength": 1.0}),
+    }
+    return arms.Arm(name, *(kinds[name][0],), lr=2e-2, options=kinds[name][1])
+
+
+@pytest.mark.parametrize("name", ["guard", "agem"])
+def test_resumed_ends_as_undisturbed(llava, name, tmp_path):
+    _, in_domain, _, training = llava
+    sizes, arm = training.Sizes(**TINY), _arm(llava, name)
+    whole = training.run(in_domain.BED, arm, sizes, 0, trace_every=1)
+    checkpoint = tmp_path / "x.pt"
+    for finished, steps in ((1, 8), (4, 20)):  # sub-tasks; steps before each interruption
+        left = itertools.count(steps, -1)
+        with pytest.raises(training.Interrupted):
+            training.run(
+                in_domain.BED, arm, sizes, 0, checkpoint, trace_every=1,
+                stop=lambda left=left: next(left) == 0,
+            )  # fmt: skip
+        assert torch.load(checkpoint, weights_only=True)["stage"] == finished
+    resumed = training.run(in_domain.BED, arm, sizes, 0, checkpoint, trace_every=1)
+    assert _numbers(resumed) == _numbers(whole)
+    assert len(whole["means"]) == 6 and len(whole["trace"]) == 36
+    if name == "guard":
+        later = whole["means"][1:]
+        assert any(stage["pull"] > 0.01 for stage in later)
+        assert any(point.get("alignment", 0) < 0 for point in whole["trace"])
+    with pytest.raises(ValueError, match="another experiment"):
+        training.run(in_domain.BED, arm, sizes, 1, checkpoint)
+
+
+def test_arms_differ_and_do_what_they_say(llava):
+    _, _, shifted, training = llava
+    sizes = training.Sizes(**TINY)
+    found = {}
+    for name in ("replay", "dgg", "spd"):
+        found[name] = training.run(shifted.BED, _arm(llava, name), sizes, 0)
+    assert len({json.dumps([r["matrix"], r["means"]]) for r in found.values()}) == 3
+    assert "pull" not in found["replay"]["means"][3]
+    assert found["dgg"]["means"][0]["pull"] == 0 and found["dgg"]["means"][3]["pull"] > 0.05
+    one = training.run(
+        shifted.BED, replace(_arm(llava, "replay"), joint=True, replay=False), sizes, 0
+    )
+    assert one["matrix"][5][0] is not None and one["matrix"][0][0] is None
+
+
+def test_guarded_gradients_are_those_of_the_batch(llava):
+    """New and old rows apart, each with its share: together the mean loss over the batch."""
+    _, in_domain, _, training = llava
+    sizes = training.Sizes(**TINY)
+    new, old = [24, 25, 30, 31, 40, 41], [1, 2]
+    moved = {}
+    for name in ("guard", "replay"):
+        run = training._Run(in_domain.BED, _arm(llava, name), sizes, 0)
+        before = [p.detach().clone() for p in run.parameters]
+        # Without an anchor the guard is replay alone.
+        run.optimizer.param_groups[0]["lr"] = 1e-2
+        run.step(new, old)
+        moved[name] = [p.detach() - b for p, b in zip(run.parameters, before, strict=True)]
+        found = [run.optimizer.state[p]["exp_avg"] for p in run.parameters]
+        moved[name] = torch.cat([x.flatten() for x in found])
+    torch.testing.assert_close(moved["guard"], moved["replay"], rtol=1e-4, atol=1e-7)
+    assert moved["replay"].abs().max() > 1e-4
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def _command(out, *arguments):
+    return [
+        sys.executable, str(BENCH / "study" / "run.py"), "--smoke", "--out", str(out),
+        "--workers", "1", *arguments,
+    ]  # fmt: skip
+
+
+def _finish(out, *arguments):
+    done = subprocess.run(
+        _command(out, *arguments), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _files(out):
+    """The results of all runs, without what differs from run to run."""
+    found = {}
+    for path in sorted((out / "runs").rglob("*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        assert stored["origin"].keys() == {"commit", "uncommitted_changes", "cpu", "date"}
+        stored["result"].pop("seconds", None)
+        found[path.relative_to(out).as_posix()] = stored["result"]
+    return found
+
+
+ARMS = ("--part", "tuning", "in-domain", "--arms", "replay", "guard50")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_interrupted_and_resumed(llava, tmp_path):
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        _command(out, *ARMS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(out.rglob("tuning/*.json")):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, text + errors
+    assert "goes on from there" in text and "Traceback" not in text + errors
+    assert "together about" in text
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("tuning/*.json")}
+    assert 0 < len(before) < 8
+    text = _finish(out, *ARMS)
+    assert f"tuning: {len(before)} runs are finished already" in text and "s left" in text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found = _files(out)
+    assert len(found) == 14  # 2 families, 2 points, 2 beds, 1 seed; then 2 arms, 3 seeds
+    # What it left in pieces and took up again is what this process computes at a stretch.
+    from study import jobs
+
+    plan = replace(jobs.SMOKE, arms=("replay", "guard50"))
+    for job in jobs.test_jobs(plan, jobs.Results(out), "in-domain")[-2:]:
+        result = jobs.execute(job, tmp_path / "x.pt", lambda stage, step: None, lambda: False)
+        (tmp_path / "x.pt").unlink()
+        assert {**json.loads(json.dumps(result)), "seconds": 0} == {**found[job.path], "seconds": 0}
+    # The report, and its pictures.
+    assert "guard, w = ½ − replay only" in (out / "report.md").read_text(encoding="utf-8")
+    stored = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    assert {"plan", "commit", "versions", "cpu"} <= stored["config"].keys()
+    assert set(stored["in-domain"]) == {"replay", "guard50"}
+    for name in ("forest", "matrices-in-domain", "stability-plasticity-in-domain"):
+        assert (out / f"{name}.png").stat().st_size > 5000
+    # A file of another experiment is refused, and stays.
+    path = next(out.rglob("in-domain/*.json"))
+    path.write_text(path.read_text(encoding="utf-8").replace('seed\\": 0', 'seed\\": 9'))
+    kept = path.read_bytes()
+    again = subprocess.run(
+        _command(out, *ARMS), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert again.returncode != 0 and "another experiment" in again.stderr
+    assert path.read_bytes() == kept

@@ -171,6 +171,7 @@ def screening_jobs(plan: Plan) -> list[Job]:
         for name in method_names() if _wanted(plan, "other") else ():
             knobs = methods.METHODS[name].knobs
             options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
+            options = {**protocol.fixed_options(name), **options}
             arm = Arm(name, name, protocol.SCREENING_LR, options)
             found.append(
                 llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed)
@@ -189,7 +190,7 @@ def strongest(plan: Plan, results: Results) -> str | None:
     return max(scores, key=lambda name: statistics.mean(scores[name])) if scores else None
 
 
-def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], dict[str, Any]]:
+def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], dict[str, str]]:
     """The families to tune, and the method that is `other`."""
     found = {
         name: family
@@ -203,7 +204,7 @@ def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], di
     import methods
 
     found["other"] = protocol.other_family(methods.METHODS[other].knobs)
-    return found, {"other": (other, {})}
+    return found, {"other": other}
 
 
 def tuning_round(plan: Plan, results: Results) -> list[Job]:
@@ -219,7 +220,7 @@ def tuning_round(plan: Plan, results: Results) -> list[Job]:
 
 
 def _point_jobs(
-    plan: Plan, bed: str, family: search.Family, point: search.Point, methods: dict[str, Any]
+    plan: Plan, bed: str, family: search.Family, point: search.Point, methods: dict[str, str]
 ) -> list[Job]:
     values = family.values(point)
     arm = protocol.tuned_arm(family.name, values, methods)
@@ -233,7 +234,7 @@ def _point_jobs(
 
 
 def _tried(
-    plan: Plan, results: Results, bed: str, family: search.Family, methods: dict[str, Any]
+    plan: Plan, results: Results, bed: str, family: search.Family, methods: dict[str, str]
 ) -> tuple[list[search.Point], dict[search.Point, float]]:
     """The points that are finished, and their mean FAA; found by walking the search again."""
     scores: dict[search.Point, float] = {}
@@ -248,7 +249,7 @@ def _tried(
 
 def chosen(
     plan: Plan, results: Results, bed: str
-) -> tuple[dict[str, search.Chosen], dict[str, Any]]:
+) -> tuple[dict[str, search.Chosen], dict[str, str]]:
     """What tuning chose on a bed.
 
     Raises:

@@ -6,6 +6,7 @@ They were written down before a test seed was run; tests/test_study.py compares 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +51,24 @@ FAMILIES = {
     "ewc": Family("ewc", {"lr": RATES, "strength": (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)}, SQUARE),
 }
 # The method of bench/methods/ that an arm of this name trains with, and what it always gets.
-CLASSES = {
-    "l2sp": ("l2sp", {}),
-    # 100 items and the labels that have 99 % of the probability: the sum over all 60 to 180 words
-    # would take longer than the training.
-    "ewc": ("ewc", {"samples": 100, "coverage": 0.99}),
-}
+CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
+# Of every method with a Fisher matrix: the sum over all 70 to 110 words and 600 items would take
+# longer than the training.
+FISHER = {"samples": 60, "coverage": 0.95}
 GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
 SCREENING_LR = 3e-3
 
 
-def tuned_arm(family: str, values: dict[str, float], methods: dict[str, Any]) -> Arm:
-    """The arm of one point of a family; `other` is named in `methods`."""
+def fixed_options(method: str) -> dict[str, Any]:
+    """What a comparison method always gets on the LLaVA beds."""
+    from methods import METHODS
+
+    takes = inspect.signature(METHODS[method]).parameters
+    return dict(FISHER) if "coverage" in takes else {}
+
+
+def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) -> Arm:
+    """The arm of one point of a family; `methods` says which method `other` is."""
     options = {name: value for name, value in values.items() if name != "lr"}
     kind = family
     if family == "replay":
@@ -69,8 +76,8 @@ def tuned_arm(family: str, values: dict[str, float], methods: dict[str, Any]) ->
     elif family == "guard":
         options["importance"] = GUARDS[PRIMARY[0]]
     elif family != "dgg":
-        kind, fixed = CLASSES[family] if family in CLASSES else methods[family]
-        options = {**fixed, **options}
+        kind = {**CLASSES, **methods}[family]
+        options = {**fixed_options(kind), **options}
     return Arm(family, kind, values["lr"], options)
 
 
@@ -84,12 +91,12 @@ def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
     return Family("other", {"lr": RATES, name: tuple(ladder)}, start)
 
 
-def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, Any]) -> list[Arm]:
+def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, str]) -> list[Arm]:
     """All arms that are run on every test seed.
 
     Args:
         chosen: the values of every family.
-        methods: class and fixed options of `other`.
+        methods: which method `other` is.
     """
     tuned = ("replay", "dgg", "l2sp", "ewc", "other")
     found = [tuned_arm(name, chosen[name], methods) for name in tuned if name in chosen]

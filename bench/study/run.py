@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The study of docs/forgetting.md; `make study` runs all of it, about two hours on two cores.
 
-    python bench/study/run.py --out build/study                  # everything that is not there yet
-    python bench/study/run.py --out build/study --part digits    # or tuning, in-domain, shifted
-    python bench/study/run.py --out build/study --report         # only the report, of what is there
+    python bench/study/run.py --out runs/study                  # everything that is not there yet
+    python bench/study/run.py --out runs/study --part digits    # or tuning, in-domain, shifted
+    python bench/study/run.py --out runs/study --report         # only the report, of what is there
     python bench/study/run.py --estimate                         # only how long it would take
 
 Parts: `digits` (where guidance helps and hurts), `tuning` (of both LLaVA beds, on seeds that are
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/study"), help="the folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder")
     parser.add_argument("--part", nargs="+", choices=PARTS, help="only these (default: all)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--estimate", action="store_true", help="say how long it takes, and exit")

@@ -50,7 +50,7 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
             continue  # not tuned yet
         found["tuning"][bed] = {
             "chosen": {name: search.as_json(one) for name, one in chosen.items()},
-            "other": methods.get("other", (None,))[0],
+            "other": methods.get("other"),
         }
         for job in jobs.test_jobs(plan, results, bed):
             if (result := results.of(job)) is not None:

@@ -221,8 +221,8 @@ class _Run:
         """Evaluate, remember some examples, and where the parameters are now."""
         kept: Sequence[int] = rows
         if self.method:
-            # As many items as the method may want, in batches; their order does not matter.
-            size = self.sizes.batch
+            # Small batches: a Fisher matrix costs a backward pass over a batch for each label.
+            size = 4
             batches = [self.batch(list(rows[k : k + size])) for k in range(0, len(rows), size)]
             self.method.end_task(self.stage, batches)
             if self.method.chooses_examples:
