@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -683,3 +684,277 @@ def test_interrupted_and_resumed(llava, tmp_path):
     )
     assert again.returncode != 0 and "another experiment" in again.stderr
     assert path.read_bytes() == kept
+
+
+# -- report and pictures ---------------------------------------------------------------------------
+
+
+def _result(rng, level, *, trace=False):
+    """A run as the loop returns it, with made-up accuracies."""
+    from dgg import metrics
+
+    matrix = [
+        [round(min(100, level + rng.gauss(0, 3) + 5 * j - 3 * i), 2) if j <= i else None
+         for j in range(6)]
+        for i in range(6)
+    ]  # fmt: skip
+    names = ("pull", "alignment", "distance", "loss")
+    points = [{"step": k, **{n: rng.random() for n in names}} for k in range(0, 30, 10)]
+    return {"matrix": matrix, **metrics.summary(matrix), "trace": points if trace else []}
+
+
+@pytest.fixture
+def made_up():
+    """All parts, with a difference that is there and one that is not."""
+    from study import digits_study
+
+    rng = random.Random(0)
+    gains = {"guard50": 6.0, "dgg": 5.5, "ewc": 6.0, "sequential": -30.0}
+    names = (
+        "replay", "replay_other_lr", "dgg", "guard0", "guard50", "guard100", "l2sp", "ewc", "other",
+        "guidance", "sequential",
+    )  # fmt: skip
+    found = {"tuning": {}, "digits": {}}
+    for bed in ("in-domain", "shifted"):
+        found[bed] = {
+            name: {
+                str(seed): _result(rng, 60 + gains.get(name, 0), trace=seed == 0)
+                for seed in range(4 if name in ("guidance", "sequential") else 20)
+            }
+            for name in names
+        }
+    rule_names = [*protocol.FIXED_RULES, *protocol.DIGIT_FAMILIES]
+    for setting in ("permuted-60-5", "permuted-160-5", "permuted-160-100", "permuted-160-0"):
+        results = {}
+        for name in rule_names:
+            level = {"guard100": -9.0, "guard50": 4.0, "alpha0.1": 3.0}.get(name, 0.0)
+            if setting.endswith("-0") and name.startswith(("guard", "agem")):
+                continue
+            matrices = [_result(rng, 50 + level)["matrix"] for _ in range(20)]
+            results[name] = {**digits_study.described(matrices), "pull": [0.1] * 20}
+        found["digits"][setting] = {"chosen": {}, "results": results}
+    found["tuning"]["in-domain"] = {
+        "chosen": {
+            "other": {"values": {"lr": 0.003}, "score": 61.0, "interior": False, "tried": 8}
+        },
+        "other": "spd",
+    }
+    return found
+
+
+def test_report_says_what_the_numbers_say(made_up):
+    from study import jobs, summary
+
+    text = "\n\n".join(summary.page(jobs.FULL, made_up))
+    ours = [made_up["in-domain"]["guard50"][str(s)]["faa"] for s in range(20)]
+    theirs = [made_up["in-domain"]["replay"][str(s)]["faa"] for s in range(20)]
+    got = paired.compare([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert got.p < 1e-4
+    (line,) = [
+        x for x in text.splitlines() if x.startswith("| guard, w = ½ − replay only, in-domain")
+    ]
+    assert f"| 20 | +{got.mean:.1f} | +{got.low:.1f} to +{got.high:.1f} |" in line
+    assert f"| {got.d_z:.2f} | {got.wins}/{got.ties}/{got.losses} |" in line
+    # Holm over the eight secondary tests: the smallest p is multiplied by eight.
+    pairs = {p: summary.comparison(made_up, "in-domain", *p) for p in protocol.SECONDARY}
+    smallest = min(pairs, key=lambda p: pairs[p].p)
+    (line,) = [
+        x for x in summary._tests(made_up, "in-domain").splitlines()
+        if x.startswith(f"| {summary.pair(*smallest)} |")
+    ]  # fmt: skip
+    assert line.endswith(f"| {min(1, 8 * pairs[smallest].p):.3f} |")
+    fresh = paired.compare([a - b for a, b in zip(ours[5:], theirs[5:], strict=True)])
+    assert f"| primary, seeds never run before | 15 | +{fresh.mean:.1f} |" in text
+    verdicts = [x.split("|")[-2].strip() for x in summary._orderings(made_up).splitlines()[2:]]
+    assert verdicts[:2] == ["reproduced", "reproduced"] and "undecided" in verdicts
+    assert "| permuted-160-100, guard, w = 1 |" in text and "| not shown |" in text
+    assert summary.goals(made_up) == {
+        "guard with w = 1 not significantly below replay": (0, 3),
+        "guard with w = ½ within one standard error of the best α": (3, 3),
+    }
+    assert "| in-domain | spd | lr0.003 | 61.0 | 8 | no |" in text
+    assert summary.flat(paired.compare([0.1, -0.2, 0.3, 0.0]), 1.0) == "reproduced"
+    assert summary.flat(paired.compare([2.1, 2.2, 2.3, 2.0]), 1.0) == "not reproduced"
+    assert summary.flat(paired.compare([4.1, -5.2, 3.3, 2.0]), 1.0) == "undecided"
+
+
+def test_pictures_are_drawn_of_what_there_is(made_up, tmp_path):
+    from study import jobs, pictures
+
+    plan = replace(jobs.FULL, digit_beds=("permuted",))
+    made = {path.name for path in pictures.draw(plan, made_up, tmp_path)}
+    assert made == {
+        "forest.png", "alpha.png",
+        *(f"{kind}-{bed}.png" for kind in ("matrices", "stability-plasticity", "traces")
+          for bed in ("in-domain", "shifted")),
+    }  # fmt: skip
+    for name in made:
+        assert (tmp_path / name).stat().st_size > 5000
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+    nothing = {"digits": {}, "tuning": {}, "in-domain": {}, "shifted": {}}
+    assert pictures.draw(plan, nothing, tmp_path / "none") == []
+
+
+def test_traces_become_events(made_up, tmp_path, monkeypatch):
+    import types
+
+    from study import pictures
+
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *problem):
+            return None
+
+        def add_scalar(self, name, value, step):
+            written.append((Path(self.folder).name, name, step))
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    assert pictures.write_events(made_up["shifted"], tmp_path)
+    assert ("guard50", "alignment", 20) in written and ("guard50", "pull", 0) in written
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    assert not pictures.write_events(made_up["shifted"], tmp_path)
+
+
+# -- the protocol ----------------------------------------------------------------------------------
+
+
+def _protocol():
+    page = (ROOT / "docs" / "forgetting.md").read_text(encoding="utf-8")
+    begin = "## The next study: protocol, written before its test seeds are run"
+    assert page.count(begin) == 1
+    return " ".join(page.split(begin)[1].split("\n## ")[0].split()), page
+
+
+def test_the_protocol_has_the_numbers_of_the_code():
+    from study import jobs
+
+    text, page = _protocol()
+    plan = jobs.FULL
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", page, re.M))
+    for what, seeds in {
+        "test, both LLaVA beds": plan.test_seeds,
+        "bounds and ĝ alone": plan.bound_seeds,
+        "test, digits": plan.digit_seeds,
+        "tuning, all beds": plan.tuning_seeds,
+    }.items():
+        first, last = map(int, rows[what].split(" to "))
+        assert seeds == tuple(range(first, last + 1)), what
+    assert tuple(map(int, rows["choice of the other method"].split(" and "))) == (
+        plan.screening_seeds
+    )
+    said = re.search(
+        r"In-domain seeds (\d) to (\d) were run .* without them \((\d+) to (\d+)\)", text
+    )
+    first, last, fresh, end = map(int, said.groups())
+    assert protocol.SEEN_SEEDS == tuple(range(first, last + 1))
+    assert (fresh, end) == (last + 1, plan.test_seeds[-1])
+    used = {*plan.test_seeds, *plan.tuning_seeds, *plan.digit_seeds}
+    assert not used & set(range(200, 400)) and not set(plan.digit_seeds) & set(range(10))
+    assert not {*plan.test_seeds, *plan.digit_seeds} & set(plan.tuning_seeds)
+    assert f"gets {plan.budget} points on a LLaVA bed and {protocol.DIGIT_BUDGET} on digits" in text
+    for sizes in plan.sizes.values():
+        assert (
+            f"memory ({sizes.remembered} examples of a sub-task, a quarter of a batch of " in text
+        )
+        assert (sizes.share, f"batch of {sizes.batch})" in text) == (0.25, True)
+        assert f"steps ({sizes.steps})" in text
+    assert "Memory of 0, 5 or 100 examples a task; 60, 160 or 300 steps" in text
+    assert plan.digit_remembered == (0, 5, 100) and plan.digit_steps == (60, 160, 300)
+    assert f"batches of {digits.BATCH}, of which {digits.REPLAYED} are replayed" in text
+    assert "0.005 (classes) and 0.01" in text
+    assert digits.LEARNING_RATES == {"classes": 0.005, "permuted": 0.01, "rotated": 0.01}
+    assert (
+        f"digits, {protocol.AMPLE} examples" in text and f"above −{protocol.MARGIN:g} point" in text
+    )
+    assert f"level {protocol.LEVEL}" in text and protocol.PRIMARY == ("guard50", "replay")
+    assert "over the eight of a bed" in text and len(protocol.SECONDARY) == 8
+    assert f"over {protocol.FISHER['samples']} items" in text
+    assert f"hold {100 * protocol.FISHER['coverage']:.0f} %" in text
+    assert f"bench/methods at {protocol.OTHER_STEPS} steps" in text
+    assert "DGG at five α" in text and len(protocol.ALPHAS) == 5
+    assert "ten of twelve settings (those of 60 and 160 steps" in text
+    assert protocol.ORACLE_STEPS == (60, 160)
+    assert {o.claim for o in protocol.ORDERINGS} == set(
+        re.search(r"\*Orderings of the paper\* \((.*?)\):", text)[1].split("; ")
+    )
+
+
+def test_the_protocol_has_the_ladders_of_the_code():
+    _, page = _protocol()
+    number = r"\d[\d.e-]*"
+    ladders = {}
+    for line in page.splitlines():
+        if line.startswith(("| replay, guard", "| DGG |", "| L2-SP |", "| EWC |")):
+            name, rates, knob = (cell.strip() for cell in line.strip("|").split("|"))
+            if ":" in rates or "±" in rates:
+                continue  # of another table
+            ladders[name] = (rates, knob)
+    names = {"replay, guard": ("replay", "guard"), "DGG": ("dgg",), "L2-SP": ("l2sp",),
+             "EWC": ("ewc",)}  # fmt: skip
+    assert ladders.keys() == names.keys()
+
+    def read(cell):
+        text = cell.split(":")[-1]
+        start = [float(x) for bold in re.findall(r"\*\*(.*?)\*\*", text)
+                 for x in re.findall(number, bold)]  # fmt: skip
+        return [float(x) for x in re.findall(number, text)], start
+
+    for name, families in names.items():
+        rates, knob = ladders[name]
+        rates = ladders["DGG"][0] if rates == "as DGG" else rates
+        for family in (protocol.FAMILIES[f] for f in families):
+            axes = list(family.axes.values())
+            starts = [sorted({p[k] for p in family.start}) for k in range(len(axes))]
+            for cell, ladder, start in zip((rates, knob), axes, starts, strict=False):
+                assert read(cell) == (list(ladder), [ladder[k] for k in start]), (name, cell)
+    text, _ = _protocol()
+    said = re.search(
+        r"α starts at (.*?) to (.*?), L2-SP at (.*?) to (.*?) and EWC at (.*?) to (.*?);", text
+    )
+    found = []
+    for name in ("dgg", "l2sp", "ewc"):
+        family = protocol.DIGIT_FAMILIES[name]
+        found += [family.values(family.start[k]) for k in (0, -1)]
+    assert [float(x) for x in said.groups()] == [v for one in found for v in one.values()]
+
+
+def test_arms_of_the_protocol():
+    values = {
+        "replay": {"lr": 1e-3}, "guard": {"lr": 2e-3}, "dgg": {"lr": 3e-3, "alpha": 0.1},
+        "l2sp": {"lr": 4e-3, "strength": 0.3}, "ewc": {"lr": 5e-3, "strength": 10.0},
+        "other": {"lr": 6e-3, "strength": 1.0},
+    }  # fmt: skip
+    compared = {arm.name: arm for arm in protocol.test_arms(values, {"other": "spd"})}
+    assert compared.keys() == {p for pair in (protocol.PRIMARY, *protocol.SECONDARY) for p in pair}
+    assert all(arm.replay and not arm.joint for arm in compared.values())
+    assert [compared[g].options for g in ("guard0", "guard50", "guard100")] == [
+        {"importance": w} for w in (0.0, 0.5, 1.0)
+    ]
+    assert {compared[g].lr for g in protocol.GUARDS} == {2e-3}
+    assert (compared["replay_other_lr"].lr, compared["replay"].lr) == (3e-3, 1e-3)
+    assert compared["ewc"].options == {"strength": 10.0, **protocol.FISHER}
+    assert (compared["other"].kind, compared["l2sp"].options) == ("spd", {"strength": 0.3})
+    bounds = {arm.name: arm for arm in protocol.bound_arms(values)}
+    assert bounds["joint"].joint and not any(arm.replay for arm in bounds.values())
+    assert bounds["guidance"].options == {"alpha": 0.1}
+
+
+def test_an_arm_that_dgg_cannot_train_is_named_before_anything_runs(monkeypatch, tmp_path):
+    from study import jobs, run
+
+    plan = replace(jobs.SMOKE, arms=("guard50",))
+    monkeypatch.setattr(jobs.arms, "missing", lambda arm: "alpha must be a number")
+    with pytest.raises(SystemExit, match="guard: alpha must be a number"):
+        run._check(plan, ["tuning"], jobs.Results(tmp_path))
+    with pytest.raises(SystemExit, match="run --part tuning first"):
+        run._check(plan, ["in-domain"], jobs.Results(tmp_path))

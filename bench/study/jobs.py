@@ -296,6 +296,13 @@ def estimated_steps(plan: Plan, part: str) -> float:
     return (arms_ * len(plan.test_seeds) + 3 * len(plan.bound_seeds)) * steps[part]
 
 
+def of_part(plan: Plan, results: Results, part: str) -> list[Job]:
+    """The jobs of a part, finished or not; of the tuning those that are known by now."""
+    if part == "digits":
+        return digit_jobs(plan)
+    return tuning_round(plan, results) if part == "tuning" else test_jobs(plan, results, part)
+
+
 def expected_jobs(plan: Plan, part: str, known: Sequence[Job]) -> int:
     """How many jobs a part has in all, those included that are not known yet."""
     if part != "tuning":

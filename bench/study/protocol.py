@@ -157,6 +157,7 @@ FIXED_RULES = {
 # Without a memory these are training without replay, and the guard never pulls.
 NEED_MEMORY = ("guard", "agem")
 NOT_ON_DIGITS = ("grads",)  # it chooses the memory, which is the same for all methods there
+ORACLE_STEPS = (60, 160)  # the settings of the goal that looks at the best α in hindsight
 OTHER_STEPS = 160  # the classes of bench/methods/ are run at this length alone
 
 

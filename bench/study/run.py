@@ -18,7 +18,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = options.part or list(PARTS)
     results = jobs.Results(options.out)
     if not options.report:
+        _check(plan, parts, results)
         seconds = _estimate(plan, parts, results, options.workers)
         if options.estimate:
             return 0
@@ -78,6 +78,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(plan, parts: list[str], results) -> None:
+    """Refuse before anything is timed: results of another experiment, arms that cannot train.
+
+    Raises:
+        SystemExit: with the reason.
+    """
+    from study import jobs
+
+    for part in parts:
+        if part in ("in-domain", "shifted") and "tuning" in parts:
+            continue  # what it consists of is known after the tuning
+        known = jobs.of_part(plan, results, part)
+        refused = jobs.unrunnable(known)
+        if refused:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+            raise SystemExit(f"arms that this dgg cannot train:\n{reasons}")
+        for job in known:
+            results.of(job)
+
+
 def _estimate(plan, parts: list[str], results, count: int) -> dict[str, float]:
     """Print how long every part takes; returns seconds a step of one worker."""
     from study import costs, workers
@@ -97,10 +117,6 @@ def _run_part(part: str, plan, results, count: int, seconds_a_step: float) -> bo
     from provenance import commit, cpu_model, uncommitted_changes
     from study import costs, jobs, workers
 
-    pending: Callable[[], list] = {
-        "digits": lambda: jobs.digit_jobs(plan),
-        "tuning": lambda: jobs.tuning_round(plan, results),
-    }.get(part, lambda: jobs.test_jobs(plan, results, part))
     origin = {
         "commit": commit(),
         "uncommitted_changes": uncommitted_changes(),
@@ -109,11 +125,7 @@ def _run_part(part: str, plan, results, count: int, seconds_a_step: float) -> bo
     }
     clock = None
     while True:
-        all_jobs = pending()
-        refused = jobs.unrunnable(all_jobs)
-        if refused:
-            reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-            raise SystemExit(f"arms that this dgg cannot train:\n{reasons}")
+        all_jobs = jobs.of_part(plan, results, part)
         todo = [job for job in all_jobs if results.of(job) is None]
         if clock is None:
             steps = costs.of_part(plan, results, part, measure=False)[0]

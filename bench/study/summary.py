@@ -234,22 +234,24 @@ def _ample(found: dict[str, Any]) -> str:
 
 def goals(found: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """How often the goals of the protocol are met on the digits: (met, settings)."""
-    below = oracle = with_memory = 0
+    below: list[bool] = []
+    oracle: list[bool] = []
     for setting in found["digits"]:
         if (got := comparison(found, setting, "guard100", "replay")) is None:
+            continue  # no memory
+        below.append(got.p is None or got.p >= protocol.LEVEL or got.mean > 0)
+        if int(setting.split("-")[1]) not in protocol.ORACLE_STEPS:
             continue
-        with_memory += 1
-        below += got.p is None or got.p >= protocol.LEVEL or got.mean > 0
         curve = {
-            a: statistics.mean(values(found, setting, f"alpha{a:g}").values())
-            for a in protocol.ALPHAS
+            name: statistics.mean(values(found, setting, name).values())
+            for name in (f"alpha{a:g}" for a in protocol.ALPHAS)
         }
         best = max(curve, key=curve.__getitem__)
-        against = comparison(found, setting, protocol.PRIMARY[0], f"alpha{best:g}")
-        oracle += against is not None and against.mean >= -(against.error if against.n > 1 else 0)
+        against = comparison(found, setting, protocol.PRIMARY[0], best)
+        oracle.append(against is not None and against.n > 1 and against.mean >= -against.error)
     return {
-        "guard with w = 1 not significantly below replay": (below, with_memory),
-        "guard with w = ½ within one standard error of the best α": (oracle, with_memory),
+        "guard with w = 1 not significantly below replay": (sum(below), len(below)),
+        "guard with w = ½ within one standard error of the best α": (sum(oracle), len(oracle)),
     }
 
 
