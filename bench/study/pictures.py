@@ -110,20 +110,22 @@ def _settings(found: Found, remembered: Sequence[int]) -> list[str]:
 def _alphas(plan: jobs.Plan, found: Found) -> Any:
     """FAA against α, the guard as a band: tiny memory left, ample memory right."""
     memories = sorted({*plan.digit_remembered} - {0})
-    groups = [(bed, steps) for bed in plan.digit_beds for steps in plan.digit_steps]
-    figure, axes = _figure(4.2 * len(memories), 2.1 * len(groups) + 0.6, len(groups), len(memories))
-    for row, (bed, steps) in enumerate(groups):
-        for column, memory in enumerate(memories):
+    columns = [(steps, memory) for steps in plan.digit_steps for memory in memories]
+    beds = plan.digit_beds
+    figure, axes = _figure(2.7 * len(columns), 2.2 * len(beds) + 0.6, len(beds), len(columns))
+    for row, bed in enumerate(beds):
+        for column, (steps, memory) in enumerate(columns):
             setting, panel = f"{bed}-{steps}-{memory}", axes[row, column]
             if setting not in found["digits"]:
                 panel.set_axis_off()
                 continue
             _alpha_panel(panel, found, setting)
             panel.set_title(f"{bed}, {steps} steps, {memory} remembered", fontsize=8)
-            if column == 0:
-                panel.set_ylabel("FAA − replay", fontsize=8)
-    axes[-1, 0].set_xlabel("α (first point: replay only)", fontsize=8)
-    axes[0, 0].legend(fontsize=7, loc="best")
+    figure.supylabel("final average accuracy − that of replay only, points", fontsize=9)
+    figure.supxlabel("α; at 0 replay only. Bars and band: 95 % intervals", fontsize=9)
+    drawn = [panel for panel in axes.flat if panel.has_data()]
+    handles, labels = drawn[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
 
 
@@ -180,6 +182,9 @@ def _matrices(runs: summary.ByArm) -> Any:
                         color="white" if value < 60 else "black",
                     )  # fmt: skip
         axes[0, column].set_title(LABELS.get(name, name), fontsize=8)
+        places, numbers = range(len(mean)), [str(k + 1) for k in range(len(mean))]
+        axes[0, column].set_xticks(places, numbers)
+        axes[0, column].set_yticks(places, numbers)
         for j in range(len(mean)):
             curve = [mean[i][j] for i in range(j, len(mean))]
             axes[1, column].plot(
