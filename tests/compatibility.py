@@ -84,10 +84,6 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(("TP",), ("CPU offload",), ABSENT, "the engine has none"),
     Reason(
-        ("Trainer DDP", "Trainer FSDP2"), ("replay",), UNSUPPORTED,
-        "its training step has one backward pass; mix the batches",
-    ),
-    Reason(
         ("FSDP1",), ("anchor by name",), REFUSED,
         "whole tensors are not cut into runs; load them into the model",
     ),

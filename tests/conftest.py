@@ -32,7 +32,8 @@ LONGEST_FIRST = [
     "test_cuda_host.py", "test_deepspeed.py", "test_sanitized.py", "test_demo.py",
     "test_cuda_code.py", "test_parallel.py", "test_bench.py", "test_bench_sharded.py",
     "test_example_scripts.py", "test_sharding.py", "test_hf.py", "test_launched.py",
-    "test_anchors.py", "test_guided.py", "test_misuse.py", "test_cpp.py", "test_trl.py",
+    "test_hf_replay.py", "test_anchors.py", "test_guided.py", "test_misuse.py", "test_cpp.py",
+    "test_trl.py",
 ]  # fmt: skip
 
 

@@ -458,7 +458,7 @@ def language_model(adapters: bool = False) -> torch.nn.Module:
 
 def trainer_of(
     model, task: int, out: str, deepspeed, *, size: int, die=False, options=None, anchor=None,
-    **settings,
+    replay=None, **settings,
 ):  # fmt: skip
     """A Trainer of one task: under DeepSpeed if there is a configuration, else alone.
 
@@ -476,7 +476,7 @@ def trainer_of(
     if die:
         callbacks.append(language_tasks.killed_after(7))
     data = language_tasks.counting(1 + task)
-    return language_tasks.trainer_of(model, arguments, data, options, *callbacks)
+    return language_tasks.trainer_of(model, arguments, data, options, *callbacks, **(replay or {}))
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
@@ -626,6 +626,15 @@ def run_trainer(rank: int, world: int, folder: str, adapters: bool) -> None:
             torch.save((*logs, said), os.path.join(folder, f"results {stage}.pt"))
     if adapters:
         return
+
+    # A memory, in the first task as well, where it would not be needed yet.
+    for stage in (2, 3):
+        memory = {"replay_buffer": dgg.ReplayBuffer(4)}
+        make = functools.partial(
+            trainer_of, language_model(), 0, os.path.join(folder, "memory"), config(stage),
+            size=4, replay=memory,
+        )  # fmt: skip
+        ranks.refused(RuntimeError, "dgg.ReplayBuffer.mix in the data_collator", make)
 
     # An optimizer of DeepSpeed's own in the place of ours.
     block = {"optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}}}

@@ -40,16 +40,20 @@ def arguments_of(out: str, **settings):
     return transformers.TrainingArguments(output_dir=str(out), **{**usual, **settings})
 
 
-def trainer_of(model, arguments, data, options: dict, *callbacks):
-    """Returns a Trainer with dgg.AdamW; ``model`` may be a function that makes it."""
+def trainer_of(model, arguments, data, options: dict, *callbacks, **replay):
+    """Returns a Trainer with dgg.AdamW; ``model`` may be a function that makes it.
+
+    With arguments of a replay it is a ReplayTrainer.
+    """
     import transformers
 
-    return transformers.Trainer(
+    return (dgg.hf.ReplayTrainer if replay else transformers.Trainer)(
         model if isinstance(model, torch.nn.Module) else model(),
         arguments,
         train_dataset=data,
         optimizer_cls_and_kwargs=(dgg.AdamW, options),
         callbacks=list(callbacks),
+        **replay,
     )
 
 

@@ -975,7 +975,7 @@ def adapted_language_model():
 
 
 def trainer_for(
-    model, task, out, world, guide_first_task=False, anchor=None, options=None, **over
+    model, task, out, world, guide_first_task=False, anchor=None, options=None, memory=None, **over
 ):  # fmt: skip
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -994,7 +994,9 @@ def trainer_for(
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     callback = dgg.hf.GuidanceCallback(task=task, guide_first_task=guide_first_task, anchor=anchor)
     options = {**TRAINER_OPTIONS, **(options or {})}
-    return trainer_of(model, arguments, counting(1 + 2 * task), options, callback)
+    # Three or six examples a step, in parts of two and one or of four and two.
+    replay = {} if memory is None else {"replay_buffer": memory, "replay_ratio": 0.75}
+    return trainer_of(model, arguments, counting(1 + 2 * task), options, callback, **replay)
 
 
 def fresh():
@@ -1014,17 +1016,30 @@ def fsdp(**more):
     return {"fsdp": True, "fsdp_config": {**SHARDING, **more}}
 
 
-def two_tasks(out, world, over=dict):
+def memory_of(*tasks):
+    """Returns a memory that is the same on all ranks."""
+    memory = dgg.ReplayBuffer(9, seed=5)
+    for task in tasks:
+        memory.add_task(counting(1 + 2 * task), task)
+    return memory
+
+
+def two_tasks(out, world, over=dict, replay=False):
     """Two tasks, the second saved in its middle; returns its Trainer and the weights between."""
-    model = language_model()
+    model, memory = language_model(), memory_of() if replay else None
     fresh()
-    trainer_for(model, 0, os.path.join(out, "0"), world, **over()).train()
+    first = trainer_for(model, 0, os.path.join(out, "0"), world, memory=memory, **over())
+    first.train()
+    if replay:
+        first.remember()
     start = {n: whole(p).clone() for n, p in model.named_parameters()}
     if over is not dict:
         model = begun(start)  # accelerate finds no layers in a model that it has sharded
     fresh()
-    trainer = trainer_for(model, 1, os.path.join(out, "1"), world, **SAVING, **over())
+    out = os.path.join(out, "1")
+    trainer = trainer_for(model, 1, out, world, memory=memory, **SAVING, **over())
     trainer.train()
+    assert any("replay/loss" in entry for entry in trainer.state.log_history) == replay
     return trainer, start
 
 
@@ -1034,18 +1049,18 @@ def begun(start):
     return model
 
 
-def killed(out, start, world, over):
+def killed(out, start, world, over, memory):
     """The second task, which ends in its middle after it was saved."""
     fresh()
-    trainer = trainer_for(begun(start), 1, out, world, **SAVING, **over())
+    trainer = trainer_for(begun(start), 1, out, world, memory=memory, **SAVING, **over())
     trainer.add_callback(killed_after(5))
     ranks.refused(Killed, "", trainer.train)
 
 
-def trainer_run(kept, sharded=None):
+def trainer_run(kept, sharded=None, replay=False):
     """Two tasks over the ranks; killed in the middle of the second, resumed bit for bit."""
     world, over = dist.get_world_size(), dict if sharded is None else lambda: fsdp(**sharded)
-    trainer, start = two_tasks(kept, world, over)
+    trainer, start = two_tasks(kept, world, over, replay)
     optimizer = dgg.unwrap(trainer.optimizer)
     group = optimizer.param_groups[0]
     assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
@@ -1059,10 +1074,11 @@ def trainer_run(kept, sharded=None):
     assert_same_on_all_ranks(weights.values())
 
     out = os.path.join(kept, "again")
-    killed(out, start, world, over)
+    killed(out, start, world, over, memory_of(0) if replay else None)
     assert sorted(os.listdir(out)) == ["checkpoint-3"]
     fresh()
-    again = trainer_for(language_model(), 1, out, world, **SAVING, **over())
+    memory = memory_of() if replay else None
+    again = trainer_for(language_model(), 1, out, world, memory=memory, **SAVING, **over())
     again.train(resume_from_checkpoint=os.path.join(out, "checkpoint-3"))
     names = dict(again.model.named_parameters())
     resumed = dgg.unwrap(again.optimizer)
@@ -1076,18 +1092,51 @@ def trainer_run(kept, sharded=None):
         torch.save(weights, os.path.join(kept, "weights.pt"))
 
 
-def trainer_resume_elsewhere(kept, sharded=None):
+def trainer_resume_elsewhere(kept, sharded=None, replay=False):
     """On other ranks from the middle of the second task to its end."""
     world, over = dist.get_world_size(), dict if sharded is None else lambda: fsdp(**sharded)
     fresh()
     out = os.path.join(kept, f"on {world}")
-    trainer = trainer_for(language_model(), 1, out, world, **over())
+    memory = memory_of() if replay else None
+    trainer = trainer_for(language_model(), 1, out, world, memory=memory, **over())
     trainer.train(resume_from_checkpoint=os.path.join(kept, "1", "checkpoint-3"))
     group = dgg.unwrap(trainer.optimizer).param_groups[0]
     assert (group["task_index"], group["draw_index"]) == (1, TASK_STEPS)
     expected = torch.load(os.path.join(kept, "weights.pt"))
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(whole(p), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def trainer_with_other_memories(folder):
+    """Ranks that drew other numbers of examples would wait for each other for ever."""
+    fresh()
+    memory = memory_of(*[0] * (dist.get_rank() == 0))
+    trainer = trainer_for(
+        language_model(), 1, folder, dist.get_world_size(), guide_first_task=True, memory=memory
+    )
+    ranks.refused(RuntimeError, "the replay buffers of the ranks differ", trainer.train)
+    assert trainer.state.global_step == 0
+
+
+def trainer_replays_under(folder, accumulated=2, **over):
+    """Options of DDP change nothing: each pass is one that it reduces, or that waits for it."""
+    found, usual = [], {"gradient_accumulation_steps": accumulated}
+    for place, options in enumerate((usual, {**usual, **over})):
+        fresh()
+        out, memory = os.path.join(folder, str(place)), memory_of(0)
+        model = language_model()
+        trainer = trainer_for(
+            model, 1, out, dist.get_world_size(), guide_first_task=True, memory=memory, **options
+        )
+        trainer.train()
+        if "ddp_static_graph" in options:
+            assert trainer.model_wrapped.static_graph
+        assert_same_on_all_ranks(model.parameters())
+        found.append([p.detach() for p in model.parameters()])
+    # Sums of the ranks before those of the passes are rounded otherwise.
+    exact = {"rtol": 0.0, "atol": 0.0}
+    close = {"rtol": 1e-5, "atol": 1e-6} if "accelerator_config" in over else exact
+    torch.testing.assert_close(*found, **close)
 
 
 def trainer_beside(

@@ -54,6 +54,17 @@ SITUATIONS = {
     "elements": dict(flags=ELEMENTS, replay=False),
     "replay": dict(flags=INJECT, replay=True, replay_weight=0.6),
     "scaled": dict(flags=ELEMENTS, replay=True, replay_weight=0.6, grad_scale=8.0),
+    "weighted": dict(flags=INJECT, replay=False, importance=0.7),
+    "weighted-elements": dict(flags=ELEMENTS, replay=True, importance=1.0),
+}
+# Where the pull enters, in situations that differ in what an update then has to do.
+ROUTES = {
+    "first-moment": dict(flags=INJECT, replay=False, route="first_moment"),
+    "first-moment-weighted": dict(
+        flags=ELEMENTS, replay=True, route="first_moment", importance=0.7
+    ),
+    "decoupled": dict(flags=INJECT, replay=False, route="decoupled"),
+    "decoupled-weighted": dict(flags=ELEMENTS, replay=True, route="decoupled", importance=0.7),
 }
 # Of the real gradient, the gradient and the distance: usual ones, none, and such as are no numbers.
 SQUARES = [
@@ -77,7 +88,7 @@ def addresses(tensors) -> torch.Tensor:
 
 def options_of(situation: str) -> dict:
     """Returns what a situation passes to a call beside its flags."""
-    given = SITUATIONS[situation]
+    given = (SITUATIONS | ROUTES)[situation]
     return {key: value for key, value in given.items() if key not in ("flags", "replay")}
 
 
@@ -101,8 +112,9 @@ class Problem:
 
     Args:
         sizes: Elements of every row.
-        dtypes: Of parameter, gradient, replay gradient, moments, anchor and copy, for all rows, or
-            a list with a tuple for each row. Without the last a copy is as the parameter.
+        dtypes: Of parameter, gradient, replay gradient, moments, anchor, copy and importance, for
+            all rows, or a list with a tuple for each row. Without the last the importance is as
+            the anchor, without the last two a copy as the parameter.
         replay: Whether rows have a replay gradient.
         anchors: Whether they have an anchor.
         copies: Whether they have a copy.
@@ -111,13 +123,14 @@ class Problem:
     """
 
     def __init__(
-        self, sizes, dtypes=(F32,) * 6, *, replay=True, anchors=True, copies=False, offset=0, seed=0
+        self, sizes, dtypes=(F32,) * 7, *, replay=True, anchors=True, copies=False, offset=0, seed=0
     ):  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
         self.offset = offset
         self.buffers = []
         kinds = [dtypes] * len(sizes) if isinstance(dtypes, tuple) else dtypes
-        self.kinds = kinds = [(*kind, kind[0]) if len(kind) == 5 else kind for kind in kinds]
+        kinds = [(*kind, kind[0]) if len(kind) == 5 else kind for kind in kinds]
+        self.kinds = kinds = [(*kind, kind[4]) if len(kind) == 6 else kind for kind in kinds]
         self.sizes = list(sizes)
 
         def make(place, positive=False):
@@ -131,6 +144,7 @@ class Problem:
         self.states = [make(3, positive=place > 0) for place in range(3)]
         self.anchors = make(4) if anchors else [None] * len(sizes)
         self.copies = make(5) if copies else [None] * len(sizes)
+        self.importances = make(6, positive=True) if anchors else [None] * len(sizes)
         for master, copy in zip(self.params, self.copies, strict=True):
             if copy is not None:  # the rounding of its master
                 copy.copy_(master)
@@ -173,7 +187,7 @@ class Problem:
     def _with(self, change):
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__)
-        for name in ("params", "grads", "replays", "anchors"):
+        for name in ("params", "grads", "replays", "anchors", "importances"):
             changed = [None if x is None else change(x) for x in getattr(self, name)]
             setattr(other, name, changed)
         other.states = [[change(x) for x in state] for state in self.states]
@@ -182,20 +196,21 @@ class Problem:
         return other
 
     def table(self, states=3, stepped=True):
-        """Returns the table of rows, int64 [n, 14], with as many moments, with steps or without."""
+        """Returns the table of rows, int64 [n, 15], with as many moments, with steps or without."""
         rows = []
         for row, param in enumerate(self.params):
             state = [self.states[place][row] if place < states else None for place in range(3)]
             tensors = [param, *state, self.anchors[row], self.steps[row] if stepped else None]
             kinds = [param, self.grads[row], self.replays[row] if self.replays else None, *state,
-                     self.anchors[row], self.copies[row]]  # fmt: skip
+                     self.anchors[row], self.copies[row], self.importances[row]]  # fmt: skip
             codes = sum(
                 DTYPES.index((param if x is None else x).dtype) << layout.SLOT_BITS * place
                 for place, x in enumerate(kinds)
             )
             rows.append(
                 [*map(address, tensors), param.numel(), self.groups[row], codes,
-                 self.indices[row], *self.shards[row], address(self.copies[row])]
+                 self.indices[row], *self.shards[row], address(self.copies[row]),
+                 address(self.importances[row])]
             )  # fmt: skip
         return torch.tensor(rows, dtype=torch.int64)
 
@@ -206,7 +221,12 @@ class Problem:
         return torch.as_tensor(flags, dtype=torch.uint8)
 
 
-def variant_of(groups, flags, extra=0):
+ROUTE_BITS = {
+    "gradient": 0, "first_moment": layout.FIRST_MOMENT_BIT, "decoupled": layout.DECOUPLED_BIT,
+}  # fmt: skip
+
+
+def variant_of(groups, flags, extra=0, *, importance=0.0, route="gradient"):
     """Returns the variant of a launch that rows with these numbers and flags need."""
     variant = extra
     if (flags & (INJECT | ELEMENTS)).any() or extra & layout.LOOK_AHEAD_BIT:
@@ -215,12 +235,16 @@ def variant_of(groups, flags, extra=0):
         variant |= layout.ELEMENTS_BIT
     if any(group.get("amsgrad") or group.get("momentum") for group in groups):
         variant |= layout.STATE_BIT
-    return variant
+    if importance and variant & layout.ANCHOR_BIT:
+        variant |= layout.IMPORTANCE_BIT
+    return variant | ROUTE_BITS[route]
 
 
 def reference_step(name, problem, hyper, flags, *, look_ahead=False, **options):
     """Runs the reference on a problem, with one set of numbers; flags as `Problem.flags` takes."""
     options = {"replay_weight": 1.0, "grad_scale": 1.0, "seed": SEED, "draw": DRAW, **options}
+    if options.get("importance"):
+        options["importances"] = problem.importances
     rest = (problem.coefficients, problem.flags(flags).tolist(), problem.indices)
     lists = (problem.params, problem.grads, problem.replays)
     if name == "guide":
@@ -289,7 +313,7 @@ def bits(tensors):
 
 def check_update(call, name, hyper, situation, sizes, first=0):
     """A step is the reference's, in every situation."""
-    how, options = SITUATIONS[situation], options_of(situation)
+    how, options = (SITUATIONS | ROUTES)[situation], options_of(situation)
     problem = Problem(sizes, replay=how["replay"])
     if first:  # what lies in a new buffer must not matter
         for buffer in problem.states[0]:
@@ -301,18 +325,20 @@ def check_update(call, name, hyper, situation, sizes, first=0):
     assert (problem.distances == -1).all()
 
 
-def check_dtypes(call, norms, name, kinds, size, flags):
+def check_dtypes(call, norms, name, kinds, size, flags, importance=0.0):
     """So it is in every combination of dtypes, and the look-ahead is the next norm's distance."""
     problem = Problem([size] * len(kinds), kinds)
     exact = problem.exact()
     options = {"replay_weight": 0.6, "grad_scale": 4.0}
+    weighing = {"importance": importance} if importance else {}
+    options |= weighing
     look_ahead = {} if name == "guide" else {"look_ahead": True}
     call(name, problem, FULL[name], flags, **options, **look_ahead)
     reference_step(name, exact, FULL[name], flags, **options)
     assert_same_step(name, problem, exact, FULL[name], f"flags {flags}")
     if name != "guide":
         unknown = torch.full_like(problem.distances, -1.0)
-        squares = norms(problem, reference.NORM_DISTANCE, distances=unknown)
+        squares = norms(problem, reference.NORM_DISTANCE, distances=unknown, **weighing)
         assert (problem.distances >= 0).all()
         assert torch.equal(squares[2], problem.distances) and torch.equal(squares[2], unknown)
 
@@ -396,7 +422,7 @@ def check_certain_element_draws(call, alpha, size):
     assert torch.equal(problem.params[0], other.params[0])
 
 
-def check_norms(norms, which, replay, sizes):
+def check_norms(norms, which, replay, sizes, importance=0.0):
     """Squares and distances are the reference's, whatever is asked for and whatever is missing."""
     problem = Problem([0, *sizes, 7, 7, 7], replay=replay)
     problem.anchors[3] = None
@@ -407,13 +433,105 @@ def check_norms(norms, which, replay, sizes):
     problem.distances[5], problem.distances[6] = 123.0, float("nan")
     exact = problem.exact()
     options = {"replay_weight": 0.6, "grad_scale": 4.0}
+    if importance:
+        options["importance"] = importance
+        problem.importances[1] = exact.importances[1] = None
     squares = norms(problem, which, **options)
     expected = reference.norms(
         exact.params, exact.grads, exact.replays, exact.anchors, exact.distances,
-        which=which, **options,
+        which=which, importances=exact.importances if importance else (), **options,
     )  # fmt: skip
     for ours, theirs in ((squares, expected), (problem.distances, exact.distances)):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def check_products(products, dtype, replay, sizes, importance, grad_scale=4.0):
+    """Squares and products are the reference's; rows that are not guided count in the total alone.
+
+    Args:
+        products: problem, flags, options → float64 [6, n].
+        dtype: Of all tensors.
+        replay: Whether rows have a replay gradient.
+        sizes: Elements of the rows.
+        importance: The option.
+        grad_scale: Divisor of the gradients.
+    """
+    problem = Problem([0, *sizes, 7, 7, 7, 7], (dtype,) * 7, replay=replay)
+    problem.anchors[3] = problem.importances[4] = None
+    problem.grads[-1] = None  # with replay: a replay gradient only
+    problem.grads[-2] = None
+    if replay:
+        problem.replays[-2] = problem.replays[4] = None
+    flags = [INJECT] * len(problem.sizes)
+    flags[-3] = 0
+    exact = problem.exact()
+    options = {"replay_weight": 0.6, "grad_scale": grad_scale, "importance": importance}
+    sums = products(problem, problem.flags(flags), **options)
+    expected = reference.products(
+        exact.params, exact.grads, exact.replays, exact.anchors, problem.flags(flags),
+        importances=exact.importances if importance else (), **options,
+    )  # fmt: skip
+    # Products of vectors may cancel: their error is that of the factors' lengths.
+    lengths = expected[[1, 2, 3]].sqrt()
+    bounds = torch.stack([lengths[0] * lengths[2], lengths[1] * lengths[2]])
+    torch.testing.assert_close(sums[:4], expected[:4], rtol=1e-6, atol=0)
+    assert ((sums[4:] - expected[4:]).abs() <= 1e-6 * bounds).all()
+    problem.assert_guards()
+
+
+def check_extreme_products(products):
+    """Products of finite float32 numbers neither overflow nor vanish; NaN and inf stay."""
+    problem = Problem([5, 5, 5, 3000, 5], replay=True)
+    largest, smallest = torch.finfo(F32).max, torch.finfo(F32).tiny
+    for x in (problem.grads[0], problem.replays[0], problem.grads[3]):
+        x.fill_(largest / 4)
+    for x in (problem.grads[1], problem.replays[1]):
+        x.fill_(smallest)
+    problem.replays[2][3] = float("nan")
+    problem.grads[4][0] = float("inf")
+    exact = problem.exact()
+    flags = problem.flags(INJECT)
+    sums = products(problem, flags, replay_weight=0.5, grad_scale=1.0, importance=0.0)
+    expected = reference.products(
+        exact.params, exact.grads, exact.replays, exact.anchors, flags, replay_weight=0.5
+    )
+    lengths = expected[[1, 2, 3]].sqrt()
+    bounds = torch.stack([lengths[0] * lengths[2], lengths[1] * lengths[2]])
+    torch.testing.assert_close(sums[:4], expected[:4], rtol=1e-6, atol=0, equal_nan=True)
+    finite = bounds.isfinite()
+    assert torch.equal(sums[4:].isfinite(), expected[4:].isfinite())
+    assert ((sums[4:] - expected[4:]).abs() <= 1e-6 * bounds)[finite].all()
+
+
+# Sums over rows of which equation (7) makes something, or nothing: columns as `products` has rows.
+GUARDS = {
+    "conflict": [9.0, 4.0, 1.0, 4.0, -2.0, 1.5],
+    "capped": [9.0, 4.0, 1.0, 4.0, -2.0, 1e-3],
+    "no-conflict": [9.0, 4.0, 1.0, 4.0, 2.0, 1.5],
+    "no-way-back": [9.0, 4.0, 1.0, 4.0, -2.0, -1.5],
+    "at-the-anchor": [9.0, 4.0, 0.0, 4.0, -2.0, 0.0],
+    "nan": [9.0, float("nan"), 1.0, 4.0, -2.0, 1.5],
+    "inf": [9.0, 4.0, float("inf"), 4.0, -2.0, 1.5],
+}
+
+
+def check_guard(coefficients, name, max_grad_norm, per_tensor, maximize):
+    """The strength of equation (7) is the reference's.
+
+    Args:
+        coefficients: products, options → float64 [4 + n + 2].
+        name: One of GUARDS.
+        max_grad_norm: Setting.
+        per_tensor: Likewise.
+        maximize: Likewise.
+    """
+    column = torch.tensor(GUARDS[name], dtype=F64).unsqueeze(1)
+    others = torch.tensor([[3.0, 0.5], [2.0, 0.5], [0.2, 0.1], [1.0, 0.3], [-0.3, 0.1], [0.2, 0.1]])
+    sums = torch.cat([column, others.double()], dim=1)
+    settings = {"max_grad_norm": max_grad_norm, "per_tensor": per_tensor, "maximize": maximize}
+    expected = reference.guard_coefficients(sums, **settings)
+    ours = coefficients(sums, **settings)
+    torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0, equal_nan=True)
 
 
 def check_extreme_norms(norms, call, dtype=torch.float32):
@@ -488,21 +606,26 @@ def check_adoption(call, name, dtype, *, grad_scale=None):
     torch.testing.assert_close(written.distances, adopted.distances, rtol=0, atol=0, equal_nan=True)
 
 
-def check_look_ahead(call, norms, name, dtype, sizes, flags):
+def check_look_ahead(call, norms, name, dtype, sizes, flags, importance=0.0):
     """The distances that a step leaves are those that the next norm pass would find."""
     sizes = [0, *sizes]
     problem = Problem(sizes, (dtype,) * 5, replay=False)
     problem.anchors[2] = None
-    call(name, problem, HYPER[name], flags, look_ahead=True)
+    weighing = {"importance": importance} if importance else {}
+    call(name, problem, HYPER[name], flags, look_ahead=True, **weighing)
     unknown = torch.full_like(problem.distances, -1.0)
-    squares = norms(problem, reference.NORM_DISTANCE, distances=unknown)
+    squares = norms(problem, reference.NORM_DISTANCE, distances=unknown, **weighing)
     assert problem.distances[2] == unknown[2] == -1
     anchored = torch.tensor([x is not None for x in problem.anchors])
     assert torch.equal(problem.distances[anchored], squares[2][anchored])
     assert torch.equal(problem.distances, unknown)
     exact = [
-        -1 if a is None else reference.distance(p.double(), a.double()).item()
-        for p, a in zip(problem.params, problem.anchors, strict=True)
+        -1
+        if a is None
+        else reference.distance(
+            p.double(), a.double(), f.double() if importance else None, importance
+        ).item()
+        for p, a, f in zip(problem.params, problem.anchors, problem.importances, strict=True)
     ]
     torch.testing.assert_close(problem.distances, torch.tensor(exact, dtype=F64), rtol=1e-6, atol=0)
 

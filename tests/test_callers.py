@@ -152,10 +152,11 @@ OTHERS = {
     ("dgg/optim/guided.py", "_reset_caches"): "test_gpu_stand_in.py",
     ("dgg/step/gradients.py", "zero_grad"): "below",
     ("dgg/deepspeed/driver.py", "_drop_orphans"): "deepspeed_worker.py",
-    ("dgg/hf.py", "_begin"): "test_hf.py",
-    ("dgg/hf.py", "_resume"): "test_hf.py",
-    ("dgg/hf.py", "_resume", 2): "test_hf.py",
-    ("dgg/hf.py", "_warn_of_ignored_lr"): "test_hf.py",
+    ("dgg/hf/callback.py", "_begin"): "test_hf.py",
+    ("dgg/hf/callback.py", "_resume"): "test_hf.py",
+    ("dgg/hf/callback.py", "_resume", 2): "test_hf.py",
+    ("dgg/hf/callback.py", "_warn_of_ignored_lr"): "test_hf.py",
+    ("dgg/hf/replay_trainer.py", "_load_optimizer_and_scheduler"): "test_hf_replay.py",
     ("kernels/launcher.py", "_without_spills"): "below",
 }
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from dgg.kernels import layout
 
 import rows
 from cases import BF16, F16, F32, F64, cpp_missing
@@ -25,6 +26,7 @@ from rows import (
     GUIDE,
     HYPER,
     INJECT,
+    ROUTES,
     SEED,
     SGD,
     SGD_CASES,
@@ -57,6 +59,8 @@ def call(name, problem, hyper, flags, *, look_ahead=False, table=None, **options
     }  # fmt: skip
     if table is None:
         table = problem.table(states_of(name, hyper), stepped=name == "adam")
+    if "route" in options:
+        options["route"] = layout.ROUTES[options["route"]]
     gradients = (addresses(problem.grads), addresses(problem.replays))
     arguments = (table, *gradients, problem.coefficients, problem.flags(flags), numbers_of(hyper))
     if name == "guide":
@@ -66,13 +70,22 @@ def call(name, problem, hyper, flags, *, look_ahead=False, table=None, **options
         operator(*arguments, problem.distances, look_ahead=look_ahead, **options)
 
 
-def norms(problem, which, *, distances=None, replay_weight=1.0, grad_scale=1.0):
+def norms(
+    problem, which, *, distances=None, replay_weight=1.0, grad_scale=1.0, importance=0.0
+):  # fmt: skip
     """Returns the squares of a problem's rows."""
     return ops.norms_table(
         problem.table(0), addresses(problem.grads), addresses(problem.replays),
         problem.distances if distances is None else distances,
-        replay_weight=replay_weight, grad_scale=grad_scale, which=which,
+        replay_weight=replay_weight, grad_scale=grad_scale, which=which, importance=importance,
     )  # fmt: skip
+
+
+def products(problem, flags, **options):
+    """Returns the products of a problem's rows."""
+    return ops.products_table(
+        problem.table(0), addresses(problem.grads), addresses(problem.replays), flags, **options
+    )
 
 
 # Philox
@@ -96,6 +109,18 @@ def test_philox_matches_python(n):
 @pytest.mark.parametrize("case", ADAM_CASES)
 def test_adam(case, situation):
     rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, [0, *EDGES[:-1]])
+
+
+@pytest.mark.parametrize("situation", ROUTES)
+@pytest.mark.parametrize("case", ["adamw", "adam", "amsgrad-maximize"])
+def test_adam_routes(case, situation):
+    rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, [0, *EDGES[:-1]])
+
+
+@pytest.mark.parametrize("situation", [name for name in ROUTES if name.startswith("decoupled")])
+@pytest.mark.parametrize("case", SGD_CASES)
+def test_sgd_routes(case, situation):
+    rows.check_update(call, "sgd", {**SGD, **SGD_CASES[case]}, situation, [0, *EDGES[:-1]])
 
 
 @pytest.mark.parametrize("first", [0, FIRST])
@@ -218,7 +243,7 @@ def test_half_conversions_are_exact_for_every_value():
                 [param], [grad], [], [], [], torch.zeros(1, dtype=F64), coefficients, flags, [0],
                 lr=lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
                 maximize=False, strength=1.0, threshold=0, replay_weight=1.0, grad_scale=1.0,
-                look_ahead=False, seed=0, draw=0,
+                look_ahead=False, seed=0, draw=0, importances=[],
             )  # fmt: skip
 
         step(param, zero, 0.5)
@@ -290,10 +315,30 @@ def test_certain_element_draws(alpha):
 # Norms and coefficients
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("which", range(8))
 @pytest.mark.parametrize("replay", [False, True])
-def test_norms(which, replay):
-    rows.check_norms(norms, which, replay, EDGES)
+def test_norms(which, replay, importance):
+    rows.check_norms(norms, which, replay, EDGES, importance)
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(dtype, replay, importance):
+    rows.check_products(products, dtype, replay, EDGES, importance)
+
+
+def test_products_of_extreme_numbers():
+    rows.check_extreme_products(products)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("name", rows.GUARDS)
+def test_guard_coefficients(name, max_grad_norm, per_tensor, maximize):
+    rows.check_guard(ops.guard_coefficients, name, max_grad_norm, per_tensor, maximize)
 
 
 def test_norms_of_many_equal_values_are_accurate():
@@ -301,7 +346,7 @@ def test_norms_of_many_equal_values_are_accurate():
     x = torch.full((2**22,), 1.1)
     (square,) = ops.norms(
         [x], [x], [], [], torch.full((1,), -1.0, dtype=F64),
-        replay_weight=1.0, grad_scale=1.0, which=1,
+        replay_weight=1.0, grad_scale=1.0, which=1, importances=[],
     )[0]  # fmt: skip
     assert abs(square.item() / x.double().square().sum().item() - 1) < 1e-6
 
@@ -317,10 +362,11 @@ def test_norms_of_extreme_numbers(dtype):
     rows.check_extreme_norms(norms, call, dtype)
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
-def test_look_ahead_is_the_next_norm_pass(dtype, flags):
-    rows.check_look_ahead(call, norms, "adam", dtype, EDGES, flags)
+def test_look_ahead_is_the_next_norm_pass(dtype, flags, importance):
+    rows.check_look_ahead(call, norms, "adam", dtype, EDGES, flags, importance)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9])
@@ -342,7 +388,8 @@ def test_coefficients(squares, per_tensor, scaling, max_grad_norm):
 def _list_calls(problem):
     """Name, positional and keyword arguments of every list operator."""
     flags = torch.full((len(problem.params),), ELEMENTS, dtype=torch.uint8)
-    common = dict(replay_weight=0.6, grad_scale=4.0)
+    weighing = dict(importances=problem.importances, importance=0.7)
+    common = dict(replay_weight=0.6, grad_scale=4.0, **weighing)
     draws = dict(seed=SIGNED_SEED, draw=DRAW)
     lists = [problem.params, problem.grads, problem.replays]
     rest = [problem.coefficients, flags, problem.indices]
@@ -350,29 +397,38 @@ def _list_calls(problem):
     yield (
         "adam_",
         [*lists, *problem.states, problem.anchors, problem.steps, problem.distances, *rest],
-        {**FULL["adam"], **common, **draws, "look_ahead": True},
+        {**FULL["adam"], **common, **draws, "look_ahead": True, "route": layout.BY_FIRST_MOMENT},
     )
     yield (
         "sgd_",
         [*lists, problem.states[0], problem.anchors, problem.distances, *rest],
-        {**SGD, **common, **draws, "look_ahead": True},
+        {**SGD, **common, **draws, "look_ahead": True, "route": layout.BY_DECOUPLED},
     )
     yield "guide_", [*lists, problem.anchors, *rest], {**FULL["guide"], **common, **draws}
+    yield "products", [*lists, problem.anchors, torch.full_like(flags, INJECT)], common
 
 
 def test_lists_and_tables_agree():
     kinds = [(F32,) * 5, (BF16,) * 5, (BF16, F32, BF16, F32, F16), (F64,) * 5]
     sizes = [33, BLOCK + 1, 5, 7]
-    for place, name in enumerate(("norms", "adam", "sgd", "guide")):
+    for place, name in enumerate(("norms", "adam", "sgd", "guide", "products")):
         problem = Problem(sizes, kinds)
         twin = problem.copy()
         operator, arguments, options = list(_list_calls(problem))[place]
         result = getattr(ops, operator)(*arguments, **options)
+        weighed = {name: x for name, x in options.items() if name != "importances"}
         if name == "norms":
-            assert torch.equal(result, norms(twin, **options))
+            assert torch.equal(result, norms(twin, **weighed))
             continue
-        look_ahead = {} if name == "guide" else {"look_ahead": True}
-        call(name, twin, FULL[name], ELEMENTS, replay_weight=0.6, grad_scale=4.0, **look_ahead)
+        if name == "products":
+            assert torch.equal(result, products(twin, arguments[-1], **weighed))
+            continue
+        how = {} if name == "guide" else {"look_ahead": True}
+        how |= {"adam": {"route": "first_moment"}, "sgd": {"route": "decoupled"}}.get(name, {})
+        call(
+            name, twin, FULL[name], ELEMENTS, replay_weight=0.6, grad_scale=4.0, importance=0.7,
+            **how,
+        )  # fmt: skip
         for ours, theirs in zip(
             [*problem.tensors(3), *problem.grads, problem.distances],
             [*twin.tensors(3), *twin.grads, twin.distances],
@@ -381,14 +437,14 @@ def test_lists_and_tables_agree():
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("place", range(5))
 def test_opcheck(place):
     problem = Problem([33, 5])
     operator, arguments, options = list(_list_calls(problem))[place]
     torch.library.opcheck(getattr(ops, operator).default, tuple(arguments), options)
 
 
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("place", range(5))
 def test_list_operators_in_a_compiled_graph(place):
     """Compiled without a break, they change what they change outside: the schemas say all of it."""
     eager = Problem([33, 5])
@@ -467,7 +523,7 @@ def test_list_operator_names_what_is_wrong(how):
 @pytest.mark.parametrize(
     "spoil,message",
     [
-        (lambda table: table[:, :13].contiguous(), r"shape \[n, 14\]"),
+        (lambda table: table[:, :13].contiguous(), r"shape \[n, 15\]"),
         (lambda table: table.index_fill(1, torch.tensor([7]), 1), "group 1 of 1"),
         (lambda table: table.index_fill(1, torch.tensor([8]), 4), "dtype code"),
         (lambda table: table.index_fill(1, torch.tensor([2]), 0), "no address for moment 1"),

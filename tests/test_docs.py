@@ -103,16 +103,18 @@ def documented_options():
 def described(name):
     if name == "set_anchor":
         return dgg.AdamW.set_anchor
-    return dgg.hf.GuidanceCallback if name == "GuidanceCallback" else getattr(dgg, name)
+    of_the_trainer = name in ("GuidanceCallback", "ReplayTrainer")
+    return getattr(dgg.hf if of_the_trainer else dgg, name)
 
 
 @pytest.mark.parametrize(
     "name",
     ["AdamW", "Adam", "SGD", "Guidance", "ReplayBuffer", "set_anchor",
-     pytest.param("GuidanceCallback", marks=pytest.mark.slow)],
+     *(pytest.param(name, marks=pytest.mark.slow)
+       for name in ("GuidanceCallback", "ReplayTrainer"))],
 )  # fmt: skip
 def test_every_option_stands_once_with_its_default(name):
-    if name == "GuidanceCallback":
+    if name in ("GuidanceCallback", "ReplayTrainer"):
         pytest.importorskip("transformers")
     said = {}
     for classes, options in documented_options():
@@ -120,7 +122,8 @@ def test_every_option_stands_once_with_its_default(name):
             assert not said.keys() & options.keys()
             said |= options
     there = dict(inspect.signature(described(name)).parameters)
-    there.pop("self", None)
+    for others in ("self", "args", "kwargs"):  # the latter two are the Trainer's
+        there.pop(others, None)
     assert sorted(said) == sorted(there)
     for option, parameter in there.items():
         printed = said[option].get(name, said[option][""])

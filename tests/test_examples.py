@@ -37,7 +37,8 @@ ELSEWHERE = {
     "docs/huggingface.md 3": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 5": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 6": ("test_hf.py", "test_the_guide_is_true"),
-    "docs/huggingface.md 7": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/huggingface.md 7": ("test_hf.py", "test_the_guide_is_true"),
+    "docs/huggingface.md 8": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
     "docs/sharding.md 1": (
         "test_launched.py",
         "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",

@@ -364,7 +364,7 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1]
     assert len([line for line in diff.splitlines() if line[0] in "+-"]) <= 4
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     names = {
         "dgg": dgg,
         "Trainer": transformers.Trainer,
@@ -382,6 +382,9 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
             names["model"].save_pretrained("adapters/0")
         exec(example, names)
         assert is_active(names["trainer"])
+        if "replay_buffer" in example:
+            assert names["memory"].tasks == (0, 1) and len(names["memory"]) == 16
+            assert isinstance(names["trainer"], dgg.hf.ReplayTrainer)
         opt = dgg.unwrap(names["trainer"].optimizer)
         assert opt.param_groups[0]["task_index"] == 1
         held = {id(p) for p, state in opt.state.items() if "anchor" in state}
@@ -581,7 +584,7 @@ def test_logs_reach_everyone(tmp_path, caplog):
 
 
 def test_statistics_are_folded():
-    window = dgg.hf._Window()
+    window = dgg.hf.callback._Window()
     for step in range(200):
         hit = step % 4 == 0
         window.add(

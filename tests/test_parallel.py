@@ -116,6 +116,7 @@ LIBRARIES = [
          build=worker.adapted_language_model),
     case("Trainer DDP", "trainer_beside", "mixed precision", label="bf16", folder="", bf16=True),
     case("Trainer DDP", "trainer_beside", "anchor by name", label="named", folder="", named=True),
+    case("Trainer DDP", "trainer_with_other_memories", folder=""),
     case("Trainer FSDP2", "trainer_beside", *LORA, label="FSDP2 LoRA", folder="", sharded={},
          build=worker.adapted_language_model),
 ]  # fmt: skip
@@ -152,6 +153,13 @@ MORE = [
          sharded={}, named=True),
     case("Trainer FSDP2", "trainer_beside", "meta init", label="FSDP2 meta", folder="",
          sharded={"cpu_ram_efficient_loading": True}),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="static graph", folder="",
+         accumulated=1,  # torch's no_sync() fails in a static graph, with and without replay
+         ddp_static_graph=True, ddp_find_unused_parameters=False),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="small buckets", folder="",
+         ddp_bucket_cap_mb=0.001, ddp_find_unused_parameters=False),
+    case("Trainer DDP", "trainer_replays_under", "replay", label="every pass reduced", folder="",
+         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}),
     case("Trainer FSDP2", "trainer_run", "resume", label="full", kept="Trainer FSDP2 full",
          sharded={"state_dict_type": "FULL_STATE_DICT"}),
 ]  # fmt: skip
@@ -193,6 +201,8 @@ for engine, label, over in (
     ELSEWHERE += [
         case(engine, "trainer_resume_elsewhere", "resume on other ranks", label=label,
              kept=engine, **over),
+        case(engine, "trainer_resume_elsewhere", "replay", label=f"{label} replay",
+             kept=f"{engine} replay", replay=True, **over),
     ]  # fmt: skip
 
 
@@ -268,6 +278,10 @@ def trained(tmp_path_factory):
         "DDP": ("trainer_run", {"kept": "Trainer DDP"}),
         "FSDP2": ("trainer_run", {"kept": "Trainer FSDP2", "sharded": {}}),
     }
+    cases |= {
+        f"{name} replay": (run, {**given, "kept": f"{given['kept']} replay", "replay": True})
+        for name, (run, given) in cases.items()
+    }
     cases |= {param.values[0]: arguments for param, arguments in ACCELERATE + LIBRARIES}
     return folder, spawn(2, folder, cases)
 
@@ -297,27 +311,35 @@ def test_more_of_accelerate_and_the_trainer(name, more):
 
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory):
-    """The weights that the Trainer's two tasks end with on one rank."""
+    """The weights that the Trainer's two tasks end with on one rank, without and with replay."""
     pytest.importorskip("transformers")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    found = []
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ACCELERATE_USE_CPU", "true")
-            trainer, _ = worker.two_tasks(str(tmp_path_factory.mktemp("one")), 1)
+            for replay in (False, True):
+                folder = str(tmp_path_factory.mktemp("one"))
+                trainer, _ = worker.two_tasks(folder, 1, replay=replay)
+                found.append(trainer.model.state_dict())
     finally:
         torch.set_num_threads(threads)
-    return trainer.model.state_dict()
+    assert any(not torch.equal(x, y) for x, y in zip(*map(dict.values, found), strict=True))
+    return found
 
 
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(
-            name,
-            marks=pytest.mark.compat(f"Trainer {name}", "trajectory", "clipping", "resume"),
+            name + replay * " replay",
+            marks=pytest.mark.compat(
+                f"Trainer {name}", "trajectory", "clipping", "resume", *["replay"] * replay
+            ),
         )
         for name in ("DDP", "FSDP2")
+        for replay in (False, True)
     ],
 )
 def test_trainer(name, trained, in_one_process):
@@ -325,6 +347,7 @@ def test_trainer(name, trained, in_one_process):
     folder, outcome = trained
     assert not outcome[name], outcome[name]
     found = torch.load(folder.parent / "kept" / f"Trainer {name}" / "weights.pt")
-    assert found.keys() <= in_one_process.keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, in_one_process[name], rtol=1e-5, atol=1e-6, msg=name)
+    expected = in_one_process["replay" in name]
+    assert found.keys() <= expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=key)

@@ -112,6 +112,19 @@ def test_the_deck_goes_round():
     assert buffer.sample(0) == []
 
 
+def test_ranks_take_other_cards_of_the_same_deck():
+    """Together they have what one rank has that takes all, and their buffers stay the same."""
+    one, *others = (ReplayBuffer(4, seed=2) for _ in range(4))
+    for buffer in (one, *others):
+        buffer.add_task(range(4))
+        buffer.add_task(range(10, 14))
+    for count in (2, 3, 0, 1):  # 18 cards of a deck of 8
+        parts = [b.sample(count, rank=k, world_size=3) for k, b in enumerate(others)]
+        assert [len(part) for part in parts] == [count] * 3
+        assert [x for part in parts for x in part] == one.sample(3 * count)
+        assert all(buffer.state_dict() == one.state_dict() for buffer in others)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.125, 1 / 3, 0.3, 0.5, 0.99, 1.0])
 def test_the_ratio_is_exact(ratio):
     buffer = ReplayBuffer(3, seed=0)
@@ -941,6 +954,10 @@ def test_arguments_that_are_wrong_change_nothing():
     for call in (
         lambda: buffer.sample(-1),
         lambda: buffer.sample(1.5),
+        lambda: buffer.sample(1, rank=2, world_size=2),
+        lambda: buffer.sample(1, rank=-1, world_size=2),
+        lambda: buffer.sample(1, world_size=0),
+        lambda: buffer.sample(1, world_size=1.5),
         lambda: buffer.share(4, 2),
         lambda: buffer.share(4, "x"),
         lambda: buffer.share(4.5, 0.5),

@@ -21,7 +21,7 @@ LISTS = {"Dtype": "DTYPE_NAMES", "AdamHyper": "ADAM_HYPER", "SgdHyper": "SGD_HYP
          "GuideHyper": "GUIDE_HYPER"}  # fmt: skip
 # What is called otherwise in Python.
 RENAMED = {"kLaunchChunk": "CHUNK", "kTotalNorm": "NORM_TOTAL", "kGradNorm": "NORM_GRAD",
-           "kDistance": "NORM_DISTANCE"}  # fmt: skip
+           "kDistance": "NORM_DISTANCE", "kHDotR": "H_DOT_R", "kUDotR": "U_DOT_R"}  # fmt: skip
 # What C++ alone needs.
 OF_CPP = {"kLargest", "kNoDtypes"}
 
@@ -69,7 +69,7 @@ def numbers_of(header):
 
 def numbers_of_python():
     public = {name: value for name, value in vars(layout).items() if name[0] != "_"}
-    del public["GRANULARITIES"]  # the same by their names
+    del public["GRANULARITIES"], public["ROUTES"]  # the same by their names
     return public
 
 
@@ -80,6 +80,16 @@ def test_both_have_the_same_numbers():
 def test_granularities_go_by_their_names():
     names = {"step": layout.BY_STEP, "tensor": layout.BY_TENSOR, "element": layout.BY_ELEMENT}
     assert names == layout.GRANULARITIES
+
+
+def test_routes_go_by_their_names():
+    routes = [layout.BY_GRADIENT, layout.BY_FIRST_MOMENT, layout.BY_DECOUPLED]
+    assert list(zip(reference.ROUTES, routes, strict=True)) == list(layout.ROUTES.items())
+
+
+def test_the_reference_has_the_rows_of_products():
+    names = ["TOTAL", "GUIDED", "PULL", "REPLAY", "H_DOT_R", "U_DOT_R", "PRODUCTS", "GUARD_EXTRAS"]
+    assert all(getattr(reference, name) == getattr(layout, name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +104,10 @@ def test_granularities_go_by_their_names():
      ("kStateBit = 8", "kStateBit = 64"),
      ("kByStep, kByTensor", "kByTensor, kByStep"),
      ("kLaunchChunk = 8192", "kLaunchChunk = 4096"),
-     ("kSlotBits = 8", "kSlotBits = 16"),
+     ("kSlotBits = 4", "kSlotBits = 8"),
      ("kFirstStep = 4", "kFirstStep = 8"),
+     ("kByGradient, kByFirstMoment", "kByFirstMoment, kByGradient"),
+     ("kHDotR, kUDotR", "kUDotR, kHDotR"),
      ("kGradNorm = 2", "kGradNorm = 8"),
      ("kClip, kGradLength", "kGradLength, kClip"),
      ("kStreamElement = 0x80000000u", "kStreamElement = 0x40000000u")],

@@ -16,7 +16,7 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from dgg.hf import GuidanceCallback, is_active  # noqa: E402
+from dgg.hf import GuidanceCallback, is_active, with_replay  # noqa: E402
 
 WORDS = [f"w{number}" for number in range(20)]
 STEPS = 6
@@ -53,14 +53,14 @@ def texts(stride):
     )
 
 
-def trainer_for(network, stride, out, callbacks, *, peft_config=None, **over):
+def trainer_for(network, stride, out, callbacks, *, peft_config=None, replay=None, **over):
     settings = {
         "output_dir": str(out), "per_device_train_batch_size": 4, "max_steps": STEPS,
         "gradient_accumulation_steps": 2, "logging_steps": 2, "save_strategy": "no",
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0, "bf16": False,
         "dataloader_pin_memory": False, "gradient_checkpointing": False, **over,
     }  # fmt: skip
-    return trl.SFTTrainer(
+    return (trl.SFTTrainer if replay is None else with_replay(trl.SFTTrainer))(
         network,
         trl.SFTConfig(**settings),
         train_dataset=texts(stride),
@@ -68,6 +68,7 @@ def trainer_for(network, stride, out, callbacks, *, peft_config=None, **over):
         peft_config=peft_config,
         optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 1e-2, "alpha": 0.5, "seed": 3}),
         callbacks=callbacks,
+        **(replay or {}),
     )
 
 
@@ -107,3 +108,47 @@ def test_two_tasks(tmp_path, lora):
     again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
     for name, value in trainable(again.model).items():
         assert torch.equal(value, names[name]), name
+
+
+def test_replay(tmp_path):
+    """trl's own loss over what its collator makes of old rows; resumed bit for bit."""
+    memory, drawn, looked = dgg.ReplayBuffer(per_task=8, seed=1), [], []
+    replay = {"replay_buffer": memory, "replay_ratio": 0.5}
+    first = trainer_for(model(), 1, tmp_path / "0", [GuidanceCallback()], replay=replay)
+    first.train()
+    assert first.remember() == 8 and memory.tasks == (0,)
+    start = {name: value.clone() for name, value in first.model.state_dict().items()}
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, model, **kwargs):
+            (batch,) = drawn
+            loss = model(**batch).loss
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            expected = torch.autograd.grad(loss, [p for _, p in named])
+            slot = dgg.unwrap(optimizer)._replay
+            for (name, p), grad in zip(named, expected, strict=True):
+                torch.testing.assert_close(slot.get(p), grad, rtol=1e-4, atol=1e-6, msg=name)
+            looked.append(len(batch["input_ids"]))
+            drawn.clear()
+
+    def second(network, out, **more):
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        callbacks = [GuidanceCallback(task=1), *more.pop("callbacks", [])]
+        return trainer_for(network, 3, out, callbacks, **saving, **more)
+
+    straight = second(first.model, tmp_path / "1", callbacks=[Look()], replay=replay)
+    collate = straight.data_collator
+    straight.replay_collator = lambda rows: drawn.append(collate(rows)) or collate(rows)
+    straight.train()
+    assert looked == [4] * STEPS
+    assert any("replay/loss" in entry for entry in straight.state.log_history)
+
+    again = second(
+        model(), tmp_path / "2", replay={"replay_buffer": dgg.ReplayBuffer(8), "replay_ratio": 0.5}
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, straight.model.state_dict()[name]), name
+    assert any(
+        not torch.equal(value, start[name]) for name, value in again.model.state_dict().items()
+    )

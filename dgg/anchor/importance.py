@@ -84,7 +84,7 @@ def plan(
         for p, label in zip(params, labels, strict=True)
     ]
     if match is None:
-        sums = _running_sums(opt, groups, params)
+        sums = running_sums(opt, groups, params)
     else:
         sums = []
         exact = [_exact(p) for p in params]
@@ -147,8 +147,17 @@ def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-def _running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
-    """Returns functions that return the present sum of every parameter with its v̂ added."""
+def running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+    """Returns functions that return the present sum of every parameter with its v̂ added.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        params: Parameters, or partitions.
+
+    Raises:
+        RuntimeError: There is neither a second moment nor a sum.
+    """
     mean = float(opt.param_groups[0]["importance_mean"])
     members = opt._ownership.tensors(groups)
     group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
@@ -270,7 +279,7 @@ def as_dict(opt, groups: Sequence[Mapping[str, Any]], model: torch.nn.Module | N
             "the optimizer from model.named_parameters()"
         )
     result: dict[str, Tensor] = {}
-    for p, read in zip(chosen, _running_sums(opt, groups, chosen), strict=True):
+    for p, read in zip(chosen, running_sums(opt, groups, chosen), strict=True):
         total = read()
         if p.is_complex():
             total = torch.view_as_complex(total)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dgg import _arguments
 from dgg._imitable import imitable
-from dgg.anchor import boundary
+from dgg.anchor import boundary, merge
 from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
 from dgg.optim.stepped import Stepped
@@ -225,6 +225,41 @@ class Guided(Stepped):
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
         self._deepspeed_driver()
         boundary.clear(self, self._all_groups, self._all_groups)
+
+    @imitable
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge_anchor(self, rule: str = "mean", *, keep: float = 0.5) -> float:
+        """Moves the weights a part of the way back to the anchor, at the end of a task.
+
+        The anchor is then the merged model of the former tasks and the weights are the end of this
+        one. Call it after the last step of the second task and later ones, before `set_anchor`
+        (with which the merged weights become the anchor of the next task).
+
+        Args:
+            rule: ``"mean"``: the running mean of the tasks' models. ``"fisher"``: the point on the
+                way from anchor to weights at which the tasks' losses, as quadratics with Adam's
+                second moments, have their least sum (Perturb-and-Merge, arXiv 2505.22389); needs
+                ``importance`` > 0. ``"rows"``: the rows of every matrix that moved farthest stay,
+                the others go back (Neuron-Fusion's kind, arXiv 2505.16703); vectors stay.
+            keep: Share of the rows that stay, for ``"rows"``.
+
+        Returns:
+            The share of the way that is kept: a of θ* + a (θ - θ*); for ``"rows"`` the share of
+            the rows.
+
+        Raises:
+            RuntimeError: There is no anchor, no second moment for ``"fisher"``, or an engine has
+                put flat partitions in place of the parameters. Nothing is changed.
+            ValueError: ``rule`` or ``keep`` is out of range.
+        """
+        if self._deepspeed_driver() is not None:
+            raise RuntimeError(
+                "merge_anchor() cannot write the weights of a model that DeepSpeed's ZeRO steps: "
+                "save it, merge the saved weights, and load them for the next task"
+            )
+        weights = functools.partial(state.stepped_weight, self)
+        return merge.merge(self, self.param_groups, rule, keep, weights)
 
     @imitable
     @torch.no_grad()

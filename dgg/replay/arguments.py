@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dgg._numbers import as_float, as_int, plain, shown
 from dgg.replay.copies import is_array, is_tensor
 
-__all__ = ["as_ratio", "as_seed", "as_task", "check_batches", "is_columns", "is_indexed"]
+__all__ = [
+    "as_ratio", "as_seed", "as_task", "check_batches", "check_part", "is_columns", "is_indexed",
+]  # fmt: skip
 
 
 def as_seed(name: str, value: Any) -> int:
@@ -69,6 +71,22 @@ def _rounded(number: float, dtype: Any) -> float:
     if isinstance(dtype, torch.dtype):
         return torch.tensor(number, dtype=dtype, device="cpu").item()
     return dtype.type(number).item()
+
+
+def check_part(count: Any, rank: Any, world_size: Any) -> tuple[int, int, int]:
+    """Checks what `ReplayBuffer.sample()` is called with; returns it as plain integers.
+
+    Raises:
+        TypeError: if an argument is not an integer.
+        ValueError: if `count` is negative, or there is no such rank.
+    """
+    count = as_int("count", count)
+    rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    return count, rank, world_size
 
 
 def is_columns(data: Any) -> bool:

@@ -16,6 +16,7 @@ from dgg.replay.arguments import (
     as_seed,
     as_task,
     check_batches,
+    check_part,
     is_columns,
     is_indexed,
 )
@@ -23,7 +24,7 @@ from dgg.replay.copies import copied
 from dgg.replay.drawing import Card, Draws, choose, deal, offer, this_worker, worker_generator
 from dgg.replay.passes import _Pass
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["ReplayBuffer", "course"]
 
 
 class ReplayBuffer:
@@ -180,23 +181,30 @@ class ReplayBuffer:
 
     # ------------------------------------------------------------------------------ sampling
 
-    def sample(self, count: int) -> list[Any]:
+    def sample(self, count: int, *, rank: int = 0, world_size: int = 1) -> list[Any]:
         """Copies of the next `count` examples of the deck, which is dealt anew as often as needed.
 
         Nothing has changed if this raises.
 
+        Args:
+            count: how many this rank receives.
+            rank: which part of the cards that are dealt, from 0.
+            world_size: into how many parts they go. Ranks whose buffers are the same deal the same
+                `count * world_size` cards, and each takes other ones of them; so the buffers stay
+                the same.
+
         Raises:
-            TypeError: if `count` is not an integer.
-            ValueError: if `count` is negative, or the buffer is empty and `count` is not 0.
+            TypeError: if an argument is not an integer.
+            ValueError: if `count` is negative, there is no such rank, or the buffer is empty and
+                `count` is not 0.
         """
-        count = as_int("count", count)
-        if count < 0:
-            raise ValueError(f"count must not be negative, got {count}")
+        count, rank, world_size = check_part(count, rank, world_size)
         if count and not len(self):
             raise ValueError("the replay buffer is empty: add a finished task first")
         self._settle()
         with Draws(self._rng) as draws:
-            cards, deck, left = deal(count, self._deck, self._kept, draws)
+            cards, deck, left = deal(count * world_size, self._deck, self._kept, draws)
+            cards = cards[rank * count : (rank + 1) * count]
             examples = [copied(self._kept[task][k], self.copy_tensors) for task, k in cards]
         del deck[left:]
         self._deck = deck
@@ -367,3 +375,11 @@ class ReplayBuffer:
         memo[id(self)] = other
         other.load_state_dict(copy.deepcopy(self.state_dict(), memo))
         return other
+
+
+def course(buffer: ReplayBuffer) -> tuple[Any, ...]:
+    """What decides all further draws: equal where buffers of the same data draw the same."""
+    number = {task: place for place, task in enumerate(buffer._kept)}
+    deck = [(number[task], k) for task, k in buffer._deck]
+    sizes = [(len(kept), buffer._seen[task]) for task, kept in buffer._kept.items()]
+    return sizes, deck, buffer._owed, buffer._rng.getstate()

@@ -92,15 +92,16 @@ class Draws:
             decision.guarded, decision.ascends = True, derived["guard"]
             decision.looks_ahead = False  # the products read all that a distance would save
 
-    def has_replay(self, replays: bool) -> bool:
+    def has_replay(self, replays: bool, anchored: bool) -> bool:
         """Returns whether a guarded step has replay gradients; warns once if it never has.
 
         Args:
             replays: There are some.
+            anchored: There is something that they would guide.
         """
         if replays:
             self._without_replay = -1
-        elif self._without_replay >= 0:
+        elif self._without_replay >= 0 and anchored:
             self._without_replay += 1
         if self._without_replay == _LONG:
             self._without_replay = -1
@@ -216,7 +217,8 @@ def decide(opt) -> Decision:
 def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
     draws = opt._draws
-    if decision.guarded and not draws.has_replay(bool(opt._replay)):
+    anchored = any([rows.anchored for rows in all_rows])
+    if decision.guarded and not draws.has_replay(bool(opt._replay), anchored):
         decision.flags = [None] * len(all_rows)
         settle(decision, False)
         return

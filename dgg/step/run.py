@@ -106,7 +106,7 @@ def measure_on_device(
         opt._captured.append((opt._cache, index, decision.scaling, tensors))
     flags = opt._rule.final_flags(rows, rows.constant_flags(0)).clone()
     decision.flags, gates, options = [flags], None, decision.options
-    guards = not decision.guarded or opt._draws.has_replay(bool(opt._replay))
+    guards = not decision.guarded or opt._draws.has_replay(bool(opt._replay), rows.anchored)
     if rows.anchored and guards:
         seed, granularity = options["seed"], options["granularity"]
         names = opt._rule.kernel.hyper

@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face Trainer: task boundaries, per-task alpha and logging of a guided optimizer.
-
-    trainer = Trainer(
-        model, args, train_dataset=task,
-        optimizer_cls_and_kwargs=(dgg.AdamW, {"lr": 2e-4, "alpha": 0.2}),
-        callbacks=[dgg.hf.GuidanceCallback()],
-    )
-
-The guidance itself happens in the optimizer's step; the callback only says where a task begins
-and reports. Importing this module imports transformers; ``import dgg`` does not.
-"""
+"""`GuidanceCallback`: task boundaries, per-task alpha and logging of a guided optimizer."""
 
 from __future__ import annotations
 
@@ -35,7 +25,7 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 
 __all__ = ["GuidanceCallback", "is_active"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dgg.hf")  # the name in the documentation
 
 # Number of finished trainings by model, so that tasks are counted also in scripts that make a new
 # Trainer and a new callback for every task.
@@ -407,12 +397,12 @@ def is_active(trainer) -> bool:
     return at_work and opt.param_groups[0]["draw_index"] > 0
 
 
-def _unwrap(optimizer):
+def _unwrap(optimizer, who: str = "GuidanceCallback"):
     try:
         return optim.unwrap(optimizer)
     except TypeError as error:
         raise TypeError(
-            f"GuidanceCallback found no dgg optimizer in the Trainer ({error}). An `optim=` in "
+            f"{who} found no dgg optimizer in the Trainer ({error}). An `optim=` in "
             "TrainingArguments does not make one, and an 'optimizer' block in a DeepSpeed "
             "configuration replaces it: remove the block"
         ) from None

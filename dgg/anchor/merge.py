@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Merging the weights with their anchor at the end of a task, before the anchor is set anew.
+
+With d = θ - θ*, where θ* is the merged model of the former tasks and θ the end of this one:
+
+    "mean"     θ ← θ* + d / t, t tasks so far: the running mean of the tasks' models
+    "fisher"   θ ← θ* + a d,  a = ⟨d, v̂ d⟩ / ⟨d, (v̂ + Σ v̂) d⟩: where the tasks' losses, each a
+               quadratic with its diagonal Fisher matrix, have their least sum on the way from θ* to
+               θ, the former ones at their least in θ* (Perturb-and-Merge, arXiv 2505.22389)
+    "rows"     the rows of every matrix that moved farthest keep their d, the others get d = 0
+               (Neuron-Fusion's kind, arXiv 2505.16703)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgg import _arguments, anchor, sharding
+from dgg.anchor import importance
+from dgg.backends.views import real_view
+from dgg.sharding import fsdp1
+
+RULES = ("mean", "fisher", "rows")
+
+
+def merge(
+    opt, groups: Sequence[Mapping[str, Any]], rule: str, keep: float,
+    weights: Callable[[Tensor], Tensor],
+) -> float:  # fmt: skip
+    """Merges all anchored parameters in place; see `dgg.AdamW.merge_anchor`.
+
+    Args:
+        opt: The optimizer.
+        groups: Groups that hold the parameters.
+        rule: One of RULES.
+        keep: Share of the rows, for ``"rows"``.
+        weights: Parameter → the tensor that the optimizer steps for it: itself or its master.
+    """
+    _check(rule, keep)
+    params = [p for group in groups for p in group["params"] if "anchor" in opt.state.get(p, ())]
+    peers = opt._ownership.peers([p for group in groups for p in group["params"]])
+    with sharding.on_all_or_none(peers, {"rule": rule, "keep": keep}):
+        _check_params(opt, groups, params, rule)
+    tasks = int(opt.param_groups[0]["task_index"]) + 1
+    if rule == "rows":
+        for p in params:
+            _store(opt, p, weights, _rows_kept(weights(p), opt.state[p]["anchor"], keep))
+        return keep
+    share = 1 / tasks if rule == "mean" else _least(opt, params, weights)
+    for p in params:
+        theta = sharding.local(weights(p))
+        base = sharding.local(opt.state[p]["anchor"]).to(theta.device, theta.dtype)
+        _store(opt, p, weights, sharding.like(torch.lerp(base, theta, share), p))
+    return share
+
+
+def _check(rule: str, keep: float) -> None:
+    if rule not in RULES:
+        raise ValueError(f"merge_anchor(rule={rule!r}) is not one of {RULES}")
+    if not _arguments.is_number(keep) or not 0 < float(keep) <= 1:
+        raise ValueError(f"keep={keep!r} must lie in (0, 1]: it is a share of the rows")
+
+
+def _check_params(opt, groups, params: Sequence[Tensor], rule: str) -> None:
+    counted = any(group.get("anchored") for group in opt.param_groups)
+    if not params and not (counted and not opt._ownership.has_all):
+        raise RuntimeError(
+            "merge_anchor() has no anchor to merge with: call it at the end of the second task and "
+            "later ones, before set_anchor()"
+        )
+    if rule == "rows" and (not opt._ownership.has_names or any(map(fsdp1.is_one, params))):
+        raise RuntimeError(
+            "merge_anchor('rows') needs whole matrices, and an engine has put flat partitions in "
+            "their place; use 'mean', or merge the saved weights"
+        )
+    if rule != "fisher":
+        return
+    lacking = [p for p in params if "importance" not in opt.state[p]]
+    group_of = {p: group for group in groups for p in group["params"]}
+    moments = [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
+    if lacking or (params and all(moment is None for moment in moments)):
+        raise RuntimeError(
+            "merge_anchor('fisher') weighs the tasks by their second moments: build the optimizer "
+            "(Adam or AdamW) with importance > 0, and call it before the moments are reset; or use "
+            "'mean'"
+        )
+
+
+def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -> float:
+    """Returns the a of "fisher", in [0, 1]; every rank calls it."""
+    sums = []
+    mean = float(opt.param_groups[0]["importance_mean"])
+    totals = importance.running_sums(opt, opt._all_groups, params)
+    for p, read in zip(params, totals, strict=True):
+        theta = real_view(sharding.local(weights(p)))
+        base = real_view(sharding.local(opt.state[p]["anchor"])).to(theta.device)
+        squares = (theta.double() - base.double()).square_()
+        total = read().double()
+        before = real_view(sharding.local(opt.state[p]["importance"])).to(total.device)
+        present = total - before.double() * mean
+        sums.append(torch.stack([(squares * present).sum(), (squares * total).sum()]))
+    of_task, of_all = opt._ownership.total(params, sums, 2).tolist()
+    if not of_all > 0:  # nothing moved that matters to any task
+        return 1.0
+    return min(1.0, max(0.0, of_task / of_all))
+
+
+def _rows_kept(theta: Tensor, base: Tensor, keep: float) -> Tensor:
+    """Returns θ with all but its farthest rows back at the anchor; vectors as they are."""
+    if theta.dim() < 2:
+        return theta
+    base = base.to(theta.device, theta.dtype)
+    lengths = torch.linalg.vector_norm((theta - base).flatten(1), dim=1)
+    whole = lengths.full_tensor() if sharding.is_dtensor(lengths) else lengths
+    count = max(1, round(keep * len(whole)))
+    chosen = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
+    chosen[whole.topk(count).indices] = True
+    chosen = chosen.view(-1, *[1] * (theta.dim() - 1)).expand(theta.shape)
+    if not sharding.is_dtensor(theta):
+        return torch.where(chosen, theta, base)
+    shard = sharding.shard_of(chosen, theta)
+    kept = torch.where(shard, sharding.local(theta), sharding.local(base))
+    return sharding.like(kept, theta)
+
+
+def _store(opt, param: Tensor, weights: Callable[[Tensor], Tensor], merged: Tensor) -> None:
+    """Writes merged weights to a parameter, and to its master weight."""
+    if "master" in opt.state[param]:
+        anchor.write(opt.state[param]["master"], merged)
+    anchor.write(param, merged)
