@@ -878,7 +878,7 @@ def test_the_protocol_has_the_numbers_of_the_code():
     )
     assert f"level {protocol.LEVEL}" in text and protocol.PRIMARY == ("guard50", "replay")
     assert "over the eight of a bed" in text and len(protocol.SECONDARY) == 8
-    assert f"over {protocol.FISHER['samples']} items" in text
+    assert f"mean over {protocol.FISHER['samples']} items" in text
     assert f"hold {100 * protocol.FISHER['coverage']:.0f} %" in text
     assert f"bench/methods at {protocol.OTHER_STEPS} steps" in text
     assert "DGG at five α" in text and len(protocol.ALPHAS) == 5
@@ -944,6 +944,10 @@ def test_arms_of_the_protocol():
     assert (compared["replay_other_lr"].lr, compared["replay"].lr) == (3e-3, 1e-3)
     assert compared["ewc"].options == {"strength": 10.0, **protocol.FISHER}
     assert (compared["other"].kind, compared["l2sp"].options) == ("spd", {"strength": 0.3})
+    import methods
+
+    with_fisher = {name for name in methods.METHODS if protocol.fixed_options(name)}
+    assert with_fisher == {"ewc", "online_ewc", "perturb_and_merge"}
     bounds = {arm.name: arm for arm in protocol.bound_arms(values)}
     assert bounds["joint"].joint and not any(arm.replay for arm in bounds.values())
     assert bounds["guidance"].options == {"alpha": 0.1}

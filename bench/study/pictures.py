@@ -121,7 +121,7 @@ def _alphas(plan: jobs.Plan, found: Found) -> Any:
                 continue
             _alpha_panel(panel, found, setting)
             panel.set_title(f"{bed}, {steps} steps, {memory} remembered", fontsize=8)
-    figure.supylabel("final average accuracy − that of replay only, points", fontsize=9)
+    figure.supylabel("final accuracy − replay only", fontsize=9)
     figure.supxlabel("α; at 0 replay only. Bars and band: 95 % intervals", fontsize=9)
     drawn = [panel for panel in axes.flat if panel.has_data()]
     handles, labels = drawn[0].get_legend_handles_labels()

@@ -221,12 +221,12 @@ class _Run:
         """Evaluate, remember some examples, and where the parameters are now."""
         kept: Sequence[int] = rows
         if self.method:
-            # Small batches: a Fisher matrix costs a backward pass over a batch for each label.
-            size = 4
-            batches = [self.batch(list(rows[k : k + size])) for k in range(0, len(rows), size)]
+            # One by one: each gradient of a Fisher matrix goes through a whole batch.
+            batches = [self.batch([row]) for row in rows]
             self.method.end_task(self.stage, batches)
             if self.method.chooses_examples:
-                kept = self._choose(rows)
+                places = self.method.choose(batches, None, self.sizes.remembered)
+                kept = [rows[int(k)] for k in places]
         self.model.eval()
         for j in range(last):
             self.matrix.record(last - 1, j, accuracy(self.answer, self.data.test[j]))
@@ -235,12 +235,6 @@ class _Run:
         if self.arm.kind in ("dgg", "guard"):
             self.optimizer.set_anchor()
         self.stage = last
-
-    def _choose(self, rows: range) -> list[int]:
-        """The rows that the method wants to remember."""
-        batches = [self.batch([row]) for row in rows]
-        chosen = self.method.choose(batches, None, self.sizes.remembered)
-        return [rows[int(k)] for k in chosen]
 
     # -- checkpoints -------------------------------------------------------------------------------
 
