@@ -641,14 +641,15 @@ ARMS = ("--part", "tuning", "in-domain", "--arms", "replay", "guard50")
 def test_interrupted_and_resumed(llava, tmp_path):
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
-        _command(out, *ARMS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        _command(out, *ARMS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if list(out.rglob("tuning/*.json")):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     text, errors = process.communicate(timeout=60)
     assert process.returncode == 130, text + errors
     assert "goes on from there" in text and "Traceback" not in text + errors
@@ -671,7 +672,9 @@ def test_interrupted_and_resumed(llava, tmp_path):
     # The report, and its pictures.
     assert "guard, w = ½ − replay only" in (out / "report.md").read_text(encoding="utf-8")
     stored = json.loads((out / "study.json").read_text(encoding="utf-8"))
-    assert {"plan", "commit", "versions", "cpu"} <= stored["config"].keys()
+    assert {"plan", "date", "commit", "versions", "cpu"} <= stored["config"].keys()
+    (origin,) = stored["config"]["origins"]
+    assert origin["runs"] == 14 and origin["first_date"] < origin["last_date"]
     assert set(stored["in-domain"]) == {"replay", "guard50"}
     for name in ("forest", "matrices-in-domain", "stability-plasticity-in-domain"):
         assert (out / f"{name}.png").stat().st_size > 5000

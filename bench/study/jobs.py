@@ -135,6 +135,10 @@ def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, s
     return Job(part, name, spec)
 
 
+class NotTunedError(SystemExit):
+    """The test arms are not known before the tuning is finished."""
+
+
 class Results:
     """The files of a study's folder."""
 
@@ -154,6 +158,18 @@ class Results:
         if stored["fingerprint"] != job.fingerprint():
             raise SystemExit(f"{path} is of another experiment; use another --out")
         return stored["result"]
+
+    def origins(self) -> list[dict[str, Any]]:
+        """Code version and processor of all runs, each once, with their first and last date."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.out.glob("runs/*/*.json")):
+            origin = json.loads(path.read_text(encoding="utf-8"))["origin"]
+            date = origin.pop("date")
+            kept = found.setdefault(json.dumps(origin, sort_keys=True), {**origin, "runs": 0})
+            kept["runs"] += 1
+            kept["first_date"] = min(date, kept.get("first_date", date))
+            kept["last_date"] = max(date, kept.get("last_date", date))
+        return list(found.values())
 
 
 def _wanted(plan: Plan, name: str) -> bool:
@@ -253,16 +269,16 @@ def chosen(
     """What tuning chose on a bed.
 
     Raises:
-        SystemExit: tuning is not finished.
+        NotTunedError: tuning is not finished.
     """
     all_families, methods = families(plan, results)
     found = {}
     if method_names() and _wanted(plan, "other") and "other" not in all_families:
-        raise SystemExit("tuning is not finished: run --part tuning first")
+        raise NotTunedError("tuning is not finished: run --part tuning first")
     for name, family in all_families.items():
         _, scores = _tried(plan, results, bed, family, methods)
         if search.next_points(family, scores, plan.budget):
-            raise SystemExit("tuning is not finished: run --part tuning first")
+            raise NotTunedError("tuning is not finished: run --part tuning first")
         found[name] = search.choose(family, scores)
     return found, methods
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The study of docs/forgetting.md; `make study` runs all of it, about two hours on two cores.
+"""The study of docs/forgetting.md; `make study` runs all of it, about 2½ hours on two idle cores.
 
     python bench/study/run.py --out runs/study                  # everything that is not there yet
     python bench/study/run.py --out runs/study --part digits    # or tuning, in-domain, shifted
@@ -41,25 +41,30 @@ def main(argv: list[str] | None = None) -> int:
     plan = jobs.SMOKE if options.smoke else jobs.FULL
     if options.arms:
         plan = replace(plan, arms=tuple(options.arms))
-    parts = options.part or list(PARTS)
     results = jobs.Results(options.out)
+    try:
+        return _run(plan, results, options)
+    except (KeyboardInterrupt, workers.Stopped):
+        print(f"\nStopped. All that is finished is in {options.out}; the same command goes on "
+              "from there.")  # fmt: skip
+        return INTERRUPTED
+
+
+def _run(plan, results, options) -> int:
+    """Run the parts that were asked for, then write the report."""
+    from study import summary
+
+    parts = options.part or list(PARTS)
     if not options.report:
         _check(plan, parts, results)
+        for part in options.out.glob("checkpoints/*.part"):
+            part.unlink()  # half a checkpoint of a killed run
         seconds = _estimate(plan, parts, results, options.workers)
         if options.estimate:
             return 0
         for part in PARTS:
-            if part not in parts:
-                continue
-            try:
-                if not _run_part(part, plan, results, options.workers, seconds[part]):
-                    return 1
-            except workers.Stopped:
-                print(f"\nStopped. All that is finished is in {options.out}; the same command "
-                      "goes on from there.")  # fmt: skip
-                return INTERRUPTED
-    from study import summary
-
+            if part in parts and not _run_part(part, plan, results, options.workers, seconds[part]):
+                return 1
     summary.write(plan, results, options.out)
     return 0
 

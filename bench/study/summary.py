@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
     found = collected(plan, results)
     text = "\n\n".join(page(plan, found))
     replace(out / "report.md", text + "\n")
-    stored = {"config": _provenance(plan), **found}
+    stored = {"config": {**_provenance(plan), "origins": results.origins()}, **found}
     replace(out / "study.json", json.dumps(stored, indent=1) + "\n")
     made = pictures.draw(plan, found, out)
     print(f"{text}\n\n{out / 'report.md'}, {out / 'study.json'}, {len(made)} pictures")
@@ -46,8 +47,8 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
     for bed in jobs.LLAVA_BEDS:
         try:
             chosen, methods = jobs.chosen(plan, results, bed)
-        except SystemExit:
-            continue  # not tuned yet
+        except jobs.NotTunedError:
+            continue
         found["tuning"][bed] = {
             "chosen": {name: search.as_json(one) for name, one in chosen.items()},
             "other": methods.get("other"),
@@ -69,6 +70,7 @@ def _provenance(plan: jobs.Plan) -> dict[str, Any]:
             versions[package] = None
     return {
         "plan": asdict(plan),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
         "uncommitted_changes": uncommitted_changes(),
         "versions": versions,

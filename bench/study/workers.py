@@ -45,8 +45,14 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
     previous = signal.signal(signal.SIGTERM, _terminated)
     failed = finished = 0
     try:
-        for process in processes:
-            process.start()
+        # Ctrl-C reaches all processes of a terminal. Workers inherit that it is ignored, from their
+        # first line on; this process alone answers.
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for process in processes:
+                process.start()
+        finally:
+            signal.signal(signal.SIGINT, interrupted)
         while finished < count:
             try:
                 kind, text, steps = news.get(timeout=5)
@@ -129,7 +135,6 @@ def _worker(
     index: int, parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
 ) -> None:
     """Take jobs until there are none; end quietly when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     import warnings
 
     import torch
