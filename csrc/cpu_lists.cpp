@@ -11,18 +11,19 @@ namespace dgg {
 namespace {
 
 using TensorList = std::vector<Tensor>;
+using OptionalList = std::optional<TensorList>;
 
 class ListTable {
  public:
   ListTable(const char* op, const TensorList& params, const TensorList& grads,
-            const TensorList& replays, const TensorList& anchors, const TensorList& importances,
+            const TensorList& replays, const TensorList& anchors, const OptionalList& importances,
             const std::vector<int64_t>& indices)
       : op_(op), params_(params), table_(params.size() * kColumns, 0) {
     STD_TORCH_CHECK(indices.empty() || indices.size() == params.size(), "dgg::", op_,
                     ": indices has ", indices.size(), " entries, params ", params.size());
     add("params", params, kColumnParam, kSlotParam);
     add("anchors", anchors, kColumnAnchor, kSlotAnchor);
-    add("importances", importances, kColumnImportance, kSlotImportance);
+    if (importances) add("importances", *importances, kColumnImportance, kSlotImportance);
     grads_ = add("grads", grads, -1, kSlotGrad);
     replays_ = add("replays", replays, -1, kSlotReplay);
     if (grads_.empty()) grads_.assign(params.size(), 0);
@@ -116,7 +117,7 @@ class ListTable {
 
 Tensor norms_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
                   const TensorList& anchors, const Tensor& distances, double replay_weight,
-                  double grad_scale, int64_t which, const TensorList& importances,
+                  double grad_scale, int64_t which, const OptionalList& importances,
                   double importance) {
   const ListTable table("norms", params, grads, replays, anchors, importances, {});
   const Rows rows = table.rows(replay_weight, grad_scale, importance);
@@ -134,7 +135,7 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
                double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
                bool maximize, double strength, int64_t threshold, double replay_weight,
                double grad_scale, bool look_ahead, int64_t seed, int64_t draw,
-               const TensorList& importances, double importance, int64_t route) {
+               const OptionalList& importances, double importance, int64_t route) {
   const char* const op = "adam_";
   ListTable table(op, params, grads, replays, anchors, importances, indices);
   table.require("exp_avgs", exp_avgs);
@@ -166,7 +167,7 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
               const std::vector<int64_t>& indices, double lr, double momentum, double dampening,
               double weight_decay, bool nesterov, bool maximize, double strength, int64_t threshold,
               double replay_weight, double grad_scale, bool look_ahead, int64_t seed, int64_t draw,
-              const TensorList& importances, double importance, int64_t route) {
+              const OptionalList& importances, double importance, int64_t route) {
   const char* const op = "sgd_";
   ListTable table(op, params, grads, replays, anchors, importances, indices);
   if (momentum != 0) table.require("momentum_buffers", momentum_buffers);
@@ -189,7 +190,7 @@ void guide_list(const TensorList& params, const TensorList& grads, const TensorL
                 const TensorList& anchors, const Tensor& coefficients, const Tensor& flags,
                 const std::vector<int64_t>& indices, bool maximize, double strength,
                 int64_t threshold, double replay_weight, double grad_scale, int64_t seed,
-                int64_t draw, const TensorList& importances, double importance) {
+                int64_t draw, const OptionalList& importances, double importance) {
   const char* const op = "guide_";
   const ListTable table(op, params, grads, replays, anchors, importances, indices);
   const double hyper[kGuideHypers] = {double(maximize), strength, static_cast<double>(threshold)};
@@ -199,7 +200,7 @@ void guide_list(const TensorList& params, const TensorList& grads, const TensorL
 
 Tensor products_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
                      const TensorList& anchors, const Tensor& flags, double replay_weight,
-                     double grad_scale, const TensorList& importances, double importance) {
+                     double grad_scale, const OptionalList& importances, double importance) {
   const char* const op = "products";
   const ListTable table(op, params, grads, replays, anchors, importances, {});
   const Rows rows = table.rows(replay_weight, grad_scale, importance);

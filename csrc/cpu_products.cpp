@@ -16,6 +16,65 @@
 namespace dgg {
 namespace {
 
+// Squares and products of equation (7), of a block of h, u and r; A is the sums' type.
+struct BlockProducts {
+  double head = 0, pull = 0, replay = 0, h_dot_r = 0, u_dot_r = 0;
+};
+
+template <typename A, typename T, bool kReplay>
+struct ProductSums {
+  const T* h;
+  const T* u;
+  const T* r;
+  int64_t n;
+  BlockProducts* sums;
+
+  DGG_HOST_DEVICE void operator()() const {
+    const ProductSums self = *this;
+    A lanes[5][kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= self.n; i += kLanes) {
+      DGG_PRAGMA_SIMD
+      for (int lane = 0; lane < kLanes; ++lane) self.add(lanes, lane, i + lane);
+    }
+    for (int rest = 0; i + rest < self.n; ++rest) self.add(lanes, rest, i + rest);
+    double totals[5];
+    for (int k = 0; k < (kReplay ? 5 : 2); ++k) {
+      double wide[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) wide[lane] = lanes[k][lane];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) wide[lane] += wide[lane + half];
+      }
+      totals[k] = wide[0];
+    }
+    *self.sums = {totals[0], totals[1], kReplay ? totals[2] : 0, kReplay ? totals[3] : 0,
+                  kReplay ? totals[4] : 0};
+  }
+
+  DGG_HOST_DEVICE void add(A (&lanes)[5][kLanes], int lane, int64_t i) const {
+    const A head = static_cast<A>(h[i]), pull = static_cast<A>(u[i]);
+    lanes[0][lane] += head * head;
+    lanes[1][lane] += pull * pull;
+    if constexpr (kReplay) {
+      const A replay = static_cast<A>(r[i]);
+      lanes[2][lane] += replay * replay;
+      lanes[3][lane] += head * replay;
+      lanes[4][lane] += pull * replay;
+    }
+  }
+};
+
+// A product is no larger than the squares of its factors: where these are sound, so is it.
+template <typename T, bool kReplay>
+BlockProducts products_of(const T* h, const T* u, const T* r, int64_t n) {
+  BlockProducts sums;
+  run(ProductSums<T, T, kReplay>{h, u, r, n, &sums});
+  const bool spoiled = may_be_spoiled<T>(sums.head) || may_be_spoiled<T>(sums.pull) ||
+                       (kReplay && may_be_spoiled<T>(sums.replay));
+  if (spoiled) run(ProductSums<double, T, kReplay>{h, u, r, n, &sums});
+  return sums;
+}
+
 struct ProductRow {
   Row row;
   bool guided;

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   m.def(
       "norms(Tensor[] params, Tensor[] grads, Tensor[] replays, Tensor[] anchors, "
       "Tensor(a!) distances, *, float replay_weight, float grad_scale, int which, "
-      "Tensor[] importances, float importance=0.0) -> Tensor");
+      "Tensor[]? importances=None, float importance=0.0) -> Tensor");
   m.def(
       "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] anchors, "
@@ -46,22 +46,22 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "int[] indices, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool decoupled, bool amsgrad, bool maximize, float strength, int threshold, "
       "float replay_weight, float grad_scale, bool look_ahead, int seed, int draw, "
-      "Tensor[] importances, float importance=0.0, int route=0) -> ()");
+      "Tensor[]? importances=None, float importance=0.0, int route=0) -> ()");
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor[] replays, "
       "Tensor(b!)[] momentum_buffers, Tensor[] anchors, Tensor(c!) distances, "
       "Tensor coefficients, Tensor flags, int[] indices, *, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, float strength, "
       "int threshold, float replay_weight, float grad_scale, bool look_ahead, int seed, int draw, "
-      "Tensor[] importances, float importance=0.0, int route=0) -> ()");
+      "Tensor[]? importances=None, float importance=0.0, int route=0) -> ()");
   m.def(
       "guide_(Tensor[] params, Tensor(a!)[] grads, Tensor[] replays, Tensor[] anchors, "
       "Tensor coefficients, Tensor flags, int[] indices, *, bool maximize, float strength, "
       "int threshold, float replay_weight, float grad_scale, int seed, int draw, "
-      "Tensor[] importances, float importance=0.0) -> ()");
+      "Tensor[]? importances=None, float importance=0.0) -> ()");
   m.def(
       "products(Tensor[] params, Tensor[] grads, Tensor[] replays, Tensor[] anchors, "
-      "Tensor flags, *, float replay_weight, float grad_scale, Tensor[] importances, "
+      "Tensor flags, *, float replay_weight, float grad_scale, Tensor[]? importances=None, "
       "float importance=0.0) -> Tensor");
 
   // On a device a step is launched: table and everything else lie there, and nothing waits for

@@ -3,7 +3,7 @@
 // The arithmetic of dgg, written once for every native backend: storage conversions, Philox, and
 // the updates of one element. Nothing here allocates, branches on data or knows about tensors, so
 // the same lines compile for a CPU vector loop and for a GPU thread. Equation numbers are those of
-// dgg/reference.py.
+// dgg/reference/.
 
 #pragma once
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The arithmetic, written once for every Triton kernel; equations as in dgg/reference.py.
+"""The arithmetic, written once for every Triton kernel; equations as in dgg/reference/.
 
 Storage conversions, Philox, and the updates of a block of elements. Nothing here knows about
 tables or memory. Everything is computed in the dtype T of the arithmetic, scalars too. Products

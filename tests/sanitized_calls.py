@@ -31,6 +31,7 @@ from dgg.kernels.layout import (
     NUMEL,
     PARAM,
     SCALES,
+    SLOT_BITS,
     STEP,
     STRETCH,
     STRIDE,
@@ -209,7 +210,7 @@ class Table:
         table, grads, replays = [], [], []
         for row in range(n):
             size = min(some_size(rng), most)
-            kinds = [uniform or rng.choice(DTYPES) for _ in range(8)]
+            kinds = [uniform or rng.choice(DTYPES) for _ in range(9)]
 
             def tensor(slot, missing=0.0, size=size, kinds=kinds):
                 absent = rng.random() < missing
@@ -220,12 +221,12 @@ class Table:
             states = [tensor(3 + place) for place in range(3)]
             step = memory.of([rng.choice((0.0, 3.0, 2.0**24, 1e9, float("inf")))], DTYPES[0])
             base, stretch, stride = places(rng, size)
-            codes = sum(DTYPES.index(kind) << 8 * slot for slot, kind in enumerate(kinds))
+            codes = sum(DTYPES.index(kind) << SLOT_BITS * slot for slot, kind in enumerate(kinds))
             table += [
                 address(tensor(0)), *map(address, states), address(tensor(6, 0.25)),
                 address(step), size, rng.randrange(self.groups), codes,
                 rng.choice((row, 2**31, a_word(rng))), base, stretch, stride,
-                address(tensor(7, 0.7)),
+                address(tensor(7, 0.7)), address(tensor(8, 0.5)),
             ]  # fmt: skip
             grads.append(address(grad))
             replays.append(address(replay))
@@ -250,16 +251,25 @@ class Table:
         rng = self.rng
         options = {"replay_weight": a_number(rng, 0.6),
                    "grad_scale": rng.choice((1.0, 1.0, 8.0, 0.0, float("inf")))}  # fmt: skip
+        if rng.random() < 0.5:
+            options["importance"] = rng.choice((0.0, 0.5, 1.0))
         if rule == "norms":
             return {**options, "which": rng.choice((7, 7, 0, 1, 2, 4, a_word(rng)))}
+        if rule == "products":
+            return options
         options |= {"seed": a_word(rng), "draw": a_word(rng)}
         if rule != "guide":
-            options |= {"look_ahead": rng.random() < 0.5, "stochastic": rng.random() < 0.4}
+            options |= {"look_ahead": rng.random() < 0.5, "stochastic": rng.random() < 0.4,
+                        "route": rng.choice((0, 0, 1, 2))}  # fmt: skip
         return options
 
     def norms(self) -> torch.Tensor:
         given = self.table, self.grads, self.replays, self.distances
         return ops.norms_table(*given, **self.options("norms"))
+
+    def products(self) -> torch.Tensor:
+        given = self.table, self.grads, self.replays, self.flags
+        return ops.products_table(*given, **self.options("products"))
 
 
 OPERATORS = {"adam": ops.adam_table_, "sgd": ops.sgd_table_, "guide": ops.guide_table_}
@@ -296,8 +306,15 @@ class Calls:
         rng = memory.rng
         table = Table(memory)
         for _ in range(rng.randint(1, 6)):
-            rule = rng.choice(("norms", "adam", "adam", "sgd", "sgd", "guide"))
+            rule = rng.choice(("norms", "adam", "adam", "sgd", "sgd", "guide", "products"))
             self.calls += 1
+            if rule == "products":
+                self.calls += 1
+                ops.guard_coefficients(
+                    table.products(), max_grad_norm=rng.choice((None, 1.0, 0.0)),
+                    per_tensor=rng.random() < 0.5, maximize=rng.random() < 0.5,
+                )  # fmt: skip
+                continue
             if rule == "norms":
                 squares = table.norms()
                 if rng.random() < 0.5:
@@ -318,7 +335,7 @@ class Calls:
 
     def _list_arguments(self, memory: Memory, rows: int | None = None):
         rng = memory.rng
-        rule = rng.choice(("norms", "adam_", "sgd_", "guide_"))
+        rule = rng.choice(("norms", "adam_", "sgd_", "guide_", "products"))
         n = rng.choice((0, 1, 2, 3, 5)) if rows is None else rows
         sizes = [some_size(rng) for _ in range(n)]
         uniform = rng.choice(DTYPES) if rng.random() < 0.5 else None
@@ -336,11 +353,15 @@ class Calls:
         flags = memory.of([rng.choice((0, 1, 2, 3, 7)) for _ in range(n)], torch.uint8)
         indices = [a_word(rng) for _ in range(n)] if rng.random() < 0.5 else []
         scaling = {"replay_weight": 0.6, "grad_scale": rng.choice((1.0, 4.0))}
+        if rng.random() < 0.5:
+            scaling |= {"importances": tensors(0.2), "importance": rng.choice((0.0, 0.5, 1.0))}
         drawn = {"seed": a_word(rng), "draw": a_word(rng)}
         ahead = {"look_ahead": rng.random() < 0.5}
         if rule == "norms":
             arguments |= {"anchors": tensors(0.2), "distances": distances}
             return rule, arguments, {**scaling, "which": rng.randrange(8)}
+        if rule == "products":
+            return rule, {**arguments, "anchors": tensors(0.2), "flags": flags}, scaling
         tail = {"coefficients": coefficients, "flags": flags, "indices": indices}
         if rule == "guide_":
             names = "maximize", "strength", "threshold"
@@ -585,13 +606,18 @@ class Calls:
             arguments[1] = torch.where(table.grads == 0, table.table[:, PARAM], table.grads)
 
         kind = rng.choice(("cell", "cell", "cell", "cell", "place", "missing", "tensor", "tensor",
-                           "tensor", "replay", "norms"))  # fmt: skip
-        if kind == "cell":
+                           "tensor", "replay", "norms", "option"))  # fmt: skip
+        if kind == "option":
+            wrong = {"importance": rng.choice((-0.5, 1.5, float("nan")))}
+            if rule != "guide" and rng.random() < 0.5:
+                wrong = {"route": rng.choice((-1, 3, a_word(rng) | 4))}
+            options |= wrong
+        elif kind == "cell":
             column, value = rng.choice((
                 (NUMEL, -1), (NUMEL, -(2**63)), (GROUP, -1), (GROUP, table.groups),
                 (GROUP, 2**62), (GROUP, 2**63 - 1), (GROUP, -(2**63)),
-                (CODES, 4 << 8 * rng.randrange(8)), (CODES, -1), (CODES, -(2**63)),
-                (CODES, 0x80 << 8 * rng.randrange(7)), (STRETCH, 0), (STRETCH, -3),
+                (CODES, 4 << SLOT_BITS * rng.randrange(9)), (CODES, -1), (CODES, -(2**63)),
+                (CODES, 0x8 << SLOT_BITS * rng.randrange(9)), (STRETCH, 0), (STRETCH, -3),
                 (STRETCH, -(2**63)),
             ))  # fmt: skip
             with_cell(column, value)
@@ -773,7 +799,7 @@ def provoke(kind: str) -> None:
     param = pages.tensor(33, DTYPES[0], True) if pages else torch.zeros(33)
     grad, buffer = torch.zeros(64), torch.zeros(64)
     # One vector more than there is.
-    table = [param.data_ptr(), buffer.data_ptr(), 0, 0, 0, 0, 41, 0, 0, 0, 0, 41, 41, 0]
+    table = [param.data_ptr(), buffer.data_ptr(), 0, 0, 0, 0, 41, 0, 0, 0, 0, 41, 41, 0, 0]
     ops.sgd_table_(
         torch.tensor([table]), torch.tensor([grad.data_ptr()]), torch.zeros(0, dtype=torch.int64),
         torch.ones(5, dtype=torch.float64), torch.zeros(1, dtype=torch.uint8),

@@ -181,7 +181,7 @@ class Placed:
 
     def place(self, plan, task, overwrites=False):
         self.overwrites, self.said = overwrites, []
-        boundary.place(self, self.groups, self.marks, lambda: plan, task)
+        boundary.place(self, self.groups, self.marks, lambda: plan, task, None)
 
 
 MARK = {**dict.fromkeys(_arguments.OPTIMIZER_OPTIONS), "task_index": 4, "seed": 3}
@@ -236,7 +236,7 @@ def test_what_cannot_be_planned_changes_nothing():
 
     opt.peers = lambda params: []
     with pytest.raises(KeyError, match="no tensor"):
-        boundary.place(opt, opt.groups, opt.marks, fails, None)
+        boundary.place(opt, opt.groups, opt.marks, fails, None, None)
     assert not opt.state and opt.said == [] and opt._awaits_load
     assert [mark["anchored"] for mark in opt.marks] == [7, 7]
 

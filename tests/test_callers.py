@@ -101,6 +101,16 @@ def long_without_an_anchor():
     return optimizer
 
 
+def long_without_replay():
+    optimizer, param = adamw(alpha="auto")
+    optimizer.set_anchor()
+    for _ in range(99):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    param.grad = torch.ones_like(param)
+    return optimizer
+
+
 def in_16_bits():
     return adamw(dtype=torch.bfloat16)[0]
 
@@ -137,6 +147,9 @@ OF_STEPS = {
     ("dgg/step/checks.py", "warn_if_nothing_happens", 2): (
         long_without_an_anchor, "nothing is guided", WAYS,
     ),
+    ("dgg/step/checks.py", "has_replay"): (
+        long_without_replay, "100 steps had none: nothing is guided", UNSCALED,
+    ),
     ("dgg/step/gradients.py", "scaler_state"): (
         with_infinite_replay, "replay gradients are inf", SCALED,
     ),
@@ -149,7 +162,7 @@ OF_STEPS = {
 # The others, and the test that looks at their line.
 OTHERS = {
     ("dgg/backends/libraries.py", "warn_if_unbuilt"): "test_install.py",
-    ("dgg/optim/guided.py", "_reset_caches"): "test_gpu_stand_in.py",
+    ("dgg/optim/stepped.py", "_reset_caches"): "test_gpu_stand_in.py",
     ("dgg/step/gradients.py", "zero_grad"): "below",
     ("dgg/deepspeed/driver.py", "_drop_orphans"): "deepspeed_worker.py",
     ("dgg/hf/callback.py", "_begin"): "test_hf.py",

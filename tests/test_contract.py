@@ -706,7 +706,17 @@ def test_versions_tell_autograd(kind, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics(backend):
     params, opt = build("adamw", backend, max_grad_norm=None, alpha=0.3)
-    names = {"injected", "scale", "grad_norm", "distance", "clip", "anchored", "guided"}
+    names = {
+        "injected",
+        "scale",
+        "grad_norm",
+        "distance",
+        "clip",
+        "anchored",
+        "guided",
+        "alignment",
+        "pull",
+    }
     before = opt.guidance_stats()
     assert before == {**dict.fromkeys(names), "anchored": len(params)} and before.backend == ""
     seen = set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The C++ operators against dgg/reference.py in float64, called without an optimizer."""
+"""The C++ operators against dgg/reference/ in float64, called without an optimizer."""
 
 from __future__ import annotations
 

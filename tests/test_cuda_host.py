@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels themselves, run on the CPU, against dgg/reference.py in float64."""
+"""The CUDA kernels themselves, run on the CPU, against dgg/reference/ in float64."""
 
 from __future__ import annotations
 

@@ -138,6 +138,51 @@ def _with_memory():
     return model, opt, memory, tasks[1]
 
 
+@stand_in("docs/guidance.md 1")
+def loop_without_a_search(run, monkeypatch, tmp_path, capsys):
+    model, tasks = model_and_batches()
+    names = run(
+        model=model,
+        tasks=tasks,
+        loader=list,
+        loss=lambda model, batch: model(batch).square().mean(),
+        collate=torch.cat,
+    )
+    stats = names["opt"].guidance_stats()
+    assert -1 <= stats["alignment"] <= 1 and stats["pull"] >= 0
+
+
+@stand_in("docs/guidance.md 2")
+def importance_of_the_former_process(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, tasks = model_and_batches()
+
+    def train(model, opt):
+        for batch in tasks[0]:
+            model(batch).square().mean().backward()
+            opt.step()
+
+    opt = run(model=model, train=train, dgg=dgg)["opt"]
+    entry = opt.state[model.weight]
+    assert entry["importance"].mean() > 0 and "anchor" in entry
+
+
+@stand_in("docs/guidance.md 3")
+def merging(run, monkeypatch, tmp_path, capsys):
+    model, tasks = model_and_batches()
+
+    def train(model, opt):
+        batches = tasks[opt.param_groups[0]["task_index"]]
+        for batch in batches:
+            model(batch).square().mean().backward()
+            opt.step()
+
+    opt = run(model=model, tasks=tasks, train=train, dgg=dgg)["opt"]
+    assert opt.param_groups[0]["task_index"] == 3
+    # The weights are the merged ones, and so is the anchor.
+    assert torch.equal(opt.state[model.weight]["anchor"], model.weight)
+
+
 @stand_in("docs/replay.md 2")
 @stand_in("docs/replay.md 3")
 def replay_in_a_loop(run, monkeypatch, tmp_path, capsys):

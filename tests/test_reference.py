@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The reference against its equations, element by element in Python's own arithmetic.
 
-Every backend is tested against ``dgg/reference.py``; here it is tested itself: the equations of its
+Every backend is tested against ``dgg/reference/``; here it is tested itself: the equations of its
 docstring, written down once more for single numbers, with every option off its neutral value and
 every optional argument left out once. It is the file that ``make mutate`` changes line by line
 (docs/mutation_testing.md): whatever these tests would not notice there, no other test needs to.
@@ -17,7 +17,16 @@ import torch
 
 from cases import BF16, F16, F32, F64
 from dgg import _philox, reference
-from dgg.reference import CLIP, DISTANCE, FIRST_STEP, GRAD_NORM, INJECT, INJECT_ELEMENTS, TOTAL_NORM
+from dgg.reference import (
+    CLIP,
+    DISTANCE,
+    FIRST_STEP,
+    GRAD_NORM,
+    INJECT,
+    INJECT_ELEMENTS,
+    TOTAL_NORM,
+    updates,
+)
 
 SHAPES = [(), (3, 2), (5,), (4,), (0,), (7,)]
 SEED, DRAW = 2**40 + 77, 2**33 + 5
@@ -609,8 +618,8 @@ def test_updates_store_with_words_of_their_own(rule, stochastic):
 def test_everything_is_made_where_the_parameters_are():
     """The meta device stands for an accelerator: what is made on the CPU could not be combined."""
     p = torch.zeros(2, 3, device="meta")
-    assert reference._elements(p, None).device.type == "meta"
-    assert reference._elements(p, (0, 1, 1)).shape == (2, 3)
+    assert updates._elements(p, None).device.type == "meta"
+    assert updates._elements(p, (0, 1, 1)).shape == (2, 3)
     distances = torch.full((1,), -1.0, dtype=F64, device="meta")
     squares = reference.norms([p], [None], [], [None], distances)
     assert squares.device.type == "meta"
@@ -626,5 +635,5 @@ def test_everything_is_made_where_the_parameters_are():
 
 def test_places_count_rows_of_blocks():
     x = torch.zeros(2, 3)
-    assert reference._elements(x, None).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert reference._elements(x, (100, 2, 10)).tolist() == [[100, 101, 110], [111, 120, 121]]
+    assert updates._elements(x, None).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert updates._elements(x, (100, 2, 10)).tolist() == [[100, 101, 110], [111, 120, 121]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The Triton kernels against dgg/reference.py in float64, launched without an optimizer.
+"""The Triton kernels against dgg/reference/ in float64, launched without an optimizer.
 
 Without a GPU they run in Triton's interpreter. That is slow, so chunks are small here: what is
 tested is every branch, not every size.

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import dgg
+from dgg import _arguments
 
 STEPS, BOUNDARY = 7, 2
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -137,12 +138,19 @@ def train(what: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+NEW = [*getattr(_arguments, "NEW_OPTIONS", {}).items()]
+
+
 def add_to(digest: Any, value: Any) -> None:
     """Adds whatever stands in a state dict."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + bytes_of(value))
     elif isinstance(value, dict):
-        for key in sorted(value, key=str):
+        # What an earlier commit has not saved is left out where it is what that commit did.
+        known = [
+            key for key in value if isinstance(value[key], Tensor) or (key, value[key]) not in NEW
+        ]
+        for key in sorted(known, key=str):
             digest.update(str(key).encode())
             add_to(digest, value[key])
     elif isinstance(value, (list, tuple)):

@@ -21,6 +21,7 @@ from dgg.checkpoint import source
 from dgg.optim.gradient_edit import EDIT, GuideRule
 from dgg.step import norms
 from dgg.step.cache import RowCache
+from dgg.step.checks import Warned
 from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
 from dgg.step.run import run
@@ -125,7 +126,7 @@ class Guidance:
             _arguments.make_plain(group)
         # θ* by parameter, under the key that it has in the state of `dgg.AdamW`.
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        self._draws, self._replay = Draws(), ReplaySlot()
+        self._draws, self._replay, self._warned = Draws(), ReplaySlot(), Warned()
         self._cache: RowCache | None = None
         self._last: dict[str, Any] | None = None
         self._resumed: int | None = None
@@ -368,7 +369,7 @@ def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> No
         )
     for number, group in enumerate(groups):
         needed = set(_arguments.GUIDANCE_OPTIONS) - _arguments.NEW_OPTIONS.keys()
-        absent = sorted(needed - group.keys())
+        absent = sorted(name for name in needed if name not in group)
         if absent:
             raise KeyError(
                 f"group {number} of the state dict lacks {absent}; pass what "

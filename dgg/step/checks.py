@@ -24,11 +24,13 @@ class Warned:
         unguided: Warned that there has been no anchor for a long time.
         idle: Warned that there has been no gradient for a long time.
         idle_steps: Steps in a row without any gradient.
+        steps_without_replay: Of alpha="auto", while there was an anchor; -1 once there was a
+            replay gradient, or a warning.
         boundary_known: A task boundary was named, or a callback sets the anchors.
     """
 
     narrow = unguided = idle = boundary_known = False
-    idle_steps = 0
+    idle_steps = steps_without_replay = 0
 
 
 def with_gradient(grads, replays) -> list[int]:
@@ -235,3 +237,27 @@ def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) 
         "nothing to protect yet: say so with set_anchor(task=0) before it begins",
         stacklevel=_callers.stacklevel(),
     )
+
+
+def has_replay(opt, anchored: bool) -> bool:
+    """Returns whether a step with alpha="auto" has replay gradients; warns once if none ever has.
+
+    Args:
+        opt: The optimizer.
+        anchored: There is something that they would guide.
+    """
+    warned, replays = opt._warned, bool(opt._replay)
+    if replays:
+        warned.steps_without_replay = -1
+    elif warned.steps_without_replay >= 0 and anchored:
+        warned.steps_without_replay += 1
+    if warned.steps_without_replay == _IDLE:
+        warned.steps_without_replay = -1
+        warnings.warn(
+            f"alpha='auto' takes the strength of the pull from replay gradients, and {_IDLE} "
+            "steps had none: nothing is guided. Record them (with opt.replay(): "
+            "loss(old).backward()); without a memory use a number for alpha, with "
+            "importance=0.5 or 1",
+            stacklevel=_callers.stacklevel(),
+        )
+    return replays

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import _arguments, _callers, _philox, backends, reference
+from dgg import _arguments, _philox, backends, reference
+from dgg.step import checks
 from dgg.step.options import Options
 from dgg.step.rule import CERTAIN, threshold
-
-# Steps without a replay gradient after which a run with alpha="auto" is told that it has none.
-_LONG = 100
 
 
 class Decision:
@@ -69,8 +66,6 @@ class Draws:
     def __init__(self) -> None:
         self.options = Options()
         self._word: tuple[int, int, int] | None = None
-        # Steps in which alpha="auto" had no replay gradient; -1 once there was one, or a warning.
-        self._without_replay = 0
 
     def guard(
         self, decision: Decision, groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]
@@ -91,28 +86,6 @@ class Draws:
         if derived["guard"] is not None:
             decision.guarded, decision.ascends = True, derived["guard"]
             decision.looks_ahead = False  # the products read all that a distance would save
-
-    def has_replay(self, replays: bool, anchored: bool) -> bool:
-        """Returns whether a guarded step has replay gradients; warns once if it never has.
-
-        Args:
-            replays: There are some.
-            anchored: There is something that they would guide.
-        """
-        if replays:
-            self._without_replay = -1
-        elif self._without_replay >= 0 and anchored:
-            self._without_replay += 1
-        if self._without_replay == _LONG:
-            self._without_replay = -1
-            warnings.warn(
-                f"alpha='auto' takes the strength of the pull from replay gradients, and {_LONG} "
-                "steps had none: nothing is guided. Record them (with opt.replay(): "
-                "loss(old).backward()); without a memory use a number for alpha, with "
-                "importance=0.5 or 1",
-                stacklevel=_callers.stacklevel(),
-            )
-        return replays
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
         """Returns the threshold of every group's draws, 0 where nothing can be injected."""
@@ -218,7 +191,7 @@ def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
     draws = opt._draws
     anchored = any([rows.anchored for rows in all_rows])
-    if decision.guarded and not draws.has_replay(bool(opt._replay), anchored):
+    if decision.guarded and not checks.has_replay(opt, anchored):
         decision.flags = [None] * len(all_rows)
         settle(decision, False)
         return

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dgg import _ranges, backends
-from dgg.step import cache, draws, norms
+from dgg.step import cache, checks, draws, norms
 from dgg.step.draws import Decision
 
 
@@ -106,7 +106,7 @@ def measure_on_device(
         opt._captured.append((opt._cache, index, decision.scaling, tensors))
     flags = opt._rule.final_flags(rows, rows.constant_flags(0)).clone()
     decision.flags, gates, options = [flags], None, decision.options
-    guards = not decision.guarded or opt._draws.has_replay(bool(opt._replay), rows.anchored)
+    guards = not decision.guarded or checks.has_replay(opt, rows.anchored)
     if rows.anchored and guards:
         seed, granularity = options["seed"], options["granularity"]
         names = opt._rule.kernel.hyper
