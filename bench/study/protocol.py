@@ -48,7 +48,7 @@ FAMILIES = {
     "guard": Family("guard", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
     "dgg": Family("dgg", {"lr": RATES, "alpha": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}, SQUARE),
     "l2sp": Family("l2sp", {"lr": RATES, "strength": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}, SQUARE),
-    "ewc": Family("ewc", {"lr": RATES, "strength": (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)}, SQUARE),
+    "ewc": Family("ewc", {"lr": RATES, "strength": (10.0, 30.0, 100.0, 300.0, 1e3, 3e3)}, SQUARE),
 }
 # The method of bench/methods/ that an arm of this name trains with, and what it always gets.
 CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
