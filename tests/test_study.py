@@ -586,6 +586,25 @@ def test_arms_differ_and_do_what_they_say(llava):
     assert one["matrix"][5][0] is not None and one["matrix"][0][0] is None
 
 
+@pytest.mark.parametrize("name", ["replay", "dgg"])
+def test_the_loop_is_that_of_the_demo(llava, name, tmp_path):
+    """To the bit: what the demo and the study before this one call replay and DGG is the same."""
+    _, in_domain, _, training = llava
+    from minivqa import methods as demo
+
+    sizes, arm = training.Sizes(**TINY), _arm(llava, name)
+    settings = demo.Settings(
+        sizes.steps, sizes.train_items, sizes.test_items, sizes.remembered, sizes.share,
+        warmup=sizes.warmup,
+    )  # fmt: skip
+    method = demo.Method(name, "", replay=True, alpha=arm.options.get("alpha", 0.0), lr=arm.lr)
+    theirs = demo.run(method, settings, 1, tmp_path / "x.pt")
+    ours = training.run(in_domain.BED, arm, sizes, 1)
+    assert (ours["tasks"], ours["matrix"]) == (theirs["tasks"], theirs["matrix"])
+    losses = [[stage["loss"] for stage in result] for result in (ours["means"], theirs["trace"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
 def test_guarded_gradients_are_those_of_the_batch(llava):
     """New and old rows apart, each with its share: together the mean loss over the batch."""
     _, in_domain, _, training = llava
