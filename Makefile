@@ -26,12 +26,12 @@ BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow fuzz mutate sanitize lint format demo bench bench-sharded \
+.PHONY: help venv build test test-slow fuzz mutate sanitize lint format demo study bench bench-sharded \
   table gpu profile clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
-	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for the tests, demo, bench, gpu, profile)"
+	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for the tests, demo, study, bench, gpu, profile)"
 
 venv: $(RUN) $(TEST) $(LINT) ## create .venv and install every pinned requirement
 
@@ -68,6 +68,9 @@ format: $(LINT) ## apply style and formatting
 
 demo: $(BUILT) ## continual instruction tuning, small; writes build/demo
 	$(BIN)/python bench/continual.py --preset tiny --out build/demo $(ARGS)
+
+study: $(BUILT) ## the evidence: all beds, 20 seeds; goes on where it was; writes runs/study
+	$(BIN)/python bench/study/run.py --out runs/study $(ARGS)
 
 bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
 	$(BIN)/python bench/step.py $(ARGS)

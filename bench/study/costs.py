@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How long the study takes: a few steps of each bed are timed before it starts.
+
+Times are those of the processor, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from study import digits, jobs, rules, training
+from study.arms import Arm
+
+# Arms take longer than replay alone: two backward passes (guard), Fisher matrices, methods' hooks.
+# The mean over the arms of a seed, measured on two cores.
+ARMS_OVER_REPLAY = 1.3
+
+
+def of_part(
+    plan: jobs.Plan, results: jobs.Results, part: str, *, measure: bool = True
+) -> tuple[float, float]:
+    """Steps that a part still has, and seconds a step of one process.
+
+    Args:
+        plan: what the study consists of.
+        results: what is finished.
+        part: its name.
+        measure: False: the seconds are 0.
+    """
+    if part == "digits":
+        left = [job for job in jobs.digit_jobs(plan) if results.of(job) is None]
+        return sum(job.steps for job in left), digits_step() if measure else 0.0
+    done = 0.0
+    folder = results.out / "runs" / part
+    total = jobs.estimated_steps(plan, part)
+    count = len(list(folder.glob("*.json"))) if folder.exists() else 0
+    done = count * 6 * plan.sizes["in-domain" if part == "tuning" else part].steps
+    beds = tuple(plan.sizes) if part == "tuning" else (part,)
+    cost = 0.0
+    if measure:
+        cost = sum(llava_step(bed, plan.sizes[bed]) for bed in beds) / len(beds)
+    return max(0.0, total - done), cost
+
+
+@cache
+def digits_step(steps: int = 20) -> float:
+    """Seconds of one step of one rule, twenty seeds together."""
+    torch.set_num_threads(1)
+    stream = digits.stream(digits.Setting("permuted", steps, 5), range(200, 220))
+    began = time.process_time()
+    rules.train(rules.Rule("dgg", alpha=0.1), stream)
+    return (time.process_time() - began) / (steps * digits.TASKS)
+
+
+@cache
+def llava_step(bed: str, sizes: training.Sizes, steps: int = 20) -> float:
+    """Seconds of one step of an average arm, its share of evaluation included."""
+    torch.set_num_threads(1)
+    run = training._Run(jobs.bed_of(bed), Arm("replay"), sizes, 200)
+    tasks = len(run.data.tasks)
+    rows = list(range(sizes.batch))
+    run.step(rows, [])
+    began = time.process_time()
+    for _ in range(steps):
+        run.step(rows, [])
+    step = (time.process_time() - began) / steps
+    began = time.process_time()
+    training.accuracy(run.answer, run.data.test[0])
+    # After sub-task i all of 0 … i are evaluated.
+    evaluation = (time.process_time() - began) * (tasks + 1) / 2 / sizes.steps
+    return (step + evaluation) * ARMS_OVER_REPLAY

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is run on the digits beds: all rules of a setting, and the classes of bench/methods/."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dgg
+from dgg import metrics
+from study import arms, digits, protocol, rules, search
+
+METRICS = ("faa", "aia", "bwt", "forgetting", "learning")
+Matrix = list[list[float | None]]
+
+
+def described(matrices: Sequence[Matrix]) -> dict[str, Any]:
+    """Every metric by seed, and the mean matrix."""
+    summaries = [metrics.summary(matrix) for matrix in matrices]
+    size = range(len(matrices[0]))
+    mean = [
+        [round(statistics.mean(m[i][j] for m in matrices), 2) if j <= i else None for j in size]
+        for i in size
+    ]
+    return {**{k: [round(s[k], 4) for s in summaries] for k in METRICS}, "mean_matrix": mean}
+
+
+def tuned(
+    family: search.Family, score: Callable[[dict[str, float]], float], budget: int
+) -> search.Chosen:
+    """Run the search of `search.py` to its end."""
+    scores: dict[search.Point, float] = {}
+    while points := search.next_points(family, scores, budget):
+        for point in points:
+            scores[point] = score(family.values(point))
+    return search.choose(family, scores)
+
+
+def applies(rule: rules.Rule, remembered: int) -> bool:
+    """Whether a rule does anything with so large a memory."""
+    return remembered > 0 or rule.kind not in protocol.NEED_MEMORY
+
+
+def run_setting(
+    bed: str, steps: int, remembered: int, seeds: Sequence[int], tuning_seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Tune on validation items of the tuning seeds, then train all rules on the test seeds."""
+    setting = digits.Setting(bed, steps, remembered)
+    validation = digits.stream(replace(setting, split="validation"), tuning_seeds)
+    found, all_rules = {}, dict(protocol.FIXED_RULES)
+    for name, family in protocol.DIGIT_FAMILIES.items():
+        kind = {"kind": name}
+
+        def score(values: dict[str, float], kind: dict[str, str] = kind) -> float:
+            trained = rules.train(rules.Rule(**kind, **values), validation)
+            return statistics.mean(described(trained["matrices"])["faa"])
+
+        chosen = tuned(family, score, protocol.DIGIT_BUDGET)
+        found[name] = search.as_json(chosen)
+        all_rules[name] = rules.Rule(**kind, **chosen.values)
+    test, results = digits.stream(setting, seeds), {}
+    for name, rule in all_rules.items():
+        if applies(rule, remembered):
+            trained = rules.train(rule, test)
+            pull = [round(x, 5) for x in trained["pull"]]
+            results[name] = {**described(trained["matrices"]), "pull": pull}
+    return {"chosen": found, "results": results}
+
+
+# -- the classes of bench/methods/, one seed after another -----------------------------------------
+
+
+def run_method(
+    bed: str,
+    steps: int,
+    remembered: int,
+    method: str,
+    seeds: Sequence[int],
+    tuning_seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Tune one comparison method over the points that it names, then train it on the test seeds."""
+    import methods
+
+    make = methods.METHODS[method]
+    setting = digits.Setting(bed, steps, remembered)
+    validation = replace(setting, split="validation")
+
+    def score(values: dict[str, float]) -> float:
+        matrices = [train_alone(make, values, validation, seed) for seed in tuning_seeds]
+        return statistics.mean(described(matrices)["faa"])
+
+    values: dict[str, float] = {}
+    found = None
+    if make.knobs:
+        ((name, ladder),) = make.knobs.items()
+        points = tuple((k,) for k in range(len(ladder)))
+        chosen = tuned(search.Family(method, {name: ladder}, points), score, len(points))
+        values, found = chosen.values, search.as_json(chosen)
+    matrices = [train_alone(make, values, setting, seed) for seed in seeds]
+    return {"chosen": {method: found}, "results": {method: described(matrices)}}
+
+
+def train_alone(make: type, options: dict[str, Any], setting: digits.Setting, seed: int) -> Matrix:
+    """One network with one comparison method, on what the rules see of the same seed."""
+    stream = digits.stream(setting, (seed,))
+    torch.manual_seed(seed)
+    model = network(stream.weights[0])
+    named = dict(model.named_parameters())
+    opt = dgg.AdamW(named.values(), lr=stream.lr, alpha=0.0, weight_decay=0.0)
+    more = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+    method = make(
+        model, named, opt,
+        lambda batch: F.cross_entropy(model(batch[0]), batch[1]),
+        lambda batch: model(batch[0]),
+        **options, **more,
+    )  # fmt: skip
+    matrix: Matrix = []
+    for task, batches in enumerate(stream.tasks):
+        arms.forget_moments(opt)
+        method.begin_task(task)
+        for step, (images, labels) in enumerate(_steps(batches)):
+            rate = min(1, (step + 1) / digits.WARMUP) * (1 - step / setting.steps)
+            opt.param_groups[0]["lr"] = stream.lr * rate
+            _step(method, opt, (images, labels), batches.replayed)
+        rows = slice(0, digits.BATCH - batches.replayed)
+        # The new rows of the last steps: some 300 examples of the task.
+        last = [(x[rows], y[rows]) for x, y in list(_steps(batches))[-12:]]
+        method.end_task(task, last)
+        with torch.no_grad():
+            accuracy = [
+                100 * (model(images[0]).argmax(-1) == labels[0]).sum().item()
+                / (labels[0] >= 0).sum().item()
+                for images, labels in zip(stream.test_images, stream.test_labels, strict=True)
+            ]  # fmt: skip
+        matrix.append([a if j <= task else None for j, a in enumerate(accuracy)])
+    return matrix
+
+
+def network(flat: Tensor) -> torch.nn.Module:
+    """The network of the beds as a module, with these weights."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(digits.INPUTS, digits.HIDDEN),
+        torch.nn.ReLU(),
+        torch.nn.Linear(digits.HIDDEN, digits.CLASSES),
+    ).to(flat.dtype)
+    # Copied: the stream is another method's, too.
+    torch.nn.utils.vector_to_parameters(flat.clone(), model.parameters())
+    return model
+
+
+def _steps(batches: digits.Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(batches.images[0], batches.labels[0], strict=True)
+
+
+def _step(method: Any, opt: dgg.AdamW, batch: tuple[Tensor, Tensor], replayed: int) -> None:
+    opt.zero_grad()
+    method.before_forward()
+    method.loss_of(batch).backward()
+    replay = None
+    if method.needs_replay_gradients and replayed:
+        old = (batch[0][-replayed:], batch[1][-replayed:])
+        replay = list(torch.autograd.grad(method.loss_of(old), method.parameters))
+    method.after_forward()
+    method.edit_gradients(replay)
+    opt.step()
+    method.after_step()

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the parts of the study consist of: jobs, each with a file of its own.
+
+Tuning goes in rounds, because the next points depend on the results of the last ones; the test arms
+depend on what tuning chose. All of it is read from the files, so that a killed study goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from study import arms, digits, digits_study, protocol, search, training
+from study.arms import Arm
+
+PARTS = ("digits", "tuning", "in-domain", "shifted")
+LLAVA_BEDS = ("in-domain", "shifted")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: the protocol's numbers, or tiny ones for tests."""
+
+    sizes: dict[str, training.Sizes]
+    test_seeds: tuple[int, ...] = protocol.TEST_SEEDS
+    bound_seeds: tuple[int, ...] = protocol.BOUND_SEEDS
+    tuning_seeds: tuple[int, ...] = protocol.TUNING_SEEDS
+    screening_seeds: tuple[int, ...] = protocol.SCREENING_SEEDS
+    budget: int = protocol.BUDGET
+    digit_beds: tuple[str, ...] = digits.BEDS
+    digit_steps: tuple[int, ...] = protocol.DIGIT_STEPS
+    digit_remembered: tuple[int, ...] = protocol.DIGIT_REMEMBERED
+    digit_seeds: tuple[int, ...] = protocol.DIGIT_SEEDS
+    other_steps: int = protocol.OTHER_STEPS
+    arms: tuple[str, ...] | None = None  # only these, and only these families
+
+
+FULL = Plan({"in-domain": protocol.IN_DOMAIN, "shifted": protocol.SHIFTED})
+_TINY = {"steps": 4, "train_items": 24, "test_items": 12, "remembered": 3, "warmup": 2}
+SMOKE = Plan(
+    {bed: training.Sizes(**_TINY) for bed in LLAVA_BEDS},
+    test_seeds=(0, 1, 2), bound_seeds=(0,), tuning_seeds=(100,), screening_seeds=(100,), budget=2,
+    digit_beds=("permuted",), digit_steps=(8,), digit_remembered=(0, 5), digit_seeds=(20, 21, 22),
+    other_steps=8,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file of results: where it belongs, and everything its numbers depend on."""
+
+    part: str
+    name: str
+    spec: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Relative to the folder of the study."""
+        return f"runs/{self.part}/{self.name}.json"
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps, for estimates."""
+        return self.spec["units"]
+
+    def fingerprint(self) -> str:
+        """Names everything that the numbers depend on."""
+        spec = {name: value for name, value in self.spec.items() if name != "units"}
+        return json.dumps({"spec": spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
+
+
+def bed_of(name: str) -> training.Bed:
+    """The LLaVA bed of a name."""
+    if name == "in-domain":
+        from study import in_domain
+
+        return in_domain.BED
+    from study import shifted
+
+    return shifted.BED
+
+
+@cache
+def _digest(bed: str) -> str:
+    if bed == "digits":
+        return training.file_digest(digits.DATA_PATH)
+    return bed_of(bed).digest()
+
+
+def method_names() -> list[str]:
+    """Comparison methods beside those that have an arm of their own."""
+    try:
+        import methods
+    except ModuleNotFoundError:
+        return []
+    return [name for name in methods.METHODS if name not in protocol.CLASSES]
+
+
+# -- digits ----------------------------------------------------------------------------------------
+
+
+def digit_jobs(plan: Plan) -> list[Job]:
+    """One job a setting with all rules, and one a setting and comparison method."""
+    seeds = {"seeds": list(plan.digit_seeds), "tuning_seeds": list(plan.tuning_seeds)}
+    found, runs = [], len(plan.digit_seeds) + 4 * len(plan.tuning_seeds)
+    for bed in plan.digit_beds:
+        for steps in plan.digit_steps:
+            for remembered in plan.digit_remembered:
+                where = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered}
+                name = f"{bed}-{steps}-{remembered}"
+                # All seeds of a rule at once take as long as one or two by themselves.
+                found.append(Job("digits", name, {**where, **seeds, "units": 40 * 5 * steps}))
+                if steps != plan.other_steps:
+                    continue
+                for method in method_names():
+                    if method in protocol.NOT_ON_DIGITS:
+                        continue
+                    more = {"method": method, "units": runs * 5 * steps}
+                    found.append(Job("digits", f"{name}-{method}", {**where, **seeds, **more}))
+    return found
+
+
+# -- the LLaVA beds --------------------------------------------------------------------------------
+
+
+def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, seed: int) -> Job:
+    """One arm, one seed."""
+    steps = 6 * sizes.steps
+    spec = {"bed": bed, "arm": arm.as_dict(), "sizes": asdict(sizes), "seed": seed, "units": steps}
+    return Job(part, name, spec)
+
+
+class NotTunedError(SystemExit):
+    """The test arms are not known before the tuning is finished."""
+
+
+class Results:
+    """The files of a study's folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def of(self, job: Job) -> dict[str, Any] | None:
+        """The result of a job, or None if it is not finished.
+
+        Raises:
+            SystemExit: the file is of another experiment.
+        """
+        path = self.out / job.path
+        if not path.exists():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["fingerprint"] != job.fingerprint():
+            raise SystemExit(f"{path} is of another experiment; use another --out")
+        return stored["result"]
+
+    def origins(self) -> list[dict[str, Any]]:
+        """Code version and processor of all runs, each once, with their first and last date."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.out.glob("runs/*/*.json")):
+            origin = json.loads(path.read_text(encoding="utf-8"))["origin"]
+            date = origin.pop("date")
+            kept = found.setdefault(json.dumps(origin, sort_keys=True), {**origin, "runs": 0})
+            kept["runs"] += 1
+            kept["first_date"] = min(date, kept.get("first_date", date))
+            kept["last_date"] = max(date, kept.get("last_date", date))
+        return list(found.values())
+
+
+def _wanted(plan: Plan, name: str) -> bool:
+    """Whether an arm, or the family that its values come from, is part of the plan."""
+    return plan.arms is None or name in plan.arms
+
+
+def screening_jobs(plan: Plan) -> list[Job]:
+    """Every comparison method at one point, in-domain, to find the strongest."""
+    import methods
+
+    sizes = replace(plan.sizes["in-domain"], split="validation")
+    found = []
+    for seed in plan.screening_seeds:
+        for name in method_names() if _wanted(plan, "other") else ():
+            knobs = methods.METHODS[name].knobs
+            options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
+            options = {**protocol.fixed_options(name), **options}
+            arm = Arm(name, name, protocol.SCREENING_LR, options)
+            found.append(
+                llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed)
+            )
+    return found
+
+
+def strongest(plan: Plan, results: Results) -> str | None:
+    """The comparison method with the highest mean FAA in the screening; None while it runs."""
+    scores: dict[str, list[float]] = {}
+    for job in screening_jobs(plan):
+        found = results.of(job)
+        if found is None:
+            return None
+        scores.setdefault(job.spec["arm"]["name"], []).append(found["faa"])
+    return max(scores, key=lambda name: statistics.mean(scores[name])) if scores else None
+
+
+def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], dict[str, str]]:
+    """The families to tune, and the method that is `other`."""
+    found = {
+        name: family
+        for name, family in protocol.FAMILIES.items()
+        if _wanted(plan, name)
+        or (name == "guard" and any(_wanted(plan, g) for g in protocol.GUARDS))
+    }
+    other = strongest(plan, results)
+    if other is None:
+        return found, {}
+    import methods
+
+    found["other"] = protocol.other_family(methods.METHODS[other].knobs)
+    return found, {"other": other}
+
+
+def tuning_round(plan: Plan, results: Results) -> list[Job]:
+    """The jobs of the tuning that can run now: the next points of every family of both beds."""
+    found = screening_jobs(plan)
+    all_families, methods = families(plan, results)
+    for bed in plan.sizes:
+        for family in all_families.values():
+            points, scores = _tried(plan, results, bed, family, methods)
+            for point in [*points, *search.next_points(family, scores, plan.budget)]:
+                found += _point_jobs(plan, bed, family, point, methods)
+    return found
+
+
+def _point_jobs(
+    plan: Plan, bed: str, family: search.Family, point: search.Point, methods: dict[str, str]
+) -> list[Job]:
+    values = family.values(point)
+    arm = protocol.tuned_arm(family.name, values, methods)
+    sizes = replace(plan.sizes[bed], split="validation")
+    return [
+        llava_job(
+            "tuning", f"{bed}-{family.name}-{search.label(values)}-{seed}", bed, arm, sizes, seed
+        )
+        for seed in plan.tuning_seeds
+    ]
+
+
+def _tried(
+    plan: Plan, results: Results, bed: str, family: search.Family, methods: dict[str, str]
+) -> tuple[list[search.Point], dict[search.Point, float]]:
+    """The points that are finished, and their mean FAA; found by walking the search again."""
+    scores: dict[search.Point, float] = {}
+    while points := search.next_points(family, scores, plan.budget):
+        for point in points:
+            done = [results.of(job) for job in _point_jobs(plan, bed, family, point, methods)]
+            if any(found is None for found in done):
+                return list(scores), scores
+            scores[point] = statistics.mean(found["faa"] for found in done)
+    return list(scores), scores
+
+
+def chosen(
+    plan: Plan, results: Results, bed: str
+) -> tuple[dict[str, search.Chosen], dict[str, str]]:
+    """What tuning chose on a bed.
+
+    Raises:
+        NotTunedError: tuning is not finished.
+    """
+    all_families, methods = families(plan, results)
+    found = {}
+    if method_names() and _wanted(plan, "other") and "other" not in all_families:
+        raise NotTunedError("tuning is not finished: run --part tuning first")
+    for name, family in all_families.items():
+        _, scores = _tried(plan, results, bed, family, methods)
+        if search.next_points(family, scores, plan.budget):
+            raise NotTunedError("tuning is not finished: run --part tuning first")
+        found[name] = search.choose(family, scores)
+    return found, methods
+
+
+def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
+    """All arms on all test seeds, seed by seed, so that a worker keeps the images of a seed."""
+    picked, methods = chosen(plan, results, bed)
+    values = {name: one.values for name, one in picked.items()}
+    sizes, found = plan.sizes[bed], []
+    for seed in plan.test_seeds:
+        compared = protocol.test_arms(values, methods)
+        if seed in plan.bound_seeds:
+            compared += protocol.bound_arms(values)
+        found += [
+            llava_job(bed, f"{arm.name}-{seed}", bed, arm, sizes, seed)
+            for arm in compared
+            if _wanted(plan, arm.name)
+        ]
+    return found
+
+
+def estimated_steps(plan: Plan, part: str) -> float:
+    """About how many steps a whole LLaVA part has, before it is known which they are."""
+    steps = {bed: 6 * sizes.steps for bed, sizes in plan.sizes.items()}
+    count = len(protocol.FAMILIES) + bool(method_names())
+    if part == "tuning":
+        points = count * plan.budget * len(plan.tuning_seeds)
+        screening = len(method_names()) * len(plan.screening_seeds) * steps["in-domain"]
+        return sum(points * x for x in steps.values()) + screening
+    arms_ = len(protocol.GUARDS) + len(protocol.CLASSES) + 3 + bool(method_names())
+    return (arms_ * len(plan.test_seeds) + 3 * len(plan.bound_seeds)) * steps[part]
+
+
+def of_part(plan: Plan, results: Results, part: str) -> list[Job]:
+    """The jobs of a part, finished or not; of the tuning those that are known by now."""
+    if part == "digits":
+        return digit_jobs(plan)
+    return tuning_round(plan, results) if part == "tuning" else test_jobs(plan, results, part)
+
+
+def expected_jobs(plan: Plan, part: str, known: Sequence[Job]) -> int:
+    """How many jobs a part has in all, those included that are not known yet."""
+    if part != "tuning":
+        return len(known)
+    wanted = [n for n in protocol.FAMILIES if _wanted(plan, n)]
+    count = len(wanted) + bool(method_names() and _wanted(plan, "other"))
+    points = count * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
+    return points + len(screening_jobs(plan))
+
+
+# -- one job ---------------------------------------------------------------------------------------
+
+
+def unrunnable(jobs: Iterable[Job]) -> dict[str, str]:
+    """Why some arms cannot run with the installed dgg, by name."""
+    found: dict[str, str] = {}
+    for job in jobs:
+        if "arm" in job.spec:
+            arm = Arm(**job.spec["arm"])
+            if arm.name not in found and (reason := arms.missing(arm)):
+                found[arm.name] = reason
+    return found
+
+
+def execute(
+    job: Job, checkpoint: Path, progress: Callable[[int, int], None], stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Run a job in this process."""
+    spec = job.spec
+    if spec["bed"] == "digits":
+        where = (spec["digits"], spec["steps"], spec["remembered"])
+        seeds: Sequence[Sequence[int]] = (spec["seeds"], spec["tuning_seeds"])
+        if "method" in spec:
+            return digits_study.run_method(*where, spec["method"], *seeds)
+        return digits_study.run_setting(*where, *seeds)
+    sizes, seed = training.Sizes(**spec["sizes"]), spec["seed"]
+    # Curves of single steps are shown of one seed; those of all would be megabytes.
+    every = 10 if seed == protocol.TEST_SEEDS[0] else 0
+    return training.run(
+        bed_of(spec["bed"]), Arm(**spec["arm"]), sizes, seed, checkpoint,
+        trace_every=every, progress=progress, stop=stop,
+    )  # fmt: skip

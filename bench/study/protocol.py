@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The numbers of the protocol in docs/forgetting.md: seeds, sizes, ladders, arms, tests.
+
+They were written down before a test seed was run; tests/test_study.py compares page and code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from study.arms import Arm
+from study.rules import Rule
+from study.search import Family
+from study.training import Sizes
+
+# -- seeds and tests -------------------------------------------------------------------------------
+
+TUNING_SEEDS = (100, 101, 102, 103)
+SCREENING_SEEDS = (100, 101)
+TEST_SEEDS = tuple(range(20))  # of both LLaVA beds
+SEEN_SEEDS = tuple(range(5))  # of the in-domain bed, run by the study before this one
+BOUND_SEEDS = TEST_SEEDS[:4]  # joint and sequential training, ĝ alone
+DIGIT_SEEDS = tuple(range(20, 40))  # 0 to 9 were looked at while the bed was built
+LEVEL = 0.05
+MARGIN = 1.0  # points of final average accuracy
+BUDGET = 6  # points of every family on the LLaVA beds
+DIGIT_BUDGET = 6
+
+# First minus second, on FAA. The guard of the primary test has w = ½.
+PRIMARY = ("guard50", "replay")
+SECONDARY = (
+    ("guard50", "dgg"), ("guard50", "l2sp"), ("guard50", "ewc"), ("guard50", "other"),
+    ("guard50", "replay_other_lr"), ("guard0", "replay"), ("guard100", "replay"), ("dgg", "replay"),
+)  # fmt: skip
+
+# -- the LLaVA beds --------------------------------------------------------------------------------
+
+IN_DOMAIN = Sizes(steps=260, train_items=600, test_items=200, remembered=6)
+SHIFTED = Sizes(steps=260, train_items=600, test_items=200, remembered=6)
+
+RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+FINE_RATES = (5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
+SQUARE = ((2, 2), (2, 3), (3, 2), (3, 3))
+FAMILIES = {
+    "replay": Family("replay", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
+    "guard": Family("guard", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
+    "dgg": Family("dgg", {"lr": RATES, "alpha": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}, SQUARE),
+    "l2sp": Family("l2sp", {"lr": RATES, "strength": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}, SQUARE),
+    "ewc": Family("ewc", {"lr": RATES, "strength": (10.0, 30.0, 100.0, 300.0, 1e3, 3e3)}, SQUARE),
+}
+# The method of bench/methods/ that an arm of this name trains with, and what it always gets.
+CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
+# Of every method with a Fisher matrix: the sum over all 70 to 110 words and 600 items would take
+# longer than the training.
+FISHER = {"samples": 40, "coverage": 0.9}
+GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
+SCREENING_LR = 3e-3
+
+
+def fixed_options(method: str) -> dict[str, Any]:
+    """What a comparison method always gets on the LLaVA beds."""
+    from methods import METHODS
+
+    # Subclasses hand on keywords that only the class below names.
+    made = [vars(kind)["__init__"] for kind in METHODS[method].__mro__ if "__init__" in vars(kind)]
+    takes = any("coverage" in inspect.signature(one).parameters for one in made[:-1])
+    return dict(FISHER) if takes else {}
+
+
+def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) -> Arm:
+    """The arm of one point of a family; `methods` says which method `other` is."""
+    options = {name: value for name, value in values.items() if name != "lr"}
+    kind = family
+    if family == "replay":
+        kind = "plain"
+    elif family == "guard":
+        options["importance"] = GUARDS[PRIMARY[0]]
+    elif family != "dgg":
+        kind = {**CLASSES, **methods}[family]
+        options = {**fixed_options(kind), **options}
+    return Arm(family, kind, values["lr"], options)
+
+
+def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
+    """The family of the strongest other method, from the knobs that its class names."""
+    if not knobs:
+        return Family("other", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,)))
+    ((name, ladder),) = knobs.items()
+    middle = len(ladder) // 2
+    start = tuple((lr, k) for lr in (2, 3) for k in (middle - 1, middle))
+    return Family("other", {"lr": RATES, name: tuple(ladder)}, start)
+
+
+def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, str]) -> list[Arm]:
+    """All arms that are run on every test seed.
+
+    Args:
+        chosen: the values of every family.
+        methods: which method `other` is.
+    """
+    tuned = ("replay", "dgg", "l2sp", "ewc", "other")
+    found = [tuned_arm(name, chosen[name], methods) for name in tuned if name in chosen]
+    if "dgg" in chosen:
+        found.append(Arm("replay_other_lr", "plain", chosen["dgg"]["lr"]))
+    for name, weight in GUARDS.items():
+        if "guard" in chosen:
+            found.append(Arm(name, "guard", chosen["guard"]["lr"], {"importance": weight}))
+    return found
+
+
+def bound_arms(chosen: dict[str, dict[str, float]]) -> list[Arm]:
+    """The bounds and ĝ alone, which are run on few seeds and were not tuned."""
+    if "dgg" not in chosen:
+        return []
+    lr, options = chosen["dgg"]["lr"], {"alpha": chosen["dgg"]["alpha"]}
+    return [
+        Arm("joint", "plain", lr, replay=False, joint=True),
+        Arm("sequential", "plain", lr, replay=False),
+        Arm("guidance", "dgg", lr, options, replay=False),
+    ]
+
+
+# -- digits ----------------------------------------------------------------------------------------
+
+DIGIT_STEPS = (60, 160, 300)
+DIGIT_REMEMBERED = (0, 5, 100)
+AMPLE = 100  # remembered examples at which the guard must not be worse by the margin
+ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the curve of FAA against α
+DIGIT_FAMILIES = {
+    "dgg": Family("dgg", {"alpha": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)},
+                  ((2,), (3,), (4,), (5,))),
+    "l2sp": Family("l2sp", {"knob": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)},
+                   ((3,), (4,), (5,), (6,))),
+    "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
+                  ((2,), (3,), (4,), (5,))),
+}  # fmt: skip
+FIXED_RULES = {
+    "replay": Rule("replay"),
+    "guard0": Rule("guard", importance=0.0),
+    "guard50": Rule("guard", importance=0.5),
+    "guard100": Rule("guard", importance=1.0),
+    **{f"alpha{a:g}": Rule("dgg", alpha=a) for a in ALPHAS},
+    # At the paper's way to draw, where the pull acts and enters.
+    "dgg_w50": Rule("dgg", alpha=0.1, importance=0.5),
+    "dgg_w100": Rule("dgg", alpha=0.1, importance=1.0),
+    "dgg_first_moment": Rule("dgg", alpha=0.1, route="first_moment"),
+    "dgg_decoupled": Rule("dgg", alpha=0.1, route="decoupled"),
+    "guard50_first_moment": Rule("guard", importance=0.5, route="first_moment"),
+    "guard50_decoupled": Rule("guard", importance=0.5, route="decoupled"),
+    # The paper's ablations, and a pull of a tenth at every step in place of the draw.
+    "no_scaling": Rule("dgg", alpha=0.1, scaling=False),
+    "no_draw": Rule("dgg", alpha=1.0),
+    "no_draw_tenth": Rule("dgg", alpha=1.0, strength=0.1),
+    "laplace": Rule("laplace", knob=1.0),
+    "agem": Rule("agem"),
+}  # fmt: skip
+# Without a memory these are training without replay, and the guard never pulls.
+NEED_MEMORY = ("guard", "agem")
+NOT_ON_DIGITS = ("grads",)  # it chooses the memory, which is the same for all methods there
+ORACLE_STEPS = (60, 160)  # the settings of the goal that looks at the best α in hindsight
+OTHER_STEPS = 160  # the classes of bench/methods/ are run at this length alone
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """One ordering that the paper reports, as first minus second on one bed."""
+
+    claim: str
+    bed: str  # "in-domain", "shifted", or a setting of the digits
+    first: str
+    second: str
+
+
+ORDERINGS = (
+    *(
+        Ordering("ĝ + replay > replay", bed, "dgg", "replay")
+        for bed in ("in-domain", "shifted", "classes-160-5", "permuted-160-5", "rotated-160-5")
+    ),
+    *(
+        Ordering("ĝ alone > sequential", bed, first, second)
+        for bed, first, second in (
+            ("in-domain", "guidance", "sequential"), ("shifted", "guidance", "sequential"),
+            ("classes-160-0", "dgg", "replay"), ("permuted-160-0", "dgg", "replay"),
+            ("rotated-160-0", "dgg", "replay"),
+        )
+    ),
+    *(
+        Ordering(claim, f"{bed}-160-5", "alpha0.1", second)
+        for claim, second in (("scaling matters", "no_scaling"), ("the draw matters", "no_draw"))
+        for bed in ("classes", "permuted", "rotated")
+    ),
+)  # fmt: skip
+# “α is flat” is judged by equivalence: both ends of the interval within ± MARGIN.
+FLAT = ("alpha0.05", "alpha0.2")

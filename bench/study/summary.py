@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What came out: the comparisons of the protocol as tables, and all raw results as one file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from report import replace
+from study import jobs, paired, protocol, search
+from study.arms import LABELS
+
+ByArm = dict[str, dict[int, dict[str, Any]]]  # arm, seed: the result of the run
+OTHER_METRICS = ("aia", "forgetting", "learning")
+
+
+def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
+    """Write study.json, report.md and the pictures, of what is there."""
+    from study import pictures
+
+    found = collected(plan, results)
+    text = "\n\n".join(page(plan, found))
+    replace(out / "report.md", text + "\n")
+    stored = {"config": {**_provenance(plan), "origins": results.origins()}, **found}
+    replace(out / "study.json", json.dumps(stored, indent=1) + "\n")
+    made = pictures.draw(plan, found, out)
+    print(f"{text}\n\n{out / 'report.md'}, {out / 'study.json'}, {len(made)} pictures")
+
+
+def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
+    """All results that are there, by part: JSON."""
+    found: dict[str, Any] = {"digits": {}, "tuning": {}, "in-domain": {}, "shifted": {}}
+    for job in jobs.digit_jobs(plan):
+        if (result := results.of(job)) is not None:
+            setting = f"{job.spec['digits']}-{job.spec['steps']}-{job.spec['remembered']}"
+            kept = found["digits"].setdefault(setting, {"chosen": {}, "results": {}})
+            kept["chosen"].update(result["chosen"])
+            kept["results"].update(result["results"])
+    for bed in jobs.LLAVA_BEDS:
+        try:
+            chosen, methods = jobs.chosen(plan, results, bed)
+        except jobs.NotTunedError:
+            continue
+        found["tuning"][bed] = {
+            "chosen": {name: search.as_json(one) for name, one in chosen.items()},
+            "other": methods.get("other"),
+        }
+        for job in jobs.test_jobs(plan, results, bed):
+            if (result := results.of(job)) is not None:
+                found[bed].setdefault(job.spec["arm"]["name"], {})[str(job.spec["seed"])] = result
+    return found
+
+
+def _provenance(plan: jobs.Plan) -> dict[str, Any]:
+    from provenance import commit, cpu_model, uncommitted_changes
+
+    versions = {}
+    for package in ("dgg", "torch", "transformers", "peft", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "plan": asdict(plan),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "uncommitted_changes": uncommitted_changes(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+    }
+
+
+# -- comparisons -----------------------------------------------------------------------------------
+
+
+def values(found: dict[str, Any], bed: str, name: str, metric: str = "faa") -> dict[int, float]:
+    """A metric by seed, of an arm of a LLaVA bed or of a rule of a digits setting."""
+    if bed in jobs.LLAVA_BEDS:
+        runs = found[bed].get(name, {})
+        return {int(seed): run[metric] for seed, run in runs.items() if run[metric] is not None}
+    rule = found["digits"].get(bed, {}).get("results", {}).get(name)
+    return dict(enumerate(rule[metric])) if rule else {}
+
+
+def comparison(
+    found: dict[str, Any], bed: str, first: str, second: str, metric: str = "faa"
+) -> paired.Comparison | None:
+    """First minus second over the seeds that both have; None if there are none."""
+    ours, theirs = (values(found, bed, name, metric) for name in (first, second))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return paired.compare(paired.differences(ours, theirs, seeds)) if seeds else None
+
+
+def row(what: str, got: paired.Comparison, more: Sequence[str] = ()) -> str:
+    """One line of a table of differences."""
+    p = [number(x, 3) for x in (got.p, got.p_sign_flip)]
+    cells = [
+        what, str(got.n), signed(got.mean), f"{signed(got.low)} to {signed(got.high)}", *p,
+        number(got.d_z, 2), f"{got.wins}/{got.ties}/{got.losses}", *more,
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = ("difference", "n", "mean", "95 % interval", "p (t)", "p (sign flips)", "d_z",
+        "wins/ties/losses")  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A Markdown table."""
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *rows])
+
+
+def number(x: float | None, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def signed(x: float) -> str:
+    """A number with its sign; a true minus."""
+    return number(x, 1) if x != x else f"{x:+.1f}".replace("-", "−")
+
+
+def page(plan: jobs.Plan, found: dict[str, Any]) -> list[str]:
+    """The sections of the report."""
+    sections = ["## primary tests", _primary(found)]
+    for bed in jobs.LLAVA_BEDS:
+        if found[bed]:
+            sections += [f"## {bed}", _marginals(found[bed]), _tests(found, bed)]
+            if bed == "in-domain":
+                sections.append(_fresh(found))
+    if found["digits"]:
+        sections += ["## digits", digits_table(found), _ample(found), _goals(found)]
+    sections += ["## the orderings of the paper", _orderings(found), _flat(found)]
+    if found["tuning"]:
+        sections += ["## what tuning chose", _tuning(found)]
+    return sections
+
+
+def _marginals(runs: ByArm) -> str:
+    """Every arm's own numbers; differences are for the next table."""
+    rows = []
+    for name in sorted(runs, key=lambda n: list(LABELS).index(n) if n in LABELS else 99):
+        group = list(runs[name].values())
+        cells = [LABELS.get(name, name), str(len(group))]
+        for metric in ("faa", *OTHER_METRICS):
+            known = [run[metric] for run in group if run[metric] is not None]
+            cells.append(number(statistics.mean(known), 1) if known else "–")
+        rows.append("| " + " | ".join(cells) + " |")
+    return table(("arm", "seeds", "FAA", *map(str.upper, OTHER_METRICS)), rows)
+
+
+def _primary(found: dict[str, Any]) -> str:
+    """The primary test on both LLaVA beds, with Holm's p over the two."""
+    known = {bed: comparison(found, bed, *protocol.PRIMARY) for bed in jobs.LLAVA_BEDS}
+    known = {bed: got for bed, got in known.items() if got}
+    adjusted = paired.holm({bed: got.p for bed, got in known.items()})
+    rows = [
+        row(f"{pair(*protocol.PRIMARY)}, {bed}", got, (number(adjusted[bed], 3),))
+        for bed, got in known.items()
+    ]
+    return table((*HEAD, "Holm's p"), rows)
+
+
+def _tests(found: dict[str, Any], bed: str) -> str:
+    """The secondary tests with Holm's p, and other metrics of the primary pair."""
+    rows = []
+    second = {p: comparison(found, bed, *p) for p in protocol.SECONDARY}
+    known = {pair(*p): got for p, got in second.items() if got}
+    adjusted = paired.holm({what: got.p for what, got in known.items()})
+    rows += [row(what, got, (number(adjusted[what], 3),)) for what, got in known.items()]
+    for metric in OTHER_METRICS:
+        if got := comparison(found, bed, *protocol.PRIMARY, metric):
+            rows.append(row(f"{metric}, {pair(*protocol.PRIMARY)}", got, ("",)))
+    return table((*HEAD, "Holm's p"), rows)
+
+
+def pair(first: str, second: str) -> str:
+    """How a difference is written."""
+    return f"{LABELS.get(first, first)} − {LABELS.get(second, second)}"
+
+
+def _fresh(found: dict[str, Any]) -> str:
+    """The primary test over the seeds that no earlier study has run."""
+    ours, theirs = (values(found, "in-domain", name) for name in protocol.PRIMARY)
+    seeds = [s for s in sorted(ours.keys() & theirs.keys()) if s not in protocol.SEEN_SEEDS]
+    if not seeds:
+        return ""
+    got = paired.compare(paired.differences(ours, theirs, seeds))
+    return table(HEAD, [row("primary, seeds never run before", got)])
+
+
+def digits_table(found: dict[str, Any]) -> str:
+    """Mean difference from replay for every rule and setting; a star where p < 0.05."""
+    settings = list(found["digits"])
+    names = list(dict.fromkeys(n for s in settings for n in found["digits"][s]["results"]))
+    rows = []
+    for name in names:
+        cells = [LABELS.get(name, name)]
+        for setting in settings:
+            if name == "replay":
+                cells.append(number(statistics.mean(values(found, setting, name).values()), 1))
+                continue
+            got = comparison(found, setting, name, "replay")
+            star = "\\*" if got and got.p is not None and got.p < protocol.LEVEL else ""
+            cells.append(f"{signed(got.mean)}{star}" if got else "–")
+        rows.append("| " + " | ".join(cells) + " |")
+    return table(("− replay (replay: FAA)", *settings), rows)
+
+
+def _ample(found: dict[str, Any]) -> str:
+    """Non-inferiority to replay where the memory is ample."""
+    rows = []
+    for setting in found["digits"]:
+        if not setting.endswith(f"-{protocol.AMPLE}"):
+            continue
+        for name in protocol.GUARDS:
+            ours, theirs = values(found, setting, name), values(found, setting, "replay")
+            if len(ours) < 2:
+                continue
+            got = paired.non_inferior(paired.differences(ours, theirs), protocol.MARGIN)
+            shown = "not worse" if got.holds else "not shown"
+            rows.append(f"| {setting}, {LABELS[name]} | {signed(got.low)} | {shown} |")
+    return table((f"margin {protocol.MARGIN:g} point", "lower end of the 95 % interval", ""), rows)
+
+
+def goals(found: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """How often the goals of the protocol are met on the digits: (met, settings)."""
+    below: list[bool] = []
+    oracle: list[bool] = []
+    for setting in found["digits"]:
+        if (got := comparison(found, setting, "guard100", "replay")) is None:
+            continue  # no memory
+        below.append(got.p is None or got.p >= protocol.LEVEL or got.mean > 0)
+        if int(setting.split("-")[1]) not in protocol.ORACLE_STEPS:
+            continue
+        curve = {
+            name: statistics.mean(values(found, setting, name).values())
+            for name in (f"alpha{a:g}" for a in protocol.ALPHAS)
+        }
+        best = max(curve, key=curve.__getitem__)
+        against = comparison(found, setting, protocol.PRIMARY[0], best)
+        oracle.append(against is not None and against.n > 1 and against.mean >= -against.error)
+    return {
+        "guard with w = 1 not significantly below replay": (sum(below), len(below)),
+        "guard with w = ½ within one standard error of the best α": (sum(oracle), len(oracle)),
+    }
+
+
+def _goals(found: dict[str, Any]) -> str:
+    rows = [f"| {what} | {met} of {count} |" for what, (met, count) in goals(found).items()]
+    return table(("goal, settings with a memory", "met"), rows)
+
+
+def _orderings(found: dict[str, Any]) -> str:
+    rows = []
+    for one in protocol.ORDERINGS:
+        if got := comparison(found, one.bed, one.first, one.second):
+            rows.append(row(f"{one.claim}; {one.bed}", got, (paired.verdict(got),)))
+    return table((*HEAD, "verdict"), rows)
+
+
+def flat(got: paired.Comparison, margin: float) -> str:
+    """The verdict on “α hardly matters”: the whole interval within ± margin, or p < 0.05."""
+    if got.n > 1 and -margin < got.low and got.high < margin:
+        return "reproduced"
+    return "not reproduced" if got.p is not None and got.p < protocol.LEVEL else "undecided"
+
+
+def _flat(found: dict[str, Any]) -> str:
+    rows = []
+    for bed in found["digits"]:
+        if got := comparison(found, bed, *protocol.FLAT):
+            rows.append(row(f"α 0.05 − α 0.2; {bed}", got, (flat(got, protocol.MARGIN),)))
+    return table((*HEAD, "α is flat"), rows)
+
+
+def _tuning(found: dict[str, Any]) -> str:
+    rows = []
+    for bed, tuned in found["tuning"].items():
+        for name, one in tuned["chosen"].items():
+            what = tuned["other"] if name == "other" else name
+            inside = "yes" if one["interior"] else "no"
+            rows.append(
+                f"| {bed} | {what} | {search.label(one['values'])} | {one['score']:.1f} "
+                f"| {one['tried']} | {inside} |"
+            )
+    return table(("bed", "family", "chosen", "FAA, validation", "points", "interior"), rows)
