@@ -184,6 +184,13 @@ DGG_DEVICE void make_guard(const GuardArguments& a) {
                pull = std::sqrt(sum_of_rows(kPull)), replay = std::sqrt(sum_of_rows(kReplay)),
                h_dot_r = sum_of_rows(kHDotR), u_dot_r = sum_of_rows(kUDotR);
   const double clip = a.clipped ? clip_of(a.max_grad_norm, total) : 1;
+  if (t == 0) {
+    a.out[kClip] = clip;
+    a.out[kGradLength] = head;
+    a.out[kDistanceLength] = pull;
+    a.out[kTotalLength] = total;
+    a.out[kScales + n] = head * replay > 0 ? h_dot_r / (head * replay) : 0;
+  }
   const double common = guard_of(clip, {head, pull, h_dot_r, u_dot_r}, a.maximize);
   double squares = 0;
   for (int64_t i = t; i < n; i += kThreads) {
@@ -199,13 +206,7 @@ DGG_DEVICE void make_guard(const GuardArguments& a) {
     squares += strength * strength * square;
   }
   squares = sum_of_threads(squares);
-  if (t != 0) return;
-  a.out[kClip] = clip;
-  a.out[kGradLength] = head;
-  a.out[kDistanceLength] = pull;
-  a.out[kTotalLength] = total;
-  a.out[kScales + n] = head * replay > 0 ? h_dot_r / (head * replay) : 0;
-  a.out[kScales + n + 1] = head > 0 ? std::sqrt(squares) / head : 0;
+  if (t == 0) a.out[kScales + n + 1] = head > 0 ? std::sqrt(squares) / head : 0;
 }
 
 // Three blocks keep the memory busy, and leave enough registers for five sums. The rare kernels get
