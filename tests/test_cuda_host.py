@@ -12,9 +12,10 @@ from dgg.kernels import layout
 
 import cuda_on_host
 import rows
+import test_gpu
 from cases import BF16, F16, F32, F64, cpp_missing
-from dgg import _philox, reference
-from dgg.backends import chunks
+from dgg import _philox, backends, reference
+from dgg.backends import chunks, libraries
 from rows import (
     ADAM,
     ADAM_CASES,
@@ -1120,3 +1121,26 @@ def test_operator_names_what_is_wrong(kernels, place, value, message):
             *arguments, dtypes=launch.dtypes, replay_weight=1.0, seed=0, draw=0, variant=0
         )
     assert problem.everything() == before
+
+
+STEPS = [
+    ("adamw", F32, {"importance": 0.7, "alpha": 1.0}),
+    ("adamw", BF16, {"importance": 0.7, "alpha": 0.5, "granularity": "element"}),
+    ("adamw", F32, {"importance": 0.7, "alpha": "auto"}),
+    ("adamw", BF16, {"alpha": "auto", "norm_scope": "tensor"}),
+    ("adam", F32, {"importance": 0.7, "alpha": 1.0, "route": "first_moment"}),
+    ("sgd-momentum", F32, {"alpha": 1.0, "route": "decoupled"}),
+]
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+@pytest.mark.parametrize(("kind", "dtype", "options"), STEPS, ids=str)
+def test_steps_of_optimizers(kernels, kind, dtype, options, monkeypatch):
+    """What an optimizer launches on a GPU, launched here: in place of Triton's interpreter."""
+    reason = backends.unavailable("triton", torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"the backend whose launches these replace is missing: {reason}")
+    monkeypatch.setattr(libraries, "launchers", lambda backend: torch.ops.dgg)
+    monkeypatch.setattr(test_gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(test_gpu, "ON_GPU", False)
+    test_gpu.check_beside_the_reference(kind, "triton", dtype, **options)
