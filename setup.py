@@ -458,9 +458,11 @@ if __name__ == "__main__":
                     "csrc/cuda_adam.cu",
                     "csrc/cuda_sgd.cu",
                     "csrc/cuda_norms.cu",
+                    "csrc/cuda_products.cu",
                     "csrc/cuda.cu",
                 ],
                 depends=[
+                    "csrc/cuda_body.cuh",
                     "csrc/cuda_chunk.cuh",
                     "csrc/cuda_streams.cuh",
                     "csrc/cuda_update.cuh",

@@ -117,10 +117,7 @@ struct ProductRow {
   GuideScalars<double> scalars;
 
   ProductRow(const Rows& rows, int64_t i, bool guided)
-      : row(rows, i),
-        guided(guided),
-        number(i),
-        scalars{1, 0, 0, 0, 1 - rows.importance, rows.importance} {}
+      : row(rows, i), guided(guided), number(i), scalars(weights_of(rows.importance)) {}
 };
 
 template <typename T>

@@ -147,18 +147,25 @@ Launch make_launch(const char* op, const Arguments& arguments, const Table& t, i
                   ": dtypes has an unknown dtype code");
   STD_TORCH_CHECK(chunks >= count && chunks <= INT32_MAX, "dgg::", op, ": ", chunks, " chunks for ",
                   count, " rows; a launch has at least one for each, up to ", INT32_MAX);
-  return {arguments.data<const int64_t>("table", t.table, n * kColumns),
-          arguments.data<const int32_t>("rows", t.rows, count),
-          arguments.data<const int32_t>("chunks", t.chunks, 2 * chunks),
-          t.starts ? arguments.data<const int32_t>("starts", *t.starts, count + 1) : nullptr,
-          t.partials ? arguments.data<double>("partials", *t.partials, 3 * chunks) : nullptr,
-          t.counters ? arguments.data<int32_t>("counters", *t.counters, count + 1) : nullptr,
-          arguments.data<const int64_t>("grads", t.grads, n),
-          t.replays.numel() ? arguments.data<const int64_t>("replays", t.replays, n) : nullptr,
-          chunks,
-          count,
-          static_cast<uint64_t>(dtypes),
-          replay_weight};
+  return {
+      arguments.data<const int64_t>("table", t.table, n * kColumns),
+      arguments.data<const int32_t>("rows", t.rows, count),
+      arguments.data<const int32_t>("chunks", t.chunks, 2 * chunks),
+      t.starts ? arguments.data<const int32_t>("starts", *t.starts, count + 1) : nullptr,
+      t.partials ? arguments.data<double>("partials", *t.partials, kPartials * chunks) : nullptr,
+      t.counters ? arguments.data<int32_t>("counters", *t.counters, count + 1) : nullptr,
+      arguments.data<const int64_t>("grads", t.grads, n),
+      t.replays.numel() ? arguments.data<const int64_t>("replays", t.replays, n) : nullptr,
+      chunks,
+      count,
+      static_cast<uint64_t>(dtypes),
+      replay_weight};
+}
+
+double checked_importance(const char* op, double importance) {
+  STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op,
+                  ": importance must lie in [0, 1], not ", importance);
+  return importance;
 }
 
 CoefficientArguments coefficient_arguments(const Arguments& a, const Tensor& squares, int64_t n,
@@ -179,7 +186,7 @@ void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                   const Tensor& squares, const OptionalTensor& gate,
                   const OptionalTensor& grad_scale, const OptionalTensor& out, int64_t dtypes,
                   double replay_weight, int64_t which, std::optional<double> max_grad_norm,
-                  bool scaling, bool per_tensor) {
+                  bool scaling, bool per_tensor, double importance) {
   const char* const op = "norms_launch";
   const Arguments a(op, table);
   const Launch launch =
@@ -197,6 +204,7 @@ void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                                 a.data<const float>("grad_scale", grad_scale, 1),
                                 n,
                                 static_cast<int>(which),
+                                checked_importance(op, importance),
                                 coefficients};
   if (launch.row_count > 0) a.finish(launch_norms(arguments, a.stream()));
 }
@@ -213,14 +221,85 @@ void coefficients_launch(const Tensor& squares, const Tensor& out,
       coefficient_arguments(a, squares, n, data, max_grad_norm, scaling, per_tensor), a.stream()));
 }
 
-void update_launch(const char* op, cudaError_t (*run)(const UpdateArguments&, cudaStream_t),
-                   int hypers, const Arguments& a, const Launch& launch, int64_t n,
-                   const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
-                   const Tensor* distances, const OptionalTensor& grad_scale,
-                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t seed,
-                   int64_t draw, int64_t variant) {
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hypers, "dgg::", op,
-                  ": hyper must have shape [groups, ", hypers, "]");
+GuardArguments guard_arguments(const Arguments& a, const Tensor& products, int64_t n, double* out,
+                               std::optional<double> max_grad_norm, bool per_tensor,
+                               bool maximize) {
+  return {a.data<const double>("products", products, kProducts * n),
+          out,
+          n,
+          max_grad_norm.value_or(0),
+          max_grad_norm.has_value(),
+          per_tensor,
+          maximize};
+}
+
+void products_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
+                     const Tensor& starts, const Tensor& partials, const Tensor& counters,
+                     const Tensor& grads, const Tensor& replays, const Tensor& flags,
+                     const Tensor& products, const OptionalTensor& grad_scale,
+                     const OptionalTensor& out, int64_t dtypes, double replay_weight,
+                     double importance, std::optional<double> max_grad_norm, bool per_tensor,
+                     bool maximize) {
+  const char* const op = "products_launch";
+  const Arguments a(op, table);
+  const Launch launch =
+      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
+  const int64_t n = table.size(0);
+  STD_TORCH_CHECK(launch.row_count > 0 || !out, "dgg::", op,
+                  ": the last row's block makes `out`, and there is no row");
+  double* const made = a.data<double>("out", out, kScales + n + kGuardExtras);
+  const ProductArguments arguments{
+      launch,
+      a.data<const uint8_t>("flags", flags, n),
+      a.data<double>("products", products, kProducts * n),
+      a.data<const float>("grad_scale", grad_scale, 1),
+      checked_importance(op, importance),
+      guard_arguments(a, products, n, made, max_grad_norm, per_tensor, maximize)};
+  if (launch.row_count > 0) a.finish(launch_products(arguments, a.stream()));
+}
+
+void guard_coefficients_launch(const Tensor& products, const Tensor& out,
+                               std::optional<double> max_grad_norm, bool per_tensor,
+                               bool maximize) {
+  const char* const op = "guard_coefficients_launch";
+  const Arguments a(op, products);
+  STD_TORCH_CHECK(products.dim() == 2 && products.size(0) == kProducts, "dgg::", op,
+                  ": products must have shape [", static_cast<int>(kProducts), ", n]");
+  const int64_t n = products.size(1);
+  double* const data = a.data<double>("out", out, kScales + n + kGuardExtras);
+  a.finish(launch_guard(guard_arguments(a, products, n, data, max_grad_norm, per_tensor, maximize),
+                        a.stream()));
+}
+
+// The rules as the operators know them.
+
+struct AdamRule {
+  static constexpr const char* kOp = "adam_launch_";
+  static constexpr auto* kRun = launch_adam;
+  static constexpr int kHypers = kAdamHypers;
+};
+
+struct SgdRule {
+  static constexpr const char* kOp = "sgd_launch_";
+  static constexpr auto* kRun = launch_sgd;
+  static constexpr int kHypers = kSgdHypers;
+};
+
+struct GuideRule {
+  static constexpr const char* kOp = "guide_launch_";
+  static constexpr auto* kRun = launch_guide;
+  static constexpr int kHypers = kGuideHypers;
+};
+
+template <typename Rule>
+void launch_rule(const Arguments& a, const Launch& launch, int64_t n, const Tensor& coefficients,
+                 const Tensor& flags, const Tensor& hyper, const Tensor* distances,
+                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                 const OptionalTensor& draw_index, int64_t seed, int64_t draw, int64_t variant,
+                 double importance) {
+  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == Rule::kHypers, "dgg::", Rule::kOp,
+                  ": hyper must have shape [groups, ", Rule::kHypers, "]");
   const UpdateArguments arguments{launch,
                                   a.data<const double>("coefficients", coefficients, kScales + n),
                                   a.data<const uint8_t>("flags", flags, n),
@@ -231,55 +310,41 @@ void update_launch(const char* op, cudaError_t (*run)(const UpdateArguments&, cu
                                   a.data<const int64_t>("draw_index", draw_index, 1),
                                   static_cast<uint64_t>(seed),
                                   static_cast<uint32_t>(draw),
-                                  static_cast<int>(variant)};
-  if (launch.row_count > 0) a.finish(run(arguments, a.stream()));
+                                  static_cast<int>(variant),
+                                  checked_importance(Rule::kOp, importance)};
+  if (launch.row_count > 0) a.finish(Rule::kRun(arguments, a.stream()));
 }
 
-void adam_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
-                 const Tensor& starts, const Tensor& partials, const Tensor& counters,
-                 const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
-                 const Tensor& flags, const Tensor& hyper, const Tensor& distances,
-                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                 const OptionalTensor& draw_index, int64_t dtypes, double replay_weight,
-                 int64_t seed, int64_t draw, int64_t variant) {
-  const char* const op = "adam_launch_";
-  const Arguments a(op, table);
-  const Launch launch =
-      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
-                  dtypes, replay_weight);
-  update_launch(op, launch_adam, kAdamHypers, a, launch, table.size(0), coefficients, flags, hyper,
-                &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
-}
-
-void sgd_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks, const Tensor& starts,
-                const Tensor& partials, const Tensor& counters, const Tensor& grads,
-                const Tensor& replays, const Tensor& coefficients, const Tensor& flags,
-                const Tensor& hyper, const Tensor& distances, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
-                double replay_weight, int64_t seed, int64_t draw, int64_t variant) {
-  const char* const op = "sgd_launch_";
-  const Arguments a(op, table);
-  const Launch launch =
-      make_launch(op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
-                  dtypes, replay_weight);
-  update_launch(op, launch_sgd, kSgdHypers, a, launch, table.size(0), coefficients, flags, hyper,
-                &distances, grad_scale, found_inf, draw_index, seed, draw, variant);
+template <typename Rule>
+void update_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
+                   const Tensor& starts, const Tensor& partials, const Tensor& counters,
+                   const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
+                   const Tensor& flags, const Tensor& hyper, const Tensor& distances,
+                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                   const OptionalTensor& draw_index, int64_t dtypes, double replay_weight,
+                   int64_t seed, int64_t draw, int64_t variant, double importance) {
+  const Arguments a(Rule::kOp, table);
+  const Launch launch = make_launch(
+      Rule::kOp, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters}, dtypes,
+      replay_weight);
+  launch_rule<Rule>(a, launch, table.size(0), coefficients, flags, hyper, &distances, grad_scale,
+                    found_inf, draw_index, seed, draw, variant, importance);
 }
 
 void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                   const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
                   const Tensor& flags, const Tensor& hyper, const OptionalTensor& grad_scale,
                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
-                  double replay_weight, int64_t seed, int64_t draw, int64_t variant) {
-  const char* const op = "guide_launch_";
-  const Arguments a(op, table);
-  const Launch launch =
-      make_launch(op, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr}, dtypes,
-                  replay_weight);
+                  double replay_weight, int64_t seed, int64_t draw, int64_t variant,
+                  double importance) {
+  const Arguments a(GuideRule::kOp, table);
+  const Launch launch = make_launch(
+      GuideRule::kOp, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr}, dtypes,
+      replay_weight);
   // The other bits are for updates.
-  const int64_t known = variant & (kAnchorBit | kElementsBit);
-  update_launch(op, launch_guide, kGuideHypers, a, launch, table.size(0), coefficients, flags,
-                hyper, nullptr, grad_scale, found_inf, draw_index, seed, draw, known);
+  const int64_t known = variant & (kAnchorBit | kElementsBit | kImportanceBit);
+  launch_rule<GuideRule>(a, launch, table.size(0), coefficients, flags, hyper, nullptr, grad_scale,
+                         found_inf, draw_index, seed, draw, known, importance);
 }
 
 void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& draw_index,
@@ -310,8 +375,10 @@ void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& d
 STABLE_TORCH_LIBRARY_IMPL(dgg, DGG_DISPATCH_KEY, m) {
   m.impl("norms_launch", TORCH_BOX(&dgg::norms_launch));
   m.impl("coefficients_launch", TORCH_BOX(&dgg::coefficients_launch));
-  m.impl("adam_launch_", TORCH_BOX(&dgg::adam_launch));
-  m.impl("sgd_launch_", TORCH_BOX(&dgg::sgd_launch));
+  m.impl("products_launch", TORCH_BOX(&dgg::products_launch));
+  m.impl("guard_coefficients_launch", TORCH_BOX(&dgg::guard_coefficients_launch));
+  m.impl("adam_launch_", TORCH_BOX(&dgg::update_launch<dgg::AdamRule>));
+  m.impl("sgd_launch_", TORCH_BOX(&dgg::update_launch<dgg::SgdRule>));
   m.impl("guide_launch_", TORCH_BOX(&dgg::guide_launch));
   m.impl("draw_flags_launch", TORCH_BOX(&dgg::draw_flags_launch));
 }

@@ -33,6 +33,12 @@ struct Adam {
     return s;
   }
 
+  // Where the pull enters, and what weighs it.
+  DGG_DEVICE static void enter(AdamScalars<double>& s, const double* hyper, double pull, int route,
+                               double importance) {
+    set_pull(s.guide, pull, hyper[kAdamLr], route, importance);
+  }
+
   template <typename Row>
   DGG_DEVICE static bool works(const RowView&, const Row&, double) {
     return true;
@@ -45,10 +51,16 @@ struct Adam {
   }
 
   template <typename K, typename T>
-  DGG_DEVICE static void element(const AdamScalars<T>& s, T& p, T g, T* states, T a, bool inject) {
+  DGG_DEVICE static void element(const AdamScalars<T>& s, T& p, T g, T* states, T a, T f,
+                                 bool inject) {
     T unused = T(0);
     T& largest = K::kState ? states[K::kState ? 2 : 0] : unused;
-    adam<K::kAnchor, K::kState>(s, p, g, states[0], states[1], largest, a, inject);
+    if constexpr (K::kRouted) {
+      const T u = pull_of<kByImportance>(s.guide, p, a, f);
+      adam<kByRoute, K::kState>(s, p, g, states[0], states[1], largest, u, f, inject);
+    } else {
+      adam<K::kPulled, K::kState>(s, p, g, states[0], states[1], largest, a, f, inject);
+    }
   }
 };
 
@@ -63,6 +75,9 @@ template <typename T, typename P, typename G, typename M, typename A = P>
 using Drawn = Kind<T, P, G, M, A, void, true, false, true, false>;
 template <typename T, typename P, typename G, typename M, typename A = P>
 using Rounded = Kind<T, P, G, M, A, void, false, false, true, false>;
+// Weighted by importance, or by another route than the gradient; with a replay gradient or without.
+template <typename P, typename M = P>
+using Routed = Kind<float, P, P, M, P, void, true, true, false, false, P>;
 // Master weights in float32.
 template <typename G, bool kAnchor, bool kDraws>
 using Master = Kind<float, float, G, float, float, G, kAnchor, false, kDraws, false>;
@@ -70,30 +85,33 @@ using Master = Kind<float, float, G, float, float, G, kAnchor, false, kDraws, fa
 #ifdef DGG_ONLY  // for tests that look at a few kernels' machine code
 using AdamKinds = Kinds<DGG_ONLY>;
 #else
-// What is not in this list is served by the last two, which know all types at run time.
-using AdamKinds = Kinds<
-    Plain<float, float, float, float>, Guided<float, float, float, float>,
-    Replayed<float, float, float, float>, Drawn<float, float, float, float>,
-    Guided<float, float, float, float, bfloat16>,
-    // 16 bits throughout
-    Plain<float, bfloat16, bfloat16, bfloat16>, Guided<float, bfloat16, bfloat16, bfloat16>,
-    Replayed<float, bfloat16, bfloat16, bfloat16>, Drawn<float, bfloat16, bfloat16, bfloat16>,
-    Rounded<float, bfloat16, bfloat16, bfloat16>, Plain<float, float16, float16, float16>,
-    Guided<float, float16, float16, float16>,
-    // 16-bit parameters with moments in float32
-    Plain<float, bfloat16, bfloat16, float>, Guided<float, bfloat16, bfloat16, float>,
-    Guided<float, bfloat16, bfloat16, float, float>, Rounded<float, bfloat16, bfloat16, float>,
-    Drawn<float, bfloat16, bfloat16, float>, Plain<float, float16, float16, float>,
-    Guided<float, float16, float16, float, float>, Plain<float, bfloat16, float, float>,
-    Guided<float, bfloat16, float, float>, Rounded<float, bfloat16, float, float>,
-    // float32 parameters with 16-bit gradients
-    Plain<float, float, bfloat16, float>, Guided<float, float, bfloat16, float>,
-    Plain<float, float, float16, float>, Guided<float, float, float16, float>,
-    Master<bfloat16, false, false>, Master<bfloat16, true, false>, Master<bfloat16, false, true>,
-    Master<float16, false, false>, Master<float16, true, false>,
-    //
-    Plain<double, double, double, double>, Guided<double, double, double, double>,
-    AnyKind<float, false>, AnyKind<float, true>, AnyKind<double, false>, AnyKind<double, true> >;
+// What is not in this list is served by the last six, which know all types at run time.
+using AdamKinds =
+    Kinds<Plain<float, float, float, float>, Guided<float, float, float, float>,
+          Replayed<float, float, float, float>, Drawn<float, float, float, float>,
+          Guided<float, float, float, float, bfloat16>,
+          // 16 bits throughout
+          Plain<float, bfloat16, bfloat16, bfloat16>, Guided<float, bfloat16, bfloat16, bfloat16>,
+          Replayed<float, bfloat16, bfloat16, bfloat16>, Drawn<float, bfloat16, bfloat16, bfloat16>,
+          Rounded<float, bfloat16, bfloat16, bfloat16>, Plain<float, float16, float16, float16>,
+          Guided<float, float16, float16, float16>,
+          // 16-bit parameters with moments in float32
+          Plain<float, bfloat16, bfloat16, float>, Guided<float, bfloat16, bfloat16, float>,
+          Guided<float, bfloat16, bfloat16, float, float>,
+          Rounded<float, bfloat16, bfloat16, float>, Drawn<float, bfloat16, bfloat16, float>,
+          Plain<float, float16, float16, float>, Guided<float, float16, float16, float, float>,
+          Plain<float, bfloat16, float, float>, Guided<float, bfloat16, float, float>,
+          Rounded<float, bfloat16, float, float>,
+          // float32 parameters with 16-bit gradients
+          Plain<float, float, bfloat16, float>, Guided<float, float, bfloat16, float>,
+          Plain<float, float, float16, float>, Guided<float, float, float16, float>,
+          Master<bfloat16, false, false>, Master<bfloat16, true, false>,
+          Master<bfloat16, false, true>, Master<float16, false, false>,
+          Master<float16, true, false>, Routed<float>, Routed<bfloat16>, Routed<bfloat16, float>,
+          //
+          Plain<double, double, double, double>, Guided<double, double, double, double>,
+          AnyKind<float, false>, AnyKind<float, true>, AnyKind<float, true, Any>,
+          AnyKind<double, false>, AnyKind<double, true>, AnyKind<double, true, Any> >;
 #endif
 
 }  // namespace

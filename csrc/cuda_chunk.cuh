@@ -5,7 +5,7 @@
 // walks the chunk: groups in which every thread has kElements neighbours are read and written with
 // 128-bit accesses, several at once; what is left, and rows that are not aligned, element by
 // element, with the same arithmetic (update.h). The last block of a row to finish writes what
-// belongs to all of it: norms, distances, step counts; the last of a norm pass also the
+// belongs to all of it: norms, products, distances, step counts; the last of a norm pass also the
 // coefficients.
 //
 // Sums do not depend on scheduling, alignment, dtype combination or kernel: a chunk has kLanes
@@ -82,7 +82,27 @@ struct NormArguments {
   const float* grad_scale;
   int64_t table_rows;
   int which;
+  double importance;                  // i of equation (3)
   CoefficientArguments coefficients;  // made by the last block of all, unless `out` is null
+};
+
+struct GuardArguments {
+  const double* products;
+  double* out;
+  int64_t table_rows;
+  double max_grad_norm;
+  bool clipped;
+  bool per_tensor;
+  bool maximize;
+};
+
+struct ProductArguments {
+  Launch launch;
+  const uint8_t* flags;
+  double* products;
+  const float* grad_scale;
+  double importance;
+  GuardArguments guard;  // as the coefficients above
 };
 
 struct UpdateArguments {
@@ -97,6 +117,7 @@ struct UpdateArguments {
   uint64_t seed;
   uint32_t draw;
   int variant;
+  double importance;
 };
 
 struct DrawArguments {
@@ -116,6 +137,8 @@ struct DrawArguments {
 // The launches, one translation unit each; they return what cudaGetLastError says.
 cudaError_t launch_norms(const NormArguments& arguments, cudaStream_t stream);
 cudaError_t launch_coefficients(const CoefficientArguments& arguments, cudaStream_t stream);
+cudaError_t launch_products(const ProductArguments& arguments, cudaStream_t stream);
+cudaError_t launch_guard(const GuardArguments& arguments, cudaStream_t stream);
 cudaError_t launch_adam(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_sgd(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_guide(const UpdateArguments& arguments, cudaStream_t stream);
@@ -369,6 +392,12 @@ struct ChunkView {
     return address ? reinterpret_cast<char*>(static_cast<intptr_t>(address) + offset) : nullptr;
   }
 };
+
+// The chunk of a block of a pass that only reads. The last come first: the pass then ends with what
+// the update behind it begins with, which the cache still holds.
+DGG_DEVICE int64_t number_from_behind(const Launch& launch) {
+  return launch.chunk_count - 1 - static_cast<int64_t>(blockIdx.x);
+}
 
 DGG_DEVICE bool is_aligned(int64_t addresses) {
   return (addresses & 15) == 0;

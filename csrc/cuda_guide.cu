@@ -24,6 +24,13 @@ struct Guide {
     return guide_scalars(hyper, factor, pull);
   }
 
+  // The pull stays where it is: in the gradient.
+  DGG_DEVICE static void enter(GuideScalars<double>& s, const double*, double, int,
+                               double importance) {
+    s.rest = 1 - importance;
+    s.weight = importance;
+  }
+
   // There must be a gradient to write into, and something to change in it.
   template <typename Row>
   DGG_DEVICE static bool works(const RowView& view, const Row& row, double factor) {
@@ -36,8 +43,8 @@ struct Guide {
   }
 
   template <typename K, typename T>
-  DGG_DEVICE static void element(const GuideScalars<T>& s, T& p, T& g, T*, T a, bool inject) {
-    g = guide<K::kAnchor>(s, p, g, a, inject);
+  DGG_DEVICE static void element(const GuideScalars<T>& s, T& p, T& g, T*, T a, T f, bool inject) {
+    g = guide<K::kPulled>(s, p, g, a, f, inject);
   }
 };
 
@@ -48,19 +55,23 @@ using Guided = Kind<T, P, G, P, A, void, true, false, false, false>;
 template <typename P>
 using Replayed = Kind<float, P, P, P, P, void, true, true, false, false>;
 
+// Weighted by importance, with a replay gradient or without.
+template <typename P>
+using Weighted = Kind<float, P, P, P, P, void, true, true, false, false, P>;
+
 #ifdef DGG_ONLY  // for tests that look at a few kernels' machine code
 using GuideKinds = Kinds<DGG_ONLY>;
 #else
-// What is not in this list is served by the last four, which know all types at run time.
+// What is not in this list is served by the last six, which know all types at run time.
 using GuideKinds =
     Kinds<Plain<float, float>, Plain<float, bfloat16>, Plain<float, float16>, Plain<double, double>,
           Guided<float, float>, Guided<float, bfloat16>, Guided<float, float16>,
           Guided<double, double>, Guided<float, float, bfloat16>, Guided<float, bfloat16, float>,
           Guided<float, bfloat16, bfloat16, float>, Guided<float, float, float, bfloat16>,
-          Replayed<float>, Replayed<bfloat16>,
+          Replayed<float>, Replayed<bfloat16>, Weighted<float>, Weighted<bfloat16>,
           //
-          AnyKind<float, false>, AnyKind<float, true>, AnyKind<double, false>,
-          AnyKind<double, true> >;
+          AnyKind<float, false>, AnyKind<float, true>, AnyKind<float, true, Any>,
+          AnyKind<double, false>, AnyKind<double, true>, AnyKind<double, true, Any> >;
 #endif
 
 }  // namespace

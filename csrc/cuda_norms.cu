@@ -99,11 +99,72 @@ struct PairSquares {
   }
 };
 
+// Sum of u^2, u of equation (3); of a row without importance, which may be among the others, u is
+// the difference, and no weight changes a bit of it.
+template <typename T, typename P, typename A, typename F>
+struct PullSquares {
+  static constexpr int kElements = elements_at_once<P, A, F>();
+  static constexpr int kBatch =
+      std::is_same<P, Any>::value
+          ? 1
+          : groups_at_once(kElements * (stored_size<P>() + stored_size<A>() + stored_size<F>()) /
+                           16);
+
+  Stream<P> param;
+  Stream<A> anchor;
+  Stream<F> importance;
+  GuideScalars<T> scalars;
+  Lanes<T, kElements> lanes;
+
+  DGG_DEVICE T value(T p, T a, T f) const { return pull_of<kByImportance>(scalars, p, a, f); }
+
+  DGG_DEVICE void batch(int begin) {
+    constexpr int kGroup = kThreads * kElements;
+    Pack<P, kElements> params[kBatch];
+    Pack<A, kElements> anchors[kBatch];
+    Pack<F, kElements> importances[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      param.template load<kAgain>(params[b], begin + b * kGroup);
+      anchor.template load<kAgain>(anchors[b], begin + b * kGroup);
+      importances[b] = {};
+      if (importance) importance.template load<kAgain>(importances[b], begin + b * kGroup);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      T square = T(0);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const T u =
+            value(param.template get<T>(params[b], j), anchor.template get<T>(anchors[b], j),
+                  importance.template get<T>(importances[b], j));
+        square = add_square(u, square);
+        if (j % 4 == 3) {
+          lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
+          square = T(0);
+        }
+      }
+    }
+  }
+
+  DGG_DEVICE T value_at(int i) const {
+    return value(element_of<T>(param, i), element_of<T>(anchor, i),
+                 importance ? element_of<T>(importance, i) : T(0));
+  }
+
+  DGG_DEVICE void quad(int begin, int n) {
+    T square = T(0);
+#pragma unroll 1
+    for (int i = begin; i < begin + n; ++i) square = add_square(value_at(i), square);
+    lanes.add(Lanes<T, kElements>::second(begin), square);
+  }
+};
+
 // What is to be computed of a row. |g|^2 has a walk of its own, so that its bits do not depend on
 // what else is asked for; without a replay gradient it is |h|^2, too.
 struct Wanted {
   bool total, grad, distance;  // for the result
-  int parts;                   // bits: 1 |h|^2, 2 |g|^2, 4 |d|^2
+  int parts;                   // bits: 1 |h|^2, 2 |g|^2, 4 |u|^2
 
   DGG_DEVICE Wanted(const NormArguments& a, const RowView& view, int64_t row) {
     const int which = a.gate && *a.gate == 0 ? a.which & kTotalNorm : a.which;
@@ -186,34 +247,34 @@ struct NormRow {
   bool aligned_grad, aligned_total, aligned_distance;
 };
 
-// P is void where no distance is measured.
-template <typename T_, typename P_, typename G_, typename A_, bool kReplay_>
+struct WeightedNormRow : NormRow {
+  char* importance;
+};
+
+// P is void where no distance is measured, F where it is not weighted.
+template <typename T_, typename P_, typename G_, typename A_, bool kReplay_, typename F_ = void>
 struct NormKind {
   using T = T_;
   using P = P_;
   using G = G_;
   using A = A_;
+  using F = F_;
   static constexpr bool kReplay = kReplay_, kDistances = !std::is_void<P_>::value,
-                        kAny = std::is_same<G_, Any>::value;
+                        kWeighted = !std::is_void<F_>::value, kAny = std::is_same<G_, Any>::value;
 };
-
-// The chunk of a block. The last come first: a norm pass then ends with what the update behind it
-// begins with, which the cache still holds.
-DGG_DEVICE int64_t number_of_chunk(const Launch& launch) {
-  return launch.chunk_count - 1 - static_cast<int64_t>(blockIdx.x);
-}
 
 // Four blocks keep the memory busy, and leave enough registers.
 template <typename K>
 __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments a) {
   using T = typename K::T;
   using G = typename K::G;
-  __shared__ NormRow row;
+  using Row = std::conditional_t<K::kWeighted, WeightedNormRow, NormRow>;
+  __shared__ Row row;
   __shared__ RowEnd end;
   const uint64_t dtypes = a.launch.dtypes;
   if (threadIdx.x == 0) {
-    end.load(a.launch, number_of_chunk(a.launch));
-    const ChunkView chunk(a.launch, number_of_chunk(a.launch));
+    end.load(a.launch, number_from_behind(a.launch));
+    const ChunkView chunk(a.launch, number_from_behind(a.launch));
     const RowView view(a.launch, chunk.row);
     const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
     row.parts = Wanted(a, view, chunk.row).parts;
@@ -225,13 +286,18 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
     row.aligned_grad = is_aligned(view.grad);
     row.aligned_total = is_aligned(view.grad | view.replay);
     row.aligned_distance = is_aligned(param | anchor);
+    if constexpr (K::kWeighted) {
+      const int64_t importance = view.columns[kColumnImportance];
+      row.importance = chunk.at(importance, dtypes, kSlotImportance);
+      row.aligned_distance = is_aligned(param | anchor | importance);
+    }
   }
   __syncthreads();
   const auto keep = [&](int part, const auto& body) {
     const double sum =
         unspoiled<T>(sum_of_block(body.lanes), [&](int i) { return body.value_at(i); }, row.count);
     if (threadIdx.x != 0) return;
-    a.launch.partials[part * a.launch.chunk_count + number_of_chunk(a.launch)] = sum;
+    a.launch.partials[part * a.launch.chunk_count + number_from_behind(a.launch)] = sum;
   };
   const Stream<G> grad(row.grad, code_at(dtypes, kSlotGrad));
   if (row.parts & 2) {
@@ -249,7 +315,18 @@ __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments 
       keep(0, body);
     }
   }
-  if constexpr (K::kDistances) {
+  if constexpr (K::kWeighted && K::kDistances) {
+    if (row.parts & 4) {
+      PullSquares<T, typename K::P, typename K::A, typename K::F> body{
+          Stream<typename K::P>(row.param, code_at(dtypes, kSlotParam)),
+          Stream<typename K::A>(row.anchor, code_at(dtypes, kSlotAnchor)),
+          Stream<typename K::F>(row.importance, code_at(dtypes, kSlotImportance)),
+          weights_of(row.importance ? a.importance : 0).template as<T>(),
+          {}};
+      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_distance);
+      keep(2, body);
+    }
+  } else if constexpr (K::kDistances) {
     if (row.parts & 4) {
       PairSquares<T, typename K::P, typename K::A, true> body{
           Stream<typename K::P>(row.param, code_at(dtypes, kSlotParam)),
@@ -270,11 +347,16 @@ bool suits(const NormArguments& a) {
   const uint64_t dtypes = a.launch.dtypes;
   const auto is = [&](int slot, int code) { return code_at(dtypes, slot) == code; };
   if (std::is_same<typename K::T, double>::value != is(kSlotParam, kFloat64)) return false;
+  const bool distances = (a.which & kDistance) != 0;
+  if (K::kWeighted != (distances && a.importance != 0)) return false;
   if constexpr (!K::kAny) {
     const bool replay = a.launch.replays != nullptr;
-    if (K::kReplay != replay || K::kDistances != ((a.which & kDistance) != 0)) return false;
+    if (K::kReplay != replay || K::kDistances != distances) return false;
     if (!is(kSlotGrad, code_of<typename K::G>())) return false;
     if (replay && !is(kSlotReplay, code_of<typename K::G>())) return false;
+    if constexpr (K::kWeighted) {
+      if (!is(kSlotImportance, code_of<typename K::F>())) return false;
+    }
     if constexpr (K::kDistances) {
       return is(kSlotParam, code_of<typename K::P>()) && is(kSlotAnchor, code_of<typename K::A>());
     }
@@ -302,19 +384,23 @@ template <typename G>
 using Replayed = NormKind<float, void, G, void, true>;
 template <typename P, typename G = P, typename A = P>
 using Measured = NormKind<float, P, G, A, false>;
-template <typename T>
-using AnyNorms = NormKind<T, Any, Any, Any, true>;
+template <typename P>
+using Weighted = NormKind<float, P, P, P, false, P>;
+template <typename T, typename F = void>
+using AnyNorms = NormKind<T, Any, Any, Any, true, F>;
 
 #ifdef DGG_ONLY  // for tests that look at a few kernels' machine code
 using NormKinds = Kinds<DGG_ONLY>;
 #else
-// What is not in this list is served by the last two, which know all types at run time.
-using NormKinds = Kinds<Gradients<float>, Gradients<bfloat16>, Gradients<float16>,
-                        NormKind<double, void, double, void, false>, Replayed<float>,
-                        Replayed<bfloat16>, Measured<float>, Measured<bfloat16>, Measured<float16>,
-                        NormKind<double, double, double, double, false>, Measured<float, bfloat16>,
-                        Measured<float, float, bfloat16>, Measured<bfloat16, float>,
-                        Measured<bfloat16, bfloat16, float>, AnyNorms<float>, AnyNorms<double> >;
+// What is not in this list is served by the last four, which know all types at run time.
+using NormKinds =
+    Kinds<Gradients<float>, Gradients<bfloat16>, Gradients<float16>,
+          NormKind<double, void, double, void, false>, Replayed<float>, Replayed<bfloat16>,
+          Measured<float>, Measured<bfloat16>, Measured<float16>,
+          NormKind<double, double, double, double, false>, Measured<float, bfloat16>,
+          Measured<float, float, bfloat16>, Measured<bfloat16, float>,
+          Measured<bfloat16, bfloat16, float>, Weighted<float>, Weighted<bfloat16>, AnyNorms<float>,
+          AnyNorms<double>, AnyNorms<float, Any>, AnyNorms<double, Any> >;
 #endif
 
 // One block: for squares that have been summed over ranks since.

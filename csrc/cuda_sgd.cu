@@ -23,13 +23,20 @@ struct Sgd {
 
   DGG_DEVICE static SgdScalars<double> scalars(const double* hyper, double factor, double pull,
                                                int flags, const double*) {
-    SgdScalars<double> s = sgd_scalars(hyper, factor, pull, (flags & kFirstStep) != 0);
+    SgdScalars<double> s = sgd_scalars(hyper, factor, (flags & kFirstStep) != 0);
+    s.guide.pull = pull;
     if (!uses_optional_state(hyper)) {
       // In a kernel with momentum: set the buffer, which nobody will store, and take it as it is.
       s.first = 1;
       s.nesterov = 0;
     }
     return s;
+  }
+
+  // Where the pull enters, and what weighs it.
+  DGG_DEVICE static void enter(SgdScalars<double>& s, const double* hyper, double pull, int route,
+                               double importance) {
+    set_pull(s.guide, pull, hyper[kSgdLr], route, importance);
   }
 
   template <typename Row>
@@ -43,8 +50,14 @@ struct Sgd {
   }
 
   template <typename K, typename T>
-  DGG_DEVICE static void element(const SgdScalars<T>& s, T& p, T g, T* states, T a, bool inject) {
-    sgd<K::kAnchor, K::kState>(s, p, g, states[0], a, inject);
+  DGG_DEVICE static void element(const SgdScalars<T>& s, T& p, T g, T* states, T a, T f,
+                                 bool inject) {
+    if constexpr (K::kRouted) {
+      const T u = pull_of<kByImportance>(s.guide, p, a, f);
+      sgd<kByRoute, K::kState>(s, p, g, states[0], u, f, inject);
+    } else {
+      sgd<K::kPulled, K::kState>(s, p, g, states[0], a, f, inject);
+    }
   }
 };
 
@@ -59,10 +72,14 @@ using Rounded = Kind<float, P, P, M, P, void, false, false, true, true>;
 template <typename P, typename M = P>
 using Drawn = Kind<float, P, P, M, P, void, true, false, true, true>;
 
+// Weighted by importance, or decoupled; with a replay gradient or without.
+template <typename P>
+using Routed = Kind<float, P, P, P, P, void, true, true, false, true, P>;
+
 #ifdef DGG_ONLY  // for tests that look at a few kernels' machine code
 using SgdKinds = Kinds<DGG_ONLY>;
 #else
-// What is not in this list is served by the last four, which know all types at run time.
+// What is not in this list is served by the last six, which know all types at run time.
 using SgdKinds = Kinds<
     Plain<true, float, float>, Guided<true, float, float>, Plain<false, float, float>,
     Guided<false, float, float>, Replayed<float>, Drawn<float>,
@@ -77,7 +94,10 @@ using SgdKinds = Kinds<
     //
     Plain<true, double, double>, Guided<true, double, double>,
     //
-    AnyKind<float, false>, AnyKind<float, true>, AnyKind<double, false>, AnyKind<double, true> >;
+    Routed<float>, Routed<bfloat16>,
+    //
+    AnyKind<float, false>, AnyKind<float, true>, AnyKind<float, true, Any>, AnyKind<double, false>,
+    AnyKind<double, true>, AnyKind<double, true, Any> >;
 #endif
 
 }  // namespace

@@ -72,27 +72,37 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "norms_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor(c!) distances, "
       "Tensor(d!) squares, Tensor? gate, Tensor? grad_scale, Tensor(e!)? out, *, int dtypes, "
-      "float replay_weight, int which, float? max_grad_norm, bool scaling, bool per_tensor) -> ()");
+      "float replay_weight, int which, float? max_grad_norm, bool scaling, bool per_tensor, "
+      "float importance=0.0) -> ()");
   m.def(
       "coefficients_launch(Tensor squares, Tensor(a!) out, *, float? max_grad_norm, bool scaling, "
       "bool per_tensor) -> ()");
   m.def(
+      "products_launch(Tensor table, Tensor rows, Tensor chunks, Tensor starts, "
+      "Tensor(a!) partials, Tensor(b!) counters, Tensor grads, Tensor replays, Tensor flags, "
+      "Tensor(c!) products, Tensor? grad_scale, Tensor(d!)? out, *, int dtypes, "
+      "float replay_weight, float importance, float? max_grad_norm, bool per_tensor, "
+      "bool maximize) -> ()");
+  m.def(
+      "guard_coefficients_launch(Tensor products, Tensor(a!) out, *, float? max_grad_norm, "
+      "bool per_tensor, bool maximize) -> ()");
+  m.def(
       "adam_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
-      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
-      "-> ()");
+      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant, "
+      "float importance=0.0) -> ()");
   m.def(
       "sgd_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor starts, Tensor(a!) partials, "
       "Tensor(b!) counters, Tensor grads, Tensor replays, Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor(c!) distances, Tensor? grad_scale, Tensor? found_inf, "
-      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant) "
-      "-> ()");
+      "Tensor? draw_index, *, int dtypes, float replay_weight, int seed, int draw, int variant, "
+      "float importance=0.0) -> ()");
   m.def(
       "guide_launch_(Tensor table, Tensor rows, Tensor chunks, Tensor grads, Tensor replays, "
       "Tensor coefficients, Tensor flags, "
       "Tensor hyper, Tensor? grad_scale, Tensor? found_inf, Tensor? draw_index, *, int dtypes, "
-      "float replay_weight, int seed, int draw, int variant) -> ()");
+      "float replay_weight, int seed, int draw, int variant, float importance=0.0) -> ()");
   m.def(
       "draw_flags_launch(Tensor table, Tensor hyper, Tensor draw_index, Tensor(a!) flags, "
       "Tensor(b!) gate, *, int seed, int granularity, int threshold_column, int strength_column) "

@@ -261,6 +261,11 @@ DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double f
   return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1, 0};
 }
 
+// Scalars of who only needs u of equation (3).
+DGG_HOST_DEVICE GuideScalars<double> weights_of(double importance) {
+  return {1, 0, 0, 0, 1 - importance, importance};
+}
+
 // The row's own part of the scalars: b s of equation (5) and where it enters, i of equation (3).
 DGG_HOST_DEVICE void set_pull(GuideScalars<double>& s, double pull, double lr, int route,
                               double importance) {

@@ -57,14 +57,26 @@ DGG_ENTRY int64_t count_vector_accesses() {
 DGG_ENTRY int norms(const int64_t* integers, const double* numbers) {
   Reader in{integers};
   const dgg::Launch launch = read_launch(in, numbers[0]);
-  return dgg::launch_norms({launch, in, in, in, in, in, in, {in, in, in, numbers[1], in, in, in}},
-                           nullptr);
+  return dgg::launch_norms(
+      {launch, in, in, in, in, in, in, numbers[2], {in, in, in, numbers[1], in, in, in}}, nullptr);
+}
+
+DGG_ENTRY int products(const int64_t* integers, const double* numbers) {
+  Reader in{integers};
+  const dgg::Launch launch = read_launch(in, numbers[0]);
+  return dgg::launch_products(
+      {launch, in, in, in, numbers[2], {in, in, in, numbers[1], in, in, in}}, nullptr);
+}
+
+DGG_ENTRY int guard(const int64_t* integers, const double* numbers) {
+  Reader in{integers};
+  return dgg::launch_guard({in, in, in, numbers[0], in, in, in}, nullptr);
 }
 
 DGG_ENTRY int update(const int64_t* integers, const double* numbers) {
   Reader in{integers};
   const dgg::Launch launch = read_launch(in, numbers[0]);
-  const dgg::UpdateArguments arguments{launch, in, in, in, in, in, in, in, in, in, in};
+  const dgg::UpdateArguments arguments{launch, in, in, in, in, in, in, in, in, in, in, numbers[1]};
   const int rule = in;
   return rule == 0   ? dgg::launch_adam(arguments, nullptr)
          : rule == 1 ? dgg::launch_sgd(arguments, nullptr)

@@ -25,7 +25,7 @@ SHIM = ROOT / "tests" / "cuda_on_host.h"
 UNITS = [
     *(
         ROOT / "csrc" / f"{name}.cu"
-        for name in ("cuda_adam", "cuda_sgd", "cuda_guide", "cuda_norms")
+        for name in ("cuda_adam", "cuda_sgd", "cuda_guide", "cuda_norms", "cuda_products")
     ),
     ROOT / "csrc" / "cuda.cu",
     ROOT / "tests" / "cuda_on_host.cpp",

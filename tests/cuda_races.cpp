@@ -14,7 +14,7 @@ using namespace dgg;
 
 constexpr int kStates = 3;
 
-// Dtypes of parameter, gradient, replay, three moments, anchor and copy; -1: no copy.
+// Dtypes of parameter, gradient, replay, three moments, anchor, copy and importance; -1: none.
 using Kind = std::vector<int>;
 
 struct Problem {
@@ -23,7 +23,7 @@ struct Problem {
   std::vector<int64_t> table, grads, replays;
   std::vector<int32_t> rows, chunks, starts{0}, counters;
   std::vector<float> steps;
-  std::vector<double> partials, distances, squares, coefficients;
+  std::vector<double> partials, distances, squares, products, coefficients;
   std::vector<uint8_t> flags;
   uint64_t dtypes = 0;
 
@@ -45,10 +45,11 @@ struct Problem {
       for (int s = 0; s < kStates; ++s) states[s] = fresh(kSlotExpAvg + s);
       const int64_t anchor = fresh(kSlotAnchor);
       const int64_t copy = kind[kSlotCopy] < 0 ? 0 : fresh(kSlotCopy);
+      const int64_t importance = kind[kSlotImportance] < 0 ? 0 : fresh(kSlotImportance);
       const int64_t step = reinterpret_cast<int64_t>(&steps[i]);
       for (const int64_t cell :
            {param, states[0], states[1], states[2], anchor, step, size, int64_t(0),
-            static_cast<int64_t>(dtypes), int64_t(i), int64_t(0), size, size, copy}) {
+            static_cast<int64_t>(dtypes), int64_t(i), int64_t(0), size, size, copy, importance}) {
         table.push_back(cell);
       }
       grads.push_back(i == 6 ? 0 : fresh(kSlotGrad));
@@ -62,10 +63,11 @@ struct Problem {
       }
       starts.push_back(starts.back() + count);
     }
-    partials.resize(3 * static_cast<size_t>(starts.back()));
+    partials.resize(kPartials * static_cast<size_t>(starts.back()));
     counters.assign(n + 1, 0);
     distances.assign(n, -1.0);
     squares.assign(3 * n, 0.0);
+    products.assign(kProducts * n, 0.0);
     coefficients.assign(kScales + n, 0.5);
     flags.assign(n, 0);
   }
@@ -121,7 +123,11 @@ void run(const Kind& kind, bool replay, int flag) {
   if (flag) variant |= kAnchorBit;
   if (flag == kInjectElements) variant |= kElementsBit;
   if (kind[kSlotCopy] >= 0) variant |= kCopyBit;
-  if (kind[kSlotParam] == kBFloat16) variant |= kStochasticBit;
+  // Where pulls are weighted there are no draws by element and no stochastic rounding in the
+  // kernels of their own.
+  const double importance = kind[kSlotImportance] < 0 ? 0 : 0.7;
+  if (flag && importance != 0) variant |= kImportanceBit | (replay ? kDecoupledBit : 0);
+  if (kind[kSlotParam] == kBFloat16 && importance == 0) variant |= kStochasticBit;
   const auto update = [&](const double* hyper, int variant) {
     return UpdateArguments{launch,
                            p.coefficients.data(),
@@ -133,20 +139,35 @@ void run(const Kind& kind, bool replay, int flag) {
                            &draw,
                            1,
                            5,
-                           variant};
+                           variant,
+                           importance};
   };
   for (int twice = 0; twice < 2; ++twice) {
     CoefficientArguments made{p.squares.data(), p.coefficients.data(), n, 1.0, true, true,
                               twice != 0};
     // Once by the norm pass itself, and once by a launch of its own: the same, in the same memory.
-    launched(launch_norms({launch, p.distances.data(), p.squares.data(), &gate, &scale, n, 7, made},
-                          nullptr));
+    launched(launch_norms(
+        {launch, p.distances.data(), p.squares.data(), &gate, &scale, n, 7, importance, made},
+        nullptr));
     const std::vector<double> by_the_pass = p.coefficients;
     p.coefficients.assign(p.coefficients.size(), 0.5);
     launched(launch_coefficients(made, nullptr));
     if (by_the_pass != p.coefficients) {
       std::fprintf(stderr, "coefficients of the norm pass are not those of the squares\n");
       std::exit(4);
+    }
+    // So are the products, of rows of which some are guided.
+    for (int64_t i = 0; i < n; ++i) p.flags[i] = i % 4 ? kInject : 0;
+    std::vector<double> guarded(kScales + n + kGuardExtras);
+    const GuardArguments guard{p.products.data(), guarded.data(), n, 1.0, true, twice != 0, false};
+    launched(launch_products({launch, p.flags.data(), p.products.data(), &scale, importance, guard},
+                             nullptr));
+    const std::vector<double> guarded_by_the_pass = guarded;
+    guarded.assign(guarded.size(), 0.5);
+    launched(launch_guard(guard, nullptr));
+    if (guarded_by_the_pass != guarded) {
+      std::fprintf(stderr, "coefficients of the products pass are not those of the products\n");
+      std::exit(5);
     }
     launched(launch_draw_flags({p.table.data(), adam, &draw, p.flags.data(), &gate, n, kAdamHypers,
                                 1, 1 + twice, kAdamThreshold, kAdamStrength},
@@ -175,10 +196,13 @@ int main(int count, char** arguments) {
   if (left_out == "barrier") cuda_on_host::omitted = cuda_on_host::kBarrier;
   constexpr int f = kFloat32, b = kBFloat16, h = kFloat16, d = kFloat64;
   const std::vector<Kind> kinds{
-      {f, f, f, f, f, f, f, -1},  // vectors of four
-      {b, b, b, b, b, b, b, -1},  // of eight, stochastic rounding
-      {f, b, b, f, f, f, f, b},   // master weights
-      {f, h, b, d, b, f, h, -1},  // the kernels that know types only at run time
+      {f, f, f, f, f, f, f, -1, -1},  // vectors of four
+      {b, b, b, b, b, b, b, -1, -1},  // of eight, stochastic rounding
+      {f, f, f, f, f, f, f, -1, f},   // weighted pulls
+      {b, b, b, b, b, b, b, -1, b},   //
+      {f, b, b, f, f, f, f, b, -1},   // master weights
+      {f, h, b, d, b, f, h, -1, -1},  // the kernels that know types only at run time
+      {f, h, b, d, b, f, h, -1, d},   //
   };
   for (const Kind& kind : kinds) {
     for (const bool replay : {false, true}) {

@@ -33,15 +33,24 @@ FEW = {
         "Replayed<float, float, float, float>", "Plain<float, bfloat16, bfloat16, bfloat16>",
         "Guided<float, bfloat16, bfloat16, bfloat16>", "Guided<float, bfloat16, bfloat16, float>",
         "Rounded<float, bfloat16, bfloat16, bfloat16>", "Master<bfloat16, true, false>",
+        "Routed<float>", "Routed<bfloat16>", "Routed<bfloat16, float>",
+        "AnyKind<float, true, Any>",
     ],
     "sgd": [
         "Plain<true, float, float>", "Guided<false, float, bfloat16>",
-        "Guided<true, float, bfloat16>",
+        "Guided<true, float, bfloat16>", "Routed<float>", "Routed<bfloat16>",
     ],
-    "guide": ["Plain<float, bfloat16>", "Guided<float, float>", "Guided<float, bfloat16>"],
+    "guide": [
+        "Plain<float, bfloat16>", "Guided<float, float>", "Guided<float, bfloat16>",
+        "Weighted<float>", "Weighted<bfloat16>",
+    ],
     "norms": [
         "Gradients<float>", "Gradients<bfloat16>", "Replayed<float>", "Measured<float>",
-        "Measured<bfloat16>",
+        "Measured<bfloat16>", "Weighted<float>", "Weighted<bfloat16>",
+    ],
+    "products": [
+        "Plain<float>", "Plain<bfloat16>", "Plain<float, bfloat16>", "Weighted<float>",
+        "Weighted<bfloat16>", "AnyProducts<double>",
     ],
 }  # fmt: skip
 # Every instruction set that differs from the others.
@@ -129,10 +138,12 @@ class Kernel:
     """A kernel's machine code, and what its name says that it should be.
 
     Attributes:
-        unit: Which rule: adam, sgd, guide, norms.
+        unit: Which rule: adam, sgd, guide, norms, products.
         kind: The template arguments of its kind, none for the kernels of one block.
         generic: It learns its types at run time.
+        reads: It reads tensors and writes none.
         draws: It draws for every element.
+        replays: It takes replay gradients in an update.
         loads: 128-bit loads.
         stores: 128-bit stores.
         once: How many of the loads and of the stores make room in the cache first.
@@ -147,7 +158,10 @@ class Kernel:
         kind = re.search(r"Kind<(.*?)>", name)
         self.kind = [x.split("::")[-1].strip() for x in kind.group(1).split(",")] if kind else []
         self.generic = "Any" in self.kind
-        self.draws = unit != "norms" and bool(kind) and self.kind[8] == "true"
+        self.reads = unit in ("norms", "products")
+        updates = bool(kind) and not self.reads
+        self.draws = updates and self.kind[8] == "true"
+        self.replays = updates and self.kind[7] == "true"
         # LD and ST without G would be accesses to memory of a kind that the compiler did not know.
         self.loads = len(re.findall(r"\bLDG?\.[A-Z0-9.]*128", code))
         self.stores = len(re.findall(r"\bSTG?\.[A-Z0-9.]*128", code))
@@ -166,13 +180,19 @@ class Kernel:
         sizes = [SIZES.get(x, 0) for x in self.kind]
         yes = [x == "true" for x in self.kind]
         if self.unit == "norms":
-            _, param, grad, anchor = sizes[:4]
-            reads = [[grad]] + [[grad, grad]] * yes[4] + [[param, anchor]] * (param > 0)
+            _, param, grad, anchor, _, importance = sizes
+            weights = [importance] if importance else []
+            reads = [[grad]] + [[grad, grad]] * yes[4] + [[param, anchor, *weights]] * (param > 0)
             # The update wants them again.
             return [Walk(each, [], (sum(each), 0)) for each in reads]
+        if self.unit == "products":
+            _, param, grad, anchor, importance = sizes
+            reads = [grad, grad, param, anchor, *([importance] if importance else [])]
+            return [Walk(reads, [], (sum(reads), 0))]
         _, param, grad, moment, anchor, copy = sizes[:6]
         guided, replayed, _, state = yes[6:10]
         reads = [grad] * (2 if replayed else 1) + ([anchor] if guided else [])
+        reads += [sizes[10]] if sizes[10] else []  # importance
         if self.unit == "guide":
             return [Walk(reads + [param] * guided, [grad], (param * guided, grad))]
         moments = [moment] * {"adam": 2 + state, "sgd": int(state)}[self.unit]
@@ -208,7 +228,7 @@ def _check(kernel: Kernel, machine: int) -> None:
     if not kernel.kind or kernel.generic:
         return
     assert kernel.unknown == 0, f"{what}: {kernel.unknown} accesses to memory of an unknown kind"
-    if kernel.unit != "norms" and kernel.kind[6] == "false":
+    if not kernel.reads and kernel.kind[6] == "false":
         # It measures nothing, so it hands nothing over. That all have read the step is known early.
         assert (kernel.counts, kernel.fences) == (int(kernel.unit == "adam"), 0), what
     walks = kernel.walks()
@@ -223,7 +243,7 @@ def _check(kernel: Kernel, machine: int) -> None:
     copies = kernel.stores // stores if stores else 1
     assert kernel.once == (once[0], copies * once[1]), f"{what}: {kernel.once} for {once}"
     blocks = min(REGISTERS // (-(-kernel.registers // 8) * 8 * THREADS), 1536 // THREADS)
-    if kernel.draws or (kernel.unit != "norms" and kernel.kind[7] == "true"):
+    if kernel.draws or kernel.replays:
         # Philox is more work than its share of the memory's time, and a replay gradient more
         # registers: two blocks, 48 KiB with six loads, which is still what an H200 needs.
         assert blocks >= 2, f"{what}: {kernel.registers} registers"
@@ -257,17 +277,26 @@ def test_bytes_of_a_step(few, machine):
     kernels = {}
     for kernel in _kernels("adam", few["adam", machine], machine):
         kernels[", ".join(kernel.kind)] = kernel
-    plain = kernels["float, float, float, float, float, void, false, false, false, false"]
-    guided = kernels["float, float, float, float, float, void, true, false, false, false"]
+    plain = kernels["float, float, float, float, float, void, false, false, false, false, void"]
+    guided = kernels["float, float, float, float, float, void, true, false, false, false, void"]
     # Groups of four elements: two at once unguided, one guided.
     assert (plain.loads / 2, plain.stores / 2) == (4, 3)
     assert (guided.loads, guided.stores) == (5, 3)
     narrow = "bfloat16, bfloat16, bfloat16, bfloat16"
-    plain = kernels[f"float, {narrow}, void, false, false, false, false"]
-    guided = kernels[f"float, {narrow}, void, true, false, false, false"]
+    plain = kernels[f"float, {narrow}, void, false, false, false, false, void"]
+    guided = kernels[f"float, {narrow}, void, true, false, false, false, void"]
     # The same for eight elements.
     assert (plain.loads / 2, plain.stores / 2) == (4, 3)
     assert (guided.loads, guided.stores) == (5, 3)
+    # With importance one more, and one for a replay gradient, which not every row has.
+    for kind in ("float, " * 4, "bfloat16, " * 4):
+        (routed,) = [
+            kernel
+            for name, kernel in kernels.items()
+            if name.startswith(f"float, {kind}void, true, true") and "void" in name
+            and name.endswith(f"false, {kind.split(',')[0]}")
+        ]  # fmt: skip
+        assert (routed.loads, routed.stores) == (7, 3)
 
 
 @needs_nvcc
@@ -395,6 +424,8 @@ def test_architectures_that_cannot_be(wanted, message):
 WRITTEN = {
     "norms_launch": {"partials", "counters", "distances", "squares", "out"},
     "coefficients_launch": {"out"},
+    "products_launch": {"partials", "counters", "products", "out"},
+    "guard_coefficients_launch": {"out"},
     "adam_launch_": {"partials", "counters", "distances"},
     "sgd_launch_": {"partials", "counters", "distances"},
     "guide_launch_": set(),
@@ -424,7 +455,8 @@ def test_both_backends_have_the_same_signature(name):
         if p.default is p.empty
     ]
     schema = getattr(torch.ops.dgg, name).default._schema
-    assert [(a.name, a.kwarg_only) for a in schema.arguments] == theirs
+    ours = [(a.name, a.kwarg_only) for a in schema.arguments if not a.has_default_value()]
+    assert ours == theirs
 
 
 @pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")

@@ -12,9 +12,10 @@ from dgg.kernels import layout
 
 import cuda_on_host
 import rows
+import test_gpu
 from cases import BF16, F16, F32, F64, cpp_missing
-from dgg import _philox, reference
-from dgg.backends import chunks
+from dgg import _philox, backends, reference
+from dgg.backends import chunks, libraries
 from rows import (
     ADAM,
     ADAM_CASES,
@@ -26,6 +27,7 @@ from rows import (
     GUIDE,
     HYPER,
     INJECT,
+    ROUTES,
     SEED,
     SGD,
     SGD_CASES,
@@ -93,7 +95,7 @@ class Launches:
 
     def norms(
         self, *, replay_weight=1.0, grad_scale=None, which=7, gate=None, out=None,
-        max_grad_norm=None, scaling=False, per_tensor=False,
+        max_grad_norm=None, scaling=False, per_tensor=False, importance=0.0,
     ):  # fmt: skip
         n = len(self.problem.sizes)
         squares = torch.full((3, n), float("nan"), dtype=F64)
@@ -103,25 +105,42 @@ class Launches:
             settings = [squares, last, n, max_grad_norm is not None, scaling, per_tensor]
             own = [self.problem.distances, squares, gate, scale, n, which]
             integers = [*self.leading(launch), *own, *settings]
-            self.call("norms", integers, replay_weight, max_grad_norm or 0.0)
+            self.call("norms", integers, replay_weight, max_grad_norm or 0.0, importance)
             assert not launch.counters.any()
         return squares
 
+    def products(
+        self, flags, *, replay_weight=1.0, grad_scale=None, importance=0.0, out=None,
+        max_grad_norm=None, per_tensor=False, maximize=False,
+    ):  # fmt: skip
+        n = len(self.problem.sizes)
+        sums = torch.full((reference.PRODUCTS, n), float("nan"), dtype=F64)
+        scale = None if grad_scale is None else torch.tensor(grad_scale)
+        for launch in self.launches:
+            last = out if launch is self.launches[-1] else None
+            settings = [sums, last, n, max_grad_norm is not None, per_tensor, maximize]
+            integers = [*self.leading(launch), self.problem.flags(flags), sums, scale, *settings]
+            self.call("products", integers, replay_weight, max_grad_norm or 0.0, importance)
+            assert not launch.counters.any()
+        return sums
+
     def update(
         self, name, hyper, flags, *, variant=None, replay_weight=1.0, grad_scale=None,
-        found_inf=None, seed=SEED, draw=DRAW, draw_index=None,
+        found_inf=None, seed=SEED, draw=DRAW, draw_index=None, importance=0.0, route="gradient",
+        extra=0,
     ):  # fmt: skip
         problem = self.problem
         flags, table = problem.flags(flags), numbers_of(hyper)
         if variant is None:
-            variant = variant_of(hyper if isinstance(hyper, list) else [hyper], flags)
+            groups = hyper if isinstance(hyper, list) else [hyper]
+            variant = variant_of(groups, flags, extra, importance=importance, route=route)
         scale = None if grad_scale is None else torch.tensor([grad_scale])
         found = None if found_inf is None else torch.tensor(found_inf)
         index = None if draw_index is None else torch.tensor(draw_index)
         for launch in self.launches:
             own = [problem.coefficients, flags, table, problem.distances, scale, found, index]
             integers = [*self.leading(launch), *own, seed, draw, variant, RULES[name]]
-            self.call("update", integers, replay_weight)
+            self.call("update", integers, replay_weight, importance)
             assert not launch.counters.any()
 
 
@@ -141,6 +160,24 @@ def test_update(kernels, name, case, hyper, situation):
         Launches(kernels, problem).update(name, *arguments, **options)
 
     rows.check_update(call, name, hyper, situation, EDGES)
+
+
+@pytest.mark.parametrize("situation", ROUTES)
+@pytest.mark.parametrize("case", ["adamw", "adam", "amsgrad-maximize"])
+def test_adam_routes(kernels, case, situation):
+    def call(name, problem, *arguments, **options):
+        Launches(kernels, problem).update(name, *arguments, **options)
+
+    rows.check_update(call, "adam", {**ADAM, **ADAM_CASES[case]}, situation, EDGES)
+
+
+@pytest.mark.parametrize("situation", [name for name in ROUTES if name.startswith("decoupled")])
+@pytest.mark.parametrize("case", SGD_CASES)
+def test_sgd_routes(kernels, case, situation):
+    def call(name, problem, *arguments, **options):
+        Launches(kernels, problem).update(name, *arguments, **options)
+
+    rows.check_update(call, "sgd", {**SGD, **SGD_CASES[case]}, situation, EDGES)
 
 
 # Dtype combinations
@@ -181,63 +218,115 @@ def test_kernels_of_their_own(kernels, kind, name, situation):
     assert_same_step(name, problem, exact, hyper, situation)
 
 
+# Those of which also kernels have their own that weigh the pull, or let it enter elsewhere than in
+# the gradient; a copy and the importance follow.
+ROUTED = [(F32,) * 7, (BF16,) * 7, (BF16, BF16, BF16, F32, BF16, BF16, BF16)]
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("route", ["gradient", "first_moment", "decoupled"])
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ROUTED, ids=_name)
+def test_routed_kernels_of_their_own(kernels, kind, name, route, replay):
+    """Rows with an importance and without one, which look ahead, too."""
+    problem = Problem([CHUNK + 4 * 1024 + 5, 7, 2048], kind, replay=replay)
+    problem.importances[2] = None
+    exact = problem.exact()
+    launches = Launches(kernels, problem)
+    options = {"importance": 0.7, "route": route, "replay_weight": 0.6}
+    launches.update(name, HYPER[name], INJECT, extra=layout.LOOK_AHEAD_BIT, **options)
+    assert kernels.count_vector_accesses() > 0
+    reference_step(name, exact, HYPER[name], INJECT, **options)
+    assert_same_step(name, problem, exact, HYPER[name], route)
+    found = problem.distances.clone()
+    problem.distances.fill_(-1.0)
+    squares = Launches(kernels, problem).norms(which=reference.NORM_DISTANCE, importance=0.7)
+    assert torch.equal(squares[2], found) and (found > 0).all()
+
+
+def test_a_weight_of_one_half_of_ones_is_no_weight(kernels):
+    """The routed kernels, with what changes nothing, give the bits of the others."""
+    for name, kind in itertools.product(("adam", "sgd"), ((F32,) * 7, (BF16,) * 7)):
+        plain, routed = (Problem([CHUNK + 1029, 3], kind) for _ in range(2))
+        for x in routed.importances:
+            x.fill_(1.0)
+        options = {"replay_weight": 0.6, "extra": layout.LOOK_AHEAD_BIT}
+        Launches(kernels, plain).update(name, HYPER[name], INJECT, **options)
+        Launches(kernels, routed).update(name, HYPER[name], INJECT, importance=0.5, **options)
+        for x, y in zip(plain.importances, routed.importances, strict=True):
+            x.copy_(y)
+        assert plain.everything() == routed.everything()
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
 @pytest.mark.parametrize("name", RULES)
-def test_every_dtype_combination(kernels, name, flags):
+def test_every_dtype_combination(kernels, name, flags, importance):
     # Parameter, gradient, state and anchor in all combinations; the replay gradient takes turns.
     kinds = [
-        (param, grad, DTYPES[number % 4], state, anchor)
+        (param, grad, DTYPES[number % 4], state, anchor, param, DTYPES[number // 3 % 4])
         for number, (param, grad, state, anchor) in enumerate(itertools.product(DTYPES, repeat=4))
     ]
 
-    def call(name, problem, hyper, flags, *, look_ahead=False, **options):
-        extra = layout.LOOK_AHEAD_BIT if look_ahead else 0
-        variant = variant_of([hyper], problem.flags(flags), extra)
-        Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
-
-    def norms(problem, which, *, distances):
+    def norms(problem, which, *, distances, **options):
         known, problem.distances = problem.distances, distances
-        squares = Launches(kernels, problem).norms(which=which)
+        squares = Launches(kernels, problem).norms(which=which, **options)
         problem.distances = known
         return squares
 
-    rows.check_dtypes(call, norms, name, kinds, 1027, flags)
+    rows.check_dtypes(_caller(kernels), norms, name, kinds, 1027, flags, importance)
 
 
+def _caller(kernels):
+    """Returns what `rows` calls to run an update."""
+
+    def call(name, problem, hyper, flags, *, look_ahead=False, **options):
+        extra = layout.LOOK_AHEAD_BIT if look_ahead else 0
+        Launches(kernels, problem).update(name, hyper, flags, extra=extra, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("route", layout.ROUTES)
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_same_bits_as_the_cpu_backend(kernels, name):
+def test_same_bits_as_the_cpu_backend(kernels, name, importance, route):
     if cpp_missing() is not None:
         pytest.skip(f"C++ backend missing: {cpp_missing()}")
     hyper = {**HYPER[name]}
     ours, theirs = Problem([CHUNK + 2049, 3, 1024]), Problem([CHUNK + 2049, 3, 1024])
-    options = {"replay_weight": 0.6, "grad_scale": 4.0}
-    Launches(kernels, ours).update(name, hyper, ELEMENTS, **options)
+    options = {"replay_weight": 0.6, "grad_scale": 4.0, "importance": importance}
+    Launches(kernels, ours).update(name, hyper, ELEMENTS, route=route, **options)
     operator = getattr(torch.ops.dgg, f"{name}_table_")
     operator(
         theirs.table(), addresses(theirs.grads), addresses(theirs.replays), theirs.coefficients,
         theirs.flags(ELEMENTS), numbers_of(hyper), theirs.distances,
-        look_ahead=False, seed=SIGNED_SEED, draw=DRAW, **options,
+        look_ahead=False, seed=SIGNED_SEED, draw=DRAW, route=layout.ROUTES[route], **options,
     )  # fmt: skip
     assert ours.everything() == theirs.everything()
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_written_parameters_take_their_masters_place(kernels, name, dtype):
+def test_written_parameters_take_their_masters_place(kernels, name, dtype, importance):
     def call(name, problem, hyper, flags, *, look_ahead, **options):
         extra = layout.COPY_BIT | (layout.LOOK_AHEAD_BIT if look_ahead else 0)
-        variant = variant_of([hyper], problem.flags(flags), extra)
-        Launches(kernels, problem).update(name, hyper, flags, variant=variant, **options)
+        Launches(kernels, problem).update(
+            name, hyper, flags, extra=extra, importance=importance, **options
+        )
 
     rows.check_adoption(call, name, dtype)
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RULES)
-def test_what_does_not_pull_does_not_reach_the_gradient(kernels, name, dtype, bad):
+def test_what_does_not_pull_does_not_reach_the_gradient(kernels, name, dtype, bad, importance):
     def call(name, problem, *arguments):
-        Launches(kernels, problem).update(name, *arguments)
+        problem.importances = [None] * 4  # rows without one, in the kernels that weigh
+        Launches(kernels, problem).update(name, *arguments, importance=importance)
 
     rows.check_what_does_not_pull(call, name, dtype, bad)
 
@@ -263,19 +352,20 @@ def test_norms_of_extreme_numbers(kernels, dtype):
 # Where the elements lie
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("kind", [(F32,) * 5, (BF16,) * 5, (F64,) * 5, (F32, F16, BF16, F64, F32)])
 @pytest.mark.parametrize("name", RULES)
-def test_misaligned_views(kernels, name, kind):
+def test_misaligned_views(kernels, name, kind, importance):
     hyper = FULL[name]
     results, vectors = set(), []
     for offset in (0, 1, 3):
         problem = Problem(EDGES, kind, offset=offset)
         launches = Launches(kernels, problem)
-        squares = launches.norms(replay_weight=0.6)
+        squares = launches.norms(replay_weight=0.6, importance=importance)
+        flags = INJECT if importance else ELEMENTS  # kernels of their own, where there are any
         launches.update(
-            name, hyper, ELEMENTS, replay_weight=0.6,
-            variant=layout.ANCHOR_BIT | layout.ELEMENTS_BIT | layout.STATE_BIT
-            | (layout.LOOK_AHEAD_BIT if name != "guide" else 0),
+            name, hyper, flags, replay_weight=0.6, importance=importance,
+            extra=layout.LOOK_AHEAD_BIT if name != "guide" else 0,
         )  # fmt: skip
         vectors.append(kernels.count_vector_accesses())
         problem.assert_guards()
@@ -408,16 +498,18 @@ def test_first_step_of_momentum(kernels, momentum):
     assert_same_step("sgd", problem, exact, hyper, "first step")
 
 
-def test_rows_that_neither_inject_nor_look_ahead_do_not_read_their_anchors(kernels):
+@pytest.mark.parametrize("weighted", [0, layout.IMPORTANCE_BIT])
+def test_rows_that_neither_inject_nor_look_ahead_do_not_read_their_anchors(kernels, weighted):
     n, groups = 2 * CHUNK, 2 * CHUNK // 1024
     counts = {}
     for flags in (0, INJECT):
         for look_ahead in (0, layout.LOOK_AHEAD_BIT):
             problem = Problem([n], replay=False)
-            variant = layout.ANCHOR_BIT | look_ahead
-            Launches(kernels, problem).update("adam", ADAM, flags, variant=variant)
+            variant = layout.ANCHOR_BIT | look_ahead | weighted
+            Launches(kernels, problem).update("adam", ADAM, flags, variant=variant, importance=0.7)
             counts[flags, look_ahead] = kernels.count_vector_accesses() / groups / 256
-    plain, guided = 4 + 2, 5 + 2  # stores of the parameter are ordinary ones, which do not count
+    plain = 4 + 2  # stores of the parameter are ordinary ones, which do not count
+    guided = plain + (2 if weighted else 1)
     assert counts == {(0, 0): plain, (INJECT, 0): guided, (0, layout.LOOK_AHEAD_BIT): guided,
                       (INJECT, layout.LOOK_AHEAD_BIT): guided}  # fmt: skip
 
@@ -510,19 +602,18 @@ def test_stochastic_rounding_of_infinities_and_nan(kernels):
     torch.testing.assert_close(problem.params[0].float(), values, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("route", ["gradient", "decoupled"])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("flags", [0, INJECT])
 @pytest.mark.parametrize("copy", [BF16, F16])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_copy(kernels, name, copy, flags, stochastic):
+def test_copy(kernels, name, copy, flags, stochastic, route):
     kind = (F32, copy, copy, F32, F32, copy)
     problem = Problem([CHUNK + 1029, 3], kind, replay=False, copies=True)
     exact = problem.exact()
     extra = layout.COPY_BIT | (layout.STOCHASTIC_BIT if stochastic else 0)
-    flag_list = problem.flags(flags)
-    variant = variant_of([HYPER[name]], flag_list, extra)
-    Launches(kernels, problem).update(name, HYPER[name], flags, variant=variant)
-    reference_step(name, exact, HYPER[name], flags)
+    Launches(kernels, problem).update(name, HYPER[name], flags, extra=extra, route=route)
+    reference_step(name, exact, HYPER[name], flags, route=route)
     assert_same_step(name, problem, exact, HYPER[name], "master weights")
     for row, (master, written) in enumerate(zip(problem.params, problem.copies, strict=True)):
         expected = master.to(copy)
@@ -534,9 +625,10 @@ def test_copy(kernels, name, copy, flags, stochastic):
 # Norms and what is made of them
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("kind", [*COMBINATIONS, (F32, F16, BF16, F64, F32)], ids=_name)
-def test_norms(kernels, kind, replay):
+def test_norms(kernels, kind, replay, importance):
     problem = Problem([*EDGES, MANY], kind, replay=replay)
     if replay:
         problem.grads[3] = None
@@ -545,11 +637,13 @@ def test_norms(kernels, kind, replay):
     problem.distances[7] = 0.25
     problem.distances[8] = float("nan")
     problem.anchors[9] = None
+    problem.importances[10] = None
     exact = problem.exact()
-    squares = Launches(kernels, problem).norms(replay_weight=0.6, grad_scale=4.0)
+    options = {"replay_weight": 0.6, "grad_scale": 4.0, "importance": importance}
+    squares = Launches(kernels, problem).norms(**options)
     expected = reference.norms(
         exact.params, exact.grads, exact.replays, exact.anchors, exact.distances,
-        replay_weight=0.6, grad_scale=4.0,
+        importances=exact.importances if importance else (), **options,
     )  # fmt: skip
     # Eight float32 (float64) roundings a lane, then float64; a quad has four more.
     unit = 2**-53 if kind[0] == F64 else 2**-24
@@ -571,6 +665,140 @@ def test_squares_of_gradients_do_not_depend_on_what_else_is_computed(kernels):
                 assert torch.equal(squares[0], squares[1])
         # The generic kernel has the same lanes as the others.
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(kernels, dtype, replay, importance):
+    def products(problem, flags, **options):
+        return Launches(kernels, problem).products(flags, **options)
+
+    rows.check_products(products, dtype, replay, [*EDGES, MANY], importance)
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "kind",
+    [(F32,) * 4 + (BF16,), (F32, BF16, BF16, F32, F32), (BF16, F32, F16, F64, F32, BF16, F16)],
+    ids=_name,
+)
+def test_products_of_mixed_dtypes(kernels, kind, importance):
+    problem = Problem([*EDGES, MANY], kind)
+    exact = problem.exact()
+    flags = problem.flags(INJECT)
+    options = {"replay_weight": 0.6, "grad_scale": 4.0, "importance": importance}
+    sums = Launches(kernels, problem).products(flags, **options)
+    expected = reference.products(
+        exact.params, exact.grads, exact.replays, exact.anchors, flags,
+        importances=exact.importances if importance else (), **options,
+    )  # fmt: skip
+    lengths = expected[1:4].sqrt()
+    bounds = torch.stack([*lengths.square(), lengths[0] * lengths[2], lengths[1] * lengths[2]])
+    assert ((sums[1:] - expected[1:]).abs() <= 1e-6 * bounds).all()
+
+
+def test_products_of_extreme_numbers(kernels):
+    def products(problem, flags, **options):
+        return Launches(kernels, problem).products(flags, **options)
+
+    rows.check_extreme_products(products)
+
+
+def test_products_do_not_depend_on_alignment_or_on_the_kernel(kernels):
+    for kind in ((F32,) * 5, (BF16,) * 5):
+        seen, vectors = set(), []
+        for offset, importance in itertools.product((0, 1, 3), (0.0, 0.5)):
+            problem = Problem([*EDGES, MANY], kind, offset=offset)
+            for x in problem.importances:  # u is the difference, whatever it is multiplied with
+                x.fill_(1.0)
+            sums = Launches(kernels, problem).products(
+                INJECT, replay_weight=0.6, importance=importance
+            )
+            vectors.append(kernels.count_vector_accesses() > 0)
+            squares = Launches(kernels, problem).norms(replay_weight=0.6, importance=importance)
+            assert torch.equal(sums[0], squares[0]) and torch.equal(sums[2], squares[2])
+            seen.add(bits([sums]))
+            problem.assert_guards()
+        assert len(seen) == 1 and vectors == [True, True, False, False, False, False]
+
+
+def test_products_read_no_more_than_they_need(kernels):
+    n, groups = 2 * CHUNK, 2 * CHUNK // 1024 * 256
+    counts = []
+    for flags, replay, importance in [(0, True, 0.7), (INJECT, False, 0.0), (INJECT, True, 0.7)]:
+        problem = Problem([n], replay=replay)
+        Launches(kernels, problem).products(flags, importance=importance)
+        counts.append(kernels.count_vector_accesses() / groups)
+    assert counts == [2, 3, 5]  # g, r; g, parameter, anchor; all of them and the importance
+
+
+def _guard(kernels, sums, *, max_grad_norm, per_tensor, maximize):
+    n = sums.shape[1]
+    out = torch.full((reference.SCALES + n + reference.GUARD_EXTRAS,), float("nan"), dtype=F64)
+    integers = [sums.data_ptr(), out.data_ptr(), n, max_grad_norm is not None, per_tensor, maximize]
+    array = (ctypes.c_int64 * len(integers))(*integers)
+    assert kernels.guard(array, (ctypes.c_double * 1)(max_grad_norm or 0.0)) == 0
+    return out
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("name", rows.GUARDS)
+def test_guard_coefficients(kernels, name, max_grad_norm, per_tensor, maximize):
+    def coefficients(sums, **settings):
+        return _guard(kernels, sums, **settings)
+
+    rows.check_guard(coefficients, name, max_grad_norm, per_tensor, maximize)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 700])
+def test_guard_coefficients_of_many_rows(kernels, n, per_tensor):
+    generator = torch.Generator().manual_seed(1)
+    sums = torch.rand(reference.PRODUCTS, n, dtype=F64, generator=generator)
+    sums[reference.H_DOT_R] *= -1
+    sums[:, ::5] = 0
+    settings = {"max_grad_norm": 2.0, "per_tensor": per_tensor, "maximize": False}
+    out = _guard(kernels, sums, **settings)
+    torch.testing.assert_close(
+        out, reference.guard_coefficients(sums, **settings), rtol=1e-14, atol=0
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_the_products_pass_makes_the_coefficients(kernels, per_tensor, order):
+    sizes = [*EDGES, *[1] * 300]
+    problem = Problem(sizes)
+    problem.grads[1] = problem.replays[1] = None
+    problem.anchors[2] = None
+    for row in (1, len(sizes) - 1):  # a launch of other dtypes
+        problem.params[row] = problem.params[row].double()
+    settings = {"max_grad_norm": 2.0, "per_tensor": per_tensor, "maximize": True}
+    seen = set()
+    for _ in range(2):  # the counters are ready for the next step
+        n = reference.SCALES + len(sizes) + reference.GUARD_EXTRAS
+        out = torch.full((n,), float("nan"), dtype=F64)
+        sums = Launches(kernels, problem, order).products(INJECT, out=out, **settings)
+        assert (sums[:, 1] == 0).all() and (sums[1:, 2] == 0).all() and sums[0, 2] > 0
+        assert torch.equal(out, _guard(kernels, sums, **settings))
+        seen.add(bits([out, sums]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
+def test_look_ahead_is_the_next_norm_pass(kernels, dtype, flags, importance):
+    def norms(problem, which, *, distances, **options):
+        known, problem.distances = problem.distances, distances
+        squares = Launches(kernels, problem).norms(which=which, **options)
+        problem.distances = known
+        return squares
+
+    rows.check_look_ahead(_caller(kernels), norms, "adam", dtype, EDGES, flags, importance)
 
 
 @pytest.mark.parametrize("open_", [0, 1])
@@ -699,21 +927,25 @@ def test_gate_is_shut_when_nothing_injects(kernels):
 # Order
 
 
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("flags", [0, INJECT, ELEMENTS])
-def test_any_order_of_blocks_gives_the_same_bits(kernels, flags):
+def test_any_order_of_blocks_gives_the_same_bits(kernels, flags, importance):
     seen = set()
     sizes = [*EDGES, 5 * CHUNK + 17, MANY] + [3] * 300
     for order in (0, 1, 2):
         problem = Problem(sizes)
         launches = Launches(kernels, problem, order)
-        squares = launches.norms(replay_weight=0.6)
+        squares = launches.norms(replay_weight=0.6, importance=importance)
+        sums = launches.products(flags, replay_weight=0.6, importance=importance)
+        options = {"replay_weight": 0.6, "importance": importance}
         for name in ("adam", "sgd"):
             variant = (
                 layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT | layout.ELEMENTS_BIT | layout.STATE_BIT
-            )
-            launches.update(name, HYPER[name], flags, variant=variant, replay_weight=0.6)
-        launches.update("guide", GUIDE, flags, replay_weight=0.6)
-        seen.add((problem.everything(), bits([squares])))
+                | (layout.IMPORTANCE_BIT if importance else 0)
+            )  # fmt: skip
+            launches.update(name, HYPER[name], flags, variant=variant, **options)
+        launches.update("guide", GUIDE, flags, **options)
+        seen.add((problem.everything(), bits([squares, sums])))
         problem.assert_guards()
     assert len(seen) == 1
 
@@ -730,26 +962,28 @@ def _operator_arguments(launches, launch):
 
 
 @pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+@pytest.mark.parametrize("importance", [0.0, 0.7])
 @pytest.mark.parametrize("flags", [INJECT, ELEMENTS])
 @pytest.mark.parametrize("name", RULES)
-def test_operators(kernels, name, flags):
+def test_operators(kernels, name, flags, importance):
     ours, theirs = Problem([CHUNK + 1029, 3, 0]), Problem([CHUNK + 1029, 3, 0])
     launches = Launches(kernels, ours)
     (launch,) = launches.launches
     chunks, workspace, gradients = _operator_arguments(launches, launch)
     flag_list = ours.flags(flags)
     hyper = numbers_of(HYPER[name])
-    variant = variant_of([HYPER[name]], flag_list) | (
+    variant = variant_of([HYPER[name]], flag_list, importance=importance) | (
         layout.LOOK_AHEAD_BIT if name != "guide" else 0
     )
+    weighing = {"importance": importance} if importance else {}  # which is 0 by default
     scale, found = torch.tensor(2.0), torch.zeros(1)
     squares = torch.zeros(3, 3, dtype=F64)
-    options = {"dtypes": launch.dtypes, "replay_weight": 0.6}
+    options = {"dtypes": launch.dtypes, "replay_weight": 0.6, **weighing}
     torch.ops.dgg.norms_launch(
         *chunks, *workspace, *gradients, ours.distances, squares, None, scale, None, which=7,
         max_grad_norm=None, scaling=False, per_tensor=False, **options,
     )  # fmt: skip
-    expected = Launches(kernels, theirs).norms(replay_weight=0.6, grad_scale=2.0)
+    expected = Launches(kernels, theirs).norms(replay_weight=0.6, grad_scale=2.0, **weighing)
     assert torch.equal(squares, expected)
     torch.ops.dgg.coefficients_launch(
         squares, ours.coefficients, max_grad_norm=3.0, scaling=True, per_tensor=False
@@ -766,7 +1000,7 @@ def test_operators(kernels, name, flags):
         *chunks, *workspace, *gradients, *own, scale, found, torch.tensor(DRAW), **draws, **options
     )
     Launches(kernels, theirs).update(
-        name, HYPER[name], flags, variant=variant, replay_weight=0.6, grad_scale=2.0
+        name, HYPER[name], flags, variant=variant, replay_weight=0.6, grad_scale=2.0, **weighing
     )
     assert ours.everything() == theirs.everything()
 
@@ -802,6 +1036,42 @@ def test_norms_operator_makes_the_coefficients(kernels):
 
 
 @pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+def test_products_operators(kernels):
+    problem = Problem([CHUNK + 5, 3])
+    launches = Launches(kernels, problem)
+    (launch,) = launches.launches
+    chunks, workspace, gradients = _operator_arguments(launches, launch)
+    flags, scale = problem.flags([INJECT, 0]), torch.tensor(2.0)
+    sums, out = torch.zeros(6, 2, dtype=F64), torch.zeros(8, dtype=F64)
+    settings = {"max_grad_norm": 2.0, "per_tensor": False, "maximize": False}
+    options = {"dtypes": launch.dtypes, "replay_weight": 0.6, "importance": 0.7, **settings}
+
+    def run(out, flags=flags, sums=sums, **others):
+        torch.ops.dgg.products_launch(
+            *chunks, *workspace, *gradients, flags, sums, scale, out, **{**options, **others}
+        )
+
+    run(None)
+    expected = launches.products(flags, replay_weight=0.6, grad_scale=2.0, importance=0.7)
+    assert torch.equal(sums, expected) and (out == 0).all()
+    run(out)
+    assert torch.equal(out, _guard(kernels, expected, **settings)) and (out[:4] > 0).all()
+    again = torch.zeros(8, dtype=F64)
+    torch.ops.dgg.guard_coefficients_launch(sums, again, **settings)
+    assert torch.equal(out, again)
+    for message, wrong in {
+        "out must be contiguous, of dtype float64 and have 8": dict(out=out[:-1].clone()),
+        "flags must be contiguous, of dtype uint8": dict(out=None, flags=flags.bool()),
+        "products must be contiguous, of dtype float64 and have 12": dict(out=None, sums=sums[:5]),
+        r"importance must lie in \[0, 1\], not 1.5": dict(out=None, importance=1.5),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"dgg::products_launch: {message}"):
+            run(**wrong)
+    with pytest.raises(RuntimeError, match=r"guard_coefficients_launch: .* shape \[6, n\]"):
+        torch.ops.dgg.guard_coefficients_launch(sums[:3], again, **settings)
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
 def test_draw_flags_operator(kernels):
     problem = Problem([1, 1], replay=False)
     table = problem.table()
@@ -819,11 +1089,11 @@ def test_draw_flags_operator(kernels):
 @pytest.mark.parametrize(
     "place,value,message",
     [
-        (0, lambda x: x[:, :13].contiguous(), r"table must have shape \[n, 14\]"),
+        (0, lambda x: x[:, :13].contiguous(), r"table must have shape \[n, 15\]"),
         (0, lambda x: x.int(), "table must be contiguous, of dtype int64"),
         (1, lambda x: x.long(), "rows must be contiguous, of dtype int32"),
         (3, lambda x: x[:-1].clone(), "starts must be contiguous, of dtype int32 and have 3"),
-        (4, lambda x: x[:2].clone(), "partials must be contiguous, of dtype float64 and have 6"),
+        (4, lambda x: x[:3].clone(), "partials must be contiguous, of dtype float64 and have 10"),
         (6, lambda x: x[:1].clone(), "grads must be contiguous, of dtype int64 and have 2"),
         (7, lambda x: x[:1].clone(), "replays must be contiguous, of dtype int64 and have 2"),
         (8, lambda x: x[:-1].clone(), "coefficients must be contiguous, of dtype float64"),
@@ -851,3 +1121,26 @@ def test_operator_names_what_is_wrong(kernels, place, value, message):
             *arguments, dtypes=launch.dtypes, replay_weight=1.0, seed=0, draw=0, variant=0
         )
     assert problem.everything() == before
+
+
+STEPS = [
+    ("adamw", F32, {"importance": 0.7, "alpha": 1.0}),
+    ("adamw", BF16, {"importance": 0.7, "alpha": 0.5, "granularity": "element"}),
+    ("adamw", F32, {"importance": 0.7, "alpha": "auto"}),
+    ("adamw", BF16, {"alpha": "auto", "norm_scope": "tensor"}),
+    ("adam", F32, {"importance": 0.7, "alpha": 1.0, "route": "first_moment"}),
+    ("sgd-momentum", F32, {"alpha": 1.0, "route": "decoupled"}),
+]
+
+
+@pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
+@pytest.mark.parametrize(("kind", "dtype", "options"), STEPS, ids=str)
+def test_steps_of_optimizers(kernels, kind, dtype, options, monkeypatch):
+    """What an optimizer launches on a GPU, launched here: in place of Triton's interpreter."""
+    reason = backends.unavailable("triton", torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"the backend whose launches these replace is missing: {reason}")
+    monkeypatch.setattr(libraries, "launchers", lambda backend: torch.ops.dgg)
+    monkeypatch.setattr(test_gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(test_gpu, "ON_GPU", False)
+    test_gpu.check_beside_the_reference(kind, "triton", dtype, **options)

@@ -28,13 +28,18 @@ KERNELS = {
                     "Replayed<float,float,float,float>,Drawn<float,float,float,float>,"
                     "Rounded<float,bfloat16,bfloat16,bfloat16>,"
                     "Drawn<float,bfloat16,bfloat16,bfloat16>,Master<bfloat16,true,false>,"
-                    "AnyKind<float,false>,AnyKind<float,true>",
+                    "Routed<float>,Routed<bfloat16>,"
+                    "AnyKind<float,false>,AnyKind<float,true>,AnyKind<float,true,Any>",
     "cuda_sgd.cu": "Plain<true,float,float>,Guided<true,float,float>,Replayed<float>,Drawn<float>,"
-                   "Rounded<bfloat16>,Drawn<bfloat16>,AnyKind<float,false>,AnyKind<float,true>",
+                   "Rounded<bfloat16>,Drawn<bfloat16>,Routed<float>,Routed<bfloat16>,"
+                   "AnyKind<float,false>,AnyKind<float,true>,AnyKind<float,true,Any>",
     "cuda_guide.cu": "Plain<float,float>,Guided<float,float>,Guided<float,bfloat16>,"
-                     "AnyKind<float,false>,AnyKind<float,true>",
+                     "Weighted<float>,Weighted<bfloat16>,"
+                     "AnyKind<float,false>,AnyKind<float,true>,AnyKind<float,true,Any>",
     "cuda_norms.cu": "Gradients<float>,Replayed<float>,Measured<float>,Measured<bfloat16>,"
-                     "AnyNorms<float>",
+                     "Weighted<float>,Weighted<bfloat16>,AnyNorms<float>,AnyNorms<float,Any>",
+    "cuda_products.cu": "Plain<float>,Plain<bfloat16>,Weighted<float>,Weighted<bfloat16>,"
+                        "AnyProducts<float>",
 }  # fmt: skip
 # Small blocks and chunks: a row of many chunks then takes as many threads as a CPU can start.
 SMALLER = {

@@ -2,6 +2,7 @@
 """What only a real GPU can show, for both of its backends.
 
 - Every optimizer, guidance and dtype mix against the float64 reference; 100 repeats; masks.
+- Importance, alpha="auto" and every route beside the reference backend.
 - No synchronisation, few launches for a LoRA list, streams, CUDA graphs.
 - GradScaler on the device, checkpoints from and to torch.optim's fused optimizer, anchors on the
   host, a tensor of more than 2**31 elements, two devices, odd sizes at odd addresses.
@@ -712,6 +713,79 @@ def test_rounding_of_bfloat16_is_that_of_the_reference(kind, options, backend):
         # A float32 rounding apart before the last rounding, which may then fall on either side.
         assert (mine != theirs).sum().item() <= 0.01 * mine.numel()
         torch.testing.assert_close(mine, theirs)
+
+
+# -- where the pull points, how strong it is, and where it enters ---------------------------------
+
+
+def check_beside_the_reference(kind, backend, dtype, **options):
+    """Six steps over two anchors, with replay gradients that the gradients conflict with.
+
+    Returns the statistics of the last step, by backend.
+    """
+    cls, hyper = OPTIMIZERS[kind]
+    shapes = CHUNKY if ON_GPU else [(3,), (), (0,), (65,)]
+    found, statistics = [], []
+    for name, device in ((backend, DEVICE), ("reference", torch.device("cpu"))):
+        params = on_device(shapes, dtype, device=device)
+        optimizer = cls(params, seed=5, max_grad_norm=2.0, backend=name, **{**hyper, **options})
+        generator = torch.Generator().manual_seed(2)
+        for step in range(6):
+            if step % 2 == 0:
+                away = [torch.randn(p.shape, generator=generator, dtype=F64) for p in params]
+            if step in (2, 4):
+                optimizer.set_anchor()
+                with torch.no_grad():
+                    for p, d in zip(params, away, strict=True):
+                        p.add_(d.to(p.device, p.dtype))
+            for p, d in zip(params, away, strict=True):
+                noise = torch.randn(p.shape, generator=generator, dtype=F64)
+                p.grad = (0.3 * noise - 2 * d).to(p.device, p.dtype)
+            replay_into(optimizer, params, away)
+            # What is new is made: state at the first step, tables after an anchor.
+            with no_waiting() if step in (3, 5) and device == DEVICE else contextlib.nullcontext():
+                optimizer.step()
+        found.append([p.detach().cpu() for p in params])
+        statistics.append(optimizer.guidance_stats())
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for key in ("scale", "distance"):
+        mine, theirs = (stats[key].cpu() for stats in statistics)
+        tolerance = 1e-5 if dtype is F32 else 1e-2
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0)
+        assert theirs.max() > 0  # by tensor an empty one has none
+    return statistics
+
+
+@pytest.mark.parametrize("granularity", ["step", "element"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
+def test_a_pull_is_weighted_by_importance(dtype, granularity, backend):
+    alpha = 1.0 if granularity == "step" else 0.5
+    check_beside_the_reference(
+        "adamw", backend, dtype, importance=0.7, alpha=alpha, granularity=granularity
+    )
+
+
+@pytest.mark.parametrize(("importance", "scope"), [(0.0, "tensor"), (0.7, "global")])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda d: str(d)[6:])
+def test_a_strength_that_needs_no_search(dtype, importance, scope, backend):
+    mine, theirs = check_beside_the_reference(
+        "adamw", backend, dtype, importance=importance, alpha="auto", norm_scope=scope
+    )
+    for key in ("alignment", "pull"):
+        torch.testing.assert_close(
+            mine[key].cpu(), theirs[key], rtol=1e-5 if dtype is F32 else 1e-2, atol=0
+        )
+    assert theirs["alignment"] < 0 < theirs["pull"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "route", "importance", "dtype"),
+    [("adamw", "first_moment", 0.7, F32), ("adamw", "decoupled", 0.0, BF16),
+     ("adam", "decoupled", 0.7, F32), ("sgd-momentum", "decoupled", 0.0, F32)],
+)  # fmt: skip
+def test_a_pull_enters_where_it_is_sent(kind, route, importance, dtype, backend):
+    check_beside_the_reference(kind, backend, dtype, route=route, importance=importance, alpha=1.0)
 
 
 @real_gpu

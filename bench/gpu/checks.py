@@ -262,16 +262,20 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def small_step(device: torch.device) -> None:
-    """Two small steps of every kernel: what a memory checker has to see, and nothing else."""
+    """Small steps of every kernel: what a memory checker has to see, and nothing else."""
     for backend in BACKENDS:
         if (reason := unavailable(backend, device)) is not None:
             print(f"{backend} is not checked: {reason}")
             continue
-        for kind, more in ((dgg.AdamW, {}), (dgg.SGD, {"lr": 0.1, "momentum": 0.9})):
+        for kind, more in (
+            (dgg.AdamW, {"alpha": 1.0}), (dgg.SGD, {"alpha": 1.0, "lr": 0.1, "momentum": 0.9}),
+            (dgg.AdamW, {"alpha": "auto", "importance": 0.5}),
+        ):  # fmt: skip
             params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in SMALL]
-            optimizer = kind(params, alpha=1.0, max_grad_norm=1.0, backend=backend, **more)
-            optimizer.set_anchor()
-            for _ in range(2):
+            optimizer = kind(params, max_grad_norm=1.0, backend=backend, **more)
+            for step in range(3):
+                if step == 1:  # importance comes from the moments of a step before it
+                    optimizer.set_anchor()
                 for p in params:
                     p.grad = torch.ones_like(p)
                 with optimizer.replay():
