@@ -38,6 +38,16 @@ def targets(cases: Iterable[dict], memory: Sequence[dict]) -> list[dict]:
         ratio(name, always, "guided", clipped, 0.15)
         best = ("torch fused, foreach clip", "clipped")
         ratio(name, "guided, clipped / foreach clip + fused", "guided", best, 0.15)
+    automatic = f"{FLAGSHIP}-guidance"
+    if automatic in by_name:
+        case = by_name[automatic]
+        what = "auto with replay, clipped / add + clip + fused, unguided"
+        ratio(automatic, what, "auto", ADD_AND_CLIP, 1.00)
+        what = "guided with importance / without"
+        ratio(automatic, what, "guided, importance", ("dgg cpp", "guided"), 1.12)
+        guard = quotient(case, ("foreach guard + fused", "auto"), ("dgg cpp", "auto"))
+        what = f"{automatic}: auto, times faster than the same rule by foreach"
+        found.append(target(what, guard, ".2f", least=3.5))
     ratio("tiny448-warm", "replay / plain", "replay", ("dgg cpp", "plain"), 1.50)
     # A LoRA's time is the memory's, too: it is shown without a target.
     for name, added, foreign in (("tiny448-warm", 0.25, 0.35), ("llava7b-lora16", None, None)):

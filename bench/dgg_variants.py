@@ -19,7 +19,7 @@ from workload import Setting, VerificationError, Workload
 class _Guiding(Variant):
     """Has an optimizer of ours, which keeps replay gradients in a slot of their own."""
 
-    guided = replays = True
+    guided = replays = automatic = weighs = True
     backend: ClassVar[str]
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
@@ -72,7 +72,11 @@ class Dgg(_Guiding):
         """One pass; the gradients once more for their norm; the anchor when it is used."""
         normed = self.setting.clipped or self.setting.alpha is not None
         gradients = 1.0 + self.setting.replay
-        return self._update_arrays() - 1.0 + gradients * (1 + normed) + self._share_injected()
+        pull = self._share_injected() * (1.0 + bool(self.setting.importance))
+        measured = 0.0
+        if self.setting.automatic:  # θ, θ* and F once more, beside the gradients
+            measured = 2.0 + bool(self.setting.importance)
+        return self._update_arrays() - 1.0 + gradients * (1 + normed) + pull + measured
 
 
 class DggCpp(Dgg):

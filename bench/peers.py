@@ -13,7 +13,7 @@ IMPLEMENTATIONS: dict[str, type[Variant]] = {
     for kind in (
         ours.DggCpp, ours.DggCppBlock, ours.DggTriton, ours.DggLaunched, ours.DggReference,
         ours.GuidanceOverFused, eager.TorchFused, eager.TorchFusedForeachClip, eager.AddFused,
-        eager.AddFusedForeachClip, eager.LoopGuidance, eager.ForeachGuidance,
+        eager.AddFusedForeachClip, eager.LoopGuidance, eager.ForeachGuidance, eager.ForeachGuard,
         eager.ForeachGuidanceKeptBuffer, eager.ForeachGuidanceTypical, eager.CompiledGuidance,
         foreign.DeepSpeedCpuAdam, foreign.ApexFusedAdam, foreign.DeepSpeedFusedAdam,
         foreign.BitsAndBytes, foreign.Optimi,

@@ -159,6 +159,9 @@ PEERS = {
     "replay": ("add + torch fused", "replay"),
     "replay, clipped": ("add + torch fused", "replay, clipped"),
     "replay, guided": ("foreach + fused", "replay, guided"),
+    "guided, importance": ("foreach + fused", "guided"),
+    "auto": ("foreach guard + fused", "auto"),
+    "auto, importance": ("foreach guard + fused", "auto"),
 }
 ADD_AND_CLIP = ("add + torch fused", "replay, clipped")
 

@@ -5,6 +5,7 @@
     python bench/step.py --preset targets --out runs/step  # the project's targets, 5 minutes
     python bench/step.py --preset full --out runs/step     # every size and list, 20 minutes
     python bench/step.py --preset host --out runs/step     # what many tensors cost, 2 minutes
+    python bench/step.py --preset guidance                 # alpha="auto" and importance, 2 minutes
     python bench/step.py --memory                          # peak memory over ten tasks
     python bench/step.py --device cuda --out runs/step     # on a GPU: preset gpu, 4 minutes;
                                                            # gpu-short: its three most telling cases
@@ -42,7 +43,7 @@ from peak_memory import measure as measure_memory
 from provenance import provenance
 from report import Printer
 from timing import Case, run_case
-from workload import SETTINGS, Setting, VerificationError, sampled
+from workload import AUTO, AUTO_WEIGHTED, SETTINGS, WEIGHTED, Setting, VerificationError, sampled
 
 SCHEMA = 2
 PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_CLIPPED, REPLAY_GUIDED = SETTINGS
@@ -99,6 +100,14 @@ def _single(elements: int, runs: list[Run], **more) -> Case:
     size = f"1e{len(str(elements)) - 1}" if elements % MI else f"{elements // MI}Mi"
     name = f"{kind}-{str(dtype).removeprefix('torch.')}-{size}"
     return Case(name, parameter_lists.one_tensor(elements), runs, **more)
+
+
+def _guidance(elements: int, dtype: torch.dtype, **more) -> Case:
+    ours: list[Run] = [("dgg cpp", s) for s in (GUIDED, WEIGHTED, AUTO, AUTO_WEIGHTED)]
+    peers: list[Run] = [("foreach guard + fused", AUTO), *FOREACH[:1]]
+    runs = ours + ADDED[1:3] + peers + FUSED[1:]
+    case = _single(elements, runs, dtype=dtype, conflict=True, **more)
+    return dataclasses.replace(case, name=f"{case.name}-guidance")
 
 
 def _lora(rank: int, runs: list[Run], suffix: str = "", **more) -> Case:
@@ -203,6 +212,7 @@ def smoke_cases() -> list[Case]:
     runs = OURS + REFERENCE + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + DEEPSPEED
     cases = [_single(n, runs, rounds=8) for n in (1000, 10000)]
     cases.append(Case("tiny", parameter_lists.many_tiny(5), runs, rounds=8, cold=False))
+    cases.append(_guidance(1000, torch.float32, rounds=8))
     return cases + [_single(1000, EAGER, rounds=8, **other) for other in OTHERS]
 
 
@@ -228,6 +238,11 @@ def target_cases() -> list[Case]:
     return cases + [_single(FLAGSHIP, runs, rounds=25, seconds=25, **other) for other in others]
 
 
+def guidance_cases() -> list[Case]:
+    """Returns alpha="auto" and importance against what one would write instead."""
+    return [_guidance(FLAGSHIP, dtype, rounds=25, seconds=60) for dtype in (torch.float32, BF16)]
+
+
 def full_cases() -> list[Case]:
     """Returns every size and list."""
     every = OURS + FUSED + FOREACH_CLIP + FOREACH + SAMPLED + LOOP + COMPILED + DEEPSPEED
@@ -251,7 +266,7 @@ def full_cases() -> list[Case]:
 GPU_PRESETS = {"gpu": gpu_cases, "gpu-short": short_gpu_cases, "gpu-rest": remaining_gpu_cases}
 PRESETS = {
     "smoke": smoke_cases, "quick": quick_cases, "targets": target_cases, "host": host_cases,
-    "full": full_cases, **GPU_PRESETS,
+    "guidance": guidance_cases, "full": full_cases, **GPU_PRESETS,
 }  # fmt: skip
 
 

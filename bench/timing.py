@@ -59,6 +59,7 @@ class Case:
         seconds: Time the case should take; after twice that no further round is begun.
         spare: No copy of the gradients is kept; for lists that fill the memory.
         channels_last: The tensors, of four dimensions, lie in memory channels last.
+        conflict: Replay gradients contradict the others; see `Workload`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     seconds: float = 120.0
     spare: bool = False
     channels_last: bool = False
+    conflict: bool = False
 
     @property
     def replay(self) -> bool:
@@ -212,7 +214,7 @@ def run_case(
         )
     work = Workload(
         case.shapes, case.dtype, case.optimizer, device.device, spare=case.spare,
-        replay=case.replay, channels_last=case.channels_last,
+        replay=case.replay, channels_last=case.channels_last, conflict=case.conflict,
     )  # fmt: skip
     verifier = Verifier(work)
     timed: list[Timed] = []

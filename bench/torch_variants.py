@@ -175,6 +175,50 @@ class ForeachGuidance(_EagerGuidance):
         return torch._foreach_sub(params, anchors)
 
 
+class ForeachGuard(_EagerGuidance):
+    """The rule of alpha="auto" by torch._foreach_* and the fused optimizer."""
+
+    name = "foreach guard + fused"
+    built_on = "torch fused"
+    replays = automatic = True
+
+    @torch.no_grad()
+    def step(self, inject: bool) -> None:
+        params, replays = self.params, self.workload.replays
+        grads = [p.grad for p in params]
+        torch._foreach_add_(grads, replays)
+        head = norm_of(grads)
+        clip = self._clip(head)
+        differences = torch._foreach_sub(params, self.workload.anchors)
+        conflict, back = dot_of(grads, replays), dot_of(differences, replays)
+        most = clip * head / norm_of(differences)
+        scale = torch.minimum(-clip * conflict / back, most)
+        scale = torch.where((conflict < 0) & (back > 0), scale, torch.zeros_like(scale))
+        if self.setting.clipped:
+            torch._foreach_mul_(grads, self._scalar(clip))
+        if self._on_host:
+            torch._foreach_add_(grads, differences, alpha=scale.item())
+        else:
+            torch._foreach_mul_(differences, self._scalar(scale))
+            torch._foreach_add_(grads, differences)
+        del differences
+        self.optimizer.step()
+
+    def elements_moved(self) -> float | None:
+        """Added 3, ‖h‖ 1, d 2 + 1, two products 4, ‖d‖ 1, clipped 2, G 3; the update."""
+        more = self._write_allocate + (0.0 if self._on_host else 2.0)
+        return self._update_arrays() + 17.0 + more
+
+
+def dot_of(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Returns the product of two lists of tensors, float32 at least."""
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    pairs = zip(xs, ys, strict=True)
+    return torch.stack(
+        [torch.dot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)) for x, y in pairs]
+    ).sum()
+
+
 class ForeachGuidanceTypical(_EagerGuidance):
     """Guidance by torch._foreach_* behind torch's own clipping: what one writes first.
 

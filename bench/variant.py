@@ -59,6 +59,8 @@ class Variant(abc.ABC):
         name: As the tables call it.
         guided: Whether it has the settings with an alpha.
         replays: Whether it has the settings with replay gradients.
+        automatic: Whether it has those with alpha="auto".
+        weighs: Whether it has those with importance.
         needs: Fields of the setting without which it would be another variant → that variant.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
@@ -73,6 +75,8 @@ class Variant(abc.ABC):
     name: ClassVar[str]
     guided: ClassVar[bool]
     replays: ClassVar[bool] = False
+    automatic: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
     needs: ClassVar[dict[str, str]] = {}
     foreign: ClassVar[bool] = False
     built_on: ClassVar[str | None] = None
@@ -84,6 +88,10 @@ class Variant(abc.ABC):
             raise Unavailable("it has no guidance")
         if setting.replay and not self.replays:
             raise Unavailable("it has no replay gradients")
+        if setting.automatic != self.automatic and not (self.automatic and self.weighs):
+            raise Unavailable("it has no alpha='auto', or nothing else")
+        if setting.importance and not self.weighs:
+            raise Unavailable("it has no importance")
         for field, other in self.needs.items():
             if not getattr(setting, field):
                 words = {"clipped": "clipping", "replay": "replay gradients"}[field]
@@ -204,8 +212,10 @@ def arguments(work: Workload) -> dict[str, object]:
 
 def guidance(work: Workload, setting: Setting, seed: int, backend: str) -> dict[str, object]:
     """Returns the arguments of an optimizer of ours for a setting."""
+    alpha = 0.2 if setting.alpha is None else setting.alpha
     return {
-        "alpha": 0.2 if setting.alpha is None else setting.alpha,
+        "alpha": "auto" if setting.automatic else alpha,
+        "importance": setting.importance,
         "max_grad_norm": work.max_grad_norm if setting.clipped else None,
         "seed": seed,
         "backend": backend,

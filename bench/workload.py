@@ -40,12 +40,16 @@ class Setting:
         alpha: Probability of injecting; None: there is no anchor at all.
         clipped: The gradient's norm is clipped in the step.
         replay: There are replay gradients, too, which are added to the others.
+        importance: The option of this name.
+        automatic: alpha="auto": the replay gradients decide how strong the pull is.
     """
 
     name: str
     alpha: float | None
     clipped: bool
     replay: bool = False
+    importance: float = 0.0
+    automatic: bool = False
 
 
 PLAIN = Setting("plain", None, False)
@@ -55,6 +59,9 @@ REPLAY = Setting("replay", None, False, replay=True)
 REPLAY_CLIPPED = Setting("replay, clipped", None, True, replay=True)
 REPLAY_GUIDED = Setting("replay, guided", 1.0, True, replay=True)
 SETTINGS = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_CLIPPED, REPLAY_GUIDED)
+WEIGHTED = Setting("guided, importance", 1.0, True, importance=1.0)
+AUTO = Setting("auto", 1.0, True, replay=True, automatic=True)
+AUTO_WEIGHTED = Setting("auto, importance", 1.0, True, True, importance=1.0, automatic=True)
 
 
 def sampled(alpha: float) -> Setting:
@@ -74,6 +81,8 @@ class Workload:
             that fill the memory.
         replay: There are replay gradients, too.
         channels_last: All tensors (of four dimensions) lie in memory channels last.
+        conflict: Replay gradients contradict the others, and going back to the anchors helps them,
+            so that alpha="auto" pulls at every step.
     """
 
     lr = LR
@@ -81,6 +90,7 @@ class Workload:
     def __init__(
         self, shapes, dtype: torch.dtype, optimizer: str, device: torch.device, *,
         spare: bool = False, replay: bool = False, channels_last: bool = False,
+        conflict: bool = False,
     ) -> None:  # fmt: skip
         self.dtype, self.optimizer, self.device = dtype, optimizer, device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
@@ -90,11 +100,16 @@ class Workload:
         self.pristine = None if spare else [g.clone() for g in self.grads]
         self.anchors = [torch.empty_like(p) for p in self.params]
         self.replays = self._normal(shapes) if replay else []
+        self.conflict = conflict
+        if conflict:
+            for replay_gradient, grad in zip(self.replays, self.grads, strict=True):
+                replay_gradient.mul_(0.3).sub_(grad, alpha=0.6)
         self.moments: list[list[Tensor]] = []
         if optimizer != "sgd":
             self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])
         if optimizer == "adamw":
             self.moments.append([m.abs_().add_(0.5) for m in self._normal(shapes)])
+        self._importances: list[Tensor] = []
         self.elements = sum(p.numel() for p in self.params)
         # About half the norm: clipping is always at work, and rounding in c and s is seen.
         self.max_grad_norm = 0.5 * math.sqrt(self.elements)
@@ -109,8 +124,10 @@ class Workload:
 
     def move_anchors(self) -> None:
         """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
-        for param, anchor in zip(self.params, self.anchors, strict=True):
+        for row, (param, anchor) in enumerate(zip(self.params, self.anchors, strict=True)):
             anchor.normal_(std=2.0, generator=self._generator).add_(param)
+            if self.conflict:
+                anchor.sub_(self.replays[row], alpha=0.6)
 
     def set_anchors(self, optimizer, params) -> None:
         """Makes an optimizer of ours set the anchors that all variants share."""
@@ -119,6 +136,17 @@ class Workload:
             optimizer.state[param]["anchor"] = anchor
         optimizer.set_anchor()
         self.move_anchors()
+        if optimizer.param_groups[0]["importance"]:
+            for param, importance in zip(params, self.importances(), strict=True):
+                optimizer.state[param]["importance"] = importance
+
+    def importances(self) -> list[Tensor]:
+        """Returns F of each parameter, of mean 1; all variants share it."""
+        if not self._importances:
+            self._importances = [
+                x.abs_().mul_(1.2533) for x in self._normal(map(_shape, self.params))
+            ]
+        return self._importances
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns Parameters on the shared memory, with the shared gradients.
@@ -190,6 +218,26 @@ class Verifier:
             for row, part in self._places
         ]
 
+    def _guard(
+        self, total: float, distance: float, weights: list, most: float | None, count: int
+    ) -> Tensor:  # fmt: skip
+        """Returns c and the strength of equation (7) as coefficients of ``count`` rows."""
+        work = self.workload
+        pairs = list(zip(work.grads, work.replays, strict=True))
+        mixed = (_differences(grad, replay, sign=-1) for grad, replay in pairs)
+        pulls = map(_differences, work.params, work.anchors, weights)
+        products = [0.0, 0.0, 0.0]  # ‖r‖², ⟨h, r⟩, ⟨u, r⟩
+        for h_chunks, u_chunks, replay in zip(mixed, pulls, work.replays, strict=True):
+            for h, u, r in zip(h_chunks, u_chunks, _differences(replay, None), strict=True):
+                for place, x in enumerate((r, h, u)):
+                    products[place] += float(torch.dot(x, r))
+        sums = torch.zeros(reference.PRODUCTS, count, dtype=torch.float64)
+        sums[:, 0] = torch.tensor([total, total, distance, *products])
+        found = reference.guard_coefficients(sums, max_grad_norm=most, per_tensor=False)
+        if not found[reference.SCALES] > 0:
+            raise VerificationError("alpha='auto' pulls nothing on this workload")
+        return found[: reference.SCALES + count]
+
     def check(self, variant, *, injects: bool) -> float:
         """Runs one step of the variant, which must inject or not, and compares it.
 
@@ -210,14 +258,22 @@ class Verifier:
             pairs = zip(work.grads, work.replays, strict=True)
             total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
         if injects:
-            distance = sum(map(_square, work.params, work.anchors))
+            weights = work.importances() if setting.importance else [None] * len(work.params)
+            distance = sum(map(_square, work.params, work.anchors, weights))
         squares[:, 0] = torch.tensor([total, self._grad_square, distance])
         most = work.max_grad_norm if setting.clipped else None
         found = reference.coefficients(squares, max_grad_norm=most, scaling=True, per_tensor=False)
+        if setting.automatic:
+            found = self._guard(total, distance, weights, most, count)
         grads, anchors = self._sample(work.grads), self._sample(work.anchors)
         replays = self._sample(work.replays) if setting.replay else []
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
+        weighing = {}
+        if setting.importance:
+            importances = self._sample(work.importances())
+            weighing = {"importances": importances, "importance": setting.importance}
         shared = {
+            **weighing,
             "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
             "threshold": 1 << 32,
         }  # fmt: skip
@@ -253,22 +309,34 @@ class Verifier:
         return worst
 
 
+def _shape(x: Tensor) -> torch.Size:
+    return x.shape
+
+
 def _flat(x: Tensor) -> Tensor:
     """Returns the elements in the order in which they lie in memory, without a copy."""
     return x.as_strided((x.numel(),), (1,))
 
 
-def _square(x: Tensor, other: Tensor | None = None, *, sign: int = 1) -> float:
-    """Returns ‖x - sign · other‖² in float64."""
-    total = 0.0
+def _square(
+    x: Tensor, other: Tensor | None = None, weight: Tensor | None = None, *, sign: int = 1
+) -> float:  # fmt: skip
+    """Returns ‖weight ∘ (x - sign · other)‖² in float64."""
+    return sum(float(torch.dot(wide, wide)) for wide in _differences(x, other, weight, sign=sign))
+
+
+def _differences(x: Tensor, other: Tensor | None, weight: Tensor | None = None, *, sign: int = 1):
+    """Yields weight ∘ (x - sign · other) in float64, a chunk at a time."""
     size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    others = [None] * (1 + x.numel() // size) if other is None else _flat(other).split(size)
-    for chunk, subtrahend in zip(_flat(x).split(size), others, strict=False):
+    nothing = [None] * (1 + x.numel() // size)
+    others, weights = (nothing if y is None else _flat(y).split(size) for y in (other, weight))
+    for chunk, subtrahend, factor in zip(_flat(x).split(size), others, weights, strict=False):
         wide = chunk.double()
         if subtrahend is not None:
             wide.sub_(subtrahend, alpha=sign)
-        total += float(torch.dot(wide, wide))
-    return total
+        if factor is not None:
+            wide.mul_(factor)
+        yield wide
 
 
 def _parts(tensor: Tensor, sample: int) -> list[slice]:
