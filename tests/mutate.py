@@ -32,7 +32,10 @@ EXPLAINED = ROOT / "docs" / "mutation_testing.md"
 # what these do not notice is looked at, line by line.
 TARGETS = {
     "_philox": ["test_philox.py"],
-    "reference": ["test_reference.py"],
+    "reference/measures": ["test_reference.py", "test_guard.py"],
+    "reference/updates": ["test_reference.py", "test_guard.py"],
+    "anchor/importance": ["test_importance.py"],
+    "anchor/merge": ["test_merge.py"],
     "anchor/boundary": ["test_boundary.py"],
     "checkpoint/saved_state": ["test_saved_state.py"],
     "checkpoint/load": ["test_world_of_one.py", "test_loading.py"],
