@@ -25,15 +25,19 @@ def guidance(granularity: str, scope: str) -> dict:
     }  # fmt: skip
 
 
-def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS):
+def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS, scales=None):
     """Steps with reproducible gradients; ``place`` makes a shard of a whole gradient.
 
-    Yields before every step.
+    Yields before every step; leaves the scale of every step in ``scales``. For alpha="auto" the
+    gradients beside replayed ones lead away from what these ask for.
     """
+    against = 3.0 if optimizer.param_groups[0]["alpha"] == "auto" else 0.0
     for k in range(steps):
         generator = torch.Generator().manual_seed(k)
         for row, p in enumerate(params):
             grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64).to(p.dtype)
+            if k % 3 == 1 and row < 3:
+                grad -= against * constant(row).to(p.dtype)
             # The second parameter misses every fifth gradient, the last is frozen for a while.
             absent = (row == 1 and k % 5 == 4) or (row == len(SHAPES) - 1 and 10 <= k < 15)
             p.grad = None if absent else place(grad, row)
@@ -41,11 +45,19 @@ def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS):
             with optimizer.replay():
                 for row, p in enumerate(params[:3]):
                     grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64)
+                    grad = constant(row) + 0.3 * grad if against else grad
                     p.grad = place(grad.to(p.dtype), row)
         if k in (5, 30):
             optimizer.set_anchor()
         yield k
         optimizer.step()
+        if scales is not None:
+            scales.append(optimizer.guidance_stats()["scale"])
+
+
+def constant(row):
+    generator = torch.Generator().manual_seed(500 + row)
+    return torch.randn(SHAPES[row], generator=generator, dtype=torch.float64)
 
 
 def initial(dtype):
@@ -54,13 +66,14 @@ def initial(dtype):
 
 
 def whole(dtype, name, options):
-    """The unsharded run."""
+    """The unsharded run: parameters, optimizer, and the scale of every step."""
     params = [torch.nn.Parameter(x) for x in initial(dtype)]
     cls, defaults = training.OPTIMIZERS[name]
     optimizer = cls(params, **defaults, **options)
-    for _ in train(params, optimizer):
+    scales: list = []
+    for _ in train(params, optimizer, scales=scales):
         pass
-    return params, optimizer
+    return params, optimizer, scales
 
 
 @ranks.in_group
@@ -95,8 +108,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]
         cls, defaults = training.OPTIMIZERS[case["optimizer"]]
         optimizer = cls(params, **defaults, **case["options"])
-        counts = []
-        for _ in train(params, optimizer, place):
+        counts, scales = [], []
+        for _ in train(params, optimizer, place, scales=scales):
             counts.append(len(calls))
         counts.append(len(calls))
         results.append(
@@ -104,6 +117,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
                 "params": list(map(training.whole, params)),
                 "state": training.whole_state(optimizer, dict(enumerate(params))),
                 "collectives": [b - a for a, b in zip(counts, counts[1:], strict=False)],
+                "scales": scales,
+                "importance_mean": optimizer.param_groups[0]["importance_mean"],
             }
         )
     if rank == 0:
