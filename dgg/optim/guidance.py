@@ -190,8 +190,9 @@ class Guidance:
             return
         groups = self.optimizer.param_groups
         plan = functools.partial(
-            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors, model,
-            self._settings.anchor_dtype, self._settings.anchor_device,
+            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors,
+            boundary.model_of_tensors(tensors, model, importance), self._settings.anchor_dtype,
+            self._settings.anchor_device,
         )  # fmt: skip
         weigh = functools.partial(boundary.plan_importance, self, groups, importance, model)
         boundary.place(self, groups, marked, plan, task, weigh)

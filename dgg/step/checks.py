@@ -239,12 +239,14 @@ def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) 
     )
 
 
-def has_replay(opt, anchored: bool) -> bool:
+def has_replay(opt, anchored: bool, shared: bool) -> bool:
     """Returns whether a step with alpha="auto" has replay gradients; warns once if none ever has.
 
     Args:
         opt: The optimizer.
         anchored: There is something that they would guide.
+        shared: Sums are formed with other ranks. All of them have left a replay() block then, but
+            one may have got no gradient there: its parts of the parameters are empty.
     """
     warned, replays = opt._warned, bool(opt._replay)
     if replays:
@@ -260,4 +262,4 @@ def has_replay(opt, anchored: bool) -> bool:
             "importance=0.5 or 1",
             stacklevel=_callers.stacklevel(),
         )
-    return replays
+    return replays or (shared and opt._replay.recorded)
