@@ -829,7 +829,9 @@ def other_guidance(kind, build=network, **options):
     assert (mean > 0) == ("importance" in options)
     for group in groups:
         assert abs(group["importance_mean"] - mean) <= 1e-9 * mean, (groups, mean)
-    if options.get("norm_scope") != "tensor" and groups[1]["params"]:
+    # A rank that has nothing to guide tells of no scale.
+    guides = any("anchor" in entry for entry in dgg.unwrap(optimizer).state.values())
+    if options.get("norm_scope") != "tensor" and guides:
         torch.testing.assert_close(scales, expected, rtol=1e-6, atol=1e-6)
     for entry, other in of_whole_parameters(kind, optimizer, wrapped, twin, plain):
         assert entry.keys() == other.keys()
@@ -855,9 +857,11 @@ def other_guidance_resumed(**options):
     resumed = zero_redundancy(wrapped.parameters(), **options)
     resumed.load_state_dict(copy.deepcopy(saved[0]))
     fit(wrapped, resumed, mine, 20, STEPS)
-    assert all(map(torch.equal, straight.parameters(), again.parameters()))
+    if dist.get_world_size() == 2:  # DDP adds four gradients in another order after its first step
+        assert all(map(torch.equal, straight.parameters(), again.parameters()))
+    assert_close(straight.parameters(), again.parameters())
 
-    expected, _ = alone(**{key: options[key] for key in options if key not in OPTIONS})
+    expected, _ = alone(**options)
     lone = network()
     lone.load_state_dict(weights)
     single = dgg.AdamW(lone.parameters(), **options)

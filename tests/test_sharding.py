@@ -173,6 +173,7 @@ def test_fsdp2_trains_as_one_process_and_resumes_on_other_ranks(made_before, tmp
     "function",
     [
         worker.run_partitions, worker.run_uneven_partitions, worker.run_failing_ranks,
+        worker.run_failing_importance, worker.run_replay_on_one_rank, worker.run_merges,
         worker.run_ranges, worker.run_misuses,
     ],
 )  # fmt: skip

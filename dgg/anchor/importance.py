@@ -90,7 +90,10 @@ def plan(
         sums, known = [], [True] * len(params)
         exact = [_exact(p) for p in params]
         for p, label, given in zip(params, labels, match(exact), strict=True):
-            values = given.read() if isinstance(given, anchor.Part) else given.detach()
+            if isinstance(given, anchor.Part):
+                values = sharding.like(given.read(), p)  # this rank's part is all that was read
+            else:
+                values = given.detach()
             check_sum(values, label)
             sums.append(_reader(values, p))
     targets = _targets(opt, params, dtypes)
