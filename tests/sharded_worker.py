@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import warnings
 from itertools import pairwise
 
 import torch
@@ -474,6 +475,13 @@ def run_replay_on_one_rank(rank: int, world: int, folder: str) -> None:
     assert any(a > 0 for a, _ in scales) and any(a == 0 for a, _ in scales[3:])
     if rank == 1:
         torch.testing.assert_close(shared._local_tensor.detach(), twin_param.detach())
+    with warnings.catch_warnings():  # that no step had a replay gradient would be wrong
+        warnings.simplefilter("error")
+        for _ in range(101):
+            with optimizer.replay():
+                shared.grad = torch.ones_like(shared) if rank == 1 else None
+            shared.grad = torch.ones_like(shared)
+            optimizer.step()
     # Dropped on all ranks alike, whether there was something or not.
     with optimizer.replay():
         shared.grad = torch.ones_like(shared) if rank == 1 else None

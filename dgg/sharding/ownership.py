@@ -217,7 +217,7 @@ class RankShare(Sharded):
         Reduction.of_shares(self._optimizer().process_group).sum_(zeros, per_tensor=False)
 
     def share_weights(self) -> None:
-        """Sends this rank's share to the others, as every step of a ZeroRedundancyOptimizer does."""
+        """Sends this rank's share to the others, as each step of ZeroRedundancyOptimizer does."""
         self._optimizer()._sync_params()
 
     @property

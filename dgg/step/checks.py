@@ -248,7 +248,8 @@ def has_replay(opt, anchored: bool, shared: bool) -> bool:
         shared: Sums are formed with other ranks. All of them have left a replay() block then, but
             one may have got no gradient there: its parts of the parameters are empty.
     """
-    warned, replays = opt._warned, bool(opt._replay)
+    warned = opt._warned
+    replays = bool(opt._replay) or (shared and opt._replay.recorded)
     if replays:
         warned.steps_without_replay = -1
     elif warned.steps_without_replay >= 0 and anchored:
@@ -262,4 +263,4 @@ def has_replay(opt, anchored: bool, shared: bool) -> bool:
             "importance=0.5 or 1",
             stacklevel=_callers.stacklevel(),
         )
-    return replays or (shared and opt._replay.recorded)
+    return replays
