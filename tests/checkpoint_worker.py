@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import pathlib
 import re
@@ -60,12 +61,20 @@ WIDE = {"anchor_dtype": torch.float32, "state_dtype": torch.float32}
 BF16, F64 = torch.bfloat16, torch.float64
 
 BOUNDARY, LAST = 3, 8
+SECOND = 6  # another boundary, of those with importance: its sums go on
 # Name → class, options, dtype of the model, step before which it is saved.
 CASES = {
     "adamw": (dgg.AdamW, ADAM, F64, 5),
     "adamw, two groups": (dgg.AdamW, {**ADAM, "amsgrad": True}, F64, 5),
     "adamw, bf16": (dgg.AdamW, {**ADAM, **WIDE}, BF16, 5),
     "adamw, master": (dgg.AdamW, {**ADAM, "master_weights": True}, BF16, 5),
+    "adamw, importance": (dgg.AdamW, {**ADAM, "importance": 0.5}, F64, 5),
+    "adamw, importance, bf16": (
+        dgg.AdamW,
+        {**ADAM, **WIDE, "importance": 1.0, "importance_dtype": torch.float32},
+        BF16,
+        5,
+    ),
     "adamw, no anchor yet": (dgg.AdamW, ADAM, F64, 2),
     "adamw, no step yet": (dgg.AdamW, ADAM, F64, 0),
     "sgd": (dgg.SGD, {**SGD, "momentum": 0, "dampening": 0}, F64, 5),
@@ -112,6 +121,10 @@ def train(case: str, model, optimizer, first: int, last: int) -> None:
     early = case == "sgd, anchor and no step yet"
     if early and first == last == 0:
         optimizer.set_anchor()
+    if "importance" in case and first < SECOND < last:
+        fit(model, optimizer, first, SECOND)
+        optimizer.set_anchor()
+        first = SECOND
     fit(model, optimizer, first, last, early=early)
 
 
@@ -146,7 +159,11 @@ def differences(found: dict, expected: dict, tolerance: float | None = None) -> 
             if isinstance(value, dict):
                 compare(f"{label} {key}", value, theirs[key])
             elif not isinstance(value, torch.Tensor):
-                if value != theirs[key]:
+                # The mean of the importance is a sum over ranks.
+                close = tolerance is not None and key == "importance_mean"
+                if not (close and math.isclose(value, theirs[key], rel_tol=tolerance)) and (
+                    value != theirs[key]
+                ):
                     wrong.append(f"{label} {key}: {value} instead of {theirs[key]}")
             elif value.dtype != theirs[key].dtype or value.shape != theirs[key].shape:
                 wrong.append(f"{label} {key}: {value.dtype} {tuple(value.shape)}")
@@ -569,6 +586,70 @@ def build_trained(steps):
     model.spare.requires_grad_(False)
     train("adamw", model, optimizer, 0, steps)
     return model, optimizer
+
+
+def run_importance(rank, world, folder):
+    """A checkpoint without the importance that it promises, or that this optimizer would weigh."""
+    case = "adamw, importance"
+    model, optimizer = build(case)
+    train(case, model, optimizer, 0, 5)
+    guided = snapshot(model, optimizer)
+    taken = {
+        form: get_optimizer_state_dict(model, optimizer, options=options_of(form, case))
+        for form in ("full", "flat")
+    }
+    for form, given in taken.items():
+        lost = copy.deepcopy(given)
+        if form == "full":
+            for entry in lost["state"].values():
+                entry.pop("importance", None)
+        else:
+            lost = {key: x for key, x in lost.items() if key.rpartition(".")[2] != "importance"}
+            lost |= {
+                key: x for key, x in given.items() if key.startswith("param_groups.")
+            }  # fmt: skip
+        for prepared in (False, True):
+            model, optimizer = build(case, seed=11)
+            if prepared:
+                optimizer.prepare_for_load()
+            with refusing(RuntimeError, "carries no importance of parameter"):
+                set_optimizer_state_dict(model, optimizer, lost, options=options_of(form, case))
+    # Room for what is not there, in a distributed checkpoint of one that weighs nothing.
+    model, plain = build("adamw")
+    train("adamw", model, plain, 0, 5)
+    save_as("nested", f"{folder}/without", "adamw", model, plain)
+    unweighted = snapshot(model, plain)
+    model, optimizer = build(case, seed=11)
+    optimizer.prepare_for_load()
+    with refusing(dcp.CheckpointException, "Missing key in checkpoint state_dict"):
+        load_from("nested", f"{folder}/without", "adamw", model, optimizer, prepare=False)
+    # Prepared for just this one, the options are the checkpoint's, as all options are. Switched on
+    # again, the weight has nothing to weigh with before the next boundary.
+    model, optimizer = build(case, seed=11)
+    load_from("nested", f"{folder}/without", "adamw", model, optimizer)
+    assert not differences(snapshot(model, optimizer), unweighted)
+    for group in optimizer.param_groups:
+        group["importance"] = 0.5
+    with refusing(RuntimeError, "importance=0.5 weighs the pull of"):
+        fit(model, optimizer, 5, 6)
+    model.zero_grad()
+    optimizer.set_anchor(task=2)
+    fit(model, optimizer, 5, 7)
+    # A Stateful, and rank 0 alone.
+    model, optimizer = build(case)
+    train(case, model, optimizer, 0, 5)
+    save_as("nested", f"{folder}/with", case, model, optimizer)
+    model, optimizer = build(case, seed=11)
+    load_from("stateful", f"{folder}/with", case, model, optimizer)
+    assert not differences(snapshot(model, optimizer), guided)
+    optimizer = None
+    for form in ("flat", "full"):
+        model, optimizer = build(case, seed=11)
+        set_optimizer_state_dict(
+            model, optimizer, copy.deepcopy(taken[form]), options=options_of(form, case)
+        )
+        found = snapshot(model, optimizer)
+        assert not differences({**found, "weights": guided["weights"]}, guided), form
 
 
 def run_frozen(rank, world, folder):

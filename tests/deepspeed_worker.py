@@ -981,6 +981,110 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
 
 
 @on_ranks
+def run_importance(rank: int, world: int, folder: str) -> None:
+    """Importance over three tasks, saved and resumed in the second; sums by name; refusals."""
+    options = {"importance": 0.5, "importance_dtype": torch.float64}
+    model = network()
+    twin = build(model, "adamw", {**options, "max_grad_norm": 0.5})
+    for k in training.steps(range(12), twin, boundaries=(4, 9)):
+        loss_of(model, batch(k)).backward()
+    sums = {name: torch.rand(p.shape) + 0.1 for name, p in network().named_parameters()}
+    for stage in (1, 2, 3):
+        zero = {"sub_group_size": 20} if stage == 3 else {}
+
+        def made(more=None, stage=stage, zero=zero):
+            return start(config(stage, zero=zero), {**options, **(more or {})})
+
+        def goes_on(engine, optimizer):
+            train(engine, optimizer, 7, 9)
+            optimizer.set_anchor(task=2)
+            train(engine, optimizer, 9, 12)
+            state = [
+                {key: x.clone() for key, x in optimizer.state[p.tensor].items()}
+                for p in optimizer._driver.partitions
+            ]
+            groups = [{**group, "params": None} for group in optimizer.param_groups]
+            weights = whole_weights(engine)
+            engine.destroy()
+            return state, groups, weights
+
+        saved = os.path.join(folder, f"importance {stage}")
+        engine, optimizer = made()
+        ranks.refused(RuntimeError, "a new optimizer has none", optimizer.set_anchor)
+        train(engine, optimizer, 0, 7)
+        engine.save_checkpoint(saved, tag="x")
+        state, groups, weights = goes_on(engine, optimizer)
+        training.assert_close(weights, model.parameters(), torch.float32)
+        mean = twin.param_groups[0]["importance_mean"]
+        assert all(abs(group["importance_mean"] - mean) < 1e-5 * mean for group in groups)
+        assert all(group["task_index"] == 2 for group in groups)
+        assert all(x["importance"].dtype == torch.float64 for x in state)
+
+        engine, optimizer = made()
+        engine.load_checkpoint(saved, tag="x")
+        again, groups_again, weights_again = goes_on(engine, optimizer)
+        assert groups == groups_again
+        for one, other in zip(state, again, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(x, other[key]) for key, x in one.items())
+        assert all(map(torch.equal, weights, weights_again))
+
+        # By name, and what is wrong with a name or with a value.
+        engine, optimizer = made()
+        for given, error, text in (
+            ({n: x for n, x in sums.items() if n != "5.bias"}, KeyError, "5.bias"),
+            ({**sums, "0.weight": torch.zeros(3)}, ValueError, "importance given for"),
+            ({**sums, "0.weight": sums["0.weight"] * torch.nan}, ValueError, "0.weight"),
+        ):
+            give = functools.partial(optimizer.set_anchor, importance=given)
+            ranks.refused(error, text, give)
+            assert not any("importance" in entry for entry in optimizer.state.values())
+        optimizer.set_anchor(importance=sums)
+        trained = [n for n, p in network().named_parameters() if p.requires_grad]
+        mean = torch.cat([sums[n].flatten() for n in trained]).mean().item()
+        assert abs(optimizer.param_groups[0]["importance_mean"] - mean) < 1e-6
+        for piece in optimizer._driver.partitions:
+            found = optimizer.state[piece.tensor]["importance"]
+            left = torch.ones(len(found), dtype=torch.bool)
+            for f in piece.fragments:
+                whole = sums[piece.members[f.member].name].flatten()[f.base : f.base + f.count]
+                part = slice(f.start, f.start + f.count)
+                torch.testing.assert_close(found[part].float(), whole / mean)
+                left[part] = False
+            assert not found[left].any()
+        optimizer.set_anchor(importance=sums, model=engine.module)
+        # A moment of one rank that is not finite.
+        train(engine, optimizer, 0, 1)
+        moment = optimizer.state[optimizer._driver.partitions[0].tensor]["exp_avg_sq"]
+        first = moment[0].clone()
+        kept = [entry["importance"].clone() for entry in optimizer.state.values()]
+        if rank == 1:
+            moment[0] = torch.nan
+        ranks.refused(ValueError, "the mean of the second moments is nan", optimizer.set_anchor)
+        moment[0] = first
+        assert optimizer.param_groups[0]["task_index"] == 2
+        found = [entry["importance"] for entry in optimizer.state.values()]
+        assert all(map(torch.equal, found, kept))
+        ranks.refused(RuntimeError, "whole tensors with names", optimizer.importance_dict)
+        ranks.refused(RuntimeError, "merge the saved weights", optimizer.merge_anchor)
+        # Switched on between two boundaries it has nothing to weigh with.
+        for entry in optimizer.state.values():
+            del entry["importance"]
+        before = whole_weights(engine)
+        lost = "importance=0.5 weighs the pull"
+        ranks.refused(RuntimeError, lost, functools.partial(train, engine, optimizer, 1, 2))
+        assert all(map(torch.equal, whole_weights(engine), before))
+        engine.destroy()
+
+        engine, optimizer = made({"alpha": "auto"})
+        before = whole_weights(engine)
+        for call in (optimizer.set_anchor, functools.partial(train, engine, optimizer, 0, 1)):
+            ranks.refused(ValueError, "alpha='auto' needs replay gradients kept apart", call)
+            assert all(map(torch.equal, whole_weights(engine), before))
+        engine.destroy()
+
+
+@on_ranks
 def run_padding(rank: int, world: int, folder: str) -> None:
     """ZeRO-3 leaves the padding of its partitions as the memory was: NaN there harms nothing."""
     engine, optimizer = start(config(3))

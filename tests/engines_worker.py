@@ -349,6 +349,7 @@ def optimizer_of(case, params):
         "norm_scope": case.get("scope", "global"),
         "max_grad_norm": 0.2 if case.get("clip", "inside") == "inside" else None,
     }  # fmt: skip
+    guidance |= {name: case[name] for name in ("alpha", "importance", "route") if name in case}
     if "storage" in case:
         guidance[case["storage"]] = True
     if "state_dtype" in case:
@@ -362,7 +363,7 @@ def part_of(batch: dict, part: int, parts: int) -> dict:
 
 
 def fit(case, model, optimizer, backward, watch=contextlib.nullcontext) -> list:
-    """Trains; returns what ``watch`` gave at every step, and whether the step injected."""
+    """Trains; returns what ``watch`` gave at every step, whether it injected, and the scale."""
     clips = case.get("clip", "inside") == "outside"
     seen = []
     for k in range(STEPS):
@@ -371,13 +372,17 @@ def fit(case, model, optimizer, backward, watch=contextlib.nullcontext) -> list:
         backward(model, k)
         if k % 3 == 1:
             with optimizer.replay():
-                backward(model, 5000 + k)
+                if case.get("alpha") == "auto":  # old examples that ask for the way back
+                    backward(model, k, -0.4)
+                else:
+                    backward(model, 5000 + k)
         if clips:
             nn.utils.clip_grad_norm_(model.parameters(), 0.2)
         with watch() as found:
             optimizer.step()
         optimizer.zero_grad()
-        seen.append((found, bool(optimizer.guidance_stats()["injected"])))
+        stats = optimizer.guidance_stats()
+        seen.append((found, bool(stats["injected"]), stats["scale"]))
     return seen
 
 
@@ -390,6 +395,7 @@ def results(model, optimizer, *, probe=True) -> dict:
     found["state"] = training.whole_state(optimizer, named)
     group = optimizer.param_groups[0]
     found["numbers"] = {key: group[key] for key in ("draw_index", "task_index")}
+    found["importance_mean"] = group["importance_mean"]
     if probe:
         found["masks"] = masks(named)
     return found
@@ -433,9 +439,9 @@ def _whole(items) -> dict:
     model = build(case["model"], dtype)
     _, batch, loss = MODELS[case["model"]]
 
-    def backward(model, k):
+    def backward(model, k, weight=1.0):
         if "mixed" not in case:
-            loss(model, batch(k, dtype)).backward()
+            (loss(model, batch(k, dtype)) * weight).backward()
             return
         # What FSDP does: rounded copies, each part's gradients summed in float32.
         low, parts = getattr(torch, case["mixed"]), case["parts"]
@@ -445,15 +451,18 @@ def _whole(items) -> dict:
             def call(x, rounded=rounded):
                 return torch.func.functional_call(model, rounded, (x,))
 
-            (loss(call, part_of(batch(k, dtype), part, parts)) / parts).backward()
+            (loss(call, part_of(batch(k, dtype), part, parts)) * (weight / parts)).backward()
 
     optimizer = optimizer_of(case, model.parameters())
-    fit(case, model, optimizer, backward)
-    return results(model, optimizer)
+    scales = [scale for *_, scale in fit(case, model, optimizer, backward)]
+    return {**results(model, optimizer), "scales": scales}
 
 
 # What decides the unsharded run; the rest of a case says how it is sharded.
-DECIDES = "model dtype optimizer granularity scope clip mixed parts storage state_dtype".split()
+DECIDES = (
+    "model dtype optimizer granularity scope clip mixed parts storage state_dtype alpha importance "
+    "route"
+).split()
 
 
 def whole(case) -> dict:
@@ -524,8 +533,8 @@ def train(case, world) -> dict:
     # Draws must not come from torch's generator: every rank has another one from here on.
     torch.manual_seed(12345 + dist.get_rank())
 
-    def backward(model, k):
-        loss(model, part_of(batch(k, dtype), part, parts)).backward()
+    def backward(model, k, weight=1.0):
+        (loss(model, part_of(batch(k, dtype), part, parts)) * weight).backward()
 
     seen = fit(case, model, optimizer, backward, Watch)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -536,7 +545,8 @@ def train(case, world) -> dict:
     return {
         **results(model, optimizer),
         "meshes": len(meshes),
-        "steps": [(w.collectives, w.dtensor, injected) for w, injected in seen],
+        "steps": [(w.collectives, w.dtensor, injected) for w, injected, _ in seen],
+        "scales": [scale for *_, scale in seen],
         "placements": placements,
     }
 

@@ -93,21 +93,35 @@ def fit(
     model, optimizer, part, first=0, last=STEPS, *, replay=True, boundaries=BOUNDARIES,
     anchors=None, backward=torch.Tensor.backward,
 ):  # fmt: skip
-    """Trains on reproducible data; ``part`` takes this rank's samples of a batch."""
+    """Trains on reproducible data; ``part`` takes this rank's samples of a batch.
+
+    With alpha="auto" the old examples are those of the batch, and ask for the way back.
+
+    Returns:
+        The scale of every step.
+    """
     inner = dgg.unwrap(optimizer)
     dtype = next(model.parameters()).dtype
     named = {"tensors": anchors, "model": model} if anchors else {}
-    for k in steps(range(first, last), optimizer, boundaries=boundaries, **named):
-        x, old = part(batch(2 * k, dtype)), part(batch(2 * k + 1, dtype))
+    scales: list = []
+
+    def note():
+        scales.append(inner.guidance_stats()["scale"])
+
+    automatic = inner.param_groups[0]["alpha"] == "auto"
+    of_old = -0.4 if automatic else 1.0
+    for k in steps(range(first, last), optimizer, boundaries=boundaries, after=note, **named):
+        x, old = part(batch(2 * k, dtype)), part(batch(2 * k + (not automatic), dtype))
         if replay and k % 3 == 1:  # before the real gradient, and in two parts
             with inner.replay():
-                backward(loss_of(model, old[::2]) / 2)
+                backward(loss_of(model, old[::2]) * (of_old / 2))
             with inner.replay():
-                backward(loss_of(model, old[1::2]) / 2)
+                backward(loss_of(model, old[1::2]) * (of_old / 2))
         backward(loss_of(model, x))
         if replay and k % 3 == 2:  # after it
             with inner.replay():
-                backward(loss_of(model, old))
+                backward(loss_of(model, old) * of_old)
+    return scales
 
 
 def fit_both(model, optimizer, other, twin, *, autocast=False, gradients=None, **over):
@@ -324,7 +338,7 @@ def share_low_precision(**options):
     low_precision(zero_redundancy, **options)
 
 
-def one_tensor(dtype):
+def one_tensor(dtype=torch.float64):
     torch.manual_seed(3)
     return nn.Linear(6, 5, bias=False).to(dtype)
 
@@ -553,7 +567,7 @@ def run_trajectory(
     assert_close(whole_of(wrapped), expected.parameters(), dtype)
 
 
-def of_state_dicts(full: bool, **engine):
+def of_state_dicts(full: bool, options=None, **engine):
     """Returns model and optimizer whose state dicts have whole tensors, or shards."""
     from torch.distributed.fsdp import (
         FullOptimStateDictConfig,
@@ -579,7 +593,7 @@ def of_state_dicts(full: bool, **engine):
         )
     model = wrapped_parts(network(), **engine)
     FullyShardedDataParallel.set_state_dict_type(model, *kind)
-    return model, dgg.AdamW(model.parameters(), **OPTIONS)
+    return model, dgg.AdamW(model.parameters(), **{**OPTIONS, **(options or {})})
 
 
 def saved_at_20(full: bool):
@@ -760,6 +774,219 @@ def run_misuse():
     for p in params:
         p.grad = torch.zeros_like(p)
     ranks.refused(RuntimeError, "are not to be found", optimizer.step)
+
+
+# -- importance, the strength without a search, merging -------------------------------------------
+
+
+def nearly_frozen(dtype=torch.float64) -> nn.Module:
+    """The last layer alone is trained: as one unit of FSDP1 the first rank has nothing of it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+    model[0].requires_grad_(False)
+    return model
+
+
+def within_engine(kind, build, options):
+    """Returns a model in DDP or FSDP1, and its optimizer, under ZeRO the ZeroRedundancyOptimizer.
+
+    And a function that returns the whole weights.
+    """
+    model = build()
+    if kind == "FSDP1":
+        wrapped = wrapped_parts(model) if build is network else fsdp1(model)
+        return wrapped, dgg.AdamW(wrapped.parameters(), **options), lambda: whole_of(wrapped)
+    wrapped = DistributedDataParallel(model)
+    if kind == "ZeRO":
+        optimizer = zero_redundancy(wrapped.parameters(), **options)
+    else:
+        optimizer = dgg.AdamW(wrapped.parameters(), **options)
+    return wrapped, optimizer, lambda: list(model.parameters())
+
+
+def of_whole_parameters(kind, optimizer, wrapped, twin, plain):
+    """Yields the state of a parameter on this rank, and that of the unsharded one."""
+    inner = dgg.unwrap(optimizer)
+    if kind != "FSDP1":  # which has runs
+        for p, q in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            if p in inner.state:
+                yield inner.state[p], twin.state[q]
+
+
+def other_guidance(kind, build=network, **options):
+    """Weights, F, its mean and the strength of every step are those of the unsharded run."""
+    options = {**OPTIONS, **options}
+    wrapped, optimizer, weights = within_engine(kind, build, options)
+    plain = build()
+    twin = dgg.AdamW(plain.parameters(), **options)
+    scales = fit(wrapped, optimizer, mine)
+    expected = fit(plain, twin, lambda x: x)
+    assert_guided(optimizer)
+    assert any(bool(scale.any()) for scale in expected)
+    assert_close(weights(), plain.parameters())
+    groups = optimizer.param_groups[0], dgg.unwrap(optimizer).param_groups[0]
+    mean = twin.param_groups[0]["importance_mean"]
+    assert (mean > 0) == ("importance" in options)
+    for group in groups:
+        assert abs(group["importance_mean"] - mean) <= 1e-9 * mean, (groups, mean)
+    # A rank that has nothing to guide tells of no scale.
+    guides = any("anchor" in entry for entry in dgg.unwrap(optimizer).state.values())
+    if options.get("norm_scope") != "tensor" and guides:
+        torch.testing.assert_close(scales, expected, rtol=1e-6, atol=1e-6)
+    for entry, other in of_whole_parameters(kind, optimizer, wrapped, twin, plain):
+        assert entry.keys() == other.keys()
+        assert_close(entry.values(), other.values())
+
+
+def other_guidance_resumed(**options):
+    """A ZeroRedundancyOptimizer's state has the importance, and its mean: the sums go on."""
+    options = {**OPTIONS, "importance": 0.5, **options}
+    straight, again = network(), network()
+    wrapped = DistributedDataParallel(straight)
+    optimizer = zero_redundancy(wrapped.parameters(), **options)
+    fit(wrapped, optimizer, mine, 0, 20)
+    optimizer.consolidate_state_dict(to=0)
+    saved = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved)
+    weights = copy.deepcopy(straight.state_dict())
+    assert all("importance" in entry for entry in saved[0]["state"].values())
+    fit(wrapped, optimizer, mine, 20, STEPS)
+
+    again.load_state_dict(weights)
+    wrapped = DistributedDataParallel(again)
+    resumed = zero_redundancy(wrapped.parameters(), **options)
+    resumed.load_state_dict(copy.deepcopy(saved[0]))
+    fit(wrapped, resumed, mine, 20, STEPS)
+    if dist.get_world_size() == 2:  # DDP adds four gradients in another order after its first step
+        assert all(map(torch.equal, straight.parameters(), again.parameters()))
+    assert_close(straight.parameters(), again.parameters())
+
+    expected, _ = alone(**options)
+    lone = network()
+    lone.load_state_dict(weights)
+    single = dgg.AdamW(lone.parameters(), **options)
+    single.load_state_dict(copy.deepcopy(saved[0]))
+    fit(lone, single, lambda x: x, 20, STEPS)
+    assert_close(lone.parameters(), expected.parameters())
+
+
+def other_guidance_of_runs_resumed(full):
+    """FSDP1's optimizer state dicts carry the importance."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    options = {"importance": 0.5, "alpha": "auto"}
+    model, optimizer = of_state_dicts(full, options=options)
+    fit(model, optimizer, mine, 0, 20)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(FullyShardedDataParallel.optim_state_dict(model, optimizer))
+    fit(model, optimizer, mine, 20, STEPS)
+    again, resumed = of_state_dicts(full, options=options)
+    again.load_state_dict(weights)
+    state = FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, saved)
+    resumed.load_state_dict(state)
+    fit(again, resumed, mine, 20, STEPS)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert resumed.param_groups[0]["importance_mean"] > 0
+
+
+def share_statistics():
+    """Per tensor, what is told of all tensors is told of this rank's share."""
+    model = network()
+    options = {**OPTIONS, "alpha": "auto", "norm_scope": "tensor", "max_grad_norm": None}
+    optimizer = zero_redundancy(model.parameters(), **options)
+    inner = dgg.unwrap(optimizer)
+    held = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    copies = [nn.Parameter(p.detach().clone()) for p in held]
+    twin = dgg.AdamW(copies, **options)
+    for one in (inner, twin):
+        one.set_anchor()
+    seen = 0
+    for k in range(6):
+        generator = training.numbers_of(k)
+        grads = {
+            p: training.normal(generator, *p.shape, dtype=p.dtype)
+            for p in model.parameters() if p.requires_grad
+        }  # fmt: skip
+        for one, params in ((inner, list(grads)), (twin, copies)):
+            of_one = grads if one is inner else dict(zip(copies, map(grads.get, held), strict=True))
+            with one.replay():
+                for p in params:
+                    p.grad = of_one[p] * -0.4
+            for p in params:
+                p.grad = of_one[p].clone()
+        optimizer.step()
+        twin.step()
+        for name in ("alignment", "pull", "distance", "grad_norm", "scale"):
+            found, expected = inner.guidance_stats()[name], twin.guidance_stats()[name]
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=name)
+        seen += bool(twin.guidance_stats()["pull"] > 0)
+    assert seen
+
+
+def other_guidance_merged(kind):
+    """merge_anchor() is the unsharded one, and all ranks have the merged weights at once."""
+    for rule, keep in (("mean", 0.5), ("fisher", 0.5), ("rows", 0.3)):
+        options = {**OPTIONS, "importance": 0.5}
+        wrapped, optimizer, weights = within_engine(kind, network, options)
+        plain = network()
+        twin = dgg.AdamW(plain.parameters(), **options)
+        inner = dgg.unwrap(optimizer)
+        ranks.refused(RuntimeError, "no anchor to merge with", inner.merge_anchor)
+        fit(wrapped, optimizer, mine, 0, 15)
+        fit(plain, twin, lambda x: x, 0, 15)
+        if kind == "FSDP1" and rule == "rows":
+            before = weights()
+            ranks.refused(
+                RuntimeError, "needs whole matrices", lambda o=inner: o.merge_anchor("rows")
+            )
+            assert all(map(torch.equal, weights(), before))
+            continue
+        share, expected = inner.merge_anchor(rule, keep=keep), twin.merge_anchor(rule, keep=keep)
+        assert abs(share - expected) < 1e-9 and 0 < share < 1, (rule, share, expected)
+        assert_close(weights(), plain.parameters())
+        assert_same_on_all_ranks(weights())
+        fit(wrapped, optimizer, mine, 15, 20)
+        fit(plain, twin, lambda x: x, 15, 20)
+        assert_close(weights(), plain.parameters())
+
+
+def other_guidance_misused():
+    """Sums by name go to shares, not to runs; who has flat parts gives none."""
+    named = {name: torch.rand(p.shape) + 0.1 for name, p in network().named_parameters()}
+    options = {**OPTIONS, "importance": 1.0}
+    wrapped, optimizer, _ = within_engine("FSDP1", network, options)
+    ranks.refused(
+        ValueError,
+        "importance by name is not cut into its runs",
+        functools.partial(optimizer.set_anchor, importance=named, model=wrapped),
+    )
+    ranks.refused(RuntimeError, "a new optimizer has none", optimizer.set_anchor)
+    assert not any("anchor" in entry for entry in optimizer.state.values())
+    fit(wrapped, optimizer, mine, 0, 6)
+    for model in (None, wrapped):
+        give = functools.partial(optimizer.importance_dict, model=model)
+        ranks.refused(RuntimeError, "importance_dict() needs whole tensors with names", give)
+
+    wrapped, optimizer, _ = within_engine("ZeRO", network, options)
+    plain = network()
+    twin = dgg.AdamW(plain.parameters(), **options)
+    inner = dgg.unwrap(optimizer)
+    ranks.refused(RuntimeError, "", inner.set_anchor)
+    assert optimizer.param_groups[0]["task_index"] == 0
+    for one, model in ((inner, wrapped.module), (twin, plain)):
+        one.set_anchor(importance=named, model=model)
+    ranks.refused(RuntimeError, "or shares in their place", inner.importance_dict)
+    fit(wrapped, optimizer, mine, 0, 8)
+    fit(plain, twin, lambda x: x, 0, 8)
+    assert_close(wrapped.module.parameters(), plain.parameters())
+    # What one rank alone finds wrong.
+    before = copy.deepcopy([inner.state[p] for p in inner.state])
+    if dist.get_rank() == 1:
+        named = {name: x * torch.nan for name, x in named.items()}
+    error = (ValueError, "holds inf or NaN") if dist.get_rank() == 1 else (RuntimeError, "rank 1: ")
+    ranks.refused(*error, lambda: inner.set_anchor(importance=named, model=wrapped.module))
+    for entry, kept in zip(inner.state.values(), before, strict=True):
+        assert all(torch.equal(entry[key], kept[key]) for key in kept)
 
 
 # -- accelerate -----------------------------------------------------------------------------------

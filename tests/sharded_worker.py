@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import warnings
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -25,15 +27,19 @@ def guidance(granularity: str, scope: str) -> dict:
     }  # fmt: skip
 
 
-def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS):
+def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS, scales=None):
     """Steps with reproducible gradients; ``place`` makes a shard of a whole gradient.
 
-    Yields before every step.
+    Yields before every step; leaves the scale of every step in ``scales``. For alpha="auto" the
+    gradients beside replayed ones lead away from what these ask for.
     """
+    against = 3.0 if optimizer.param_groups[0]["alpha"] == "auto" else 0.0
     for k in range(steps):
         generator = torch.Generator().manual_seed(k)
         for row, p in enumerate(params):
             grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64).to(p.dtype)
+            if k % 3 == 1 and row < 3:
+                grad -= against * constant(row).to(p.dtype)
             # The second parameter misses every fifth gradient, the last is frozen for a while.
             absent = (row == 1 and k % 5 == 4) or (row == len(SHAPES) - 1 and 10 <= k < 15)
             p.grad = None if absent else place(grad, row)
@@ -41,11 +47,19 @@ def train(params, optimizer, place=lambda tensor, row: tensor, steps=STEPS):
             with optimizer.replay():
                 for row, p in enumerate(params[:3]):
                     grad = torch.randn(SHAPES[row], generator=generator, dtype=torch.float64)
+                    grad = constant(row) + 0.3 * grad if against else grad
                     p.grad = place(grad.to(p.dtype), row)
         if k in (5, 30):
             optimizer.set_anchor()
         yield k
         optimizer.step()
+        if scales is not None:
+            scales.append(optimizer.guidance_stats()["scale"])
+
+
+def constant(row):
+    generator = torch.Generator().manual_seed(500 + row)
+    return torch.randn(SHAPES[row], generator=generator, dtype=torch.float64)
 
 
 def initial(dtype):
@@ -54,13 +68,14 @@ def initial(dtype):
 
 
 def whole(dtype, name, options):
-    """The unsharded run."""
+    """The unsharded run: parameters, optimizer, and the scale of every step."""
     params = [torch.nn.Parameter(x) for x in initial(dtype)]
     cls, defaults = training.OPTIMIZERS[name]
     optimizer = cls(params, **defaults, **options)
-    for _ in train(params, optimizer):
+    scales: list = []
+    for _ in train(params, optimizer, scales=scales):
         pass
-    return params, optimizer
+    return params, optimizer, scales
 
 
 @ranks.in_group
@@ -95,8 +110,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
         params = [torch.nn.Parameter(place(x, row)) for row, x in enumerate(initial(dtype))]
         cls, defaults = training.OPTIMIZERS[case["optimizer"]]
         optimizer = cls(params, **defaults, **case["options"])
-        counts = []
-        for _ in train(params, optimizer, place):
+        counts, scales = [], []
+        for _ in train(params, optimizer, place, scales=scales):
             counts.append(len(calls))
         counts.append(len(calls))
         results.append(
@@ -104,6 +119,8 @@ def run_cases(rank: int, world: int, folder: str, cases: list[dict]) -> None:
                 "params": list(map(training.whole, params)),
                 "state": training.whole_state(optimizer, dict(enumerate(params))),
                 "collectives": [b - a for a, b in zip(counts, counts[1:], strict=False)],
+                "scales": scales,
+                "importance_mean": optimizer.param_groups[0]["importance_mean"],
             }
         )
     if rank == 0:
@@ -175,6 +192,16 @@ def resume_fsdp(rank: int, world: int, folder: str, saved: str) -> None:
 def run_partitions(rank: int, world: int, folder: str) -> None:
     """Plain local partitions of one flat vector, as some engines hand them over."""
     options = {"lr": 3e-3, "alpha": 0.6, "max_grad_norm": 0.5, "seed": 3}
+    for more in ({}, {"importance": 0.5}, {"importance": 1.0, "alpha": "auto"}):
+        step_partitions(rank, world, {**options, **more})
+    param = torch.nn.Parameter(torch.ones(3))
+    for wrong in ({"granularity": "element"}, {"norm_scope": "tensor"}):
+        options = {"process_group": dist.group.WORLD, **wrong}
+        ranks.refused(ValueError, "flat partition", lambda o=options: dgg.AdamW([param], **o))
+
+
+def step_partitions(rank: int, world: int, options: dict) -> None:
+    """Compares partitions with the whole vector, step by step; and a copy, which has no group."""
     flat = torch.cat([x.flatten() for x in initial(torch.float64)])
     bounds = [0, *(len(flat) * (r + 1) // world + 3 * (r + 1 < world) for r in range(world))]
 
@@ -185,18 +212,44 @@ def run_partitions(rank: int, world: int, folder: str) -> None:
     optimizer = dgg.AdamW([param], **options, process_group=dist.group.WORLD)
     whole_param = torch.nn.Parameter(flat)
     twin = dgg.AdamW([whole_param], **options)
+    constant = torch.randn(len(flat), generator=torch.Generator().manual_seed(500)).double()
+    pulled = 0
     for k in range(20):
         grad = torch.randn(len(flat), generator=torch.Generator().manual_seed(k)).double()
+        if options["alpha"] == "auto" and k % 2:
+            for one, p, r in ((optimizer, param, part(constant)), (twin, whole_param, constant)):
+                with one.replay():
+                    p.grad = r.clone()
+            grad -= 3.0 * constant
         whole_param.grad, param.grad = grad, part(grad)
-        if k == 4:
+        if k in (4, 12):
             optimizer.set_anchor()
             twin.set_anchor()
         optimizer.step()
         twin.step()
+        scale, wanted = (one.guidance_stats()["scale"] for one in (optimizer, twin))
+        torch.testing.assert_close(scale, wanted, rtol=1e-6, atol=1e-6)
+        pulled += bool(wanted > 0)
         torch.testing.assert_close(param.detach(), part(whole_param.detach()), rtol=0, atol=1e-12)
     stats, expected = optimizer.guidance_stats(), twin.guidance_stats()
     assert stats["injected"] == expected["injected"]
     torch.testing.assert_close(stats["clip"], expected["clip"])
+    assert 0 < pulled < 16
+    weighted = "importance" in options
+    mean = twin.param_groups[0]["importance_mean"]
+    assert (mean > 0) == weighted
+    assert abs(optimizer.param_groups[0]["importance_mean"] - mean) <= 1e-12 * mean
+    ranks.refused(RuntimeError, "needs whole matrices", lambda: optimizer.merge_anchor("rows"))
+    for rule in ("mean", "fisher") if weighted else ():
+        torch.testing.assert_close(
+            twin.state[whole_param]["importance"].split([b - a for a, b in pairwise(bounds)])[rank],
+            optimizer.state[param]["importance"], rtol=1e-10, atol=1e-12,
+        )  # fmt: skip
+        share, wanted = optimizer.merge_anchor(rule), twin.merge_anchor(rule)
+        assert abs(share - wanted) < 1e-12 and 0 < share < 1
+        torch.testing.assert_close(param.detach(), part(whole_param.detach()), rtol=0, atol=1e-12)
+    if weighted:
+        ranks.refused(RuntimeError, "needs whole tensors with names", optimizer.importance_dict)
 
     copied = pickle.loads(pickle.dumps(optimizer))
     (p,) = copied.param_groups[0]["params"]
@@ -207,10 +260,6 @@ def run_partitions(rank: int, world: int, folder: str) -> None:
     assert torch.equal(p, before)
     copied.process_group = dist.group.WORLD
     copied.step()
-
-    for wrong in ({"granularity": "element"}, {"norm_scope": "tensor"}):
-        options = {"process_group": dist.group.WORLD, **wrong}
-        ranks.refused(ValueError, "flat partition", lambda o=options: dgg.AdamW([param], **o))
 
 
 @ranks.in_group
@@ -305,6 +354,184 @@ def run_failing_ranks(rank: int, world: int, folder: str) -> None:
         optimizer.param_groups[0]["seed"] = seeds
         optimizer.set_anchor()
         assert optimizer.param_groups[0]["task_index"] == 2
+
+
+@ranks.in_group
+def run_failing_importance(rank: int, world: int, folder: str) -> None:
+    """What one rank alone finds wrong with the importance leaves all with what they had."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    options = {"lr": 0.1, "alpha": 1.0, "importance": 0.5}
+    sharded = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    part = torch.nn.Parameter(torch.ones(3))
+    for param, optimizer in (
+        (sharded, dgg.AdamW([("w", sharded)], **options)),
+        (part, dgg.AdamW([part], **options, process_group=dist.group.WORLD)),
+    ):
+
+        def local(x):
+            return getattr(x, "_local_tensor", x).detach()
+
+        def step(param=param, optimizer=optimizer):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+
+        def unchanged(call, error, text, optimizer=optimizer, param=param):
+            before = {key: local(x).clone() for key, x in optimizer.state[param].items()}
+            groups = [{**group, "params": None} for group in optimizer.param_groups]
+            ranks.refused(error, text, call)
+            assert optimizer.state[param].keys() == before.keys()
+            for key, x in optimizer.state[param].items():
+                torch.testing.assert_close(local(x), before[key], rtol=0, atol=0, equal_nan=True)
+            assert [{**group, "params": None} for group in optimizer.param_groups] == groups
+
+        # No rank has made a step.
+        unchanged(optimizer.set_anchor, RuntimeError, "a new optimizer has none")
+        step()
+        moment = local(optimizer.state[param]["exp_avg_sq"])
+        # A rank without a second moment of its own counts with 0.
+        kept = optimizer.state[param].pop("exp_avg_sq") if rank == 0 else None
+        optimizer.set_anchor()
+        if rank == 0:
+            optimizer.state[param]["exp_avg_sq"] = kept
+            assert not local(optimizer.state[param]["importance"]).any()
+        else:
+            share = local(param).numel() / sum((3, 3) if param is part else (6, 6))
+            assert torch.allclose(
+                local(optimizer.state[param]["importance"]), 1 / moment.new_tensor(share)
+            )
+        step()
+        for value, error, text in (
+            (torch.nan, ValueError, "the mean of the second moments is nan"),
+            (torch.inf, ValueError, "the mean of the second moments is inf"),
+        ):
+            good = moment.clone()
+            moment = local(optimizer.state[param]["exp_avg_sq"])
+            good = moment.clone()
+            if rank == 1:
+                moment.view(-1)[0] = value
+            unchanged(optimizer.set_anchor, error, text)
+            moment.copy_(good)
+        if param is sharded:
+            for wrong in (torch.nan, -1.0):
+                given = {"w": torch.ones(4, 3)}
+                if rank == 1:
+                    given["w"][3] = wrong
+                error = (ValueError, "w'") if rank == 1 else (RuntimeError, "rank 1: ")
+                call = functools.partial(optimizer.set_anchor, importance=given)
+                unchanged(call, *error)
+        # One rank asks for another rule, or for one that there is not.
+        text = "rule is ['mean', 'fisher'] on these ranks"
+        for rules, error, message in (
+            (("mean", "fisher"), ValueError, text),
+            (
+                ("mean", "median"),
+                ValueError if rank == 1 else RuntimeError,
+                "merge_anchor(rule='median') is not one of",
+            ),
+        ):
+            before = local(param).clone()
+            unchanged(functools.partial(optimizer.merge_anchor, rules[rank]), error, message)
+            assert torch.equal(local(param), before)
+        optimizer.param_groups[0]["importance"] += 0.1 * rank
+        unchanged(optimizer.set_anchor, ValueError, "importance is [0.5, 0.6] on these ranks")
+        optimizer.param_groups[0]["importance"] = 0.5
+        step()
+        optimizer.set_anchor()
+        assert optimizer.param_groups[0]["task_index"] == 2
+        step()
+
+
+@ranks.in_group
+def run_replay_on_one_rank(rank: int, world: int, folder: str) -> None:
+    """A block that leaves one rank no gradient is a block there, too: all form the same sums."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.arange(6.0).view(2, 3)
+    shared = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    options = {"lr": 0.1, "alpha": "auto", "max_grad_norm": 1.0}
+    optimizer = dgg.AdamW([shared], **options)
+    twin_param = torch.nn.Parameter(whole[1:].clone())  # of the rank that has gradients
+    twin = dgg.AdamW([twin_param], **options)
+    scales = []
+    for k in range(12):
+        if k == 2:
+            optimizer.set_anchor()
+            twin.set_anchor()
+        for one, p in ((optimizer, shared), (twin, twin_param)):
+            has = one is twin or rank == 1
+            with one.replay():
+                p.grad = torch.full_like(p, 1.0) if has and k % 3 else None
+            one.zero_grad()
+            p.grad = torch.full_like(p, -3.0) if has else None
+            one.step()
+            one.zero_grad()
+        scales.append([float(one.guidance_stats()["scale"]) for one in (optimizer, twin)])
+        assert abs(scales[-1][0] - scales[-1][1]) < 1e-6, scales
+    assert any(a > 0 for a, _ in scales) and any(a == 0 for a, _ in scales[3:])
+    if rank == 1:
+        torch.testing.assert_close(shared._local_tensor.detach(), twin_param.detach())
+    with warnings.catch_warnings():  # that no step had a replay gradient would be wrong
+        warnings.simplefilter("error")
+        for _ in range(101):
+            with optimizer.replay():
+                shared.grad = torch.ones_like(shared) if rank == 1 else None
+            shared.grad = torch.ones_like(shared)
+            optimizer.step()
+    # Dropped on all ranks alike, whether there was something or not.
+    with optimizer.replay():
+        shared.grad = torch.ones_like(shared) if rank == 1 else None
+    optimizer.clear_replay()
+    shared.grad = torch.ones_like(shared)
+    optimizer.step()
+    assert optimizer.guidance_stats()["scale"] == 0
+
+
+@ranks.in_group
+def run_merges(rank: int, world: int, folder: str) -> None:
+    """merge_anchor() and importance by name over FSDP2 are those of the unsharded run."""
+    options = {**FSDP_OPTIONS, "importance": 0.5}
+    for rule, keep in (("mean", 0.5), ("fisher", 0.5), ("rows", 0.3), ("rows", 1.0)):
+        model, plain = network(), network()
+        training.fully_shard(*model, model)
+        optimizer, twin = (dgg.AdamW(m.named_parameters(), **options) for m in (model, plain))
+        pairs = (model, optimizer), (plain, twin)
+        for m, one in pairs:
+            training.fit(m, one, 0, 10, boundary=4)
+        share, expected = (one.merge_anchor(rule, keep=keep) for one in (optimizer, twin))
+        assert abs(share - expected) < 1e-12 and 0 < share <= keep or rule != "rows"
+        merged = list(map(training.whole, model.parameters()))
+        training.assert_close(merged, plain.parameters())
+        for m, one in pairs:
+            one.set_anchor()
+            training.fit(m, one, 10, 14)
+        training.assert_close(map(training.whole, model.parameters()), plain.parameters())
+        sums, whole_sums = optimizer.importance_dict(), twin.importance_dict()
+        assert sums.keys() == whole_sums.keys()
+        for name, x in sums.items():
+            torch.testing.assert_close(training.whole(x), whole_sums[name], rtol=1e-9, atol=1e-12)
+        # Shards, whole tensors and those of a file, for the next optimizer.
+        file = os.path.join(folder, "sums.safetensors")
+        if rank == 0:
+            from safetensors.torch import save_file
+
+            save_file(whole_sums, file)
+        dist.barrier()
+        for given in (sums, whole_sums, file):
+            new = dgg.AdamW(model.named_parameters(), **options)
+            new.set_anchor(importance=given)
+            other = dgg.AdamW(plain.named_parameters(), **options)
+            other.set_anchor(importance=whole_sums)
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                if p.requires_grad:
+                    found = training.whole(new.state[p]["importance"])
+                    torch.testing.assert_close(found, other.state[q]["importance"])
+            mean, wanted = (one.param_groups[0]["importance_mean"] for one in (new, other))
+            assert abs(mean - wanted) < 1e-9 * wanted
 
 
 @ranks.in_group

@@ -109,6 +109,28 @@ def test_every_optimizer_is_resumed(ranks, saved, tmp_path):
     ranks.run(worker.resume_all, 2, tmp_path, folder, OTHERS, ["nested"])
 
 
+@pytest.mark.compat("FSDP2", "resume on other ranks")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(4, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 3), (2, 4)))],
+)
+def test_importance_is_resumed_on_other_ranks(before, after, ranks, tmp_path):
+    """Its sums too: there is a boundary after the resume, and the end is the unsharded one."""
+    case = ["adamw, importance"]
+    saved = tmp_path / "saved"
+    ranks.run(worker.save_all, before, saved, case, worker.FORMATS)
+    (saved / "world").write_text(str(before))
+    ranks.run(worker.resume_all, after, tmp_path, str(saved), case, worker.FORMATS)
+    model, optimizer = worker.build(case[0], "one process")
+    worker.train(case[0], model, optimizer, 0, worker.LAST)
+    _, end = torch.load(saved / f"FSDP2, {case[0]}")
+    found = worker.snapshot(model, optimizer)
+    worker.without_extras(end, found)
+    assert found["groups"][0]["importance_mean"] > 0
+    wrong = worker.differences(found, end, 1e-9)
+    assert not wrong, wrong
+
+
 @pytest.mark.slow
 def test_every_optimizer_is_resumed_from_every_format(ranks, tmp_path):
     saved = tmp_path / "saved"
@@ -122,6 +144,7 @@ def test_every_optimizer_is_resumed_from_every_format(ranks, tmp_path):
     [
         pytest.param(worker.run_refusals, marks=pytest.mark.compat("FSDP2", "resume")),
         pytest.param(worker.run_by_itself, marks=pytest.mark.compat("FSDP2", "resume")),
+        worker.run_importance,
         worker.run_frozen,
         worker.run_helper,
         worker.run_async,

@@ -97,6 +97,15 @@ CASES = [
     *(case(s, "LoRA", "frozen parts", model="lora", slowly=s != 2) for s in ALL),
     *(case(s, "tied weights", model="tied", slowly=s != 2) for s in ALL),
     case(3, "meta init", model="zero.Init"),
+    *(
+        case(s, options={"importance": 0.5, "granularity": "element"}, slowly=s != 2, world=2)
+        for s in ALL
+    ),
+    *(case(s, options={"importance": 1.0, "route": "decoupled"}, slowly=s == 1) for s in (1, 3)),
+    case(2, options={"importance": 1.0, "norm_scope": "tensor"}),
+    case(3, options={"importance": 0.5, "norm_scope": "tensor"}, zero=SMALL, slowly=True),
+    case(3, options={"importance": 0.5}, zero=OFFLOAD, slowly=True),
+    case(2, options={"importance": 0.5}, model="lora", slowly=True),
 ]
 _ran: dict[int, dict] = {}
 
@@ -210,6 +219,7 @@ def test_other_rank_counts_need_the_anchor_named_again(saved, tmp_path):
 # The last one leaves settings behind that DeepSpeed keeps for the whole process.
 SEVERAL = [
     "run_misuses", "run_loss_scaling", "run_padding", "run_accumulation", "run_without_states",
+    "run_importance",
 ]  # fmt: skip
 SLOW = ["run_boundaries", "run_refusals"]
 
@@ -267,6 +277,10 @@ def test_padding_counts_nowhere(several):
     folder = several("run_padding")
     model, _, _ = worker.alone(clip=0.5, last=14)
     assert_weights(torch.load(folder / "padding.pt"), list(model.parameters()))
+
+
+def test_importance_goes_through_tasks_and_checkpoints(several):
+    several("run_importance")
 
 
 ACCELERATE = [

@@ -89,6 +89,30 @@ CASES = [
     row("FSDP2", 1, model="odd", granularity="element"),
     row("FSDP2", 3, model="odd", granularity="element", dtype="float32"),
     row("FSDP2", 4, model="odd", granularity="element", slowly=True),
+    # Importance, the strength without a search, and where the pull enters.
+    row("FSDP2", 2, model="odd", importance=0.5, granularity="element"),
+    row("FSDP2", 4, model="odd", importance=1.0, alpha="auto", scope="tensor", slowly=True),
+    row("FSDP2", 2, model="odd", importance=0.5, route="decoupled", dtype="float32", slowly=True),
+    row("FSDP2", 2, model="llava", importance=1.0, alpha="auto", slowly=True),
+    row("HSDP", 4, model="odd", importance=1.0, alpha="auto"),
+    row(
+        "HSDP", 4, model="odd", importance=0.5, granularity="tensor", route="first_moment",
+        slowly=True,
+    ),
+    row("TP", 2, model="block", sequence=True, importance=0.5, alpha="auto"),
+    row(
+        "TP", 2, model="words block", sequence=False, importance=1.0, granularity="element",
+        slowly=True,
+    ),
+    row("TP + FSDP2", 4, model="block", sequence=True, importance=0.5, alpha="auto"),
+    row(
+        "TP + FSDP2", 4, model="lora words", sequence=True, importance=1.0, granularity="element",
+        slowly=True,
+    ),
+    row(
+        "TP + FSDP2", 4, model="lora words", sequence=False, importance=1.0, alpha="auto",
+        scope="tensor", slowly=True,
+    ),
     # dgg.Guidance over torch's own optimizer.
     row("FSDP2", 2, model="odd", granularity="element", optimizer="foreign"),
     row("TP", 2, model="block", sequence=True, optimizer="foreign", slowly=True),
@@ -243,6 +267,14 @@ def test_trains_as_one_process_does(case, ran):
         torch.testing.assert_close(found[kind], expected[kind], **tolerance)
     assert found["numbers"] == expected["numbers"]
     assert found["numbers"]["task_index"] == 2
+    torch.testing.assert_close(found["scales"], expected["scales"], rtol=1e-6, atol=1e-6)
+    assert any(bool(scale.any()) for scale in found["scales"])
+    weighted = case.case.get("importance", 0.0) > 0
+    assert found["importance_mean"] == pytest.approx(
+        expected["importance_mean"], rel=tolerance["rtol"]
+    )
+    assert (found["importance_mean"] > 0) == weighted
+    assert all(("importance" in state) == weighted for state in expected["state"].values())
     for name, state in expected["state"].items():
         assert "anchor" in state
         torch.testing.assert_close(found["state"][name], state, **tolerance)

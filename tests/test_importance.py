@@ -183,6 +183,16 @@ def test_names_come_from_the_model():
     new = dgg.AdamW(model.parameters(), importance=1.0)
     with pytest.raises(ValueError, match="which name belongs"):
         new.set_anchor(importance=sums)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, not dict"):
+        new.set_anchor(importance=sums, model={})
+    new.set_anchor(importance=sums, model=model)
+    other = dgg.Guidance(torch.optim.SGD(model.parameters(), lr=0.1), importance=1.0)
+    other.set_anchor(importance=sums, model=model)
+    with pytest.raises(ValueError, match="give both or neither"):
+        other.set_anchor(model=model)
+    for p in model.parameters():
+        assert torch.equal(new.state[p]["anchor"], p)
+        assert torch.equal(new.state[p]["importance"], other.state[p]["importance"])
 
 
 def test_a_second_moment_is_needed():
@@ -431,8 +441,12 @@ def test_wrong_sources_are_named():
     for given, error, message in (
         (3, TypeError, "a mapping from names to tensors, or its path, not int"),
         ({**good, "p1": -good["p1"]}, ValueError, "given for parameter 'p1' has values that are"),
-        ({**good, "p1": good["p1"] * float("inf")}, ValueError, "p1"),
-        ({**good, "p1": torch.zeros(4)}, ValueError, "p1"),
+        (
+            {**good, "p1": good["p1"] * float("inf")},
+            ValueError,
+            "the importance of parameter 'p1'.*holds inf or NaN",
+        ),
+        ({**good, "p1": torch.zeros(4)}, ValueError, "the importance given for parameter 'p1'"),
         ({k: v for k, v in good.items() if k != "p1"}, KeyError, "p1"),
     ):
         with pytest.raises(error, match=message):

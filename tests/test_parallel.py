@@ -95,6 +95,48 @@ FOUR = [
          mesh=(2, 2)),
     case("FSDP1", "run_resume_elsewhere", "resume on other ranks", label="by two", world=2),
 ]  # fmt: skip
+# Importance, alpha="auto", routes and merging, on two ranks and on four.
+OTHER, OTHER_ON_FOUR = [], []
+for engine, kind in (("DDP", "DDP"), (ZERO, "ZeRO"), ("FSDP1", "FSDP1")):
+    OTHER += [
+        case(engine, "other_guidance", "trajectory", label=f"{kind} importance", kind=kind,
+             importance=0.5),
+        case(engine, "other_guidance", "trajectory", "replay", label=f"{kind} auto", kind=kind,
+             importance=1.0, alpha="auto"),
+        case(engine, "other_guidance_merged", label=kind, kind=kind),
+    ]  # fmt: skip
+    OTHER_ON_FOUR += [
+        case(engine, "other_guidance", "norm_scope tensor", label=f"{kind} per tensor",
+             kind=kind, importance=0.5, alpha="auto", norm_scope="tensor"),
+        case(engine, "other_guidance", "granularity element", label=f"{kind} elements",
+             kind=kind, importance=1.0, granularity="element"),
+        case(engine, "other_guidance", label=f"{kind} decoupled", kind=kind, importance=0.5,
+             route="decoupled"),
+        case(engine, "other_guidance", label=f"{kind} first moment", kind=kind, alpha="auto",
+             route="first_moment"),
+    ]  # fmt: skip
+OTHER += [
+    case(ZERO, "other_guidance", label="one tensor", kind="ZeRO", build=worker.one_tensor,
+         importance=0.5, alpha="auto"),
+    case(ZERO, "other_guidance", label="per tensor", kind="ZeRO", build=worker.one_tensor,
+         importance=0.5, alpha="auto", norm_scope="tensor"),
+    case("FSDP1", "other_guidance", label="an empty rank", kind="FSDP1",
+         build=worker.nearly_frozen, importance=0.5, alpha="auto"),
+    case(ZERO, "other_guidance_resumed", "resume", "resume on other ranks"),
+    case("FSDP1", "other_guidance_of_runs_resumed", "resume", full=True),
+    case(ZERO, "share_statistics"),
+    case(None, "other_guidance_misused"),
+]  # fmt: skip
+OTHER_ON_FOUR += [
+    case(ZERO, "other_guidance", label="one tensor", kind="ZeRO", build=worker.one_tensor,
+         importance=0.5, alpha="auto", norm_scope="tensor", max_grad_norm=None),
+    case("FSDP1", "other_guidance", label="empty ranks", kind="FSDP1",
+         build=worker.nearly_frozen, importance=1.0),
+    case("FSDP1", "other_guidance", label="per tensor, an empty rank", kind="FSDP1",
+         build=worker.nearly_frozen, importance=0.5, alpha="auto", norm_scope="tensor"),
+    case(ZERO, "other_guidance_resumed", "resume", label="auto", alpha="auto"),
+    case("FSDP1", "other_guidance_of_runs_resumed", "resume", label="sharded", full=False),
+]  # fmt: skip
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT"}
 ACCELERATE = [
     case("accelerate DDP", "accelerate_run", "trajectory", "clipping", "resume", "tied weights",
@@ -242,8 +284,8 @@ def params_of(cases):
     return pytest.mark.parametrize("name", [param for param, _ in cases])
 
 
-two = outcomes_of(DDP + SHARES + RUNS, 2)
-four = outcomes_of(FOUR, 4)
+two = outcomes_of(DDP + SHARES + RUNS + OTHER, 2)
+four = outcomes_of(FOUR + OTHER_ON_FOUR, 4)
 one = outcomes_of(ELSEWHERE, 1)
 more = outcomes_of(MORE, 2)
 
@@ -263,8 +305,13 @@ def test_fsdp1(name, two):
     assert not two[name], two[name]
 
 
+@params_of(OTHER)
+def test_importance_and_the_strength_without_a_search(name, two):
+    assert not two[name], two[name]
+
+
 @pytest.mark.slow
-@params_of(FOUR)
+@params_of(FOUR + OTHER_ON_FOUR)
 def test_on_four_ranks(name, four):
     assert not four[name], four[name]
 

@@ -29,17 +29,30 @@ BESIDE_PLAIN = [["S0"], [], ["S1"]]
 MESHES = [["dp", "S0"], ["S0", "S1"], [], ["tp", "S1"]]
 
 
-def case(mesh, placements, dtype="float64", optimizer="adamw", granularity="step", scope="global"):
+def case(
+    mesh, placements, dtype="float64", optimizer="adamw", granularity="step", scope="global",
+    **options,
+):  # fmt: skip
     return {
         "mesh": mesh, "placements": placements, "dtype": dtype, "optimizer": optimizer,
-        "options": worker.guidance(granularity, scope),
+        "options": {**worker.guidance(granularity, scope), **options},
     }  # fmt: skip
 
 
 def cases_of(world):
     cases = [case((world,), ONE, dtype) for dtype in ("float32", "float64")]
+    elements = {"importance": 0.5, "granularity": "element"}
+    cases.append(case((world,), MIXED, **elements))
+    cases.append(case((world,), MIXED, importance=1.0, alpha="auto"))
     if world in (1, 3):
         return [*cases, case((world,), MIXED, granularity="element")]
+    cases.append(case((world,), COLUMNS, "float32", alpha="auto", scope="tensor"))
+    cases.append(case((world,), ONE, importance=1.0, backend="reference", max_grad_norm=None))
+    cases.append(case((world,), BESIDE_PLAIN, importance=0.5, alpha="auto", scope="tensor"))
+    cases.append(case((world,), MIXED, optimizer="foreign", importance=0.5, alpha="auto"))
+    cases.append(case((world,), MIXED, optimizer="sgd", alpha="auto", backend="reference"))
+    for route in ("first_moment", "decoupled"):
+        cases.append(case((world,), MIXED, route=route, importance=0.5))
     for granularity in ("tensor", "element"):
         cases.append(case((world,), COLUMNS, granularity=granularity))
         cases.append(case((world,), MIXED, optimizer="sgd", granularity=granularity))
@@ -52,6 +65,11 @@ def cases_of(world):
     cases.append({**case((world,), ONE)})
     cases[-1]["options"].update(max_grad_norm=None, backend="reference")
     if world == 4:
+        cases.append(case((2, 2), GRID, **elements))
+        cases.append(case((2, 2), GRID, importance=0.5, alpha="auto"))
+        cases.append(case((2, 2), HYBRID, importance=1.0, alpha="auto", scope="tensor"))
+        cases.append(case((2, 2), MESHES, importance=0.5, alpha="auto"))
+        cases.append({**case((2, 2), GRID, importance=1.0), "named": False})
         for granularity in ("step", "tensor", "element"):
             cases.append(case((2, 2), GRID, granularity=granularity))
             cases.append(case((2, 2), HYBRID, granularity=granularity, optimizer="sgd"))
@@ -75,7 +93,7 @@ def test_trajectories_do_not_depend_on_sharding(world, dimensions, tmp_path):
     cases = [one for one in cases_of(world) if len(one["mesh"]) == dimensions]
     spawn(worker.run_cases, world, tmp_path, cases)
     for one, result in zip(cases, torch.load(tmp_path / "results.pt"), strict=True):
-        params, optimizer = worker.whole(
+        params, optimizer, scales = worker.whole(
             getattr(torch, one["dtype"]), one["optimizer"], one["options"]
         )
         tolerance = TOLERANCES[getattr(torch, one["dtype"])]
@@ -85,7 +103,18 @@ def test_trajectories_do_not_depend_on_sharding(world, dimensions, tmp_path):
         plain = whole_state(optimizer, dict(enumerate(params)))
         assert all("anchor" in entry for entry in plain.values())
         torch.testing.assert_close(result["state"], plain, **tolerance, **message)
+        torch.testing.assert_close(result["scales"], scales, rtol=1e-6, atol=1e-6, **message)
+        assert any(bool(scale.any()) for scale in scales), one
+        weighted = one["options"].get("importance", 0.0)
+        assert all(("importance" in entry) == (weighted > 0) for entry in plain.values())
+        mean = optimizer.param_groups[0]["importance_mean"]
+        assert result["importance_mean"] == pytest.approx(mean, rel=tolerance["rtol"])
+        assert (mean > 0) == (weighted > 0)
         counts = result["collectives"]
+        if weighted and world > 1:
+            # The mean of the importance, over every mesh, when an anchor is set.
+            for boundary in (5, 30):
+                counts[boundary - 1] -= 3 if one["placements"] is MESHES else 1
         if world == 1:
             assert set(counts) == {0}
         elif one["options"]["max_grad_norm"] is not None:
@@ -144,6 +173,7 @@ def test_fsdp2_trains_as_one_process_and_resumes_on_other_ranks(made_before, tmp
     "function",
     [
         worker.run_partitions, worker.run_uneven_partitions, worker.run_failing_ranks,
+        worker.run_failing_importance, worker.run_replay_on_one_rank, worker.run_merges,
         worker.run_ranges, worker.run_misuses,
     ],
 )  # fmt: skip

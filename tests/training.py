@@ -46,12 +46,11 @@ class Foreign:
 
     @property
     def state(self):
-        anchors = self.guidance.state_dict()["anchors"]
         params = self.inner.param_groups[0]["params"]
         return {
-            p: {**self.inner.state[p], "anchor": anchors[i]}
-            for i, p in enumerate(params)
-            if i in anchors
+            p: {**self.inner.state[p], **self.guidance.state[p]}
+            for p in params
+            if "anchor" in self.guidance.state.get(p, ())
         }
 
 

@@ -39,6 +39,19 @@ def is_due(
     return True
 
 
+def model_of_tensors(tensors: Any, model: Any, importance: Any) -> Any:
+    """Returns the model whose names ``set_anchor(tensors, ...)`` looks for in ``tensors``.
+
+    With the present weights as the anchor it may belong to the importance alone.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
+    return model if importance is None or tensors is not None else None
+
+
 # For each parameter (or partition): itself, the source of its anchor, and the anchor's memory. The
 # source is None if the memory has the values already, or a function that writes them.
 Plan = list[tuple[Tensor, "Tensor | Callable[[Tensor], None] | None", Tensor]]
@@ -250,7 +263,9 @@ def plan_importance(
     others = () if model is not None else _other_names(groups, params)
 
     def match(dtypes: Sequence[torch.dtype]):
-        return anchor.match_named(tensors, params, names, labels, dtypes, model, others)
+        return anchor.match_named(
+            tensors, params, names, labels, dtypes, model, others, "importance"
+        )
 
     return importance.plan(opt, groups, params, labels, match)
 

@@ -31,12 +31,14 @@ class Entry(NamedTuple):
         label: Its name in errors.
         sum: Returns the sum of v̂ over all boundaries, float32 or float64, of this rank's part.
         target: The memory of its F.
+        known: There is a second moment, a former sum, or a given one.
     """
 
     param: Tensor
     label: str
     sum: Callable[[], Tensor]
     target: Tensor
+    known: bool
 
 
 def check_wanted(importance: Any, weight: float) -> None:
@@ -75,7 +77,6 @@ def plan(
             none. None adds v̂ to the present sums.
 
     Raises:
-        RuntimeError: There is no second moment, and no source.
         TypeError: A source is of the wrong type.
         ValueError: A source has another shape, or values that are negative or not finite.
     """
@@ -84,16 +85,19 @@ def plan(
         for p, label in zip(params, labels, strict=True)
     ]
     if match is None:
-        sums = running_sums(opt, groups, params)
+        sums, known = running_sums(opt, groups, params)
     else:
-        sums = []
+        sums, known = [], [True] * len(params)
         exact = [_exact(p) for p in params]
         for p, label, given in zip(params, labels, match(exact), strict=True):
-            values = given.read() if isinstance(given, anchor.Part) else given.detach()
+            if isinstance(given, anchor.Part):
+                values = sharding.like(given.read(), p)  # this rank's part is all that was read
+            else:
+                values = given.detach()
             check_sum(values, label)
             sums.append(_reader(values, p))
     targets = _targets(opt, params, dtypes)
-    return [Entry(*entry) for entry in zip(params, labels, sums, targets, strict=True)]
+    return [Entry(*entry) for entry in zip(params, labels, sums, targets, known, strict=True)]
 
 
 def _exact(param: Tensor) -> torch.dtype:
@@ -147,7 +151,9 @@ def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-def running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+def running_sums(
+    opt, groups, params: Sequence[Tensor]
+) -> tuple[list[Callable[[], Tensor]], list[bool]]:
     """Returns functions that return the present sum of every parameter with its v̂ added.
 
     Args:
@@ -155,21 +161,15 @@ def running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Ten
         groups: Groups that hold the parameters.
         params: Parameters, or partitions.
 
-    Raises:
-        RuntimeError: There is neither a second moment nor a sum.
+    Returns:
+        The functions, and whether there is a second moment or a sum of each parameter. A rank may
+        have none at all, where its part is empty or had no gradient.
     """
     mean = float(opt.param_groups[0]["importance_mean"])
     members = opt._ownership.tensors(groups)
     group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
     moments = [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
     present = [opt.state.get(p, {}).get("importance") for p in params]
-    if params and all(m is None for m in moments) and all(f is None for f in present):
-        raise RuntimeError(
-            f"importance={opt.param_groups[0]['importance']} needs the second moments of the task "
-            f"that has ended, and {opt._rule.no_moment}: pass "
-            "set_anchor(importance=former.importance_dict()), of the optimizer that trained it "
-            "(saved and loaded between processes), or use importance=0"
-        )
 
     def reader(p: Tensor, moment, before: Tensor | None) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -185,7 +185,20 @@ def running_sums(opt, groups, params: Sequence[Tensor]) -> list[Callable[[], Ten
 
         return read
 
-    return [reader(*x) for x in zip(params, moments, present, strict=True)]
+    triples = list(zip(params, moments, present, strict=True))
+    known = [moment is not None or before is not None for _, moment, before in triples]
+    return [reader(*triple) for triple in triples], known
+
+
+def _refuse_unknown(opt, known: bool) -> None:
+    """Raises a RuntimeError unless there is a second moment, or a sum."""
+    if not known:
+        raise RuntimeError(
+            f"importance={opt.param_groups[0]['importance']} needs the second moments of the task "
+            f"that has ended, and {opt._rule.no_moment}: pass "
+            "set_anchor(importance=former.importance_dict()), of the optimizer that trained it "
+            "(saved and loaded between processes), or use importance=0"
+        )
 
 
 def _targets(opt, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -212,19 +225,20 @@ def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
         peers: The groups whose ranks have the other parts.
 
     Raises:
-        RuntimeError: All sums are 0: no step was made; or another rank failed.
+        RuntimeError: No rank has a second moment, all sums are 0, or another rank failed.
         ValueError: The mean is not finite, or F overflows its dtype.
     """
     params = [entry.param for entry in entries]
-    pairs, largest = [], []
+    sums, largest = [], []
     for entry in entries:
         total = entry.sum()
-        count = opt._ownership.elements(entry.param)
-        pairs.append(torch.stack([total.double().sum(), total.new_tensor(count).double()]))
+        numbers = [opt._ownership.elements(entry.param), entry.known]
+        sums.append(torch.cat([total.double().sum().view(1), total.new_tensor(numbers).double()]))
         largest.append(float(total.max()) if total.numel() else 0.0)
-    whole = opt._ownership.total(params, pairs, 2)
+    whole = opt._ownership.total(params, sums, 3)
     mean = float(whole[0] / whole[1].clamp(min=1))
     with sharding.on_all_or_none(peers, {}):
+        _refuse_unknown(opt, whole[2] > 0)
         if mean == 0.0:
             raise RuntimeError(
                 "the second moments of all anchored parameters are 0, so no weight is more "
@@ -279,7 +293,9 @@ def as_dict(opt, groups: Sequence[Mapping[str, Any]], model: torch.nn.Module | N
             "the optimizer from model.named_parameters()"
         )
     result: dict[str, Tensor] = {}
-    for p, read in zip(chosen, running_sums(opt, groups, chosen), strict=True):
+    sums, known = running_sums(opt, groups, chosen)
+    _refuse_unknown(opt, any(known) or not chosen)
+    for p, read in zip(chosen, sums, strict=True):
         total = read()
         if p.is_complex():
             total = torch.view_as_complex(total)

@@ -132,9 +132,10 @@ def write(target: Tensor, source: Tensor | Part | None) -> None:
 
 
 def check_source(
-    source: Tensor | Part, param: Tensor, label: str, dtype: torch.dtype | None = None
-) -> None:
-    """Checks that ``source`` can become the anchor of ``param``, stored in ``dtype``.
+    source: Tensor | Part, param: Tensor, label: str, dtype: torch.dtype | None = None,
+    what: str = "anchor",
+) -> None:  # fmt: skip
+    """Checks that ``source`` can become the anchor of ``param`` (or ``what``), in ``dtype``.
 
     Of a source in a file only shape and dtype are checked: `check_values` checks the rest later.
 
@@ -144,12 +145,12 @@ def check_source(
     """
     if not isinstance(source, (Tensor, Part)):
         raise TypeError(
-            f"the anchor given for {label} is a {type(source).__name__}, not a tensor; "
+            f"the {what} given for {label} is a {type(source).__name__}, not a tensor; "
             "pass a mapping from names to tensors, such as a state_dict"
         )
     if tuple(source.shape) != tuple(param.shape):
         raise ValueError(
-            f"the anchor given for {label} has shape {tuple(source.shape)}, the parameter has "
+            f"the {what} given for {label} has shape {tuple(source.shape)}, the parameter has "
             f"{tuple(param.shape)}; pass the tensors of the same architecture"
         )
     known = isinstance(source.dtype, torch.dtype)  # a file may hold what torch has no name for
@@ -158,29 +159,31 @@ def check_source(
     )
     if not suitable or source.layout != torch.strided:
         raise TypeError(
-            f"the anchor given for {label} is {source.dtype} ({source.layout}); pass dense "
+            f"the {what} given for {label} is {source.dtype} ({source.layout}); pass dense "
             "float32, bfloat16, float16 or float64 (for complex parameters: complex) tensors"
         )
     if isinstance(source, Part):
         return
     if source.device.type == "meta":
         raise ValueError(
-            f"the anchor of {label} would be taken from the meta device, which holds no values; "
+            f"the {what} of {label} would be taken from the meta device, which holds no values; "
             "materialise the weights first (to_empty and load them)"
         )
-    check_values(source, label, dtype)
+    check_values(source, label, dtype, what)
 
 
-def check_values(source: Tensor, label: str, dtype: torch.dtype | None = None) -> None:
+def check_values(
+    source: Tensor, label: str, dtype: torch.dtype | None = None, what: str = "anchor"
+) -> None:
     """Raises a ValueError unless all values are finite, in ``dtype`` too."""
     if not finite(source):
         raise ValueError(
-            f"the anchor of {label} would not be finite: it holds inf or NaN and would turn every "
-            "guided weight into NaN; take the anchor from finite weights"
+            f"the {what} of {label} would not be finite: it holds inf or NaN and would turn every "
+            f"guided weight into NaN; take the {what} from finite weights"
         )
     if dtype is not None and dtype != source.dtype and not finite(source, dtype.to_real()):
         raise ValueError(
-            f"the anchor of {label} would not be finite: {source.dtype} values of it overflow "
+            f"the {what} of {label} would not be finite: {source.dtype} values of it overflow "
             f"{dtype}; pass a wider anchor_dtype (torch.bfloat16 has the range of float32)"
         )
 

@@ -25,6 +25,10 @@ from dgg.backends.views import real_view
 from dgg.sharding import fsdp1
 
 RULES = ("mean", "fisher", "rows")
+_NO_MOMENTS = (
+    "merge_anchor('fisher') weighs the tasks by their second moments: build the optimizer (Adam or "
+    "AdamW) with importance > 0, and call it before the moments are reset; or use 'mean'"
+)
 
 
 def merge(
@@ -40,21 +44,23 @@ def merge(
         keep: Share of the rows, for ``"rows"``.
         weights: Parameter → the tensor that the optimizer steps for it: itself or its master.
     """
-    _check(rule, keep)
     params = [p for group in groups for p in group["params"] if "anchor" in opt.state.get(p, ())]
     peers = opt._ownership.peers([p for group in groups for p in group["params"]])
     with sharding.on_all_or_none(peers, {"rule": rule, "keep": keep}):
-        _check_params(opt, groups, params, rule)
+        _check(rule, keep)
+        _check_params(opt, params, rule)
     tasks = int(opt.param_groups[0]["task_index"]) + 1
     if rule == "rows":
         for p in params:
             _store(opt, p, weights, _rows_kept(weights(p), opt.state[p]["anchor"], keep))
+        opt._ownership.share_weights()
         return keep
     share = 1 / tasks if rule == "mean" else _least(opt, params, weights)
     for p in params:
         theta = sharding.local(weights(p))
         base = sharding.local(opt.state[p]["anchor"]).to(theta.device, theta.dtype)
         _store(opt, p, weights, sharding.like(torch.lerp(base, theta, share), p))
+    opt._ownership.share_weights()
     return share
 
 
@@ -65,36 +71,29 @@ def _check(rule: str, keep: float) -> None:
         raise ValueError(f"keep={keep!r} must lie in (0, 1]: it is a share of the rows")
 
 
-def _check_params(opt, groups, params: Sequence[Tensor], rule: str) -> None:
+def _check_params(opt, params: Sequence[Tensor], rule: str) -> None:
     counted = any(group.get("anchored") for group in opt.param_groups)
     if not params and not (counted and not opt._ownership.has_all):
         raise RuntimeError(
             "merge_anchor() has no anchor to merge with: call it at the end of the second task and "
             "later ones, before set_anchor()"
         )
-    if rule == "rows" and (not opt._ownership.has_names or any(map(fsdp1.is_one, params))):
+    partitioned = opt.process_group is not None or any(map(fsdp1.is_one, params))
+    if rule == "rows" and partitioned:
         raise RuntimeError(
             "merge_anchor('rows') needs whole matrices, and an engine has put flat partitions in "
             "their place; use 'mean', or merge the saved weights"
         )
-    if rule != "fisher":
-        return
-    lacking = [p for p in params if "importance" not in opt.state[p]]
-    group_of = {p: group for group in groups for p in group["params"]}
-    moments = [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
-    if lacking or (params and all(moment is None for moment in moments)):
-        raise RuntimeError(
-            "merge_anchor('fisher') weighs the tasks by their second moments: build the optimizer "
-            "(Adam or AdamW) with importance > 0, and call it before the moments are reset; or use "
-            "'mean'"
-        )
+    if rule == "fisher" and any("importance" not in opt.state[p] for p in params):
+        raise RuntimeError(_NO_MOMENTS)
 
 
 def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -> float:
     """Returns the a of "fisher", in [0, 1]; every rank calls it."""
     sums = []
     mean = float(opt.param_groups[0]["importance_mean"])
-    totals = importance.running_sums(opt, opt._all_groups, params)
+    totals, _ = importance.running_sums(opt, opt._all_groups, params)
+    group_of = {p: group for group in opt._all_groups for p in group["params"]}
     for p, read in zip(params, totals, strict=True):
         theta = real_view(sharding.local(weights(p)))
         base = real_view(sharding.local(opt.state[p]["anchor"])).to(theta.device)
@@ -102,8 +101,12 @@ def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -
         total = read().double()
         before = real_view(sharding.local(opt.state[p]["importance"])).to(total.device)
         present = total - before.double() * mean
-        sums.append(torch.stack([(squares * present).sum(), (squares * total).sum()]))
-    of_task, of_all = opt._ownership.total(params, sums, 2).tolist()
+        # A rank whose part is empty, or had no gradient, has no moments; the others may have.
+        known = total.new_tensor(opt._rule.second_moment(opt, p, group_of[p]) is not None)
+        sums.append(torch.stack([(squares * present).sum(), (squares * total).sum(), known]))
+    of_task, of_all, known = opt._ownership.total(params, sums, 3).tolist()
+    if not known:
+        raise RuntimeError(_NO_MOMENTS)
     if not of_all > 0:  # nothing moved that matters to any task
         return 1.0
     return min(1.0, max(0.0, of_task / of_all))

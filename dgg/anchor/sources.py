@@ -102,7 +102,7 @@ def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None
 def match_named(
     tensors: Mapping[str, Tensor], params: Sequence[Tensor], names: Sequence[Sequence[str]],
     labels: Sequence[str], dtypes: Sequence[torch.dtype], model: torch.nn.Module | None = None,
-    others: Sequence[str] = (),
+    others: Sequence[str] = (), what: str = "anchor",
 ) -> list[Tensor | Part]:  # fmt: skip
     """Finds the source of every parameter's anchor by name, and checks it.
 
@@ -115,6 +115,7 @@ def match_named(
         dtypes: For each parameter the storage dtype of its anchor.
         model: The model the parameters belong to, if known.
         others: Names of parameters that get no anchor, but may have a tensor there.
+        what: What is made of the tensors, for errors.
 
     Returns:
         One source per parameter; values in files are not checked yet.
@@ -131,7 +132,7 @@ def match_named(
             source = Part(tensors, name, param, *tensors.kind(name))
         else:
             source = tensors[name]
-        check_source(source, param, label, dtype)
+        check_source(source, param, label, dtype, what)
         sources.append(source)
     return sources
 

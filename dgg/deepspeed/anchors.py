@@ -82,7 +82,7 @@ def named_sums(
     names = anchor.names_of_parameters(model) if model is not None else {}
     sums = []
     for partition, dtype in zip(partitions, dtypes, strict=True):
-        sources = list(_named_sources(partition, tensors, names, model, dtype))
+        sources = list(_named_sources(partition, tensors, names, model, dtype, "importance"))
         sums.append(torch.zeros_like(partition.tensor, dtype=dtype))
         _write_fragments(partition, sources, sums[-1])
     return sums
@@ -97,7 +97,7 @@ def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Te
 
 def _named_sources(
     partition: Partition, tensors: Mapping[str, Tensor], names: Mapping[Tensor, list[str]],
-    model: torch.nn.Module | None, dtype: torch.dtype,
+    model: torch.nn.Module | None, dtype: torch.dtype, what: str = "anchor",
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yields the source of every fragment, cut out of the named whole tensors."""
     members = partition.members
@@ -109,7 +109,7 @@ def _named_sources(
         # All members are checked, also those of other ranks: all ranks raise or none.
         source = tensors[name]
         whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
-        anchor.check_source(source, whole, label, dtype)
+        anchor.check_source(source, whole, label, dtype, what)
         if number in fragments:
             f = fragments[number]
             yield source.detach().reshape(-1)[f.base : f.base + f.count]

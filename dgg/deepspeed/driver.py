@@ -402,6 +402,7 @@ class Driver:
         present = self._count_anchors(opt)
         promised = any(group["anchored"] for group in opt._all_groups)
         if present == len(self.partitions) or not (present or promised):
+            self._check_importance(opt)
             return present > 0
         raise RuntimeError(
             f"the optimizer was anchored but only {present} of {len(self.partitions)} partitions "
@@ -409,6 +410,16 @@ class Driver:
             "none). Load a checkpoint that has them, set them again with set_anchor(tensors) of "
             "the previous task's weights, or give up guidance with clear_anchor()"
         )
+
+    def _check_importance(self, opt) -> None:
+        weight = opt._all_groups[0]["importance"]
+        entries = [opt.state.get(p.tensor, {}) for p in self.partitions]
+        if weight and any("anchor" in entry and "importance" not in entry for entry in entries):
+            raise RuntimeError(
+                f"importance={weight} weighs the pull of partitions whose state has no importance: "
+                "it is made at a task boundary. Set it with set_anchor(), or "
+                "set_anchor(importance=...), while the option is on; or set the option to 0"
+            )
 
     def marked_groups(self, opt) -> list[dict[str, Any]]:
         """Returns the groups; marked as without anchors if a resume has brought none."""

@@ -295,6 +295,7 @@ def refuse(opt, zero_optimizer) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise RuntimeError(f"DeepSpeed: {reason}")
+    refuse_guard(opt.param_groups)
     settings = opt._settings
     keeps_float32 = weights_dtype(zero_optimizer) not in _arguments.NARROW
     for option, why, chosen in (

@@ -189,10 +189,10 @@ class Guidance:
         if not boundary.is_due(marked, tensors, task, self._resumed):
             return
         groups = self.optimizer.param_groups
-        for_anchor = None if tensors is None and importance is not None else model
         plan = functools.partial(
-            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors, for_anchor,
-            self._settings.anchor_dtype, self._settings.anchor_device,
+            boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors,
+            boundary.model_of_tensors(tensors, model, importance), self._settings.anchor_dtype,
+            self._settings.anchor_device,
         )  # fmt: skip
         weigh = functools.partial(boundary.plan_importance, self, groups, importance, model)
         boundary.place(self, groups, marked, plan, task, weigh)

@@ -206,15 +206,14 @@ class Guided(Stepped):
             importance: As in `set_anchor`.
         """
         driver = self._deepspeed_driver()
-        # With importance alone the names are those of the importance.
-        for_anchor = None if tensors is None and importance is not None else model
+        of_tensors = boundary.model_of_tensors(tensors, model, importance)
         if driver is not None:
-            plan = functools.partial(driver.plan_anchors, self, tensors, for_anchor)
+            plan = functools.partial(driver.plan_anchors, self, tensors, of_tensors)
             weigh = functools.partial(driver.plan_importance, self, importance, model)
         else:
             plan = functools.partial(
                 boundary.plan_anchors, self.param_groups, boundary.anchors_in(self.state),
-                tensors, for_anchor, self._settings.anchor_dtype, self._settings.anchor_device,
+                tensors, of_tensors, self._settings.anchor_dtype, self._settings.anchor_device,
                 functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
             )  # fmt: skip
             weigh = functools.partial(

@@ -98,6 +98,9 @@ class Sharded:
             sums: How many sums they form.
         """
 
+    def share_weights(self) -> None:
+        """Gives the other ranks the weights that this rank alone has written, outside of a step."""
+
     @property
     def has_all(self) -> bool:
         """Whether this rank has at least a part of every parameter."""
@@ -205,12 +208,17 @@ class RankShare(Sharded):
         ]
         for group, whole in zip(groups, self._optimizer().param_groups, strict=True):
             group["anchored"] = sum(p.requires_grad for p in whole["params"]) if anchored else 0
-            whole.update({name: group[name] for name in ("anchored", "task_index")})
+            copied = ("anchored", "task_index", "importance_mean")
+            whole.update({name: group[name] for name in copied})
 
     def join_norms(self, sums: int = 3) -> None:
         """Adds zeros to the other ranks' sum, which waits for this rank."""
         zeros = self.recorded(())[0].new_zeros(sums, 1, dtype=torch.float64)
         Reduction.of_shares(self._optimizer().process_group).sum_(zeros, per_tensor=False)
+
+    def share_weights(self) -> None:
+        """Sends this rank's share to the others, as each step of ZeroRedundancyOptimizer does."""
+        self._optimizer()._sync_params()
 
     @property
     def has_all(self) -> bool:

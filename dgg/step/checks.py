@@ -239,14 +239,17 @@ def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) 
     )
 
 
-def has_replay(opt, anchored: bool) -> bool:
+def has_replay(opt, anchored: bool, shared: bool) -> bool:
     """Returns whether a step with alpha="auto" has replay gradients; warns once if none ever has.
 
     Args:
         opt: The optimizer.
         anchored: There is something that they would guide.
+        shared: Sums are formed with other ranks. All of them have left a replay() block then, but
+            one may have got no gradient there: its parts of the parameters are empty.
     """
-    warned, replays = opt._warned, bool(opt._replay)
+    warned = opt._warned
+    replays = bool(opt._replay) or (shared and opt._replay.recorded)
     if replays:
         warned.steps_without_replay = -1
     elif warned.steps_without_replay >= 0 and anchored:

@@ -191,12 +191,13 @@ def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
     draws = opt._draws
     anchored = any([rows.anchored for rows in all_rows])
-    if decision.guarded and not checks.has_replay(opt, anchored):
+    rows_of_all_ranks = opt._ownership.everywhere()
+    shared = rows_of_all_ranks is not None or any([x.reduction is not None for x in all_rows])
+    if decision.guarded and not checks.has_replay(opt, anchored, shared):
         decision.flags = [None] * len(all_rows)
         settle(decision, False)
         return
     decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
-    rows_of_all_ranks = opt._ownership.everywhere()
     if rows_of_all_ranks is None:
         injecting = any([flags is not None for flags in decision.flags])
         injecting = injecting or draws.must_join_norms(decision, all_rows, opt)

@@ -21,13 +21,18 @@ _recorded: set[int] = set()
 
 
 class ReplaySlot:
-    """Holds the replay gradients r between ``with opt.replay():`` and the step that uses them."""
+    """Holds the replay gradients r between ``with opt.replay():`` and the step that uses them.
+
+    Attributes:
+        recorded: A block has ended since the last step, whether or not it left any gradient here.
+    """
 
     def __init__(self) -> None:
         self._grads: dict[int, tuple[Tensor, Tensor]] = {}
         # The parameters of the last block in their order, and the replay gradient of each.
         self._recorded: tuple[list[Tensor], list[Tensor | None]] = [], []
         self._open = False
+        self.recorded = False
         # zero_grad() was called since the last block; a warning told of a dropped gradient.
         self._zeroed = self._warned = False
 
@@ -66,7 +71,7 @@ class ReplaySlot:
         """Drops all replay gradients."""
         self._grads.clear()
         self._recorded = [], []
-        self._zeroed = False
+        self._zeroed = self.recorded = False
 
     def zero_grad(self) -> None:
         """Notes that the optimizer has zeroed ``.grad``; the replay gradients stay.
@@ -74,13 +79,14 @@ class ReplaySlot:
         A loop may call it anywhere between the block and the step. A second call without a step in
         between means that the step was left out, and drops the replay gradients.
         """
-        if self._open or not self._grads:
+        if self._open or not self.recorded:
             return
         if not self._zeroed:
             self._zeroed = True
             return
+        had_any = bool(self._grads)
         self.clear()
-        if not self._warned:
+        if had_any and not self._warned:
             self._warned = True
             warnings.warn(
                 "zero_grad() was called twice since the replay() block and no step() in between: "
@@ -131,7 +137,7 @@ class ReplaySlot:
                 id(p): (p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None
             }
             self._recorded = list(params), grads
-            self._zeroed = False
+            self.recorded, self._zeroed = True, False
         except BaseException:
             self._grads, self._recorded = copies, ([], [])
             raise

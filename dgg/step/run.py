@@ -107,7 +107,8 @@ def measure_on_device(
         opt._captured.append((opt._cache, index, decision.scaling, tensors))
     flags = opt._rule.final_flags(rows, rows.constant_flags(0)).clone()
     decision.flags, gates, options = [flags], None, decision.options
-    guards = not decision.guarded or checks.has_replay(opt, rows.anchored)
+    shared = rows.reduction is not None
+    guards = not decision.guarded or checks.has_replay(opt, rows.anchored, shared)
     if rows.anchored and guards:
         seed, granularity = options["seed"], options["granularity"]
         names = opt._rule.kernel.hyper
