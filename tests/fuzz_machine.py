@@ -45,7 +45,7 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 C64, C128 = torch.complex64, torch.complex128
 NARROW = (BF16, F16)
 WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
-        "draw_index", "task_index")  # fmt: skip
+        "draw_index", "task_index", "route")  # fmt: skip
 # zero_grad() keeps replay gradients where this is there.
 KEEPS_REPLAY = hasattr(dgg.AdamW, "clear_replay")
 # What a wrong use may be told with.
@@ -240,6 +240,11 @@ class World:
                 made["nesterov"] = rng.random() < 0.3
         return made
 
+    def routes(self) -> list[str]:
+        """The places where the pull may enter; the paper's the more often."""
+        others = ["decoupled"] if self.kind == "SGD" else ["first_moment", "decoupled"]
+        return ["gradient", "gradient", *others]
+
     def pull(self, rng) -> dict:
         return {
             "alpha": rng.choice([0.0, 0.2, 0.5, 0.9, 1.0, 1.0]),
@@ -272,10 +277,12 @@ class World:
             "max_grad_norm": rng.choice([None, None, 0.5, 3.0, 1e-3]),
             "replay_weight": rng.choice([1.0, 0.5, 0.0, 2.0]),
             "seed": rng.choice([0, 3, (1 << 63) + 5, (1 << 64) - 1]),
+            "route": "gradient" if self.foreign else rng.choice(self.routes()),
             "draw_index": 0,
             "task_index": 0,
         }
-        options = {k: v for k, v in wide.items() if k not in ("draw_index", "task_index")}
+        own = ("draw_index", "task_index", *(("route",) if self.foreign else ()))
+        options = {k: v for k, v in wide.items() if k not in own}
         complexes = any(dtype.is_complex for dtype in self.kinds)
         choices = [None, None, F32, F64] + ([] if complexes else [BF16, F16])
         self.anchor_dtype = options["anchor_dtype"] = rng.choice(choices)
@@ -1150,6 +1157,7 @@ def options(w: World, rng) -> None:
     else:
         name = rng.choice(
             ["scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed"]
+            + ["route"] * (not w.foreign)
         )
         made = {
             "scaling": lambda: rng.random() < 0.7,
@@ -1158,6 +1166,7 @@ def options(w: World, rng) -> None:
             "max_grad_norm": lambda: rng.choice([None, 0.5, 3.0, 1e-3, 1e6]),
             "replay_weight": lambda: rng.choice([0.0, 1.0, 0.25]),
             "seed": lambda: rng.choice([0, 1, 7, 1 << 40]),
+            "route": lambda: rng.choice(w.routes()),
         }[name]()
         value = made
         if name in ("max_grad_norm", "replay_weight") and made is not None:

@@ -210,6 +210,10 @@ class Stepped:
     grad_norm: Any = None
     distance: Any = None
     clip: Any = None
+    # By row, where the pull goes by another route: what the second moment is made of, and what the
+    # parameter is moved by outside of the moments, less the learning rate.
+    second: dict[int, Any] = field(default_factory=dict)
+    shift: dict[int, Any] = field(default_factory=dict)
 
 
 def _norm(parts, units):
@@ -315,7 +319,14 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
                 pull = np.zeros_like(pull[0]), np.zeros_like(pull[1])
             if wide.get("foreign") and groups[row.group].get("maximize", False):
                 pull = -pull[0], pull[1]
-            G = where(masks[row.index], ops.add(G, pull), G)
+            plain, route = G, wide.get("route", "gradient")
+            if route == "decoupled":
+                none = np.zeros_like(pull[0]), np.zeros_like(pull[1])
+                made.shift[row.index] = where(masks[row.index], pull, none)
+            else:
+                G = where(masks[row.index], ops.add(G, pull), G)
+            if route == "first_moment":
+                made.second[row.index] = plain
         total[row.index] = G
         made.rows[row.index] = {"G": G}
     return total, made
@@ -408,7 +419,16 @@ def _base(kind, rows, groups, total, made) -> None:
         )
 
     theta = exact(np.concatenate([row.theta for row in rows]))
-    G = tuple(np.concatenate([total[row.index][part] for row in rows]) for part in (0, 1))
+
+    def balls(by_row, otherwise):
+        return tuple(
+            np.concatenate([by_row.get(row.index, otherwise(row))[part] for row in rows])
+            for part in (0, 1)
+        )
+
+    G = balls(total, lambda row: None)
+    second = balls(made.second, lambda row: total[row.index])
+    shift = balls(made.shift, lambda row: exact(np.zeros_like(row.theta)))
     held = [theta[0], G[0], *(x for row in rows for x in row.state.values())]
     lr, decay = each("lr"), each("weight_decay")
     extreme = any(x.size and not np.abs(x).max() < 1e12 for x in (*held, lr, decay))
@@ -420,14 +440,16 @@ def _base(kind, rows, groups, total, made) -> None:
         added = ops.add(G, ops.mul(ops.constant(decay), theta))
         theta = where(decoupled & (decay != 0), shrunk, theta)
         G = where(~decoupled & (decay != 0), added, G)
+        added = ops.add(second, ops.mul(ops.constant(decay), exact(held[0])))
+        second = where(~decoupled & (decay != 0), added, second)
         beta1 = spread([float(groups[row.group]["betas"][0]) for row in rows])
         beta2 = spread([float(groups[row.group]["betas"][1]) for row in rows])
         k = spread([row.step + 1 for row in rows])
         m = ops.lerp(joined("exp_avg"), G, 1 - beta1)
-        new = ops.mul(ops.mul(ops.constant(1 - beta2), G), G)
+        new = ops.mul(ops.mul(ops.constant(1 - beta2), second), second)
         if extreme:
             # (1 - β2) G² overflows or not by the order of its factors.
-            again = ops.mul(ops.constant(1 - beta2), ops.mul(G, G))
+            again = ops.mul(ops.constant(1 - beta2), ops.mul(second, second))
             differ = np.isfinite(new[0]) != np.isfinite(again[0])
             new = new[0], np.where(differ, np.inf, new[1])
         v = ops.add(ops.mul(joined("exp_avg_sq"), ops.constant(beta2)), new)
@@ -444,6 +466,8 @@ def _base(kind, rows, groups, total, made) -> None:
         rate = ops.constant(lr / (1 - beta1**k))
         moved = ops.div(ops.mul(rate, m), denominator)
         other = ops.mul(rate, ops.div(m, denominator)) if extreme else moved
+        if made.shift:
+            theta = ops.sub(theta, ops.mul(ops.constant(lr), shift))
         theta = ops.sub(theta, moved)
         if extreme:
             differ = np.isfinite(moved[0]) != np.isfinite(other[0])
@@ -463,6 +487,8 @@ def _base(kind, rows, groups, total, made) -> None:
         ahead = ops.add(G, ops.mul(ops.constant(momentum), buffer))
         G = where(used, where(nesterov, ahead, buffer), G)
         out["momentum_buffer"] = buffer
+        if made.shift:
+            theta = ops.sub(theta, ops.mul(ops.constant(lr), shift))
         out["theta"] = ops.sub(theta, ops.mul(ops.constant(lr), G))
     start = 0
     for row, size in zip(rows, sizes, strict=True):
