@@ -49,4 +49,5 @@ for name, alpha in (("plain", 0.0), ("guided", 0.2)):  # alpha: the share of gui
     (learnt, _), (kept, new) = train(alpha)
     if rank == 0:
         print(f"{name:8}{learnt:12.0f} %{kept:13.0f} %{new:15.0f} %{learnt - kept:9.0f} points")
+dist.barrier()  # a rank that leaves first would break the others' connections
 dist.destroy_process_group()

@@ -166,6 +166,7 @@ OTHERS = {
     ("dgg/step/gradients.py", "zero_grad"): "below",
     ("dgg/deepspeed/driver.py", "_drop_orphans"): "deepspeed_worker.py",
     ("dgg/hf/callback.py", "_begin"): "test_hf.py",
+    ("dgg/hf/importance.py", "keep"): "test_hf.py",
     ("dgg/hf/callback.py", "_resume"): "test_hf.py",
     ("dgg/hf/callback.py", "_resume", 2): "test_hf.py",
     ("dgg/hf/callback.py", "_warn_of_ignored_lr"): "test_hf.py",

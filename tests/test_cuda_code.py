@@ -460,12 +460,15 @@ def test_both_backends_have_the_same_signature(name):
 
 
 @pytest.mark.skipif(cpp_missing() is not None, reason=f"C++ backend missing: {cpp_missing()}")
-@pytest.mark.parametrize("name", ["norms", "coefficients", "adam_", "sgd_", "guide_"])
+@pytest.mark.parametrize(
+    "name", ["norms", "coefficients", "products", "guard_coefficients", "adam_", "sgd_", "guide_"]
+)
 def test_operators_on_lists_refuse_tensors_on_a_gpu(name):
     """As the dispatcher would find it from a CUDA tensor, here with others in its place."""
     operator = getattr(torch.ops.dgg, name).default
     values = {"Tensor": torch.zeros(1), "List[Tensor]": [torch.zeros(1)], "List[int]": [0],
-              "Optional[float]": None, "float": 0.5, "int": 0, "bool": False}  # fmt: skip
+              "Optional[float]": None, "Optional[List[Tensor]]": None, "float": 0.5, "int": 0,
+              "bool": False}  # fmt: skip
     given = {a.name: values[str(a.type)] for a in operator._schema.arguments}
     positional = [given.pop(a.name) for a in operator._schema.arguments if not a.kwarg_only]
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -891,6 +891,17 @@ def test_a_new_process_without_the_importance_says_what_to_pass(tmp_path, monkey
         GuidanceCallback(importance=3)
 
 
+def test_importance_that_cannot_be_carried_is_told(tmp_path, caplog, monkeypatch):
+    def refused(self, model):
+        raise RuntimeError("flat partitions")
+
+    monkeypatch.setattr(dgg.AdamW, "importance_dict", refused)  # as under DeepSpeed
+    model = lora(base_model())
+    trainer_for(model, task_data(0), tmp_path, [GuidanceCallback()], options=WEIGHED).train()
+    assert_told(caplog, "the importance of this training is not carried to the next one: flat")
+    assert not (tmp_path / "importance.safetensors").exists()
+
+
 def test_auto_of_the_callback_is_logged(tmp_path, caplog):
     model = lora(base_model())
     buffer = dgg.ReplayBuffer(per_task=4, seed=0)

@@ -662,6 +662,8 @@ def test_interrupted_and_resumed(llava, tmp_path):
     process = subprocess.Popen(
         _command(out, *ARMS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell's background commands, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:

@@ -233,7 +233,8 @@ def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
     for entry in entries:
         total = entry.sum()
         numbers = [opt._ownership.elements(entry.param), entry.known]
-        sums.append(torch.cat([total.double().sum().view(1), total.new_tensor(numbers).double()]))
+        counts = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(total.device)
+        sums.append(torch.cat([total.double().sum().view(1), counts]))
         largest.append(float(total.max()) if total.numel() else 0.0)
     whole = opt._ownership.total(params, sums, 3)
     mean = float(whole[0] / whole[1].clamp(min=1))
