@@ -94,7 +94,7 @@ CASES = [
     row("FSDP2", 4, model="odd", importance=1.0, alpha="auto", scope="tensor", slowly=True),
     row("FSDP2", 2, model="odd", importance=0.5, route="decoupled", dtype="float32", slowly=True),
     row("FSDP2", 2, model="llava", importance=1.0, alpha="auto", slowly=True),
-    row("HSDP", 4, model="odd", importance=1.0, alpha="auto"),
+    row("HSDP", 4, model="odd", importance=1.0, alpha="auto", slowly=True),
     row(
         "HSDP", 4, model="odd", importance=0.5, granularity="tensor", route="first_moment",
         slowly=True,
