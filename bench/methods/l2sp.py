@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods.base import Method
+from methods.base import Anchored
 
 
-class L2SP(Method):
+class L2SP(Anchored):
     """Adds λ (θ − θ*) to the gradients.
 
     Args:
@@ -34,12 +34,10 @@ class L2SP(Method):
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.01, 0.03, 0.1, 0.3)}
-    kept: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(self, model, named, optimizer, loss_of, logits_of, *, strength: float = 0.1):
         super().__init__(model, named, optimizer, loss_of, logits_of)
         self.strength = self.require("strength", strength, 0)
-        self.anchor: list[Tensor] = []
 
     def penalty(self) -> Tensor:
         """Returns λ/2 ‖θ − θ*‖², with its graph."""
@@ -51,7 +49,3 @@ class L2SP(Method):
         """Adds the gradient of the penalty."""
         if self.anchor:
             self.add_to_gradients(torch._foreach_sub(self.parameters, self.anchor), self.strength)
-
-    def end_task(self, task: int, batches: Sequence[Any]) -> None:
-        """Moves the anchor here."""
-        self.anchor = self.snapshot()

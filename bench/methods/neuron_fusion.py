@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods.base import Method
+from methods.base import Anchored
 
 
-class NeuronFusion(Method):
+class NeuronFusion(Anchored):
     """Keeps the changes of the rows that changed most.
 
     Args:
@@ -37,7 +37,6 @@ class NeuronFusion(Method):
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"keep": (0.25, 0.5, 0.75, 0.9)}
-    kept: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(
         self, model, named, optimizer, loss_of, logits_of, *, keep: float = 0.5, scale: float = 1.0
@@ -45,13 +44,12 @@ class NeuronFusion(Method):
         super().__init__(model, named, optimizer, loss_of, logits_of)
         self.keep = self.require("keep", keep, 0, 1)
         self.scale = self.require("scale", scale, 0)
-        self.anchor: list[Tensor] = []
 
     def end_task(self, task: int, batches: Sequence[Any]) -> None:
         """Merges, and moves the anchor here."""
         if self.anchor:
             self._merge(dict(zip(self.named, self.anchor, strict=True)))
-        self.anchor = self.snapshot()
+        super().end_task(task, batches)
 
     @torch.no_grad()
     def _merge(self, anchor: dict[str, Tensor]) -> None:

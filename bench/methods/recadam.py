@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods.base import Method
+from methods.base import Anchored
 
 
-class RecAdam(Method):
+class RecAdam(Anchored):
     """Scales Adam's step by λ(t) and pulls by lr (1 − λ(t)) γ (θ − θ*).
 
     Args:
@@ -39,7 +39,6 @@ class RecAdam(Method):
 
     # Of a learning rate of some 1e-3: lr γ from 0.001 to 0.03, and t₀ in the first part of a task.
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (1.0, 3.0, 10.0, 30.0)}
-    kept: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(
         self, model, named, optimizer, loss_of, logits_of, *,
@@ -49,7 +48,6 @@ class RecAdam(Method):
         self.strength = self.require("strength", strength, 0)
         self.rate = self.require("rate", rate, 0, beyond_low=True)
         self.middle = self.require("middle", middle, 0)
-        self.anchor: list[Tensor] = []
         self._steps = 0
         self._before: list[Tensor] = []
 
@@ -87,7 +85,3 @@ class RecAdam(Method):
             decayed = old * (1 - lr * group["weight_decay"])
             pulled = decayed - lr * (1 - learn) * self.strength * (old - anchor)
             p.copy_(pulled + learn * (p - decayed))
-
-    def end_task(self, task: int, batches: Sequence[Any]) -> None:
-        """Moves the anchor here."""
-        self.anchor = self.snapshot()

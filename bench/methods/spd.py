@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods.base import Method
+from methods.base import Anchored
 
 
-class SPD(Method):
+class SPD(Anchored):
     """Shrinks tensors back to their old distance from the anchor, where the gradient agrees.
 
     Args:
@@ -34,12 +34,10 @@ class SPD(Method):
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.3, 0.6, 1.0, 2.0)}
-    kept: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(self, model, named, optimizer, loss_of, logits_of, *, strength: float = 1.0):
         super().__init__(model, named, optimizer, loss_of, logits_of)
         self.strength = self.require("strength", strength, 0)
-        self.anchor: list[Tensor] = []
         self._distance: list[Tensor | None] = []  # ‖d‖ of tensors that turn back, None for others
 
     @torch.no_grad()
@@ -64,7 +62,3 @@ class SPD(Method):
             now = d.norm()
             if now > before:
                 p.sub_(d, alpha=float(self.strength * (now - before) / now))
-
-    def end_task(self, task: int, batches: Sequence[Any]) -> None:
-        """Moves the anchor here."""
-        self.anchor = self.snapshot()

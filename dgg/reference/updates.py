@@ -161,10 +161,9 @@ def adam_(
             updated, param, entry(copies, row), indices[row], stochastic=stochastic, seed=seed,
             draw=draw, place=entry(places, row),
         )  # fmt: skip
-        if look_ahead:
-            distances[row] = _look_ahead(row, param, anchors, importances, importance)
-        else:
-            distances[row] = -1.0
+        distances[row] = -1.0
+        if look_ahead and anchors[row] is not None:
+            distances[row] = distance(param, anchors[row], entry(importances, row), importance)
 
 
 def sgd_(
@@ -253,10 +252,9 @@ def sgd_(
             theta - lr * total, param, entry(copies, row), indices[row], stochastic=stochastic,
             seed=seed, draw=draw, place=entry(places, row),
         )  # fmt: skip
-        if look_ahead:
-            distances[row] = _look_ahead(row, param, anchors, importances, importance)
-        else:
-            distances[row] = -1.0
+        distances[row] = -1.0
+        if look_ahead and anchors[row] is not None:
+            distances[row] = distance(param, anchors[row], entry(importances, row), importance)
 
 
 def store(
@@ -400,10 +398,3 @@ def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:
         return elements
     base, stretch, stride = place
     return base + elements // stretch * stride + elements % stretch
-
-
-def _look_ahead(row, param, anchors, importances, importance) -> Tensor | float:
-    """Returns ‖u‖² after the update; -1 without an anchor."""
-    if anchors[row] is None:
-        return -1.0
-    return distance(param, anchors[row], entry(importances, row), importance)
