@@ -151,6 +151,15 @@ def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
     return read
 
 
+def second_moments(
+    opt, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]
+) -> list[tuple[Tensor, float] | None]:
+    """Returns (exp_avg_sq, 1 - β₂^step) of every parameter, or None where there is none."""
+    members = opt._ownership.tensors(groups)
+    group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
+    return [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
+
+
 def running_sums(
     opt, groups, params: Sequence[Tensor]
 ) -> tuple[list[Callable[[], Tensor]], list[bool]]:
@@ -166,9 +175,7 @@ def running_sums(
         have none at all, where its part is empty or had no gradient.
     """
     mean = float(opt.param_groups[0]["importance_mean"])
-    members = opt._ownership.tensors(groups)
-    group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
-    moments = [opt._rule.second_moment(opt, p, group_of[p]) for p in params]
+    moments = second_moments(opt, groups, params)
     present = [opt.state.get(p, {}).get("importance") for p in params]
 
     def reader(p: Tensor, moment, before: Tensor | None) -> Callable[[], Tensor]:

@@ -93,8 +93,8 @@ def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -
     sums = []
     mean = float(opt.param_groups[0]["importance_mean"])
     totals, _ = importance.running_sums(opt, opt._all_groups, params)
-    group_of = {p: group for group in opt._all_groups for p in group["params"]}
-    for p, read in zip(params, totals, strict=True):
+    moments = importance.second_moments(opt, opt._all_groups, params)
+    for p, read, moment in zip(params, totals, moments, strict=True):
         theta = real_view(sharding.local(weights(p)))
         base = real_view(sharding.local(opt.state[p]["anchor"])).to(theta.device)
         squares = (theta.double() - base.double()).square_()
@@ -102,7 +102,7 @@ def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -
         before = real_view(sharding.local(opt.state[p]["importance"])).to(total.device)
         present = total - before.double() * mean
         # A rank whose part is empty, or had no gradient, has no moments; the others may have.
-        known = total.new_tensor(opt._rule.second_moment(opt, p, group_of[p]) is not None)
+        known = total.new_tensor(moment is not None)
         sums.append(torch.stack([(squares * present).sum(), (squares * total).sum(), known]))
     of_task, of_all, known = opt._ownership.total(params, sums, 3).tolist()
     if not known:
