@@ -60,6 +60,8 @@ LABELS = {
     "ewc": "EWC",
     "other": "strongest other method",
     "guidance": "ĝ only, no replay",
+    "replay_own_rate": "replay only, own learning rate",
+    "guard50_own_rate": "guard, w = ½, own learning rate",
 }
 
 

@@ -56,9 +56,11 @@ def run_setting(
     validation = digits.stream(replace(setting, split="validation"), tuning_seeds)
     found, all_rules = {}, dict(protocol.FIXED_RULES)
     for name, family in protocol.DIGIT_FAMILIES.items():
-        kind = {"kind": name}
+        kind = protocol.DIGIT_RULES.get(name, {"kind": name})
+        if not applies(rules.Rule(**kind), remembered):
+            continue
 
-        def score(values: dict[str, float], kind: dict[str, str] = kind) -> float:
+        def score(values: dict[str, float], kind: dict[str, Any] = kind) -> float:
             trained = rules.train(rules.Rule(**kind, **values), validation)
             return statistics.mean(described(trained["matrices"])["faa"])
 

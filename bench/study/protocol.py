@@ -135,7 +135,19 @@ DIGIT_FAMILIES = {
                    ((3,), (4,), (5,), (6,))),
     "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
                   ((2,), (3,), (4,), (5,))),
+    # Both sides of the primary test, each at the learning rate that is best for itself.
+    **{
+        name: Family(name, {"rate": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)},
+                     ((2,), (3,), (4,), (5,)))
+        for name in ("replay_own_rate", "guard50_own_rate")
+    },
 }  # fmt: skip
+# What a family of another name than its rule's trains with.
+DIGIT_RULES = {
+    "replay_own_rate": {"kind": "replay"},
+    "guard50_own_rate": {"kind": "guard", "importance": GUARDS["guard50"]},
+}
+OWN_RATES = ("guard50_own_rate", "replay_own_rate")
 FIXED_RULES = {
     "replay": Rule("replay"),
     "guard0": Rule("guard", importance=0.0),

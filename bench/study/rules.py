@@ -39,6 +39,7 @@ class Rule:
         strength: factor of the pull.
         scaling: False: the pull is `strength` times u, however long.
         route: where the pull enters, as in `dgg.AdamW`.
+        rate: factor of the bed's learning rate.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Rule:
     strength: float = 1.0
     scaling: bool = True
     route: str = "gradient"
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.route not in ROUTES:
@@ -91,7 +93,8 @@ def train(rule: Rule, stream: digits.Stream) -> dict[str, Any]:
                 if pull is not None:
                     pulled += _norm(pull)[:, 0] / _norm(everything)[:, 0].clamp_min(1e-30)
             count += task > 0
-            rate = stream.lr * min(1, (step + 1) / digits.WARMUP) * (1 - step / steps)
+            rate = min(1, (step + 1) / digits.WARMUP) * (1 - step / steps)
+            rate *= rule.rate * stream.lr
             flat = _adam(rule.route, flat, everything, pull, first, second, rate, step + 1)
         rows.append(digits.accuracies(flat, stream))
         memory = _boundary(rule, memory, flat, second / (1 - BETA2**steps), stream, task)

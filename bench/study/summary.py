@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from report import replace
-from study import jobs, paired, protocol, search
+from study import digits, jobs, paired, protocol, search
 from study.arms import LABELS
 
 ByArm = dict[str, dict[int, dict[str, Any]]]  # arm, seed: the result of the run
@@ -140,7 +140,8 @@ def page(plan: jobs.Plan, found: dict[str, Any]) -> list[str]:
             if bed == "in-domain":
                 sections.append(_fresh(found))
     if found["digits"]:
-        sections += ["## digits", digits_table(found), _ample(found), _goals(found)]
+        sections += ["## digits", digits_table(found), _own_rates(found)]
+        sections += [_ample(found), _goals(found)]
     sections += ["## the orderings of the paper", _orderings(found), _flat(found)]
     if found["tuning"]:
         sections += ["## what tuning chose", _tuning(found)]
@@ -216,6 +217,20 @@ def digits_table(found: dict[str, Any]) -> str:
             cells.append(f"{signed(got.mean)}{star}" if got else "–")
         rows.append("| " + " | ".join(cells) + " |")
     return table(("− replay (replay: FAA)", *settings), rows)
+
+
+def _own_rates(found: dict[str, Any]) -> str:
+    """Guard − replay where each has the learning rate that tuning chose for it."""
+    rows = []
+    for setting, one in found["digits"].items():
+        if got := comparison(found, setting, *protocol.OWN_RATES):
+            rates = "; ".join(
+                f"{one['chosen'][name]['values']['rate']:g} × {digits.LEARNING_RATES[bed]:g}"
+                for name in protocol.OWN_RATES
+                for bed in [setting.split("-")[0]]
+            )
+            rows.append(row(f"{setting} ({rates})", got))
+    return table((f"{pair(*protocol.OWN_RATES)} (rates)", *HEAD[1:]), rows)
 
 
 def _ample(found: dict[str, Any]) -> str:
