@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from dgg import _callers, _numbers, backends, sharding
+from dgg._literals import Granularity, NormScope
 from dgg.reference import FLOAT_DTYPES, ROUTES
 from dgg.sharding import fsdp1
 
@@ -34,8 +35,7 @@ NARROW = (torch.bfloat16, torch.float16)
 _LARGEST = sys.float_info.max
 PLAIN_TYPES = {float, int, bool, str, type(None)}
 _CHOICES = {
-    "norm_scope": ("global", "tensor"), "granularity": ("step", "tensor", "element"),
-    "route": ROUTES,
+    "norm_scope": get_args(NormScope), "granularity": get_args(Granularity), "route": ROUTES,
 }  # fmt: skip
 # The alpha that sets the pull by itself, from the replay gradients.
 AUTO = "auto"

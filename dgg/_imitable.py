@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Imitable:
     """Base of the optimizers that such a wrapper may have inside."""
 
 
-def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
+def imitable(method: _Method) -> _Method:
     """Returns a method that a wrapper passes on to the optimizer inside it."""
 
     @functools.wraps(method)
@@ -26,4 +28,4 @@ def imitable(method: Callable[..., Any]) -> Callable[..., Any]:
             return pass_on(optimizer, *args, **kwargs)
         return method(self, *args, **kwargs)
 
-    return pass_on
+    return cast(_Method, pass_on)

@@ -32,6 +32,7 @@ FLOORS = {
     "replay": 1,
     "_callers": 0,
     "_imitable": 0,
+    "_literals": 0,
     "_numbers": 0,
     "_philox": 0,
     "_ranges": 0,

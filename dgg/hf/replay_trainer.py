@@ -14,7 +14,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
@@ -30,8 +30,13 @@ __all__ = ["ReplayTrainer", "with_replay"]
 
 MEMORY_NAME = "replay_buffer.pt"  # in a checkpoint, beside optimizer.pt
 
+if TYPE_CHECKING:  # it stands before a Trainer's class in the bases of every class
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
-class _Replay:
+
+class _Replay(_Trainer):
     """What is put before a Trainer's class; see `ReplayTrainer`."""
 
     def __init__(

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from dgg import backends, reference
+from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, Route
 from dgg.optim import construction
 from dgg.optim.guided import Guided
+from dgg.optim.signatures import listed
 from dgg.step import state
 from dgg.step.rule import Rule, corrected_moment, flag, number, number_of, threshold
 
@@ -74,8 +77,11 @@ class AdamRule(Rule):
             step += 1
 
 
+@listed
 class Adam(Guided, torch.optim.Adam):
     """`torch.optim.Adam` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    The arguments from ``alpha`` to ``backend`` are those of `AdamW`, which describes them.
 
     Args:
         params: Parameters, groups or named parameters, as in torch.optim.
@@ -91,7 +97,6 @@ class Adam(Guided, torch.optim.Adam):
         differentiable: Refused: the step records no graph.
         fused: True demands a fused backend, False the reference.
         decoupled_weight_decay: True makes this AdamW.
-        guidance: The keyword arguments from ``alpha`` to ``backend`` are those of `AdamW`.
 
     Raises:
         TypeError: An argument or a trainable parameter has an unsupported type.
@@ -102,22 +107,24 @@ class Adam(Guided, torch.optim.Adam):
     _new_rule = AdamRule
 
     def __init__(
-        self, params, lr: float | Tensor = 1e-3,
+        self, params: ParamsT, lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0, amsgrad: bool = False, *, foreach: bool | None = None,
         maximize: bool = False, capturable: bool = False, differentiable: bool = False,
-        fused: bool | None = None, decoupled_weight_decay: bool = False, alpha: float | str = 0.2,
-        strength: float = 1.0, scaling: bool = True, norm_scope: str = "global",
-        granularity: str = "step", max_grad_norm: float | None = None, replay_weight: float = 1.0,
-        importance: float = 0.0, route: str = "gradient", seed: int = 0,
+        fused: bool | None = None, decoupled_weight_decay: bool = False, alpha: Alpha = 0.2,
+        strength: float = 1.0, scaling: bool = True, norm_scope: NormScope = "global",
+        granularity: Granularity = "step", max_grad_norm: float | None = None,
+        replay_weight: float = 1.0, importance: float = 0.0, route: Route = "gradient",
+        seed: int = 0,
         anchor_dtype: torch.dtype | None = None, importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
-        backend: str | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False,
+        process_group: ProcessGroup | None = None, backend: Backend | None = None,
     ) -> None:  # fmt: skip
         construction.build(self, _TorchAdam.__init__, _NUMBERS, locals())
 
 
+@listed
 class AdamW(Adam, torch.optim.AdamW):
     """`torch.optim.AdamW` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
 
@@ -177,17 +184,17 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     def __init__(
-        self, params, lr: float | Tensor = 1e-3,
+        self, params: ParamsT, lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
         foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
-        fused: bool | None = None, alpha: float | str = 0.2, strength: float = 1.0,
-        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        fused: bool | None = None, alpha: Alpha = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: NormScope = "global", granularity: Granularity = "step",
         max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
-        route: str = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        route: Route = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
         importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
-        backend: str | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False,
+        process_group: ProcessGroup | None = None, backend: Backend | None = None,
     ) -> None:  # fmt: skip
         Adam.__init__(**locals(), decoupled_weight_decay=True)

@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from dgg import _arguments, sharding
 from dgg._arguments import GROUP_OPTIONS, OPTIMIZER_OPTIONS
 from dgg.sharding import zero_redundancy
-from dgg.step.cache import RowCache
 from dgg.step.checks import Warned
 from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
@@ -79,12 +76,8 @@ def build(
 def start_without_caches(opt) -> None:
     """Sets the attributes that no checkpoint, copy or pickle carries along."""
     opt._rule, opt._draws, opt._replay = opt._new_rule(), Draws(), ReplaySlot()
-    opt._cache: RowCache | None = None
-    opt._last: dict[str, Any] | None = None  # of the last step, for the statistics
-    opt._partial = False  # the last gradients were partial sums
-    opt._skipped: Tensor | bool = False  # the last step was skipped
-    opt._resumed: int | None = None  # steps of the checkpoint that a new optimizer has loaded
-    opt._named: int | None = None  # the task that set_anchor(task=...) named
+    opt._cache = opt._last = opt._resumed = opt._named = None
+    opt._partial = opt._skipped = False
     # The tensors that captured steps read and write, for the optimizer's life: a graph has their
     # addresses alone. Each entry begins with its cache of rows.
     opt.__dict__.setdefault("_captured", [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgg import _arguments, anchor, sharding
+from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, TensorsOrPath
 from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
@@ -28,6 +28,7 @@ from dgg.step.run import run
 from dgg.step.settings import Settings
 
 
+@listed
 class Guidance:
     """Guides any other optimizer: a step pre-hook that edits ``.grad`` in one pass.
 
@@ -82,13 +83,13 @@ class Guidance:
     _rule = GuideRule()
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, alpha: float | str = 0.2, strength: float = 1.0,
-        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        self, optimizer: torch.optim.Optimizer, *, alpha: Alpha = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: NormScope = "global", granularity: Granularity = "step",
         max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
         seed: int = 0, anchor_dtype: torch.dtype | None = None,
         importance_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None, process_group=None,
-        backend: str | None = None,
+        anchor_device: torch.device | str | None = None, process_group: ProcessGroup | None = None,
+        backend: Backend | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -155,9 +156,9 @@ class Guidance:
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        self, tensors: TensorsOrPath | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
-        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
         """Sets θ* to the present weights, named tensors or those of files.
 
@@ -233,7 +234,7 @@ class Guidance:
         """Takes the hook off the optimizer; the anchor is dropped."""
         self._handle.remove()
         self.clear_anchor()
-        self.optimizer._dgg_guided = False
+        vars(self.optimizer)["_dgg_guided"] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""

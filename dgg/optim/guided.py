@@ -9,8 +9,6 @@ checkpoint to `dgg.checkpoint`.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from dgg import _arguments
 from dgg._imitable import imitable
+from dgg._literals import MergeRule, TensorsOrPath
 from dgg.anchor import boundary, merge
 from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
@@ -26,6 +25,7 @@ from dgg.optim.stepped import Stepped
 from dgg.step import norms, state
 
 
+@listed
 class Guided(Stepped):
     """What the guided optimizers share; stands before the torch.optim class in their bases."""
 
@@ -109,9 +109,9 @@ class Guided(Stepped):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_anchor(
-        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        self, tensors: TensorsOrPath | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
-        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
         """Sets θ* at a task boundary: to the present weights, or to named tensors or files.
 
@@ -191,9 +191,9 @@ class Guided(Stepped):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _place_anchor(
-        self, tensors: Mapping[str, Tensor] | str | os.PathLike | None = None, *,
+        self, tensors: TensorsOrPath | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
-        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
         """Sets the anchor as `set_anchor` does, without its rules about tasks.
 
@@ -230,7 +230,7 @@ class Guided(Stepped):
     @imitable
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merge_anchor(self, rule: str = "mean", *, keep: float = 0.5) -> float:
+    def merge_anchor(self, rule: MergeRule = "mean", *, keep: float = 0.5) -> float:
         """Moves the weights a part of the way back to the anchor, at the end of a task.
 
         The anchor is then the merged model of the former tasks and the weights are the end of this

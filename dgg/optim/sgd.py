@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from dgg import backends, reference, sharding
+from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, Route
 from dgg.optim import construction
 from dgg.optim.guided import Guided
+from dgg.optim.signatures import listed
 from dgg.step import state
 from dgg.step.rule import Rule, flag, number, threshold
 
@@ -103,8 +106,11 @@ class SgdRule(Rule):
         return opt._cache is None or bool(self.fresh)
 
 
+@listed
 class SGD(Guided, torch.optim.SGD):
     """`torch.optim.SGD` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
+
+    The arguments from ``alpha`` to ``backend`` are those of `AdamW`, which describes them.
 
     Args:
         params: Parameters, groups or named parameters, as in torch.optim.
@@ -117,7 +123,7 @@ class SGD(Guided, torch.optim.SGD):
         foreach: True demands a fused backend, False the tensor-by-tensor reference.
         differentiable: Refused: the step records no graph.
         fused: True demands a fused backend, False the reference.
-        guidance: The keyword arguments from ``alpha`` to ``backend`` are those of `AdamW`.
+        capturable: As in `AdamW`.
 
     Raises:
         TypeError: An argument or a trainable parameter has an unsupported type.
@@ -128,16 +134,16 @@ class SGD(Guided, torch.optim.SGD):
     _new_rule = SgdRule
 
     def __init__(
-        self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        self, params: ParamsT, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
         weight_decay: float | Tensor = 0, nesterov: bool = False, *, maximize: bool = False,
         foreach: bool | None = None, differentiable: bool = False, fused: bool | None = None,
-        capturable: bool = False, alpha: float | str = 0.2, strength: float = 1.0,
-        scaling: bool = True, norm_scope: str = "global", granularity: str = "step",
+        capturable: bool = False, alpha: Alpha = 0.2, strength: float = 1.0,
+        scaling: bool = True, norm_scope: NormScope = "global", granularity: Granularity = "step",
         max_grad_norm: float | None = None, replay_weight: float = 1.0, importance: float = 0.0,
-        route: str = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
+        route: Route = "gradient", seed: int = 0, anchor_dtype: torch.dtype | None = None,
         importance_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None, state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False, master_weights: bool = False, process_group=None,
-        backend: str | None = None,
+        stochastic_rounding: bool = False, master_weights: bool = False,
+        process_group: ProcessGroup | None = None, backend: Backend | None = None,
     ) -> None:  # fmt: skip
         construction.build(self, _TorchSGD.__init__, _NUMBERS, locals())

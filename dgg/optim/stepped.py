@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,9 +16,26 @@ from dgg import _callers, _ranges, deepspeed, sharding
 from dgg._imitable import Imitable, imitable
 from dgg.checkpoint import room, source
 from dgg.optim import construction
+from dgg.optim.signatures import listed
 from dgg.sharding import fsdp1
 from dgg.step.rule import Rule
 from dgg.step.run import CAPTURED, EAGER, Verbs, run
+
+if TYPE_CHECKING:
+    from collections import defaultdict
+
+    from dgg.step.cache import RowCache
+    from dgg.step.checks import Warned
+    from dgg.step.draws import Draws
+    from dgg.step.gradients import ReplaySlot
+    from dgg.step.settings import Settings
+
+    # It stands before a class of torch.optim in the bases of every optimizer.
+    _Optimizer = torch.optim.Optimizer
+else:
+    _Optimizer = object
+
+_Loss = TypeVar("_Loss")
 
 
 def _closure_of(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -29,7 +46,8 @@ def _closure_of(self, closure: Callable[[], Any] | None = None) -> Any:
 _closure_of.__qualname__ = "step"  # by which errors call it
 
 
-class Stepped(Imitable):
+@listed
+class Stepped(Imitable, _Optimizer):
     """An optimizer whose step is `dgg.step.run`."""
 
     # The state is room for a checkpoint that is not loaded yet.
@@ -38,8 +56,29 @@ class Stepped(Imitable):
     _template = False
     # torch.optim's hooks around the present step have been called.
     _in_hooks = False
-    _new_rule: type[Rule]
     process_group = sharding.ProcessGroup()
+
+    if TYPE_CHECKING:
+        # What `construction` sets.
+        _new_rule: type[Rule]
+        _rule: Rule
+        _settings: Settings
+        _guidance: dict[str, Any]
+        _ownership: sharding.Sharded
+        _draws: Draws
+        _replay: ReplaySlot
+        _warned: Warned
+        _cache: RowCache | None
+        _all_groups: list[dict[str, Any]]
+        _original_ids: list[int]
+        _driver: deepspeed.Driver | None
+        _first_id: int | None
+        _captured: list[tuple[Any, ...]]
+        _last: dict[str, Any] | None  # of the last step, for the statistics
+        _partial: bool  # the last gradients were partial sums
+        _skipped: Tensor | bool  # the last step was skipped
+        _resumed: int | None  # steps of the checkpoint that a new optimizer has loaded
+        _named: int | None  # the task that set_anchor(task=...) named
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
@@ -85,7 +124,7 @@ class Stepped(Imitable):
         """Ignores the value that torch.optim sets: the getter computes it."""
 
     @property
-    def state(self) -> dict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, Any]:
         """The state by parameter: torch.optim's keys and ``anchor``.
 
         Code that changes the state has to read this attribute first. A step after which nobody
@@ -99,10 +138,14 @@ class Stepped(Imitable):
         return state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self._state_read = True
         self.__dict__["state"] = value
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
     def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
@@ -159,8 +202,8 @@ class Stepped(Imitable):
             self._optimizer_step_code()
         return loss
 
-    step.__signature__ = inspect.signature(_closure_of)
-    step.hooked = True  # torch.optim does not wrap a step that says so
+    # torch.optim does not wrap a step that says that it is hooked.
+    vars(step).update(__signature__=inspect.signature(_closure_of), hooked=True)
 
     @torch._disable_dynamo
     def _uncompiled_step(self) -> None:

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from dgg.optim.guided import Guided
 
 # Attributes in which frameworks keep the optimizer that they wrap.
 _ATTRIBUTES = ("optimizer", "_optimizer", "basic_optimizer", "optim")
 
+_Optimizer = TypeVar("_Optimizer", bound=Guided)
 
-def unwrap(optimizer: Any) -> Any:
+
+@overload
+def unwrap(optimizer: _Optimizer) -> _Optimizer: ...
+@overload
+def unwrap(optimizer: object) -> Guided: ...
+def unwrap(optimizer: object) -> Guided:
     """Returns the dgg optimizer inside wrappers.
 
     Args:
@@ -22,7 +28,7 @@ def unwrap(optimizer: Any) -> Any:
         TypeError: There is no dgg optimizer inside.
     """
     types: list[str] = []
-    inner = optimizer
+    inner: Any = optimizer
     while inner is not None and len(types) < 16:
         # Lightning's and Fabric's wrappers imitate the class of the optimizer inside them.
         imitated = vars(inner).get("_optimizer") if isinstance(inner, Guided) else None

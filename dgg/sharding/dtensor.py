@@ -11,10 +11,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 class Place(NamedTuple):
@@ -28,11 +32,15 @@ class Place(NamedTuple):
     stride: int
 
 
-def is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> TypeIs[DTensor]:
     """Returns whether ``x`` is a DTensor."""
     return hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
+@overload
+def local(x: Tensor) -> Tensor: ...
+@overload
+def local(x: Tensor | None) -> Tensor | None: ...
 def local(x: Tensor | None) -> Tensor | None:
     """Returns the local shard of a DTensor, any other tensor as it is."""
     # Not to_local(), which makes a new tensor and a node of the graph.
@@ -59,7 +67,7 @@ def like(shard: Tensor, param: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def check(param: Tensor, label: str, *, elements: bool) -> None:
+def check(param: DTensor, label: str, *, elements: bool) -> None:
     """Checks that a DTensor parameter can be stepped shard by shard.
 
     Args:
@@ -116,7 +124,7 @@ def place_of(param: Tensor) -> Place | None:
     return Place(base, max(shape[d] * strides[d], 1), param.shape[d] * strides[d])
 
 
-def _shape_and_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+def _shape_and_offsets(param: DTensor) -> tuple[Sequence[int], Sequence[int]]:
     from torch.distributed.tensor import _utils
 
     return _utils.compute_local_shape_and_global_offset(
@@ -124,7 +132,7 @@ def _shape_and_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:
     )
 
 
-def _interleaved(param: Tensor) -> bool:
+def _interleaved(param: DTensor) -> bool:
     """Returns whether a shard is several separate pieces of a dimension; the same on all ranks.
 
     FSDP2 over tensor parallelism shards a dimension a second time ("strided"). The later mesh
@@ -183,8 +191,11 @@ class Shards:
         Raises:
             RuntimeError: A gradient is not placed as its parameter is.
         """
+        placed: Sequence[Any] = grads  # or a tensor, or None, without these attributes
+        specs: list[Any]
+        shards: list[Tensor | None]
         try:
-            specs, shards = [g._spec for g in grads], [g._local_tensor for g in grads]
+            specs, shards = [g._spec for g in placed], [g._local_tensor for g in placed]
         except AttributeError:  # some are absent, or plain
             specs, shards = [getattr(g, "_spec", None) for g in grads], [local(g) for g in grads]
         # Engines give every gradient the spec of the step before, or one that is equal.
@@ -215,8 +226,10 @@ def _same_placing(spec, other) -> bool:
 
 def all_equal_dtensors(grad: Tensor, param: Tensor) -> bool:
     """Returns whether a gradient is sharded exactly as its parameter is."""
-    if is_dtensor(grad) != is_dtensor(param):
-        return False
-    return not is_dtensor(param) or (
-        grad.device_mesh == param.device_mesh and tuple(grad.placements) == tuple(param.placements)
+    if not is_dtensor(param):
+        return not is_dtensor(grad)
+    return (
+        is_dtensor(grad)
+        and grad.device_mesh == param.device_mesh
+        and tuple(grad.placements) == tuple(param.placements)
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Reduction:
         process_group=None,
         runs: Mapping[int, fsdp1.Run] | None = None,
     ) -> None:
-        sharding: dict[object, dict[int, set[int]]] = {}
+        sharding: dict[Any, dict[int, set[int]]] = {}  # by mesh
         plain = []
         flat: dict[object, list[int]] = {}
         if runs and process_group is not None:
@@ -67,22 +67,22 @@ class Reduction:
                 plain.append(row)
                 continue
             mesh = param.device_mesh
-            dims = {d for d, p in enumerate(param.placements) if not p.is_replicate()}
-            sharding.setdefault(mesh, {})[row] = {d for d in dims if mesh.size(d) > 1}
-        self._parts = []
+            split = {d for d, p in enumerate(param.placements) if not p.is_replicate()}
+            sharding.setdefault(mesh, {})[row] = {d for d in split if mesh.size(d) > 1}
+        self._parts: list[_Part] = []
         if process_group is not None and plain:
             self._add(plain, len(params), [process_group], [1.0] * len(plain))
         for group, rows in flat.items():
             if group is not None:
                 self._add(rows, len(params), [group], [1.0] * len(rows))
-        for mesh, rows in sharding.items():
-            dims = sorted(set().union(*rows.values()))
+        for mesh, dims_of in sharding.items():
+            dims = sorted(set().union(*dims_of.values()))
             if dims:
                 weights = [
                     1.0 / math.prod(mesh.size(d) for d in dims if d not in sharding_dims)
-                    for sharding_dims in rows.values()
+                    for sharding_dims in dims_of.values()
                 ]
-                self._add(list(rows), len(params), _groups_of(mesh, dims), weights)
+                self._add(list(dims_of), len(params), _groups_of(mesh, dims), weights)
 
     @classmethod
     def of_shares(cls, process_group) -> Reduction:
@@ -262,7 +262,8 @@ def sum_partial_gradients(
             key = (param.device_mesh, dims, grad.dtype, grad.device)
             partial.setdefault(key, []).append(place)
     for (mesh, dims, *_), places in partial.items():
-        shards = [local(grads[i]).detach() for i in places]
+        whole = [grads[i] for i in places]
+        shards = [local(grad).detach() for grad in whole if grad is not None]
         vector = torch.cat([shard.reshape(-1) for shard in shards])
         with _ranges.record("dgg.allreduce"):
             for group in _groups_of(mesh, dims):

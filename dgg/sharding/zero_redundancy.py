@@ -22,7 +22,9 @@ def builder() -> Any | None:
         ValueError: Its parameters are on several devices.
     """
     module = sys.modules.get(_MODULE)
-    for optimizer, _ in _callers.methods() if module is not None else ():
+    if module is None:
+        return None
+    for optimizer, _ in _callers.methods():
         if isinstance(optimizer, module.ZeroRedundancyOptimizer):
             # Of all ranks' parameters, so that every rank raises and none waits for the others.
             params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Signatures as help() is to print them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+# Characters of a signature that is printed in one line.
+_WIDTH = 72
+
+
+class Listed(inspect.Signature):
+    """A signature that prints types as they are written, and long lists an argument per line."""
+
+    def __str__(self) -> str:
+        """Returns what help() prints behind the name."""
+        pieces: list[str] = []
+        for parameter in self.parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in "".join(pieces):
+                pieces.append("*")
+            pieces.append(_written(parameter))
+        result = self.return_annotation
+        end = ")" if result is self.empty else f") -> {_type(result)}"
+        line = f"({', '.join(pieces)}{end}"
+        if len(line) <= _WIDTH:
+            return line
+        return "\n".join(["(", *(f"    {piece}," for piece in pieces), end])
+
+    def format(self, **options: Any) -> str:
+        """Returns the same, for the help() of Python 3.13 and later."""
+        return str(self)
+
+
+def listed(cls: _Class) -> _Class:
+    """Gives the functions of a class signatures that help() prints well; their calls are as before.
+
+    Args:
+        cls: The class, whose functions are changed in place.
+    """
+    for name, function in vars(cls).items():
+        if isinstance(function, types.FunctionType) and (name == "__init__" or name[0] != "_"):
+            function.__signature__ = Listed.from_callable(function)  # type: ignore[attr-defined]
+    return cls
+
+
+def _written(parameter: inspect.Parameter) -> str:
+    text = parameter.name
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        text = f"*{text}"
+    if parameter.kind is parameter.VAR_KEYWORD:
+        text = f"**{text}"
+    typed = parameter.annotation is not parameter.empty
+    if typed:
+        text += f": {_type(parameter.annotation)}"
+    if parameter.default is parameter.empty:
+        return text
+    return f"{text}{' = ' if typed else '='}{parameter.default!r}"
+
+
+def _type(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
