@@ -19,6 +19,7 @@ from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
 from dgg.optim.gradient_edit import EDIT, GuideRule
+from dgg.optim.signatures import listed
 from dgg.step import norms
 from dgg.step.cache import RowCache
 from dgg.step.checks import Warned
@@ -132,7 +133,7 @@ class Guidance:
         self._last: dict[str, Any] | None = None
         self._resumed: int | None = None
         self._named: int | None = None
-        optimizer._dgg_guided = True
+        vars(optimizer)["_dgg_guided"] = True
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def __reduce_ex__(self, protocol):

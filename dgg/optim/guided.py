@@ -21,6 +21,7 @@ from dgg._literals import MergeRule, TensorsOrPath
 from dgg.anchor import boundary, merge
 from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
+from dgg.optim.signatures import listed
 from dgg.optim.stepped import Stepped
 from dgg.step import norms, state
 
