@@ -236,7 +236,7 @@ class AccuracyMatrix:
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """A JSON object with tasks, sizes, matrix and metrics; also written to `path` if given."""
-        data = {"tasks": self.tasks, "sizes": self.sizes, "matrix": self.rows}
+        data: dict[str, Any] = {"tasks": self.tasks, "sizes": self.sizes, "matrix": self.rows}
         data["metrics"] = self.summary()
         text = json.dumps(data, indent=2, allow_nan=False) + "\n"
         if path is not None:
@@ -374,14 +374,15 @@ def _checked_sizes(sizes: Sequence[float], count: int) -> list[float]:
 
 
 def _names(tasks: int | Sequence[str]) -> list[str]:
-    number = tasks
-    if hasattr(tasks, "item") and math.prod(getattr(tasks, "shape", ())) == 1:
-        number = tasks.item()
+    given: Any = tasks
+    number = given
+    if hasattr(given, "item") and math.prod(getattr(given, "shape", ())) == 1:
+        number = given.item()
     if isinstance(number, int) and not isinstance(number, bool):
         return [f"task {j}" for j in range(number)]
-    if not isinstance(tasks, (str, bytes)):
+    if not isinstance(given, (str, bytes)):
         try:
-            return [str(name) for name in tasks]
+            return [str(name) for name in given]
         except TypeError:  # not iterable, or an array without dimensions
             pass
     raise TypeError(f"tasks must be a number or a list of names, got {tasks!r}")

@@ -306,16 +306,16 @@ def adam_launch_(
         ValueError: ``variant`` asks for what needs an anchor, without ANCHOR_BIT, or for two
             routes.
     """
-    dtypes = dtypes_of(dtypes)
-    features = features_of(variant, dtypes)
+    of_slots = dtypes_of(dtypes)
+    features = features_of(variant, of_slots)
     # An importance that nobody reads does not count; it has the parameter's dtype mostly.
-    pack = pack_of(*dtypes[: -1 if variant & layout.IMPORTANCE_BIT else -2])
+    pack = pack_of(*of_slots[: -1 if variant & layout.IMPORTANCE_BIT else -2])
     replayed = replays.shape[0] > 0
     with on_device_of(table):
         adam_kernel[(chunks.shape[0],)](
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            signed(seed), signed(draw), bits(importance), *dtypes, replayed, *features, chunk,
+            signed(seed), signed(draw), bits(importance), *of_slots, replayed, *features, chunk,
             min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

@@ -7,6 +7,7 @@ on what a variant depends.
 
 import time
 import warnings
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -57,7 +58,7 @@ class Kernel:
             place for place, name in enumerate(names) if annotations.get(name) is tl.constexpr
         ]
         self._optional = [place for place, name in enumerate(names) if name in OPTIONAL]
-        self._compiled = {}
+        self._compiled: dict[tuple, Any] = {}
 
     def __getitem__(self, grid):
         """Returns the function that launches on a grid of one dimension."""

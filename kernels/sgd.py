@@ -256,9 +256,9 @@ def sgd_launch_(
     """
     if variant & layout.FIRST_MOMENT_BIT:
         raise ValueError(f"variant {variant}: FIRST_MOMENT needs a second moment, SGD has none")
-    dtypes = dtypes_of(dtypes)
-    features = features_of(variant, dtypes)
-    p, g, r, b, _, _, a, c, f, t = dtypes
+    of_slots = dtypes_of(dtypes)
+    features = features_of(variant, of_slots)
+    p, g, r, b, _, _, a, c, f, t = of_slots
     pack = pack_of(p, g, r, b, a, c, *([f] if variant & layout.IMPORTANCE_BIT else []))
     replayed = replays.shape[0] > 0
     with on_device_of(table):

@@ -101,7 +101,7 @@ def test_what_the_side_stream_measures_with_is_not_freed_under_it(log, monkeypat
     rows = launched.LaunchedRows("triton", params, [0], [0], anchors=anchors)
     rows.take_gradients([None], [], elementwise=False)
     del log[:]
-    rows._measure_ahead()
+    rows._measure_ahead(rows.windows)
     lent = {entry[1] for entry in log if entry[0] == "lend"}
     (launch,) = rows._launches
     assert lent >= {id(x) for x in (*launch.tensors, rows._device_table, rows.distances)}

@@ -123,12 +123,12 @@ def write(target: Tensor, source: Tensor | Part | None) -> None:
     if isinstance(source, Part):
         sharding.local(target).copy_(source.read())
         return
-    source = resolved(source)
-    if sharding.is_dtensor(target) and not sharding.is_dtensor(source):
-        source = sharding.shard_of(source, target)
+    values = resolved(source)
+    if sharding.is_dtensor(target) and not sharding.is_dtensor(values):
+        values = sharding.shard_of(values, target)
     elif sharding.is_dtensor(target):
-        source = sharding.local(source.redistribute(target.device_mesh, target.placements))
-    sharding.local(target).copy_(source)
+        values = sharding.local(values.redistribute(target.device_mesh, target.placements))
+    sharding.local(target).copy_(values)
 
 
 def check_source(

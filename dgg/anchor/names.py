@@ -7,8 +7,10 @@ the adapter's name out of the names in its files. `readings` tries all ways to r
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,15 +168,16 @@ def _add_peft(model_names: ModelNames, model: torch.nn.Module) -> None:
                 saved.update((start + name, start + key) for name, key in names.items())
                 for name, reason in computed.items():
                     model_names.computed[model_names.number(start + name)] = reason
-        model_names._add(
-            f"adapter {adapter!r}", lambda name, saved=saved: (plain(saved.get(name, name)),)
-        )
+        model_names._add(f"adapter {adapter!r}", functools.partial(_in_adapter, saved))
     for path, root in roots:
-        bare = _BaseNames(path, root)
-        model_names._add(f"base of {path!r}", lambda name, bare=bare: (bare(name),))
+        model_names._add(f"base of {path!r}", _BaseNames(path, root).forms)
 
 
-def _peft_models(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _in_adapter(saved: Mapping[str, str], name: str) -> tuple[str]:
+    return (plain(saved.get(name, name)),)
+
+
+def _peft_models(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the paths of the outermost modules with adapters, and the modules."""
     outer_paths: list[str] = []
     for path, module in model.named_modules():
@@ -187,7 +190,7 @@ def _peft_models(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
             yield path, module
 
 
-def _saved_by_peft(root: torch.nn.Module, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
+def _saved_by_peft(root: Any, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
     """Returns name in memory → name in peft's files, and name in memory → why it is in no file.
 
     Each kind of adapter has rules of its own. So peft is called with a stand-in for every
@@ -232,7 +235,7 @@ class _Alone:
     Otherwise peft leaves out every parameter in whose name another adapter's name occurs.
     """
 
-    def __init__(self, root: torch.nn.Module, adapter: str) -> None:
+    def __init__(self, root: Any, adapter: str) -> None:
         self._root = root
         self.peft_config = {adapter: root.peft_config[adapter]}
 
@@ -258,12 +261,12 @@ def _saved_prompt(root: torch.nn.Module, adapter: str, kind: str):
 class _BaseNames:
     """Name of a parameter → its name in the model without peft, None if peft has added it."""
 
-    def __init__(self, path: str, root: torch.nn.Module) -> None:
+    def __init__(self, path: str, root: Any) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         self._before = f"{path}." if path else ""
-        self._outer = ()
+        self._outer: tuple[str, ...] = ()
         if type(root).__module__.startswith("peft."):
             prompts = any(
                 getattr(c, "is_prompt_learning", False) for c in root.peft_config.values()
@@ -277,6 +280,10 @@ class _BaseNames:
                 self._skips[name] = {"original_module": 1, "modules_to_save": 2}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 self._skips[name] = {"original_module": 1, "token_adapter": 1}
+
+    def forms(self, name: str) -> tuple[str | None]:
+        """Returns the name in the model without peft, alone."""
+        return (self(name),)
 
     def __call__(self, name: str) -> str | None:
         if not name.startswith(self._before):

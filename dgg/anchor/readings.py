@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,7 +106,7 @@ def renamed_by_transformers(
     """Returns names in memory → names in files, where transformers renames (LLaVA's, say)."""
     if model is None or "transformers" not in sys.modules:
         return {}
-    inner = next((m for m in model.modules() if hasattr(type(m), "base_model_prefix")), None)
+    inner: Any = next((m for m in model.modules() if hasattr(type(m), "base_model_prefix")), None)
     if inner is None:
         return {}
     try:
@@ -190,7 +190,7 @@ def find(
             for some in (undisputed, doubtful)
         )
         if complete:
-            return _agreed(sorted(complete, key=lambda r: r.cost) + rivals, numbers, equal)
+            return _agreed(sorted(complete, key=lambda r: r.cost) + rivals, named, equal)
         tried += undisputed
     raise _best_error(tried, numbers, model_names)
 
@@ -227,10 +227,12 @@ def _best_error(
         best = min(tried, key=lambda reading: (len(missing(reading)), reading.cost))
         places = missing(best)
         for place in places:
+            number = numbers[place]
             for other in tried:
-                for name in other.of[numbers[place]] if numbers[place] is not None else ():
+                for name in () if number is None else other.of[number]:
                     owner = next((n for n in best.owners.get(name, ()) if n in numbers), None)
                     if owner is not None and other.kind != best.kind:
                         return Shared((numbers.index(owner), place), name)
-    reasons = dict.fromkeys(model_names.computed.get(numbers[place]) for place in places)
+    known = [number for place in places if (number := numbers[place]) is not None]
+    reasons = dict.fromkeys(model_names.computed.get(number) for number in known)
     return Missing(places, [reason for reason in reasons if reason])

@@ -125,9 +125,10 @@ def match_named(
         TypeError: A tensor's type does not fit.
         ValueError: A tensor's shape or values do not fit, or it cannot be told whose it is.
     """
-    sources = []
+    sources: list[Tensor | Part] = []
     in_source = find_names(tensors, names, labels, model, params, others)
     for param, name, label, dtype in zip(params, in_source, labels, dtypes, strict=True):
+        source: Tensor | Part
         if isinstance(tensors, Stored):
             source = Part(tensors, name, param, *tensors.kind(name))
         else:

@@ -107,8 +107,9 @@ def show_config() -> str:
         f"dgg from {libraries.FOLDER}",
     ]
     devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        devices.append(torch.accelerator.current_accelerator())
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        devices.append(accelerator)
     for backend in BACKENDS:
         for device in devices:
             reason = unavailable(backend, device)

@@ -86,8 +86,8 @@ def cut(
         chunks = torch.stack([position, number], dim=1)
         partials = torch.empty(PARTIALS, total, dtype=torch.float64, device=device)
         counters = torch.zeros(len(rows) + 1, dtype=torch.int32, device=device)
-        tables = [x.int().to(device) for x in (rows, chunks, starts)]
-        launches.append(Launch(kind[0], *tables, partials, counters, kind[1]))
+        rows, chunks, starts = (x.int().to(device) for x in (rows, chunks, starts))
+        launches.append(Launch(kind[0], rows, chunks, starts, partials, counters, kind[1]))
     return launches
 
 

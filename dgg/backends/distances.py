@@ -41,11 +41,11 @@ class Distances:
 
     def written(self, versions: Sequence[int]) -> list[int]:
         """Returns the rows whose parameters have changed versions, and keeps the new versions."""
-        present = array.array("q", versions)
-        if present == self.versions:
+        known, present = self.versions, array.array("q", versions)
+        if known is None or present == known:
             return []
-        changed = [row for row, version in enumerate(self.versions) if version != present[row]]
-        self.versions[:] = present
+        changed = [row for row, version in enumerate(known) if version != present[row]]
+        known[:] = present
         return changed
 
     def measured(self, versions: Sequence[int], skipped: Sequence[int] = ()) -> None:

@@ -27,7 +27,7 @@ class ReferenceRows(Rows):
         self._grad_copies = [
             (grad.detach(), copy)
             for grad, copy in zip(grads, self.grads, strict=True)
-            if grad is not None and grad.layout == torch.strided
+            if grad is not None and copy is not None and grad.layout == torch.strided
             if grad.is_neg() or grad.is_conj()
         ]
         pairs = zip(grads, replays or [None] * len(grads), strict=True)
@@ -86,8 +86,9 @@ class ReferenceRows(Rows):
     def guide_(self, coefficients, flags, groups, draw, scaling, *, replay_weight) -> None:
         """Calls `reference.guide_` for each group."""
         for number, group in enumerate(groups):
+            grads, replays = self._of_group(number)
             reference.guide_(
-                self.tensors(PARAM), *self._of_group(number), self.tensors(ANCHOR), coefficients,
+                self.tensors(PARAM), grads, replays, self.tensors(ANCHOR), coefficients,
                 flags, self.indices, **{key: group[key] for key in GUIDE_HYPER},
                 replay_weight=replay_weight, grad_scale=scaling.divisor, seed=draw.seed,
                 draw=draw.index, places=self._all_places(), **self._importance(),
@@ -100,7 +101,8 @@ class ReferenceRows(Rows):
 
     def _of_group(self, number: int) -> tuple[list, list]:
         # The reference leaves rows without gradient alone: here the rows of other groups have none.
-        return tuple(
+        grads, replays = (
             [x if g == number else None for g, x in zip(self.groups, tensors, strict=bool(tensors))]
             for tensors in (self.grads, self.replays)
         )
+        return grads, replays

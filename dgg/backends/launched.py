@@ -24,9 +24,9 @@ from dgg.backends.uploads import Uploads, capturing
 from dgg.kernels import layout
 
 # Settings of a norm launch that computes no coefficients.
-_NO_SETTINGS = {"max_grad_norm": None, "scaling": False, "per_tensor": False}
+_NO_SETTINGS: dict[str, Any] = {"max_grad_norm": None, "scaling": False, "per_tensor": False}
 # The same of a launch of `products`.
-_NO_GUARD = {"max_grad_norm": None, "per_tensor": False, "maximize": False}
+_NO_GUARD: dict[str, Any] = {"max_grad_norm": None, "per_tensor": False, "maximize": False}
 # The bit of a launch for the place where the pull enters.
 _ROUTE_BITS = {
     "gradient": 0, "first_moment": layout.FIRST_MOMENT_BIT, "decoupled": layout.DECOUPLED_BIT,
@@ -162,13 +162,12 @@ class LaunchedRows(TableRows):
         if self.windows is not None:
             self.windows.join()
 
-    def _measure_ahead(self) -> None:
+    def _measure_ahead(self, windows: AnchorWindows) -> None:
         """Measures the distances to anchors kept off the device, on the side stream.
 
         The next forward and backward pass run at the same time. Until the next `_begin` nothing
         else may use the launches.
         """
-        windows = self.windows
         windows.follow()
         # A new anchor may free all these tensors while the side stream uses them.
         tensors = [x for launch in self._launches for x in launch.tensors]
@@ -194,11 +193,14 @@ class LaunchedRows(TableRows):
     def _as_anchors_come(self) -> Iterator[Launch]:
         """Yields the launches, those without a window first; makes each wait for its window."""
         yield from [launch for launch in self._launches if launch.window < 0]
-        for number in () if self.windows is None else self.windows.order():
-            self.windows.fetch(number)
-            self.windows.wait(number)
+        windows = self.windows
+        if windows is None:
+            return
+        for number in windows.order():
+            windows.fetch(number)
+            windows.wait(number)
             yield from [launch for launch in self._launches if launch.window == number]
-            self.windows.done(number)
+            windows.done(number)
 
     def _launch_norms(
         self, launch: Launch, squares: Tensor, grads: Tensor, replays: Tensor, *, which: int,
@@ -309,7 +311,8 @@ class LaunchedRows(TableRows):
         """Launches the rule's update, once for each dtype combination."""
         # Anchors kept off the device come a second time for the next step's distances, which are
         # measured beside its forward and backward pass instead of in the update.
-        has_windows = self.windows is not None
+        windows = self.windows
+        has_windows = windows is not None
         variant = self._bits_of(draw)
         if look_ahead and not has_windows:
             variant |= layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT
@@ -334,8 +337,8 @@ class LaunchedRows(TableRows):
             )  # fmt: skip
         self._measured = False
         look_ahead = look_ahead and not (has_windows and self._staged_now)
-        if has_windows and look_ahead:
-            self._measure_ahead()
+        if windows is not None and look_ahead:
+            self._measure_ahead(windows)
         self._after_update(look_ahead)
 
     def _bits_of(self, draw: Draw) -> int:

@@ -46,7 +46,7 @@ def _find_kernels() -> None:
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = sys.modules["dgg"].kernels = module
+    sys.modules[spec.name] = vars(sys.modules["dgg"])["kernels"] = module
     spec.loader.exec_module(module)
 
 
@@ -86,6 +86,7 @@ def _origin(direct: dict[str, Any]) -> str:
     if "vcs_info" in direct:
         return f"{direct['vcs_info']['vcs']}+{url}@{direct['vcs_info']['commit_id']}"
     if url.startswith("file:"):
+        import urllib.parse
         import urllib.request  # large, and seldom needed
 
         return urllib.request.url2pathname(urllib.parse.urlparse(url).path)
@@ -121,9 +122,9 @@ def _load_library(pattern: str, note: str) -> str | None:
             torch.ops.load_library(str(libraries[0]))
         except (OSError, RuntimeError) as error:
             # torch's error names the library; the cause of the error says what is wrong with it.
-            reason = error.__cause__ or error
+            cause = error.__cause__ or error
             return (
-                f"{libraries[0].name} cannot be loaded ({reason}); reinstall dgg for this torch: "
+                f"{libraries[0].name} cannot be loaded ({cause}); reinstall dgg for this torch: "
                 f"{_variables(note)}{command()}"
             )
         return None

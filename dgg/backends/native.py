@@ -220,7 +220,9 @@ def agrees(library: Library) -> bool:
         anchors = [-1] * 5 + [0, -1]
         watch_params(library, handle, params, anchors)
         usual, row_major = [True] * len(params), [p.is_contiguous() for p in params]
-        gradients = NativeGradients(library, handle, *addresses, distances, usual, row_major)
+        gradients = NativeGradients(
+            library, handle, addresses[0], addresses[1], distances, usual, row_major
+        )
         try:
             return (
                 _says_the_same(gradients, params, addresses, distances, anchor)
@@ -297,7 +299,7 @@ def _says_the_same(
 
 
 def _sees_dicts(library: Library, handle: int) -> bool:
-    entries = [{"a": object(), "b": object()}, collections.defaultdict(dict)]
+    entries: list[dict] = [{"a": object(), "b": object()}, collections.defaultdict(dict)]
     watch_dicts(library, handle, entries)
     answers = [library.same_dicts(handle)]
     value = entries[0].pop("a")

@@ -113,7 +113,7 @@ class AnchorWindows:
             if any(x is not None for x in pair)
         ]
         lengths = [
-            sum(_aligned(kind[row].nbytes) for kind in kinds if kind[row] is not None)
+            sum(_aligned(x.nbytes) for kind in kinds if (x := kind[row]) is not None)
             for row in rows
         ]
         windows = _into_windows(lengths, size)
@@ -133,10 +133,11 @@ class AnchorWindows:
             for kind, known in zip(kinds, addresses, strict=True):
                 for row in [rows[place] for place, _ in window]:
                     self.of_row[row] = number
-                    if kind[row] is not None:
-                        known[row] = buffer[begin : begin + kind[row].nbytes].data_ptr()
-                        placed.append((begin, kind[row]))
-                        begin += _aligned(kind[row].nbytes)
+                    x = kind[row]
+                    if x is not None:
+                        known[row] = buffer[begin : begin + x.nbytes].data_ptr()
+                        placed.append((begin, x))
+                        begin += _aligned(x.nbytes)
             self._copies.append(
                 [(buffer[begin : begin + len(x)], x) for begin, x in _in_few_pieces(placed)]
             )
@@ -175,8 +176,9 @@ class AnchorWindows:
         if self._contents[place] == number:
             return
         with _ranges.record("dgg.prefetch"), self.aside():
-            if self._stream is not None and self._read[place] is not None:
-                self._stream.wait_event(self._read[place])
+            read = self._read[place]
+            if self._stream is not None and read is not None:
+                self._stream.wait_event(read)
             for target, source in self._copies[number]:
                 target.copy_(source, non_blocking=True)
             self._filled[place] = self._mark(self._stream)
@@ -212,7 +214,7 @@ class AnchorWindows:
         """Makes the side stream wait for the work queued on the current stream."""
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
-            self._stream.wait_event(self._mark(current))
+            self._stream.wait_event(current.record_event())
 
     def lend(self, tensors: Iterable[Tensor]) -> None:
         """Keeps the memory of tensors from being reused before the side stream is done with it."""
@@ -241,7 +243,7 @@ def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Ten
     """
     pieces: list[tuple[int, torch.UntypedStorage, int, int]] = []
     for begin, x in anchors:
-        memory, first = x.untyped_storage(), x.storage_offset() * x.element_size()
+        memory, first = x.untyped_storage(), int(x.storage_offset()) * x.element_size()
         if not x.nbytes:
             continue
         if pieces:

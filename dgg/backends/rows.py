@@ -59,7 +59,7 @@ class Draw(NamedTuple):
     """
 
     seed: int
-    index: int
+    index: int  # type: ignore[assignment]  # instead of tuple.index(), which nobody calls
     injecting: bool
     elements: bool
     index_tensor: Tensor | None = None
@@ -178,11 +178,11 @@ class Rows:
 
     # -- the columns ----------------------------------------------------------------------------
 
-    def tensors(self, column: int) -> list[Tensor | None]:
+    def tensors(self, column: int) -> list[Any]:
         """Returns the tensors of a column as the kernels see them: one or None per row."""
         return [self._tensor(column, row) for row in range(len(self.params))]
 
-    def _tensor(self, column: int, row: int) -> Tensor | None:
+    def _tensor(self, column: int, row: int) -> Any:
         # A new view of the parameter every time: a kept one would keep memory alive after
         # `.data =` has replaced it.
         if column == PARAM and self._masters[row] is not None:
@@ -199,7 +199,7 @@ class Rows:
         place = self.places[row] if self.places else None
         if place is None:
             return 0, pairs * self.params[row].numel(), pairs * self.params[row].numel()
-        return tuple(pairs * x for x in place)
+        return pairs * place.base, pairs * place.stretch, pairs * place.stride
 
     def flags(self, values: Sequence[int], name: str) -> Tensor:
         """Returns uint8 flags, one per row, on the device; valid until the next of this name."""
@@ -252,7 +252,7 @@ class Rows:
         return False
 
     def take_gradients(
-        self, grads: list[Tensor | None], replays: list[Tensor | None], *, elementwise: bool
+        self, grads: Sequence[Tensor | None], replays: Sequence[Tensor | None], *, elementwise: bool
     ) -> None:
         """Takes the gradients of this step.
 
@@ -263,7 +263,7 @@ class Rows:
         """
         raise NotImplementedError
 
-    def _shards_of(self, grads: list, replays: list) -> tuple[list, list]:
+    def _shards_of(self, grads: Any, replays: Any) -> tuple[Any, Any]:
         """Returns the local shards of gradients, after a check of their placements."""
         if self._shards is None:
             return grads, replays
@@ -304,11 +304,11 @@ class Rows:
         if not self._has_masters:
             return
         versions = array.array("q", self._versions())
-        all_rows = self._adopted is None or not self._finds_written_copies
-        if not all_rows and versions == self._adopted:
+        before = self._adopted if self._finds_written_copies else None  # None: compare all rows
+        if versions == before:
             return
         for row, master in enumerate(self._masters):
-            if master is not None and (all_rows or self._adopted[row] != versions[row]):
+            if master is not None and (before is None or before[row] != versions[row]):
                 master.copy_(reference.adopted(master, self._tensor(COPY, row)))
         self._adopted = versions
 

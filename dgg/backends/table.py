@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dgg.backends.libraries import OPERATORS
-from dgg.backends.native import NativeGradients
 from dgg.backends.rows import Rows
 from dgg.backends.views import give_back, is_dense, resolved, same_order
 from dgg.backends.watch import MemoryWatch
@@ -59,23 +58,31 @@ class AddressColumn:
     """
 
     def __init__(self, params: Sequence[Tensor], usual: Sequence[bool]) -> None:
-        self._expected = [p.dtype for p in params], [p.shape for p in params], usual
+        self._expected: tuple[list[Any], list[Any], Sequence[bool]] = (
+            [p.dtype for p in params], [p.shape for p in params], usual,
+        )  # fmt: skip
         # Made once: making a tensor for the addresses of every step costs more than filling it.
         self._memory = bytearray(max(8 * len(params), 1))
         self._pack = struct.Struct(f"{len(params)}q").pack_into
         self.addresses = torch.frombuffer(self._memory, dtype=torch.int64, count=len(params))
 
-    def enter(self, grads: Sequence[Tensor | None]) -> set[int]:
-        """Enters the addresses of all gradients; returns the rows that need a closer look."""
+    def enter(self, grads: Sequence[Any]) -> set[int]:
+        """Enters the addresses of all gradients; returns the rows that need a closer look.
+
+        Args:
+            grads: Gradient or None of each row.
+        """
         # Comprehensions over one attribute, the fastest way in Python, for 448 gradients a step.
         dtypes, shapes, usual = self._expected
+        rows: list[int] | None = None
         try:
-            addresses, present, rows = list(map(Tensor.data_ptr, grads)), grads, None
+            addresses, present = list(map(Tensor.data_ptr, grads)), grads
         except TypeError:  # some are None
             rows = [row for row, g in enumerate(grads) if g is not None]
             present = [grads[row] for row in rows]
             addresses = [0 if g is None else g.data_ptr() for g in grads]
-            dtypes, shapes, usual = ([x[row] for row in rows] for x in (dtypes, shapes, usual))
+            dtypes, shapes = [dtypes[row] for row in rows], [shapes[row] for row in rows]
+            usual = [usual[row] for row in rows]
         if 0 in addresses:
             addresses = [
                 a or (0 if g is None else _NOWHERE) for a, g in zip(addresses, grads, strict=True)
@@ -113,11 +120,12 @@ class TableRows(Rows):
         ]
         self._address_columns = [AddressColumn(self.params, self._usual) for _ in range(2)]
         self._base_table = self._make_table()
-        self._native: NativeGradients | None = None
+        self._native: Any = None  # `NativeGradients`, where there are any
         # Where the native gradients drop distances, by writing -1.
         self._dropped = self.distances
         self._hyper_groups: Sequence[dict] | None = None
         self._hyper_values: list[float] = []
+        self._hyper_numbers: Tensor
         # Whether this step's gradients were taken natively.
         self._taken_natively = False
         self._grad_addresses = self._address_columns[0].addresses
@@ -159,16 +167,16 @@ class TableRows(Rows):
 
     def _hyper_table(self, groups: Sequence[dict], names: Sequence[str]) -> Tensor:
         if groups is self._hyper_groups:
-            return self._hyper
+            return self._hyper_numbers
         self._hyper_groups = groups
         values = [group[name] for group in groups for name in names]
         if values != self._hyper_values:
             numbers = array.array("d", values)
-            self._hyper = torch.frombuffer(numbers, dtype=torch.float64).view(
+            self._hyper_numbers = torch.frombuffer(numbers, dtype=torch.float64).view(
                 len(groups), len(names)
             )
             self._hyper_values = values
-        return self._hyper
+        return self._hyper_numbers
 
     # -- the gradients --------------------------------------------------------------------------
 
@@ -236,7 +244,7 @@ class TableRows(Rows):
         self._take_odd({row: grads[row] for row in sorted(odd)}, replays, elementwise)
 
     def _take_odd(
-        self, grads: Mapping[int, Tensor | None], replays: Sequence[Tensor | None], elementwise
+        self, grads: Mapping[int, Any], replays: Sequence[Tensor | None], elementwise: bool
     ) -> None:
         """Takes the gradients of rows that need a look at their strides or dtypes, or a copy.
 
@@ -403,6 +411,6 @@ class TableRows(Rows):
         torch.autograd.graph.increment_version(written)
         if look_ahead and self._versions_read and self._complete and not self._copies:
             # They were read in this step and have just moved by one.
-            self._known.measured([version + 1 for version in self._known.versions])
+            self._known.measured([version + 1 for version in self._known.versions or ()])
             look_ahead = False
         super()._after_update(look_ahead)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,9 @@ class Uploads:
         return torch.empty_like(like, device=self.device, pin_memory=False)
 
 
-def _fits(buffers: tuple[Tensor, Tensor] | None, values: Tensor) -> bool:
+def _fits(
+    buffers: tuple[Tensor, Tensor] | None, values: Tensor
+) -> TypeGuard[tuple[Tensor, Tensor]]:
     return buffers is not None and buffers[0].shape == values.shape
 
 

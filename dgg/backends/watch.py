@@ -43,17 +43,17 @@ class MemoryWatch:
         self._anchors = [
             (row % len(anchors), tensors[place]) for row, place in enumerate(places) if place >= 0
         ]
-        self._dicts: list[tuple[dict, dict]] | None = None
-        self._handle: int | None = None
+        self._dicts: list[tuple[dict, dict]] = []
+        self._handle: Any = None  # the number of a native watch
         self._library: native.Library | None = None
         if libraries.cpp_error is None:
-            self._handle = torch.ops.dgg.watch(tensors)
-            weakref.finalize(self, torch.ops.dgg.unwatch, self._handle)
-            self._library = native.load()
+            handle = torch.ops.dgg.watch(tensors)
+            weakref.finalize(self, torch.ops.dgg.unwatch, handle)
+            self._handle, self._library = handle, native.load()
+            if self._library is not None:
+                native.watch_params(self._library, handle, self._params, places)
         self._tensors = [] if self._handle is not None else [(x, self._place(x)) for x in tensors]
-        if self._library is not None:
-            native.watch_params(self._library, self._handle, self._params, places)
-        else:
+        if self._library is None:
             self._tensors += [(p, self._place(p)) for p in self._params]
         self._versions = [x._version for _, x in self._anchors]
 

@@ -219,7 +219,8 @@ def _steps(entries: Mapping[Any, Any], saved: Mapping[str, Any], number: int) ->
     if not steps:  # apex counts per group
         return dict.fromkeys(entries, saved["step"])
     counts = {_count(value) for value in steps.values()}
-    complete = None not in counts and len(steps) == len(entries)
+    known = sorted(count for count in counts if count is not None)
+    complete = len(known) == len(counts) and len(steps) == len(entries)
     if "bias_correction" not in saved or not complete or len(counts) == 1:
         return steps
     # DeepSpeed's FusedAdam steps all parameters of a dtype by the count of the last one, and
@@ -227,11 +228,11 @@ def _steps(entries: Mapping[Any, Any], saved: Mapping[str, Any], number: int) ->
     dtypes = {getattr(entry.get("exp_avg"), "dtype", None) for entry in entries.values()}
     if len(dtypes) > 1:
         raise ValueError(
-            f"group {number} has the steps {sorted(counts)} and moments in "
+            f"group {number} has the steps {known} and moments in "
             f"{sorted(map(str, dtypes))}: DeepSpeed's FusedAdam counts with the last parameter "
             "alone, once per dtype, so nobody can tell how often it stepped; set step of all"
         )
-    return dict.fromkeys(entries, max(counts))
+    return dict.fromkeys(entries, known[-1])
 
 
 def _count(step: Any) -> float | None:

@@ -119,7 +119,7 @@ def make_template(opt) -> None:
         _check_template(opt)
         anchored = origin is not None and make_room_for(opt, origin)
     opt._template = True
-    if anchored and origin.checkpoint is None:
+    if anchored and origin is not None and origin.checkpoint is None:
         return  # no state of parameters that the state dict does not hold
     for group in opt.param_groups:
         for p in group["params"]:

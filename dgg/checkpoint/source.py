@@ -27,7 +27,7 @@ _LOADS = (_HELPERS, "_load_optim_state_dict")
 _ASKS = (_HELPERS, "_get_optim_state_dict")
 # Functions that load a distributed checkpoint into a template: module, name, and the local variable
 # that has the checkpoint. Functions with other names are not recognised.
-_LOADERS = {
+_LOADERS: dict[tuple[str, ...], str] = {
     ("accelerate.utils.fsdp_utils", "load_fsdp_optimizer"): "ckpt_dir",
     ("torch.distributed.checkpoint.state_dict_loader", "load"): "storage_reader",
 }
@@ -67,6 +67,7 @@ def of_template() -> Source | None:
     accelerate (and with it the Trainer) loads; and a ``Stateful`` in ``dcp.load``.
     """
     calls = _callers.calls_of(_LOADS, _ASKS, *_LOADERS)
+    asker: Any
     asker, local = next((call for call in calls if call[0] in (_LOADS, _ASKS)), (None, {}))
     model = local.get("model")
     if not isinstance(model, torch.nn.Module):

@@ -45,7 +45,7 @@ def plan_anchors(
             f"directory of them, not {type(tensors).__name__}"
         )
     names = anchor.names_of_parameters(model) if model is not None else {}
-    plan = []
+    plan: Plan = []
     for number, partition in enumerate(partitions):
         label = f"partition {number}"
         wanted = anchor.storage_dtype(partition.tensor, opt._settings.anchor_dtype, label)
@@ -57,8 +57,7 @@ def plan_anchors(
         else:
             sources = list(_named_sources(partition, tensors, names, model, wanted))
         old = opt.state.get(partition.tensor, {}).get("anchor")
-        fits = old is not None and old.dtype == wanted and old.shape == partition.tensor.shape
-        if not fits:
+        if old is None or old.dtype != wanted or old.shape != partition.tensor.shape:
             old = anchor.allocate(partition.tensor, wanted, opt._settings.anchor_device)
         write = functools.partial(_write_fragments, partition, sources)
         plan.append((partition.tensor, write, old))

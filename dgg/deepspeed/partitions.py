@@ -12,7 +12,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Member(NamedTuple):
         shape: Its unsharded shape.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # instead of tuple.index(), which nobody calls
     name: str | None
     param: Tensor
     shape: torch.Size
@@ -48,7 +48,7 @@ class Fragment(NamedTuple):
 
     member: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # instead of tuple.count(), which nobody calls
     base: int
 
 
@@ -72,10 +72,14 @@ class Partition(NamedTuple):
 Piece = tuple[Tensor, torch.Size, int, int, int]
 
 
-def cut(x: Tensor | None, fragment: Fragment) -> Tensor | None:
+# A tensor, or what may be None.
+_Part = TypeVar("_Part", Tensor, Tensor | None)
+
+
+def cut(x: _Part, fragment: Fragment) -> _Part:
     """Returns a fragment's part of a partition, or None of None."""
     # From .data, so that the fragments count their versions apart from each other.
-    return None if x is None else x.data.narrow(0, fragment.start, fragment.count)
+    return x if x is None else x.data.narrow(0, fragment.start, fragment.count)
 
 
 def partitions_of(opt, zero_optimizer) -> list[Partition]:
@@ -103,7 +107,8 @@ def partitions_of(opt, zero_optimizer) -> list[Partition]:
     names = getattr(zero_optimizer, "param_names", None) or {}
     partitions = []
     for (tensor, group), of_one in zip(tensors, pieces, strict=True):
-        members, fragments = [], []
+        members: list[Member] = []
+        fragments: list[Fragment] = []
         for param, shape, start, base, count in of_one:
             if count > 0:
                 fragments.append(Fragment(len(members), start, count, base))
@@ -112,7 +117,7 @@ def partitions_of(opt, zero_optimizer) -> list[Partition]:
     return partitions
 
 
-def layout_of(zero_optimizer) -> type:
+def layout_of(zero_optimizer) -> type[_Flat] | type[_Stage3]:
     """Returns how a kind of ZeRO lays its partitions out."""
     return _LAYOUTS[type(zero_optimizer).__name__]
 
@@ -150,6 +155,13 @@ def put_back(opt, zero_optimizer) -> None:
 
 class _Flat:
     """A partition per group; each parameter is one run of the flat group."""
+
+    attribute: str
+
+    @staticmethod
+    def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
+        """Returns the parameters of a group and where each begins in the flat group."""
+        raise NotImplementedError
 
     @classmethod
     def partitions(cls, zero_optimizer) -> list[tuple[Tensor, int]]:
@@ -210,7 +222,7 @@ class _Stage3:
             start += size
 
 
-_LAYOUTS = {
+_LAYOUTS: dict[str, type[_Flat] | type[_Stage3]] = {
     "DeepSpeedZeroOptimizer": _Stage1And2,
     "DeepSpeedZeroOptimizer_Stage3": _Stage3,
     "BF16_Optimizer": _BF16,

@@ -93,9 +93,8 @@ class _Replay(_Trainer):
                 if isinstance(callback, GuidanceCallback)
             ]
             task = guidance[0]._task if guidance else None
-        if dataset is None:
-            dataset = self.train_dataset
-        return self.replay_buffer.add_task(dataset, task)
+        examples: Any = self.train_dataset if dataset is None else dataset
+        return self.replay_buffer.add_task(examples, task)
 
     # -- the training ---------------------------------------------------------------------------
 
@@ -140,7 +139,8 @@ class _Replay(_Trainer):
                 for place, (rows, batch) in enumerate(zip(parts, batches, strict=True), 1):
                     # The Trainer divides a batch's mean loss by this, if the loss is not already
                     # one over all tokens (`items`).
-                    self.current_gradient_accumulation_steps = count / len(rows)
+                    share: Any = count / len(rows)
+                    self.current_gradient_accumulation_steps = share
                     with self._unsynchronised(model, last=place == len(parts)):
                         losses.append(super().training_step(model, batch, items))
         finally:
@@ -157,6 +157,8 @@ class _Replay(_Trainer):
         # Counted from the arguments, not from the batches: all ranks must make as many passes, and
         # a collator may pack a batch into one row.
         memory = self.replay_buffer
+        if memory is None:
+            return []
         count = memory.share(size * self.current_gradient_accumulation_steps, self.replay_ratio)
         if not count:
             return []
@@ -214,8 +216,8 @@ class _Replay(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss of the old examples to the entries of the training."""
         if "loss" in logs and self._replay_loss is not None:
-            mean = self.accelerator.gather(self._replay_loss / self._replay_steps).mean()
-            logs["replay/loss"] = mean.item()
+            means: Any = self.accelerator.gather(self._replay_loss / self._replay_steps)
+            logs["replay/loss"] = means.mean().item()
             self._replay_loss, self._replay_steps = None, 0
         super().log(logs, *args, **kwargs)
 
@@ -266,7 +268,7 @@ class _Replay(_Trainer):
 
     def _check_ranks(self) -> None:
         """Raises where ranks would draw differently: they would wait for each other for ever."""
-        if self.accelerator.num_processes == 1:
+        if self.replay_buffer is None or self.accelerator.num_processes == 1:
             return
         from accelerate.utils import gather_object
 
@@ -323,7 +325,7 @@ class ReplayTrainer(_Replay, Trainer):
 
 
 @functools.cache
-def with_replay(trainer: type[Trainer]) -> type[Trainer]:
+def with_replay(trainer: type[Trainer]) -> type[ReplayTrainer]:
     """Returns a subclass of a Trainer's class that replays old examples; see `ReplayTrainer`.
 
     For trl's and one's own: ``dgg.hf.with_replay(SFTTrainer)(..., replay_buffer=memory)``. The
@@ -337,6 +339,8 @@ def with_replay(trainer: type[Trainer]) -> type[Trainer]:
     """
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise TypeError(f"with_replay() takes a subclass of transformers.Trainer, not {trainer!r}")
-    if issubclass(trainer, _Replay):
-        return trainer
-    return type(f"Replay{trainer.__name__}", (_Replay, trainer), {"__doc__": ReplayTrainer.__doc__})
+    made: Any = trainer
+    if not issubclass(trainer, _Replay):
+        name, doc = f"Replay{trainer.__name__}", ReplayTrainer.__doc__
+        made = type(name, (_Replay, trainer), {"__doc__": doc})
+    return made

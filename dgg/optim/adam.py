@@ -78,7 +78,7 @@ class AdamRule(Rule):
 
 
 @listed
-class Adam(Guided, torch.optim.Adam):
+class Adam(Guided, torch.optim.Adam):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.optim.Adam` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
 
     The arguments from ``alpha`` to ``backend`` are those of `AdamW`, which describes them.
@@ -125,7 +125,7 @@ class Adam(Guided, torch.optim.Adam):
 
 
 @listed
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, torch.optim.AdamW):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.optim.AdamW` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
 
     Args:

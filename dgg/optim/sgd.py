@@ -107,7 +107,7 @@ class SgdRule(Rule):
 
 
 @listed
-class SGD(Guided, torch.optim.SGD):
+class SGD(Guided, torch.optim.SGD):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.optim.SGD` with Dynamic Gradient Guidance (arXiv 2511.15164) in the same pass.
 
     The arguments from ``alpha`` to ``backend`` are those of `AdamW`, which describes them.

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
+import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
-from torch.optim import optimizer as _torch_optimizer
 
 from dgg import _callers, _ranges, deepspeed, sharding
 from dgg._imitable import Imitable, imitable
@@ -137,8 +137,9 @@ class Stepped(Imitable, _Optimizer):
         self._state_read = True
         return state
 
+    # torch.optim has an attribute.
     @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
+    def state(self, value) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._state_read = True
         self.__dict__["state"] = value
 

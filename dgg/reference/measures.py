@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ PRODUCTS = 6
 GUARD_EXTRAS = 2
 
 TensorList = Sequence[Tensor | None]
+# Lists with a tensor in every row that uses it, which no type can say.
+StateList = Sequence[Any]
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -49,6 +52,7 @@ def gradients(
         if grad_scale != 1.0:
             g = g / grad_scale
     if replay is None:
+        assert g is not None, "a row with neither gradient is left alone"
         return g, g
     r = replay.to(dtype) * replay_weight
     if grad_scale != 1.0:
@@ -75,7 +79,7 @@ def weighted_difference(
 
 
 def norms(
-    params: TensorList,
+    params: Sequence[Tensor],
     grads: TensorList,
     replays: TensorList,
     anchors: TensorList,
@@ -173,7 +177,7 @@ def _clip(total: Tensor, max_grad_norm: float | None) -> Tensor:
 
 
 def products(
-    params: TensorList,
+    params: Sequence[Tensor],
     grads: TensorList,
     replays: TensorList,
     anchors: TensorList,

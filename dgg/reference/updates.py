@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dgg import _philox
 from dgg.reference.measures import (
     CLIP,
     SCALES,
+    StateList,
     TensorList,
     compute_dtype,
     distance,
@@ -45,22 +47,22 @@ def guided_gradient(
     total = h * clip.to(h.dtype)
     if maximize:
         total = -total
-    if difference is not None:
+    if difference is not None and scale is not None:
         guided = total + difference * scale.to(h.dtype)
         # Selected, not multiplied away: nothing times an infinite difference would be NaN.
-        total = torch.where((scale == 0).to(total.device), total, guided)
+        total = torch.where(scale.eq(0).to(total.device), total, guided)
     return total
 
 
 def adam_(
-    params: TensorList,
+    params: Sequence[Tensor],
     grads: TensorList,
     replays: TensorList,
-    exp_avgs: TensorList,
-    exp_avg_sqs: TensorList,
-    max_exp_avg_sqs: TensorList,
+    exp_avgs: StateList,
+    exp_avg_sqs: StateList,
+    max_exp_avg_sqs: StateList,
     anchors: TensorList,
-    steps: TensorList,
+    steps: list[Any],
     distances: Tensor,
     coefficients: Tensor,
     flags: Tensor,
@@ -162,15 +164,16 @@ def adam_(
             draw=draw, place=entry(places, row),
         )  # fmt: skip
         distances[row] = -1.0
-        if look_ahead and anchors[row] is not None:
-            distances[row] = distance(param, anchors[row], entry(importances, row), importance)
+        anchor = anchors[row]
+        if look_ahead and anchor is not None:
+            distances[row] = distance(param, anchor, entry(importances, row), importance)
 
 
 def sgd_(
-    params: TensorList,
+    params: Sequence[Tensor],
     grads: TensorList,
     replays: TensorList,
-    momentum_buffers: TensorList,
+    momentum_buffers: StateList,
     anchors: TensorList,
     distances: Tensor,
     coefficients: Tensor,
@@ -253,8 +256,9 @@ def sgd_(
             seed=seed, draw=draw, place=entry(places, row),
         )  # fmt: skip
         distances[row] = -1.0
-        if look_ahead and anchors[row] is not None:
-            distances[row] = distance(param, anchors[row], entry(importances, row), importance)
+        anchor = anchors[row]
+        if look_ahead and anchor is not None:
+            distances[row] = distance(param, anchor, entry(importances, row), importance)
 
 
 def store(
@@ -301,8 +305,8 @@ def store(
 
 
 def guide_(
-    params: TensorList,
-    grads: TensorList,
+    params: Sequence[Tensor],
+    grads: StateList,
     replays: TensorList,
     anchors: TensorList,
     coefficients: Tensor,

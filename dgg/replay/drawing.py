@@ -60,9 +60,10 @@ def choose(
 ) -> tuple[list[Any], int]:
     """Copies of `per_task` examples of a data set, or of all, and how many examples it has."""
     if indexed:
-        seen = len(dataset)
+        rows: Any = dataset  # with a length and indices
+        seen = len(rows)
         places = draws.rng.sample(range(seen), min(per_task, seen))
-        return [copied(dataset[k]) for k in places], seen
+        return [copied(rows[k]) for k in places], seen
     kept: list[Any] = []
     seen = 0
     for example in dataset:

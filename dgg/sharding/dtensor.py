@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+
+# A tensor, or what may be None.
+_Part = TypeVar("_Part", Tensor, Tensor | None)
 
 
 class Place(NamedTuple):
@@ -37,11 +40,7 @@ def is_dtensor(x: object) -> TypeIs[DTensor]:
     return hasattr(x, "device_mesh") and hasattr(x, "placements")
 
 
-@overload
-def local(x: Tensor) -> Tensor: ...
-@overload
-def local(x: Tensor | None) -> Tensor | None: ...
-def local(x: Tensor | None) -> Tensor | None:
+def local(x: _Part) -> _Part:
     """Returns the local shard of a DTensor, any other tensor as it is."""
     # Not to_local(), which makes a new tensor and a node of the graph.
     return x._local_tensor if is_dtensor(x) else x
@@ -142,7 +141,8 @@ def _interleaved(param: DTensor) -> bool:
         pieces = getattr(placement, "split_factor", 1)
         if pieces > 1:
             later = range(d + 1, len(param.placements))
-            same = [i for i in later if getattr(param.placements[i], "dim", None) == placement.dim]
+            dims = [getattr(other, "dim", None) for other in param.placements]
+            same = [i for i in later if dims[i] == dims[d]]
             if math.prod(param.device_mesh.size(i) for i in same) != pieces:
                 return True
     return False

@@ -109,7 +109,7 @@ class RowCache:
             parts.setdefault((params[i].device, backend), []).append(i)
         for (_, backend), places in parts.items():
             entries = [states[i] or {} for i in places]
-            columns = {
+            columns: dict[str, Any] = {
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
                 if name != "importance" or self._weighted
@@ -167,7 +167,8 @@ class RowCache:
                 return False
             places = self._places[0]
             replays = replays if places is None else [replays[i] for i in places]
-        return self.all_rows[0].take_native_gradients(replays, elementwise=elementwise)
+        rows: Any = self.all_rows[0]  # `TableRows`
+        return rows.take_native_gradients(replays, elementwise=elementwise)
 
     def take_gradients(
         self, grads: Sequence[Tensor | None], replays: Sequence[Tensor | None], *, elementwise: bool
@@ -287,7 +288,7 @@ def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
         or not cache.take_native_gradients(opt, groups, decision.replays, elementwise=elementwise)
     ):
         cache = _take_one_by_one(opt, decision, elementwise)
-    if decision.skipped:
+    if decision.skipped or cache is None:
         return []
     for rows in cache.all_rows:
         rows.use_options(decision.options)
@@ -306,14 +307,14 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     valid = cache is not None and cache.valid(opt, groups, params, grads, replays)
     if not valid or opt._partial:
         grads, replays = _with_sums(opt, params, grads, replays)
-    if not valid or cache.unchecked:
+    if cache is None or not valid or cache.unchecked:
         checks.check_step(opt, params, grads, replays)
     if params and backends.capturing(params[0].device):
         # Before state is made, which would become part of the graph.
         checks.check_capture(opt, params[0].device, valid)
     if decision.skipped:
         return None
-    if not valid:
+    if cache is None or not valid:
         cache = _remake(opt, params, grads, replays)
     try:
         cache.take_gradients(grads, replays, elementwise=elementwise)

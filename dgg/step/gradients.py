@@ -61,10 +61,11 @@ class ReplaySlot:
                 "leave the block before the step"
             )
 
-    def exchange(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def exchange(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Puts other tensors in place of the replay gradients of ``params``."""
         for p, grad in zip(params, grads, strict=True):
-            self._grads[id(p)] = (p, grad)
+            if grad is not None:
+                self._grads[id(p)] = (p, grad)
         self._recorded = [], []
 
     def clear(self) -> None:

@@ -34,7 +34,7 @@ class Options:
         # value could change and stay the same object.
         self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
 
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    def read(self, groups: Sequence[dict[str, Any]]) -> Mapping[str, Any]:
         """Returns the first group as the source of the optimizer-wide options.
 
         Raises:
@@ -81,7 +81,7 @@ class Options:
             read = operator.itemgetter(*options)
             self._known.append((list(group), read, tuple(options.values())))
 
-    def _read_draws(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def _read_draws(self, groups: Sequence[dict[str, Any]]) -> None:
         for number, group in enumerate(groups):
             _arguments.check_options({"draw_index": group["draw_index"]})
             _arguments.check_agreement(number, {"draw_index": group["draw_index"]}, groups[0])
