@@ -101,6 +101,7 @@ def place(
         mark["importance_mean"] = mean
     opt._ownership.note_anchors(marks, anchored=True)
     opt._awaits_load = False
+    opt._journal.begin_task()
     if moved:  # otherwise the anchors' versions tell the next step to measure anew
         opt._reset_caches()
 
@@ -121,6 +122,7 @@ def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]
         mark["anchored"], mark["importance_mean"] = 0, 0.0
     opt._ownership.note_anchors(marks, anchored=False)
     opt._awaits_load = False
+    opt._journal.begin_task()
     opt._reset_caches()
 
 
@@ -201,6 +203,7 @@ def plan_anchors(
             )
     stepped = [weights(p) for p in params]
     dtypes = [anchor.storage_dtype(x, dtype, y) for x, y in zip(stepped, labels, strict=True)]
+    sources: Sequence[Tensor | anchor.Part]
     if tensors is None:
         sources = stepped
         for p, theta, label, wanted in zip(params, stepped, labels, dtypes, strict=True):
@@ -214,22 +217,24 @@ def plan_anchors(
     present: dict[Tensor, Tensor] = {}
     for p, theta, wanted in zip(params, stepped, dtypes, strict=True):
         old = anchors.get(p)
-        fits = old is not None and old.dtype == wanted and old.shape == p.shape
+        if old is None or old.dtype != wanted or old.shape != p.shape:
+            continue
         # Somebody may have put the weights themselves there.
-        if fits and not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
+        if not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
             present[p] = old
     dtype_of = {p: wanted for p, wanted in zip(params, dtypes, strict=True) if p not in present}
     fresh = anchor.allocate_all([*dtype_of], [*dtype_of.values()], device)
     targets = present | dict(zip(dtype_of, fresh, strict=True))
-    plan = []
+    plan: Plan = []
     for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
+        values: Any = source  # or None: they are in the target already
         if isinstance(source, anchor.Part):
-            values = source.read()
-            anchor.check_values(values, label, wanted)
+            read = source.read()
+            anchor.check_values(read, label, wanted)
             if p not in present:
-                sharding.local(targets[p]).copy_(values)
-                source = None
-        plan.append((p, source, targets[p]))
+                sharding.local(targets[p]).copy_(read)
+                values = None
+        plan.append((p, values, targets[p]))
     return plan
 
 

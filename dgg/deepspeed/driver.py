@@ -95,7 +95,7 @@ class _FragmentRows(RowCache):
                 continue  # all padding
             entry, fragments = entry or {}, partition.fragments
             members = [partition.members[f.member] for f in fragments]
-            columns: dict[str, list] = {"anchors": [None] * len(members)}
+            columns: dict[str, Any] = {"anchors": [None] * len(members)}
             for name, column in opt._rule.columns.items():
                 if name == "importance" and not self._weighted:
                     continue
@@ -198,14 +198,15 @@ class Driver:
         """Returns the decision of the engine step; its first call makes it."""
         self._look_at_partitions(opt)
         number_of = {id(p.tensor): number for number, p in enumerate(self.partitions)}
-        self._called = [
+        called = [
             number_of.get(id(p))
             for group in opt.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
         kind = type(self.zero_optimizer).__name__
-        if None in self._called or not self._called:
+        self._called = [number for number in called if number is not None]
+        if len(self._called) < len(called) or not called:
             raise RuntimeError(
                 f"{kind} asks to step a tensor that is none of its partitions: "
                 "either the optimizer was handed to a second engine (build a new one for every "
@@ -299,7 +300,7 @@ class Driver:
 
     def _measure(self, opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
         rows_of = dict(zip(self._stepped, all_rows, strict=True))
-        of_all_rows = []
+        of_all_rows: list[Any] = []
         for number in self._called:
             rows = rows_of.get(number)
             coefficients = self._coefficients_of(decision, number, rows)
@@ -361,7 +362,7 @@ class Driver:
         if coefficients is None:
             coefficients = torch.ones(reference.SCALES + 1, dtype=torch.float64, device=device)
         backend = backends.choose(opt._settings.backend, device)
-        opt._last = norms.record(decision, device, backend, flags, coefficients, None)
+        norms.keep(opt, norms.record(decision, device, backend, flags, coefficients, None))
         self._decision = None
 
     def _abandon(self, opt) -> None:

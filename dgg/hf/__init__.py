@@ -15,6 +15,7 @@ and reports. Importing this module imports transformers; ``import dgg`` does not
 """
 
 from dgg.hf.callback import GuidanceCallback, is_active
+from dgg.hf.every_trainer import install
 from dgg.hf.replay_trainer import ReplayTrainer, with_replay
 
-__all__ = ["GuidanceCallback", "ReplayTrainer", "is_active", "with_replay"]
+__all__ = ["GuidanceCallback", "ReplayTrainer", "install", "is_active", "with_replay"]

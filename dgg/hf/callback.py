@@ -9,12 +9,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgg import _arguments, _callers, backends, optim
+from dgg import _arguments, _callers, optim
+from dgg._literals import Alphas, TensorsOrPath
 from dgg.hf import importance as importances
+from dgg.optim import summary
+from dgg.step.journal import Reader
 
 try:
     from transformers import TrainerCallback
@@ -81,10 +83,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        alpha: float | str | Sequence[float | str] | Mapping[int, float | str] | None = None, *,
-        task: int | None = None, anchor: Mapping[str, Tensor] | str | os.PathLike | None = None,
-        guide_first_task: bool = False,
-        importance: Mapping[str, Tensor] | str | os.PathLike | None = None,
+        alpha: Alphas | None = None, *, task: int | None = None,
+        anchor: TensorsOrPath | None = None, guide_first_task: bool = False,
+        importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
         importances.check(importance)
         self.alpha = _checked_alpha(alpha)
@@ -105,7 +106,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._task: int | None = None
         self._guided = self._running = self._stepped = False
         self._origin = ""
-        self._window = _Window()
+        self._read: Reader | None = None  # of the optimizer's journal, from the training's begin on
         # By weak references, so that the adapters of former tasks are freed.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -119,7 +120,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             # Under DeepSpeed the optimizer has flat partitions instead of the model's parameters.
             self._check_parameters(opt, model)
         _warn_of_ignored_lr(args, opt)
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved_states: Any = state.stateful_callbacks
+        saved = saved_states.get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[0]
         if state.global_step > 0:
@@ -128,8 +130,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             self._begin(opt, model)
         # The Trainer updates this entry when it saves. Checkpoints that were written without this
         # callback do not have it.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._running, self._stepped, self._window = True, False, _Window()
+        saved_states.setdefault(type(self).__name__, self.state())
+        self._running, self._stepped, self._read = True, False, Reader(opt._journal)
         _stand_before_loggers(self)
 
     def _begin(self, opt, model: nn.Module) -> None:
@@ -215,12 +217,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         core = _core(kwargs["model"])
         opt, writes = _unwrap(kwargs["optimizer"]), state.is_world_process_zero
         importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
-        _tasks_done[core] = max(self._task + 1, _tasks_done.get(core, 0))
+        done = 0 if self._task is None else self._task + 1
+        _tasks_done[core] = max(done, _tasks_done.get(core, 0))
 
     def _upcoming(self, model: nn.Module) -> int:
         if self.first_task is not None:
             return self.first_task
-        if self._running:
+        if self._running and self._task is not None:
             return self._task
         upcoming = 0 if self._task is None else self._task + 1
         return max(upcoming, _tasks_done.get(_core(model), 0))
@@ -289,104 +292,32 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     # -- logging --------------------------------------------------------------------------------
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Keeps the step's statistics, on the device; says once what is at work."""
-        opt = _unwrap(kwargs["optimizer"])
-        self._window.add(opt.guidance_stats())
+        """Says once what is at work."""
         if not self._stepped:
             self._stepped = True
             if state.is_world_process_zero:
-                logger.info("%s", self._describe(opt))
+                logger.info("%s", self._describe(_unwrap(kwargs["optimizer"])))
 
     def _describe(self, opt) -> str:
-        pieces = "tensors" if opt._deepspeed_driver() is None else "partitions of this rank"
-        # From the ownership, since DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
-        members = opt._ownership.tensors(opt.param_groups)
-        devices = {p.device for params in members for p in params}
-        names = sorted({backends.choose(opt._settings.backend, device) for device in devices})
-        text = f"dgg.{type(opt).__name__} (backend {', '.join(names)}), task {self._task}: "
+        text = summary.head(opt)
         if not self._guided:
-            return text + "not guided, there is no former task to protect"
-        anchors = [s["anchor"] for s in opt.state.values() if "anchor" in s]
-        size = sum(a.numel() * a.element_size() for a in anchors) / 2**20
-        alphas = sorted({_shown_alpha(group["alpha"]) for group in opt.param_groups})
-        return text + (
-            f"alpha {', '.join(alphas)}, anchor of {len(anchors)} {pieces} "
-            f"({size:.1f} MiB): {self._origin}"
-        )
+            return f"{text}; task {self._task}: not guided, there is no former task to protect"
+        return f"{text}; task {self._task}, anchor: {self._origin}"
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Adds the guidance to an entry of the training (not to one of an evaluation)."""
-        if logs is None or not ("loss" in logs or "train_loss" in logs):
+        if logs is None or self._read is None or not ("loss" in logs or "train_loss" in logs):
             return
-        values = self._window.totals() if "train_loss" in logs else self._window.means()
-        if not values:
+        means = self._read.totals() if "train_loss" in logs else self._read.means()
+        if not means:
             return
+        values: dict[str, Any] = {f"guidance/{name}": value for name, value in means.items()}
         values["guidance/task"] = self._task
         logs.update(values)
         # The Trainer has put a copy into its history before it calls the callbacks.
         history = state.log_history
         if history and history[-1].get("step") == state.global_step:
             history[-1].update(values)
-
-
-class _Window:
-    """Means of the steps' statistics; reading them is the only synchronisation."""
-
-    # Steps after which statistics are summed on the device. Without logging, an epoch would
-    # otherwise keep the tensors of all its steps.
-    _FOLD = 64
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Tensor | None]] = []
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._totals: dict[str, tuple[float, int]] = {}
-
-    def add(self, stats: dict[str, Tensor | None]) -> None:
-        """Adds one step's statistics."""
-        self._rows.append(stats)
-        if len(self._rows) >= self._FOLD:
-            self._fold()
-
-    def _fold(self) -> None:
-        for name in ("injected", "scale", "grad_norm", "distance", "clip", "alignment", "pull"):
-            values = [x.float().mean() for row in self._rows if (x := row.get(name)) is not None]
-            if values:
-                total, count = torch.stack(values).sum(), len(values)
-                if name in self._sums:
-                    total, count = self._sums[name][0] + total, self._sums[name][1] + count
-                self._sums[name] = total, count
-        self._rows.clear()
-
-    def means(self) -> dict[str, float]:
-        """Returns the means of the steps since the last call; empty if there were none."""
-        return self._means(self._drain())
-
-    def totals(self) -> dict[str, float]:
-        """Returns the means of all steps."""
-        self._drain()
-        return self._means(self._totals)
-
-    def _drain(self) -> dict[str, tuple[float, int]]:
-        self._fold()
-        if not self._sums:
-            return {}
-        numbers = torch.stack([total for total, _ in self._sums.values()]).tolist()
-        counts = [count for _, count in self._sums.values()]
-        sums = dict(zip(self._sums, zip(numbers, counts, strict=True), strict=True))
-        self._sums.clear()
-        for name, (number, count) in sums.items():
-            total, steps = self._totals.get(name, (0.0, 0))
-            self._totals[name] = (total + number, steps + count)
-        return sums
-
-    @staticmethod
-    def _means(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
-        means = {f"guidance/{name}": total / count for name, (total, count) in sums.items()}
-        # s is 0 on the steps that inject nothing; its mean is over the steps that inject.
-        scale = means.pop("guidance/scale", 0.0)
-        if means.get("guidance/injected"):
-            means["guidance/scale"] = scale / means["guidance/injected"]
-        return means
 
 
 def is_active(trainer) -> bool:
@@ -443,18 +374,15 @@ def _checked_number(alpha: Any) -> float | str:
     return alpha if isinstance(alpha, str) else float(alpha)
 
 
-def _shown_alpha(alpha: Any) -> str:
-    return alpha if isinstance(alpha, str) else f"{float(alpha):g}"
-
-
 def _anchored(opt) -> int:
     return sum(group["anchored"] for group in opt.param_groups)
 
 
 def _core(model: nn.Module) -> nn.Module:
     # The model inside peft's wrapper: it outlives merge_and_unload and a second get_peft_model.
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    inner: Any = getattr(model, "get_base_model", None)
+    core: Any = inner() if callable(inner) else model
+    return core
 
 
 def _shown(names: Sequence[str], most: int = 6) -> str:

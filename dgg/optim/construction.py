@@ -12,6 +12,7 @@ from dgg.sharding import zero_redundancy
 from dgg.step.checks import Warned
 from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
+from dgg.step.journal import Journal
 from dgg.step.settings import FORMER_NAMES, check_kernels, settings_in, take_settings
 
 
@@ -82,6 +83,7 @@ def start_without_caches(opt) -> None:
     # addresses alone. Each entry begins with its cache of rows.
     opt.__dict__.setdefault("_captured", [])
     opt.__dict__.setdefault("_warned", Warned())
+    opt.__dict__.setdefault("_journal", Journal())
 
 
 def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]], None]) -> None:

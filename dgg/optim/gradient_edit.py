@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _take_native_gradients(opt, groups, elementwise: bool) -> bool:
     return False
 
 
-def _measure(opt, decision: Decision, all_rows: list[backends.Rows]) -> list[Tensor]:
+def _measure(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> Sequence[Tensor]:
     """Draws and measures; decides whether the step changes any gradient."""
     for rows in all_rows:
         rows.use_options(decision.options)
@@ -139,7 +139,8 @@ def _finish(opt, decision: Decision, all_rows, coefficients) -> None:
         opt.optimizer.grad_scale = None
     finish(opt, decision, all_rows, coefficients)
     if decision.skipped:
-        opt._last = norms.record_skipped(opt.optimizer.param_groups[0]["params"][0].device)
+        device = opt.optimizer.param_groups[0]["params"][0].device
+        norms.keep(opt, norms.record_skipped(device))
 
 
 EDIT = Verbs(_decide, _take_gradients, _measure, _finish, abandon)

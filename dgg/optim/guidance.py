@@ -20,17 +20,18 @@ from dgg.anchor import importance as importances
 from dgg.checkpoint import source
 from dgg.optim.gradient_edit import EDIT, GuideRule
 from dgg.optim.signatures import listed
-from dgg.step import norms
+from dgg.optim.summary import Reporting
 from dgg.step.cache import RowCache
 from dgg.step.checks import Warned
 from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
+from dgg.step.journal import Journal
 from dgg.step.run import run
 from dgg.step.settings import Settings
 
 
 @listed
-class Guidance:
+class Guidance(Reporting):
     """Guides any other optimizer: a step pre-hook that edits ``.grad`` in one pass.
 
     Works with any `torch.optim.Optimizer` (Muon, bitsandbytes, torchao, Adafactor, ...). Before
@@ -131,6 +132,7 @@ class Guidance:
         self._draws, self._replay, self._warned = Draws(), ReplaySlot(), Warned()
         self._cache: RowCache | None = None
         self._last: dict[str, Any] | None = None
+        self._journal = Journal()
         self._resumed: int | None = None
         self._named: int | None = None
         vars(optimizer)["_dgg_guided"] = True
@@ -202,6 +204,10 @@ class Guidance:
             group.update({name: mark[name] for name in ("task_index", "importance_mean")})
         self._named = task
 
+    @property
+    def _shown(self) -> str:
+        return f"Guidance({type(self.optimizer).__name__})"
+
     def _count_anchors(self) -> int:
         return sum("anchor" in entry for entry in self.state.values())
 
@@ -226,10 +232,6 @@ class Guidance:
     def clear_replay(self) -> None:
         """Drops the replay gradients that wait for a step; see `dgg.AdamW.clear_replay`."""
         self._replay.clear()
-
-    def guidance_stats(self) -> norms.Statistics:
-        """Returns what the last step did, as device tensors; see `dgg.AdamW.guidance_stats`."""
-        return norms.statistics(self._last, self._count_anchors())
 
     def remove(self) -> None:
         """Takes the hook off the optimizer; the anchor is dropped."""

@@ -23,11 +23,12 @@ from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
 from dgg.optim.signatures import listed
 from dgg.optim.stepped import Stepped
-from dgg.step import norms, state
+from dgg.optim.summary import Reporting
+from dgg.step import state
 
 
 @listed
-class Guided(Stepped):
+class Guided(Reporting, Stepped):
     """What the guided optimizers share; stands before the torch.optim class in their bases."""
 
     # -- checkpoints ----------------------------------------------------------------------------
@@ -327,22 +328,6 @@ class Guided(Stepped):
         """
         super().zero_grad(set_to_none)
         self._replay.zero_grad()
-
-    @imitable
-    def guidance_stats(self) -> norms.Statistics:
-        """Returns what the last step did, as tensors on the device: no synchronisation.
-
-        Returns:
-            ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
-            strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
-            ``distance`` (‖u‖: ‖θ - θ*‖ without importance) and ``clip`` (c); None for what that
-            step had no need to measure. With ``alpha="auto"`` also ``alignment`` (⟨h, r⟩ / ‖h‖ ‖r‖,
-            negative where a step would undo the former tasks) and ``pull`` (a ‖u‖ / ‖h‖), and
-            ``grad_norm`` is ‖h‖. ``anchored`` (int64: how many parameters have an anchor; 0 means
-            that nothing can be guided yet) and ``guided`` (int64: how many were pulled; 0 where
-            nothing was drawn). The attribute ``backend`` is the name of the step's backend.
-        """
-        return norms.statistics(self._last, sum(group["anchored"] for group in self.param_groups))
 
     @property
     @imitable

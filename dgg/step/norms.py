@@ -62,13 +62,17 @@ def coefficients(
     bound = None if bound is None else float(bound)
     settings = {"max_grad_norm": bound, "scaling": options["scaling"], "per_tensor": per_tensor}
     weight = float(options["replay_weight"])
-    arguments = {"replay_weight": weight, "scaling": decision.scaling, "which": which}
-    gates = [None] * len(all_rows) if gates is None else gates
+    arguments: dict[str, Any] = {
+        "replay_weight": weight,
+        "scaling": decision.scaling,
+        "which": which,
+    }
+    gate_of = [None] * len(all_rows) if gates is None else gates
     with _ranges.record("dgg.norm"):
         if len(all_rows) == 1 and all_rows[0].reduction is None:
-            return [all_rows[0].measure(settings, gate=gates[0], **arguments)]
+            return [all_rows[0].measure(settings, gate=gate_of[0], **arguments)]
         squares = [
-            rows.norms(gate=gate, **arguments) for rows, gate in zip(all_rows, gates, strict=True)
+            rows.norms(gate=gate, **arguments) for rows, gate in zip(all_rows, gate_of, strict=True)
         ]
     for part, rows in zip(squares, all_rows, strict=True):
         if rows.reduction is not None:
@@ -93,7 +97,7 @@ def _guard_coefficients(decision: Decision, all_rows: Sequence[backends.Rows]) -
         "max_grad_norm": None if bound is None else float(bound), "per_tensor": per_tensor,
         "maximize": decision.ascends,
     }  # fmt: skip
-    arguments = {
+    arguments: dict[str, Any] = {
         "replay_weight": float(options["replay_weight"]), "scaling": decision.scaling
     }  # fmt: skip
     all_flags = [
@@ -171,6 +175,8 @@ def record(
         active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
     """
     options = decision.options
+    if flags is not None and options["granularity"] == "tensor":
+        flags = flags.clone()  # the next draw but one comes into the same place
     return {
         "flags": flags, "coefficients": coefficients, "active": active, "device": device,
         "backend": backend, "found_inf": decision.scaling.found_inf,
@@ -184,6 +190,19 @@ def record(
 def record_skipped(device: torch.device) -> dict[str, Any]:
     """Returns the record of a step that changed nothing."""
     return {"flags": None, "coefficients": None, "device": device}
+
+
+def keep(opt, record: dict[str, Any], *, captured: bool = False) -> None:
+    """Keeps a step's record for the statistics, and counts it.
+
+    Args:
+        opt: The optimizer.
+        record: From `record` or `record_skipped`.
+        captured: The step is being captured; its replays are not seen from here.
+    """
+    opt._last = record
+    if not captured:
+        opt._journal.add(record)
 
 
 def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
@@ -208,6 +227,9 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
             guided = guided & backends.without_waiting(last["active"], guided.device)
         if last.get("found_inf") is not None:
             guided = guided & last["found_inf"].eq(0).all()
+        if last["alignment_and_pull"] is not None:  # drawn at every step, often of length 0
+            scales = coefficients[reference.SCALES :]
+            guided = guided & (scales if last["per_tensor"] else scales[:1]).ne(0)
         stats["injected"], stats["guided"] = guided.any(), guided.sum()
     stats["scale"] = zero
     if coefficients is None:

@@ -50,7 +50,7 @@ def run(opt, verbs: Verbs) -> None:
                 for rows, flags, c_and_s in zip(
                     all_rows, decision.flags, coefficients, strict=True
                 ):
-                    arguments = (
+                    arguments: tuple[Any, ...] = (
                         c_and_s, rule.final_flags(rows, flags), decision.hyper, decision.draw,
                         decision.scaling,
                     )  # fmt: skip
@@ -80,11 +80,11 @@ def finish(
         # A captured step has flags always; if none can inject, they say nothing.
         rows, flags = all_rows[0], decision.flags[0] if decision.injecting else None
         active = None if flags is None else rows.active
-        opt._last = norms.record(
-            decision, rows.device, rows.backend, flags, coefficients[0], active
-        )
+        record = norms.record(decision, rows.device, rows.backend, flags, coefficients[0], active)
+        captured = opt._settings.capturable and backends.capturing(rows.device)
+        norms.keep(opt, record, captured=captured)
     elif params := decision.groups[0].get("params"):
-        opt._last = norms.record_skipped(params[0].device)
+        norms.keep(opt, norms.record_skipped(params[0].device))
     opt._replay.clear()
 
 
@@ -100,6 +100,7 @@ def measure_on_device(
     """Draws and measures as `norms.measure` does, but on the device, so that a graph can replay."""
     if not all_rows:
         return ()
+    rows: Any  # `LaunchedRows`
     (rows,) = all_rows
     index = draws.index_on(opt, rows.device)
     if backends.capturing(rows.device):

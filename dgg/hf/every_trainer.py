@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One line that guides every Trainer of a process, for frameworks that make their Trainer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+
+from dgg import optim
+from dgg._literals import Alphas
+from dgg.hf.callback import GuidanceCallback
+
+TASK_VARIABLE = "DGG_TASK"
+# What a Trainer is told to take where dgg's optimizer stands in for it.
+_REPLACED = ("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adamw_torch_xla", "sgd")
+# What is written to in them has no type that would allow it.
+_TRAINER: Any = transformers.Trainer
+_CALLBACKS: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
+
+_installed: Installed | None = None
+
+
+class Installed:
+    """What `install` has put into transformers; `remove` takes it out again.
+
+    Attributes:
+        callback: The `GuidanceCallback` of every Trainer.
+    """
+
+    def __init__(self, optimizer: type, options: dict[str, Any], callback: GuidanceCallback):
+        self.callback = callback
+        self._optimizer, self._options = optimizer, options
+        self._former = vars(transformers.Trainer)["get_optimizer_cls_and_kwargs"]
+        _TRAINER.get_optimizer_cls_and_kwargs = staticmethod(self._choice)
+        _CALLBACKS.append(callback)
+
+    def _choice(self, args: transformers.TrainingArguments, model: Any = None) -> tuple[type, dict]:
+        """Returns class and arguments of the optimizer, as the Trainer's own function does."""
+        name = str(getattr(args.optim, "value", args.optim))
+        if name not in _REPLACED:
+            raise ValueError(
+                f"optim={name!r} of the training's arguments is not in force: dgg.hf.install() has "
+                f"put dgg.{self._optimizer.__name__} in its place. Set optim='adamw_torch', or "
+                "give this Trainer another optimizer in its own arguments"
+            )
+        if args.optim_args:
+            raise ValueError(
+                f"optim_args={args.optim_args!r} is not read: pass dgg.hf.install() the arguments "
+                "of the optimizer"
+            )
+        options: dict[str, Any] = {"lr": args.learning_rate}
+        if not issubclass(self._optimizer, torch.optim.SGD):
+            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return self._optimizer, options | self._options
+
+    def remove(self) -> None:
+        """Gives back the Trainers that are made from here on what they had before."""
+        global _installed
+        if _installed is self:
+            _installed = None
+            _TRAINER.get_optimizer_cls_and_kwargs = self._former
+            _CALLBACKS.remove(self.callback)
+
+
+def install(
+    alpha: Alphas = 0.2, *,
+    task: int | None = None, anchor: Any = None, optimizer: type = optim.AdamW, **options: Any,
+) -> Installed:  # fmt: skip
+    """Gives every Trainer that is made from here on a dgg optimizer and a `GuidanceCallback`.
+
+    For frameworks that make a Trainer out of a configuration (LLaMA-Factory, ms-swift, axolotl) and
+    for scripts that are not to be changed: call it before they make their Trainer, in every
+    process. Learning rate, betas and eps come from the training's arguments, weight decay too.
+    Trainers that are given an optimizer of their own keep it; the callback then stops the training
+    if it is none of dgg's. A second call takes the place of the first.
+
+    Args:
+        alpha: As in `GuidanceCallback`: for all tasks, or by task.
+        task: Number of the task that this process trains, from 0. None takes the environment
+            variable ``DGG_TASK``; without it tasks are counted, a call of ``train()`` each.
+        anchor: As in `GuidanceCallback`: where the former task's weights are, if a process
+            does not begin with them.
+        optimizer: `dgg.AdamW`, `dgg.Adam` or `dgg.SGD`.
+        options: Further arguments of the optimizer, such as ``importance=0.5``; they win over
+            those of the training.
+
+    Returns:
+        A handle: ``.remove()`` undoes it.
+
+    Raises:
+        TypeError: The optimizer is none of dgg's or does not know an argument.
+        ValueError: An argument is out of range, or ``DGG_TASK`` is no number. Nothing is changed.
+
+    Example:
+        >>> dgg.hf.install(alpha=0.2, task=3)
+        >>> llamafactory.train.tuner.run_exp(config)
+    """
+    global _installed
+    known = (optim.AdamW, optim.Adam, optim.SGD)
+    if not (isinstance(optimizer, type) and issubclass(optimizer, known)):
+        raise TypeError(f"optimizer={optimizer!r} must be dgg.AdamW, dgg.Adam or dgg.SGD")
+    if "params" in options:
+        raise TypeError("params are those of the Trainer's model; leave them out")
+    optimizer([torch.nn.Parameter(torch.zeros(1))], **{"lr": 1e-3, **options})
+    if task is None and TASK_VARIABLE in os.environ:
+        value = os.environ[TASK_VARIABLE]
+        if not value.isascii() or not value.isdigit():
+            raise ValueError(f"{TASK_VARIABLE}={value!r} must be the number of the task, from 0")
+        task = int(value)
+    callback = GuidanceCallback(alpha, task=task, anchor=anchor)
+    if _installed is not None:
+        _installed.remove()
+    _installed = Installed(optimizer, options, callback)
+    return _installed

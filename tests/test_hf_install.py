@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`dgg.hf.install`: every Trainer of the process is guided, with its own arguments in force."""
+
+import pytest
+import torch
+
+import dgg
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture
+def install(monkeypatch):
+    monkeypatch.delenv("DGG_TASK", raising=False)
+    made = []
+
+    def make(*args, **options):
+        made.append(dgg.hf.install(*args, **options))
+        return made[-1]
+
+    yield make
+    for handle in made:
+        handle.remove()
+
+
+def model():
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def trainer(tmp_path, net, **arguments):
+    """A Trainer as a framework makes it: no optimizer, no callback."""
+    rows = [{"input_ids": torch.tensor([1, 2 + k % 8]), "labels": k % 2} for k in range(32)]
+    arguments = {"learning_rate": 3e-3, "max_steps": 4, "logging_steps": 1, **arguments}
+    return transformers.Trainer(
+        net,
+        transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=rows,
+    )  # fmt: skip
+
+
+def test_every_trainer_is_guided(install, tmp_path):
+    handle, net = install(alpha=1.0, importance=0.5), model()
+    for number in range(2):
+        made = trainer(tmp_path / str(number), net, adam_beta2=0.95, weight_decay=0.1)
+        before = [p.detach().clone() for p in net.parameters()]
+        made.train()
+        opt = dgg.unwrap(made.optimizer)
+        assert type(opt) is dgg.AdamW
+        assert dgg.hf.is_active(made) == (number == 1)
+        groups = opt.param_groups
+        assert {g["weight_decay"] for g in groups} == {0.1, 0.0}
+        assert groups[0]["betas"] == (0.9, 0.95) and groups[0]["initial_lr"] == 3e-3
+        assert (groups[0]["importance"], groups[0]["task_index"]) == (0.5, number)
+        if number:
+            anchors = {p: opt.state[p]["anchor"] for p in net.parameters()}
+            for p, former in zip(net.parameters(), before, strict=True):
+                torch.testing.assert_close(anchors[p], former)
+            logs = [e for e in made.state.log_history if "guidance/injected" in e]
+            assert logs and all(e["guidance/injected"] == 1 for e in logs[1:])
+    assert sum(c is handle.callback for c in made.callback_handler.callbacks) == 1
+
+
+def test_task_from_the_environment(install, tmp_path, monkeypatch):
+    monkeypatch.setenv("DGG_TASK", "2")
+    install({2: 0.4})
+    made = trainer(tmp_path, model())
+    made.train()
+    (group, *_) = dgg.unwrap(made.optimizer).param_groups
+    assert (group["task_index"], group["alpha"]) == (2, 0.4) and dgg.hf.is_active(made)
+    # Said in the call, it does not depend on the environment.
+    install(0.3, task=1)
+    again = trainer(tmp_path, model())
+    again.train()
+    assert dgg.unwrap(again.optimizer).param_groups[0]["task_index"] == 1
+    # The second call took the place of the first.
+    guides = [c for c in again.callback_handler.callbacks if type(c).__name__ == "GuidanceCallback"]
+    assert len(guides) == 1
+
+
+def test_sgd_and_a_way_back(install, tmp_path):
+    former = transformers.Trainer.get_optimizer_cls_and_kwargs
+    callbacks = list(transformers.trainer.DEFAULT_CALLBACKS)
+    handle = install(0.2, optimizer=dgg.SGD, momentum=0.9)
+    made = trainer(tmp_path, model(), optim="sgd")
+    made.train()
+    assert type(dgg.unwrap(made.optimizer)) is dgg.SGD
+    handle.remove()
+    handle.remove()
+    assert transformers.Trainer.get_optimizer_cls_and_kwargs is former
+    assert transformers.trainer.DEFAULT_CALLBACKS == callbacks
+    made = trainer(tmp_path, model())
+    made.train()
+    assert isinstance(made.optimizer.optimizer, torch.optim.AdamW)
+    assert not isinstance(made.optimizer.optimizer, dgg.AdamW)
+
+
+def test_what_the_arguments_ask_for_is_never_ignored(install, tmp_path):
+    install(0.2)
+    with pytest.raises(ValueError, match="optim='adafactor' .* Set optim='adamw_torch'"):
+        trainer(tmp_path, model(), optim="adafactor").train()
+    with pytest.raises(ValueError, match="optim_args='x=1' is not read"):
+        trainer(tmp_path, model(), optim_args="x=1").train()
+    # An optimizer that a Trainer was given stays, and the callback says that it is not guided.
+    net = model()
+    made = trainer(tmp_path, net)
+    made.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="dgg"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"alpha": 20}, ValueError, "alpha"),
+        ({"optimizer": torch.optim.AdamW}, TypeError, "must be dgg.AdamW"),
+        ({"optimizer": "adamw"}, TypeError, "must be dgg.AdamW"),
+        ({"importnace": 0.5}, TypeError, "importnace"),
+        ({"importance": 7}, ValueError, "importance"),
+        ({"params": []}, TypeError, "leave them out"),
+        ({"task": -1}, ValueError, "task"),
+    ],
+)
+def test_errors_change_nothing(install, arguments, error, text):
+    former = transformers.Trainer.get_optimizer_cls_and_kwargs
+    callbacks = list(transformers.trainer.DEFAULT_CALLBACKS)
+    with pytest.raises(error, match=text):
+        install(**{"alpha": 0.2, **arguments})
+    assert transformers.Trainer.get_optimizer_cls_and_kwargs is former
+    assert transformers.trainer.DEFAULT_CALLBACKS == callbacks
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "", "1.5"])
+def test_a_task_that_is_no_number(install, monkeypatch, value):
+    monkeypatch.setenv("DGG_TASK", value)
+    with pytest.raises(ValueError, match="DGG_TASK=.* must be the number of the task"):
+        install(0.2)
