@@ -2,18 +2,21 @@
 """Types of options: the texts that each of them takes, and what several signatures share."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
 else:  # a torch without torch.distributed has none
     ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
 
 Alpha = float | Tensor | Literal["auto"]
+# One for all tasks, one for each of them in order, or by number.
+_Fixed = float | Literal["auto"]
+Alphas = _Fixed | Sequence[_Fixed] | Mapping[int, _Fixed]
 Backend = Literal["reference", "cpp", "triton"]
 Granularity = Literal["step", "tensor", "element"]
 MergeRule = Literal["mean", "fisher", "rows"]
