@@ -12,7 +12,7 @@ r"""Answers by `generate`, scores of answers, and the metrics of a run.
   the score is (1 + β²) P R / (R + β² P) with β = 1.2. Words are runs of ``\w``, in lower case.
 
 **Metrics** from R[i][j], the score on task j after training on task i of T (both from 0). MCITlib
-(arXiv 2508.07307) names them; each is one that dgg.metrics has by another name:
+(arXiv 2508.07307) names them; dgg.metrics has each by another name:
 
     MFT  mean finetune accuracy   1/T · Σ_j R[j][j]                          learning accuracy
     MFN  mean final accuracy      1/T · Σ_j R[T-1][j]                        FAA

@@ -35,7 +35,7 @@ PRESETS = {
     # In the order of ucit.json; that of the first task is not used.
     "ucit": Preset(rank=48, alpha="0.1,0.1,0.1,0.05,0.05,0.1", per_task=2000),
 }
-# What may differ between the processes of one run: it changes no result, or is about the machine.
+# What may differ between the processes of one run: it is about the machine, or has no effect.
 FREE = {
     "accumulate", "attention", "batch", "cpu", "deepspeed", "eval_batch", "fsdp2",
     "gradient_checkpointing", "images", "instructions", "logging_steps", "output", "preset",
@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
     test("--max-new-tokens", type=int, default=128)
 
     engine = made.add_argument_group("engines").add_argument
-    engine("--fsdp2", nargs="*", metavar="LAYER", help="shard the model; classes of its layers, "
-           "by default those that transformers does not split")  # fmt: skip
+    engine("--fsdp2", nargs="+", metavar="LAYER", help="shard the model; classes of its layers, as "
+           "LlamaDecoderLayer CLIPEncoderLayer")  # fmt: skip
     engine("--deepspeed", type=pathlib.Path, help="ZeRO 1 or 2: a file such as zero2.json")
     engine("--cpu", action="store_true", help="train on the CPU")
     return made
@@ -251,11 +251,12 @@ def settle(args: argparse.Namespace, names: list[str], *, writes: bool) -> None:
     """Writes the settings into the output folder, or compares them with those that are there.
 
     Raises:
-        RefusedError: The folder has a run with other settings.
+        RefusedError: The folder has a run with other settings, and something is trained in it.
     """
     ours = {n: value for n, value in vars(args).items() if n not in FREE} | {"names": names}
     path = args.output / "settings.json"
-    if path.is_file():
+    begun = [*args.output.glob("task-*/checkpoint-*"), *args.output.glob("task-*/trained.json")]
+    if begun and path.is_file():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         other = [
             f"--{n.replace('_', '-')} {theirs.get(n)} there, {ours.get(n)} here"

@@ -85,10 +85,8 @@ def trainer_arguments(args, folder: pathlib.Path) -> transformers.TrainingArgume
     engine = {}
     if args.fsdp2 is not None:
         # Every rank reads the weights itself, so that those of a test are whole as well.
-        sharding = {"version": 2, "cpu_ram_efficient_loading": False}
-        if args.fsdp2:
-            sharding["transformer_layer_cls_to_wrap"] = args.fsdp2
-        engine = {"fsdp": True, "fsdp_config": sharding}
+        layers = {"transformer_layer_cls_to_wrap": args.fsdp2, "cpu_ram_efficient_loading": False}
+        engine = {"fsdp": True, "fsdp_config": {"version": 2, **layers}}
     if args.cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         engine["ddp_backend"] = "gloo"
     if args.gradient_checkpointing:
