@@ -21,12 +21,13 @@ MADE := $(VENV)/.made-by-$(notdir $(PYTHON))
 RUN := $(VENV)/.requirements-run
 TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
+TYPES := $(VENV)/.requirements-types
 MUTATE := $(VENV)/.requirements-mutate
 BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow fuzz mutate sanitize lint format demo study bench bench-sharded \
+.PHONY: help venv build test test-slow fuzz mutate sanitize lint types format demo study bench bench-sharded \
   table gpu profile clean distclean
 
 help: ## this text
@@ -61,6 +62,9 @@ lint: $(LINT) ## check style and formatting
 	$(BIN)/ruff format --check
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 
+types: $(BUILT) $(TYPES) ## check the types, with mypy and pyright, of the package and of a script
+	$(BIN)/pytest -m "slow or not slow" tests/test_types.py $(ARGS)
+
 format: $(LINT) ## apply style and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -90,7 +94,7 @@ profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else 
 
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find dgg kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
@@ -114,6 +118,10 @@ $(TEST): $(RUN) requirements/test.txt requirements/deepspeed.txt
 
 $(MUTATE): $(TEST) requirements/mutate.txt
 	$(PIP) install -r requirements/mutate.txt
+	@touch $@
+
+$(TYPES): $(TEST) requirements/types.txt
+	$(PIP) install -r requirements/types.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt

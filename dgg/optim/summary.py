@@ -7,6 +7,7 @@ from typing import Any
 
 from dgg import backends
 from dgg._imitable import imitable
+from dgg.optim.signatures import listed
 from dgg.step import norms
 from dgg.step.journal import Journal
 
@@ -19,6 +20,7 @@ _MEANINGS = {
 }
 
 
+@listed
 class Reporting:
     """The methods of every optimizer, and of `dgg.Guidance`, that say what guidance did."""
 

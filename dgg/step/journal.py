@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dgg import backends, reference
 
-NAMES = ("injected", "scale", "grad_norm", "distance", "clip", "alignment", "pull")
+NAMES: tuple[str, ...] = ("injected", "scale", "grad_norm", "distance", "clip", "alignment", "pull")
 _INJECTED, _SCALE = NAMES.index("injected"), NAMES.index("scale")
 
 

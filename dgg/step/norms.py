@@ -62,11 +62,8 @@ def coefficients(
     bound = None if bound is None else float(bound)
     settings = {"max_grad_norm": bound, "scaling": options["scaling"], "per_tensor": per_tensor}
     weight = float(options["replay_weight"])
-    arguments: dict[str, Any] = {
-        "replay_weight": weight,
-        "scaling": decision.scaling,
-        "which": which,
-    }
+    scaling = decision.scaling
+    arguments: dict[str, Any] = {"replay_weight": weight, "scaling": scaling, "which": which}
     gate_of = [None] * len(all_rows) if gates is None else gates
     with _ranges.record("dgg.norm"):
         if len(all_rows) == 1 and all_rows[0].reduction is None:
@@ -139,7 +136,7 @@ _STATISTICS = (
 )  # fmt: skip
 
 
-class Statistics(dict):
+class Statistics(dict[str, Any]):
     """What a step did: tensors or None by name, which a logger takes as they are.
 
     Attributes:
