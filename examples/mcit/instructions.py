@@ -185,6 +185,23 @@ def _captions(path: pathlib.Path) -> dict[str, list[str]]:
     return found
 
 
+def check(trained: Sequence[Task], tested: Sequence[Task], images: pathlib.Path) -> None:
+    """Reads all files of these tasks and looks for the first image of each.
+
+    Raises:
+        RefusedError: Something is missing or in another format.
+    """
+    read = [(task.train, read_training(task)) for task in trained]
+    read += [(task.test, read_test(task)) for task in tested]
+    for file, rows in read:
+        for path in next((row["images"] for row in rows if row["images"]), []):
+            if not (images / path).is_file():
+                raise RefusedError(
+                    f"{file} has the image {path}, and {images / path} does not exist: --images "
+                    'names the folder of the images, and "images" of a task one within it'
+                )
+
+
 class Batches:
     """Makes batches of examples: for training with labels, for testing with prompts alone.
 

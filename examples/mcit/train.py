@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> None:
         raise RefusedError(f"--task {args.task}: --tasks {args.tasks} has 0 to {len(tasks) - 1}")
     settings.alpha_of(args, 0, len(tasks))
     settings.settle(args, [t.name for t in tasks], writes=os.environ.get("RANK", "0") == "0")
-    for number in range(len(tasks)) if args.task is None else [args.task]:
+    numbers = list(range(len(tasks)) if args.task is None else [args.task])
+    left = [n for n in numbers if not (folder_of(args, n) / SCORES).is_file()]
+    # What is wrong with the last file is to be known before the first task is trained.
+    instructions.check([tasks[n] for n in left], tasks[: max(left, default=-1) + 1], args.images)
+    for number in numbers:
         run(args, tasks, number)
 
 
