@@ -89,7 +89,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     if "scaling" in options and not isinstance(options["scaling"], bool):
         raise TypeError(f"scaling={options['scaling']!r} must be True or False")
     if not (isinstance(options.get("alpha"), str) and options["alpha"] == AUTO):
-        why = f"it is a probability, or {AUTO!r}"
+        why, given = f"it is a probability, or {AUTO!r}", options.get("alpha")
+        if isinstance(given, (int, float)) and 1 < given <= 100:
+            why += f"; {given:g} % is {given / 100:g}"
         _check_number(options, "alpha", low=0.0, high=1.0, why=why)
     if isinstance(options.get("importance"), Tensor):
         raise TypeError("importance is a tensor; it must be a number: pass a Python float")

@@ -350,7 +350,11 @@ def _or_none(function: Any, *arguments: Any) -> float | None:
 
 
 def _checked(matrix: Matrix) -> list[list[float | None]]:
-    rows = [[_number(v, f"R[{i}][{j}]") for j, v in enumerate(row)] for i, row in enumerate(matrix)]
+    rows = []
+    for i, row in enumerate(matrix):
+        if not hasattr(row, "__iter__") or isinstance(row, str):
+            raise TypeError(f"row {i} of the matrix must be a list of accuracies, got {row!r}")
+        rows.append([_number(value, f"R[{i}][{j}]") for j, value in enumerate(row)])
     if not rows:
         raise ValueError("the matrix is empty")
     for i, row in enumerate(rows):
@@ -382,9 +386,16 @@ def _names(tasks: int | Sequence[str]) -> list[str]:
         return [f"task {j}" for j in range(number)]
     if not isinstance(given, (str, bytes)):
         try:
-            return [str(name) for name in given]
+            names = list(given)
         except TypeError:  # not iterable, or an array without dimensions
             pass
+        else:
+            if any(isinstance(x, (list, tuple)) or getattr(x, "ndim", 0) for x in names):
+                raise TypeError(
+                    "tasks must be the names of the tasks or their number, and has rows: make a "
+                    "matrix of accuracies with AccuracyMatrix.from_rows(rows)"
+                )
+            return [str(name) for name in names]
     raise TypeError(f"tasks must be a number or a list of names, got {tasks!r}")
 
 

@@ -12,6 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -32,6 +33,17 @@ from language_tasks import llama as base_model  # noqa: E402
 
 STEPS = 6
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [("auto", True), (0.2, True), (0, False)])
+def test_is_active_knows_every_alpha(alpha, expected):
+    param = torch.nn.Parameter(torch.ones(3))
+    trainer = types.SimpleNamespace(optimizer=dgg.SGD([param], alpha=alpha))
+    trainer.optimizer.set_anchor()
+    assert not is_active(trainer)  # it has made no step
+    param.grad = torch.ones(3)
+    trainer.optimizer.step()
+    assert is_active(trainer) == expected
 
 
 def lora(base, seed=1, **options):

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def expanded():
 
 # Name, arguments, error, what the message must say.
 WRONG_ARGUMENTS = [
+    (
+        "alpha in per cent",
+        {"alpha": 20},
+        ValueError,
+        r"alpha=20 must lie in \[0, 1\].*20 % is 0\.2",
+    ),
     ("alpha above 1", {"alpha": 1.5}, ValueError, r"alpha=1\.5.*\[0, 1\].*probability"),
     ("alpha below 0", {"alpha": -0.1}, ValueError, r"alpha=-0\.1.*\[0, 1\].*probability"),
     ("alpha nan", {"alpha": float("nan")}, ValueError, r"alpha=nan.*\[0, 1\]"),
@@ -107,7 +114,56 @@ WRONG_OPTIMIZERS = [
     ("misspelt", {"alhpa": 0.2}, TypeError, r"'alhpa'"),
     ("lr", {"lr": -1.0}, ValueError, r"learning rate: -1\.0"),
     ("lr of two", {"lr": torch.ones(2)}, ValueError, r"lr must be 1-element"),
+    (
+        "lr text",
+        {"lr": "1e-3"},
+        TypeError,
+        r"lr='1e-3' must be a number, not str; pass float.*YAML",
+    ),
+    ("lr None", {"lr": None}, TypeError, r"lr=None must be a number, not NoneType"),
+    (
+        "lr of a list",
+        {"lr": [0.1, 0.2]},
+        TypeError,
+        r"lr=\[0\.1, 0\.2\] must be a number, not list",
+    ),
     ("no parameters", {"params": []}, ValueError, r"empty parameter list"),
+    (
+        "a generator that was used",
+        {"params": lambda: used(iter(two()))},
+        ValueError,
+        r"params is an empty parameter list\. A generator.*once: call it again",
+    ),
+    (
+        "a model",
+        {"params": lambda: torch.nn.Linear(2, 2)},
+        TypeError,
+        r"params has a model \(Linear\).*pass model\.parameters\(\)",
+    ),
+    (
+        "a model of modules",
+        {"params": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2))},
+        TypeError,
+        r"params has a model \(Sequential\).*pass model\.parameters\(\)",
+    ),
+    (
+        "a model in a list",
+        {"params": [torch.nn.Linear(2, 2)]},
+        TypeError,
+        r"params has a model \(Linear\).*pass model\.parameters\(\)",
+    ),
+    (
+        "a group",
+        {"params": lambda: {"params": two(), "lr": 0.1}},
+        TypeError,
+        r"params is a dict with the keys \['params', 'lr'\].*list of groups, \[\{'params'",
+    ),
+    (
+        "a state dict",
+        {"params": torch.nn.Linear(2, 2).state_dict()},
+        TypeError,
+        r"params is a dict with the keys \['weight', 'bias'\].*pass model\.parameters\(\).*copies",
+    ),
     ("a tensor", {"params": torch.ones(3)}, TypeError, r"params.*iterable"),
     ("not tensors", {"params": [1.0]}, TypeError, r"can only optimize Tensors"),
     ("no leaf", {"params": [torch.ones(2, requires_grad=True) * 2]}, ValueError, r"non-leaf"),
@@ -163,6 +219,11 @@ WRONG_OPTIMIZERS = [
 ]
 
 
+def used(iterator):
+    list(iterator)
+    return iterator
+
+
 def construct(cls, arguments):
     arguments = dict(arguments)
     params = arguments.pop("params", two)
@@ -179,6 +240,130 @@ def test_wrong_construction(cls, arguments, error, says):
         pytest.skip("without the extension fused=True is refused for that reason")
     with pytest.raises(error, match=f"(?s){says}"):
         construct(cls, arguments)
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
+def test_parameters_may_be_any_iterable(cls):
+    params = two()
+    for given in (params, tuple(params), iter(params), torch.nn.ParameterList(params)):
+        assert cls(given).param_groups[0]["params"] == params
+    named = dict(zip("ab", params, strict=True))
+    assert cls(named.items()).param_groups[0]["param_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam])
+@pytest.mark.parametrize(
+    ("betas", "says"),
+    [
+        (0.9, r"betas=0\.9 must be a pair, \(0\.9, 0\.999\)"),
+        ("0.9", r"betas='0\.9' must be a pair"),
+        (None, r"betas=None must be a pair"),
+        ((0.9,), r"betas=\(0\.9,\) must be a pair"),
+        ((0.9, 0.99, 0.999), r"betas=\(0\.9, 0\.99, 0\.999\) must be a pair"),
+        ((0.9, "0.999"), r"betas\[1\]='0\.999' must be a number, not str"),
+    ],
+)
+def test_betas_that_are_no_pair_of_numbers(cls, betas, says):
+    with pytest.raises(TypeError, match=says):
+        cls(two(), betas=betas)
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam])
+def test_betas_swapped(cls, recwarn):
+    with pytest.warns(UserWarning, match=r"swapped: betas=\(0\.9, 0\.999\)") as caught:
+        cls(two(), betas=(0.999, 0.9))
+    assert [w.filename for w in caught] == [__file__]
+    for betas in ((0.9, 0.999), (0.95, 0.95), (0.0, 0.0), (torch.tensor(0.9), torch.tensor(0.99))):
+        cls(two(), betas=betas)
+    with pytest.raises(ValueError, match="beta"):
+        cls(two(), betas=(1.5, 0.9))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD, dgg.Guidance])
+def test_options_are_no_attributes(cls):
+    """An attribute that nobody reads would be set without an error."""
+    opt = torch.optim.SGD(two(), lr=0.1) if cls is dgg.Guidance else cls(two(), alpha=0.3)
+    guided = cls(opt, alpha=0.3) if cls is dgg.Guidance else opt
+    before = copy.deepcopy(guided.state_dict())
+    for name in ("alpha", "strength", "max_grad_norm", "granularity", "seed", "importance"):
+        assert not hasattr(guided, name)
+        says = (
+            rf"attribute '{name}' of {cls.__name__} would change no step.*group\['{name}'\] = 0\.1"
+        )
+        with pytest.raises(AttributeError, match=says):
+            setattr(guided, name, 0.1)
+    with pytest.raises(AttributeError, match=r"no attribute 'alpha'; read opt\.param_groups\[0\]"):
+        guided.alpha  # noqa: B018
+    assert guided.state_dict() == before
+    copy.deepcopy(opt).lr = 0.1  # torch.optim's own options are as they are there
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_anchor_at_every_step(foreign, steps):
+    params = two()
+    opt = torch.optim.SGD(params, lr=0.1) if foreign else dgg.SGD(params, lr=0.1)
+    guided = dgg.Guidance(opt) if foreign else opt
+    generator = torch.Generator().manual_seed(1)
+
+    def loop(count):
+        for _ in range(count):
+            for _ in range(steps):
+                set_grads(params, generator)
+                opt.step()
+            guided.set_anchor()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(9)
+    with pytest.warns(
+        UserWarning, match=r"set_anchor\(\) was called 10 times.*once per task"
+    ) as found:
+        loop(20)
+    assert len(found) == 1
+
+
+def test_anchors_that_may_be_set_often():
+    params = two()
+    opt = dgg.SGD([("a", params[0]), ("b", params[1])], lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(25):
+            for _ in range(2):
+                set_grads(params, generator)
+                opt.step()
+            opt.set_anchor()  # tasks of two steps
+            opt.set_anchor({"a": torch.zeros(3), "b": torch.zeros(2, 2)})  # a moving target, say
+            assert opt.param_groups[0]["task_index"] == 2 * number + 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (lambda: dgg.ReplayBuffer(0), ValueError, r"per_task must be positive, got 0.*make no"),
+        (lambda: dgg.ReplayBuffer(-3), ValueError, r"per_task must be positive, got -3"),
+        (
+            lambda: dgg.metrics.AccuracyMatrix([[0.9, None], [0.8, 0.9]]),
+            TypeError,
+            r"tasks must be the names.*AccuracyMatrix\.from_rows\(rows\)",
+        ),
+        (
+            lambda: dgg.metrics.AccuracyMatrix(torch.eye(2)),
+            TypeError,
+            r"tasks must be the names.*AccuracyMatrix\.from_rows\(rows\)",
+        ),
+        (
+            lambda: dgg.metrics.forgetting([0.9, 0.8]),
+            TypeError,
+            r"row 0 of the matrix must be a list of accuracies, got 0\.9",
+        ),
+    ],
+)
+def test_wrong_use_of_memory_and_metrics(wrong, error, says):
+    with pytest.raises(error, match=says):
+        wrong()
 
 
 @pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD])
@@ -582,6 +767,10 @@ named_anchor(
     lambda tensors: dict(enumerate(tensors.values())),
 )  # fmt: skip
 named_anchor(
+    "of_an_optimizer", KeyError, r"optimizer's state dict.*load_state_dict\(\).*model\.state_dict",
+    lambda tensors: {"state": {}, "param_groups": []},
+)  # fmt: skip
+named_anchor(
     "as_a_list", TypeError, r"mapping from names to tensors or the path.*not list; pass",
     lambda tensors: list(tensors.values()),
 )  # fmt: skip
@@ -667,7 +856,7 @@ def first_moment(change):
 
 loaded("list", TypeError, r"what an optimizer's state_dict\(\) returned, not list", lambda s: [])
 loaded("number", TypeError, r"returned, not int; torch.load the file first", lambda s: 3)
-loaded("model_weights", KeyError, r"no optimizer's state dict: it has \['w'\].*optimizer.state",
+loaded("model_weights", KeyError, r"no optimizer's state dict: it has \['w'\].*optimizer.*set_anch",
        lambda s: {"w": torch.ones(2)})  # fmt: skip
 loaded("whole_checkpoint", KeyError, r"it has \['optimizer', 'epoch'\].*the optimizer's entry",
        lambda s: {"optimizer": s, "epoch": 3})  # fmt: skip
@@ -1074,6 +1263,12 @@ GUIDANCE_MISUSES = [
         TypeError,
         r"mapping from names to tensors or the path.*not list",
     ),
+    (
+        lambda p, o, g: g.set_anchor(g.state_dict()),
+        KeyError,
+        r"no tensor for 2 of 2.*start with: p",
+    ),
+    (lambda p, o, g: g.set_anchor(o.state_dict()), KeyError, r"an optimizer's state dict.*load_st"),
     (lambda p, o, g: g.set_anchor({"a": p[0]}), KeyError, r"no tensor for 1 of 2.*'b'.*freeze"),
     (lambda p, o, g: g.set_anchor(model=torch.nn.Linear(1, 1)), ValueError, r"give both or nei"),
     (load_changed(lambda s: [s]), TypeError, r"what state_dict\(\) returned, not list"),

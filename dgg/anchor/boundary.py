@@ -133,6 +133,15 @@ def anchors_in(state: Mapping[Tensor, Any]) -> dict[Tensor, Tensor | None]:
     }
 
 
+def refuse_optimizer_state(tensors: Any) -> None:
+    """Raises a KeyError if the source of an anchor is an optimizer's state dict."""
+    if isinstance(tensors, Mapping) and tensors.keys() >= {"state", "param_groups"}:
+        raise KeyError(
+            "set_anchor() was given an optimizer's state dict: its anchors come along with "
+            "load_state_dict(); to guide towards a model's weights pass model.state_dict()"
+        )
+
+
 def plan_anchors(
     groups: Sequence[Mapping[str, Any]], anchors: Mapping[Tensor, Tensor | None],
     tensors: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
@@ -163,6 +172,7 @@ def plan_anchors(
         TypeError: A wrong type.
         ValueError: A shape, value or name does not fit.
     """
+    refuse_optimizer_state(tensors)
     if tensors is None and model is not None:
         raise ValueError("model= maps the names of tensors to parameters; give both or neither")
     if tensors is not None and not isinstance(tensors, (Mapping, str, os.PathLike)):

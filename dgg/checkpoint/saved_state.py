@@ -56,11 +56,13 @@ def check_form(
             f"{type(state_dict).__name__}; torch.load the file first"
         )
     if not state_dict.keys() >= {"state", "param_groups"}:
+        tensors = state_dict and all(isinstance(x, Tensor) for x in state_dict.values())
+        weights = "; a model's weights go to model.load_state_dict(), or to set_anchor()"
         raise KeyError(
             f"no optimizer's state dict: it has {list(map(str, state_dict))[:5]}, not state "
             "and param_groups; pass what optimizer.state_dict() returned (of a whole "
             "checkpoint the optimizer's entry; of DeepSpeed's ZeRO, whose partitions no other "
-            "optimizer can load, the weights alone)"
+            f"optimizer can load, the weights alone){weights if tensors else ''}"
         )
     if not isinstance(state_dict["state"], Mapping):
         raise TypeError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dgg import anchor
-from dgg.anchor.boundary import Plan
+from dgg.anchor.boundary import Plan, refuse_optimizer_state
 from dgg.deepspeed.partitions import Partition, cut
 
 
@@ -33,6 +33,7 @@ def plan_anchors(
         TypeError: A wrong type.
         ValueError: A shape or a value does not fit.
     """
+    refuse_optimizer_state(tensors)
     if tensors is None and model is not None:
         raise ValueError("model= maps the names of tensors to parameters; give both or neither")
     if model is not None and not isinstance(model, torch.nn.Module):

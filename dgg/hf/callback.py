@@ -335,7 +335,7 @@ def is_active(trainer) -> bool:
     except TypeError:
         return False
     at_work = any(
-        group["anchored"] and float(group["alpha"]) > 0 and float(group["strength"]) > 0
+        group["anchored"] and group["alpha"] != 0 and float(group["strength"]) > 0
         for group in opt.param_groups
     )
     return at_work and opt.param_groups[0]["draw_index"] > 0

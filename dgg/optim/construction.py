@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dgg import _arguments, sharding
+import torch
+
+from dgg import _arguments, _callers, sharding
 from dgg._arguments import GROUP_OPTIONS, OPTIMIZER_OPTIONS
 from dgg.sharding import zero_redundancy
 from dgg.step.checks import Warned
@@ -29,6 +32,8 @@ def build(
         arguments: All arguments of the dgg class' constructor, ``self`` included.
     """
     options = {name: value for name, value in arguments.items() if name not in ("self", "params")}
+    params = _as_params(arguments["params"])
+    _check_numbers({name: options[name] for name in numbers})
     for_torch = {name: _arguments.plain(name, options.pop(name)) for name in numbers}
     for_torch |= {name: options[name] for name in ("foreach", "fused")}
     if "decoupled_weight_decay" in options:
@@ -61,7 +66,7 @@ def build(
     # modules does) that has a weak reference, and a strong one would keep alive the parameters that
     # an engine has replaced.
     opt._original_ids, opt._driver, opt._first_id = [], None, None
-    torch_init(opt, arguments["params"], **for_torch)
+    torch_init(opt, params, **for_torch)
     opt._all_groups, opt._first_id = opt.param_groups, first_id(opt.param_groups)
     settings = opt._settings
     _arguments.check_backend(settings.backend, opt.param_groups)
@@ -72,6 +77,72 @@ def build(
     check_kernels(settings, [p for group in opt.param_groups for p in group["params"]])
     opt.defaults.update(opt._guidance)
     _arguments.make_plain(opt.defaults)
+
+
+def _as_params(params: Any) -> Any:
+    """Returns what torch.optim is to take as parameters; what an iterator has left as a list.
+
+    Raises:
+        TypeError: It is a model, or a dict.
+        ValueError: There is no parameter.
+    """
+    if isinstance(params, Mapping):
+        remedy = (
+            "pass a list of groups, [{'params': ..., 'lr': ...}]"
+            if "params" in params
+            else "pass model.parameters(), or the items() of a dict of named parameters (a state "
+            "dict holds copies, which no model trains)"
+        )
+        raise TypeError(f"params is a dict with the keys {list(params)[:4]}: {remedy}")
+    if isinstance(params, Iterator):
+        params = list(params)
+    models = [params] if isinstance(params, torch.nn.Module) else params
+    if isinstance(models, (list, tuple)):
+        # A ParameterList may be given: it has parameters, and is a module all the same.
+        others = [x for x in models if isinstance(x, torch.nn.Module)]
+        if others and not isinstance(params, torch.nn.ParameterList):
+            raise TypeError(
+                f"params has a model ({type(others[0]).__name__}) where parameters belong: pass "
+                "model.parameters(), or model.named_parameters(), whose names then stand in errors"
+            )
+    if isinstance(params, (list, tuple)) and not params:
+        raise ValueError(
+            "params is an empty parameter list. A generator such as model.parameters() can be "
+            "used once: call it again for every optimizer. Or does the model train nothing "
+            "(requires_grad_(False)), and a filter has left nothing over?"
+        )
+    return params
+
+
+def _check_numbers(numbers: Mapping[str, Any]) -> None:
+    """Checks the types of the numbers whose values torch.optim checks; warns of swapped betas.
+
+    Raises:
+        TypeError: One is no number, or ``betas`` no pair of numbers.
+    """
+    betas = numbers.get("betas", (0.0, 0.0))
+    try:
+        is_pair = len(betas) == 2 and not isinstance(betas, str)
+    except TypeError:
+        is_pair = False
+    if not is_pair:
+        raise TypeError(
+            f"betas={betas!r} must be a pair, (0.9, 0.999): the decay rates of both moments"
+        )
+    singles = {name: value for name, value in numbers.items() if name != "betas"}
+    for name, value in {**singles, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+        if value is None or isinstance(value, (str, bytes, list, tuple, dict)):
+            hint = "; pass float(...) of it: YAML reads 1e-3 as text, 1.0e-3 as a number"
+            raise TypeError(
+                f"{name}={value!r} must be a number, not {type(value).__name__}"
+                f"{hint if isinstance(value, str) else ''}"
+            )
+    if all(isinstance(beta, float) for beta in betas) and 1 > betas[0] ** 2 > betas[1] >= 0:
+        warnings.warn(
+            f"betas={tuple(betas)}: the first one, squared, is above the second one, where Adam "
+            f"may diverge. If they are swapped: betas={tuple(betas)[::-1]}",
+            stacklevel=_callers.stacklevel(),
+        )
 
 
 def start_without_caches(opt) -> None:

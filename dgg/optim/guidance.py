@@ -19,8 +19,10 @@ from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
 from dgg.optim.gradient_edit import EDIT, GuideRule
+from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.signatures import listed
 from dgg.optim.summary import Reporting
+from dgg.step import checks
 from dgg.step.cache import RowCache
 from dgg.step.checks import Warned
 from dgg.step.draws import Draws
@@ -192,6 +194,8 @@ class Guidance(Reporting):
         importances.check_wanted(importance, marked[0]["importance"])
         if not boundary.is_due(marked, tensors, task, self._resumed):
             return
+        if tensors is None:
+            checks.warn_if_anchor_follows(self._warned, int(marked[0]["draw_index"]))
         groups = self.optimizer.param_groups
         plan = functools.partial(
             boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors,
@@ -351,6 +355,9 @@ class Guidance(Reporting):
                     f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
                     "set_anchor() after a parameter has changed its shape"
                 )
+
+
+refuse_attributes(Guidance)
 
 
 def _check_saved(opt: Guidance, params: Sequence[Tensor], state_dict: Any) -> None:

@@ -21,10 +21,11 @@ from dgg._literals import MergeRule, TensorsOrPath
 from dgg.anchor import boundary, merge
 from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
+from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.signatures import listed
 from dgg.optim.stepped import Stepped
 from dgg.optim.summary import Reporting
-from dgg.step import state
+from dgg.step import checks, state
 
 
 @listed
@@ -186,6 +187,8 @@ class Guided(Reporting, Stepped):
         task = None if task is None else _arguments.plain("task", task)
         importances.check_wanted(importance, groups[0]["importance"])
         if boundary.is_due(groups, tensors, task, self._resumed):
+            if tensors is None:
+                checks.warn_if_anchor_follows(self._warned, int(groups[0]["draw_index"]))
             self._place_anchor(tensors, model=model, task=task, importance=importance)
             self._named = task
 
@@ -338,3 +341,6 @@ class Guided(Reporting, Stepped):
         is to be skipped.
         """
         return bool(self._skipped)
+
+
+refuse_attributes(Guided)

@@ -19,6 +19,22 @@ __all__ = [
 ]  # fmt: skip
 
 
+def as_capacity(per_task: Any) -> int:
+    """The number of examples kept for each task.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is not positive.
+    """
+    count = as_int("per_task", per_task)
+    if count <= 0:
+        raise ValueError(
+            f"per_task must be positive, got {count}: it is how many examples of each task are "
+            "kept; to replay nothing make no buffer"
+        )
+    return count
+
+
 def as_seed(name: str, value: Any) -> int:
     """A seed of any sign. Its size is limited, because Python prints no int beyond some size."""
     seed = as_int(name, value)

@@ -12,6 +12,7 @@ from typing import Any
 from dgg._numbers import as_int, shown
 from dgg.replay import saved_state
 from dgg.replay.arguments import (
+    as_capacity,
     as_ratio,
     as_seed,
     as_task,
@@ -73,10 +74,8 @@ class ReplayBuffer:
 
     def __init__(self, per_task: int, *, seed: int = 0, copy_tensors: bool = True) -> None:
         """See the class."""
-        self.per_task = as_int("per_task", per_task)
+        self.per_task = as_capacity(per_task)
         self.seed = as_seed("seed", seed)
-        if self.per_task <= 0:
-            raise ValueError(f"per_task must be positive, got {self.per_task}")
         if not isinstance(copy_tensors, bool):
             raise TypeError(f"copy_tensors must be a bool, got {shown(copy_tensors)}")
         self.copy_tensors = copy_tensors

@@ -14,6 +14,8 @@ from dgg import _arguments, _callers, anchor, backends, sharding
 
 # Draw index from which a missing anchor is warned of; steps without a gradient until a warning.
 LONG, _IDLE = 199, 100
+# Anchors in a row, with at most one step in between, until a warning.
+_OFTEN = 10
 
 
 class Warned:
@@ -27,10 +29,13 @@ class Warned:
         steps_without_replay: Of alpha="auto", while there was an anchor; -1 once there was a
             replay gradient, or a warning.
         boundary_known: A task boundary was named, or a callback sets the anchors.
+        anchored_at: Draw index of the last anchor that is the weights; None before the first.
+        anchors_in_a_row: How many of them followed each other with at most one step in between.
     """
 
     narrow = unguided = idle = boundary_known = False
-    idle_steps = steps_without_replay = 0
+    idle_steps = steps_without_replay = anchors_in_a_row = 0
+    anchored_at: int | None = None
 
 
 def with_gradient(grads, replays) -> list[int]:
@@ -237,6 +242,25 @@ def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) 
         "nothing to protect yet: say so with set_anchor(task=0) before it begins",
         stacklevel=_callers.stacklevel(),
     )
+
+
+def warn_if_anchor_follows(warned: Warned, index: int) -> None:
+    """Warns once if the anchor is set so often that it is always the weights themselves.
+
+    Args:
+        warned: Of the optimizer whose anchor becomes its weights now.
+        index: Its draw index.
+    """
+    before, warned.anchored_at = warned.anchored_at, index
+    follows = before is not None and 0 <= index - before <= 1
+    warned.anchors_in_a_row = warned.anchors_in_a_row + 1 if follows else 1
+    if warned.anchors_in_a_row == _OFTEN:
+        warnings.warn(
+            f"set_anchor() was called {_OFTEN} times with at most one step in between: every step "
+            "begins at its own anchor, and nothing is pulled. Call it once per task, at its end or "
+            "with set_anchor(task=k) before it begins, and not in the loop over the batches",
+            stacklevel=_callers.stacklevel(),
+        )
 
 
 def has_replay(opt, anchored: bool, shared: bool) -> bool:
