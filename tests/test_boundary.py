@@ -22,6 +22,7 @@ from torch.nn import Parameter, UninitializedParameter
 from cases import BF16, F16, F32, F64
 from dgg import _arguments, anchor
 from dgg.anchor import boundary
+from dgg.step.journal import Journal
 
 
 def numbered(table):
@@ -157,6 +158,7 @@ class Placed:
         self.state = collections.defaultdict(dict)
         self._awaits_load, self.said = True, []
         self._ownership = self._rule = self
+        self._journal = Journal()
 
     def tensors(self, groups):
         assert groups is self.groups

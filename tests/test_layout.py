@@ -37,6 +37,7 @@ FLOORS = {
     "_philox": 0,
     "_ranges": 0,
     "metrics": 0,
+    "_signatures": 0,
 }
 # Longer than a file, or a class, is to be, and why.
 LONG_FILES = {

@@ -8,7 +8,9 @@ pyright brings a Node.js along and is no requirement of the other tests.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pathlib
+import pydoc
 import re
 import shutil
 import subprocess
@@ -129,3 +131,40 @@ def test_literal_types_are_the_values_that_are_taken():
 def test_types_can_be_read_at_run_time(cls):
     hints = typing.get_type_hints(cls.__init__)
     assert {"seed", "return"} <= hints.keys()
+
+
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.Adam, dgg.SGD, dgg.Guidance])
+def test_help_has_an_argument_per_line(cls):
+    text = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+    head, body = text.split("Args:", 1)
+    signature = [line.removeprefix(" |      ") for line in head.splitlines()]
+    for line in (
+        "alpha: Alpha = 0.2,",
+        "granularity: Granularity = 'step',",
+        "max_grad_norm: float | None = None,",
+        "process_group: ProcessGroup | None = None,",
+    ):
+        assert line in signature
+    assert not re.search(r": '|-> '", head), "types stand in quotation marks"
+    assert max(map(len, head.splitlines())) < 100
+    # The arguments are described in the order in which they are taken.
+    parameters = [name for name in inspect.signature(cls).parameters]
+    described = re.findall(r"^ \|      (\w+): ", body.split("Raises:")[0], re.M)
+    described = [name for name in described if name in parameters]
+    assert described == [name for name in parameters if name in described]
+    assert len(described) == len(parameters) or "those of `AdamW`" in head
+
+
+def test_signatures_that_help_prints_are_those_of_calls():
+    for function in (dgg.AdamW.step, dgg.AdamW.set_anchor, dgg.AdamW.__init__, dgg.unwrap):
+        shown, plain = inspect.signature(function), inspect.Signature.from_callable(function)
+        assert shown.parameters == plain.parameters
+    assert str(inspect.signature(dgg.AdamW.step)) == (
+        "(self, closure: Callable[[], Any] | None = None) -> Any"
+    )
+
+    class Mine(dgg.SGD):
+        def __init__(self, params):
+            super().__init__(params)
+
+    assert list(inspect.signature(Mine).parameters) == ["params"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dgg import sharding
+from dgg._signatures import listed
 from dgg.backends import libraries
 from dgg.backends.eager import ReferenceRows
 from dgg.backends.launched import LaunchedRows
@@ -99,6 +100,7 @@ def unexpected_reference(device: torch.device) -> str | None:
     return "; ".join(reasons)
 
 
+@listed
 def show_config() -> str:
     """Returns, as text to print, which backends are usable here and why the others are not."""
     lines = [

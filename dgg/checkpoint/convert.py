@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dgg import _arguments, anchor, sharding
+from dgg._signatures import listed
 from dgg.checkpoint import saved_state
 from dgg.reference import FLOAT_DTYPES
 
@@ -45,6 +46,7 @@ _POSSIBLE = (
 )
 
 
+@listed
 def convert_state_dict(
     state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:

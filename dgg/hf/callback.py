@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dgg import _arguments, _callers, optim
 from dgg._literals import Alphas, TensorsOrPath
+from dgg._signatures import listed
 from dgg.hf import importance as importances
 from dgg.optim import summary
 from dgg.step.journal import Reader
@@ -35,6 +36,7 @@ logger = logging.getLogger("dgg.hf")  # the name in the documentation
 _tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
+@listed
 class GuidanceCallback(TrainerCallback, ExportableState):
     """Sets the anchor at task boundaries, sets alpha per task, logs the guidance.
 

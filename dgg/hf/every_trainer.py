@@ -104,7 +104,7 @@ def install(
         raise TypeError(f"optimizer={optimizer!r} must be dgg.AdamW, dgg.Adam or dgg.SGD")
     if "params" in options:
         raise TypeError("params are those of the Trainer's model; leave them out")
-    optimizer([torch.nn.Parameter(torch.zeros(1))], **{"lr": 1e-3, **options})
+    optimizer([torch.nn.Parameter(torch.zeros(1, device="cpu"))], **{"lr": 1e-3, **options})
     if task is None and TASK_VARIABLE in os.environ:
         value = os.environ[TASK_VARIABLE]
         if not value.isascii() or not value.isdigit():

@@ -15,9 +15,9 @@ from torch.optim.optimizer import ParamsT
 
 from dgg import backends, reference
 from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, Route
+from dgg._signatures import listed
 from dgg.optim import construction
 from dgg.optim.guided import Guided
-from dgg.optim.signatures import listed
 from dgg.step import state
 from dgg.step.rule import Rule, corrected_moment, flag, number, number_of, threshold
 

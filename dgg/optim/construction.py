@@ -120,7 +120,7 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
     Raises:
         TypeError: One is no number, or ``betas`` no pair of numbers.
     """
-    betas = numbers.get("betas", (0.0, 0.0))
+    betas: Any = numbers.get("betas", (0.0, 0.0))
     try:
         is_pair = len(betas) == 2 and not isinstance(betas, str)
     except TypeError:
@@ -137,7 +137,9 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
                 f"{name}={value!r} must be a number, not {type(value).__name__}"
                 f"{hint if isinstance(value, str) else ''}"
             )
-    if all(isinstance(beta, float) for beta in betas) and 1 > betas[0] ** 2 > betas[1] >= 0:
+    first, second = betas[0], betas[1]
+    floats = isinstance(first, float) and isinstance(second, float)
+    if floats and 1 > float(first) ** 2 > float(second) >= 0:
         warnings.warn(
             f"betas={tuple(betas)}: the first one, squared, is above the second one, where Adam "
             f"may diverge. If they are swapped: betas={tuple(betas)[::-1]}",

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dgg import _arguments, anchor, sharding
 from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, TensorsOrPath
+from dgg._signatures import listed
 from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
 from dgg.optim.gradient_edit import EDIT, GuideRule
 from dgg.optim.in_groups import refuse_attributes
-from dgg.optim.signatures import listed
 from dgg.optim.summary import Reporting
 from dgg.step import checks
 from dgg.step.cache import RowCache

@@ -18,11 +18,11 @@ from torch import Tensor
 from dgg import _arguments
 from dgg._imitable import imitable
 from dgg._literals import MergeRule, TensorsOrPath
+from dgg._signatures import listed
 from dgg.anchor import boundary, merge
 from dgg.anchor import importance as importances
 from dgg.checkpoint import load, room
 from dgg.optim.in_groups import refuse_attributes
-from dgg.optim.signatures import listed
 from dgg.optim.stepped import Stepped
 from dgg.optim.summary import Reporting
 from dgg.step import checks, state

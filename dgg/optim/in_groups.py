@@ -25,7 +25,7 @@ class InGroups:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.__doc__ = f'None; the option is ``opt.param_groups[i]["{name}"]``.'
+        self.__doc__ = f'Set ``group["{name}"]`` in ``param_groups``; an attribute is refused.'
 
     def __get__(self, opt: Any, owner: Any = None) -> Any:
         """Raises an AttributeError, as if there were nothing of this name."""

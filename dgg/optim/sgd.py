@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from dgg import backends, reference, sharding
 from dgg._literals import Alpha, Backend, Granularity, NormScope, ProcessGroup, Route
+from dgg._signatures import listed
 from dgg.optim import construction
 from dgg.optim.guided import Guided
-from dgg.optim.signatures import listed
 from dgg.step import state
 from dgg.step.rule import Rule, flag, number, threshold
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dgg import _callers, _ranges, deepspeed, sharding
 from dgg._imitable import Imitable, imitable
+from dgg._signatures import listed
 from dgg.checkpoint import room, source
 from dgg.optim import construction
-from dgg.optim.signatures import listed
 from dgg.sharding import fsdp1
 from dgg.step.rule import Rule
 from dgg.step.run import CAPTURED, EAGER, Verbs, run

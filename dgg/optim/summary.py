@@ -7,7 +7,7 @@ from typing import Any
 
 from dgg import backends
 from dgg._imitable import imitable
-from dgg.optim.signatures import listed
+from dgg._signatures import listed
 from dgg.step import norms
 from dgg.step.journal import Journal
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, overload
 
+from dgg._signatures import listed
 from dgg.optim.guided import Guided
 
 # Attributes in which frameworks keep the optimizer that they wrap.
@@ -17,6 +18,7 @@ _Optimizer = TypeVar("_Optimizer", bound=Guided)
 def unwrap(optimizer: _Optimizer) -> _Optimizer: ...
 @overload
 def unwrap(optimizer: object) -> Guided: ...
+@listed
 def unwrap(optimizer: object) -> Guided:
     """Returns the dgg optimizer inside wrappers.
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from dgg._numbers import as_int, shown
+from dgg._signatures import listed
 from dgg.replay import saved_state
 from dgg.replay.arguments import (
     as_capacity,
@@ -28,6 +29,7 @@ from dgg.replay.passes import _Pass
 __all__ = ["ReplayBuffer", "course"]
 
 
+@listed
 class ReplayBuffer:
     """Keeps up to `per_task` examples of each task, chosen uniformly, and samples them evenly.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-_Class = TypeVar("_Class", bound=type)
+_Listed = TypeVar("_Listed", bound=Callable[..., Any])
 # Characters of a signature that is printed in one line.
 _WIDTH = 72
 
@@ -34,16 +35,20 @@ class Listed(inspect.Signature):
         return str(self)
 
 
-def listed(cls: _Class) -> _Class:
-    """Gives the functions of a class signatures that help() prints well; their calls are as before.
+def listed(target: _Listed) -> _Listed:
+    """Gives functions signatures that help() prints well; calls are as before.
 
     Args:
-        cls: The class, whose functions are changed in place.
+        target: A function, or a class with some; changed in place.
     """
-    for name, function in vars(cls).items():
-        if isinstance(function, types.FunctionType) and (name == "__init__" or name[0] != "_"):
-            function.__signature__ = Listed.from_callable(function)  # type: ignore[attr-defined]
-    return cls
+    is_function = isinstance(target, types.FunctionType)
+    functions: dict[str, Any] = {"": target} if is_function else dict(vars(target))
+    for name, function in functions.items():
+        if isinstance(function, types.FunctionType) and (name == "__init__" or name[:1] != "_"):
+            now = inspect.signature(function)
+            parameters, result = list(now.parameters.values()), now.return_annotation
+            vars(function)["__signature__"] = Listed(parameters, return_annotation=result)
+    return target
 
 
 def _written(parameter: inspect.Parameter) -> str:
