@@ -40,6 +40,9 @@ ELSEWHERE = {
     "docs/huggingface.md 7": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 8": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 9": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/recipes.md 1": ("test_lightning.py", "test_the_recipes"),
+    "docs/recipes.md 2": ("test_lightning.py", "test_the_recipes"),
+    "docs/recipes.md 3": ("test_trl.py", "test_the_recipe"),
     "docs/sharding.md 1": (
         "test_launched.py",
         "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",
@@ -130,6 +133,48 @@ def plain_loop(run, monkeypatch, tmp_path, capsys):
     assert all(s.keys() == {"step", "exp_avg", "exp_avg_sq", "anchor"} for s in opt.state.values())
 
 
+@stand_in("docs/replay.md 4")
+@stand_in("docs/replay.md 5")
+@stand_in("docs/recipes.md 4")
+@stand_in("dgg/optim/summary.py summary")
+@stand_in("dgg/optim/summary.py guidance_log")
+def what_guidance_did(run, monkeypatch, tmp_path, capsys):
+    model, opt, _, batches = _with_memory()
+    for batch in batches:
+        opt.zero_grad()
+        model(batch).square().mean().backward()
+        opt.step()
+    seen = {}
+    writer = types.SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.update({name: value}),
+        log=lambda values, step: seen.update(values),
+    )
+    run(opt=opt, writer=writer, wandb=writer, step=3, number=0)
+    printed = capsys.readouterr().out
+    assert (
+        seen.get("guidance/injected") == 1
+        or "guidance/injected 1.0" in printed
+        or ("3 steps since the anchor was set" in printed)
+    )
+
+
+@stand_in("dgg/hf/every_trainer.py install")
+def framework(run, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    seen = []
+    tuner = types.SimpleNamespace(run_exp=seen.append)
+    made = types.SimpleNamespace(train=types.SimpleNamespace(tuner=tuner))
+    installed = []
+    monkeypatch.setattr(
+        dgg.hf,
+        "install",
+        lambda *args, real=dgg.hf.install, **more: installed.append(real(*args, **more)),
+    )
+    run(llamafactory=made, config="config")
+    assert seen == ["config"] and installed[0].callback.first_task == 3
+    installed[0].remove()
+
+
 def _with_memory():
     model, tasks = model_and_batches()
     opt = dgg.AdamW(model.parameters(), lr=0.01, alpha=1.0)
@@ -201,7 +246,7 @@ def replay_in_a_loop(run, monkeypatch, tmp_path, capsys):
     assert steps == [True, True, True] and not opt._replay
 
 
-@stand_in("docs/replay.md 4")
+@stand_in("docs/replay.md 6")
 def statistics(run, monkeypatch, tmp_path, capsys):
     model, opt, _, _ = _with_memory()
     model(torch.ones(1, 4)).sum().backward()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Lightning and Fabric, really run: wrappers that imitate a class, clipping, replay."""
 
+import pathlib
+import re
 import warnings
 
 import pytest
@@ -161,3 +163,139 @@ def test_fabric_trains():
             opt.step()
         opt.set_anchor()
     assert dgg.unwrap(opt).param_groups[0]["task_index"] == 2
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_recipes(number, tmp_path, monkeypatch):
+    """The blocks of docs/recipes.md run as printed."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "recipes.md"
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)[number]
+    monkeypatch.chdir(tmp_path)
+    module = Module(dgg.AdamW, alpha=1.0)
+    module.on_train_epoch_end = lambda: None
+    names = {
+        "dgg": dgg, "tasks": [data(0), data(1)], "module": module, "model": torch.nn.Linear(3, 1),
+        "loss": lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+    }  # fmt: skip
+    exec(code, names)
+    opt = dgg.unwrap(names["optimizer"] if number else names["trainer"].optimizers[0])
+    assert opt.param_groups[0]["task_index"] == 1
+    assert "anchor of 2 tensors" in opt.summary() and "4 steps since the anchor" in opt.summary()
+
+
+# -- the callback ---------------------------------------------------------------------------------
+
+
+class Plain(Module):
+    """A module that knows nothing of guidance."""
+
+    def on_train_epoch_end(self):
+        pass
+
+
+class Seen(pl.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.entries = []
+
+    def log_metrics(self, metrics, step=None):
+        self.entries.append(metrics)
+
+
+def fit(module, callbacks, seed, epochs=2, logger=False, **options):
+    resumed = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=logger, callbacks=callbacks,
+        enable_progress_bar=False, enable_model_summary=False,
+        **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+    trainer.fit(module, data(seed), **resumed)
+    return trainer
+
+
+def optimizer_of(trainer):
+    return dgg.unwrap(trainer.optimizers[0])
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"alpha": 1.0, "importance": 0.5}])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_callback_makes_a_call_of_fit_a_task(options, precision):
+    import dgg.lightning
+
+    assert issubclass(dgg.lightning.GuidanceCallback, pl.Callback)
+    module, guide = Plain(dgg.AdamW, **options), dgg.lightning.GuidanceCallback()
+    more = {"precision": precision, "gradient_clip_val": 0.5}
+    for number in range(3):
+        before = [p.detach().clone() for p in module.parameters()]
+        trainer = fit(module, [guide], number, **more)
+        opt, weight = optimizer_of(trainer), module.layer.weight
+        assert guide.task == number + 1 and opt.param_groups[0]["task_index"] == number
+        if not number:
+            assert "anchor" not in opt.state[weight]
+            continue
+        for p, former in zip(module.parameters(), before, strict=True):
+            torch.testing.assert_close(opt.state[p]["anchor"], former)
+        assert ("importance" in opt.state[weight]) == ("importance" in options)
+        # The same by hand.
+        if number == 1:
+            twin = Plain(dgg.AdamW, **options)
+            first = fit(twin, [], 0, **more)
+            sums = None
+            if "importance" in options:
+                sums = optimizer_of(first).importance_dict(model=twin)
+
+            class ByHand(pl.Callback):
+                def on_train_start(self, trainer, module, sums=sums):
+                    given = {} if sums is None else {"importance": sums, "model": module}
+                    optimizer_of(trainer).set_anchor(task=1, **given)
+
+            fit(twin, [ByHand()], 1, **more)
+            for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.5, "importance": 1.0}])
+def test_resumed_in_the_middle_of_a_task(tmp_path, options):
+    import dgg.lightning
+
+    def first_task():
+        module, guide = Plain(dgg.AdamW, **options), dgg.lightning.GuidanceCallback()
+        fit(module, [guide], 0)
+        return module, guide
+
+    module, guide = first_task()
+    whole = optimizer_of(fit(module, [guide], 1))
+    killed, guide = first_task()
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    fit(killed, [guide, save], 1, epochs=1, enable_checkpointing=True)
+    # Another process: fresh objects, everything from the checkpoint.
+    again, guide = Plain(dgg.AdamW, **options), dgg.lightning.GuidanceCallback()
+    trainer = fit(again, [guide], 1, ckpt_path=str(tmp_path / "last.ckpt"))
+    opt = optimizer_of(trainer)
+    assert guide.task == 2 and opt.param_groups[0]["task_index"] == 1
+    for p, q in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(whole.state[p]["anchor"], opt.state[q]["anchor"])
+
+
+def test_the_callback_logs():
+    import dgg.lightning
+
+    module, guide = Plain(dgg.AdamW, alpha=1.0), dgg.lightning.GuidanceCallback(task=1)
+    seen = Seen()
+    fit(module, [guide], 0, logger=seen, log_every_n_steps=2)
+    entries = [e for e in seen.entries if "guidance/injected" in e]
+    assert len(entries) == 4 and {e["guidance/task"] for e in entries} == {1}
+    assert all(e["guidance/injected"] == 1 and e["guidance/anchored"] == 2 for e in entries)
+
+
+def test_the_callback_needs_an_optimizer_of_dgg():
+    import dgg.lightning
+
+    module = Plain(torch.optim.AdamW)
+    with pytest.raises(TypeError, match="returned AdamW, none of dgg's: return dgg.AdamW"):
+        fit(module, [dgg.lightning.GuidanceCallback()], 0)
+    with pytest.raises(ValueError, match="task"):
+        dgg.lightning.GuidanceCallback(task=-1)
+    with pytest.raises(TypeError, match="task"):
+        dgg.lightning.GuidanceCallback(task="1")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import re
 
 import pytest
 import torch
@@ -152,3 +154,19 @@ def test_replay(tmp_path):
     assert any(
         not torch.equal(value, start[name]) for name, value in again.model.state_dict().items()
     )
+
+
+def test_the_recipe(tmp_path):
+    """The block of docs/recipes.md runs as printed."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "recipes.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    (code,) = [block for block in blocks if "SFTTrainer" in block]
+    args = trl.SFTConfig(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    names = {"dgg": dgg, "tasks": [texts(1), texts(3)], "model": model(), "args": args,
+             "tokenizer": tokenizer()}  # fmt: skip
+    exec(code, names)
+    assert is_active(names["trainer"])
+    assert dgg.unwrap(names["trainer"].optimizer).param_groups[0]["task_index"] == 1

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Lightning: task boundaries and logs of the guidance, by a callback.
+
+    import lightning.pytorch as pl  # or pytorch_lightning
+    import dgg.lightning
+
+    guide = dgg.lightning.GuidanceCallback()
+    for task in tasks:
+        pl.Trainer(callbacks=[guide]).fit(module, task)  # configure_optimizers returns dgg.AdamW(…)
+
+Lightning is two packages with a base class of callbacks each: this module takes that of the one
+that was imported before, else of the one that is installed. ``import dgg`` imports neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from dgg import _arguments, optim
+
+__all__ = ["GuidanceCallback"]
+
+
+def _callback_class() -> type:
+    names = ("lightning.pytorch", "pytorch_lightning")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(name).Callback
+        except ModuleNotFoundError as error:
+            if error.name not in ("lightning", name):
+                raise
+    raise ImportError("dgg.lightning needs Lightning: pip install lightning")
+
+
+# A class, which no type checker can know.
+_Callback: Any = _callback_class()
+
+
+class GuidanceCallback(_Callback):
+    """Sets the anchor at the beginning of every task, and logs what guidance does.
+
+    A call of ``trainer.fit()`` is one task. When it begins, the weights it begins with become the
+    anchor; the first task has nothing to protect and is not guided. A training resumed with
+    ``ckpt_path=`` is in the middle of its task: number, anchor and draws come from the checkpoint.
+
+    Use one callback for all tasks. A script that runs a process per task says which one it is. The
+    sums that ``importance=`` needs are handed from one task to the next, and are in Lightning's
+    checkpoints.
+
+    Every ``log_every_n_steps`` steps `dgg.AdamW.guidance_log` goes to the Trainer's loggers.
+
+    Args:
+        task: Number of the first task this callback sees, from 0.
+
+    Raises:
+        TypeError: ``task`` is no number; when the training begins: no optimizer is one of dgg's.
+        ValueError: ``task`` is negative.
+    """
+
+    def __init__(self, task: int = 0) -> None:
+        super().__init__()
+        self.task = _arguments.plain("task", task)
+        _arguments.check_options({"task_index": self.task})
+        self._importance: list[dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Sets the anchor of a new task, or keeps that of a resumed one."""
+        guided = self._guided(trainer)
+        nothing: list[Any] = [None] * len(guided)
+        kept = self._importance or nothing
+        if len(kept) != len(guided):
+            raise RuntimeError(
+                f"the former task had {len(kept)} optimizers of dgg and this one has "
+                f"{len(guided)}: use a callback for each"
+            )
+        for opt, sums in zip(guided, kept, strict=True):
+            # After a resumed checkpoint the state has its own; set_anchor then reads nothing.
+            needed = opt.param_groups[0]["importance"] and self.task > 0
+            more = {"importance": sums, "model": pl_module} if needed and sums is not None else {}
+            opt.set_anchor(task=self.task, **more)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs where the Trainer logs."""
+        every = trainer.log_every_n_steps
+        if trainer.loggers and every and (trainer.global_step + 1) % every == 0:
+            guided = self._guided(trainer)
+            for number, opt in enumerate(guided):
+                end = f"/{number}" if len(guided) > 1 else ""
+                found = {f"{name}{end}": float(x) for name, x in opt.guidance_log().items()}
+                pl_module.log_dict(found)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Counts the task as done, and keeps what the next one's importance is made of."""
+        guided = self._guided(trainer)
+        if any(opt.param_groups[0]["importance"] for opt in guided):
+            self._importance = [opt.importance_dict(model=pl_module) for opt in guided]
+        self.task += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of this callback."""
+        return {"task": self.task, "importance": self._importance}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on in the task of a checkpoint."""
+        self.task, self._importance = state_dict["task"], state_dict["importance"]
+
+    def _guided(self, trainer: Any) -> list[Any]:
+        """Returns dgg's optimizers among the Trainer's."""
+        found = []
+        for wrapped in trainer.optimizers:
+            try:
+                found.append(optim.unwrap(wrapped))
+            except TypeError:
+                continue
+        if not found:
+            kinds = ", ".join(type(x).__name__ for x in trainer.optimizers)
+            raise TypeError(
+                f"configure_optimizers returned {kinds or 'no optimizer'}, none of dgg's: return "
+                "dgg.AdamW(...), or leave out GuidanceCallback"
+            )
+        return found
