@@ -23,12 +23,13 @@ TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
 TYPES := $(VENV)/.requirements-types
 MUTATE := $(VENV)/.requirements-mutate
+WHEEL := $(VENV)/.requirements-wheel
 BUILT := $(VENV)/.built
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 .PHONY: help venv build test test-slow fuzz mutate sanitize lint types format demo study bench bench-sharded \
-  table gpu profile clean distclean
+  table gpu profile wheel wheel-test clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -70,8 +71,8 @@ format: $(LINT) ## apply style and formatting
 	$(BIN)/ruff format
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
-demo: $(BUILT) ## continual instruction tuning, small; writes build/demo
-	$(BIN)/python bench/continual.py --preset tiny --out build/demo $(ARGS)
+demo: $(BUILT) ## six tasks with and without guidance, three seeds; goes on where it was; writes build/demo
+	$(BIN)/python bench/demo.py --out build/demo $(ARGS)
 
 study: $(BUILT) ## the evidence: all beds, 20 seeds; goes on where it was; writes runs/study
 	$(BIN)/python bench/study/run.py --out runs/study $(ARGS)
@@ -91,6 +92,12 @@ gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON)
 
 profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else torch.profiler
 	$(BIN)/python bench/gpu/nsys_step.py --launch --out build/profile $(ARGS)
+
+wheel: $(WHEEL) ## build what is released into dist/ and check it: sources, a binary and a pure wheel
+	$(BIN)/python -P tests/wheels.py build $(ARGS)
+
+wheel-test: $(MADE) ## try the wheels of dist/ in fresh environments, with every Python that is here
+	$(BIN)/python -P tests/wheels.py test $(ARGS)
 
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)
@@ -122,6 +129,10 @@ $(MUTATE): $(TEST) requirements/mutate.txt
 
 $(TYPES): $(TEST) requirements/types.txt
 	$(PIP) install -r requirements/types.txt
+	@touch $@
+
+$(WHEEL): $(RUN) requirements/wheel.txt
+	$(PIP) install -r requirements/wheel.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt

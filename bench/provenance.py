@@ -48,6 +48,16 @@ def provenance(device) -> dict[str, object]:
     }
 
 
+def origin() -> dict[str, object]:
+    """Returns commit, processor and date, for every file of a run."""
+    return {
+        "commit": commit(),
+        "uncommitted_changes": uncommitted_changes(),
+        "cpu": cpu_model(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
 # What nvidia-smi is asked for; asking changes nothing.
 _GPU_FIELDS = (
     "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem",

@@ -3,7 +3,7 @@
 
 The base is a `LlavaForConditionalGeneration` built from a configuration (0.9 M parameters),
 pre-trained on captions and on a mix of all eight kinds of question, seen by the plain camera only.
-It is shipped as `base.safetensors` (float16); `bench/continual.py --pretrain` makes it again.
+It is shipped as `base.safetensors` (float16); `bench/minivqa/pretrain.py` makes it again.
 """
 
 from __future__ import annotations

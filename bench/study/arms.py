@@ -62,6 +62,19 @@ LABELS = {
     "guidance": "ĝ only, no replay",
     "replay_own_rate": "replay only, own learning rate",
     "guard50_own_rate": "guard, w = ½, own learning rate",
+    # Rules of the digits beds.
+    **{f"alpha{a:g}": f"DGG, α = {a:g}" for a in (0.02, 0.05, 0.1, 0.2, 0.4)},
+    "dgg_w50": "DGG, α = 0.1, w = ½",
+    "dgg_w100": "DGG, α = 0.1, w = 1",
+    "dgg_first_moment": "DGG, α = 0.1, route first_moment",
+    "dgg_decoupled": "DGG, α = 0.1, route decoupled",
+    "guard50_first_moment": "guard, w = ½, route first_moment",
+    "guard50_decoupled": "guard, w = ½, route decoupled",
+    "no_scaling": "DGG, α = 0.1, no scaling",
+    "no_draw": "DGG, α = 1",
+    "no_draw_tenth": "DGG, α = 1, strength 0.1",
+    "laplace": "λ B Σv̂ ∘ d, λ = 1",
+    "agem": "A-GEM, as a rule",
 }
 
 

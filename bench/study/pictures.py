@@ -36,12 +36,22 @@ def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
         made.append(_saved(_alphas(plan, found), out / "alpha.png"))
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
-            made.append(_saved(_matrices(found[bed]), out / f"matrices-{bed}.png"))
-            made.append(_saved(_scatter(found[bed]), out / f"stability-plasticity-{bed}.png"))
+            made += of_bed(bed, found[bed], out)
             if figure := _traces(plan, found[bed]):
                 made.append(_saved(figure, out / f"traces-{bed}.png"))
             write_events(found[bed], out / "events" / bed)
     return made
+
+
+def of_bed(bed: str, runs: summary.ByArm, out: Path) -> list[Path]:
+    """Draw matrices, curves and the scatter of one LLaVA bed; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return [
+        _saved(_matrices(runs), out / f"matrices-{bed}.png"),
+        _saved(_scatter(runs), out / f"stability-plasticity-{bed}.png"),
+    ]
 
 
 def _saved(figure: Any, path: Path) -> Path:

@@ -206,3 +206,15 @@ ORDERINGS = (
 )  # fmt: skip
 # “α is flat” is judged by equivalence: both ends of the interval within ± MARGIN.
 FLAT = ("alpha0.05", "alpha0.2")
+
+# -- make demo -------------------------------------------------------------------------------------
+
+# What the tuning of the in-domain bed chose on 2026-11-29, for three seeds in four minutes.
+DEMO_ARMS = (
+    Arm("joint", "plain", 3e-3, replay=False, joint=True),
+    Arm("dgg", "dgg", 3e-3, {"alpha": 0.1}),
+    Arm("guard50", "guard", 3e-3, {"importance": GUARDS["guard50"]}),
+    Arm("ewc", "ewc", 3e-3, {**FISHER, "strength": 100.0}),
+    Arm("replay", "plain", 1.5e-3),
+    Arm("sequential", "plain", 3e-3, replay=False),
+)

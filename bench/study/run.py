@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,16 +118,10 @@ def _estimate(plan, parts: list[str], results, count: int) -> dict[str, float]:
 
 def _run_part(part: str, plan, results, count: int, seconds_a_step: float) -> bool:
     """Run what is missing of a part; tuning in as many rounds as it needs."""
-    from provenance import commit, cpu_model, uncommitted_changes
+    import provenance
     from study import costs, jobs, workers
 
-    origin = {
-        "commit": commit(),
-        "uncommitted_changes": uncommitted_changes(),
-        "cpu": cpu_model(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    clock = None
+    origin, clock = provenance.origin(), None
     while True:
         all_jobs = jobs.of_part(plan, results, part)
         todo = [job for job in all_jobs if results.of(job) is None]

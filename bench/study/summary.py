@@ -20,6 +20,7 @@ from study.arms import LABELS
 
 ByArm = dict[str, dict[int, dict[str, Any]]]  # arm, seed: the result of the run
 OTHER_METRICS = ("aia", "forgetting", "learning")
+MAIN_RULES = ("replay", "dgg", "guard0", "guard50", "guard100", "l2sp", "ewc", "laplace")
 
 
 def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
@@ -136,11 +137,11 @@ def page(plan: jobs.Plan, found: dict[str, Any]) -> list[str]:
     sections = ["## primary tests", _primary(found)]
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
-            sections += [f"## {bed}", _marginals(found[bed]), _tests(found, bed)]
+            sections += [f"## {bed}", marginals(found[bed]), _tests(found, bed)]
             if bed == "in-domain":
                 sections.append(_fresh(found))
     if found["digits"]:
-        sections += ["## digits", digits_table(found), _own_rates(found)]
+        sections += ["## digits", *_digits(found), _own_rates(found)]
         sections += [_ample(found), _goals(found)]
     sections += ["## the orderings of the paper", _orderings(found), _flat(found)]
     if found["tuning"]:
@@ -148,7 +149,7 @@ def page(plan: jobs.Plan, found: dict[str, Any]) -> list[str]:
     return sections
 
 
-def _marginals(runs: ByArm) -> str:
+def marginals(runs: ByArm) -> str:
     """Every arm's own numbers; differences are for the next table."""
     rows = []
     for name in sorted(runs, key=lambda n: list(LABELS).index(n) if n in LABELS else 99):
@@ -201,21 +202,35 @@ def _fresh(found: dict[str, Any]) -> str:
     return table(HEAD, [row("primary, seeds never run before", got)])
 
 
-def digits_table(found: dict[str, Any]) -> str:
-    """Mean difference from replay for every rule and setting; a star where p < 0.05."""
-    settings = list(found["digits"])
-    names = list(dict.fromkeys(n for s in settings for n in found["digits"][s]["results"]))
+def _digits(found: dict[str, Any]) -> list[str]:
+    """One table a memory with the rules that matter most, and one with all the others."""
+    sections = []
+    for memory in sorted({int(setting.split("-")[2]) for setting in found["digits"]}):
+        settings = [s for s in found["digits"] if s.endswith(f"-{memory}")]
+        sections.append(digits_table(found, settings, MAIN_RULES))
+    settings = [s for s in found["digits"] if s.split("-")[1] == str(protocol.OTHER_STEPS)]
+    names = dict.fromkeys(n for s in settings for n in found["digits"][s]["results"])
+    others = [name for name in names if name not in MAIN_RULES[1:]]
+    return [*sections, digits_table(found, settings, others)]
+
+
+def digits_table(found: dict[str, Any], settings: Sequence[str], names: Sequence[str]) -> str:
+    """Mean difference from replay for some rules and settings; a star where p < 0.05."""
     rows = []
     for name in names:
+        if not any(values(found, setting, name) for setting in settings):
+            continue
         cells = [LABELS.get(name, name)]
         for setting in settings:
             if name == "replay":
-                cells.append(number(statistics.mean(values(found, setting, name).values()), 1))
+                known = values(found, setting, name).values()
+                cells.append(f"{statistics.mean(known):.1f}" if known else "–")
                 continue
             got = comparison(found, setting, name, "replay")
             star = "\\*" if got and got.p is not None and got.p < protocol.LEVEL else ""
             cells.append(f"{signed(got.mean)}{star}" if got else "–")
         rows.append("| " + " | ".join(cells) + " |")
+    # Without a memory replay alone is training on the new task only.
     return table(("− replay (replay: FAA)", *settings), rows)
 
 
