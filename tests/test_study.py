@@ -753,9 +753,9 @@ def made_up():
 
 
 def test_report_says_what_the_numbers_say(made_up):
-    from study import jobs, summary
+    from study import summary
 
-    text = "\n\n".join(summary.page(jobs.FULL, made_up))
+    text = "\n\n".join(summary.sections(made_up))
     ours = [made_up["in-domain"]["guard50"][str(s)]["faa"] for s in range(20)]
     theirs = [made_up["in-domain"]["replay"][str(s)]["faa"] for s in range(20)]
     got = paired.compare([a - b for a, b in zip(ours, theirs, strict=True)])
@@ -788,6 +788,18 @@ def test_report_says_what_the_numbers_say(made_up):
     assert summary.flat(paired.compare([0.1, -0.2, 0.3, 0.0]), 1.0) == "reproduced"
     assert summary.flat(paired.compare([2.1, 2.2, 2.3, 2.0]), 1.0) == "not reproduced"
     assert summary.flat(paired.compare([4.1, -5.2, 3.3, 2.0]), 1.0) == "undecided"
+
+
+def test_the_report_goes_into_a_page(made_up, tmp_path):
+    from study import summary
+
+    begin, end = summary.PAGE_MARKS
+    page = summary.into_page(made_up, f"# A page\n\n{begin}\nold\n{end}\n\nrest\n")
+    assert page.startswith(f"# A page\n\n{begin}\n\n### Primary tests\n")
+    assert page.endswith(f"{end}\n\nrest\n") and "old" not in page and "\n## " not in page
+    assert summary.into_page(made_up, page) == page
+    with pytest.raises(SystemExit, match="each once"):
+        summary.into_page(made_up, "nothing")
 
 
 def test_pictures_are_drawn_of_what_there_is(made_up, tmp_path):

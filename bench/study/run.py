@@ -4,6 +4,7 @@
     python bench/study/run.py --out runs/study                  # everything that is not there yet
     python bench/study/run.py --out runs/study --part digits    # or tuning, in-domain, shifted
     python bench/study/run.py --out runs/study --report         # only the report, of what is there
+    python bench/study/run.py --page docs/forgetting.md --from bench/results/study-DATE.json
     python bench/study/run.py --estimate                         # only how long it would take
 
 Parts: `digits` (where guidance helps and hurts), `tuning` (of both LLaVA beds, on seeds that are
@@ -15,6 +16,7 @@ experiment are refused. Writes runs/, study.json, report.md, pictures and events
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import replace
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     from study import jobs, workers
 
+    if options.page:
+        return _write_page(options)
     plan = jobs.SMOKE if options.smoke else jobs.FULL
     if options.arms:
         plan = replace(plan, arms=tuple(options.arms))
@@ -77,9 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--estimate", action="store_true", help="say how long it takes, and exit")
     parser.add_argument("--report", action="store_true", help="write the report, and exit")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, and exit")
+    parser.add_argument(
+        "--from", dest="source", type=Path, default=Path("runs/study/study.json"), metavar="F",
+        help="the results for --page (default: runs/study/study.json)",
+    )  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="A", help="only these arms of the LLaVA beds")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes that say nothing")
     return parser
+
+
+def _write_page(options) -> int:
+    """Put the tables of a study.json into a page."""
+    from study import summary
+
+    found = json.loads(options.source.read_text(encoding="utf-8"))
+    page = summary.into_page(found, options.page.read_text(encoding="utf-8"))
+    options.page.write_text(page, encoding="utf-8")
+    return 0
 
 
 def _check(plan, parts: list[str], results) -> None:

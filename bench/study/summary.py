@@ -28,12 +28,38 @@ def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
     from study import pictures
 
     found = collected(plan, results)
-    text = "\n\n".join(page(plan, found))
+    text = "\n\n".join(sections(found))
     replace(out / "report.md", text + "\n")
     stored = {"config": {**_provenance(plan), "origins": results.origins()}, **found}
-    replace(out / "study.json", json.dumps(stored, indent=1) + "\n")
+    replace(out / "study.json", _in_lines(stored, 4) + "\n")
     made = pictures.draw(plan, found, out)
     print(f"{text}\n\n{out / 'report.md'}, {out / 'study.json'}, {len(made)} pictures")
+
+
+def _in_lines(value: Any, depth: int) -> str:
+    """JSON with a line for every entry down to a depth: a number a line would be a million."""
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value)
+    entries = (f"{json.dumps(key)}: {_in_lines(x, depth - 1)}" for key, x in value.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
+PAGE_MARKS = ("<!-- study: begin; bench/study/run.py --page writes it -->", "<!-- study: end -->")
+
+
+def into_page(found: dict[str, Any], page: str) -> str:
+    """Returns a page of the documentation with the report between its marks.
+
+    Raises:
+        SystemExit: the page has not both marks, each once.
+    """
+    begin, end = PAGE_MARKS
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"the page needs the lines {begin} and {end}, each once")
+    head, tail = page.split(begin)[0], page.split(end)[1]
+    # A section of the report is a part of one of the page.
+    text = "\n\n".join(sections(found)).replace("## ", "### ")
+    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"
 
 
 def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
@@ -132,20 +158,20 @@ def signed(x: float) -> str:
     return number(x, 1) if x != x else f"{x:+.1f}".replace("-", "−")
 
 
-def page(plan: jobs.Plan, found: dict[str, Any]) -> list[str]:
-    """The sections of the report."""
-    sections = ["## primary tests", _primary(found)]
+def sections(found: dict[str, Any]) -> list[str]:
+    """The headings, texts and tables of the report."""
+    sections = ["## Primary tests", _primary(found)]
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
-            sections += [f"## {bed}", marginals(found[bed]), _tests(found, bed)]
+            sections += [f"## The bed {bed}", marginals(found[bed]), _tests(found, bed)]
             if bed == "in-domain":
                 sections.append(_fresh(found))
     if found["digits"]:
-        sections += ["## digits", *_digits(found), _own_rates(found)]
+        sections += ["## The digits", *_digits(found), _own_rates(found)]
         sections += [_ample(found), _goals(found)]
-    sections += ["## the orderings of the paper", _orderings(found), _flat(found)]
+    sections += ["## The orderings of the paper", _orderings(found), _flat(found)]
     if found["tuning"]:
-        sections += ["## what tuning chose", _tuning(found)]
+        sections += ["## What tuning chose", _tuning(found)]
     return sections
 
 
