@@ -94,10 +94,10 @@ profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else 
 	$(BIN)/python bench/gpu/nsys_step.py --launch --out build/profile $(ARGS)
 
 wheel: $(WHEEL) ## build what is released into dist/ and check it: sources, a binary and a pure wheel
-	$(BIN)/python -P tests/wheels.py build $(ARGS)
+	$(BIN)/python tests/wheels.py build $(ARGS)
 
 wheel-test: $(MADE) ## try the wheels of dist/ in fresh environments, with every Python that is here
-	$(BIN)/python -P tests/wheels.py test $(ARGS)
+	$(BIN)/python tests/wheels.py test $(ARGS)
 
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)

@@ -15,6 +15,8 @@ Environment:
               failure fatal; unset, it is built for a CUDA build of torch if nvcc is found, for the
               GPUs of this machine, and given up after a minute.
     DGG_TORCH  1 has pip fetch a CPU build of torch to compile against where none is installed.
+    DGG_WHEEL  for releases: "binary" builds the C++ library or fails, and no CUDA library; "pure"
+              builds none, and the wheel is for every platform. `make wheel` sets it.
     CUDA_HOME  where nvcc is; else PATH, the usual place, and NVIDIA's Python packages are searched.
     TORCH_CUDA_ARCH_LIST  compute capabilities, as torch reads it: "8.0;9.0+PTX".
     DEBUG  1 builds without optimisation and with debug information.
@@ -34,6 +36,7 @@ import time
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 CPP, CUDA = "dgg._C", "dgg._C_cuda"
@@ -48,6 +51,18 @@ PINNED_TORCH = "torch==2.13.0" if sys.platform == "darwin" else "torch==2.13.0+c
 OLDEST_TORCH = (2, 10)
 # The C++ library: operators, passes over the CPU's memory, and the watch of tensors.
 CPU_SOURCES = ("ops", "cpu", "cpu_lists", "cpu_products", "watch")
+# What a wheel that others install says of a library that it leaves out.
+WHEEL = os.environ.get("DGG_WHEEL", "")
+LEFT_OUT = {
+    CPP: (
+        "this wheel, the one for every platform, has no compiled library; see that there is a C++ "
+        "compiler, then install dgg again from its sources"
+    ),
+    CUDA: (
+        "not built: the wheels have no CUDA library; where there is the CUDA toolkit, install dgg "
+        "again from its sources"
+    ),
+}
 # How long the CUDA library may take that nobody has asked for.
 PATIENCE = 60.0
 
@@ -263,6 +278,16 @@ def spawn_with_reason(command: list[str], *, deadline: float | None = None, **_)
         )
 
 
+class BuildPure(build_py):
+    """Puts the reason into a wheel that has no libraries."""
+
+    def run(self):
+        super().run()
+        for name, file in ERROR_FILES.items():
+            path = pathlib.Path(self.build_lib) / "dgg" / file
+            path.write_text(LEFT_OUT[name] + "\n", encoding="utf-8")
+
+
 class BuildExtension(build_ext):
     """Builds what it can and keeps the reason where it cannot."""
 
@@ -297,7 +322,11 @@ class BuildExtension(build_ext):
                 CUDA: (self.build_cuda, "DGG_CUDA"),
             }[extension.name]
             wanted = os.environ.get(switch, "")
-            if wanted == "0":
+            if WHEEL == "binary":
+                wanted = "1" if extension.name == CPP else "left out"
+            if wanted == "left out":
+                reason = LEFT_OUT[CUDA]
+            elif wanted == "0":
                 reason = (
                     f"not built: {switch}=0 was set during installation; unset it, then install "
                     "dgg again"
@@ -431,7 +460,11 @@ class BuildExtension(build_ext):
 
 
 # Tests import this file for what the libraries are built with.
-if __name__ == "__main__":
+if __name__ == "__main__" and WHEEL not in ("", "binary", "pure"):
+    raise SystemExit(f"DGG_WHEEL is {WHEEL!r}; it must be binary, pure or unset")
+if __name__ == "__main__" and WHEEL == "pure":
+    setup(cmdclass={"build_py": BuildPure})
+elif __name__ == "__main__":
     setup(
         ext_modules=[
             Extension(
