@@ -772,7 +772,10 @@ def test_report_says_what_the_numbers_say(made_up):
         x for x in summary._tests(made_up, "in-domain").splitlines()
         if x.startswith(f"| {summary.pair(*smallest)} |")
     ]  # fmt: skip
-    assert line.endswith(f"| {min(1, 8 * pairs[smallest].p):.3f} |")
+    assert line.endswith(f"| {summary.chance(min(1, 8 * pairs[smallest].p))} |")
+    assert [summary.chance(p) for p in (None, 0.0004, 0.001, 0.25)] == [
+        "–", "< 0.001", "0.001", "0.250"
+    ]  # fmt: skip
     fresh = paired.compare([a - b for a, b in zip(ours[5:], theirs[5:], strict=True)])
     assert f"| primary, seeds never run before | 15 | +{fresh.mean:.1f} |" in text
     verdicts = [x.split("|")[-2].strip() for x in summary._orderings(made_up).splitlines()[2:]]

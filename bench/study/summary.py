@@ -20,7 +20,11 @@ from study.arms import LABELS
 
 ByArm = dict[str, dict[int, dict[str, Any]]]  # arm, seed: the result of the run
 OTHER_METRICS = ("aia", "forgetting", "learning")
-MAIN_RULES = ("replay", "dgg", "guard0", "guard50", "guard100", "l2sp", "ewc", "laplace")
+SHORT = {
+    "replay": "replay", "dgg": "DGG, α tuned", "guard0": "guard, w = 0", "guard50": "w = ½",
+    "guard100": "w = 1", "l2sp": "L2-SP", "ewc": "EWC", "laplace": "λ B Σv̂ ∘ d",
+}  # fmt: skip
+MAIN_RULES = tuple(SHORT)
 
 
 def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
@@ -130,16 +134,17 @@ def comparison(
 
 def row(what: str, got: paired.Comparison, more: Sequence[str] = ()) -> str:
     """One line of a table of differences."""
-    p = [number(x, 3) for x in (got.p, got.p_sign_flip)]
+    p = [chance(x) for x in (got.p, got.p_sign_flip)]
     cells = [
         what, str(got.n), signed(got.mean), f"{signed(got.low)} to {signed(got.high)}", *p,
-        number(got.d_z, 2), f"{got.wins}/{got.ties}/{got.losses}", *more,
+        number(got.d_z, 2).replace("-", "−"), f"{got.wins}/{got.ties}/{got.losses}", *more,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = ("difference", "n", "mean", "95 % interval", "p (t)", "p (sign flips)", "d_z",
-        "wins/ties/losses")  # fmt: skip
+HEAD = (
+    "difference", "n", "mean", "95 % interval", "p (t)", "p (flips)", "d_z", "won/tied/lost"
+)  # fmt: skip
 
 
 def table(head: Sequence[str], rows: Sequence[str]) -> str:
@@ -151,6 +156,11 @@ def table(head: Sequence[str], rows: Sequence[str]) -> str:
 def number(x: float | None, digits: int) -> str:
     """A number, or a dash where there is none."""
     return "–" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def chance(p: float | None) -> str:
+    """A probability."""
+    return "< 0.001" if p is not None and p < 0.001 else number(p, 3)
 
 
 def signed(x: float) -> str:
@@ -194,7 +204,7 @@ def _primary(found: dict[str, Any]) -> str:
     known = {bed: got for bed, got in known.items() if got}
     adjusted = paired.holm({bed: got.p for bed, got in known.items()})
     rows = [
-        row(f"{pair(*protocol.PRIMARY)}, {bed}", got, (number(adjusted[bed], 3),))
+        row(f"{pair(*protocol.PRIMARY)}, {bed}", got, (chance(adjusted[bed]),))
         for bed, got in known.items()
     ]
     return table((*HEAD, "Holm's p"), rows)
@@ -206,7 +216,7 @@ def _tests(found: dict[str, Any], bed: str) -> str:
     second = {p: comparison(found, bed, *p) for p in protocol.SECONDARY}
     known = {pair(*p): got for p, got in second.items() if got}
     adjusted = paired.holm({what: got.p for what, got in known.items()})
-    rows += [row(what, got, (number(adjusted[what], 3),)) for what, got in known.items()]
+    rows += [row(what, got, (chance(adjusted[what]),)) for what, got in known.items()]
     for metric in OTHER_METRICS:
         if got := comparison(found, bed, *protocol.PRIMARY, metric):
             rows.append(row(f"{metric}, {pair(*protocol.PRIMARY)}", got, ("",)))
@@ -229,35 +239,51 @@ def _fresh(found: dict[str, Any]) -> str:
 
 
 def _digits(found: dict[str, Any]) -> list[str]:
-    """One table a memory with the rules that matter most, and one with all the others."""
-    sections = []
-    for memory in sorted({int(setting.split("-")[2]) for setting in found["digits"]}):
-        settings = [s for s in found["digits"] if s.endswith(f"-{memory}")]
-        sections.append(digits_table(found, settings, MAIN_RULES))
-    settings = [s for s in found["digits"] if s.split("-")[1] == str(protocol.OTHER_STEPS)]
-    names = dict.fromkeys(n for s in settings for n in found["digits"][s]["results"])
-    others = [name for name in names if name not in MAIN_RULES[1:]]
-    return [*sections, digits_table(found, settings, others)]
+    """A table a memory with the rules that matter most, and one with all the others."""
+    sections = [
+        "Mean difference from replay alone in points of FAA (of replay alone the FAA itself); a "
+        "star where p < 0.05, not\ncorrected. Without a memory replay alone is training on the new "
+        "task only, and the guard cannot act."
+    ]
+    settings = [setting.split("-") for setting in found["digits"]]
+    for memory in sorted({int(memory) for _, _, memory in settings}):
+        head = [f"{memory} remembered", *(SHORT[name] for name in MAIN_RULES)]
+        rows = [
+            f"| {bed}, {steps} steps | "
+            + " | ".join(_gain(found, f"{bed}-{steps}-{memory}", name) for name in MAIN_RULES)
+            + " |"
+            for bed, steps, its_memory in settings
+            if int(its_memory) == memory
+        ]
+        sections.append(table(head, rows))
+    shown = [setting for setting in settings if setting[1] == str(protocol.OTHER_STEPS)]
+    keys = ["-".join(setting) for setting in shown]
+    names = dict.fromkeys(n for key in keys for n in found["digits"][key]["results"])
+    rows = [
+        f"| {LABELS.get(name, name)} | {' | '.join(_gain(found, key, name) for key in keys)} |"
+        for name in names
+        if name not in MAIN_RULES[1:]
+    ]
+    if rows:
+        head = [
+            f"{protocol.OTHER_STEPS} steps",
+            *(f"{bed[0]} {memory}" for bed, _, memory in shown),
+        ]
+        sections += [
+            "All others, by the first letter of the bed and the memory.",
+            table(head, rows),
+        ]
+    return sections
 
 
-def digits_table(found: dict[str, Any], settings: Sequence[str], names: Sequence[str]) -> str:
-    """Mean difference from replay for some rules and settings; a star where p < 0.05."""
-    rows = []
-    for name in names:
-        if not any(values(found, setting, name) for setting in settings):
-            continue
-        cells = [LABELS.get(name, name)]
-        for setting in settings:
-            if name == "replay":
-                known = values(found, setting, name).values()
-                cells.append(f"{statistics.mean(known):.1f}" if known else "–")
-                continue
-            got = comparison(found, setting, name, "replay")
-            star = "\\*" if got and got.p is not None and got.p < protocol.LEVEL else ""
-            cells.append(f"{signed(got.mean)}{star}" if got else "–")
-        rows.append("| " + " | ".join(cells) + " |")
-    # Without a memory replay alone is training on the new task only.
-    return table(("− replay (replay: FAA)", *settings), rows)
+def _gain(found: dict[str, Any], setting: str, name: str) -> str:
+    """A cell of the digits tables."""
+    if name == "replay":
+        known = values(found, setting, name).values()
+        return f"{statistics.mean(known):.1f}" if known else "–"
+    got = comparison(found, setting, name, "replay")
+    star = "\\*" if got and got.p is not None and got.p < protocol.LEVEL else ""
+    return f"{signed(got.mean)}{star}" if got else "–"
 
 
 def _own_rates(found: dict[str, Any]) -> str:
@@ -271,7 +297,10 @@ def _own_rates(found: dict[str, Any]) -> str:
                 for bed in [setting.split("-")[0]]
             )
             rows.append(row(f"{setting} ({rates})", got))
-    return table((f"{pair(*protocol.OWN_RATES)} (rates)", *HEAD[1:]), rows)
+    text = (
+        "Guard (w = ½) − replay, each with a learning rate of its own (in this order in brackets)."
+    )
+    return f"{text}\n\n{table(HEAD, rows)}"
 
 
 def _ample(found: dict[str, Any]) -> str:
@@ -287,7 +316,10 @@ def _ample(found: dict[str, Any]) -> str:
             got = paired.non_inferior(paired.differences(ours, theirs), protocol.MARGIN)
             shown = "not worse" if got.holds else "not shown"
             rows.append(f"| {setting}, {LABELS[name]} | {signed(got.low)} | {shown} |")
-    return table((f"margin {protocol.MARGIN:g} point", "lower end of the 95 % interval", ""), rows)
+    margin, memory = f"{protocol.MARGIN:g} point", f"{protocol.AMPLE} remembered examples"
+    text = f"Not worse than replay by {margin}, with {memory}:"
+    head = ("guard − replay", "lower end of the 95 % interval", "verdict")
+    return f"{text}\n\n{table(head, rows)}"
 
 
 def goals(found: dict[str, Any]) -> dict[str, tuple[int, int]]:
