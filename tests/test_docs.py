@@ -228,8 +228,55 @@ def test_every_stored_result_is_cited():
     assert named and named <= {*stored, "README.md"}
 
 
-def test_the_readme_says_what_the_study_says():
+STUDY = ROOT / "bench" / "results" / "study-2026-11-29.json"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The results of the study, and the module that makes tables of them."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from study import summary
+
+    return json.loads(STUDY.read_text(encoding="utf-8")), summary
+
+
+def test_the_tables_of_the_study_are_those_of_its_results(study):
+    found, summary = study
+    page = text("forgetting.md")
+    assert summary.into_page(found, page) == page
+    assert page.count("| guard, w = ½ − replay only, in-domain | 20 |") == 1
+
+
+def test_the_readme_says_what_the_study_says(study):
+    found, summary = study
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    study = text("forgetting.md")
-    assert "+5.3 ± 3.2" in study and "5.3 ± 3.2 points" in readme
-    assert "| 0.17 |" in study and "p = 0.17" in readme and "not significant" in readme
+    arms = {
+        '`alpha="auto", importance=0.5`': "guard50", '`alpha="auto", importance=1`': "guard100",
+        "the paper's rule, α searched": "dgg",
+        "EWC with the exact Fisher matrix, λ searched": "ewc",
+    }  # fmt: skip
+    rows = re.findall(
+        r"^\| (.+?) \| ([\d.]+) \| (.*?) \((.*?) to (.*?)\) \| (.*?) \|$", readme, re.M
+    )
+    assert [row[0] for row in rows] == list(arms)
+    tables = "\n".join(summary.sections(found))
+    for what, accuracy, mean, low, high, p in rows:
+        got = summary.comparison(found, "in-domain", arms[what], "replay")
+        assert [mean, low.lstrip("+"), high] == [
+            summary.signed(got.mean), *(summary.signed(x).lstrip("+") for x in (got.low, got.high))
+        ]  # fmt: skip
+        own = summary.values(found, "in-domain", arms[what])
+        assert accuracy == f"{statistics.mean(own.values()):.1f}" and got.n == len(own) == 20
+        pair = summary.pair(arms[what], "replay")
+        planned = re.findall(rf"^\| {pair}(?:, in-domain)? \| .* \| (\S+) \|$", tables, re.M)
+        assert planned == ([] if p == "not planned" else [p]), what
+    replay = summary.values(found, "in-domain", "replay").values()
+    joint = summary.values(found, "in-domain", "joint").values()
+    assert f"| replay only | {statistics.mean(replay):.1f} |" in readme
+    assert f"joint training: {statistics.mean(joint):.1f} " in readme
+    worst = min(
+        summary.comparison(found, setting, guard, "replay").mean
+        for setting in found["digits"] if not setting.endswith("-0")
+        for guard in ("guard0", "guard50", "guard100")
+    )  # fmt: skip
+    assert f"there guidance lost up to {-worst:.0f} points" in readme

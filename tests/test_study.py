@@ -857,7 +857,7 @@ def test_traces_become_events(made_up, tmp_path, monkeypatch):
 
 def _protocol():
     page = (ROOT / "docs" / "forgetting.md").read_text(encoding="utf-8")
-    begin = "## The next study: protocol, written before its test seeds are run"
+    begin = "## The protocol, written before its test seeds were run"
     assert page.count(begin) == 1
     return " ".join(page.split(begin)[1].split("\n## ")[0].split()), page
 
