@@ -269,7 +269,7 @@ def test_the_readme_says_what_the_study_says(study):
         assert accuracy == f"{statistics.mean(own.values()):.1f}" and got.n == len(own) == 20
         pair = summary.pair(arms[what], "replay")
         planned = re.findall(rf"^\| {pair}(?:, in-domain)? \| .* \| (\S+) \|$", tables, re.M)
-        assert planned == ([] if p == "not planned" else [p]), what
+        assert planned == ([] if p == "–" else [p]), what
     replay = summary.values(found, "in-domain", "replay").values()
     joint = summary.values(found, "in-domain", "joint").values()
     assert f"| replay only | {statistics.mean(replay):.1f} |" in readme
