@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
-from dgg import _arguments, optim
+from dgg import _arguments, _callers, optim
 
 __all__ = ["GuidanceCallback"]
 
@@ -64,10 +65,20 @@ class GuidanceCallback(_Callback):
         self.task = _arguments.plain("task", task)
         _arguments.check_options({"task_index": self.task})
         self._importance: list[dict[str, Any]] | None = None
+        self._running = False  # a task was begun and has not ended
+        self._resumed = False  # a checkpoint was loaded, and no training has begun since
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Sets the anchor of a new task, or keeps that of a resumed one."""
         guided = self._guided(trainer)
+        if self._running and not self._resumed:
+            warnings.warn(
+                f"task {self.task} was begun before and did not reach its end: its anchor becomes "
+                "the weights of now, which are not those of the end of the task before. Resume "
+                "with ckpt_path=, or begin anew with the former task's weights",
+                stacklevel=_callers.stacklevel(),
+            )
+        self._running, self._resumed = True, False
         nothing: list[Any] = [None] * len(guided)
         kept = self._importance or nothing
         if len(kept) != len(guided):
@@ -95,10 +106,18 @@ class GuidanceCallback(_Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Counts the task as done, and keeps what the next one's importance is made of."""
-        guided = self._guided(trainer)
+        guided, self._running = self._guided(trainer), False
+        if trainer.fast_dev_run:
+            return
         if any(opt.param_groups[0]["importance"] for opt in guided):
             self._importance = [opt.importance_dict(model=pl_module) for opt in guided]
         self.task += 1
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Counts a task that was resumed from a checkpoint of its end: nothing is trained then."""
+        if self._resumed:
+            self._resumed = False
+            self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this callback."""
@@ -107,6 +126,7 @@ class GuidanceCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on in the task of a checkpoint."""
         self.task, self._importance = state_dict["task"], state_dict["importance"]
+        self._resumed = True
 
     def _guided(self, trainer: Any) -> list[Any]:
         """Returns dgg's optimizers among the Trainer's."""

@@ -415,15 +415,12 @@ def test_the_guide_is_true(tmp_path, monkeypatch):
     assert pathlib.Path("adapters/1/adapter_model.safetensors").is_file()
 
 
-def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch):
+def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch, request):
     """The last example of the guide: a framework's Trainer, which is given no optimizer."""
-    original = transformers.Trainer.get_optimizer_cls_and_kwargs
-    monkeypatch.setattr(
-        transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(original)
-    )
-    callbacks = transformers.trainer.DEFAULT_CALLBACKS
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks])
     monkeypatch.setenv("DGG_TASK", "1")
+    made, install = [], dgg.hf.install
+    monkeypatch.setattr(dgg.hf, "install", lambda **options: made.append(install(**options)))
+    request.addfinalizer(lambda: made[0].remove())
     *_, example = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert "dgg.hf.install(alpha=0.2)" in example
     exec(example, {})

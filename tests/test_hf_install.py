@@ -86,26 +86,38 @@ def test_task_from_the_environment(install, tmp_path, monkeypatch):
 
 
 def test_sgd_and_a_way_back(install, tmp_path):
-    former = transformers.Trainer.get_optimizer_cls_and_kwargs
-    callbacks = list(transformers.trainer.DEFAULT_CALLBACKS)
+    former = transformers.Trainer.__init__
     handle = install(0.2, optimizer=dgg.SGD, momentum=0.9)
     made = trainer(tmp_path, model(), optim="sgd")
     made.train()
     assert type(dgg.unwrap(made.optimizer)) is dgg.SGD
     handle.remove()
     handle.remove()
-    assert transformers.Trainer.get_optimizer_cls_and_kwargs is former
-    assert transformers.trainer.DEFAULT_CALLBACKS == callbacks
+    assert transformers.Trainer.__init__ is former
     made = trainer(tmp_path, model())
     made.train()
     assert isinstance(made.optimizer.optimizer, torch.optim.AdamW)
     assert not isinstance(made.optimizer.optimizer, dgg.AdamW)
 
 
+def test_trainers_made_before_and_after_are_as_they_were(install, tmp_path):
+    before = trainer(tmp_path / "0", model())
+    handle = install(0.2)
+    during = trainer(tmp_path / "1", model())
+    handle.remove()
+    after = trainer(tmp_path / "2", model())
+    for made, guided in ((before, False), (during, True), (after, False)):
+        made.train()
+        assert isinstance(made.optimizer.optimizer, dgg.AdamW) == guided
+        assert (handle.callback in made.callback_handler.callbacks) == guided
+
+
 def test_what_the_arguments_ask_for_is_never_ignored(install, tmp_path):
     install(0.2)
     with pytest.raises(ValueError, match="optim='adafactor' .* Set optim='adamw_torch'"):
         trainer(tmp_path, model(), optim="adafactor").train()
+    with pytest.raises(ValueError, match="optim='sgd' .* Set optim='adamw_torch'"):
+        trainer(tmp_path, model(), optim="sgd")
     with pytest.raises(ValueError, match="optim_args='x=1' is not read"):
         trainer(tmp_path, model(), optim_args="x=1").train()
     # An optimizer that a Trainer was given stays, and the callback says that it is not guided.
@@ -125,16 +137,15 @@ def test_what_the_arguments_ask_for_is_never_ignored(install, tmp_path):
         ({"importnace": 0.5}, TypeError, "importnace"),
         ({"importance": 7}, ValueError, "importance"),
         ({"params": []}, TypeError, "leave them out"),
+        ({"weight_decay": 0.1}, TypeError, "set it there"),
         ({"task": -1}, ValueError, "task"),
     ],
 )
 def test_errors_change_nothing(install, arguments, error, text):
-    former = transformers.Trainer.get_optimizer_cls_and_kwargs
-    callbacks = list(transformers.trainer.DEFAULT_CALLBACKS)
+    former = transformers.Trainer.__init__
     with pytest.raises(error, match=text):
         install(**{"alpha": 0.2, **arguments})
-    assert transformers.Trainer.get_optimizer_cls_and_kwargs is former
-    assert transformers.trainer.DEFAULT_CALLBACKS == callbacks
+    assert transformers.Trainer.__init__ is former
 
 
 @pytest.mark.parametrize("value", ["two", "-1", "", "1.5"])

@@ -101,19 +101,18 @@ def test_means_are_those_of_single_steps(backend, case):
     steps = 20 if backend == "triton" else 150  # more than wait; Triton's interpreter is slow
     seen = stepped(opt, opt, params, steps, replays=auto)
     assert len(opt._journal._records) < 64
-    wanted = expected(seen, ratio=None if auto else ratio_of)
-    assert 0 < wanted["guidance/injected"] and (auto or "no scaling" != case) != (
-        "guidance/pull" not in wanted
-    )
+    ratio = ratio_of if options.get("granularity", "step") == "step" and not auto else None
+    wanted = expected(seen, ratio=ratio)
+    assert 0 < wanted["guidance/injected"]
+    assert ("guidance/pull" in wanted) == (case in ("drawn, clipped", "always", "auto"))
     compare(opt.guidance_log(), wanted, task=1, anchored=3)
     # Nothing was done since, and one step later it is that step's.
     assert opt.guidance_log() == {"guidance/task": 1, "guidance/anchored": 3}
     (last,) = stepped(opt, opt, params, 1, replays=auto)
-    compare(opt.guidance_log(), expected([last], ratio=None if auto else ratio_of),
-            task=1, anchored=3)  # fmt: skip
+    compare(opt.guidance_log(), expected([last], ratio=ratio), task=1, anchored=3)
     # The summary is of all steps since the boundary, whoever has asked for a log in between.
     text = opt.summary()
-    assert f"task 1: {steps + 1} steps since the anchor was set" in text
+    assert f"task 1: {steps + 1} steps since the anchor was set or loaded" in text
     share = sum(s["injected"] for s in [*seen, last]) / (steps + 1)
     assert f"{100 * share:.1f} % of the steps pulled" in text
     assert f"dgg.AdamW (backend {backend})" in text and "anchor of 3 tensors" in text
@@ -229,7 +228,8 @@ def test_records_of_unlike_steps():
             "flags": torch.ones(count, dtype=torch.uint8) if hit else None,
             "coefficients": torch.cat([head, torch.tensor([0.5, 1.0, 0.75][:count]).double()]),
             "active": None, "device": torch.device("cpu"), "found_inf": None, "strength": 1.0,
-            "per_tensor": True, "measured": hit, "alignment_and_pull": None, "clipped": False,
+            "per_tensor": True, "whole": False, "measured": hit, "alignment_and_pull": None,
+            "clipped": False,
         }  # fmt: skip
         book.add(record)
         assert len(book._records) < 64
@@ -241,11 +241,51 @@ def test_records_of_unlike_steps():
     assert reader.means() == {} and reader.totals() == {}
 
 
-def test_copies_begin_anew_and_a_load_does_not():
+def test_copies_and_loads_begin_anew():
     params = parameters()
     opt = dgg.AdamW(params, lr=0.05, alpha=0.5)
     opt.set_anchor()
     stepped(opt, opt, params, 10)
     assert "0 steps since" in re.sub(r"\d+0 steps", "", pickle.loads(pickle.dumps(opt)).summary())
+    assert "10 steps since the anchor was set or loaded" in opt.summary()
     opt.load_state_dict(opt.state_dict())
-    assert "10 steps since the anchor was set" in opt.summary()
+    assert "task 1: 0 steps since the anchor was set or loaded" in opt.summary()
+    stepped(opt, opt, params, 3)
+    assert "task 1: 3 steps since the anchor was set or loaded" in opt.summary()
+
+
+def test_a_huge_gradient_hides_nothing_later():
+    """Means are sums of their own steps, and no differences of longer sums."""
+    params = parameters()
+    opt = dgg.AdamW(params, lr=0.001, alpha=1.0)
+    opt.set_anchor()
+    for step in range(15):
+        gradients(params, scale=1e18 if step == 7 else 1e-3)
+        opt.step()
+        if step % 5 == 4:
+            log = opt.guidance_log()
+            norm = opt.guidance_stats()["grad_norm"].item()
+    assert log["guidance/grad_norm"] == pytest.approx(norm, rel=0.5)
+
+
+@pytest.mark.parametrize("backend", [usable(b) for b in ("reference", "cpp", "triton")])
+def test_groups_of_their_own(backend):
+    """Drawn rows without a gradient pull nothing, and draws of one step stay what they were."""
+    params = parameters()
+    groups = [{"params": [p], "alpha": a} for p, a in zip(params, (0.1, 0.5, 0.9), strict=True)]
+    opt = dgg.AdamW(groups, lr=0.05, backend=backend)
+    opt.set_anchor()
+    seen = []
+    for step in range(12 if backend == "triton" else 40):
+        params[0].grad = params[2].grad = None
+        params[1].grad = torch.randn_like(params[1])
+        if step == 0:
+            gradients(params)
+        opt.step()
+        stats = opt.guidance_stats()
+        seen.append({k: None if v is None else v.double().mean().item() for k, v in stats.items()})
+    log = opt.guidance_log()
+    share = sum(s["injected"] for s in seen) / len(seen)
+    scales = [s["scale"] for s in seen if s["injected"]]
+    assert 0 < share < 1 and log["guidance/injected"] == pytest.approx(share)
+    assert log["guidance/scale"] == pytest.approx(sum(scales) / len(scales)) and max(scales) <= 1

@@ -278,6 +278,51 @@ def test_resumed_in_the_middle_of_a_task(tmp_path, options):
         assert torch.equal(whole.state[p]["anchor"], opt.state[q]["anchor"])
 
 
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.5, "importance": 1.0}])
+def test_resumed_at_the_end_of_a_task(tmp_path, options):
+    """Nothing is trained then, and neither on_train_start nor on_train_end is called."""
+    import dgg.lightning
+
+    module, guide = Plain(dgg.AdamW, **options), dgg.lightning.GuidanceCallback()
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    fit(module, [guide, save], 0, enable_checkpointing=True)
+    fit(module, [guide], 1)
+    again, guide = Plain(dgg.AdamW, **options), dgg.lightning.GuidanceCallback()
+    fit(again, [guide], 0, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert guide.task == 1
+    opt = optimizer_of(fit(again, [guide], 1))
+    assert (guide.task, opt.param_groups[0]["task_index"], opt.param_groups[0]["anchored"]) == (
+        2, 1, 2
+    )  # fmt: skip
+    for p, q in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_task_that_failed_is_told(recwarn):
+    import dgg.lightning
+
+    class Fails(Plain):
+        fail = False
+
+        def training_step(self, batch, index):
+            if self.fail and index == 2:
+                raise OverflowError
+            return super().training_step(batch, index)
+
+    module, guide = Fails(dgg.AdamW, alpha=0.5), dgg.lightning.GuidanceCallback()
+    fit(module, [guide], 0)
+    module.fail = True
+    with pytest.raises(OverflowError):
+        fit(module, [guide], 1)
+    assert guide.task == 1
+    module.fail = False
+    with pytest.warns(UserWarning, match="task 1 was begun before and did not reach its end"):
+        fit(module, [guide], 1)
+    assert guide.task == 2
+    fit(module, [guide], 2, fast_dev_run=True)
+    assert guide.task == 2
+
+
 def test_the_callback_logs():
     import dgg.lightning
 

@@ -405,8 +405,9 @@ def test_one_anchor_however_many_tasks(kind):
     for task in range(10):
         with Largest() as largest:
             opt.set_anchor()
-        # From the second task on nothing is made at all; the first makes moments and anchor.
-        assert largest.numel <= (numel if task == 0 else 2)
+        # From the second task on nothing is made but sums of the journal; the first makes moments
+        # and anchor.
+        assert largest.numel <= (numel if task == 0 else 100)
         seen.add(opt.state[params[0]]["anchor"].data_ptr())
         for step in range(3):
             set_grads(params, torch.Generator().manual_seed(step))

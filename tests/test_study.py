@@ -929,9 +929,10 @@ def test_the_protocol_has_the_ladders_of_the_code():
     ladders = {}
     for line in page.splitlines():
         if line.startswith(("| replay, guard", "| DGG |", "| L2-SP |", "| EWC |")):
-            name, rates, knob = (cell.strip() for cell in line.strip("|").split("|"))
-            if ":" in rates or "±" in rates:
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) != 3 or ":" in cells[1] or "±" in cells[1]:
                 continue  # of another table
+            name, rates, knob = cells
             ladders[name] = (rates, knob)
     names = {"replay, guard": ("replay", "guard"), "DGG": ("dgg",), "L2-SP": ("l2sp",),
              "EWC": ("ewc",)}  # fmt: skip

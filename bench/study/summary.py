@@ -174,6 +174,7 @@ def sections(found: dict[str, Any]) -> list[str]:
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
             sections += [f"## The bed {bed}", marginals(found[bed]), _tests(found, bed)]
+            sections.append(_minus_replay(found, bed))
             if bed == "in-domain":
                 sections.append(_fresh(found))
     if found["digits"]:
@@ -221,6 +222,17 @@ def _tests(found: dict[str, Any], bed: str) -> str:
         if got := comparison(found, bed, *protocol.PRIMARY, metric):
             rows.append(row(f"{metric}, {pair(*protocol.PRIMARY)}", got, ("",)))
     return table((*HEAD, "Holm's p"), rows)
+
+
+def _minus_replay(found: dict[str, Any], bed: str) -> str:
+    """The arms that no test against replay was planned for."""
+    planned = {protocol.PRIMARY, *protocol.SECONDARY}
+    rows = [
+        row(pair(name, "replay"), got)
+        for name in ("l2sp", "ewc", "other")
+        if (name, "replay") not in planned and (got := comparison(found, bed, name, "replay"))
+    ]
+    return f"Not planned, and not corrected:\n\n{table(HEAD, rows)}" if rows else ""
 
 
 def pair(first: str, second: str) -> str:

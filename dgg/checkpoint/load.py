@@ -58,6 +58,7 @@ def load(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
         opt.__dict__.clear()
         opt.__dict__.update(attributes)
         raise
+    opt._journal.begin_task()
 
 
 def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -14,12 +15,10 @@ from dgg._literals import Alphas
 from dgg.hf.callback import GuidanceCallback
 
 TASK_VARIABLE = "DGG_TASK"
-# What a Trainer is told to take where dgg's optimizer stands in for it.
-_REPLACED = ("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adamw_torch_xla", "sgd")
-# What is written to in them has no type that would allow it.
-_TRAINER: Any = transformers.Trainer
-_CALLBACKS: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
+# What a Trainer may be told to take where dgg's optimizer stands in for it.
+_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adamw_torch_xla")
 
+_trainer: Any = transformers.Trainer
 _installed: Installed | None = None
 
 
@@ -33,17 +32,27 @@ class Installed:
     def __init__(self, optimizer: type, options: dict[str, Any], callback: GuidanceCallback):
         self.callback = callback
         self._optimizer, self._options = optimizer, options
-        self._former = vars(transformers.Trainer)["get_optimizer_cls_and_kwargs"]
-        _TRAINER.get_optimizer_cls_and_kwargs = staticmethod(self._choice)
-        _CALLBACKS.append(callback)
+        self._former = former = _trainer.__init__
 
-    def _choice(self, args: transformers.TrainingArguments, model: Any = None) -> tuple[type, dict]:
-        """Returns class and arguments of the optimizer, as the Trainer's own function does."""
+        @functools.wraps(former)
+        def begin(trainer: Any, *args: Any, **kwargs: Any) -> None:
+            former(trainer, *args, **kwargs)
+            # What a Trainer is given stays; the callback tells if it is none of dgg's.
+            if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+                trainer.optimizer_cls_and_kwargs = self._choice(trainer.args)
+            trainer.add_callback(callback)
+
+        _trainer.__init__ = begin
+
+    def _choice(self, args: transformers.TrainingArguments) -> tuple[type, dict[str, Any]]:
+        """Returns class and arguments of the optimizer."""
         name = str(getattr(args.optim, "value", args.optim))
-        if name not in _REPLACED:
+        is_sgd = issubclass(self._optimizer, torch.optim.SGD)
+        known = ("sgd",) if is_sgd else _ADAM
+        if name not in known:
             raise ValueError(
                 f"optim={name!r} of the training's arguments is not in force: dgg.hf.install() has "
-                f"put dgg.{self._optimizer.__name__} in its place. Set optim='adamw_torch', or "
+                f"put dgg.{self._optimizer.__name__} in its place. Set optim={known[0]!r}, or "
                 "give this Trainer another optimizer in its own arguments"
             )
         if args.optim_args:
@@ -52,17 +61,16 @@ class Installed:
                 "of the optimizer"
             )
         options: dict[str, Any] = {"lr": args.learning_rate}
-        if not issubclass(self._optimizer, torch.optim.SGD):
+        if not is_sgd:
             options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         return self._optimizer, options | self._options
 
     def remove(self) -> None:
-        """Gives back the Trainers that are made from here on what they had before."""
+        """Gives the Trainers that are made from here on what they had before."""
         global _installed
         if _installed is self:
             _installed = None
-            _TRAINER.get_optimizer_cls_and_kwargs = self._former
-            _CALLBACKS.remove(self.callback)
+            _trainer.__init__ = self._former
 
 
 def install(
@@ -104,7 +112,12 @@ def install(
         raise TypeError(f"optimizer={optimizer!r} must be dgg.AdamW, dgg.Adam or dgg.SGD")
     if "params" in options:
         raise TypeError("params are those of the Trainer's model; leave them out")
-    optimizer([torch.nn.Parameter(torch.zeros(1, device="cpu"))], **{"lr": 1e-3, **options})
+    if "weight_decay" in options:  # which the Trainer puts into every group
+        raise TypeError("weight_decay is that of the training's arguments; set it there")
+    optimizer(
+        [torch.nn.Parameter(torch.zeros(1, device="cpu", dtype=torch.float32))],
+        **{"lr": 1e-3, **options},
+    )
     if task is None and TASK_VARIABLE in os.environ:
         value = os.environ[TASK_VARIABLE]
         if not value.isascii() or not value.isdigit():

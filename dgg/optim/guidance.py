@@ -287,6 +287,7 @@ class Guidance(Reporting):
         fresh = self.param_groups[0]["draw_index"] in (0, self._resumed)
         self._named, self._resumed = None, groups[0]["draw_index"] if fresh else None
         self.param_groups = [{**_arguments.NEW_OPTIONS, **group} for group in groups]
+        self._journal.begin_task()
         self._reset_caches()
 
     def _before_step(self, optimizer, args, kwargs):

@@ -10,7 +10,8 @@ from dgg import _arguments
 OPTIONS = [
     name
     for name in _arguments.GUIDANCE_OPTIONS
-    if name not in ("draw_index", "task_index", "importance_mean")
+    # A subclass may have a seed of its own.
+    if name not in ("draw_index", "task_index", "importance_mean", "seed")
 ]
 
 

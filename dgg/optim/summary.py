@@ -60,7 +60,8 @@ class Reporting:
         Returns:
             Means over the steps since the last call, each over the steps that measured it:
             ``guidance/injected`` (share of the steps that pulled), ``guidance/scale`` (s),
-            ``guidance/pull`` (length of the pull / that of c h), ``guidance/distance`` (‖u‖),
+            ``guidance/pull`` (length of the pull / that of c g, with ``alpha="auto"`` of c h; not
+            with draws or scales per tensor or element), ``guidance/distance`` (‖u‖),
             ``guidance/grad_norm`` (‖g‖), ``guidance/clip`` (c) and, with ``alpha="auto"``,
             ``guidance/alignment``; those that no step measured are left out. And as they are now
             ``guidance/task`` and ``guidance/anchored`` (parameters with an anchor). The call
@@ -85,13 +86,13 @@ class Reporting:
         Example:
             >>> print(opt.summary())
             dgg.AdamW (backend cpp), alpha 0.2, anchor of 4 tensors (0.0 MiB)
-            task 1: 200 steps since the anchor was set
+            task 1: 200 steps since the anchor was set or loaded
               18.5 % of the steps pulled
               0.9 mean scale s of the pulled steps
         """
         steps, means = self._journal.since_boundary()
         anchored = self._count_anchors() > 0
-        since = "since the anchor was set" if anchored else "without an anchor"
+        since = "since the anchor was set or loaded" if anchored else "without an anchor"
         lines = [head(self), f"task {self.param_groups[0]['task_index']}: {steps} steps {since}"]
         if steps and anchored:
             lines.append(f"  {100 * means.get('injected', 0.0):.1f} % of the steps pulled")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,7 @@ class Journal:
     def __init__(self) -> None:
         self.steps = 0
         self._records: list[dict[str, Any]] = []
-        # float64 [2, names]: sums over the steps that measured something, and how many did.
-        self._sums: Tensor | None = None
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._since_boundary = Reader(self)
         self._logged = Reader(self)
 
@@ -41,10 +41,10 @@ class Journal:
         self.steps += 1
         self._records.append(record)
         if len(self._records) >= self._FOLD:
-            self._fold()
+            self.fold()
 
     def begin_task(self) -> None:
-        """Counts from here on: an anchor was set or cleared."""
+        """Counts from here on: an anchor was set, loaded or cleared."""
         self._since_boundary = Reader(self)
 
     def since_boundary(self) -> tuple[int, dict[str, float]]:
@@ -55,51 +55,74 @@ class Journal:
         """Returns the means of the steps since the last call, as `Reader.means` does."""
         return self._logged.means()
 
-    def sums(self) -> Tensor | None:
-        """Returns float64 [2, names] over all steps, a new tensor; None before the first step."""
-        self._fold()
-        return self._sums
+    def add_reader(self, reader: Reader) -> None:
+        """Gives a reader all steps from now on."""
+        self.fold()
+        self._readers.add(reader)
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
+        """Adds up the records that wait, for every reader."""
         alike: dict[Any, list[dict[str, Any]]] = {}
         for record in self._records:
             alike.setdefault(_kind(record), []).append(record)
         for records in alike.values():
             table = _sums(records)
-            if self._sums is None:
-                self._sums = table
-            else:
-                self._sums = self._sums.to(table.device) + table
+            for reader in self._readers:
+                reader.add(table)
         self._records.clear()
 
 
 class Reader:
-    """Means over the steps since some moment; reading them is the only synchronisation."""
+    """Means over the steps since some moment; reading them is the only synchronisation.
+
+    Every reader has sums of its own: as differences of longer sums, means would be lost behind one
+    step with a huge gradient.
+
+    Attributes:
+        first_step: Steps of the journal when the reader was made.
+    """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self.first_step = self._last_step = journal.steps
-        self._first = self._last = journal.sums()
+        # float64 [2, names]: sums over the steps that measured something, and how many did; since
+        # the last call of `means`, and before it.
+        self._window: Tensor | None = None
+        self._before: Tensor | None = None
+        journal.add_reader(self)
+
+    def add(self, table: Tensor) -> None:
+        """Adds the sums of some steps."""
+        self._window = _joined(self._window, table)
 
     def means(self) -> dict[str, float]:
         """Returns the means of the steps since the last call; empty if there were none."""
         if self._journal.steps == self._last_step:
             return {}
-        now, before = self._journal.sums(), self._last
-        self._last, self._last_step = now, self._journal.steps
-        return _means(now, before)
+        self._journal.fold()
+        self._last_step = self._journal.steps
+        window, self._window = self._window, None
+        self._before = _joined(self._before, window)
+        return _means(window)
 
     def totals(self) -> dict[str, float]:
         """Returns the means of all steps since the reader was made; empty if there were none."""
         if self._journal.steps == self.first_step:
             return {}
-        return _means(self._journal.sums(), self._first)
+        self._journal.fold()
+        return _means(_joined(self._before, self._window))
 
 
-def _means(now: Tensor | None, before: Tensor | None) -> dict[str, float]:
-    if now is None:
+def _joined(sums: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if sums is None or more is None:
+        return more if sums is None else sums
+    return sums.to(more.device) + more
+
+
+def _means(table: Tensor | None) -> dict[str, float]:
+    if table is None:
         return {}
-    sums, counts = (now if before is None else now - before.to(now.device)).tolist()
+    sums, counts = table.tolist()
     # s is 0 on the steps that inject nothing; its mean is over those that inject.
     counts[_SCALE] = sums[_INJECTED]
     return {
@@ -114,7 +137,8 @@ def _kind(record: dict[str, Any]) -> Any:
         return None
     names = ("flags", "active", "found_inf", "alignment_and_pull")
     present = tuple(record[name] is not None for name in names)
-    settings = tuple(record[name] for name in ("per_tensor", "measured", "clipped", "strength"))
+    more = ("per_tensor", "measured", "clipped", "strength", "whole")
+    settings = tuple(record[name] for name in more)
     return (len(coefficients), coefficients.device, *present, *settings)
 
 
@@ -151,11 +175,14 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     if first["found_inf"] is not None:
         overflowed = torch.stack([record["found_inf"].ne(0).any() for record in records])
         pulled = pulled & ~overflowed[:, None]
-    if guarded:
-        pulled = pulled & (scales if first["per_tensor"] else scales[:, :1]).ne(0)
+    if guarded:  # drawn at every step, often of length 0
+        lengths = coefficients[:, reference.SCALES :]
+        pulled = pulled & (lengths if first["per_tensor"] else lengths[:, :1]).ne(0)
     injected = pulled.any(dim=1)
     values["injected"] = injected.double()
-    values["scale"] = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
+    scale = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
+    # A step may have drawn what has no gradient or no anchor.
+    values["scale"] = torch.where(injected, scale, 0)
     if not first["measured"]:
         return
     # A captured step measures only if it draws; what it left in the other places says nothing.
@@ -166,5 +193,5 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     if guarded:
         values["alignment"], pull = stacked("alignment_and_pull").unbind(1)
         values["pull"] = pull * first["strength"]
-    elif not first["per_tensor"]:
+    elif first["whole"]:
         values["pull"] = scales[:, 0] * distance / (coefficients[:, reference.CLIP] * grad_norm)

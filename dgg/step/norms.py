@@ -172,12 +172,13 @@ def record(
         active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
     """
     options = decision.options
-    if flags is not None and options["granularity"] == "tensor":
-        flags = flags.clone()  # the next draw but one comes into the same place
+    per_tensor = options["norm_scope"] == "tensor"
     return {
         "flags": flags, "coefficients": coefficients, "active": active, "device": device,
         "backend": backend, "found_inf": decision.scaling.found_inf,
-        "strength": decision.strength, "per_tensor": options["norm_scope"] == "tensor",
+        "strength": decision.strength, "per_tensor": per_tensor,
+        # One pull for all that is guided, so that ‖pull‖ / ‖c g‖ follows from s and the norms.
+        "whole": options["granularity"] == "step" and not per_tensor,
         "measured": flags is not None and (options["scaling"] or decision.guarded),
         "alignment_and_pull": decision.alignment_and_pull,
         "clipped": options["max_grad_norm"] is not None,
