@@ -111,6 +111,7 @@ class _Run:
         self.named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
         self.optimizer = arms.optimizer(arm, self.parameters, seed, sizes.max_grad_norm)
+        self.optimizer.set_anchor(task=0)  # there is nothing to protect yet
         self.answer: Callable[[Tensor, Tensor], Tensor] = vqa.Answerer(self.model)
         self.method = self._make_method() if arm.is_method else None
         self.buffer = ReplayBuffer(sizes.remembered, seed=seed)

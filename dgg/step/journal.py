@@ -20,18 +20,20 @@ class Journal:
     """Adds up the records of an optimizer's steps.
 
     A step hands over its record, which costs nothing: the tensors in it were made by the step. Only
-    every 64th step adds the records up, on the device.
+    now and then are they added up, on the device: many at once, so that it costs next to nothing.
 
     Attributes:
         steps: Steps since the optimizer was made.
     """
 
-    # As many records may wait; each holds 4 + n doubles, for n parameters.
-    _FOLD = 64
+    # As many records, and numbers in them, may wait: a record has 4 + n doubles for n parameters.
+    _RECORDS, _NUMBERS = 1024, 2**16
+    _FEWEST = 64
 
     def __init__(self) -> None:
         self.steps = 0
         self._records: list[dict[str, Any]] = []
+        self._limit = self._FEWEST
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._since_boundary = Reader(self)
         self._logged = Reader(self)
@@ -40,7 +42,7 @@ class Journal:
         """Adds a step's record, as `norms.record` and `norms.record_skipped` make it."""
         self.steps += 1
         self._records.append(record)
-        if len(self._records) >= self._FOLD:
+        if len(self._records) >= self._limit:
             self.fold()
 
     def begin_task(self) -> None:
@@ -69,6 +71,9 @@ class Journal:
             table = _sums(records)
             for reader in self._readers:
                 reader.add(table)
+        sizes = [len(x) for r in self._records[-1:] if (x := r["coefficients"]) is not None]
+        if sizes:
+            self._limit = max(self._FEWEST, min(self._RECORDS, self._NUMBERS // sizes[0]))
         self._records.clear()
 
 
@@ -160,15 +165,22 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     """Puts float64 [steps] under every name that the steps know; NaN where one has none."""
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([record[name] for record in records])
+        tensors = [record[name] for record in records]
+        if all([x is tensors[0] for x in tensors]):  # flags, most of the time
+            return tensors[0][None]
+        return torch.stack(tensors)
 
-    first, coefficients = records[0], stacked("coefficients")
+    first = records[0]
+    coefficients = stacked("coefficients").expand(len(records), -1)
     guarded = first["alignment_and_pull"] is not None
     if first["clipped"]:
         values["clip"] = coefficients[:, reference.CLIP]
     if first["flags"] is None:
         return
-    scales = coefficients[:, reference.SCALES :] * first["strength"]
+    lengths = coefficients[:, reference.SCALES :]
+    if not first["per_tensor"]:
+        lengths = lengths[:, :1]
+    scales = lengths * first["strength"]
     pulled = (stacked("flags") & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
     if first["active"] is not None:
         pulled = pulled & backends.without_waiting(stacked("active"), pulled.device)
@@ -176,9 +188,8 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
         overflowed = torch.stack([record["found_inf"].ne(0).any() for record in records])
         pulled = pulled & ~overflowed[:, None]
     if guarded:  # drawn at every step, often of length 0
-        lengths = coefficients[:, reference.SCALES :]
-        pulled = pulled & (lengths if first["per_tensor"] else lengths[:, :1]).ne(0)
-    injected = pulled.any(dim=1)
+        pulled = pulled & lengths.ne(0)
+    injected = pulled.any(dim=1).expand(len(records))
     values["injected"] = injected.double()
     scale = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
     # A step may have drawn what has no gradient or no anchor.
@@ -191,7 +202,9 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     values["grad_norm"] = grad_norm + measured
     values["distance"] = distance = coefficients[:, reference.DISTANCE] + measured
     if guarded:
-        values["alignment"], pull = stacked("alignment_and_pull").unbind(1)
+        values["alignment"], pull = torch.stack(
+            [record["alignment_and_pull"] for record in records]
+        ).unbind(1)
         values["pull"] = pull * first["strength"]
     elif first["whole"]:
         values["pull"] = scales[:, 0] * distance / (coefficients[:, reference.CLIP] * grad_norm)
