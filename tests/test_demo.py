@@ -105,6 +105,15 @@ def test_a_second_time_it_is_there_already(smoke):
     assert text.split("| arm")[1] == again.split("| arm")[1]
 
 
+def test_its_arms_are_those_of_the_study(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from study import protocol
+
+    stored = json.loads((BENCH / "results" / "study-2026-11-29.json").read_text(encoding="utf-8"))
+    for arm in protocol.DEMO_ARMS:
+        assert arm.as_dict() == stored["in-domain"][arm.name]["0"]["arm"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process group")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

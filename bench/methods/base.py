@@ -151,21 +151,10 @@ class Method:
 
 
 class Anchored(Method):
-    """A method whose state is where the last task ended: `anchor`, empty in the first task.
-
-    Args:
-        model: As for every method, and so on.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
-    """
+    """A method whose state is where the last task ended: `anchor`, empty in the first task."""
 
     kept: ClassVar[tuple[str, ...]] = ("anchor",)
-
-    def __init__(self, model, named, optimizer, loss_of, logits_of) -> None:
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.anchor: list[Tensor] = []
+    anchor: Sequence[Tensor] = ()  # replaced at a boundary, never changed in place
 
     def end_task(self, task: int, batches: Sequence[Any]) -> None:
         """Moves the anchor here."""

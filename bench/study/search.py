@@ -100,11 +100,6 @@ def choose(family: Family, scores: Mapping[Point, float]) -> Chosen:
     return Chosen(family.values(best), scores[best], interior, len(scores))
 
 
-def mean_scores(found: Mapping[Point, Sequence[float]], seeds: int) -> dict[Point, float]:
-    """Means of the points that all seeds have been run at."""
-    return {point: sum(x) / seeds for point, x in found.items() if len(x) == seeds}
-
-
 def as_json(chosen: Chosen) -> dict[str, Any]:
     """For result files."""
     return {"values": chosen.values, "score": chosen.score, "interior": chosen.interior,

@@ -104,11 +104,6 @@ class Clock:
         self._steps, self._jobs, self._guess = steps, jobs, seconds_a_step
         self._done_steps, self._done = 0.0, 0
 
-    def add(self, steps: float, jobs: int) -> None:
-        """More has turned out to be needed, or less."""
-        self._steps += steps
-        self._jobs += jobs
-
     def remaining(self) -> float:
         """Seconds, from what was measured so far."""
         rest = max(0.0, self._steps - self._done_steps)

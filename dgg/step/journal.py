@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgg import backends, reference
+from dgg import reference
+from dgg.step import norms
 
 NAMES: tuple[str, ...] = ("injected", "scale", "grad_norm", "distance", "clip", "alignment", "pull")
 _INJECTED, _SCALE = NAMES.index("injected"), NAMES.index("scale")
@@ -71,9 +72,9 @@ class Journal:
             table = _sums(records)
             for reader in self._readers:
                 reader.add(table)
-        sizes = [len(x) for r in self._records[-1:] if (x := r["coefficients"]) is not None]
-        if sizes:
-            self._limit = max(self._FEWEST, min(self._RECORDS, self._NUMBERS // sizes[0]))
+        last = self._records[-1]["coefficients"] if self._records else None
+        if last is not None:
+            self._limit = max(self._FEWEST, min(self._RECORDS, self._NUMBERS // len(last)))
         self._records.clear()
 
 
@@ -181,15 +182,12 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     if not first["per_tensor"]:
         lengths = lengths[:, :1]
     scales = lengths * first["strength"]
-    pulled = (stacked("flags") & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
-    if first["active"] is not None:
-        pulled = pulled & backends.without_waiting(stacked("active"), pulled.device)
+    active = None if first["active"] is None else stacked("active")
+    infinite = None
     if first["found_inf"] is not None:
-        overflowed = torch.stack([record["found_inf"].ne(0).any() for record in records])
-        pulled = pulled & ~overflowed[:, None]
-    if guarded:  # drawn at every step, often of length 0
-        pulled = pulled & lengths.ne(0)
-    injected = pulled.any(dim=1).expand(len(records))
+        infinite = torch.stack([record["found_inf"].ne(0).any() for record in records])[:, None]
+    rows = norms.pulled(stacked("flags"), active, infinite, lengths if guarded else None)
+    injected = rows.any(dim=1).expand(len(records))
     values["injected"] = injected.double()
     scale = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
     # A step may have drawn what has no gradient or no anchor.

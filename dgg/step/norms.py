@@ -190,6 +190,26 @@ def record_skipped(device: torch.device) -> dict[str, Any]:
     return {"flags": None, "coefficients": None, "device": device}
 
 
+def pulled(
+    flags: Tensor, active: Tensor | None, infinite: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """Returns which rows a step pulled, or several steps if the tensors have a leading dimension.
+
+    Args:
+        flags: uint8 [n], what was drawn.
+        active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
+        infinite: bool [] or [1], whether a GradScaler found inf; None without one.
+        lengths: [n] or [1], those of the pulls with alpha="auto", which draws every step and often
+            pulls with length 0; None otherwise.
+    """
+    found = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
+    if active is not None:
+        found = found & backends.without_waiting(active, found.device)
+    if infinite is not None:
+        found = found & ~infinite
+    return found if lengths is None else found & lengths.ne(0)
+
+
 def keep(opt, record: dict[str, Any], *, captured: bool = False) -> None:
     """Keeps a step's record for the statistics, and counts it.
 
@@ -219,15 +239,12 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     zero = torch.zeros((), device=last["device"], dtype=torch.float32)
     stats["injected"], stats["guided"] = zero.bool(), zero.long()
     if flags is not None:
-        # Flags say what was drawn, but a parameter without gradient is not guided.
-        guided = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
-        if last["active"] is not None:
-            guided = guided & backends.without_waiting(last["active"], guided.device)
-        if last.get("found_inf") is not None:
-            guided = guided & last["found_inf"].eq(0).all()
-        if last["alignment_and_pull"] is not None:  # drawn at every step, often of length 0
-            scales = coefficients[reference.SCALES :]
-            guided = guided & (scales if last["per_tensor"] else scales[:1]).ne(0)
+        lengths = None
+        if last["alignment_and_pull"] is not None:
+            lengths = coefficients[reference.SCALES :]
+            lengths = lengths if last["per_tensor"] else lengths[:1]
+        infinite = None if last["found_inf"] is None else last["found_inf"].ne(0).any()
+        guided = pulled(flags, last["active"], infinite, lengths)
         stats["injected"], stats["guided"] = guided.any(), guided.sum()
     stats["scale"] = zero
     if coefficients is None:

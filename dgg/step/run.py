@@ -80,10 +80,10 @@ def finish(
         # A captured step has flags always; if none can inject, they say nothing.
         rows, flags = all_rows[0], decision.flags[0] if decision.injecting else None
         active = None if flags is None else rows.active
-        alike = decision.options["granularity"] != "tensor" and (
-            len(set(opt._draws.limits(decision.groups))) == 1
-        )
-        if flags is not None and not alike:
+        if flags is not None and (
+            decision.options["granularity"] == "tensor"
+            or len(set(opt._draws.limits(decision.groups))) > 1
+        ):
             flags = flags.clone()  # the next draw but one comes into the same place
         record = norms.record(decision, rows.device, rows.backend, flags, coefficients[0], active)
         captured = opt._settings.capturable and backends.capturing(rows.device)
