@@ -458,7 +458,7 @@ def language_model(adapters: bool = False) -> torch.nn.Module:
 
 def trainer_of(
     model, task: int, out: str, deepspeed, *, size: int, die=False, options=None, anchor=None,
-    replay=None, **settings,
+    importance=None, replay=None, **settings,
 ):  # fmt: skip
     """A Trainer of one task: under DeepSpeed if there is a configuration, else alone.
 
@@ -472,7 +472,7 @@ def trainer_of(
         learning_rate=5e-3, deepspeed=deepspeed, **settings,
     )  # fmt: skip
     options = {"lr": 5e-3, "eps": 1e-3, "alpha": 0.5, "seed": 5, **(options or {})}
-    callbacks = [GuidanceCallback(task=task, anchor=anchor)]
+    callbacks = [GuidanceCallback(task=task, anchor=anchor, importance=importance)]
     if die:
         callbacks.append(language_tasks.killed_after(7))
     data = language_tasks.counting(1 + task)
@@ -489,10 +489,17 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 
 def two_tasks(folder: str, stage: int | None, size: int, adapters: bool):
-    """Trains two tasks, each by a Trainer of its own; the second goes on from a checkpoint."""
+    """Trains two tasks, each by a Trainer of its own; the second goes on from a checkpoint.
+
+    Adapters have an importance: the first Trainer leaves it in a file, which the second one reads.
+    """
+    weighted, file = {}, None
+    if adapters:
+        weighted = {"options": {"importance": 0.5}}
+        file = os.path.join(folder, "first", "importance.safetensors")
     path = None if stage is None else str(DOCS / f"deepspeed_zero{stage}.json")
     model = language_model(adapters)
-    first = trainer_of(model, 0, os.path.join(folder, "first"), path, size=size)
+    first = trainer_of(model, 0, os.path.join(folder, "first"), path, size=size, **weighted)
     first.train()
     state = weights_of(first)
     logs = []
@@ -502,13 +509,16 @@ def two_tasks(folder: str, stage: int | None, size: int, adapters: bool):
         out = os.path.join(folder, name)
         model = language_model(adapters)
         model.load_state_dict(state, strict=False)
-        second = trainer_of(model, 1, out, path, size=size, die=name == "interrupted")
+        made = functools.partial(
+            trainer_of, task=1, out=out, deepspeed=path, size=size, importance=file, **weighted
+        )
+        second = made(model, die=name == "interrupted")
         if name == "interrupted":
             ranks.refused(language_tasks.Killed, "", second.train)
             model = language_model(adapters)
             # What it was before: a checkpoint of adapters has only them.
             model.load_state_dict(state, strict=False)
-            second = trainer_of(model, 1, out, path, size=size)
+            second = made(model)
             second.train(resume_from_checkpoint=True)
         else:
             second.train()
@@ -1005,16 +1015,26 @@ def run_importance(rank: int, world: int, folder: str) -> None:
             ]
             groups = [{**group, "params": None} for group in optimizer.param_groups]
             weights = whole_weights(engine)
+            whole = optimizer.importance_dict()
+            named = optimizer.importance_dict(model=engine.module)
+            assert whole.keys() == named.keys()
+            assert all(torch.equal(x, named[name]) for name, x in whole.items())
             engine.destroy()
-            return state, groups, weights
+            return state, groups, weights, whole
 
         saved = os.path.join(folder, f"importance {stage}")
         engine, optimizer = made()
         ranks.refused(RuntimeError, "a new optimizer has none", optimizer.set_anchor)
         train(engine, optimizer, 0, 7)
         engine.save_checkpoint(saved, tag="x")
-        state, groups, weights = goes_on(engine, optimizer)
+        state, groups, weights, whole = goes_on(engine, optimizer)
         training.assert_close(weights, model.parameters(), torch.float32)
+        # Whole tensors on every rank, those of a training without DeepSpeed.
+        expected = twin.importance_dict(model=model)
+        assert whole.keys() == expected.keys()
+        for name, value in whole.items():
+            assert value.shape == expected[name].shape and value.dtype == torch.float32
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-7)
         mean = twin.param_groups[0]["importance_mean"]
         assert all(abs(group["importance_mean"] - mean) < 1e-5 * mean for group in groups)
         assert all(group["task_index"] == 2 for group in groups)
@@ -1022,12 +1042,24 @@ def run_importance(rank: int, world: int, folder: str) -> None:
 
         engine, optimizer = made()
         engine.load_checkpoint(saved, tag="x")
-        again, groups_again, weights_again = goes_on(engine, optimizer)
+        again, groups_again, weights_again, whole_again = goes_on(engine, optimizer)
         assert groups == groups_again
         for one, other in zip(state, again, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(x, other[key]) for key, x in one.items())
         assert all(map(torch.equal, weights, weights_again))
+        assert all(torch.equal(x, whole_again[name]) for name, x in whole.items())
+
+        # The next engine takes them, and has the same F as the one before would have.
+        engine, optimizer = made()
+        ranks.refused(RuntimeError, "a new optimizer has none", optimizer.importance_dict)
+        optimizer.set_anchor(importance=whole)
+        mean = torch.cat([x.flatten() for x in whole.values()]).mean().item()
+        assert abs(optimizer.param_groups[0]["importance_mean"] / mean - 1) < 1e-6
+        sums_again = optimizer.importance_dict()
+        for name, value in whole.items():
+            torch.testing.assert_close(sums_again[name], value, rtol=1e-6, atol=0)
+        engine.destroy()
 
         # By name, and what is wrong with a name or with a value.
         engine, optimizer = made()
@@ -1065,7 +1097,6 @@ def run_importance(rank: int, world: int, folder: str) -> None:
         assert optimizer.param_groups[0]["task_index"] == 2
         found = [entry["importance"] for entry in optimizer.state.values()]
         assert all(map(torch.equal, found, kept))
-        ranks.refused(RuntimeError, "whole tensors with names", optimizer.importance_dict)
         ranks.refused(RuntimeError, "merge the saved weights", optimizer.merge_anchor)
         # Switched on between two boundaries it has nothing to weigh with.
         for entry in optimizer.state.values():

@@ -197,7 +197,7 @@ def running_sums(
     return [reader(*triple) for triple in triples], known
 
 
-def _refuse_unknown(opt, known: bool) -> None:
+def refuse_unknown(opt, known: bool) -> None:
     """Raises a RuntimeError unless there is a second moment, or a sum."""
     if not known:
         raise RuntimeError(
@@ -246,7 +246,7 @@ def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
     whole = opt._ownership.total(params, sums, 3)
     mean = float(whole[0] / whole[1].clamp(min=1))
     with sharding.on_all_or_none(peers, {}):
-        _refuse_unknown(opt, whole[2] > 0)
+        refuse_unknown(opt, whole[2] > 0)
         if mean == 0.0:
             raise RuntimeError(
                 "the second moments of all anchored parameters are 0, so no weight is more "
@@ -281,7 +281,7 @@ def as_dict(opt, groups: Sequence[Mapping[str, Any]], model: torch.nn.Module | N
     if not opt._ownership.has_names or any(map(fsdp1.is_one, params)):
         raise RuntimeError(
             "importance_dict() needs whole tensors with names, and this engine has put flat "
-            "partitions or shares in their place: keep the optimizer between tasks, or resume its "
+            "runs or shares in their place: keep the optimizer between tasks, or resume its "
             "checkpoint, which has the importance"
         )
     chosen = [p for p in params if p.requires_grad or "importance" in opt.state.get(p, ())]
@@ -302,7 +302,7 @@ def as_dict(opt, groups: Sequence[Mapping[str, Any]], model: torch.nn.Module | N
         )
     result: dict[str, Tensor] = {}
     sums, known = running_sums(opt, groups, chosen)
-    _refuse_unknown(opt, any(known) or not chosen)
+    refuse_unknown(opt, any(known) or not chosen)
     for p, read in zip(chosen, sums, strict=True):
         total = read()
         if p.is_complex():

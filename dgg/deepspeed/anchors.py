@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +86,42 @@ def named_sums(
         sums.append(torch.zeros_like(partition.tensor, dtype=dtype))
         _write_fragments(partition, sources, sums[-1])
     return sums
+
+
+def whole_sums(
+    partitions: Sequence[Partition], sums: Sequence[Callable[[], Tensor]],
+    model: torch.nn.Module | None, total: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Returns the sums of v̂ by name, on the CPU: put together from the partitions of all ranks.
+
+    Args:
+        partitions: This rank's.
+        sums: Return the sum of each partition.
+        model: Maps parameters to names; None takes DeepSpeed's names.
+        total: Returns the sum of a tensor over the ranks.
+
+    Raises:
+        ValueError: A parameter has no name.
+    """
+    names_of = anchor.names_of_parameters(model) if model is not None else {}
+    names = [[(names_of.get(m.param) or [m.name])[0] for m in p.members] for p in partitions]
+    unnamed = sum(name is None for of_one in names for name in of_one)
+    if unnamed:
+        raise ValueError(
+            f"importance_dict() knows no name of {unnamed} parameters: pass model=engine.module"
+        )
+    result: dict[str, Tensor] = {}
+    for partition, read, of_one in zip(partitions, sums, names, strict=True):
+        part = read()
+        fragments = {f.member: f for f in partition.fragments}
+        for number, (member, name) in enumerate(zip(partition.members, of_one, strict=True)):
+            # One parameter at a time: a whole group would be as large as the model.
+            whole = part.new_zeros(member.shape.numel())
+            if number in fragments:
+                f = fragments[number]
+                whole[f.base : f.base + f.count] = cut(part, f)
+            result[name] = total(whole).to("cpu").view(member.shape)
+    return result
 
 
 def _write_fragments(partition: Partition, sources: Sequence[Tensor], target: Tensor) -> None:

@@ -384,7 +384,7 @@ class Driver:
         return self.total(total)
 
     def total(self, values: Tensor) -> Tensor:
-        """Returns the sum of float64 values over all ranks; every rank calls it."""
+        """Returns the sum of values over all ranks; every rank calls it."""
         import torch.distributed as dist
 
         group = self.zero_optimizer.dp_process_group
@@ -443,6 +443,17 @@ class Driver:
         if source is not None:
             match = functools.partial(anchors.named_sums, self.partitions, source, model)
         return importance.plan(opt, opt._all_groups, params, labels, match)
+
+    def importance_dict(self, opt, model: torch.nn.Module | None) -> dict[str, Tensor]:
+        """Returns the sums of v̂ by name, whole on every rank; every rank calls it."""
+        self._look_at_partitions(opt)
+        tensors = [partition.tensor for partition in self.partitions]
+        sums, known = importance.running_sums(opt, opt._all_groups, tensors)
+        # A rank may have padding alone, which no step has reached.
+        importance.refuse_unknown(
+            opt, bool(self.total(torch.tensor([float(any(known))], device="cpu")))
+        )
+        return anchors.whole_sums(self.partitions, sums, model, self.total)
 
 
 def find_driver(opt) -> Driver | None:

@@ -281,13 +281,18 @@ class Guided(Reporting, Stepped):
 
         Returns:
             float32 (float64) tensors of the parameters' shapes, DTensors where these are; not
-            divided by their mean.
+            divided by their mean. Under DeepSpeed's ZeRO all ranks call this, and each gets whole
+            tensors on the CPU.
 
         Raises:
-            RuntimeError: There is no second moment, or an engine has flat partitions.
+            RuntimeError: There is no second moment, or an engine has flat partitions whose places
+                in the parameters are not known (FSDP1, ``process_group=``) or a share of them
+                (ZeroRedundancyOptimizer).
             ValueError: A parameter has no name.
         """
-        self._deepspeed_driver()
+        driver = self._deepspeed_driver()
+        if driver is not None:
+            return driver.importance_dict(self, model)
         return importances.as_dict(self, self.param_groups, model)
 
     # -- replay, statistics, gradients ----------------------------------------------------------
