@@ -100,7 +100,7 @@ def test_means_are_those_of_single_steps(backend, case):
     opt.set_anchor()
     steps = 20 if backend == "triton" else 150  # more than wait; Triton's interpreter is slow
     seen = stepped(opt, opt, params, steps, replays=auto)
-    assert len(opt._journal._records) < opt._journal._limit <= 1024
+    assert opt._journal._count < opt._journal._limit <= 1024
     ratio = ratio_of if options.get("granularity", "step") == "step" and not auto else None
     wanted = expected(seen, ratio=ratio)
     assert 0 < wanted["guidance/injected"]
@@ -206,10 +206,10 @@ def test_a_step_pays_nothing(alpha):
     operations(5)
     book = opt._journal
     without = operations(40)
-    assert len(book._records) == 45 and book._limit == 64
+    assert book._count == 45 and book._limit == 64
     assert set(operations(18)) <= set(without)
     (folded,) = set(operations(1)) - set(without)
-    assert folded < 80 and book._limit == 1024 and not book._records
+    assert folded < 80 and book._limit == 1024 and not book._count
     # Of many parameters fewer records wait.
     many = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1020)]
     other = dgg.SGD(many, lr=0.1, alpha=1.0, max_grad_norm=1.0)
@@ -235,7 +235,7 @@ def test_records_of_unlike_steps():
             "clipped": False,
         }  # fmt: skip
         book.add(record)
-        assert len(book._records) < book._limit
+        assert book._count < book._limit
     book.add(norms.record_skipped(torch.device("cpu")))
     steps, means = book.since_boundary()
     assert steps == 201 and means["injected"] == pytest.approx(50 / 201)

@@ -21,8 +21,8 @@ _INJECTED, _SCALE = NAMES.index("injected"), NAMES.index("scale")
 class Journal:
     """Adds up the records of an optimizer's steps.
 
-    A step hands over its record, which costs nothing: the tensors in it were made by the step. Only
-    now and then are they added up, on the device: many at once, so that it costs next to nothing.
+    Of a step's record it keeps the tensors, which the step has made anyway. Only now and then are
+    they added up, on the device: many at once, so that it costs next to nothing.
 
     Attributes:
         steps: Steps since the optimizer was made.
@@ -34,8 +34,9 @@ class Journal:
 
     def __init__(self) -> None:
         self.steps = 0
-        self._records: list[dict[str, Any]] = []
-        self._limit = self._FEWEST
+        # By kind: a record of that kind, and the tensors of all of them that wait.
+        self._waiting: dict[Any, tuple[dict[str, Any], list[tuple[Tensor | None, ...]]]] = {}
+        self._count, self._limit = 0, self._FEWEST
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._since_boundary = Reader(self)
         self._logged = Reader(self)
@@ -43,8 +44,12 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         """Adds a step's record, as `norms.record` and `norms.record_skipped` make it."""
         self.steps += 1
-        self._records.append(record)
-        if len(self._records) >= self._limit:
+        kind = _kind(record)
+        if kind not in self._waiting:
+            self._waiting[kind] = record, []
+        self._waiting[kind][1].append(_tensors(record))
+        self._count += 1
+        if self._count >= self._limit:
             self.fold()
 
     def begin_task(self) -> None:
@@ -66,17 +71,15 @@ class Journal:
 
     def fold(self) -> None:
         """Adds up the records that wait, for every reader."""
-        alike: dict[Any, list[dict[str, Any]]] = {}
-        for record in self._records:
-            alike.setdefault(_kind(record), []).append(record)
-        for records in alike.values():
-            table = _sums(records)
+        for first, steps in self._waiting.values():
+            table = _sums(first, steps)
             for reader in self._readers:
                 reader.add(table)
-        last = self._records[-1]["coefficients"] if self._records else None
-        if last is not None:
-            self._limit = max(self._FEWEST, min(self._RECORDS, self._NUMBERS // len(last)))
-        self._records.clear()
+            if (coefficients := first["coefficients"]) is not None:
+                fitting = self._NUMBERS // len(coefficients)
+                self._limit = max(self._FEWEST, min(self._RECORDS, fitting))
+        self._waiting.clear()
+        self._count = 0
 
 
 class Reader:
@@ -137,7 +140,9 @@ def _means(table: Tensor | None) -> dict[str, float]:
     }
 
 
-_SETTINGS = itemgetter("device", "per_tensor", "measured", "clipped", "strength", "whole")
+_TENSORS = ("coefficients", "flags", "active", "found_inf", "alignment_and_pull")
+_tensors = itemgetter(*_TENSORS)
+_settings = itemgetter("device", "per_tensor", "measured", "clipped", "strength", "whole")
 
 
 def _kind(record: dict[str, Any]) -> Any:
@@ -150,35 +155,40 @@ def _kind(record: dict[str, Any]) -> Any:
         return None
     return (
         coefficients.numel(), record["flags"] is None, record["active"] is None,
-        record["found_inf"] is None, record["alignment_and_pull"] is None, _SETTINGS(record),
+        record["found_inf"] is None, record["alignment_and_pull"] is None, _settings(record),
     )  # fmt: skip
 
 
-def _sums(records: Sequence[dict[str, Any]]) -> Tensor:
-    """Returns float64 [2, names] of records of one kind."""
-    first, steps = records[0], len(records)
-    device = first["device"] if first["coefficients"] is None else first["coefficients"].device
-    nothing = torch.zeros(steps, dtype=torch.float64, device=device)
+def _sums(first: dict[str, Any], steps: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
+    """Returns float64 [2, names] of the steps of one kind.
+
+    Args:
+        first: A record of the kind.
+        steps: The tensors of each step's record, as `_tensors` returned them.
+    """
+    nothing = torch.zeros(len(steps), dtype=torch.float64, device=first["device"])
     values = dict.fromkeys(NAMES, torch.full_like(nothing, torch.nan))
     values["injected"] = values["scale"] = nothing
     if first["coefficients"] is not None:
-        _read(records, values)
+        _read(first, dict(zip(_TENSORS, zip(*steps, strict=True), strict=True)), values)
     table = torch.stack(list(values.values()))
     known = table.isfinite()  # NaN: not measured; inf: a step whose gradients overflowed
     return torch.stack([torch.where(known, table, 0).sum(dim=1), known.sum(dim=1)])
 
 
-def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
+def _read(
+    first: dict[str, Any], columns: dict[str, tuple[Any, ...]], values: dict[str, Tensor]
+) -> None:
     """Puts float64 [steps] under every name that the steps know; NaN where one has none."""
 
     def stacked(name: str) -> Tensor:
-        tensors = [record[name] for record in records]
+        tensors = columns[name]
         if all([x is tensors[0] for x in tensors]):  # flags, most of the time
             return tensors[0][None]
         return torch.stack(tensors)
 
-    first = records[0]
-    coefficients = stacked("coefficients").expand(len(records), -1)
+    steps = len(columns["coefficients"])
+    coefficients = stacked("coefficients").expand(steps, -1)
     guarded = first["alignment_and_pull"] is not None
     if first["clipped"]:
         values["clip"] = coefficients[:, reference.CLIP]
@@ -191,9 +201,9 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     active = None if first["active"] is None else stacked("active")
     infinite = None
     if first["found_inf"] is not None:
-        infinite = torch.stack([record["found_inf"].ne(0).any() for record in records])[:, None]
+        infinite = torch.stack([found.ne(0).any() for found in columns["found_inf"]])[:, None]
     rows = norms.pulled(stacked("flags"), active, infinite, lengths if guarded else None)
-    injected = rows.any(dim=1).expand(len(records))
+    injected = rows.any(dim=1).expand(steps)
     values["injected"] = injected.double()
     scale = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
     # A step may have drawn what has no gradient or no anchor.
@@ -206,9 +216,7 @@ def _read(records: Sequence[dict[str, Any]], values: dict[str, Tensor]) -> None:
     values["grad_norm"] = grad_norm + measured
     values["distance"] = distance = coefficients[:, reference.DISTANCE] + measured
     if guarded:
-        values["alignment"], pull = torch.stack(
-            [record["alignment_and_pull"] for record in records]
-        ).unbind(1)
+        values["alignment"], pull = torch.stack(columns["alignment_and_pull"]).unbind(1)
         values["pull"] = pull * first["strength"]
     elif first["whole"]:
         values["pull"] = scales[:, 0] * distance / (coefficients[:, reference.CLIP] * grad_norm)

@@ -187,7 +187,8 @@ def record(
 
 def record_skipped(device: torch.device) -> dict[str, Any]:
     """Returns the record of a step that changed nothing."""
-    return {"flags": None, "coefficients": None, "device": device}
+    nothing = dict.fromkeys(("flags", "coefficients", "active", "found_inf", "alignment_and_pull"))
+    return {**nothing, "device": device}
 
 
 def pulled(
