@@ -41,6 +41,15 @@ class Entry(NamedTuple):
     known: bool
 
 
+def check_form(importance: Any) -> None:
+    """Raises a TypeError unless the argument ``importance`` names sums of v̂, or is None."""
+    if importance is not None and not isinstance(importance, (Mapping, str, os.PathLike)):
+        raise TypeError(
+            "importance= must be what importance_dict() returned, a mapping from names to tensors, "
+            f"or its path, not {type(importance).__name__}"
+        )
+
+
 def check_wanted(importance: Any, weight: float) -> None:
     """Raises unless ``set_anchor(importance=...)`` has a form that is used.
 
@@ -48,14 +57,8 @@ def check_wanted(importance: Any, weight: float) -> None:
         TypeError: It is neither a mapping nor a path.
         ValueError: The optimizer does not weigh its pull.
     """
-    if importance is None:
-        return
-    if not isinstance(importance, (Mapping, str, os.PathLike)):
-        raise TypeError(
-            "set_anchor(importance=...) takes a mapping from names to tensors, or its path, not "
-            f"{type(importance).__name__}; pass what importance_dict() returned"
-        )
-    if not weight:
+    check_form(importance)
+    if importance is not None and not weight:
         raise ValueError(
             "set_anchor(importance=...) would be ignored, since the optimizer's importance is 0; "
             "build it with importance=0.5 or 1, or leave the argument out"

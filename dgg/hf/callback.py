@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dgg import _arguments, _callers, optim
 from dgg._literals import Alphas, TensorsOrPath
 from dgg._signatures import listed
+from dgg.anchor.importance import check_form
 from dgg.hf import importance as importances
 from dgg.optim import summary
 from dgg.step.journal import Reader
@@ -89,7 +90,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         anchor: TensorsOrPath | None = None, guide_first_task: bool = False,
         importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
-        importances.check(importance)
+        check_form(importance)
         self.alpha = _checked_alpha(alpha)
         if task is not None:
             task = _arguments.plain("task", task)

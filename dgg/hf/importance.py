@@ -26,15 +26,6 @@ _sums: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKey
 Source = Mapping[str, Tensor] | str | os.PathLike
 
 
-def check(importance: Any) -> None:
-    """Raises a TypeError unless it is a source of importance, or None."""
-    if importance is not None and not isinstance(importance, (Mapping, str, os.PathLike)):
-        raise TypeError(
-            "importance= must be what importance_dict() returned, or the path of a file with it, "
-            f"not {type(importance).__name__}"
-        )
-
-
 def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writes: bool) -> None:
     """Keeps the sums of a finished training for the next one, and in a file of its output_dir.
 
