@@ -158,6 +158,27 @@ def what_guidance_did(run, monkeypatch, tmp_path, capsys):
     )
 
 
+@stand_in("docs/recipes.md 5")
+def how_much_was_forgotten(run, monkeypatch, tmp_path, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    model, tasks = model_and_batches()
+    opt = dgg.AdamW(model.parameters(), lr=0.01, alpha=1.0)
+
+    def train(model, opt, task):
+        for batch in task:
+            opt.zero_grad()
+            model(batch).square().mean().backward()
+            opt.step()
+
+    accuracy = lambda model, task: float((model(task[0]) > 0).float().mean())  # noqa: E731
+    matrix = run(model=model, opt=opt, tasks=tasks, train=train, accuracy=accuracy)["matrix"]
+    assert type(matrix).from_json("matrix.json") == matrix and matrix.bwt() is not None
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
+    assert "'bwt':" in capsys.readouterr().out
+
+
 @stand_in("dgg/hf/every_trainer.py install")
 def framework(run, monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers")
