@@ -887,17 +887,28 @@ def test_lists_are_those_of_the_model(bench):
 
 def test_profile_on_a_cpu(tmp_path):
     printed = run_script("gpu/nsys_step.py", "--launch", "--shape", "tiny", "--out", tmp_path)
-    assert "torch.profiler" in printed
+    # What is done, how far it is, and where the result goes, before it is there.
+    trace = tmp_path / "step-trace.json.gz"
+    told = printed[: printed.index("| range")].splitlines()
+    for line in (
+        "no GPU here: torch.profiler",
+        f"profiling with torch.profiler; the trace goes to {trace}",
+        "building the model: shape tiny, LoRA of rank 16, on cpu",
+        "warm-up: step 1 of 10", "warm-up: step 10 of 10",
+        "torch.profiler records: a step that is thrown away",
+        "torch.profiler records: step 3 of 3", f"writing {trace}",
+    ):  # fmt: skip
+        assert line in told, printed
+        told = told[told.index(line) :]
     for name in ("dgg.step", "dgg.norm", "dgg.update"):
         assert f"| {name} " in printed, printed
-    trace = tmp_path / "step-trace.json.gz"
     assert str(trace) in printed and 0 < trace.stat().st_size < 16 * 2**20
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))[
         "traceEvents"]}  # fmt: skip
     assert {"dgg.step", "dgg.norm", "dgg.update"} <= names
 
 
-def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
+def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch, capsys):
     nsys = bench("gpu.nsys_step")
     taken = []
     training = types.SimpleNamespace(step=lambda: taken.append("step"))
@@ -906,6 +917,8 @@ def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: taken.append("stop"))
     nsys.under_nsys(training, 2)
     assert taken == ["step"] * nsys.WARM_UP + ["wait", "start", "step", "step", "wait", "stop"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == ["nsys records: step 1 of 2", "nsys records: step 2 of 2"]
 
 
 def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
@@ -919,7 +932,9 @@ def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
     call = (tmp_path / "calls").read_text()
     assert call.startswith("1 profile -t cuda,nvtx,osrt --capture-range=cudaProfilerApi")
     assert "--capture-range-end=stop" in call and call.rstrip().endswith("--captured --alpha 0.5")
-    assert "torch.profiler instead" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.profiler instead" in printed
+    assert f"the report goes to {tmp_path / 'step.nsys-rep'}" in printed
     fake.write_text(
         f'#!/bin/sh\n[ "$1" = profile ] && touch {tmp_path}/step.nsys-rep\n'
         f'echo "$@" >> {tmp_path}/calls\n'
