@@ -340,13 +340,20 @@ class Guidance(Reporting):
             self._edit()
             return None
         # The gradients exist only after the closure: edit them inside, with one draw a step.
-        draw = self.param_groups[0]["draw_index"]
+        draw, evaluated = self.param_groups[0]["draw_index"], False
 
         def guided_closure():
+            nonlocal evaluated
             loss = closure()
             for group in self.param_groups:
                 group["draw_index"] = draw
-            self._edit()
+            # However often the optimizer looks, it makes one step: its first look is counted.
+            self._journal.paused = evaluated
+            try:
+                self._edit()
+            finally:
+                self._journal.paused = False
+            evaluated = True
             return loss
 
         if "closure" in kwargs:

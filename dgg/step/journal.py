@@ -25,6 +25,7 @@ class Journal:
 
     Attributes:
         steps: Steps since the optimizer was made.
+        paused: Records are not added: they are of the same step again.
     """
 
     # As many records, and numbers in them, may wait: a record has 4 + n doubles for n parameters.
@@ -33,6 +34,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.paused = False
         self._records: list[dict[str, Any]] = []
         self._limit = self._FEWEST
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
@@ -41,6 +43,8 @@ class Journal:
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a step's record, as `norms.record` and `norms.record_skipped` make it."""
+        if self.paused:
+            return
         self.steps += 1
         self._records.append(record)
         if len(self._records) >= self._limit:
