@@ -19,6 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # Another PYTHON has another stamp, so it gets a fresh environment.
 MADE := $(VENV)/.made-by-$(notdir $(PYTHON))
 RUN := $(VENV)/.requirements-run
+BENCH := $(VENV)/.requirements-bench
 TEST := $(VENV)/.requirements-test
 LINT := $(VENV)/.requirements-lint
 TYPES := $(VENV)/.requirements-types
@@ -77,10 +78,10 @@ demo: $(BUILT) ## six tasks with and without guidance, three seeds; goes on wher
 study: $(BUILT) ## the evidence: all beds, 20 seeds; goes on where it was; writes runs/study
 	$(BIN)/python bench/study/run.py --out runs/study $(ARGS)
 
-bench: $(BUILT) $(TEST) ## time every backend against eager PyTorch
+bench: $(BUILT) $(BENCH) ## time every backend against eager PyTorch
 	$(BIN)/python bench/step.py $(ARGS)
 
-bench-sharded: $(BUILT) $(TEST) ## time sharded steps on 1, 2 and 4 ranks, count what they send
+bench-sharded: $(BUILT) ## time sharded steps on 1, 2 and 4 ranks, count what they send
 	$(BIN)/python bench/sharded.py $(ARGS)
 
 table: $(BUILT) $(TEST) ## write docs/compatibility.md's table from the marks of the tests
@@ -90,7 +91,7 @@ table: $(BUILT) $(TEST) ## write docs/compatibility.md's table from the marks of
 gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON); 14 minutes at most
 	$(PYTHON) bench/gpu/run.py $(ARGS)
 
-profile: $(BUILT) $(TEST) ## profile a LoRA step: nsys where there is one, else torch.profiler
+profile: $(BUILT) ## profile a LoRA step: nsys where there is one, else torch.profiler
 	$(BIN)/python bench/gpu/nsys_step.py --launch --out build/profile $(ARGS)
 
 wheel: $(WHEEL) ## build what is released into dist/ and check it: sources, a binary and a pure wheel
@@ -117,8 +118,12 @@ $(RUN): $(MADE) requirements/run.txt
 	$(PIP) install -r requirements/run.txt
 	@touch $@
 
+$(BENCH): $(RUN) requirements/bench.txt
+	$(PIP) install -r requirements/bench.txt
+	@touch $@
+
 # DeepSpeed has no wheel and must not bring another torch along.
-$(TEST): $(RUN) requirements/test.txt requirements/deepspeed.txt
+$(TEST): $(RUN) requirements/bench.txt requirements/test.txt requirements/deepspeed.txt
 	$(PIP) install -r requirements/test.txt
 	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --no-deps -r requirements/deepspeed.txt
 	@touch $@

@@ -12,16 +12,20 @@ from collections.abc import Iterable, Sequence
 
 from provenance import provenance_lines
 
+# What is printed fits a terminal of as many columns.
+WIDTH = 100
+
+# The ratios are what one looks for first: they stand beside the time.
 HEADER = (
-    "variant", "setting", "ms", "20 %", "80 %", "n", "ns/elem", "B/elem", "GB/s", "of memory",
-    "/ fused", "/ clip+fused", "/ foreach",
+    "variant", "setting", "ms", "/ fused", "/ clip+fused", "/ foreach", "20 %", "80 %", "n",
+    "ns/elem", "B/elem", "GB/s", "of memory",
 )  # fmt: skip
-# Where host and device are two: ms is wall time, and so are the ratios; those marked dev are of
-# the device time, which GB/s is computed from.
+# Where host and device are two: those marked dev, and the percentiles, are of the device time,
+# which GB/s is computed from.
 GPU_HEADER = (
-    "variant", "setting", "wall ms", "host ms", "dev ms", "20 %", "80 %", "kernels ms", "launches",
-    "waits", "temporary MiB", "n", "B/elem", "GB/s", "of copy", "/ fused", "/ clip+fused",
-    "/ foreach", "dev / fused", "dev / clip+fused", "dev / foreach",
+    "variant", "setting", "wall ms", "/ fused", "/ clip+fused", "/ foreach", "dev ms",
+    "dev / fused", "dev / clip+fused", "dev / foreach", "20 %", "80 %", "host ms", "kernels ms",
+    "launches", "waits", "temporary MiB", "n", "B/elem", "GB/s", "of copy",
 )  # fmt: skip
 
 # What each column of ratios divides by: (variant, setting).
@@ -53,8 +57,7 @@ def fill_shares(case: dict, best: float) -> None:
 def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Lays out rows, the first of which is the header, aligned: text left, numbers right."""
     # Markdown wants at least one dash beside the colon.
-    least = 3 if markdown else 1
-    widths = [max(least, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    widths = _widths(rows, 3 if markdown else 1)
     left = [not any(_numeric(row[c]) for row in rows[1:]) for c in range(len(widths))]
     lines = []
     for number, row in enumerate(rows):
@@ -68,6 +71,44 @@ def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
             rule = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
             lines.append(f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
     return "\n".join(lines)
+
+
+def _widths(rows: Sequence[Sequence[str]], least: int = 1) -> list[int]:
+    return [max(least, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+
+
+def tables(rows: Sequence[Sequence[str]], *, markdown: bool, keys: int = 2) -> str:
+    """Lays out rows as `table` does, in as many tables below each other as fit `WIDTH`.
+
+    Args:
+        rows: The header and the rows.
+        markdown: One table of any width.
+        keys: So many columns name a row; every table begins with them.
+    """
+    if markdown:
+        return table(rows, markdown=True)
+    widths, groups = _widths(rows), [[*range(keys)]]
+    for column in range(keys, len(widths)):
+        if rows[0][column] == "80 %":
+            continue  # stands beside the other percentile
+        both = rows[0][column] == "20 %"
+        more = [column, column + 1] if both else [column]
+        if sum(widths[c] + 2 for c in groups[-1] + more) - 2 > WIDTH and len(groups[-1]) > keys:
+            groups.append([*range(keys)])
+        groups[-1] += more
+    parts = [[[row[c] for c in group] for row in rows] for group in groups]
+    return "\n\n".join(table(part, markdown=False) for part in parts)
+
+
+def wrapped(text: str) -> str:
+    """Breaks lines that are longer than `WIDTH`, but for rows of markdown."""
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False,
+                      break_on_hyphens=False)
+        if len(line) > WIDTH and not line.startswith("|")
+        else line
+        for line in text.split("\n")
+    )  # fmt: skip
 
 
 def _numeric(cell: str) -> bool:
@@ -90,8 +131,8 @@ def ratios(
 
 
 def page(title: str, rows: Sequence[Sequence[str]], notes: Iterable[str], *, markdown: bool) -> str:
-    """Returns title, table and notes of one case."""
-    lines = [f"### {title}\n" if markdown else title, table(rows, markdown=markdown), *notes]
+    """Returns title, tables and notes of one case."""
+    lines = [f"### {title}\n" if markdown else title, tables(rows, markdown=markdown), *notes]
     return "\n".join(lines) + "\n"
 
 
@@ -109,10 +150,9 @@ def case_table(case: dict, *, markdown: bool) -> str:
     on_gpu = _has_device(case)
     rows, cells = ([GPU_HEADER], _gpu_cells) if on_gpu else ([HEADER], _cpu_cells)
     opponents = [find(case, *opponent) for opponent in OPPONENTS]
-    for entry in case["variants"]:
-        rows.append((entry["name"], entry["setting"], *cells(entry), *ratios(entry, opponents)))
-        if on_gpu:
-            rows[-1] += tuple(ratios(entry, opponents, "device_seconds"))
+    rows += [
+        (entry["name"], entry["setting"], *cells(entry, opponents)) for entry in case["variants"]
+    ]
     return page(_title(case), rows, _notes(case), markdown=markdown)
 
 
@@ -125,9 +165,11 @@ def _cell(value: float | None, form: str, scale: float = 1) -> str:
     return "" if value is None else format(value * scale, form)
 
 
-def _cpu_cells(entry: dict) -> tuple[str, ...]:
+def _cpu_cells(entry: dict, opponents: Sequence[dict | None]) -> tuple[str, ...]:
     return (
-        *milliseconds(entry, "seconds", "low", "high"),
+        *milliseconds(entry, "seconds"),
+        *ratios(entry, opponents),
+        *milliseconds(entry, "low", "high"),
         str(entry["samples"]),
         _figure(entry["ns_per_element"]),
         _cell(entry["bytes_per_element"], ".1f"),
@@ -136,11 +178,14 @@ def _cpu_cells(entry: dict) -> tuple[str, ...]:
     )
 
 
-def _gpu_cells(entry: dict) -> tuple[str, ...]:
-    times = ("seconds", "host_seconds", "device_seconds", "device_low", "device_high")
+def _gpu_cells(entry: dict, opponents: Sequence[dict | None]) -> tuple[str, ...]:
     late = (entry["device_late"] or 0.0) > 0.1
     return (
-        *milliseconds(entry, *times, "kernel_seconds"),
+        *milliseconds(entry, "seconds"),
+        *ratios(entry, opponents),
+        *milliseconds(entry, "device_seconds"),
+        *ratios(entry, opponents, "device_seconds"),
+        *milliseconds(entry, "device_low", "device_high", "host_seconds", "kernel_seconds"),
         _cell(entry["launches"], ""),
         "yes" if entry["waits_for_device"] else "no",
         _cell(entry["temporary_bytes"], ".1f", 2**-20),
@@ -172,21 +217,15 @@ def host_table(case: dict, *, markdown: bool) -> str:
     The ratios: to the same code's plain step, to the peer of the setting (`PEERS`), and to adding
     the two gradients, ``clip_grad_norm_`` and the fused step one after the other.
     """
-    rows = [("variant", "setting", "ms", "20 %", "80 %", "n", "/plain", "/peer", "/added")]
+    rows = [("variant", "setting", "ms", "/plain", "/peer", "/added", "20 %", "80 %", "n")]
     for entry in case["variants"]:
         name, setting = entry["name"], entry["setting"]
         peers = (PEERS[setting], ADD_AND_CLIP) if name.startswith("dgg") else ()
         others = [find(case, *other) for other in ((name, "plain"), *peers)]
-        cells = [*milliseconds(entry, "seconds", "low", "high"), str(entry["samples"])]
-        cells += ratios(entry, others) + [""] * (3 - len(others))
+        cells = milliseconds(entry, "seconds") + ratios(entry, others) + [""] * (3 - len(others))
+        cells += [*milliseconds(entry, "low", "high"), str(entry["samples"])]
         rows.append((name, setting, *cells))
-    notes = [
-        textwrap.fill(line, 100, subsequent_indent="    ")
-        if line.startswith(("LOST", "not run"))
-        else line
-        for line in _notes(case)
-    ]
-    return page(_title(case), rows, notes, markdown=markdown)
+    return page(_title(case), rows, _notes(case), markdown=markdown)
 
 
 def _title(case: dict) -> str:
@@ -281,7 +320,21 @@ def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
     words = {True: "yes", False: "NO", None: "-"}
     rows = [("what", "target", "measured", "met")]
     rows += [(t["what"], t["target"], t["measured"], words[t["met"]]) for t in found]
+    if not markdown:
+        room = WIDTH - sum(width + 2 for width in _widths(rows)[1:])
+        rows = [
+            # Indented, so that a line that begins with a number is no number.
+            (line, *(cells if first else [""] * 3))
+            for what, *cells in rows
+            for first, line in _lines(what, room)
+        ]
     return table(rows, markdown=markdown) + "\n"
+
+
+def _lines(text: str, width: int) -> list[tuple[bool, str]]:
+    """Returns the lines of a wrapped text, and whether each is the first."""
+    lines = textwrap.wrap(text, width, subsequent_indent="  ")
+    return [(number == 0, line) for number, line in enumerate(lines)]
 
 
 def bandwidth_line(bandwidth: dict[str, float]) -> str:
@@ -304,7 +357,8 @@ class Printer:
         self._stem = f"{kind}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 
     def __call__(self, line: str) -> None:
-        """Prints one line or paragraph."""
+        """Prints one line or paragraph, no line of it longer than `WIDTH`."""
+        line = wrapped(line)
         self.lines.append(line)
         print(line, flush=True)
 

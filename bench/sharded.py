@@ -186,7 +186,7 @@ def work(rank: int, world: int, folder: str, names: Sequence[str], rounds: int, 
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world,))
-    log = print if rank == 0 else lambda line: None
+    log = Printer(markdown=False) if rank == 0 else lambda line: None
     cases = [run_case(name, mesh, rounds, seconds, log) for name in names]
     if rank == 0:
         pathlib.Path(folder, "cases.json").write_text(json.dumps(cases), encoding="utf-8")
@@ -202,8 +202,8 @@ def run(ranks: int, names: Sequence[str], rounds: int, seconds: float) -> list[d
 
 
 HEADER = (
-    "variant", "setting", "ms", "20 %", "80 %", "CPU ms", "n", "collectives", "bytes", "/ fused",
-    "/ clip+fused", "/ foreach guidance",
+    "variant", "setting", "ms", "/ fused", "/ clip+fused", "/ foreach guidance", "20 %", "80 %",
+    "CPU ms", "n", "collectives", "bytes",
 )  # fmt: skip
 OPPONENTS = ((FUSED, "plain"), (FUSED, "clipped"), (EAGER, "guided"))
 
@@ -219,11 +219,12 @@ def case_table(case: dict, cores: int, *, markdown: bool) -> str:
         (
             entry["name"],
             entry["setting"],
-            *(f"{entry[key] * 1e3:.3f}" for key in ("seconds", "low", "high", "cpu_seconds")),
+            f"{entry['seconds'] * 1e3:.3f}",
+            *report.ratios(entry, opponents),
+            *(f"{entry[key] * 1e3:.3f}" for key in ("low", "high", "cpu_seconds")),
             str(entry["samples"]),
             f"{entry['collectives_per_step']:g}",
             f"{entry['bytes_per_step']:g}",
-            *report.ratios(entry, opponents),
         )
         for entry in case["variants"]
     ]

@@ -20,6 +20,7 @@ import warnings
 from typing import Any
 
 from dgg import _arguments, _callers, optim
+from dgg.optim.unwrap import find
 
 __all__ = ["GuidanceCallback"]
 
@@ -50,13 +51,17 @@ class GuidanceCallback(_Callback):
     sums that ``importance=`` needs are handed from one task to the next, and are in Lightning's
     checkpoints.
 
+    The optimizers are dgg's, or other ones for which ``configure_optimizers`` makes a
+    `dgg.Guidance`; Lightning's checkpoints have its state in theirs.
+
     Every ``log_every_n_steps`` steps `dgg.AdamW.guidance_log` goes to the Trainer's loggers.
 
     Args:
         task: Number of the first task this callback sees, from 0.
 
     Raises:
-        TypeError: ``task`` is no number; when the training begins: no optimizer is one of dgg's.
+        TypeError: ``task`` is no number; when the training begins: no optimizer is one of dgg's, or
+            guided by a `dgg.Guidance`.
         ValueError: ``task`` is negative.
     """
 
@@ -87,6 +92,8 @@ class GuidanceCallback(_Callback):
                 f"{len(guided)}: use a callback for each"
             )
         for opt, sums in zip(guided, kept, strict=True):
+            if isinstance(opt, optim.Guidance):
+                opt._carried = True
             # After a resumed checkpoint the state has its own; set_anchor then reads nothing.
             needed = opt.param_groups[0]["importance"] and self.task > 0
             more = {"importance": sums, "model": pl_module} if needed and sums is not None else {}
@@ -129,17 +136,17 @@ class GuidanceCallback(_Callback):
         self._resumed = True
 
     def _guided(self, trainer: Any) -> list[Any]:
-        """Returns dgg's optimizers among the Trainer's."""
+        """Returns dgg's optimizers among the Trainer's, and the guidances of others."""
         found = []
         for wrapped in trainer.optimizers:
             try:
-                found.append(optim.unwrap(wrapped))
+                found.append(find(wrapped))
             except TypeError:
                 continue
         if not found:
             kinds = ", ".join(type(x).__name__ for x in trainer.optimizers)
             raise TypeError(
                 f"configure_optimizers returned {kinds or 'no optimizer'}, none of dgg's: return "
-                "dgg.AdamW(...), or leave out GuidanceCallback"
+                "dgg.AdamW(...), make a dgg.Guidance(optimizer), or leave out GuidanceCallback"
             )
         return found

@@ -22,7 +22,8 @@ does not exist (BWT of one task), is **None, never 0 or NaN**; `AccuracyMatrix.u
 why.
 
 Numbers may be of any library, also in arrays and tensors of one element; those stored are Python's.
-Only the standard library is used: this file can be copied next to any result file.
+Only the standard library is used, and matplotlib where something is drawn: this file can be copied
+next to any result file.
 """
 
 from __future__ import annotations
@@ -231,6 +232,57 @@ class AccuracyMatrix:
             "faa_weighted": (_faa_weighted, (self.rows, self.sizes)),
             **{name: (function, (self.rows,)) for name, function in others.items()},
         }
+
+    def plot(self, ax: Any = None, **image: Any) -> Any:
+        """Draws R as a heat map: a row for every task trained, a column for every task tested.
+
+        FAA, AIA and BWT are the title. What is missing stays empty, and a metric that has no value
+        is a dash. The colours go from 0 to 1, or to 100 where an entry is above 1.
+
+        Args:
+            ax: The Axes of matplotlib to draw into; None makes a figure.
+            **image: For ``Axes.imshow``: another ``cmap``, ``vmin`` or ``vmax``.
+
+        Returns:
+            The Axes: ``matrix.plot().figure.savefig("matrix.png")``.
+
+        Raises:
+            ImportError: ``ax`` is None, and there is no matplotlib.
+        """
+        if ax is None:
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError as error:
+                raise ImportError(
+                    "AccuracyMatrix.plot() draws with matplotlib and cannot import it; "
+                    "pip install matplotlib"
+                ) from error
+            ax = plt.subplots(layout="constrained")[1]
+        known = {
+            (i, j): value
+            for i, row in enumerate(self.rows)
+            for j, value in enumerate(row)
+            if value is not None
+        }
+        per_cent = max(known.values(), default=0.0) > 1
+        size = range(len(self))
+        shown = [[known.get((i, j), math.nan) for j in size] for i in size]
+        colours = {"cmap": "viridis", "vmin": 0, "vmax": 100 if per_cent else 1, **image}
+        drawn = ax.imshow(shown, **colours)
+        for (i, j), value in known.items():
+            red, green, blue, _ = drawn.cmap(drawn.norm(value))
+            # Rec. 601's brightness of the cell decides the colour of its number.
+            ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+            text = f"{value:.0f}" if per_cent else f"{value:.2f}"
+            ax.text(j, i, text, ha="center", va="center", color=ink)
+        ax.set_xticks(size, self.tasks, rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_yticks(size, self.tasks)
+        ax.set(xlabel="tested on", ylabel="after training")
+        numbers = (("FAA", self.faa()), ("AIA", self.aia()), ("BWT", self.bwt()))
+        form = ".1f" if per_cent else ".3f"
+        title = [f"{name} {'–' if x is None else format(x, form)}" for name, x in numbers]
+        ax.set_title("   ".join(title))
+        return ax
 
     # JSON and CSV. JSON carries the metrics too, for whoever reads the file; CSV is R alone.
 

@@ -299,12 +299,86 @@ def test_targets_of_the_host_are_judged(bench):
 
 def test_ratios_of_the_host_s_table(bench):
     lines = bench("report").host_table(_host_case(), markdown=False).splitlines()
-    assert max(map(len, lines)) <= 100
-    # Behind the number of samples: to the same code's plain step, to the setting's peer, and to
-    # adding, clipping and the fused step one after the other.
-    ratios = [line.partition(" 7")[2].split() for line in lines[3:9]]
+    # Between the median and the percentiles: to the same code's plain step, to the setting's peer,
+    # and to adding, clipping and the fused step one after the other.
+    begin, end = lines[1].index("/plain"), lines[1].index("/added") + len("/added")
+    ratios = [line[begin:end].split() for line in lines[3:9]]
     ours = [["1.00", "0.10"], ["1.50", "0.15"], ["2.50", "0.25"]]
     assert ratios == [*ours, [], [], ["0.35", "0.28"]]
+
+
+FIGURES = (
+    "seconds", "low", "high", "host_seconds", "device_seconds", "device_low", "device_high",
+    "kernel_seconds", "cpu_seconds",
+)  # fmt: skip
+
+
+def _wide_case(bench, device="cpu", peers="peers"):
+    """A case with the longest names and large numbers, as `run_case` returns it."""
+    names, workload = bench(peers).IMPLEMENTATIONS, bench("workload")
+    settings = [value.name for value in vars(workload).values() if type(value) is workload.Setting]
+    variants = [
+        {
+            "name": name, "setting": setting, "samples": 12345, "ns_per_element": 123456.0,
+            "bytes_per_element": 132.0, "bandwidth": 4.8e12, "share_of_bandwidth": 0.987,
+            "seed": 12345, "injected_fraction": 0.2, "device_late": 0.5, "launches": 1234,
+            "waits_for_device": True, "temporary_bytes": 2**34, "collectives_per_step": 123,
+            "bytes_per_step": 1234567, **dict.fromkeys(FIGURES, 1.23 + number / 10),
+        }
+        for number, name in enumerate(["torch fused", "foreach + fused", *names])
+        for setting in ("plain", "clipped", "guided", *settings)
+    ]  # fmt: skip
+    missing = {"name": max(names, key=len), "setting": "guided", "reason": "a long reason, " * 12}
+    return {
+        "case": "momentum-float16-llava7b-lora128-guidance-channels-last", "optimizer": "momentum",
+        "dtype": "float16", "elements": 10**10, "tensors": 448, "cache": "cold", "device": device,
+        "profiler": None, "variants": variants, "not_run": [missing], "list": "llava7b-lora128",
+        "ranks": 16,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "host", "sharded"])
+def test_no_printed_line_is_longer_than_a_screen(bench, kind, capsys):
+    """With the longest names; the ratios stand beside the time, in the first of the tables."""
+    report, peers = bench("report"), "sharded_peers" if kind == "sharded" else "peers"
+    case = _wide_case(bench, kind if kind == "cuda" else "cpu", peers)
+    if kind == "host":
+        case["variants"] = [e for e in case["variants"] if e["setting"] in report.PEERS]
+    functions = {"host": report.host_table, "sharded": bench("sharded").case_table}
+    more = (2,) if kind == "sharded" else ()
+    say = report.Printer(markdown=False)
+    say(functions.get(kind, report.case_table)(case, *more, markdown=False))
+    printed = capsys.readouterr().out
+    assert "LOST: " in printed and "not run: " in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    first, *others = [line for line in printed.splitlines() if line.startswith("variant ")]
+    ratios = re.findall(r"/ ?\w+", first)
+    assert len(ratios) >= 3, first
+    columns = [re.split(r"  +", line)[2:] for line in (first, *others)]
+    header = {"cpu": report.HEADER, "cuda": report.GPU_HEADER,
+              "sharded": bench("sharded").HEADER}.get(kind)  # fmt: skip
+    if header is not None:
+        assert sum(columns, []) == [*header[2:]], "a column is lost"
+    # Every row stands in every table.
+    last = case["variants"][-1]["name"]
+    rows = sum(entry["name"] == last for entry in case["variants"])
+    assert printed.count(f"\n{last} ") == rows * (1 + len(others))
+    whole = functions.get(kind, report.case_table)(case, *more, markdown=True)
+    assert whole.count("| variant") == 1
+
+
+def test_targets_fit_a_screen(bench):
+    report = bench("report")
+    what = (
+        "adamw-bfloat16-32Mi-guidance: auto, times faster than 4 passes of the same rule, by " * 2
+    )
+    found = [report.target(what, 12.5, most=13.0), report.target("short", 1.0)]
+    lines = report.targets_table(found, markdown=False).splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) > 4
+    assert lines[2].endswith("yes") and lines[-1].startswith("short  ")
+    words = " ".join(re.split("  +", line.strip())[0] for line in lines[2:-1])
+    assert words == what.strip()
+    assert what.strip() in report.targets_table(found, markdown=True)
 
 
 def test_every_host_case_goes_through(bench):
@@ -813,17 +887,28 @@ def test_lists_are_those_of_the_model(bench):
 
 def test_profile_on_a_cpu(tmp_path):
     printed = run_script("gpu/nsys_step.py", "--launch", "--shape", "tiny", "--out", tmp_path)
-    assert "torch.profiler" in printed
+    # What is done, how far it is, and where the result goes, before it is there.
+    trace = tmp_path / "step-trace.json.gz"
+    told = printed[: printed.index("| range")].splitlines()
+    for line in (
+        "no GPU here: torch.profiler",
+        f"profiling with torch.profiler; the trace goes to {trace}",
+        "building the model: shape tiny, LoRA of rank 16, on cpu",
+        "warm-up: step 1 of 10", "warm-up: step 10 of 10",
+        "torch.profiler records: a step that is thrown away",
+        "torch.profiler records: step 3 of 3", f"writing {trace}",
+    ):  # fmt: skip
+        assert line in told, printed
+        told = told[told.index(line) :]
     for name in ("dgg.step", "dgg.norm", "dgg.update"):
         assert f"| {name} " in printed, printed
-    trace = tmp_path / "step-trace.json.gz"
     assert str(trace) in printed and 0 < trace.stat().st_size < 16 * 2**20
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))[
         "traceEvents"]}  # fmt: skip
     assert {"dgg.step", "dgg.norm", "dgg.update"} <= names
 
 
-def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
+def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch, capsys):
     nsys = bench("gpu.nsys_step")
     taken = []
     training = types.SimpleNamespace(step=lambda: taken.append("step"))
@@ -832,6 +917,8 @@ def test_nsys_captures_the_measured_steps_alone(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: taken.append("stop"))
     nsys.under_nsys(training, 2)
     assert taken == ["step"] * nsys.WARM_UP + ["wait", "start", "step", "step", "wait", "stop"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == ["nsys records: step 1 of 2", "nsys records: step 2 of 2"]
 
 
 def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
@@ -845,7 +932,9 @@ def test_nsys_is_called_with_a_capture_range_and_its_failure_is_survived(
     call = (tmp_path / "calls").read_text()
     assert call.startswith("1 profile -t cuda,nvtx,osrt --capture-range=cudaProfilerApi")
     assert "--capture-range-end=stop" in call and call.rstrip().endswith("--captured --alpha 0.5")
-    assert "torch.profiler instead" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.profiler instead" in printed
+    assert f"the report goes to {tmp_path / 'step.nsys-rep'}" in printed
     fake.write_text(
         f'#!/bin/sh\n[ "$1" = profile ] && touch {tmp_path}/step.nsys-rep\n'
         f'echo "$@" >> {tmp_path}/calls\n'

@@ -58,7 +58,7 @@ def _pinned(*names: str) -> list[str]:
     """Returns the requirements, with version and marker, that the lock has for some packages."""
     lines = [
         line
-        for file in ("run.txt", "test.txt")
+        for file in ("run.txt", "bench.txt", "test.txt")
         for line in (ROOT / "requirements" / file).read_text().splitlines()
         if re.split("[=; ]", line)[0] in names
     ]

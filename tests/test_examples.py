@@ -39,7 +39,8 @@ ELSEWHERE = {
     "docs/huggingface.md 6": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 7": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 8": ("test_hf.py", "test_the_guide_is_true"),
-    "docs/huggingface.md 9": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
+    "docs/huggingface.md 9": ("test_hf.py", "test_the_guide_to_another_optimizer"),
+    "docs/huggingface.md 10": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
     "docs/recipes.md 1": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md 2": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md 3": ("test_trl.py", "test_the_recipe"),
@@ -156,6 +157,27 @@ def what_guidance_did(run, monkeypatch, tmp_path, capsys):
         or "guidance/injected 1.0" in printed
         or ("3 steps since the anchor was set" in printed)
     )
+
+
+@stand_in("docs/recipes.md 5")
+def how_much_was_forgotten(run, monkeypatch, tmp_path, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    model, tasks = model_and_batches()
+    opt = dgg.AdamW(model.parameters(), lr=0.01, alpha=1.0)
+
+    def train(model, opt, task):
+        for batch in task:
+            opt.zero_grad()
+            model(batch).square().mean().backward()
+            opt.step()
+
+    accuracy = lambda model, task: float((model(task[0]) > 0).float().mean())  # noqa: E731
+    matrix = run(model=model, opt=opt, tasks=tasks, train=train, accuracy=accuracy)["matrix"]
+    assert type(matrix).from_json("matrix.json") == matrix and matrix.bwt() is not None
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
+    assert "'bwt':" in capsys.readouterr().out
 
 
 @stand_in("dgg/hf/every_trainer.py install")

@@ -4,6 +4,7 @@
 Run as a script, this file trains one task in a process of its own and dies in the middle of it.
 """
 
+import copy
 import json
 import linecache
 import logging
@@ -434,6 +435,146 @@ def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch, request):
     assert (group["betas"], group["alpha"], group["task_index"]) == ((0.9, 0.95), 0.2, 1)
     assert group["initial_lr"] == 3e-3
     assert_same(anchors(trainer), before)
+
+
+# -- another optimizer, under dgg.Guidance ---------------------------------------------------------
+
+
+def guided_trainer(model, data, out, callbacks, name, **over):
+    """A Trainer that makes its optimizer itself, which is guided before the training begins."""
+    trainer = trainer_for(model, data, out, callbacks, optimizer=None, optim=name,
+                          learning_rate=1e-2, **over)  # fmt: skip
+    return trainer, dgg.Guidance(trainer.create_optimizer(), alpha=0.2, seed=3)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+def test_another_optimizer_resumed_bit_for_bit(tmp_path, name):
+    """Two tasks; the second dies after a checkpoint and is resumed with everything new."""
+    saves = {"save_strategy": "steps", "save_steps": 3}
+
+    def run(out, *extra):
+        model, callback = lora(base_model()), GuidanceCallback(alpha={0: 0.3, 1: 0.6})
+        guided_trainer(model, task_data(1), out / "0", [callback], name)[0].train()
+        before = trainable(model)
+        second, guidance = guided_trainer(
+            model, task_data(3), out / "1", [callback, *extra], name, **saves
+        )
+        second.train()
+        return second, guidance, before
+
+    straight, guidance, before = run(tmp_path / "a")
+    assert is_active(straight) and guidance._count_anchors() == len(before)
+    for n, p in straight.model.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(guidance.state[p]["anchor"], before[n]), n
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", Die(4, interrupt))
+    resumed, guidance = guided_trainer(
+        lora(base_model()), task_data(3), tmp_path / "b" / "1",
+        [GuidanceCallback(alpha={0: 0.3, 1: 0.6})], name, **saves,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(trainable(resumed.model), trainable(straight.model), "weights")
+    assert_same(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    kept = resumed.optimizer.state_dict()["dgg_guidance"]
+    (group, *_) = kept["param_groups"]
+    assert (group["alpha"], group["task_index"], group["draw_index"]) == (0.6, 1, STEPS)
+    last = resumed.state.log_history[-1]
+    assert last["guidance/task"] == 1 and last["guidance/injected"] > 0
+    # And the guidance was no no-op.
+    model = lora(base_model())
+    plain, _ = guided_trainer(model, task_data(1), tmp_path / "p0", [], name)
+    plain.train()
+    plain, _ = guided_trainer(model, task_data(3), tmp_path / "p1", [], name)
+    plain.train()
+    assert "dgg_guidance" not in plain.optimizer.state_dict()
+    moved = trainable(model)
+    assert any(not torch.equal(p, moved[n]) for n, p in trainable(straight.model).items())
+
+
+def test_an_optimizer_handed_over_goes_from_task_to_task(tmp_path):
+    """One optimizer, one guidance, one Trainer: every call of train() is a task."""
+    model = lora(base_model())
+    opt = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    guidance = dgg.Guidance(opt, alpha=1.0)
+    callback = GuidanceCallback()
+    trainer = trainer_for(model, task_data(1), tmp_path, [callback], optimizer=None)
+    trainer.optimizer = opt
+    for task in range(3):
+        before = trainable(model)
+        trainer.train()
+        assert guidance.param_groups[0]["task_index"] == task == callback._task
+        anchors = {n: guidance.state[p].get("anchor") for n, p in model.named_parameters()
+                   if p.requires_grad}  # fmt: skip
+        if task:
+            assert_same(anchors, before)
+        else:
+            assert set(anchors.values()) == {None}
+    assert is_active(trainer)
+    assert "Guidance(RMSprop)" in callback._describe(guidance)
+
+
+def test_the_guide_to_another_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (example,) = [text for text in examples if "dgg.Guidance(" in text]
+    names = {
+        "dgg": dgg, "Trainer": transformers.Trainer, "model": lora(base_model()),
+        "TrainingArguments": transformers.TrainingArguments, "task": task_data(3, 8),
+        "arguments": {"use_cpu": True, "report_to": [], "num_train_epochs": 1,
+                      "save_strategy": "no", "disable_tqdm": True},
+    }  # fmt: skip
+    before = trainable(names["model"])
+    exec(example, names)
+    opt = names["trainer"].optimizer.optimizer
+    assert type(opt).__name__ == "Adafactor" and is_active(names["trainer"])
+    saved = opt.state_dict()["dgg_guidance"]
+    assert len(saved["anchors"]) == len(before)
+
+
+def test_engines_whose_checkpoints_lose_a_guidance_are_refused():
+    model = torch.nn.Linear(2, 2)
+    opt = torch.optim.RMSprop(model.parameters())
+    dgg.Guidance(opt)
+    for engine in ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}):
+        with pytest.raises(RuntimeError, match="dgg.Guidance under DeepSpeed or FSDP, whose check"):
+            GuidanceCallback().on_train_begin(
+                types.SimpleNamespace(**engine), None, None, model=model, optimizer=opt
+            )
+    with pytest.raises(TypeError, match="RMSprop is no dgg optimizer but guided by a dgg.Guidance"):
+        dgg.unwrap(opt)
+
+
+def test_a_checkpoint_of_another_guidance_changes_nothing():
+    """The guidance's part is checked before the optimizer has loaded its own."""
+
+    def made(size):
+        opt = torch.optim.RMSprop([torch.nn.Parameter(torch.ones(size))], lr=0.1)
+        guidance = dgg.Guidance(opt, alpha=1.0)
+        guidance._carried = True
+        guidance.set_anchor()
+        (p,) = opt.param_groups[0]["params"]
+        p.grad = torch.ones(size)
+        opt.step()
+        return opt, guidance, p
+
+    opt, guidance, p = made(3)
+    saved, before = copy.deepcopy(opt.state_dict()), opt.state[p]["square_avg"].clone()
+    wrong = {**saved, "dgg_guidance": made(4)[0].state_dict()["dgg_guidance"]}
+    p.grad = torch.full((3,), 2.0)
+    opt.step()
+    state, draws = opt.state[p]["square_avg"].clone(), guidance.param_groups[0]["draw_index"]
+    assert draws == 2 and not torch.equal(state, before)
+    with pytest.raises(ValueError, match="shape"):
+        opt.load_state_dict(wrong)
+    assert torch.equal(opt.state[p]["square_avg"], state)
+    assert guidance.param_groups[0]["draw_index"] == draws
+    opt.load_state_dict(saved)
+    assert guidance.param_groups[0]["draw_index"] == 1
+    assert torch.equal(opt.state[p]["square_avg"], before)
+    guidance.remove()
+    assert "dgg_guidance" not in opt.state_dict()
+    dgg.Guidance(opt)
 
 
 # -- clipping -------------------------------------------------------------------------------------

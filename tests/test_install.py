@@ -301,6 +301,24 @@ def test_the_torch_to_build_with_is_a_cpu_build_of_the_lock(setup_file):
     assert kind == ("" if sys.platform == "darwin" else "cpu")
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        ("demo", ["run"]), ("study", ["run"]), ("profile", ["run"]), ("bench-sharded", ["run"]),
+        ("bench", ["run", "bench"]), ("test", ["run", "test", "deepspeed"]),
+    ],
+)  # fmt: skip
+def test_a_command_installs_what_it_needs_and_nothing_else(tmp_path, command, files):
+    done = subprocess.run(
+        ["make", "-n", command, f"VENV={tmp_path / 'none'}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    installed = re.findall(r" -r requirements/(\w+)\.txt$", done.stdout, re.M)
+    assert installed == files, done.stdout
+
+
 def test_a_torch_that_is_too_old_is_named(setup_file, tmp_path, monkeypatch):
     (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
     monkeypatch.setattr(setup_file, "find_torch", lambda: tmp_path)

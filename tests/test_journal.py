@@ -141,6 +141,56 @@ def test_any_optimizer():
     assert "dgg.Guidance(SGD)" in opt.summary() and "80 steps" in opt.summary()
 
 
+def test_a_step_that_evaluates_its_closure_often_is_one_step():
+    """LBFGS looks several times a step; each look is guided, and the first of them counts."""
+    params = parameters()
+    optimizer = torch.optim.LBFGS(params, lr=0.1, max_iter=5)
+    opt = dgg.Guidance(optimizer, alpha=0.5)
+    opt.set_anchor()
+    looks, step = [], 0
+
+    def closure():
+        if looks and looks[-1][0] == step and len(looks[-1]) == 1:
+            stats = opt.guidance_stats()  # of the step's first look
+            looks[-1] += (bool(stats["injected"]), float(stats["scale"]))
+        optimizer.zero_grad()
+        loss = sum((p.square() - 0.3 * p).cos().sum() for p in params)
+        loss.backward()
+        looks.append((step,))
+        return loss
+
+    for step in range(8):  # noqa: B007 - the closure reads it
+        optimizer.step(closure)
+    assert len(looks) > 16
+    first = [look[1:] for n, look in enumerate(looks) if not n or look[0] != looks[n - 1][0]]
+    assert "8 steps since the anchor" in opt.summary() and len(first) == 8
+    share = sum(injected for injected, _ in first) / 8
+    assert 0 < share < 1
+    log = opt.guidance_log()
+    assert log["guidance/injected"] == share
+    scales = [scale for injected, scale in first if injected]
+    assert log["guidance/scale"] == pytest.approx(sum(scales) / len(scales), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", [usable(b) for b in ("reference", "cpp", "triton")])
+def test_a_drawn_step_counts_also_where_its_pull_is_0(backend):
+    """At the first step after a boundary θ is θ*; "auto" draws nothing and does not count it."""
+    params = parameters()
+    opt = dgg.AdamW(params, lr=0.05, alpha=1.0, backend=backend)
+    opt.set_anchor()
+    first, second = stepped(opt, opt, params, 2)
+    assert (first["injected"], first["scale"], first["distance"]) == (1, 0, 0)
+    assert second["injected"] == 1 and second["scale"] > 0 and second["distance"] > 0
+    log = opt.guidance_log()
+    assert log["guidance/injected"] == 1 and log["guidance/scale"] == second["scale"] / 2
+    assert "100.0 % of the steps pulled" in opt.summary()
+    auto = dgg.AdamW(params, lr=0.05, alpha="auto", backend=backend)
+    auto.set_anchor()
+    (first,) = stepped(auto, auto, params, 1, replays=True)
+    assert (first["injected"], first["scale"]) == (0, 0)
+    assert "0.0 % of the steps pulled" in auto.summary()
+
+
 def test_steps_that_a_scaler_skips_pull_nothing():
     params = parameters()
     opt = dgg.AdamW(params, lr=0.05, alpha=1.0, fused=True, max_grad_norm=1.0)

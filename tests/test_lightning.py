@@ -278,6 +278,54 @@ def test_resumed_in_the_middle_of_a_task(tmp_path, options):
         assert torch.equal(whole.state[p]["anchor"], opt.state[q]["anchor"])
 
 
+class Foreign(Plain):
+    """Makes an optimizer of torch's and its guidance."""
+
+    def configure_optimizers(self):
+        opt = torch.optim.NAdam(self.parameters(), lr=0.05)
+        self.guidance = dgg.Guidance(opt, alpha=0.5, importance=self.importance)
+        return opt
+
+
+@pytest.mark.parametrize("importance", [0.0, 1.0])
+def test_another_optimizer_resumed_in_the_middle_of_a_task(tmp_path, importance):
+    import dgg.lightning
+
+    def made():
+        module = Foreign(None)
+        module.importance = importance
+        return module, dgg.lightning.GuidanceCallback()
+
+    def first_task():
+        module, guide = made()
+        fit(module, [guide], 0)
+        assert not module.guidance._count_anchors() and guide.task == 1
+        return module, guide
+
+    module, guide = first_task()
+    before = [p.detach().clone() for p in module.parameters()]
+    seen = Seen()
+    fit(module, [guide], 1, logger=seen, log_every_n_steps=2)
+    for p, former in zip(module.parameters(), before, strict=True):
+        assert torch.equal(module.guidance.state[p]["anchor"], former)
+    assert any(e.get("guidance/anchored") == 2 for e in seen.entries)
+    killed, guide = first_task()
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    fit(killed, [guide, save], 1, epochs=1, enable_checkpointing=True)
+    again, guide = made()
+    fit(again, [guide], 1, ckpt_path=str(tmp_path / "last.ckpt"))
+    (first, *_), (second, *_) = module.guidance.param_groups, again.guidance.param_groups
+    assert guide.task == 2 and first == second and second["task_index"] == 1
+    assert second["draw_index"] == 8
+    for p, q in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+        ours, theirs = module.guidance.state[p], again.guidance.state[q]
+        assert (
+            ours.keys() == theirs.keys() == ({"anchor", "importance"} if importance else {"anchor"})
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.5, "importance": 1.0}])
 def test_resumed_at_the_end_of_a_task(tmp_path, options):
     """Nothing is trained then, and neither on_train_start nor on_train_end is called."""

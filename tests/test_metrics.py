@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -227,4 +228,70 @@ def test_standard_library_only():
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
-    assert names <= set(sys.stdlib_module_names)
+    # matplotlib is imported by who draws, and by nobody else.
+    assert names - set(sys.stdlib_module_names) == {"matplotlib"}
+    code = "import dgg.metrics, sys; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pyplot():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    yield plt
+    plt.close("all")
+
+
+def _cells(ax):
+    """(column, row): the number printed there."""
+    return {text.get_position(): text.get_text() for text in ax.texts}
+
+
+def test_plot_draws_a_row_for_every_task_trained(pyplot):
+    ax = AccuracyMatrix.from_rows(ROWS, ["a", "b", "c"]).plot()
+    (image,) = ax.images
+    drawn = np.ma.filled(image.get_array(), -1)
+    assert drawn.tolist() == [[80, -1, -1], [60, 90, -1], [50, 70, 95]]
+    assert image.get_clim() == (0, 100)
+    assert _cells(ax) == {
+        (0, 0): "80", (0, 1): "60", (1, 1): "90", (0, 2): "50", (1, 2): "70", (2, 2): "95",
+    }  # fmt: skip
+    for ticks in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == ["a", "b", "c"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tested on", "after training")
+    assert ax.get_title() == "FAA 71.7   AIA 75.6   BWT -25.0"
+    # Numbers are readable on their cells: viridis is dark below and bright above.
+    ink = {text.get_text(): text.get_color() for text in ax.texts}
+    assert ink["50"] == "white" and ink["95"] == "black"
+    ax.figure.canvas.draw()
+
+
+def test_plot_into_axes_of_somebody(pyplot):
+    """An unfinished run, shares instead of per cent, and a colour map of one's own."""
+    matrix = AccuracyMatrix(3)
+    matrix.record(0, 0, 0.8)
+    matrix.record(1, 0, 0.25)
+    figure, panels = pyplot.subplots(1, 2)
+    before = pyplot.get_fignums()
+    assert matrix.plot(panels[1], cmap="gray", vmax=0.5) is panels[1]
+    assert pyplot.get_fignums() == before and not panels[0].images
+    (image,) = panels[1].images
+    assert image.cmap.name == "gray" and image.get_clim() == (0, 0.5)
+    assert _cells(panels[1]) == {(0, 0): "0.80", (0, 1): "0.25"}
+    assert panels[1].get_title() == "FAA –   AIA –   BWT –"
+    figure.canvas.draw()
+    empty = AccuracyMatrix(2).plot(panels[0])
+    assert not empty.texts and empty.images[0].get_array().mask.all()
+    figure.canvas.draw()
+
+
+def test_plot_without_matplotlib_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        AccuracyMatrix(2).plot()

@@ -60,13 +60,25 @@ class Training:
         self.optimizer.zero_grad()
 
 
+def say(text: str) -> None:
+    """Prints what is done now, at once: a step may take seconds."""
+    print(text, flush=True)
+
+
+def warm_up(training: Training) -> None:
+    """Takes the steps that compile kernels and fill caches."""
+    for number in range(WARM_UP):
+        say(f"warm-up: step {number + 1} of {WARM_UP}")
+        training.step()
+
+
 def under_nsys(training: Training, steps: int) -> None:
     """Runs the steps with the capture range round the measured ones; nsys does the rest."""
-    for _ in range(WARM_UP):
-        training.step()
+    warm_up(training)
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    for _ in range(steps):
+    for number in range(steps):
+        say(f"nsys records: step {number + 1} of {steps}")
         training.step()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
@@ -74,8 +86,7 @@ def under_nsys(training: Training, steps: int) -> None:
 
 def by_torch(training: Training, steps: int, trace: pathlib.Path):
     """Profiles the steps with torch.profiler; writes the trace and returns the events."""
-    for _ in range(WARM_UP):
-        training.step()
+    warm_up(training)
     kinds = torch.profiler.ProfilerActivity
     on_gpu = training.params[0].device.type == "cuda"
     # One step is thrown away: the profiler's own beginning is in it.
@@ -83,11 +94,14 @@ def by_torch(training: Training, steps: int, trace: pathlib.Path):
     with torch.profiler.profile(
         activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU], schedule=schedule
     ) as profiler:
-        for _ in range(1 + steps):
+        for number in range(1 + steps):
+            what = f"step {number} of {steps}" if number else "a step that is thrown away"
+            say(f"torch.profiler records: {what}")
             training.step()
             if on_gpu:
                 torch.cuda.synchronize()
             profiler.step()
+    say(f"writing {trace}")
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     return list(profiler.events())
@@ -153,10 +167,12 @@ def launch(nsys: str, out: pathlib.Path, arguments: list[str]) -> bool:
         "--capture-range-end=stop", "--force-overwrite=true", "-o", str(out / "step"),
         sys.executable, __file__, "--captured", *arguments,
     ]  # fmt: skip
+    say(f"profiling under nsys; the report goes to {report}")
     done = subprocess.run(command, env={**os.environ, "DGG_NVTX": "1"})
     if done.returncode or not report.exists():
         print(f"nsys made no report (exit code {done.returncode}): torch.profiler instead")
         return False
+    say("summing up what nsys recorded")
     reports = "cuda_gpu_kern_sum,cuda_gpu_mem_time_sum,nvtx_sum,cuda_api_sum"
     subprocess.run([nsys, "stats", "--force-export=true", "--report", reports, str(report)])
     print(f"{report}: open it in Nsight Systems")
@@ -188,17 +204,20 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
     elif options.launch:
         print("no nsys here: torch.profiler" if name == "cuda" else "no GPU here: torch.profiler")
+    trace = options.out / "step-trace.json.gz"
+    shape = options.shape or ("llava7b" if name == "cuda" else "narrow")
+    if not options.captured:
+        say(f"profiling with torch.profiler; the trace goes to {trace}")
+    say(f"building the model: shape {shape}, LoRA of rank {options.rank}, on {name}")
     training = Training(
-        torch.device(name), options.shape or ("llava7b" if name == "cuda" else "narrow"),
-        options.rank, alpha=options.alpha, backend=options.backend,
+        torch.device(name), shape, options.rank, alpha=options.alpha, backend=options.backend,
         anchor_device=options.anchor_device,
     )  # fmt: skip
     if options.captured:
         under_nsys(training, options.steps)
         return 0
-    trace = options.out / "step-trace.json.gz"
     events = by_torch(training, options.steps, trace)
-    print(dgg.show_config() + "\n")
+    print("\n" + dgg.show_config() + "\n")
     print(tables(events, options.steps))
     print(f"{trace}: open it at https://ui.perfetto.dev")
     return 0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dgg.metrics import AccuracyMatrix
 from study import jobs, paired, protocol, summary
 from study.arms import LABELS
 
@@ -165,13 +166,13 @@ def _alpha_panel(panel: Any, found: Found, setting: str) -> None:
 # -- matrices, curves, scatter ---------------------------------------------------------------------
 
 
-def mean_matrix(runs: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Entry by entry over seeds, by the place in the sequence; NaN where nothing was trained."""
+def mean_matrix(runs: Sequence[dict[str, Any]]) -> list[list[float | None]]:
+    """Entry by entry over seeds, by the place in the sequence; None where nothing was trained."""
     size = range(len(runs[0]["matrix"]))
 
-    def entry(i: int, j: int) -> float:
+    def entry(i: int, j: int) -> float | None:
         known = [run["matrix"][i][j] for run in runs if run["matrix"][i][j] is not None]
-        return statistics.mean(known) if len(known) == len(runs) else float("nan")
+        return statistics.mean(known) if len(known) == len(runs) else None
 
     return [[entry(i, j) for j in size] for i in size]
 
@@ -183,18 +184,15 @@ def _matrices(runs: summary.ByArm) -> Any:
     image = None
     for column, name in enumerate(names):
         mean = mean_matrix(list(runs[name].values()))
-        image = axes[0, column].imshow(mean, vmin=0, vmax=100, cmap="viridis")
-        for i, line in enumerate(mean):
-            for j, value in enumerate(line):
-                if value == value:
-                    axes[0, column].text(
-                        j, i, f"{value:.0f}", ha="center", va="center", fontsize=6,
-                        color="white" if value < 60 else "black",
-                    )  # fmt: skip
-        axes[0, column].set_title(LABELS.get(name, name), fontsize=8)
-        places, numbers = range(len(mean)), [str(k + 1) for k in range(len(mean))]
-        axes[0, column].set_xticks(places, numbers)
-        axes[0, column].set_yticks(places, numbers)
+        panel = AccuracyMatrix.from_rows(mean).plot(axes[0, column], vmax=100)
+        image = panel.images[0]
+        for text in panel.texts:
+            text.set_fontsize(6)
+        panel.set(xlabel="", ylabel="")
+        panel.set_title(LABELS.get(name, name), fontsize=8)
+        numbers = [str(k + 1) for k in range(len(mean))]
+        panel.set_xticks(range(len(mean)), numbers, rotation=0, ha="center")
+        panel.set_yticks(range(len(mean)), numbers)
         for j in range(len(mean)):
             curve = [mean[i][j] for i in range(j, len(mean))]
             axes[1, column].plot(

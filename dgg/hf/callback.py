@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dgg import _arguments, _callers, optim
+from dgg import _arguments, _callers, optim, sharding
 from dgg._literals import Alphas, TensorsOrPath
 from dgg._signatures import listed
 from dgg.anchor.importance import check_form
 from dgg.hf import importance as importances
 from dgg.optim import summary
+from dgg.optim.unwrap import find
 from dgg.step.journal import Reader
 
 try:
@@ -59,6 +60,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     The last entry of a training summarises all of it. Steps are not synchronised for this: the
     numbers stay on the device until the Trainer logs.
 
+    The optimizer is one of dgg's, or another one under a `dgg.Guidance`: then the Trainer's
+    checkpoints have the guidance in ``optimizer.pt``, beside the other optimizer's state.
+
     Args:
         alpha: Probability of injecting, or ``"auto"``: one for all tasks, one per task in order, or
             a mapping from task number to alpha. None leaves the optimizer's own.
@@ -75,12 +79,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError: An argument is of the wrong type; when the training begins: the Trainer's
-            optimizer is none of dgg's.
+            optimizer is none of dgg's, and no `dgg.Guidance` guides it.
         ValueError: An alpha is out of range or missing for a task; when the training begins: the
             parameters that the model trains are not those the optimizer holds, or ``task`` is
             not the checkpoint's.
-        RuntimeError: A training resumed in the middle of a guided task has lost its anchor, or
-            no parameter of the optimizer receives a gradient.
+        RuntimeError: A training resumed in the middle of a guided task has lost its anchor, no
+            parameter of the optimizer receives a gradient, or a `dgg.Guidance` guides an optimizer
+            of DeepSpeed's or FSDP's, whose checkpoints cannot carry it.
         FileNotFoundError: ``anchor`` is a path with nothing to read.
     """
 
@@ -117,7 +122,11 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Sets the anchor and alpha of a new task; checks a resumed one."""
-        model, opt = kwargs["model"], _unwrap(kwargs["optimizer"])
+        model, opt = kwargs["model"], _found(kwargs["optimizer"])
+        if isinstance(opt, optim.Guidance):
+            _refuse_engines(args, opt)
+            opt._sync_groups()
+            opt._carried = True  # the checkpoints' optimizer.pt has the guidance, too
         opt._warned.boundary_known = True  # this callback sets the anchors
         if not getattr(args, "deepspeed", None):
             # Under DeepSpeed the optimizer has flat partitions instead of the model's parameters.
@@ -142,7 +151,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         interrupted = self._running and task == self._task
         alpha = self._alpha_of(task)
         guided = task > 0 or self.guide_first_task or self._anchor_source is not None
-        if guided and interrupted and _anchored(opt):
+        if guided and interrupted and opt._count_anchors():
             self._origin = "kept from before the interruption"
         elif guided:
             if interrupted:
@@ -154,7 +163,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             self._set_anchor(opt, model, task)
         else:
             # An anchor set by hand before the first task stays.
-            guided = _anchored(opt) > 0
+            guided = opt._count_anchors() > 0
             self._origin = "set before the training"
         for group in opt.param_groups:
             group["task_index"] = task
@@ -174,7 +183,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         opt._place_anchor(source, model=model if named else None, task=task, importance=weights)
 
     def _resume(self, opt, model: nn.Module, saved: Mapping[str, Any]) -> None:
-        anchored = _anchored(opt)
+        anchored = opt._count_anchors()
         task = saved.get("_task")
         if task is None:
             task = opt.param_groups[0]["task_index"] if anchored else self._upcoming(model)
@@ -202,7 +211,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "GuidanceCallback(anchor=...) with the previous task's weights"
                 )
             self._set_anchor(opt, model, task)
-        self._task, self._guided = task, _anchored(opt) > 0
+        self._task, self._guided = task, opt._count_anchors() > 0
         alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
         if alpha is not None and alpha != resumed_alpha:
             logger.warning(
@@ -218,7 +227,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return  # Every trial is the same task again.
         self._anchor_source = self._importance_source = self.first_task = None
         core = _core(kwargs["model"])
-        opt, writes = _unwrap(kwargs["optimizer"]), state.is_world_process_zero
+        opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
         importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
         done = 0 if self._task is None else self._task + 1
         _tasks_done[core] = max(done, _tasks_done.get(core, 0))
@@ -252,14 +261,15 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     # -- checks ---------------------------------------------------------------------------------
 
     def _check_parameters(self, opt, model: nn.Module) -> None:
-        params = [p for group in opt.param_groups for p in group["params"]]
+        groups = _groups(opt)
+        params = [p for group in groups for p in group["params"]]
         ids = {id(p) for p in params}
         ids_in_model = {id(p) for p in model.parameters()}
         named = list(model.named_parameters())
         missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
         dead = [
             self._names.get(p) or label
-            for p, label in zip(params, _arguments.group_labels(opt.param_groups), strict=True)
+            for p, label in zip(params, _arguments.group_labels(groups), strict=True)
             if id(p) not in ids_in_model
         ]
         if missing or dead:
@@ -282,8 +292,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Checks at the first step that gradients reach the optimizer at all."""
         if self._stepped or getattr(args, "deepspeed", None):
             return
-        opt = _unwrap(kwargs["optimizer"])
-        params = [p for group in opt.param_groups for p in group["params"]]
+        opt = _found(kwargs["optimizer"])
+        params = [p for group in _groups(opt) for p in group["params"]]
         if all(p.grad is None for p in params) and not opt._replay:
             raise RuntimeError(
                 f"none of the optimizer's {len(params)} parameters has a gradient "
@@ -299,7 +309,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         if not self._stepped:
             self._stepped = True
             if state.is_world_process_zero:
-                logger.info("%s", self._describe(_unwrap(kwargs["optimizer"])))
+                logger.info("%s", self._describe(_found(kwargs["optimizer"])))
 
     def _describe(self, opt) -> str:
         text = summary.head(opt)
@@ -326,33 +336,54 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 def is_active(trainer) -> bool:
     """Returns whether guidance is really at work in a Trainer.
 
-    True once the Trainer's optimizer is one of dgg's, has been stepped, and has an anchor and an
-    alpha and strength above 0. So it is False before ``train()``, in an unguided first task, and
-    where somebody has replaced the optimizer.
+    True once the Trainer's optimizer is one of dgg's or guided by a `dgg.Guidance`, has been
+    stepped, and has an anchor and an alpha and strength above 0. So it is False before ``train()``,
+    in an unguided first task, and where somebody has replaced the optimizer.
 
     Args:
         trainer: A `transformers.Trainer`, during or after ``train()``.
     """
     try:
-        opt = optim.unwrap(trainer.optimizer)
+        opt = find(trainer.optimizer)
     except TypeError:
         return False
+    groups = opt._marked_groups() if isinstance(opt, optim.Guidance) else opt.param_groups
     at_work = any(
         group["anchored"] and group["alpha"] != 0 and float(group["strength"]) > 0
-        for group in opt.param_groups
+        for group in groups
     )
     return at_work and opt.param_groups[0]["draw_index"] > 0
 
 
-def _unwrap(optimizer, who: str = "GuidanceCallback"):
+def _unwrap(optimizer, who: str, search=optim.unwrap):
     try:
-        return optim.unwrap(optimizer)
+        return search(optimizer)
     except TypeError as error:
         raise TypeError(
             f"{who} found no dgg optimizer in the Trainer ({error}). An `optim=` in "
             "TrainingArguments does not make one, and an 'optimizer' block in a DeepSpeed "
             "configuration replaces it: remove the block"
         ) from None
+
+
+def _found(optimizer):
+    """Returns the Trainer's dgg optimizer, or the guidance of another one."""
+    return _unwrap(optimizer, "GuidanceCallback", find)
+
+
+def _groups(opt) -> list[dict[str, Any]]:
+    """Returns the groups that hold the parameters."""
+    return getattr(opt, "optimizer", opt).param_groups
+
+
+def _refuse_engines(args, guidance: optim.Guidance) -> None:
+    """Refuses a `dgg.Guidance` where a checkpoint would not carry it."""
+    sharded = any(sharding.is_dtensor(p) for group in _groups(guidance) for p in group["params"])
+    if sharded or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        raise RuntimeError(
+            "GuidanceCallback does not go together with a dgg.Guidance under DeepSpeed or FSDP, "
+            "whose checkpoints leave the guidance out; use dgg.AdamW, dgg.Adam or dgg.SGD there"
+        )
 
 
 def _checked_alpha(alpha: Any) -> Any:
@@ -377,10 +408,6 @@ def _checked_number(alpha: Any) -> float | str:
     return alpha if isinstance(alpha, str) else float(alpha)
 
 
-def _anchored(opt) -> int:
-    return sum(group["anchored"] for group in opt.param_groups)
-
-
 def _core(model: nn.Module) -> nn.Module:
     # The model inside peft's wrapper: it outlives merge_and_unload and a second get_peft_model.
     inner: Any = getattr(model, "get_base_model", None)
@@ -396,6 +423,8 @@ def _shown(names: Sequence[str], most: int = 6) -> str:
 
 
 def _warn_of_ignored_lr(args, opt) -> None:
+    if isinstance(opt, optim.Guidance):
+        return  # the other optimizer's is the user's, or made of the arguments
     default = type(args).__dataclass_fields__["learning_rate"].default
     group = opt.param_groups[0]
     rate = float(group.get("initial_lr", group["lr"]))

@@ -85,7 +85,8 @@ def source_of(
         return None
     if given is not None:
         return given
-    if any(isinstance(entry, dict) and _has_stepped(entry) for entry in opt.state.values()):
+    state = getattr(opt, "optimizer", opt).state
+    if any(isinstance(entry, dict) and _has_stepped(entry) for entry in state.values()):
         return None
     if isinstance(anchor_source, (str, os.PathLike)):
         path = pathlib.Path(anchor_source)

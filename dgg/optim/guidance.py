@@ -31,6 +31,9 @@ from dgg.step.journal import Journal
 from dgg.step.run import run
 from dgg.step.settings import Settings
 
+# The attribute of an optimizer that has its guidance, and the key of that in its state dict.
+GUIDED, CARRIED = "_dgg_guidance", "dgg_guidance"
+
 
 @listed
 class Guidance(Reporting):
@@ -43,9 +46,11 @@ class Guidance(Reporting):
     Unlike `dgg.AdamW` it cannot measure ‖θ - θ*‖ in the other optimizer's pass, so it reads the
     parameters once more on the steps that inject. Its anchors are not in the other's state (many
     optimizers take a state that is not empty for an initialised one), so save
-    ``guidance.state_dict()`` beside ``optimizer.state_dict()``. `replay` does not go together with
-    a GradScaler, which does not see the replay gradients. torch copies and pickles optimizers
-    without their hooks: a copy is not guided, make a new guidance over it.
+    ``guidance.state_dict()`` beside ``optimizer.state_dict()``. In a training with a
+    ``GuidanceCallback`` the latter has it, as ``"dgg_guidance"``, and loading it loads both.
+    `replay` does not go together with a GradScaler, which does not see the replay gradients. torch
+    copies and pickles optimizers without their hooks: a copy is not guided, make a new guidance
+    over it.
 
     Args:
         optimizer: The optimizer to guide.
@@ -100,7 +105,7 @@ class Guidance(Reporting):
                 f"Guidance takes a torch.optim.Optimizer, not {type(optimizer).__name__}; of a "
                 "wrapper pass the optimizer inside"
             )
-        if hasattr(optimizer, "guidance_stats") or getattr(optimizer, "_dgg_guided", False):
+        if hasattr(optimizer, "guidance_stats") or getattr(optimizer, GUIDED, None) is not None:
             raise ValueError(
                 f"{type(optimizer).__name__} is guided already; set its own options instead of "
                 "wrapping it again"
@@ -137,8 +142,15 @@ class Guidance(Reporting):
         self._journal = Journal()
         self._resumed: int | None = None
         self._named: int | None = None
-        vars(optimizer)["_dgg_guided"] = True
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        # Whether the state dicts of the optimizer carry the guidance's; and one that is loading.
+        self._carried, self._arriving = False, None
+        vars(optimizer)[GUIDED] = self
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_post_hook(self._into_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
 
     def __reduce_ex__(self, protocol):
         """Refuses to be copied or pickled, since the hook would stay behind."""
@@ -187,16 +199,31 @@ class Guidance(Reporting):
             ValueError: A shape, value or name does not fit, or ``task``. After any error all is as
                 it was.
         """
-        self._sync_groups()
-        count = self._count_anchors()
-        marked = [{**group, "anchored": count} for group in self.param_groups]
+        marked = self._marked_groups()
         task = None if task is None else _arguments.plain("task", task)
         importances.check_wanted(importance, marked[0]["importance"])
         if not boundary.is_due(marked, tensors, task, self._resumed):
             return
         if tensors is None:
             checks.warn_if_anchor_follows(self._warned, int(marked[0]["draw_index"]))
-        groups = self.optimizer.param_groups
+        self._place_anchor(tensors, model=model, task=task, importance=importance)
+        self._named = task
+
+    def _marked_groups(self) -> list[dict[str, Any]]:
+        """Returns the groups with the mark that those of `dgg.AdamW` have."""
+        self._sync_groups()
+        count = self._count_anchors()
+        return [{**group, "anchored": count} for group in self.param_groups]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _place_anchor(
+        self, tensors: TensorsOrPath | None = None, *,
+        model: torch.nn.Module | None = None, task: int | None = None,
+        importance: TensorsOrPath | None = None,
+    ) -> None:  # fmt: skip
+        """Sets the anchor as `set_anchor` does, without its rules about tasks."""
+        marked, groups = self._marked_groups(), self.optimizer.param_groups
         plan = functools.partial(
             boundary.plan_anchors, groups, boundary.anchors_in(self.state), tensors,
             boundary.model_of_tensors(tensors, model, importance), self._settings.anchor_dtype,
@@ -206,7 +233,6 @@ class Guidance(Reporting):
         boundary.place(self, groups, marked, plan, task, weigh)
         for group, mark in zip(self.param_groups, marked, strict=True):
             group.update({name: mark[name] for name in ("task_index", "importance_mean")})
-        self._named = task
 
     @property
     def _shown(self) -> str:
@@ -238,10 +264,11 @@ class Guidance(Reporting):
         self._replay.clear()
 
     def remove(self) -> None:
-        """Takes the hook off the optimizer; the anchor is dropped."""
-        self._handle.remove()
+        """Takes the hooks off the optimizer; the anchor is dropped."""
+        for handle in self._handles:
+            handle.remove()
         self.clear_anchor()
-        vars(self.optimizer)["_dgg_guided"] = False
+        del vars(self.optimizer)[GUIDED]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""
@@ -290,6 +317,21 @@ class Guidance(Reporting):
         self._journal.begin_task()
         self._reset_caches()
 
+    def _into_state_dict(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        return {**state_dict, CARRIED: self.state_dict()} if self._carried else None
+
+    def _before_load(self, optimizer, state_dict: dict[str, Any]) -> None:
+        self._arriving = state_dict.get(CARRIED)
+        if self._arriving is not None:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._sync_groups()
+            _check_saved(self, params, self._arriving)  # before the optimizer has loaded its part
+
+    def _after_load(self, optimizer) -> None:
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            self.load_state_dict(arriving)
+
     def _before_step(self, optimizer, args, kwargs):
         if not optimizer.state and source.making_template():
             return None  # a checkpoint helper's step, not one of the training: it counts no draw
@@ -298,13 +340,20 @@ class Guidance(Reporting):
             self._edit()
             return None
         # The gradients exist only after the closure: edit them inside, with one draw a step.
-        draw = self.param_groups[0]["draw_index"]
+        draw, evaluated = self.param_groups[0]["draw_index"], False
 
         def guided_closure():
+            nonlocal evaluated
             loss = closure()
             for group in self.param_groups:
                 group["draw_index"] = draw
-            self._edit()
+            # However often the optimizer looks, it makes one step: its first look is counted.
+            self._journal.paused = evaluated
+            try:
+                self._edit()
+            finally:
+                self._journal.paused = False
+            evaluated = True
             return loss
 
         if "closure" in kwargs:

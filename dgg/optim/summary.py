@@ -42,14 +42,16 @@ class Reporting:
         """Returns what the last step did, as tensors on the device: no synchronisation.
 
         Returns:
-            ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
-            strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
-            ``distance`` (‖u‖: ‖θ - θ*‖ without importance) and ``clip`` (c); None for what that
-            step had no need to measure. With ``alpha="auto"`` also ``alignment`` (⟨h, r⟩ / ‖h‖ ‖r‖,
-            negative where a step would undo the former tasks) and ``pull`` (a ‖u‖ / ‖h‖), and
-            ``grad_norm`` is ‖h‖. ``anchored`` (int64: how many parameters have an anchor; 0 means
-            that nothing can be guided yet) and ``guided`` (int64: how many were pulled; 0 where
-            nothing was drawn). The attribute ``backend`` is the name of the step's backend.
+            ``injected`` (bool: whether anything was pulled; a drawn step was, if only by 0, as at
+            the first one after `set_anchor`, where θ is θ*; with ``alpha="auto"`` a pull of 0 is
+            none), ``scale`` (s with the first group's strength; one value per tensor for
+            ``norm_scope="tensor"``), ``grad_norm`` (‖g‖), ``distance`` (‖u‖: ‖θ - θ*‖ without
+            importance) and ``clip`` (c); None for what that step had no need to measure. With
+            ``alpha="auto"`` also ``alignment`` (⟨h, r⟩ / ‖h‖ ‖r‖, negative where a step would undo
+            the former tasks) and ``pull`` (a ‖u‖ / ‖h‖), and ``grad_norm`` is ‖h‖. ``anchored``
+            (int64: how many parameters have an anchor; 0 means that nothing can be guided yet) and
+            ``guided`` (int64: how many were pulled; 0 where nothing was drawn). The attribute
+            ``backend`` is the name of the step's backend.
         """
         return norms.statistics(self._last, self._count_anchors())
 
@@ -59,7 +61,8 @@ class Reporting:
 
         Returns:
             Means over the steps since the last call, each over the steps that measured it:
-            ``guidance/injected`` (share of the steps that pulled), ``guidance/scale`` (s),
+            ``guidance/injected`` (share of the steps that pulled, if only by 0: see
+            `guidance_stats`; a step with a closure counts once), ``guidance/scale`` (s),
             ``guidance/pull`` (length of the pull / that of c g, with ``alpha="auto"`` of c h; not
             with draws or scales per tensor or element), ``guidance/distance`` (‖u‖),
             ``guidance/grad_norm`` (‖g‖), ``guidance/clip`` (c) and, with ``alpha="auto"``,

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, overload
 
+import torch
+
 from dgg._signatures import listed
+from dgg.optim.guidance import GUIDED, Guidance
 from dgg.optim.guided import Guided
 
 # Attributes in which frameworks keep the optimizer that they wrap.
@@ -29,6 +32,24 @@ def unwrap(optimizer: object) -> Guided:
     Raises:
         TypeError: There is no dgg optimizer inside.
     """
+    found = find(optimizer)
+    if isinstance(found, Guidance):
+        raise TypeError(
+            f"{type(found.optimizer).__name__} is no dgg optimizer but guided by a dgg.Guidance: "
+            "call the methods of that"
+        )
+    return found
+
+
+def find(optimizer: object) -> Guided | Guidance:
+    """Returns the dgg optimizer inside wrappers, or the guidance of another optimizer there.
+
+    Args:
+        optimizer: As in `unwrap`.
+
+    Raises:
+        TypeError: There is neither inside.
+    """
     types: list[str] = []
     inner: Any = optimizer
     while inner is not None and len(types) < 16:
@@ -36,6 +57,9 @@ def unwrap(optimizer: object) -> Guided:
         imitated = vars(inner).get("_optimizer") if isinstance(inner, Guided) else None
         if isinstance(inner, Guided) and not isinstance(imitated, Guided):
             return inner
+        guidance = vars(inner).get(GUIDED) if isinstance(inner, torch.optim.Optimizer) else None
+        if isinstance(guidance, Guidance):
+            return guidance
         types.append(type(inner).__name__)
         if imitated is None:
             attributes = [getattr(inner, name, None) for name in _ATTRIBUTES]

@@ -26,6 +26,7 @@ class Journal:
 
     Attributes:
         steps: Steps since the optimizer was made.
+        paused: Records are not added: they are of the same step again.
     """
 
     # As many records, and numbers in them, may wait: a record has 4 + n doubles for n parameters.
@@ -34,6 +35,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.paused = False
         # By kind: a record of that kind, and the tensors of all of them that wait.
         self._waiting: dict[Any, tuple[dict[str, Any], list[tuple[Tensor | None, ...]]]] = {}
         self._count, self._limit = 0, self._FEWEST
@@ -43,6 +45,8 @@ class Journal:
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a step's record, as `norms.record` and `norms.record_skipped` make it."""
+        if self.paused:
+            return
         self.steps += 1
         kind = _kind(record)
         if kind not in self._waiting:
