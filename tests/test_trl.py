@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import re
 
 import pytest
 import torch
 
 import dgg
+from language_tasks import WORDS, counted_words, tokenizer
+from recipes import run_recipe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -20,20 +20,8 @@ peft = pytest.importorskip("peft")
 
 from dgg.hf import GuidanceCallback, is_active, with_replay  # noqa: E402
 
-WORDS = [f"w{number}" for number in range(20)]
 STEPS = 6
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def model():
@@ -47,9 +35,7 @@ def model():
 
 def texts(stride):
     """Prompts and completions that count in steps of ``stride``: every stride is another task."""
-    rows = [
-        [WORDS[(start + stride * place) % len(WORDS)] for place in range(8)] for start in range(40)
-    ]
+    rows = [counted_words(start, stride) for start in range(40)]
     return datasets.Dataset.from_list(
         [{"prompt": " ".join(row[:3]), "completion": " " + " ".join(row[3:])} for row in rows]
     )
@@ -158,15 +144,12 @@ def test_replay(tmp_path):
 
 def test_the_recipe(tmp_path):
     """The block of docs/recipes.md runs as printed."""
-    page = pathlib.Path(__file__).parents[1] / "docs" / "recipes.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-    (code,) = [block for block in blocks if "SFTTrainer" in block]
     args = trl.SFTConfig(
         str(tmp_path), per_device_train_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
         save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     names = {"dgg": dgg, "tasks": [texts(1), texts(3)], "model": model(), "args": args,
              "tokenizer": tokenizer()}  # fmt: skip
-    exec(code, names)
+    run_recipe("TRL", names)
     assert is_active(names["trainer"])
     assert dgg.unwrap(names["trainer"].optimizer).param_groups[0]["task_index"] == 1
