@@ -27,13 +27,19 @@ MUTATE := $(VENV)/.requirements-mutate
 WHEEL := $(VENV)/.requirements-wheel
 BUILT := $(VENV)/.built
 
+# Systems that people train with, each in an environment of its own: what they pin contradicts what
+# we pin, and each other. One takes from $(VENV) whatever its own lock leaves open, torch above all.
+ENGINES := $(patsubst requirements/engines/%.txt,%,$(wildcard requirements/engines/*.txt))
+ENGINE ?= $(ENGINES)
+TEST_ENGINES := $(addprefix test-engine-,$(ENGINE))
+
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: help venv build test test-slow fuzz mutate sanitize lint types format demo study bench bench-sharded \
-  table gpu profile wheel wheel-test clean distclean
+.PHONY: help venv build test test-slow test-engines $(TEST_ENGINES) fuzz mutate sanitize lint types format \
+  demo study bench bench-sharded table gpu profile wheel wheel-test clean distclean
 
 help: ## this text
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
 	@echo "  variables: PYTHON=python3.12  VENV=.venv  ARGS='-k adamw' (for the tests, demo, study, bench, gpu, profile)"
 
 venv: $(RUN) $(TEST) $(LINT) ## create .venv and install every pinned requirement
@@ -48,6 +54,11 @@ test: $(BUILT) $(TEST) ## run the tests, on two cores (JOBS=1 for one)
 
 test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow $(ARGS)
+
+# -P for the same reason as in `test`.
+test-engines: $(TEST_ENGINES) ## run dgg in LLaMA-Factory, axolotl and others (ENGINE=axolotl for one), pinned
+$(TEST_ENGINES): test-engine-%: build/engines/%/.made
+	build/engines/$*/bin/python -P -m pytest tests/engines/test_$*.py $(ARGS)
 
 mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; half an hour
 	$(BIN)/python -P tests/mutate.py $(ARGS)
@@ -126,6 +137,14 @@ $(BENCH): $(RUN) requirements/bench.txt
 $(TEST): $(RUN) requirements/bench.txt requirements/test.txt requirements/deepspeed.txt
 	$(PIP) install -r requirements/test.txt
 	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --no-deps -r requirements/deepspeed.txt
+	@touch $@
+
+# --no-deps: a lock names all that is installed, so that nothing brings another torch along.
+build/engines/%/.made: requirements/engines/%.txt $(TEST) | $(BUILT)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/of_the_tests.pth
+	$(@D)/bin/python -P -m pip --disable-pip-version-check install --no-compile --no-deps -r $<
 	@touch $@
 
 $(MUTATE): $(TEST) requirements/mutate.txt

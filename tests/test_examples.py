@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import dgg
+import recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -41,9 +42,17 @@ ELSEWHERE = {
     "docs/huggingface.md 8": ("test_hf.py", "test_the_guide_is_true"),
     "docs/huggingface.md 9": ("test_hf.py", "test_the_guide_to_another_optimizer"),
     "docs/huggingface.md 10": ("test_hf.py", "test_a_trainer_that_a_configuration_makes"),
-    "docs/recipes.md 1": ("test_lightning.py", "test_the_recipes"),
-    "docs/recipes.md 2": ("test_lightning.py", "test_the_recipes"),
-    "docs/recipes.md 3": ("test_trl.py", "test_the_recipe"),
+    "docs/recipes.md Lightning": ("test_lightning.py", "test_the_recipes"),
+    "docs/recipes.md Fabric": ("test_lightning.py", "test_the_recipes"),
+    "docs/recipes.md TRL": ("test_trl.py", "test_the_recipe"),
+    "docs/recipes.md TRL: DPO, GRPO and others": ("test_trl.py", "test_the_recipe_of_preferences"),
+    "docs/recipes.md LLaMA-Factory": ("engines/test_llamafactory.py", "test_the_recipe"),
+    "docs/recipes.md axolotl": ("engines/test_axolotl.py", "folder"),
+    "docs/recipes.md ms-swift": ("engines/test_ms_swift.py", "test_the_recipe"),
+    "docs/recipes.md sentence-transformers": (
+        "engines/test_sentence_transformers.py",
+        "test_the_recipe",
+    ),
     "docs/sharding.md 1": (
         "test_launched.py",
         "test_a_training_needs_few_variants_and_the_guide_compiles_them_before",
@@ -56,9 +65,16 @@ def page_name(path):
 
 
 def examples_of_pages():
-    """Code by name: the page and the number among its blocks of Python and its diffs."""
+    """Code by name: the page and the number among its blocks of Python and its diffs.
+
+    A recipe has the heading it stands under in place of a number.
+    """
     found = {}
     for path in PAGES:
+        if path == recipes.PAGE:
+            by_heading = recipes.recipes(path.read_text())
+            found.update({f"{page_name(path)} {name}": code for name, code in by_heading.items()})
+            continue
         blocks = re.findall(r"^```(python|py|diff)\n(.*?)^```", path.read_text(), re.M | re.S)
         for number, (language, code) in enumerate(blocks, start=1):
             if language == "diff":
@@ -136,7 +152,7 @@ def plain_loop(run, monkeypatch, tmp_path, capsys):
 
 @stand_in("docs/replay.md 4")
 @stand_in("docs/replay.md 5")
-@stand_in("docs/recipes.md 4")
+@stand_in("docs/recipes.md Weights & Biases, TensorBoard")
 @stand_in("dgg/optim/summary.py summary")
 @stand_in("dgg/optim/summary.py guidance_log")
 def what_guidance_did(run, monkeypatch, tmp_path, capsys):
@@ -159,7 +175,7 @@ def what_guidance_did(run, monkeypatch, tmp_path, capsys):
     )
 
 
-@stand_in("docs/recipes.md 5")
+@stand_in("docs/recipes.md How much was forgotten")
 def how_much_was_forgotten(run, monkeypatch, tmp_path, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -470,14 +486,21 @@ def test_every_example_is_run():
     assert sorted(EXAMPLES) == sorted([*RUN, *ELSEWHERE])
     for name, (file, function) in ELSEWHERE.items():
         source = (ROOT / "tests" / file).read_text()
-        assert pathlib.Path(name.split()[0]).name in source
         (body,) = [
             ast.unparse(node)
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.FunctionDef) and node.name == function
         ]
-        assert "exec(" in body and "read_text()" in body, f"{file}: {function} runs no example"
+        page, _, heading = name.partition(" ")
+        if f"recipe({heading!r}" not in body:
+            assert "exec(" in body and "read_text()" in body, f"{file}: {function} runs no example"
+            assert pathlib.Path(page).name in source
         compile(EXAMPLES[name], name, "exec")
+
+
+def test_recipes_are_short():
+    for heading, code in recipes.recipes(recipes.PAGE.read_text()).items():
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10, heading
 
 
 def test_commands_are_there():
