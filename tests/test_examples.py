@@ -44,6 +44,7 @@ ELSEWHERE = {
     "docs/recipes.md Lightning": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md Fabric": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md TRL": ("test_trl.py", "test_the_recipe"),
+    "docs/recipes.md Avalanche": ("engines/test_avalanche.py", "test_the_recipe"),
     "docs/recipes.md sentence-transformers": (
         "engines/test_sentence_transformers.py",
         "test_the_recipe",
