@@ -49,6 +49,7 @@ ELSEWHERE = {
     "docs/recipes.md LLaMA-Factory": ("engines/test_llamafactory.py", "test_the_recipe"),
     "docs/recipes.md axolotl": ("engines/test_axolotl.py", "folder"),
     "docs/recipes.md ms-swift": ("engines/test_ms_swift.py", "test_the_recipe"),
+    "docs/recipes.md Avalanche": ("engines/test_avalanche.py", "test_the_recipe"),
     "docs/recipes.md sentence-transformers": (
         "engines/test_sentence_transformers.py",
         "test_the_recipe",

@@ -986,6 +986,80 @@ def test_a_state_made_by_zero_gradients_is_no_step(cls, tmp_path):
     assert torch.equal(resumed.weight, twin.weight)
 
 
+class FlatContainer:
+    """As torchtitan 0.3 has it: it makes the template without torch's helper, by flat names."""
+
+    def __init__(self, opt):
+        self.opt = opt
+
+    def named(self):
+        (group,) = self.opt.param_groups
+        return group, [*zip(group["param_names"], group["params"], strict=True)]
+
+    def state_dict(self):
+        if not self.opt.state:
+            init_optim_state(self.opt)
+        saved, (group, named) = self.opt.state_dict(), self.named()
+        flat = {}
+        for number, (name, _) in enumerate(named):
+            entry = saved["state"].get(number, {})
+            flat.update({f"state.{name}.{key}": value for key, value in entry.items()})
+            for key in group.keys() - {"params", "param_names"}:
+                flat[f"param_groups.{name}.{key}"] = saved["param_groups"][0][key]
+        return flat
+
+    def load_state_dict(self, flat):
+        if not self.opt.state:
+            init_optim_state(self.opt)
+        group, named = self.named()
+        first = named[0][0]
+        keys = group.keys() - {"params", "param_names"}
+        options = {key: flat[f"param_groups.{first}.{key}"] for key in keys}
+        state = {
+            number: {key: flat[f"state.{name}.{key}"] for key in self.opt.state[p]}
+            for number, (name, p) in enumerate(named)
+        }
+        groups = [{**options, "params": [*range(len(named))]}]
+        self.opt.load_state_dict({"state": state, "param_groups": groups})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.SGD])
+@pytest.mark.parametrize("made", [False, True], ids=["template made by load", "made before"])
+def test_a_template_that_torch_has_not_asked_for_has_room_for_anchors(made, cls, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        options = {"momentum": 0.9} if cls is dgg.SGD else {}
+        return model, cls(model.named_parameters(), lr=0.1, alpha=0.5, **options)
+
+    def train(model, opt, steps):
+        for _ in range(steps):
+            opt.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+            opt.step()
+
+    whole, opt = make()
+    train(whole, opt, 2)
+    opt.set_anchor(task=1)
+    train(whole, opt, 2)
+    dcp.save({"model": whole.state_dict(), "optimizer": FlatContainer(opt)}, checkpoint_id=tmp_path)
+    model, new = make()
+    if made:
+        init_optim_state(new)
+    weights = model.state_dict()
+    dcp.load({"model": weights, "optimizer": FlatContainer(new)}, checkpoint_id=tmp_path)
+    new.set_anchor(task=1)  # in the middle of the task: the loaded one is kept
+    assert new.param_groups[0]["anchored"] == 2
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(opt.state[p]["anchor"], new.state[q]["anchor"])
+    train(whole, opt, 3)
+    train(model, new, 3)
+    assert torch.equal(whole.weight, model.weight)
+
+
 # -- state put there by hand ---------------------------------------------------------------------
 
 STRANGE = {

@@ -37,14 +37,14 @@ class Source(NamedTuple):
     """The checkpoint or state dict that will fill a template.
 
     Attributes:
-        model: Has the names of the parameters.
+        model: Has the names of the parameters; None if only the optimizer may have them.
         checkpoint: Directory or StorageReader of a distributed checkpoint; None for a state dict.
         state_dict: The state dict on this rank, which may be None.
         broadcast: All ranks load the state dict of rank 0.
         strict: It is an error if the state dict lacks a trainable parameter.
     """
 
-    model: torch.nn.Module
+    model: torch.nn.Module | None
     checkpoint: Any
     state_dict: Any = None
     broadcast: bool = False
@@ -64,23 +64,22 @@ def of_template() -> Source | None:
     """Returns the source that will fill the present template; None if the callers do not show it.
 
     Recognised are a state dict that torch's helper loads into the template; a directory that
-    accelerate (and with it the Trainer) loads; and a ``Stateful`` in ``dcp.load``.
+    accelerate (and with it the Trainer) loads; and a ``Stateful`` in ``dcp.load``, whether it asks
+    torch's helper for the template or makes it by itself, as torchtitan's does.
     """
-    calls = _callers.calls_of(_LOADS, _ASKS, *_LOADERS)
-    asker: Any
-    asker, local = next((call for call in calls if call[0] in (_LOADS, _ASKS)), (None, {}))
-    model = local.get("model")
-    if not isinstance(model, torch.nn.Module):
-        return None
-    if asker == _LOADS:
-        return _of_state_dict(model, local)
-    # `calls` goes on outwards from the helper to its caller, the loader.
-    for function, local in calls:
+    model = None
+    for function, local in _callers.calls_of(_LOADS, _ASKS, *_LOADERS):
         if function in _LOADERS:
             checkpoint = local.get(_LOADERS[function])
             is_path = isinstance(checkpoint, (str, os.PathLike))
             readable = is_path or hasattr(checkpoint, "read_metadata")
             return Source(model, checkpoint) if readable else None
+        if model is None:
+            model = local.get("model")
+            if not isinstance(model, torch.nn.Module):
+                return None
+            if function == _LOADS:
+                return _of_state_dict(model, local)
     return None
 
 
