@@ -322,7 +322,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             history[-1].update(values)
 
 
-def is_active(trainer) -> bool:
+def is_active(trainer: Any) -> bool:
     """Returns whether guidance is really at work in a Trainer.
 
     True once the Trainer's optimizer is one of dgg's, has been stepped, and has an anchor and an
