@@ -117,7 +117,6 @@ class AccuracyMatrix:
     """
 
     def __init__(self, tasks: int | Sequence[str], sizes: Sequence[float] | None = None) -> None:
-        """See the class."""
         names = _names(tasks)
         if not names:
             raise ValueError("there must be at least one task")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Puts the repository's Markdown on the site, each page at its own path; a hook of MkDocs.
 
-A link to a Python file leads to a page that shows the file. The site has no copy of what else a page
-may point to (results, folders): such a link becomes its text and the path.
+A link to a Python file leads to a page that shows the file. The site has no copy of what else a
+page may point to (results, folders): such a link becomes its text and the path.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ import posixpath
 import re
 
 from mkdocs.structure.files import File
+from pymdownx.slugs import slugify
 
 ROOT = pathlib.Path(__file__).parents[1]
 _PATTERNS = ("*.md", "docs/*", "examples/**/*.md", "bench/**/*.md")
 _LINK = re.compile(r"(?<!!)\[([^]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_config(config):
+    """Makes the anchors of headings those that GitHub makes."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
 
 
 def on_files(files, config):

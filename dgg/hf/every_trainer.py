@@ -102,7 +102,7 @@ def install(
         TypeError: The optimizer is none of dgg's or does not know an argument.
         ValueError: An argument is out of range, or ``DGG_TASK`` is no number. Nothing is changed.
 
-    Example:
+    Examples:
         >>> dgg.hf.install(alpha=0.2, task=3)
         >>> llamafactory.train.tuner.run_exp(config)
     """

@@ -68,7 +68,7 @@ class Reporting:
             synchronises with the device once; the steps do not. Replays of a CUDA graph are not
             seen.
 
-        Example:
+        Examples:
             >>> if number % 100 == 0:
             ...     wandb.log(opt.guidance_log(), step=number)
         """
@@ -83,7 +83,7 @@ class Reporting:
         Class, backend, α, number and size of the anchors; steps, the share of them that pulled, and
         means as in `guidance_log`. The call synchronises with the device once.
 
-        Example:
+        Examples:
             >>> print(opt.summary())
             dgg.AdamW (backend cpp), alpha 0.2, anchor of 4 tensors (0.0 MiB)
             task 1: 200 steps since the anchor was set or loaded
