@@ -96,7 +96,7 @@ def install(
             those of the training.
 
     Returns:
-        A handle: ``.remove()`` undoes it.
+        A handle, whose ``.remove()`` undoes it.
 
     Raises:
         TypeError: The optimizer is none of dgg's or does not know an argument.

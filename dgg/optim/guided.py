@@ -251,7 +251,7 @@ class Guided(Reporting, Stepped):
             keep: Share of the rows that stay, for ``"rows"``.
 
         Returns:
-            The share of the way that is kept: a of θ* + a (θ - θ*); for ``"rows"`` the share of
+            The share of the way that is kept, a of θ* + a (θ - θ*); for ``"rows"`` the share of
             the rows.
 
         Raises:

@@ -42,7 +42,7 @@ class Reporting:
         """Returns what the last step did, as tensors on the device: no synchronisation.
 
         Returns:
-            ``injected`` (bool: whether anything was pulled), ``scale`` (s with the first group's
+            ``injected`` (bool, whether anything was pulled), ``scale`` (s with the first group's
             strength; one value per tensor for ``norm_scope="tensor"``), ``grad_norm`` (‖g‖),
             ``distance`` (‖u‖: ‖θ - θ*‖ without importance) and ``clip`` (c); None for what that
             step had no need to measure. With ``alpha="auto"`` also ``alignment`` (⟨h, r⟩ / ‖h‖ ‖r‖,
@@ -58,7 +58,7 @@ class Reporting:
         """Returns what guidance did since the last call as numbers, for W&B or TensorBoard.
 
         Returns:
-            Means over the steps since the last call, each over the steps that measured it:
+            Means over the steps since the last call, each over those that measured it, of
             ``guidance/injected`` (share of the steps that pulled), ``guidance/scale`` (s),
             ``guidance/pull`` (length of the pull / that of c g, with ``alpha="auto"`` of c h; not
             with draws or scales per tensor or element), ``guidance/distance`` (‖u‖),
