@@ -25,6 +25,7 @@ LINT := $(VENV)/.requirements-lint
 TYPES := $(VENV)/.requirements-types
 MUTATE := $(VENV)/.requirements-mutate
 WHEEL := $(VENV)/.requirements-wheel
+DOCS := $(VENV)/.requirements-docs
 BUILT := $(VENV)/.built
 
 # Systems that people train with, each in an environment of its own: what they pin contradicts what
@@ -36,7 +37,7 @@ TEST_ENGINES := $(addprefix test-engine-,$(ENGINE))
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 .PHONY: help venv build test test-slow test-engines $(TEST_ENGINES) fuzz mutate sanitize lint types format \
-  demo study bench bench-sharded table gpu profile wheel wheel-test clean distclean
+  demo study bench bench-sharded table docs gpu profile wheel wheel-test clean distclean
 
 help: ## this text
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
@@ -98,6 +99,11 @@ bench-sharded: $(BUILT) ## time sharded steps on 1, 2 and 4 ranks, count what th
 table: $(BUILT) $(TEST) ## write docs/compatibility.md's table from the marks of the tests
 	$(BIN)/python -P tests/compatibility.py --write docs/compatibility.md
 
+# The warning is of a MkDocs that docs.txt does not install.
+docs: $(DOCS) ## build the documentation site into build/docs and check it, in Chromium if there is one
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f website/mkdocs.yml
+	$(BIN)/python -P website/check_site.py $(ARGS)
+
 # No environment: a machine with a GPU is taken as it is, with its own torch, and without a network.
 gpu: ## build, check, measure, test on this machine's GPU with its own $(PYTHON); 14 minutes at most
 	$(PYTHON) bench/gpu/run.py $(ARGS)
@@ -114,7 +120,7 @@ wheel-test: $(MADE) ## try the wheels of dist/ in fresh environments, with every
 clean: ## remove what was built, demo results included; keeps .venv
 	rm -rf build dist *.egg-info dgg/_C*.so dgg/_build_error*.txt $(BUILT)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find dgg kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find dgg kernels tests bench website -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
@@ -157,6 +163,10 @@ $(TYPES): $(TEST) requirements/types.txt
 
 $(WHEEL): $(RUN) requirements/wheel.txt
 	$(PIP) install -r requirements/wheel.txt
+	@touch $@
+
+$(DOCS): $(MADE) requirements/docs.txt
+	$(PIP) install -r requirements/docs.txt
 	@touch $@
 
 $(LINT): $(MADE) requirements/lint.txt

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 r"""Metrics of continual learning, all computed from one matrix.
 
-R[i][j] is the accuracy on task j after training on task i (both counted from 0, T tasks). A run
+`R[i][j]` is the accuracy on task j after training on task i (both counted from 0, T tasks). A run
 fills the lower triangle and the diagonal; entries above the diagonal (tasks not yet trained) are
 zero-shot results and may be missing (None). No entry above the diagonal enters any of these:
 
@@ -55,22 +55,22 @@ class _UndefinedError(Exception):
 
 
 def final_average_accuracy(matrix: Matrix, sizes: Sequence[float] | None = None) -> float | None:
-    """FAA = 1/T · Σ_j R[T-1][j], or weighted by `sizes`: Σ_j n_j R[T-1][j] / Σ_j n_j."""
+    """FAA: `1/T · Σ_j R[T-1][j]`, or by `sizes`: `Σ_j n_j R[T-1][j] / Σ_j n_j`."""
     return _or_none(_faa, _checked(matrix), sizes)
 
 
 def average_incremental_accuracy(matrix: Matrix) -> float | None:
-    """AIA = 1/T · Σ_i mean_{j≤i} R[i][j]: first the mean of each row, then of the rows."""
+    """AIA: `1/T · Σ_i mean_{j≤i} R[i][j]`, first the mean of each row, then of the rows."""
     return _or_none(_aia, _checked(matrix))
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """BWT = 1/(T-1) · Σ_{j<T-1} (R[T-1][j] - R[j][j]); negative means forgetting."""
+    """BWT: `1/(T-1) · Σ_{j<T-1} (R[T-1][j] - R[j][j])`; negative means forgetting."""
     return _or_none(_bwt, _checked(matrix))
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """F = 1/(T-1) · Σ_{j<T-1} (max_{j≤i<T-1} R[i][j] - R[T-1][j]).
+    """F: `1/(T-1) · Σ_{j<T-1} (max_{j≤i<T-1} R[i][j] - R[T-1][j])`.
 
     The maximum is over what was reached before the last task: F < 0 where the last task helped.
     """
@@ -78,12 +78,12 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def learning_accuracy(matrix: Matrix) -> float | None:
-    """LA = 1/T · Σ_j R[j][j]: how well each task was learnt when it was its turn (plasticity)."""
+    """LA: `1/T · Σ_j R[j][j]`, how well each task was learnt in its turn (plasticity)."""
     return _or_none(_learning, _checked(matrix))
 
 
 def forward_transfer(matrix: Matrix, untrained: Sequence[float | None]) -> float | None:
-    """FWT = 1/(T-1) · Σ_{j>0} (R[j-1][j] - b_j), b_j = accuracy on task j before training."""
+    """FWT: `1/(T-1) · Σ_{j>0} (R[j-1][j] - b_j)`, `b_j` = accuracy on task j before training."""
     rows = _checked(matrix)
     base = [_number(value, f"untrained[{j}]") for j, value in enumerate(untrained)]
     if len(base) != len(rows):
@@ -92,7 +92,7 @@ def forward_transfer(matrix: Matrix, untrained: Sequence[float | None]) -> float
 
 
 def task_curve(matrix: Matrix, task: int) -> list[float | None]:
-    """Accuracy on one task after it and after every later one: R[task][task] … R[T-1][task]."""
+    """Accuracy on one task after it and after every later one: `R[task][task] … R[T-1][task]`."""
     rows = _checked(matrix)
     task = _index("task", task, len(rows))
     return [rows[i][task] for i in range(task, len(rows))]
@@ -110,7 +110,7 @@ def summary(matrix: Matrix, sizes: Sequence[float] | None = None) -> dict[str, f
 
 
 class AccuracyMatrix:
-    """R[i][j] = accuracy on task j after training on task i, filled as a run goes along.
+    """`R[i][j]` = accuracy on task j after training on task i, filled as a run goes along.
 
     Args:
         tasks: the names of the tasks in training order, or their number.
@@ -118,7 +118,6 @@ class AccuracyMatrix:
     """
 
     def __init__(self, tasks: int | Sequence[str], sizes: Sequence[float] | None = None) -> None:
-        """See the class."""
         names = _names(tasks)
         if not names:
             raise ValueError("there must be at least one task")
@@ -162,7 +161,7 @@ class AccuracyMatrix:
         return f"{type(self).__name__}({self.tasks}, {done} of {len(self)} tasks trained)"
 
     def record(self, trained: int, evaluated: int, accuracy: float) -> None:
-        """Set R[trained][evaluated].
+        """Set `R[trained][evaluated]`.
 
         Raises:
             IndexError: if there is no such task (negative indices included).

@@ -64,6 +64,40 @@ def test_the_index_lists_every_page_once():
     assert [name for name in listed if "/" in name] == ["../CONTRIBUTING.md"]
 
 
+# -- the site; the rest is in `make docs` ----------------------------------------------------------
+
+
+def test_the_site_has_the_pages_in_the_order_of_the_index():
+    listed = re.findall(r"^- \[[^]]+\]\((\S+?\.md)\): \S", text("index.md"), re.M)
+    ordered = [name[3:] if name.startswith("../") else f"docs/{name}" for name in listed]
+    config = (ROOT / "website" / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = re.findall(r"^ +- .*: (\S+\.md)$", config, re.M)
+    assert [name for name in shown if name in ordered] == ordered
+    assert len(set(shown)) == len(shown)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    # Read, not imported: the Trainers need packages.
+    files = {
+        "dgg": "__init__.py", "dgg.hf": "hf/__init__.py", "dgg.lightning": "lightning.py",
+        "dgg.metrics": "metrics.py",
+    }  # fmt: skip
+    public = set()
+    for module, file in files.items():
+        tree = ast.parse((ROOT / "dgg" / file).read_text(encoding="utf-8"))
+        (names,) = (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+        public |= {f"{module}.{name}" for name in names}
+    pages = sorted((ROOT / "website" / "pages" / "api").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", "\n".join(p.read_text("utf-8") for p in pages), re.M)
+    # One page has a module with all its names.
+    whole = {name for name in public if name.startswith("dgg.metrics.")}
+    assert sorted(shown) == sorted(public - whole - {"dgg.hf"} | {"dgg._literals"})
+
+
 # -- the floors ------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ LONG_CLASSES: set[str] = set()
 
 SOURCES = sorted(
     path
-    for folder in ("dgg", "kernels", "csrc", "tests", "bench", "examples")
+    for folder in ("dgg", "kernels", "csrc", "tests", "bench", "examples", "website")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
 ) + [ROOT / "setup.py"]

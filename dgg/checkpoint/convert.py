@@ -69,7 +69,7 @@ def convert_state_dict(
         ValueError: It is no Adam's state, or group, parameter and key that are named do not fit
             the optimizer: their number, shape or values; or state belongs to no group.
 
-    Example:
+    Examples:
         >>> opt = dgg.AdamW(model.parameters(), lr=2e-4)
         >>> opt.load_state_dict(dgg.convert_state_dict(saved_by_bitsandbytes, opt))
         >>> opt.set_anchor()

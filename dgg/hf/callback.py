@@ -333,7 +333,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             history[-1].update(values)
 
 
-def is_active(trainer) -> bool:
+def is_active(trainer: Any) -> bool:
     """Returns whether guidance is really at work in a Trainer.
 
     True once the Trainer's optimizer is one of dgg's or guided by a `dgg.Guidance`, has been

@@ -125,13 +125,13 @@ def install(
             those of the training.
 
     Returns:
-        A handle: ``.remove()`` undoes it.
+        A handle, whose ``.remove()`` undoes it.
 
     Raises:
         TypeError: The optimizer is none of dgg's or does not know an argument.
         ValueError: An argument is out of range, or ``DGG_TASK`` is no number. Nothing is changed.
 
-    Example:
+    Examples:
         >>> dgg.hf.install(alpha=0.2, task=3)
         >>> llamafactory.train.tuner.run_exp(config)
     """

@@ -173,7 +173,7 @@ class AdamW(Adam, torch.optim.AdamW):  # pyright: ignore[reportIncompatibleVaria
         ValueError: An argument is out of range, contradicts another, or is refused.
         RuntimeError: The named backend cannot run here.
 
-    Example:
+    Examples:
         >>> opt = dgg.AdamW(model.parameters(), lr=2e-4, alpha=0.2, max_grad_norm=1.0)
         >>> for task in tasks:
         ...     for batch in task:

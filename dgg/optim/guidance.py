@@ -78,7 +78,7 @@ class Guidance(Reporting):
         ValueError: An argument is out of range, or the optimizer is guided already.
         RuntimeError: The named backend cannot run here.
 
-    Example:
+    Examples:
         >>> opt = torch.optim.Muon(model.parameters())
         >>> guidance = dgg.Guidance(opt, alpha=0.2)
         >>> train(model, opt, first_task)

@@ -97,7 +97,7 @@ class Guided(Reporting, Stepped):
             TypeError: ``checkpoint`` is no distributed checkpoint.
             ValueError: It holds master weights, which this optimizer would not keep.
 
-        Example:
+        Examples:
             >>> opt = dgg.AdamW(model.parameters())
             >>> opt.prepare_for_load(path, model=model)
             >>> weights, state = get_state_dict(model, opt)
@@ -173,7 +173,7 @@ class Guided(Reporting, Stepped):
                 a Trainer's checkpoint from the middle of a training, or ``task`` is over already
                 or not the next one. After any error the former anchor is as it was.
 
-        Example:
+        Examples:
             >>> # train.py --task K, started anew after it was killed
             >>> model.load_state_dict(resumed["model"] if resumed else weights_after_former_task)
             >>> opt = dgg.AdamW(model.parameters(), seed=K)
@@ -251,7 +251,7 @@ class Guided(Reporting, Stepped):
             keep: Share of the rows that stay, for ``"rows"``.
 
         Returns:
-            The share of the way that is kept: a of θ* + a (θ - θ*); for ``"rows"`` the share of
+            The share of the way that is kept, a of θ* + a (θ - θ*); for ``"rows"`` the share of
             the rows.
 
         Raises:

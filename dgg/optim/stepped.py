@@ -147,11 +147,10 @@ class Stepped(Imitable, _Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
-    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Performs one optimization step: G of the guided gradients, then the base optimizer.
 
-        Args:
-            closure: Evaluates the model again and returns the loss; optional.
+        The closure is optional; it evaluates the model again and returns the loss.
 
         Returns:
             The closure's loss, or None.

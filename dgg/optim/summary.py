@@ -42,7 +42,7 @@ class Reporting:
         """Returns what the last step did, as tensors on the device: no synchronisation.
 
         Returns:
-            ``injected`` (bool: whether anything was pulled; a drawn step was, if only by 0, as at
+            ``injected`` (bool, whether anything was pulled; a drawn step was, if only by 0, as at
             the first one after `set_anchor`, where θ is θ*; with ``alpha="auto"`` a pull of 0 is
             none), ``scale`` (s with the first group's strength; one value per tensor for
             ``norm_scope="tensor"``), ``grad_norm`` (‖g‖), ``distance`` (‖u‖: ‖θ - θ*‖ without
@@ -60,7 +60,7 @@ class Reporting:
         """Returns what guidance did since the last call as numbers, for W&B or TensorBoard.
 
         Returns:
-            Means over the steps since the last call, each over the steps that measured it:
+            Means over the steps since the last call, each over those that measured it, of
             ``guidance/injected`` (share of the steps that pulled, if only by 0: see
             `guidance_stats`; a step with a closure counts once), ``guidance/scale`` (s),
             ``guidance/pull`` (length of the pull / that of c g, with ``alpha="auto"`` of c h; not
@@ -71,7 +71,7 @@ class Reporting:
             synchronises with the device once; the steps do not. Replays of a CUDA graph are not
             seen.
 
-        Example:
+        Examples:
             >>> if number % 100 == 0:
             ...     wandb.log(opt.guidance_log(), step=number)
         """
@@ -86,7 +86,7 @@ class Reporting:
         Class, backend, α, number and size of the anchors; steps, the share of them that pulled, and
         means as in `guidance_log`. The call synchronises with the device once.
 
-        Example:
+        Examples:
             >>> print(opt.summary())
             dgg.AdamW (backend cpp), alpha 0.2, anchor of 4 tensors (0.0 MiB)
             task 1: 200 steps since the anchor was set or loaded

@@ -75,7 +75,6 @@ class ReplayBuffer:
     __module__ = "dgg.replay"  # as pickles name it
 
     def __init__(self, per_task: int, *, seed: int = 0, copy_tensors: bool = True) -> None:
-        """See the class."""
         self.per_task = as_capacity(per_task)
         self.seed = as_seed("seed", seed)
         if not isinstance(copy_tensors, bool):
