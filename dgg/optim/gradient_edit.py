@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgg import backends, sharding
+from dgg import _arguments, backends, sharding
 from dgg.step import gradients, norms
 from dgg.step.cache import RowCache
 from dgg.step.draws import Decision
@@ -61,7 +62,9 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
     if scale is None and found_inf is None and _take_native_gradients(opt, groups, elementwise):
         return opt._cache.all_rows
     params = [p for group in groups for p in group["params"]]
-    opt._check(groups, params, elementwise)
+    _refuse_partitions(opt, params)
+    _sum_partial_gradients(opt, params)
+    _check(opt, groups, params, elementwise)
     if scale is not None:
         gradients.refuse_scaler(params, opt.process_group)
     if scale is not None or found_inf is not None:
@@ -87,6 +90,49 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
         opt._cache = RowCache(opt, groups, params, replays)
     opt._cache.take_gradients(grads, replays, elementwise=elementwise)
     return opt._cache.all_rows
+
+
+def _refuse_partitions(opt, params: Sequence[Tensor]) -> None:
+    known = opt._original_ids
+    strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
+    if "deepspeed" in sys.modules and any(strange):
+        raise RuntimeError(
+            "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
+            "them one by one, of which dgg.Guidance would take wrong norms; use dgg.AdamW, "
+            "dgg.Adam or dgg.SGD, which know it"
+        )
+
+
+@torch.no_grad()
+def _sum_partial_gradients(opt, params: Sequence[Tensor]) -> None:
+    """Sums partial gradients over their ranks; the sums become ``.grad``."""
+    slot = opt._replay
+    replayed = [p for p in params if slot.get(p) is not None] if slot else []
+    grads = [*(p.grad for p in params), *map(slot.get, replayed)]
+    sums = sharding.sum_partial_gradients([*params, *replayed], grads)
+    for p, grad, total in zip(params, grads, sums, strict=False):
+        if total is not grad:
+            p.grad = total
+    slot.exchange(replayed, sums[len(params) :])
+
+
+def _check(opt, groups, params: Sequence[Tensor], elementwise: bool) -> None:
+    slot = opt._replay
+    labels = None
+    for i, p in enumerate(params):
+        r = slot.get(p) if slot else None
+        for grad, kind in ((p.grad, "gradient"), (r, "replay gradient")):
+            if grad is not None:
+                labels = labels or _arguments.group_labels(groups)
+                _arguments.check_gradient(grad, p, labels[i], kind)
+                _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
+        value = opt.state.get(p, {}).get("anchor")
+        if value is not None and value.shape != p.shape:
+            label = _arguments.group_labels(groups)[i]
+            raise ValueError(
+                f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
+                "set_anchor() after a parameter has changed its shape"
+            )
 
 
 def _take_native_gradients(opt, groups, elementwise: bool) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -360,51 +359,9 @@ class Guidance(Reporting):
             return args, {**kwargs, "closure": guided_closure}
         return (args[0], guided_closure, *args[2:]), kwargs
 
-    @torch.no_grad()
-    def _sum_partial_gradients(self, params: Sequence[Tensor]) -> None:
-        """Sums partial gradients over their ranks; the sums become ``.grad``."""
-        slot = self._replay
-        replayed = [p for p in params if slot.get(p) is not None] if slot else []
-        grads = [*(p.grad for p in params), *map(slot.get, replayed)]
-        sums = sharding.sum_partial_gradients([*params, *replayed], grads)
-        for p, grad, total in zip(params, grads, sums, strict=False):
-            if total is not grad:
-                p.grad = total
-        slot.exchange(replayed, sums[len(params) :])
-
-    def _refuse_partitions(self, params: Sequence[Tensor]) -> None:
-        known = self._original_ids
-        strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
-        if "deepspeed" in sys.modules and any(strange):
-            raise RuntimeError(
-                "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
-                "them one by one, of which dgg.Guidance would take wrong norms; use dgg.AdamW, "
-                "dgg.Adam or dgg.SGD, which know it"
-            )
-
     def _edit(self) -> None:
         self._sync_groups()
         run(self, EDIT)
-
-    def _check(self, groups, params: Sequence[Tensor], elementwise: bool) -> None:
-        slot = self._replay
-        self._refuse_partitions(params)
-        self._sum_partial_gradients(params)
-        labels = None
-        for i, p in enumerate(params):
-            r = slot.get(p) if slot else None
-            for grad, kind in ((p.grad, "gradient"), (r, "replay gradient")):
-                if grad is not None:
-                    labels = labels or _arguments.group_labels(groups)
-                    _arguments.check_gradient(grad, p, labels[i], kind)
-                    _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-            value = self.state.get(p, {}).get("anchor")
-            if value is not None and value.shape != p.shape:
-                label = _arguments.group_labels(groups)[i]
-                raise ValueError(
-                    f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
-                    "set_anchor() after a parameter has changed its shape"
-                )
 
 
 refuse_attributes(Guidance)
