@@ -109,7 +109,7 @@ def test_its_arms_are_those_of_the_study(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     from study import protocol
 
-    stored = json.loads((BENCH / "results" / "study-2026-11-29.json").read_text(encoding="utf-8"))
+    stored = json.loads((BENCH / "results" / "study-2026-11-30.json").read_text(encoding="utf-8"))
     for arm in protocol.DEMO_ARMS:
         assert arm.as_dict() == stored["in-domain"][arm.name]["0"]["arm"]
 

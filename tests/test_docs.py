@@ -262,7 +262,7 @@ def test_every_stored_result_is_cited():
     assert named and named <= {*stored, "README.md"}
 
 
-STUDY = ROOT / "bench" / "results" / "study-2026-11-29.json"
+STUDY = ROOT / "bench" / "results" / "study-2026-11-30.json"
 
 
 @pytest.fixture
@@ -281,34 +281,41 @@ def test_the_tables_of_the_study_are_those_of_its_results(study):
     assert page.count("| guard, w = ½ − replay only, in-domain | 20 |") == 1
 
 
+def page_tables(summary, found):
+    return "\n".join(summary.sections(found))
+
+
 def test_the_readme_says_what_the_study_says(study):
     found, summary = study
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     arms = {
         '`alpha="auto", importance=0.5`': "guard50", '`alpha="auto", importance=1`': "guard100",
         "the paper's rule, α searched": "dgg",
-        "EWC with the exact Fisher matrix, λ searched": "ewc", "CoSO, threshold searched": "other",
+        "EWC, exact Fisher matrix, λ searched": "ewc", "CoSO, threshold searched": "other",
     }  # fmt: skip
-    rows = re.findall(
-        r"^\| (.+?) \| ([\d.]+) \| (.*?) \((.*?) to (.*?)\) \| (.*?) \|$", readme, re.M
-    )
+    cell = r" (\S+) \((\S+) to (\S+); (.*?)\) \|"
+    rows = re.findall(rf"^\| (.+?) \|{cell}{cell}$", readme, re.M)
     assert [row[0] for row in rows] == list(arms)
-    tables = "\n".join(summary.sections(found))
-    for what, accuracy, mean, low, high, p in rows:
-        got = summary.comparison(found, "in-domain", arms[what], "replay")
-        assert [mean, low.lstrip("+"), high] == [
-            summary.signed(got.mean), *(summary.signed(x).lstrip("+") for x in (got.low, got.high))
-        ]  # fmt: skip
-        own = summary.values(found, "in-domain", arms[what])
-        assert accuracy == f"{statistics.mean(own.values()):.1f}" and got.n == len(own) == 20
-        pair = summary.pair(arms[what], "replay")
-        cells = rf"^\| {pair}(?:, in-domain)? \|(?: [^|]+ \|){{7}} (\S+) \|$"
-        planned = re.findall(cells, tables, re.M)
-        assert planned == ([] if p == "–" else [p]), what
-    replay = summary.values(found, "in-domain", "replay").values()
-    joint = summary.values(found, "in-domain", "joint").values()
-    assert f"| replay only | {statistics.mean(replay):.1f} |" in readme
-    assert f"joint training ({statistics.mean(joint):.1f})" in readme
+    beds = ("in-domain", "shifted")
+    tables = dict(zip(beds, re.split("^## The bed ", page_tables(summary, found), flags=re.M)[1:],
+                      strict=True))  # fmt: skip
+    for what, *cells in rows:
+        for bed, (mean, low, high, p) in zip(beds, (cells[:4], cells[4:]), strict=True):
+            got = summary.comparison(found, bed, arms[what], "replay")
+            ends = [summary.signed(x).lstrip("+") for x in (got.low, got.high)]
+            assert [mean, low, high] == [summary.signed(got.mean), *ends] and got.n == 20
+            pair = summary.pair(arms[what], "replay")
+            # The primary tests stand in a table of their own.
+            looked = page_tables(summary, found) if arms[what] == "guard50" else tables[bed]
+            name = f"{pair}, {bed}" if arms[what] == "guard50" else pair
+            planned = re.findall(rf"^\| {name} \|(?: [^|]+ \|){{7}} (.+?) \|$", looked, re.M)
+            assert planned == ([] if p == "–" else [p]), (what, bed)
+    replay, joint = (
+        [statistics.mean(summary.values(found, bed, arm).values()) for bed in beds]
+        for arm in ("replay", "joint")
+    )
+    assert "| replay only | {:.1f} | {:.1f} |".format(*replay) in readme
+    assert "joint training ({:.1f} and {:.1f})".format(*joint) in readme
     worst = min(
         summary.comparison(found, setting, guard, "replay").mean
         for setting in found["digits"] if not setting.endswith("-0")
