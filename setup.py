@@ -474,6 +474,7 @@ elif __name__ == "__main__":
                     "csrc/cpu_arguments.h",
                     "csrc/cpu_chunks.h",
                     "csrc/cpu_loops.h",
+                    "csrc/cpu_squares.h",
                     "csrc/cpu_updates.h",
                     "csrc/table.h",
                     "csrc/torch_inside.h",

@@ -19,6 +19,7 @@
 #include "cpu_arguments.h"
 #include "cpu_chunks.h"
 #include "cpu_loops.h"
+#include "cpu_squares.h"
 #include "cpu_updates.h"
 
 namespace dgg {
@@ -201,14 +202,18 @@ struct Inputs {
   const S* anchor;
   const S* importance;
 
+  // Made where the loop is, and without what it does not read: a copy would load at once what was
+  // stored in parts an instant ago, and waiting for that takes as long as updating a tiny tensor.
   template <bool kReplayed>
   Gradient<T, S, kReplayed> gradient() const {
-    return {grad, replay, replay_weight};
+    if constexpr (kReplayed) return {grad, replay, replay_weight};
+    return {grad, nullptr, T(0)};
   }
 
   template <int kPulled>
   Pull<T, S, kPulled> pull() const {
-    return {anchor, importance};
+    if constexpr (kPulled == kNotPulled) return {nullptr, nullptr};
+    return {anchor, kPulled == kByImportance ? importance : nullptr};
   }
 };
 
@@ -221,15 +226,15 @@ struct AdamRule {
   template <int kPulled, bool kReplayed, typename T, typename S>
   static void block(const AdamScalars<T>& scalars, S* param, const Inputs<T, S>& in,
                     S* const* state, int64_t n, const Ahead& ahead) {
-    const auto gradient = in.template gradient<kReplayed>();
-    const auto pull = in.template pull<kPulled>();
     if (state[2]) {
-      run(AdamLoop<T, S, kPulled, kReplayed, true>{param, gradient, state[0], state[1], state[2],
-                                                   pull, n, scalars},
+      run(AdamLoop<T, S, kPulled, kReplayed, true>{param, in.template gradient<kReplayed>(),
+                                                   state[0], state[1], state[2],
+                                                   in.template pull<kPulled>(), n, scalars},
           ahead);
     } else {
-      run(AdamLoop<T, S, kPulled, kReplayed, false>{param, gradient, state[0], state[1], nullptr,
-                                                    pull, n, scalars},
+      run(AdamLoop<T, S, kPulled, kReplayed, false>{param, in.template gradient<kReplayed>(),
+                                                    state[0], state[1], nullptr,
+                                                    in.template pull<kPulled>(), n, scalars},
           ahead);
     }
   }
@@ -244,13 +249,15 @@ struct SgdRule {
   template <int kPulled, bool kReplayed, typename T, typename S>
   static void block(const SgdScalars<T>& scalars, S* param, const Inputs<T, S>& in, S* const* state,
                     int64_t n, const Ahead& ahead) {
-    const auto gradient = in.template gradient<kReplayed>();
-    const auto pull = in.template pull<kPulled>();
     if (state[0]) {
-      run(SgdLoop<T, S, kPulled, kReplayed, true>{param, gradient, state[0], pull, n, scalars},
+      run(SgdLoop<T, S, kPulled, kReplayed, true>{param, in.template gradient<kReplayed>(),
+                                                  state[0], in.template pull<kPulled>(), n,
+                                                  scalars},
           ahead);
     } else {
-      run(SgdLoop<T, S, kPulled, kReplayed, false>{param, gradient, nullptr, pull, n, scalars},
+      run(SgdLoop<T, S, kPulled, kReplayed, false>{param, in.template gradient<kReplayed>(),
+                                                   nullptr, in.template pull<kPulled>(), n,
+                                                   scalars},
           ahead);
     }
   }
@@ -276,7 +283,7 @@ double update_chunk(const typename Rule::Row& row, const Draws& draws, const Chu
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    Ahead ahead;
+    Ahead ahead(n);
     S* const param = row.param.template stage<S>(begin, n, spare);
     ahead.add<S>(row.param, begin);
     if constexpr (is_wide<S>()) {
@@ -401,7 +408,7 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = std::min<int64_t>(kBlock, chunk.count - offset);
-    Ahead ahead;
+    Ahead ahead(n);
     const S* const grad = stage_gradient<S>(row, begin, n, buffers[0], buffers[1]);
     ahead.add<S>(row.grad, begin, bool(row.replay));
     ahead.add<S>(row.replay, begin, true);

@@ -114,7 +114,8 @@ inline Rows make_rows(const char* op, const Tensor& table, const Tensor& grads,
                     r[kColumnStretch], ", group ", r[kColumnGroup], " of ", groups);
     // Places of elements are counted in 64 bits, and words are drawn by fours from their place on.
     constexpr int64_t kLast = int64_t{1} << 61;
-    const int64_t turns = r[kColumnNumel] == 0 ? 0 : (r[kColumnNumel] - 1) / r[kColumnStretch];
+    const bool whole = r[kColumnNumel] <= r[kColumnStretch];  // no division for most rows
+    const int64_t turns = whole ? 0 : (r[kColumnNumel] - 1) / r[kColumnStretch];
     STD_TORCH_CHECK(r[kColumnBase] >= 0 && r[kColumnStride] >= 0 && r[kColumnBase] < kLast &&
                         r[kColumnNumel] < kLast && (turns == 0 || r[kColumnStride] < kLast / turns),
                     "dgg::", op, ": row ", i, " of table has base ", r[kColumnBase], ", stride ",

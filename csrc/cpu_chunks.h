@@ -135,10 +135,14 @@ struct Row {
 // computing reads no memory, so while this block is computed the next one is asked for.
 class Ahead {
  public:
+  // Of a block of n elements. After a short one there is no other, and with tiny tensors it shows
+  // to look for it.
+  explicit Ahead(int64_t n = 0) : more_(n == kBlock) {}
+
   // A stream that is staged as S, or always (`staged`); else the loop reads it where it is.
   template <typename S>
   void add(const Stream& stream, int64_t begin, bool staged = false) {
-    if (!stream) return;
+    if (!more_ || !stream) return;
     staged = staged || stream.dtype != code_of<S>();
     wanted_ = wanted_ || staged;
     const int64_t size = size_of(stream.dtype);
@@ -160,6 +164,7 @@ class Ahead {
   uintptr_t next_[kSlots];
   int64_t sizes_[kSlots];
   int count_ = 0;
+  bool more_;
   bool wanted_ = false;
 };
 
@@ -251,7 +256,7 @@ void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t beg
 template <typename T>
 void guide_drawn(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
                  int64_t n, const T* param, const T* grad, const T* anchor, const T* importance,
-                 T* out, const Ahead& ahead = {}) {
+                 T* out, const Ahead& ahead = Ahead()) {
   uint32_t words[kBlock];
   draw_words(row, draws, kStreamElement, begin, n, words);
   if (importance) {

@@ -12,6 +12,7 @@
 #include "cpu_arguments.h"
 #include "cpu_chunks.h"
 #include "cpu_loops.h"
+#include "cpu_squares.h"
 
 namespace dgg {
 namespace {
@@ -83,7 +84,7 @@ struct ProductSums {
   }
 };
 
-// Apart, as in cpu_loops.h.
+// Apart, as in cpu_squares.h.
 template <typename T, int kPulled, bool kReplayed>
 DGG_COLD BlockProducts products_again(const BlockInputs<T>& in) {
   BlockProducts sums;

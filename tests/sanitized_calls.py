@@ -46,7 +46,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # in the
 # Beyond it elements have no place in an unsharded parameter (make_rows of cpu_arguments.h).
 LAST_PLACE = 2**61
 
-# Around a vector, a strip, lanes, a block, four blocks (cpu_loops.h) and a chunk (cpu_chunks.h).
+# Around a vector, a strip, a block (cpu_loops.h), lanes, four blocks (cpu_squares.h) and a chunk
+# (cpu_chunks.h).
 TINY = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 100]
 BLOCKS = [1000, 1023, 1024, 1025, 1055, 2047, 2048, 2049, 4095, 4096, 4097, 4096 + 1024 + 3]
 CHUNKS = [32767, 32768, 32769, 2 * 32768, 2 * 32768 + 1, 3 * 32768 + 1025]
