@@ -57,6 +57,19 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def test_alpha_is_set_in_the_groups_and_not_on_the_wrapper():
+    """accelerate's wrapper keeps an attribute to itself, as docs/troubleshooting.md says."""
+    opt = dgg.AdamW(tiny().parameters(), alpha=0.5)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(opt)
+    wrapped.alpha = 0.3
+    assert [group["alpha"] for group in opt.param_groups] == [0.5]
+    with pytest.raises(AttributeError, match="param_groups"):
+        dgg.unwrap(wrapped).alpha = 0.3
+    for group in wrapped.param_groups:
+        group["alpha"] = 0.3
+    assert [group["alpha"] for group in dgg.unwrap(wrapped).param_groups] == [0.3]
+
+
 def assert_equal(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):

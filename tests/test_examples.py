@@ -253,6 +253,21 @@ def importance_of_the_former_process(run, monkeypatch, tmp_path, capsys):
 
 
 @stand_in("docs/guidance.md 3")
+def any_optimizer(run, monkeypatch, tmp_path, capsys):
+    model, tasks = model_and_batches()
+
+    def train(model, opt, task):
+        for batch in task:
+            opt.zero_grad()
+            model(batch).square().mean().backward()
+            opt.step()
+
+    guidance = run(model=model, tasks=tasks, train=train)["guidance"]
+    assert guidance.param_groups[0]["task_index"] == 2 and guidance._count_anchors() == 2
+    assert "dgg.Guidance(Adafactor)" in guidance.summary()
+
+
+@stand_in("docs/guidance.md 4")
 def merging(run, monkeypatch, tmp_path, capsys):
     model, tasks = model_and_batches()
 

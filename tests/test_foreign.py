@@ -14,7 +14,9 @@ import contextlib
 import copy
 import gc
 import io
+import pathlib
 import pickle
+import re
 import sys
 import weakref
 
@@ -22,6 +24,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+import any_optimizer
 import dgg
 from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
 from dgg import _arguments, _philox, backends
@@ -178,6 +181,40 @@ def test_guided_torch_is_dgg(kind, guidance, backend):
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=2e-5, atol=2e-5)
     for name, value in runs[0][2].items():
         torch.testing.assert_close(value, runs[1][2][name], rtol=2e-5, atol=0.0)
+
+
+# -- every optimizer of torch, as the guide's table has them --------------------------------------
+
+# Those that take other arguments than lr=0.01.
+SPECIAL = {"LBFGS": {"lr": 0.1, "max_iter": 3}, "ASGD": {"lr": 0.01, "t0": 2}, "SGD": {"lr": 0.01,
+           "momentum": 0.9}}  # fmt: skip
+OF_TORCH = sorted(
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name != "Optimizer"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_every_optimizer_of_torch_is_guided_and_resumes(name):
+    """Two tasks: its gradients are equation (5), its steps those of any gradients, it resumes."""
+    hyper = SPECIAL.get(name, {"lr": 0.01})
+    make = lambda params: getattr(torch.optim, name)(params, **hyper)  # noqa: E731
+    if name == "SparseAdam":  # it takes sparse gradients alone, and there the pull would be dense
+        embedding = torch.nn.Embedding(3, 2, sparse=True)
+        opt = make(list(embedding.parameters()))
+        dgg.Guidance(opt)
+        embedding(torch.tensor([1])).sum().backward()
+        with pytest.raises(TypeError, match="dgg needs dense gradients"):
+            opt.step()
+        return
+    any_optimizer.check(make, closure=name == "LBFGS")
+
+
+def test_the_table_of_optimizers_is_complete():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "guidance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| torch [^|]* \| ([^|]*) \| as by hand, resumes", page, re.M)
+    named = re.findall(r"`(\w+)`", "".join(rows))
+    assert sorted([*named, "SparseAdam"]) == OF_TORCH and "`SparseAdam` | no:" in page
 
 
 # -- (3) what else a step can be ------------------------------------------------------------------
