@@ -139,7 +139,7 @@ build/engines/%/.made: requirements/engines/%.txt $(TEST) | $(BUILT)
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
 	  > $$($(@D)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/of_the_tests.pth
-	$(@D)/bin/python -P -m pip --disable-pip-version-check install --no-deps -r $<
+	$(@D)/bin/python -P -m pip --disable-pip-version-check install --no-compile --no-deps -r $<
 	@touch $@
 
 $(MUTATE): $(TEST) requirements/mutate.txt

@@ -53,6 +53,22 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
+@pytest.fixture
+def trainers(monkeypatch):
+    """Returns a list that every Trainer joins when it trains; undoes what install() puts in."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.delenv("DGG_TASK", raising=False)
+    monkeypatch.setattr(transformers.Trainer, "__init__", transformers.Trainer.__init__)
+    found, train = [], transformers.Trainer.train
+
+    def watched(trainer, *args, **kwargs):
+        found.append(trainer)
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "train", watched)
+    return found
+
+
 @pytest.fixture(scope="session")
 def quick_interpreter():
     """Makes Triton's interpreter several times faster.

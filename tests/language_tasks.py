@@ -44,6 +44,19 @@ def tokenizer():
     )
 
 
+def word_llama() -> torch.nn.Module:
+    """Returns a Llama for the tokenizer's words, with the same weights every time."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def counted_words(start: int, stride: int, length: int = LENGTH) -> list[str]:
     """Returns words that count in steps of ``stride``: every stride is another task."""
     return [WORDS[(start + stride * place) % len(WORDS)] for place in range(length)]

@@ -23,10 +23,14 @@ def recipes(text: str) -> dict[str, str]:
     return found
 
 
+def recipe(heading: str) -> str:
+    """Returns a recipe as it is printed, for frameworks that are given a file."""
+    return recipes(PAGE.read_text())[heading]
+
+
 def run_recipe(heading: str, names: dict) -> dict:
     """Executes a recipe as it is printed, with ``names`` given to it; returns all names."""
-    code = recipes(PAGE.read_text())[heading]
-    exec(compile(code, f"recipe {heading}", "exec"), names)
+    exec(compile(recipe(heading), f"recipe {heading}", "exec"), names)
     return names
 
 

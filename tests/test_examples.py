@@ -44,7 +44,14 @@ ELSEWHERE = {
     "docs/recipes.md Lightning": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md Fabric": ("test_lightning.py", "test_the_recipes"),
     "docs/recipes.md TRL": ("test_trl.py", "test_the_recipe"),
+    "docs/recipes.md TRL: DPO, GRPO and others": ("test_trl.py", "test_the_recipe_of_preferences"),
+    "docs/recipes.md LLaMA-Factory": ("engines/test_llamafactory.py", "test_the_recipe"),
+    "docs/recipes.md axolotl": ("engines/test_axolotl.py", "folder"),
+    "docs/recipes.md ms-swift": ("engines/test_ms_swift.py", "test_the_recipe"),
+    "docs/recipes.md torchtitan": ("engines/torchtitan_worker.py", "train"),
+    "docs/recipes.md torchtune": ("engines/test_torchtune.py", "train"),
     "docs/recipes.md Avalanche": ("engines/test_avalanche.py", "test_the_recipe"),
+    "docs/recipes.md Mammoth": ("engines/test_mammoth.py", "watched"),
     "docs/recipes.md sentence-transformers": (
         "engines/test_sentence_transformers.py",
         "test_the_recipe",
@@ -467,7 +474,7 @@ def test_every_example_is_run():
             if isinstance(node, ast.FunctionDef) and node.name == function
         ]
         page, _, heading = name.partition(" ")
-        if f"run_recipe({heading!r}" not in body:
+        if f"recipe({heading!r}" not in body:
             assert "exec(" in body and "read_text()" in body, f"{file}: {function} runs no example"
             assert pathlib.Path(page).name in source
         compile(EXAMPLES[name], name, "exec")

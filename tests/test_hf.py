@@ -57,7 +57,10 @@ def lora(base, seed=1, **options):
 OPTIONS = {"lr": 1e-2, "alpha": 0.5, "seed": 3}
 
 
-def trainer_for(model, data, out, callbacks, *, options=None, optimizer=dgg.AdamW, **over):
+def trainer_for(
+    model, data, out, callbacks, *, options=None, optimizer=dgg.AdamW,
+    kind=transformers.Trainer, optimizers=(None, None), **over,
+):  # fmt: skip
     settings = {
         "output_dir": str(out),
         "per_device_train_batch_size": 4,
@@ -75,11 +78,12 @@ def trainer_for(model, data, out, callbacks, *, options=None, optimizer=dgg.Adam
         **over,
     }
     chosen = None if optimizer is None else (optimizer, {**OPTIONS, **(options or {})})
-    return transformers.Trainer(
+    return kind(
         model,
         transformers.TrainingArguments(**settings),
         train_dataset=data,
         optimizer_cls_and_kwargs=chosen,
+        optimizers=optimizers,
         eval_dataset=task_data(3, examples=4),
         callbacks=callbacks,
     )
@@ -434,6 +438,68 @@ def test_a_trainer_that_a_configuration_makes(tmp_path, monkeypatch, request):
     assert (group["betas"], group["alpha"], group["task_index"]) == ((0.9, 0.95), 0.2, 1)
     assert group["initial_lr"] == 3e-3
     assert_same(anchors(trainer), before)
+
+
+class Makes(transformers.Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = of_trained(self.model)
+        return self.optimizer
+
+
+class Names(transformers.Trainer):
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        return dgg.AdamW, dict(OPTIONS)
+
+
+def of_trained(model):
+    # The Trainer puts 0 into every group, for its weight_decay.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return dgg.AdamW(trained, weight_decay=0.0, **OPTIONS)
+
+
+WAYS = {
+    "optimizer_cls_and_kwargs=": lambda model: {},
+    "optimizers=": lambda model: {"optimizer": None, "optimizers": (of_trained(model), None)},
+    "create_optimizer": lambda model: {"optimizer": None, "kind": Makes},
+    "get_optimizer_cls_and_kwargs": lambda model: {"optimizer": None, "kind": Names},
+}
+
+
+def two_tasks_by(way, root):
+    """Trains two tasks, the second once more from its middle; returns its Trainer."""
+
+    def task(number, model, out, resume=None, **over):
+        data, guide = task_data((1, 3)[number]), GuidanceCallback(task=number)
+        trainer = trainer_for(model, data, out, [guide], **WAYS[way](model), **over)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    first = task(0, lora(base_model()), root / "0")
+    assert not is_active(first)
+    start = trainable(first.model)
+    second = task(1, first.model, root / "1", **saving)
+    assert is_active(second)
+    assert_same(anchors(second), start, "anchor")
+    again = task(1, lora(base_model()), root / "2", str(root / "1" / "checkpoint-3"), **saving)
+    assert_same(trainable(again.model), trainable(second.model), "weights")
+    return second
+
+
+@pytest.fixture(scope="module")
+def by_its_class(tmp_path_factory):
+    return trainable(
+        two_tasks_by("optimizer_cls_and_kwargs=", tmp_path_factory.mktemp("way")).model
+    )
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_every_way_to_give_the_optimizer(way, tmp_path, by_its_class):
+    """Two tasks, clipped and accumulated, resumed bit for bit; the same result by every way."""
+    ended = trainable(two_tasks_by(way, tmp_path).model)
+    assert ended.keys() == by_its_class.keys()
+    for name, p in ended.items():
+        torch.testing.assert_close(p, by_its_class[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 # -- clipping -------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ def model():
     return transformers.LlamaForSequenceClassification(config)
 
 
-def trainer(tmp_path, net, **arguments):
+def trainer(tmp_path, net, *, kind=transformers.Trainer, **arguments):
     """A Trainer as a framework makes it: no optimizer, no callback."""
     rows = [{"input_ids": torch.tensor([1, 2 + k % 8]), "labels": k % 2} for k in range(32)]
     arguments = {"learning_rate": 3e-3, "max_steps": 4, "logging_steps": 1, **arguments}
-    return transformers.Trainer(
+    return kind(
         net,
         transformers.TrainingArguments(
             str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -110,6 +110,55 @@ def test_trainers_made_before_and_after_are_as_they_were(install, tmp_path):
         made.train()
         assert isinstance(made.optimizer.optimizer, dgg.AdamW) == guided
         assert (handle.callback in made.callback_handler.callbacks) == guided
+
+
+class TrainsMore(transformers.Trainer):
+    """As sentence-transformers' Trainer: the loss has parameters, a pattern a learning rate."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = torch.nn.Parameter(torch.tensor([2.0]))
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs) * self.scale.square().sum()
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+        body = [p for name, p in model.named_parameters() if "score" not in name]
+        groups = [{"params": [*body, self.scale]}, {"params": [model.score.weight], "lr": 0.05}]
+        return cls, {**options, "optimizer_dict": groups}
+
+
+def test_a_trainer_that_adds_to_what_is_trained(install, tmp_path):
+    """Neither its parameters nor its learning rates are left out, in a guided task as well."""
+    install(1.0, seed=3)
+    net = model()
+    for number in range(2):
+        made = trainer(tmp_path / str(number), net, kind=TrainsMore, lr_scheduler_type="constant")
+        made.train()
+        opt = dgg.unwrap(made.optimizer)
+        assert type(opt) is dgg.AdamW and opt.param_groups[0]["betas"] == (0.9, 0.999)
+        assert [group["lr"] for group in opt.param_groups] == [3e-3, 0.05]
+        assert made.scale.item() != 2.0
+        assert ("anchor" in opt.state[made.scale]) == dgg.hf.is_active(made) == (number == 1)
+    # Who asks the class, as some frameworks do, is told what transformers takes.
+    cls, _ = transformers.Trainer.get_optimizer_cls_and_kwargs(made.args)
+    assert cls is torch.optim.AdamW
+
+
+def test_what_is_neither_in_the_model_nor_used_raises(install, tmp_path):
+    """A parameter that the model no longer has, beside others that it still trains."""
+    install(0.2)
+
+    class HoldsMore(TrainsMore):
+        def compute_loss(self, model, inputs, **kwargs):
+            return transformers.Trainer.compute_loss(self, model, inputs)
+
+    net = model()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match="In the optimizer but removed from the model or frozen: "):
+        trainer(tmp_path, net, kind=HoldsMore).train()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
 def test_what_the_arguments_ask_for_is_never_ignored(install, tmp_path):

@@ -165,6 +165,41 @@ def test_fabric_trains():
     assert dgg.unwrap(opt).param_groups[0]["task_index"] == 2
 
 
+def test_fabric_clips_accumulates_and_resumes(tmp_path):
+    """Two batches a step, two tasks; saved in the middle of the second and gone on bit for bit."""
+    norms = []
+
+    def begin():
+        run = fabric.Fabric(accelerator="cpu")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        return run, *run.setup(model, dgg.AdamW(model.parameters(), lr=0.05, alpha=0.5))
+
+    def train(run, model, opt, task):
+        for place, (x, y) in enumerate(data(task)):
+            run.backward((model(x) - y).square().mean() / 2)
+            if place % 2:
+                norms.append(run.clip_gradients(model, opt, max_norm=0.05))
+                opt.step()
+                opt.zero_grad()
+
+    run, model, opt = begin()
+    train(run, model, opt, 0)
+    opt.set_anchor(task=1)
+    train(run, model, opt, 1)
+    run.save(tmp_path / "state", {"model": model, "optimizer": opt})
+    train(run, model, opt, 2)
+    assert dgg.unwrap(opt).param_groups[0]["draw_index"] == 6 and min(norms) > 0.05
+
+    run, again, resumed = begin()
+    run.load(tmp_path / "state", {"model": again, "optimizer": resumed})
+    resumed.set_anchor(task=1)
+    train(run, again, resumed, 2)
+    assert dgg.unwrap(resumed).param_groups[0]["draw_index"] == 6
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_recipes(number, tmp_path, monkeypatch):
     """The blocks of docs/recipes.md run as printed."""
@@ -252,6 +287,29 @@ def test_the_callback_makes_a_call_of_fit_a_task(options, precision):
             fit(twin, [ByHand()], 1, **more)
             for p, q in zip(module.parameters(), twin.parameters(), strict=True):
                 assert torch.equal(p, q)
+
+
+def test_accumulated_and_clipped_as_by_hand():
+    """Two batches a step: one norm, one draw and one pull, in two tasks."""
+    import dgg.lightning
+
+    module, guide = Plain(dgg.AdamW, alpha=1.0), dgg.lightning.GuidanceCallback()
+    twin, norms = Plain(dgg.AdamW, alpha=1.0), []
+    for number in range(2):
+        more = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+        opt, alone = optimizer_of(fit(module, [guide], number, **more)), twin.made()
+        alone.set_anchor(task=number)
+        for place, batch in enumerate([*data(number), *data(number)]):
+            (twin.loss(batch) / 2).backward()
+            if place % 2:
+                norms.append(torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05))
+                alone.step()
+                alone.zero_grad()
+        assert opt.param_groups[0]["draw_index"] == 4
+        assert opt.param_groups[0]["anchored"] == 2 * number
+    assert min(norms) > 0.05
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.5, "importance": 1.0}])

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""dgg in trl's SFTTrainer: two tasks of text, tokenized by a tokenizer made here, no downloads."""
+"""dgg in trl's Trainers: two tasks of text, tokenized by a tokenizer made here, no downloads."""
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
 import torch
 
 import dgg
+import two_tasks
 from language_tasks import WORDS, counted_words, tokenizer
 from recipes import run_recipe
 
@@ -76,7 +78,7 @@ def test_two_tasks(tmp_path, lora):
     start = trainable(first.model)
     assert any("lora" in name for name in start) == lora
 
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.05}
     second = trainer_for(first.model, 3, tmp_path / "1", [GuidanceCallback(task=1)], **saving)
     second.train()
     assert is_active(second)
@@ -90,6 +92,8 @@ def test_two_tasks(tmp_path, lora):
     entries = [e for e in second.state.log_history if "guidance/injected" in e]
     assert entries and entries[-1]["guidance/injected"] > 0
     assert entries[-1]["guidance/distance"] > 0
+    assert all(e["guidance/grad_norm"] <= 0.05001 for e in entries)
+    assert min(e["grad_norm"] for e in second.state.log_history if "grad_norm" in e) > 0.05
 
     fresh = peft.get_peft_model(model(), config) if lora else model()
     again = trainer_for(fresh, 3, tmp_path / "again", [GuidanceCallback(task=1)], **saving)
@@ -140,6 +144,80 @@ def test_replay(tmp_path):
     assert any(
         not torch.equal(value, start[name]) for name, value in again.model.state_dict().items()
     )
+
+
+def preferences(stride):
+    """Prompts whose continuation in steps of ``stride`` is preferred to one in steps of 7."""
+    rows = [(counted_words(start, stride), counted_words(start, 7)) for start in range(48)]
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": " ".join(good[:3]), "chosen": " " + " ".join(good[3:]),
+             "rejected": " " + " ".join(bad[3:])}
+            for good, bad in rows
+        ]
+    )  # fmt: skip
+
+
+def rewards(completions, **_):
+    """High words are rewarded."""
+    numbers = [[int(word[1:]) for word in c.split() if word in WORDS] for c in completions]
+    return [sum(row) / 20 for row in numbers]
+
+
+def other_trainer(kind, network, stride, out, **over):
+    """DPOTrainer or GRPOTrainer, which take neither a class of optimizers nor its arguments."""
+    settings = {
+        "output_dir": str(out), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "max_steps": two_tasks.STEPS, "learning_rate": 1e-2, "adam_beta2": 0.95,
+        "weight_decay": 0.1, "max_grad_norm": two_tasks.BOUND, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
+        "bf16": False, "dataloader_pin_memory": False, "gradient_checkpointing": False, **over,
+    }  # fmt: skip
+    if kind == "DPO":
+        reference = copy.deepcopy(network)
+        args = trl.DPOConfig(**settings, beta=1.0)
+        return trl.DPOTrainer(
+            network, reference, args, train_dataset=preferences(stride),
+            processing_class=tokenizer(),
+        )  # fmt: skip
+    args = trl.GRPOConfig(**settings, num_generations=4, max_completion_length=6)
+    return trl.GRPOTrainer(
+        network, rewards, args, train_dataset=preferences(stride).select_columns(["prompt"]),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_two_tasks_of_preferences(tmp_path, trainers, kind):
+    """By dgg.hf.install: plain, first task, second task, and that resumed in its middle."""
+    plain = other_trainer(kind, model(), 1, tmp_path / "plain")
+    plain.train()
+    dgg.hf.install(alpha=1.0, seed=3)
+    first = other_trainer(kind, model(), 1, tmp_path / "0")
+    first.train()
+    two_tasks.assert_first_task(first, plain)
+    start, former = two_tasks.trained(first.model), copy.deepcopy(first.model)
+    saving = {"save_strategy": "steps", "save_steps": two_tasks.SAVED}
+    second = other_trainer(kind, first.model, 3, tmp_path / "1", **saving)
+    second.train()
+    two_tasks.assert_second_task(second, start)
+
+    dgg.hf.install(alpha=1.0, seed=3, task=1)  # as a new process would
+    again = other_trainer(kind, former, 3, tmp_path / "2", **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / f"checkpoint-{two_tasks.SAVED}"))
+    two_tasks.assert_resumed(again, second)
+
+
+def test_the_recipe_of_preferences(tmp_path, trainers):
+    args = trl.DPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    names = {"dgg": dgg, "tasks": [preferences(1), preferences(3)], "model": model(), "args": args,
+             "tokenizer": tokenizer(), "reference": model()}  # fmt: skip
+    run_recipe("TRL: DPO, GRPO and others", names)
+    assert is_active(names["trainer"])
+    assert dgg.unwrap(names["trainer"].optimizer).param_groups[0]["task_index"] == 1
 
 
 def test_the_recipe(tmp_path):

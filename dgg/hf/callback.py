@@ -77,7 +77,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             optimizer is none of dgg's.
         ValueError: An alpha is out of range or missing for a task; when the training begins: the
             parameters that the model trains are not those the optimizer holds, or ``task`` is
-            not the checkpoint's.
+            not the checkpoint's. At the first step: the optimizer holds parameters that neither
+            are in the model nor have a gradient.
         RuntimeError: A training resumed in the middle of a guided task has lost its anchor, or
             no parameter of the optimizer receives a gradient.
         FileNotFoundError: ``anchor`` is a path with nothing to read.
@@ -111,6 +112,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._read: Reader | None = None  # of the optimizer's journal, from the training's begin on
         # By weak references, so that the adapters of former tasks are freed.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._outside: list[tuple[str, nn.Parameter]] = []  # until a first step: not in the model
 
     # -- task boundaries ------------------------------------------------------------------------
 
@@ -256,23 +258,17 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         ids_in_model = {id(p) for p in model.parameters()}
         named = list(model.named_parameters())
         missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
-        dead = [
-            self._names.get(p) or label
-            for p, label in zip(params, _arguments.group_labels(opt.param_groups), strict=True)
-            if id(p) not in ids_in_model
-        ]
-        if missing or dead:
+        labels = _arguments.group_labels(opt.param_groups)
+        labelled = [(self._names.get(p) or n, p) for n, p in zip(labels, params, strict=True)]
+        dead = [label for label, p in labelled if id(p) not in ids_in_model]
+        if missing or (dead and not any(p.requires_grad for _, p in named)):
             if missing:
                 # Parameters frozen on purpose are no fault, unless others replaced them.
                 dead += [n for n, p in named if id(p) in ids and not p.requires_grad]
-            raise ValueError(
-                "the parameters that the model trains are not those the optimizer holds. "
-                f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but "
-                f"removed from the model or frozen: {_shown(dead)}. Another adapter was made "
-                "active, merged or added after the optimizer was built: make a new Trainer (or "
-                "set trainer.optimizer = None) after changing adapters, and freeze "
-                "(requires_grad_(False)) what is not to be trained"
-            )
+            raise _other_parameters(missing, dead)
+        # A framework may train more than the model, as the classifier of a loss. Whether these
+        # are removed adapters is known when there are gradients.
+        self._outside = [(label, p) for label, p in labelled if id(p) not in ids_in_model]
         for name, p in named:
             if p.requires_grad:
                 self._names[p] = name
@@ -290,6 +286,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 "forward pass does not use them. Make their adapter active (set_adapter) before "
                 "the Trainer is made"
             )
+        dead = [label for label, p in self._outside if p.grad is None]
+        self._outside = []
+        if dead:
+            raise _other_parameters([], dead)
 
     # -- logging --------------------------------------------------------------------------------
 
@@ -374,6 +374,17 @@ def _checked_alpha(alpha: Any) -> Any:
 def _checked_number(alpha: Any) -> float | str:
     _arguments.check_options({"alpha": alpha})
     return alpha if isinstance(alpha, str) else float(alpha)
+
+
+def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError:
+    return ValueError(
+        "the parameters that the model trains are not those the optimizer holds. "
+        f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but "
+        f"removed from the model or frozen: {_shown(dead)}. Another adapter was made "
+        "active, merged or added after the optimizer was built: make a new Trainer (or "
+        "set trainer.optimizer = None) after changing adapters, and freeze "
+        "(requires_grad_(False)) what is not to be trained"
+    )
 
 
 def _anchored(opt) -> int:

@@ -22,6 +22,34 @@ _trainer: Any = transformers.Trainer
 _installed: Installed | None = None
 
 
+class _Choice:
+    """Stands for `Trainer.get_optimizer_cls_and_kwargs` and answers for the guided Trainers.
+
+    Not `optimizer_cls_and_kwargs` of the Trainer: subclasses would then leave out what they add to
+    the answer, as sentence-transformers the parameters of a loss and learning rates by name.
+    """
+
+    _NAME = "get_optimizer_cls_and_kwargs"
+
+    def __init__(self, former: Any):
+        self._former = former
+
+    @classmethod
+    def stand(cls) -> None:
+        """Takes its place, for good: a guided Trainer may outlive the handle that guides it."""
+        former = vars(_trainer)[cls._NAME]
+        if not isinstance(former, cls):
+            setattr(_trainer, cls._NAME, cls(former))
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        former = self._former.__get__(trainer, owner)
+        choice = None if trainer is None else vars(trainer).get("_dgg_choice")
+        if choice is None:
+            return former
+        optimizer, options = choice
+        return functools.wraps(former)(lambda args, model=None: (optimizer, dict(options)))
+
+
 class Installed:
     """What `install` has put into transformers; `remove` takes it out again.
 
@@ -33,13 +61,14 @@ class Installed:
         self.callback = callback
         self._optimizer, self._options = optimizer, options
         self._former = former = _trainer.__init__
+        _Choice.stand()
 
         @functools.wraps(former)
         def begin(trainer: Any, *args: Any, **kwargs: Any) -> None:
             former(trainer, *args, **kwargs)
             # What a Trainer is given stays; the callback tells if it is none of dgg's.
             if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-                trainer.optimizer_cls_and_kwargs = self._choice(trainer.args)
+                trainer._dgg_choice = self._choice(trainer.args)
             trainer.add_callback(callback)
 
         _trainer.__init__ = begin

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dgg
+import two_tasks
 from language_tasks import SPECIAL, WORDS, counted_words, tokenizer
 from recipes import need, run_recipe
 
@@ -21,13 +22,7 @@ from sentence_transformers.base.modules import Transformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling  # noqa: E402
 
-STEPS = 6
-pytestmark = pytest.mark.usefixtures("one_thread", "nothing_installed")
-
-
-@pytest.fixture
-def nothing_installed(monkeypatch):
-    monkeypatch.setattr(transformers.Trainer, "__init__", transformers.Trainer.__init__)
+pytestmark = pytest.mark.usefixtures("one_thread", "trainers")
 
 
 def model(folder):
@@ -51,8 +46,9 @@ def pairs(stride):
 
 def arguments(out, **over):
     settings = {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": STEPS,
-        "learning_rate": 1e-2, "max_grad_norm": 0.5, "logging_steps": 2, "save_strategy": "no",
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "max_steps": two_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": two_tasks.BOUND,
+        "adam_beta2": 0.95, "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "no",
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False, "fp16": False,
         "dataloader_pin_memory": False, **over,
     }  # fmt: skip
@@ -67,10 +63,6 @@ def train(network, stride, out, *, loss=losses.MultipleNegativesRankingLoss, res
     return trainer
 
 
-def weights(network):
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
 def test_the_recipe(tmp_path):
     network = model(tmp_path / "model")
     loss = losses.MultipleNegativesRankingLoss(network)
@@ -83,31 +75,43 @@ def test_the_recipe(tmp_path):
 
 def test_two_tasks(tmp_path):
     """Clipped, accumulated, anchored where the second task begins, resumed bit for bit there."""
+    plain = train(model(tmp_path / "model"), 1, tmp_path / "plain")
     dgg.hf.install(alpha=1.0, seed=3)
     network = model(tmp_path / "model")
     first = train(network, 1, tmp_path / "0")
-    assert not dgg.hf.is_active(first)
-    start = weights(network)
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    two_tasks.assert_first_task(first, plain)
+    start = two_tasks.trained(network)
+    saving = {"save_strategy": "steps", "save_steps": two_tasks.SAVED}
     second = train(network, 3, tmp_path / "1", **saving)
-    opt = dgg.unwrap(second.optimizer)
-    assert dgg.hf.is_active(second)
-    group = opt.param_groups[0]
-    assert (group["task_index"], group["draw_index"]) == (1, STEPS)
-    ends = dict(network.named_parameters())
-    for name, p in ends.items():
-        assert torch.equal(opt.state[p]["anchor"], start[name]), name
-    logs = [e for e in second.state.log_history if "guidance/injected" in e]
-    # Every step is guided, and by gradients that were clipped.
-    assert logs and all(e["guidance/injected"] == 1 for e in logs)
-    assert all(e["guidance/grad_norm"] <= 0.5 * 1.0001 for e in logs)
-    assert max(e["grad_norm"] for e in second.state.log_history if "grad_norm" in e) > 0.5
+    two_tasks.assert_second_task(second, start)
 
     dgg.hf.install(alpha=1.0, seed=3, task=1)  # as a new process would
-    again = train(
-        model(tmp_path / "model"), 3, tmp_path / "2", resume=str(tmp_path / "1/checkpoint-3"),
-        **saving,
-    )  # fmt: skip
-    assert dgg.unwrap(again.optimizer).param_groups[0]["draw_index"] == STEPS
-    for name, p in again.model.named_parameters():
-        assert torch.equal(p, ends[name]), name
+    half = str(tmp_path / "1" / f"checkpoint-{two_tasks.SAVED}")
+    again = train(model(tmp_path / "model"), 3, tmp_path / "2", resume=half, **saving)
+    two_tasks.assert_resumed(again, second)
+
+
+def test_a_loss_that_is_trained(tmp_path):
+    """Its classifier is in the optimizer, and guided in the second task; so are rates by name."""
+    dgg.hf.install(alpha=1.0)
+    network = model(tmp_path / "model")
+    rows = [(counted_words(k, 1), counted_words(k, 3), k % 2) for k in range(32)]
+    labelled = datasets.Dataset.from_list(
+        [{"a": " ".join(a), "b": " ".join(b), "label": label} for a, b, label in rows]
+    )
+    loss = losses.SoftmaxLoss(network, 16, 2)
+    for number in range(2):
+        before = loss.classifier.weight.detach().clone()
+        trainer = st.SentenceTransformerTrainer(
+            network,
+            arguments(tmp_path / str(number), learning_rate_mapping={r"classifier\.": 0.05}),
+            train_dataset=labelled,
+            loss=loss,
+        )
+        trainer.train()
+        assert not torch.equal(loss.classifier.weight, before)
+        opt = dgg.unwrap(trainer.optimizer)
+        entry = opt.state[loss.classifier.weight]
+        assert dgg.hf.is_active(trainer) == ("anchor" in entry) == (number == 1)
+        assert {group["initial_lr"] for group in opt.param_groups} == {1e-2, 0.05}
+    assert torch.equal(entry["anchor"], before)
