@@ -136,7 +136,12 @@ def train(out, task, *, load_from=None):
         log(*args, **more),
     )
     (opt,) = trainer.optimizers
-    opt.register_step_post_hook(lambda *_: injected.append(opt.guidance_stats()))
+
+    def watch(*_):
+        if trainer.step:  # not the step without gradients that makes room for a checkpoint
+            injected.append(opt.guidance_stats())
+
+    opt.register_step_post_hook(watch)
     trainer.train()
     named = dict(trainer.model_parts[0].named_parameters())
     state = {
@@ -165,8 +170,9 @@ def two_tasks(rank, world, folder):
     assert not any(stats["injected"] for stats in first.stats) and max(first.norms) > MAX_NORM
     second = train(f"{folder}/1", 1, load_from=f"{folder}/0/checkpoint/step-{STEPS}")
     assert len(second.stats) == STEPS and all(stats["injected"] for stats in second.stats)
-    assert max(second.norms) > MAX_NORM  # before the clipping; after it:
-    assert all(float(stats["grad_norm"]) <= MAX_NORM * 1.0001 for stats in second.stats)
+    # torch's norm over half a million float32 elements is off by 1e-4 on a CPU, dgg's is not.
+    clipped = [float(stats["grad_norm"]) for stats in second.stats]
+    assert max(clipped) <= MAX_NORM * 1.001 and min(second.norms) > 2 * MAX_NORM
     assert second.group["seed"] == second.group["task_index"] == 1
     assert second.group["draw_index"] == STEPS
     assert same(second.anchor, first.weights) and not same(second.weights, first.weights)
