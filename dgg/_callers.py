@@ -16,8 +16,9 @@ from typing import Any
 
 # Packages that call an optimizer for a user: no warning points at a line of one of these.
 _BETWEEN = {
-    "accelerate", "deepspeed", "dgg", "lightning", "lightning_fabric", "pytorch_lightning",
-    "torch", "transformers", "trl",
+    "accelerate", "avalanche", "axolotl", "deepspeed", "dgg", "lightning", "lightning_fabric",
+    "llamafactory", "pytorch_lightning", "sentence_transformers", "swift", "torch", "torchtitan",
+    "torchtune", "transformers", "trl",
 }  # fmt: skip
 
 

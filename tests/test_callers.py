@@ -309,8 +309,9 @@ WARN = "def warn():\n    warnings.warn('here', stacklevel=_callers.stacklevel())
     [
         ("dgg.optim", False), ("dgg", False), ("torch.optim.optimizer", False),
         ("transformers.trainer", False), ("deepspeed.runtime.engine", False),
+        ("torchtitan.trainer", False), ("avalanche.training.templates.base_sgd", False),
         # What only begins alike is somebody's own, and so is what has no name.
-        ("dgg_experiments.train", True), ("torchtitan.train", True), ("__main__", True),
+        ("dgg_experiments.train", True), ("torchish.train", True), ("__main__", True),
         ("", True),
     ],
 )  # fmt: skip

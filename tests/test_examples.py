@@ -49,7 +49,10 @@ ELSEWHERE = {
     "docs/recipes.md LLaMA-Factory": ("engines/test_llamafactory.py", "test_the_recipe"),
     "docs/recipes.md axolotl": ("engines/test_axolotl.py", "folder"),
     "docs/recipes.md ms-swift": ("engines/test_ms_swift.py", "test_the_recipe"),
+    "docs/recipes.md torchtitan": ("engines/torchtitan_worker.py", "train"),
+    "docs/recipes.md torchtune": ("engines/test_torchtune.py", "train"),
     "docs/recipes.md Avalanche": ("engines/test_avalanche.py", "test_the_recipe"),
+    "docs/recipes.md Mammoth": ("engines/test_mammoth.py", "watched"),
     "docs/recipes.md sentence-transformers": (
         "engines/test_sentence_transformers.py",
         "test_the_recipe",

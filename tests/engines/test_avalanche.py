@@ -3,39 +3,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 import dgg
+from cpu_torchvision import import_torchvision
 from recipes import need, run_recipe
 
 need("avalanche", "avalanche")
-
-
-def import_torchvision() -> list[torch.library.Library]:
-    """Imports torchvision, whose wheels are for torch's CUDA builds; Avalanche needs its data sets.
-
-    Beside a torch for the CPU its operators do not load, and it fails where it describes two of
-    them. They are declared here and never called. The caller keeps what is returned.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        declared = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-        return [declared]
-    return []
-
-
 DECLARED = import_torchvision()
 from avalanche.benchmarks import nc_benchmark  # noqa: E402
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint  # noqa: E402
