@@ -363,6 +363,26 @@ def test_groups_that_do_not_go_together_are_refused():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_maximize_of_a_guided_optimizer_is_read_at_every_step(backend):
+    """It stands in the other's groups: a change turns the sign of ⟨u, r⟩, or is refused."""
+    params = make()
+    other = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.0)
+    opt = dgg.Guidance(other, alpha="auto", backend=backend)
+    pairs = gradients(params, 1, conflict=2.0)
+    leave_anchor(params, opt, [0.5 * r + 0.1 for _, r in pairs])
+    for maximize in (False, True, False):
+        for group in other.param_groups:
+            group["maximize"] = maximize
+        hand_over(params, opt, pairs)
+        other.step()
+        assert bool(opt.guidance_stats()["injected"]) != maximize
+    other.param_groups[1]["maximize"] = True
+    hand_over(params, opt, pairs)
+    with pytest.raises(ValueError, match="some maximize and some do not"):
+        other.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_are_not_finite_pull_nothing(backend):
     params = make(F32)
     opt = dgg.Guidance(torch.optim.SGD(params, lr=0.0), alpha="auto", backend=backend)

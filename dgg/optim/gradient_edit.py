@@ -30,7 +30,10 @@ class GuideRule(Rule):
         if moment is None:
             return None
         shard, of_param = sharding.local(moment[0]), sharding.local(param)
-        plain = not sharding.keeps_values_elsewhere(shard) and shard.is_floating_point()
+        plain = not sharding.keeps_values_elsewhere(shard)
+        # Those of complex parameters are complex, too: the squares of both parts.
+        plain = plain and shard.dtype.to_real().is_floating_point
+        plain = plain and shard.is_complex() == of_param.is_complex()
         return moment if plain and shard.shape == of_param.shape else None
 
 

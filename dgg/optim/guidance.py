@@ -349,7 +349,10 @@ class Guidance(Reporting):
                     labels = labels or _arguments.group_labels(groups)
                     _arguments.check_gradient(grad, p, labels[i], kind)
                     _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-            value = self.state.get(p, {}).get("anchor")
+            entry = self.state.get(p, {})
+            value = entry.get("anchor")
+            if labels and (p.grad is not None or r is not None):
+                checks.check_weighed(entry, self.param_groups[0]["importance"], labels[i])
             if value is not None and value.shape != p.shape:
                 label = _arguments.group_labels(groups)[i]
                 raise ValueError(
