@@ -306,6 +306,23 @@ def test_a_state_dict_of_an_earlier_release_loads():
     assert new.param_groups[0]["route"] == "decoupled"
 
 
+@pytest.mark.parametrize("build", ["AdamW", "Guidance"])
+def test_groups_of_a_saved_state_that_disagree_are_refused(build):
+    """One of them has lost the option, in whose place another value would come."""
+    groups = [{"params": [p]} for _, p in make()]
+    if build == "AdamW":
+        opt = dgg.AdamW(groups, importance=0.25)
+    else:
+        opt = dgg.Guidance(torch.optim.AdamW(groups), importance=0.25)
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        group["importance"] = 0.5
+    del state["param_groups"][1]["importance"]
+    with pytest.raises(ValueError, match="importance is one setting for the whole optimizer"):
+        opt.load_state_dict(state)
+    assert [group["importance"] for group in opt.param_groups] == [0.25] * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_without_its_importance_says_so(backend):
     named = make(dtype=F32)
