@@ -34,7 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import dgg
 import fuzz_machine as machine
 import fuzz_model as model
-from fuzz_machine import C64, CLEAR, F16, F32, F64, Difference, World
+from fuzz_machine import C64, CLEAR, F16, F32, F64, OF_BOUNDARIES, Difference, World
 
 # -- spoiling -------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def weird_numbers(rng):
         torch.tensor(-1), torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor([2.0]),
         torch.ones(2), torch.ones(0), torch.tensor(True), torch.tensor(1j),
         torch.tensor(1.0, device="meta"), torch.eye(1).to_sparse(), 1j, print, object(), int,
-        "global", "step", "tensor", "element",
+        "global", "step", "tensor", "element", "auto",
     ])  # fmt: skip
 
 
@@ -319,7 +319,7 @@ class Case:
 
 def relevant(w: World) -> tuple[str, ...]:
     """The keys of the state that the optimizer knows."""
-    return (*columns(w), *(("step",) if w.rule == "adam" else ()), "master", "anchor")
+    return (*columns(w), *(("step",) if w.rule == "adam" else ()), "master", *OF_BOUNDARIES)
 
 
 def prepared(seed: int, notes=None) -> World:
@@ -409,7 +409,7 @@ def take_over(w: World, d: dict) -> None:
             )
         for name in ("lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "strength"):
             if name in mine and name in saved:
-                mine[name] = number_of(saved[name], name)
+                mine[name] = group_option_of(saved[name], name)
         for name in ("maximize", "amsgrad", "nesterov"):
             if name in mine:  # older releases of torch did not save them
                 mine[name] = flag_of(saved.get(name, False), name)
@@ -453,6 +453,7 @@ def take_over(w: World, d: dict) -> None:
     fresh = before <= 1 or before == w.resumed
     w.resumed = w.wide["draw_index"] if fresh else None
     w.task_named = None
+    assert_weighed(w)
     # Keys that only others know stay where they are, as torch.optim leaves them.
     real = w.real_state
     w.real_state = lambda p: {k: v for k, v in real(p).items() if k in relevant(w)}
@@ -480,10 +481,31 @@ def flag_of(value, name: str) -> bool:
     raise Difference(f"load: takes {name} that is no flag", _shown(value))
 
 
+def group_option_of(value, name: str):
+    """Returns what is made of an option that every group has its own of."""
+    if name == "alpha" and isinstance(value, str) and value == "auto":
+        return value
+    return number_of(value, name)
+
+
+def assert_weighed(w: World) -> None:
+    """The importance that a state brings is made of squares, and none is missing."""
+    for i, held in enumerate(w.held):
+        weights = held.state.get("importance")
+        if weights is None and w.wide["importance"] and "anchor" in held.state:
+            raise Difference("load: takes anchors without importance", f"of p{i}")
+        if weights is not None:
+            values = model.flat(weights)
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise Difference("load: takes an importance that no squares are", f"of p{i}")
+
+
 def option_of(value, name: str):
     """Returns what is made of an option that all groups share."""
     if name in ("seed", "draw_index", "task_index"):
         return int(number_of(value, name))
+    if name in ("importance", "importance_mean"):
+        return number_of(value, name)
     if name in ("max_grad_norm", "replay_weight") and value is not None:
         return number_of(value, name)
     return flag_of(value, name) if name == "scaling" else value
@@ -513,7 +535,8 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
     d = copy.deepcopy(w.guide.state_dict())
     for _ in range(rng.choice([1, 1, 2])):
         kind = rng.choice(["anchor"] * 4 + ["option"] * 4 + ["top", "group", "key", "params"])
-        anchors, groups = d.get("anchors"), d.get("param_groups")
+        of_which = rng.choice(["anchors", "anchors", "importances"])
+        anchors, groups = d.get(of_which), d.get("param_groups")
         if kind == "anchor" and isinstance(anchors, dict) and anchors:
             key = rng.choice(list(anchors))
             if isinstance(anchors[key], torch.Tensor):
@@ -525,7 +548,7 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
                 others += [p.data for p in w.params if p.shape == anchors[key].shape]
                 shape = tuple(anchors[key].shape)
                 anchors[key], word = weird_tensor(rng, anchors[key], others)
-                case.said.append(f"anchor {key} {shape} is {word}: {_shown(anchors[key])}")
+                case.said.append(f"{of_which} {key} {shape} is {word}: {_shown(anchors[key])}")
         elif (
             kind == "option"
             and isinstance(groups, list)
@@ -543,7 +566,7 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
                     each[name] = value
                 case.said.append(f"{name} is {_shown(value)}")
         elif kind == "top":
-            name = rng.choice(["params", "anchors", "param_groups"])
+            name = rng.choice(["params", of_which, "param_groups"])
             if rng.random() < 0.4:
                 d.pop(name, None)
             else:
@@ -561,7 +584,7 @@ def hostile_guidance(w: World, rng, case: Case) -> None:
         elif kind == "key" and isinstance(anchors, dict):
             key = rng.choice([99, -1, "0", None, 1.0, True, (0,)])
             anchors[key] = torch.ones(3)
-            case.said.append(f"an anchor of {key!r}")
+            case.said.append(f"{of_which} of {key!r}")
     if rng.random() < 0.03:
         d = rng.choice([None, 3, "x", [], {}, w.opt.state_dict()])
         case.said.append(_shown(d))
@@ -572,23 +595,28 @@ def take_over_guidance(w: World, d) -> None:
     before = w.wide["draw_index"]
     for n, (mine, saved) in enumerate(zip(w.groups, d["param_groups"], strict=True)):
         for name in ("alpha", "strength"):
-            mine[name] = number_of(saved[name], name)
+            mine[name] = group_option_of(saved[name], name)
         if n == 0:
             for name in machine.WIDE:
-                w.wide[name] = option_of(saved[name], name)
+                # Earlier releases had no importance and one route.
+                earlier = "gradient" if name == "route" else 0.0
+                w.wide[name] = option_of(saved.get(name, earlier), name)
     for held in w.held:
-        held.state.pop("anchor", None)
-    for key, value in d["anchors"].items():
+        for name in OF_BOUNDARIES:
+            held.state.pop(name, None)
+    pairs = [("anchor", k, x) for k, x in d["anchors"].items()]
+    pairs += [("importance", k, x) for k, x in (d.get("importances") or {}).items()]
+    for name, key, value in pairs:
         if (
             isinstance(key, bool)
             or not isinstance(key, (int, float))
             or key not in range(len(w.params))
         ):
-            raise Difference("load: takes an anchor of nothing", repr(key))
+            raise Difference(f"load: takes an {name} of nothing", repr(key))
         if value is None:
             continue
-        loaded = loaded_value(w, int(key), "anchor", value)
-        w.held[int(key)].state["anchor"] = loaded
+        w.held[int(key)].state[name] = loaded_value(w, int(key), name, value)
+    assert_weighed(w)
     fresh = before in (0, w.resumed)
     w.resumed = w.wide["draw_index"] if fresh else None
     w.task_named = None
@@ -806,6 +834,9 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
     given = path if rng.random() < 0.5 else str(path)
     case.said.append(f"{form}, {target} {way}")
     chosen = machine.chosen_for_anchor(w)
+    errors, mean, balls = {None}, None, {}
+    if w.wide["importance"]:
+        errors, mean, balls = machine.weighed(w, chosen, {})
     try:
         w.guide.set_anchor(given, model=w.bag)
     except (*CLEAR, ImportError) as error:
@@ -817,6 +848,8 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
         ) from error
     else:
         case.taken = True
+        if None not in errors:
+            raise Difference("set_anchor(path): takes what has no importance")
         found: dict[str, torch.Tensor] = {}
         files = [n for n in content if n.endswith(".safetensors")]
         by_file = {n: parsed((folder / n).read_bytes()) for n in files if (folder / n).is_file()}
@@ -842,6 +875,7 @@ def hostile_path(w: World, rng, case: Case, folder: pathlib.Path) -> None:
             w.make_state(i, before=True)
             held.state["anchor"] = stored.clone()
             held.stale = None
+        machine.take_importance(w, chosen, mean, balls)
         machine.count_anchored(w)
         w.wide["task_index"] += 1
         w.task_named = None

@@ -45,7 +45,9 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 C64, C128 = torch.complex64, torch.complex128
 NARROW = (BF16, F16)
 WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
-        "draw_index", "task_index", "route")  # fmt: skip
+        "draw_index", "task_index", "route", "importance", "importance_mean")  # fmt: skip
+# State that comes at task boundaries, which torch's optimizers do not know.
+OF_BOUNDARIES = ("anchor", "importance")
 # zero_grad() keeps replay gradients where this is there.
 KEEPS_REPLAY = hasattr(dgg.AdamW, "clear_replay")
 # What a wrong use may be told with.
@@ -192,6 +194,9 @@ class World:
         self.named = rng.random() < 0.6
         self.shapes = rng.choice([SHAPES, [(3,), (2, 3)], [(1,), ()], SHAPES])
         self.odd = rng.random() < 0.35  # parameters that are not contiguous
+        # A world in which alpha may be "auto": its groups maximize, or none does.
+        self.guards = rng.random() < 0.4
+        self.ascends = rng.random() < 0.2
         self.foreign = self.kind == "Guidance"
         self.bag = Bag()
         self.params: list[torch.Tensor] = []
@@ -228,6 +233,8 @@ class World:
             "weight_decay": rng.choice([0.0, 0.1, 0.01]),
             "maximize": rng.random() < 0.2,
         }
+        if self.guards:
+            made["maximize"] = self.ascends
         if self.rule == "adam":
             made["betas"] = rng.choice([(0.9, 0.999), (0.5, 0.6), (0.8, 0.95), (0.0, 0.9)])
             made["eps"] = rng.choice([1e-8, 1e-6, 1e-3])
@@ -245,11 +252,16 @@ class World:
         others = ["decoupled"] if self.kind == "SGD" else ["first_moment", "decoupled"]
         return ["gradient", "gradient", *others]
 
-    def pull(self, rng) -> dict:
+    @property
+    def automatic(self) -> bool:
+        """Whether the strength of the pull comes from the replay gradients."""
+        return any(group["alpha"] == "auto" for group in self.groups)
+
+    def pull(self, rng, *, automatic: bool = False) -> dict:
+        alphas = ["auto", "auto", 0.0] if automatic else [0.0, 0.2, 0.5, 0.9, 1.0, 1.0]
         return {
-            "alpha": rng.choice([0.0, 0.2, 0.5, 0.9, 1.0, 1.0]),
-            "strength": rng.choice([0.0, 0.5, 1.0, 1.0, 2.5]),
-        }
+            "alpha": rng.choice(alphas), "strength": rng.choice([0.0, 0.5, 1.0, 1.0, 2.5]),
+        }  # fmt: skip
 
     def new_group(self, rng, count: int) -> tuple[dict, dict]:
         """Adds parameters; returns their group as the optimizer is given it, and as it will be."""
@@ -257,8 +269,10 @@ class World:
         names = [self.bag.add(p) for p in params]
         given = self.hyper(rng)
         mine = {**given, **self.default_pull}
-        if not self.foreign and rng.random() < 0.5:
-            pull = self.pull(rng)
+        automatic = self.automatic if self.groups else self.default_pull["alpha"] == "auto"
+        other = automatic != (self.default_pull["alpha"] == "auto")
+        if not self.foreign and (other or rng.random() < 0.5):
+            pull = self.pull(rng, automatic=automatic)
             mine.update(pull)
             given.update(pull)
         given["params"] = list(zip(names, params, strict=True)) if self.named else params
@@ -280,14 +294,21 @@ class World:
             "route": "gradient" if self.foreign else rng.choice(self.routes()),
             "draw_index": 0,
             "task_index": 0,
+            "importance": rng.choice([0.0, 0.0, 0.5, 1.0, 0.25]),
+            "importance_mean": 0.0,
         }
-        own = ("draw_index", "task_index", *(("route",) if self.foreign else ()))
+        automatic = self.guards and rng.random() < 0.8
+        if automatic:
+            wide.update(granularity="step", scaling=True)
+        own = ("draw_index", "task_index", "importance_mean")
+        own += ("route",) if self.foreign else ()
         options = {k: v for k, v in wide.items() if k not in own}
         complexes = any(dtype.is_complex for dtype in self.kinds)
         choices = [None, None, F32, F64] + ([] if complexes else [BF16, F16])
         self.anchor_dtype = options["anchor_dtype"] = rng.choice(choices)
+        self.importance_dtype = options["importance_dtype"] = rng.choice(choices)
         options["anchor_device"] = rng.choice([None, None, "cpu"])
-        self.default_pull = self.pull(rng)
+        self.default_pull = self.pull(rng, automatic=automatic)
         self.options = options
         extra = dict(self.default_pull)
         self.state_dtype, self.master, self.stochastic, self.fused = None, False, False, None
@@ -350,8 +371,8 @@ class World:
         if not param.numel() or param.dtype not in NARROW:
             # Whether one is left of a parameter that changed its dtype is nobody's concern.
             entry.pop("master", None)
-        if self.foreign and "anchor" in self.guide.state.get(param, ()):
-            entry["anchor"] = self.guide.state[param]["anchor"]
+        if self.foreign:
+            entry.update(self.guide.state.get(param, {}))
         return entry
 
     def parts(self, items) -> list[list]:
@@ -436,7 +457,8 @@ class World:
                         f"of group {number} is {group[key]!r}, not {self.wide[key]!r}",
                     )
             for key in ("alpha", "strength"):
-                if float(group[key]) != mine[key]:
+                value = group[key] if isinstance(group[key], str) else float(group[key])
+                if value != mine[key]:
                     raise Difference(
                         f"{where}: {key}", f"of group {number} is {group[key]!r}, not {mine[key]!r}"
                     )
@@ -508,13 +530,16 @@ class World:
                     None if p.grad is None else take(p.grad),
                     None if replay is None else take(replay),
                     take(held.state["anchor"]) if "anchor" in held.state else None,
+                    take(held.state["importance"]) if "importance" in held.state else None,
                     state, float(held.state.get("step", 0.0)), held.first,
                     None if self.foreign else held.stale,
                 )
             )  # fmt: skip
         return made
 
-    def assert_within(self, actual: torch.Tensor, ball, what: str, words=None) -> None:
+    def assert_within(
+        self, actual: torch.Tensor, ball, what: str, words=None, where: str = "step"
+    ) -> None:
         found = model.flat(actual)
         good = model.within(found, ball, model.real_dtype(actual), words)
         if good.all():
@@ -522,7 +547,7 @@ class World:
         place = int(np.flatnonzero(~good)[0])
         value, error = ball[0][place], np.broadcast_to(ball[1], ball[0].shape)[place]
         raise Difference(
-            f"step: {what.split(' of ')[0]}",
+            f"{where}: {what.split(' of ')[0]}",
             f"{what}: element {place} of {actual.dtype} is {found[place]!r}, "
             f"expected {value!r} +- {error:.3g}",
         )
@@ -621,6 +646,9 @@ class World:
         injected = made.injected and not skipped
         if "injected" in self.without:
             return
+        unsure = made.pulls is not None and "perhaps" in made.pulls.values() and not skipped
+        if unsure and "yes" not in made.pulls.values():
+            injected = bool(stats["injected"])
         if bool(stats["injected"]) != injected:
             raise Difference(
                 "statistics: injected", f"is {bool(stats['injected'])}, not {injected}"
@@ -628,9 +656,16 @@ class World:
         number("clip", None if skipped else made.clip)
         strength = self.groups[0]["strength"]
         scale = stats["scale"]
-        if injected:
+        if injected or made.pulls is not None and not skipped:
             number("grad_norm", made.grad_norm)
             number("distance", made.distance)
+        for name in ("alignment", "pull"):
+            ball = None if skipped else getattr(made, name)
+            if name == "pull" and ball is not None:
+                ball = strength * ball[0], strength * ball[1]
+            # What is not finite has no direction, and what is said of it is left open.
+            if ball is None or np.isfinite(made.grad_norm[0]) and np.isfinite(made.distance[0]):
+                number(name, ball)
         # What a draw measured in vain, since nothing that it hit had a gradient, is left open; so
         # is the scale where the clipping has made everything NaN.
         if not injected or made.clip is not None and not np.isfinite(made.clip[0]):
@@ -648,10 +683,12 @@ class World:
                 )
         if "guided" in stats and not skipped:
             anchored = sum("anchor" in held.state for held in self.held)
-            for name, count in (("anchored", anchored), ("guided", made.pulled)):
+            least = list(made.pulls.values()).count("yes") if unsure else made.pulled
+            counts = {"anchored": (anchored, anchored), "guided": (least, made.pulled)}
+            for name, (low, high) in counts.items():
                 value = stats[name]
-                if value is None or int(value) != count or value.dtype != torch.int64:
-                    raise Difference(f"statistics: {name}", f"is {value}, expected {count}")
+                if value is None or not low <= int(value) <= high or value.dtype != torch.int64:
+                    raise Difference(f"statistics: {name}", f"is {value}, expected {low} to {high}")
             if stats.backend != self.backend:
                 raise Difference("statistics: backend", f"is {stats.backend!r}")
 
@@ -699,7 +736,10 @@ def set_gradient(w: World, rng, i: int, kind: str | None = None) -> None:
     how = rng.choice(LAYOUTS)
     if how in w.without or how == "conjugate" and w.foreign:
         how = "plain"  # torch's own optimizers take none that is lazily conjugated
-    p.grad = x = lay_out(values(rng, w.gen, p.shape, dtype, kind), how)
+    x = values(rng, w.gen, p.shape, dtype, kind)
+    if kind == "against":  # the old examples ask for the contrary of what the new ones do
+        x = (rng.choice([0.1, 1.0]) * x - rng.choice([1.5, 3.0]) * w.held[i].replay).to(dtype)
+    p.grad = x = lay_out(x, how)
     if w.notes is not None:
         w.note(f"p{i}.grad: {kind} {how} {dtype} {x.tolist()}")
 
@@ -707,8 +747,11 @@ def set_gradient(w: World, rng, i: int, kind: str | None = None) -> None:
 def set_gradients(w: World, rng) -> None:
     w.rng_odd = rng.random() < 0.12
     one = rng.random() < 0.1
+    against = w.automatic and rng.random() < 0.6
     for i in range(len(w.params)):
-        set_gradient(w, rng, i, "none" if one and rng.random() < 0.7 else None)
+        kind = "none" if one and rng.random() < 0.7 else None
+        kind = "against" if against and w.held[i].replay is not None else kind
+        set_gradient(w, rng, i, kind)
     if not w.foreign and len(w.params) > 1 and rng.random() < 0.03:
         # One tensor for two parameters: only who writes into gradients would mind.
         p, q = w.params[:2]
@@ -797,23 +840,32 @@ def run_foreign_step(w: World, grads, closure) -> None:
                 and (not w.groups[row.group]["momentum"] or "momentum_buffer" in held.state)
             )
             plain = plain and all(
-                v.dtype == p.dtype for k, v in held.state.items() if k not in ("step", "anchor")
+                v.dtype == p.dtype
+                for k, v in held.state.items()
+                if k not in ("step", *OF_BOUNDARIES)
             )
             if plain:
                 w.assert_within(p, base.rows[row.index]["theta"], f"weights of p{row.index}")
             held.theta = p.detach().clone()
-            anchor = held.state.get("anchor")
-            held.state = {k: v.detach().clone() for k, v in entry.items()}
-            if anchor is not None:
-                held.state["anchor"] = anchor
+            kept = {k: v for k, v in held.state.items() if k in OF_BOUNDARIES}
+            held.state = {k: v.detach().clone() for k, v in entry.items()} | kept
         held.stale = None
         held.replay = None
     w.wide["draw_index"] += 1
     w.check_stats(rows, made)
 
 
+def ask_old_examples(w: World, rng) -> None:
+    """With alpha="auto": an anchor and replay gradients, without which there is no pull."""
+    if w.automatic and not any("anchor" in held.state for held in w.held) and rng.random() < 0.5:
+        set_anchor(w, rng)
+    if w.automatic and rng.random() < 0.7:
+        replay(w, rng)
+
+
 @action(20)
 def train(w: World, rng) -> None:
+    ask_old_examples(w, rng)
     set_gradients(w, rng)
     w.note("step()")
     run_step(w, rng)
@@ -990,10 +1042,7 @@ def take_out(w: World, rng) -> None:
         w.bag.add(q)
     if anchored:
         # The state is gone with the anchor: said to be wanted, unless the step finds out itself.
-        w.guide.clear_anchor()
-        for held in w.held:
-            held.state.pop("anchor", None)
-        count_anchored(w)
+        clear_anchor(w, rng)
 
 
 def zero(w: World, set_to_none: bool) -> None:
@@ -1029,6 +1078,15 @@ def zero_grad(w: World, rng) -> None:
     zero(w, rng.random() < 0.6)
 
 
+def along(rng, way: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradients that ask for the way back to an anchor, seldom for the way off it; and noise."""
+    size = way.abs().max() if way.numel() else 0
+    if not 0 < size < 1e4:
+        return x
+    sign = -1.0 if rng.random() < 0.2 else 1.0
+    return (0.3 * x + 2.0 * sign * way / size).to(x.dtype)
+
+
 @action(6)
 def replay(w: World, rng) -> None:
     """Gradients of a replay block, assigned or by autograd; now and then the block fails."""
@@ -1052,11 +1110,16 @@ def replay(w: World, rng) -> None:
                     w.note(f"    backward: p{i} {factor.tolist()}")
                 else:
                     kind = rng.choice(["normal"] * 6 + ["zero", "tiny"] + ["strange"] * w.rng_odd)
+                    anchor = w.held[i].state.get("anchor")
+                    back = anchor is not None and w.automatic and rng.random() < 0.6
                     kind = "normal" if kind == "tiny" and "huge" in w.without else kind
                     how = rng.choice(LAYOUTS)
                     how = "plain" if how in w.without else how
                     kind = "normal" if kind in w.without else kind
-                    x = lay_out(values(rng, w.gen, p.shape, p.dtype, kind), how)
+                    x = values(rng, w.gen, p.shape, p.dtype, kind)
+                    if back:
+                        x = along(rng, p.detach() - anchor, x)
+                    x = lay_out(x, how)
                     with torch.no_grad():
                         p.grad = x if p.grad is None else p.grad + x
                         new[i] = x.clone() if former is None else former + x
@@ -1093,6 +1156,7 @@ def scaled_step(w: World, rng) -> None:
     """What a GradScaler leaves on the optimizer: a divisor and its verdict."""
     if w.foreign:
         return
+    ask_old_examples(w, rng)
     set_gradients(w, rng)
     replayed = any(h.replay is not None for h in w.held)
     scale = rng.choice([None, 1.0, 8.0, 1024.0])
@@ -1135,7 +1199,12 @@ def options(w: World, rng) -> None:
     if w.foreign and n >= len(w.guide.param_groups):
         return
     if what in ("alpha", "strength"):
-        made, mine[what] = number_as(rng, w, w.pull(rng)[what])
+        made = w.pull(rng, automatic=w.automatic)[what]
+        mine[what] = made
+        if not w.automatic or what == "strength":
+            made, mine[what] = number_as(rng, w, made)
+        if w.automatic and not any(group["alpha"] == "auto" for group in w.groups):
+            made = mine[what] = "auto"
         w.guide.param_groups[n][what] = made
     elif what in ("lr", "weight_decay"):
         made, value = number_as(rng, w, w.hyper(rng)[what])
@@ -1145,7 +1214,10 @@ def options(w: World, rng) -> None:
             made = value
         real[what], mine[what] = made, value
     elif what == "maximize":
-        made = mine[what] = real[what] = not mine[what]
+        made = w.ascends = not mine[what]
+        for group, other in zip(w.groups, w.opt.param_groups, strict=True):
+            if w.guards or other is real:
+                group[what] = other[what] = made
     elif what == "rule":
         if w.foreign:
             return
@@ -1156,10 +1228,13 @@ def options(w: World, rng) -> None:
         real.update(made)
     else:
         name = rng.choice(
-            ["scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed"]
+            ["norm_scope", "max_grad_norm", "replay_weight", "seed"]
+            + ["scaling", "granularity"] * (not w.automatic)
             + ["route"] * (not w.foreign)
+            + ["importance"] * (not w.automatic or rng.random() < 0.5)
         )
         made = {
+            "importance": lambda: rng.choice(weights_of(w)),
             "scaling": lambda: rng.random() < 0.7,
             "norm_scope": lambda: rng.choice(["global", "tensor"]),
             "granularity": lambda: rng.choice(["step", "tensor", "element"]),
@@ -1171,6 +1246,10 @@ def options(w: World, rng) -> None:
         value = made
         if name in ("max_grad_norm", "replay_weight") and made is not None:
             made, value = number_as(rng, w, made)
+        if name == "importance" and value != w.wide[name]:
+            for held in w.held:
+                # A distance that was measured along another u is no excuse any more.
+                held.stale = None if held.stale is None else np.inf
         for group in w.guide.param_groups:
             group[name] = made
         w.wide[name] = value
@@ -1178,10 +1257,35 @@ def options(w: World, rng) -> None:
     w.note(f"group {n}: {what} = {made!r}")
 
 
+def weights_of(w: World) -> list[float]:
+    """Values of the option ``importance`` with which the next step can be made."""
+    anchored = [held for held in w.held if "anchor" in held.state]
+    lacking = any("importance" not in held.state for held in anchored)
+    return [0.0] if lacking else [0.0, 0.25, 0.5, 1.0]
+
+
+@action(1.5)
+def switch_guard(w: World, rng) -> None:
+    """From a number to "auto" in the middle of a task, or back."""
+    if not w.guards or not synced(w):
+        return
+    automatic = not w.automatic
+    w.note(f"alpha becomes {'auto' if automatic else 'a number'}")
+    chosen = [w.pull(rng, automatic=automatic)["alpha"] for _ in w.groups]
+    if automatic:
+        chosen[rng.randrange(len(chosen))] = "auto"
+        w.wide.update(granularity="step", scaling=True)
+    for group, mine, alpha in zip(w.guide.param_groups, w.groups, chosen, strict=True):
+        group["alpha"] = mine["alpha"] = alpha
+        group.update(granularity=w.wide["granularity"], scaling=w.wide["scaling"])
+
+
 @action(1)
 def add_group(w: World, rng) -> None:
     if len(w.params) > 7:
         return
+    if w.foreign and w.automatic != (w.default_pull["alpha"] == "auto"):
+        return  # it would begin with the other kind of alpha, which the next step refuses
     given, mine = w.new_group(rng, rng.choice([1, 1, 2]))
     if w.foreign and given.pop("amsgrad", None) is not None:
         mine["amsgrad"] = False
@@ -1225,7 +1329,70 @@ def begins(w: World, task: int, given: bool):
     return True
 
 
-@action(5)
+def positive(x: torch.Tensor) -> torch.Tensor:
+    """Returns squares, of complex numbers those of both parts."""
+    return torch.complex(x.real**2, x.imag**2) if x.is_complex() else x * x
+
+
+def moment(w: World, i: int, given: torch.Tensor | None = None) -> model.Moment:
+    """What the model knows of a parameter at a task boundary."""
+    held, group = w.held[i], w.groups[w.group_of(i)]
+    double = model.real_dtype(held.theta) == F64
+    take = model.flat if double else single
+    step = float(held.state.get("step", 0.0))
+    square = held.state.get("exp_avg_sq") if step >= 1 else None
+    former = held.state.get("importance")
+    return model.Moment(
+        double, model.flat(held.theta).size, None if square is None else take(square),
+        float(group["betas"][1]) if "betas" in group else 0.0, step,
+        None if former is None else take(former), None if given is None else take(given),
+    )  # fmt: skip
+
+
+def importance_storage(w: World, i: int) -> torch.dtype:
+    dtype = w.params[i].dtype
+    return dtype if w.importance_dtype is None else stored_as(w.importance_dtype, dtype)
+
+
+def weighed(w: World, chosen: list[int], given: dict[int, torch.Tensor]):
+    """What a boundary makes of the importance: (the errors it may end in, mean, F by parameter).
+
+    None among the errors is success; there are several where the precision cannot tell.
+    """
+    moments = [moment(w, i, given.get(i)) for i in chosen]
+    if not any(m.known for m in moments):
+        return {RuntimeError}, None, {}
+    mean, made = model.importance(moments, w.wide["importance_mean"])
+    balls = dict(zip(chosen, made, strict=True))
+    if not np.isfinite(mean[0]):
+        return {ValueError}, mean, balls
+    if not np.isfinite(mean[1]):
+        return {None, RuntimeError, ValueError}, mean, balls
+    if mean[0] < -mean[1]:  # no squares: somebody has written them
+        return {ValueError}, mean, balls
+    if mean[0] <= mean[1]:
+        return {RuntimeError} | ({None} if mean[0] else set()), mean, balls
+    errors = {None}
+    for i, (value, error) in balls.items():
+        top = torch.finfo(importance_storage(w, i).to_real()).max
+        if value.size and (value + error).max() > top:
+            errors |= {ValueError}
+            if (value - error).max() > top:
+                return {ValueError}, mean, balls
+    return errors, mean, balls
+
+
+def named_sums(w: World, rng) -> dict[str, torch.Tensor]:
+    """Sums of second moments that somebody has kept of a former optimizer."""
+    wrapper, sums = rng.choice(["", "module."]), {}
+    for i, p in enumerate(w.params):
+        x = positive(values(rng, w.gen, p.shape, C128 if p.is_complex() else F64))
+        dtype = p.dtype if p.dtype == F64 or rng.random() < 0.5 else stored_as(F32, p.dtype)
+        sums[f"{wrapper}p{i}"] = lay_out(x.to(dtype), rng.choice(LAYOUTS))
+    return sums
+
+
+@action(6)
 def set_anchor(w: World, rng) -> None:
     """θ* from the present weights or named tensors, with or without the number of the task."""
     chosen = chosen_for_anchor(w)
@@ -1247,8 +1414,29 @@ def set_anchor(w: World, rng) -> None:
             arguments["model"] = w.bag
     else:
         sources = {i: w.stepped(i) for i in chosen}
+    sums = None
+    # Without second moments there is no other way.
+    often = 0.6 if w.rule == "sgd" else 0.2
+    if w.wide["importance"] and rng.random() < often:
+        sums = named_sums(w, rng)
+        if not w.named or rng.random() < 0.5:
+            arguments["model"] = w.bag
     if task is not None:
         arguments["task"] = task
+    place_anchor(w, chosen, sources, sums, arguments)
+
+
+def place_anchor(w: World, chosen, sources, sums, arguments) -> None:
+    """Calls set_anchor() and compares what comes of it.
+
+    Args:
+        w: The world.
+        chosen: The parameters that get an anchor.
+        sources: Their anchors.
+        sums: Named sums of second moments, or None.
+        arguments: The other arguments of the call.
+    """
+    by_name, task = "tensors" in arguments, arguments.get("task")
     error, keep = None, False
     if task is not None:
         verdict = begins(w, task, by_name)
@@ -1264,24 +1452,32 @@ def set_anchor(w: World, rng) -> None:
             stored = sources[i].to(anchor_storage(w, i))
             if not finite(sources[i]) or not finite(stored):
                 error = ValueError
+    errors, mean, balls = {error}, None, {}
+    if error is None and not keep and w.wide["importance"]:
+        of_names = {} if sums is None else {n.split(".")[-1]: x for n, x in sums.items()}
+        given = {i: of_names[f"p{i}"] for i in chosen} if of_names else {}
+        errors, mean, balls = weighed(w, chosen, given)
+    if sums is not None:
+        arguments["importance"] = sums
+    told = [e.__name__ if e else "kept" if keep else "set" for e in errors]
     w.note(
-        f"set_anchor({'tensors' if by_name else ''}, task={task}) -> "
-        f"{error or ('kept' if keep else 'set')}"
+        f"set_anchor({'tensors, ' if by_name else ''}task={task}, "
+        f"importance={'sums' if sums else None}) -> {' or '.join(sorted(told))}"
     )
     try:
         w.guide.set_anchor(**arguments)
     except Exception as raised:
-        if error is None:
+        if errors == {None}:
             raise Difference(
                 f"set_anchor raises {type(raised).__name__}", str(raised)[:300]
             ) from raised
-        if not isinstance(raised, error):
+        if not isinstance(raised, tuple(e for e in errors if e)):
             raise Difference(
-                f"set_anchor raises {type(raised).__name__}, not {error.__name__}"
+                f"set_anchor raises {type(raised).__name__}, not {' or '.join(told)}"
             ) from raised
         return
-    if error is not None:
-        raise Difference(f"set_anchor does not raise {error.__name__}")
+    if None not in errors:
+        raise Difference(f"set_anchor does not raise {' or '.join(told)}")
     if keep:
         return
     for i in chosen:
@@ -1292,9 +1488,34 @@ def set_anchor(w: World, rng) -> None:
         w.make_state(i, before=True)
         held.state["anchor"] = stored.clone()
         held.stale = None
+    take_importance(w, chosen, mean, balls)
     count_anchored(w)
     w.wide["task_index"] = w.wide["task_index"] + 1 if task is None else task
     w.task_named = task
+
+
+def take_importance(w: World, chosen, mean, balls) -> None:
+    """Compares the importance that a boundary has made, and takes it over."""
+    if not w.wide["importance"]:
+        w.wide["importance_mean"] = 0.0
+        for held in w.held:
+            held.state.pop("importance", None)
+        return
+    made = w.guide.param_groups[0]["importance_mean"]
+    if np.isfinite(mean[1]) and not abs(made - mean[0]) <= mean[1]:
+        raise Difference(
+            "set_anchor: importance_mean", f"is {made!r}, expected {mean[0]!r} +- {mean[1]:.3g}"
+        )
+    w.wide["importance_mean"] = made
+    for i in chosen:
+        entry = w.real_state(w.params[i])
+        if "importance" not in entry:
+            raise Difference("set_anchor: no importance", f"of p{i}")
+        made = entry["importance"]
+        if made.dtype != importance_storage(w, i) or made.shape != w.params[i].shape:
+            raise Difference("set_anchor: kind of importance", f"of p{i}: {shown(made)}")
+        w.assert_within(made, balls[i], f"importance of p{i}", where="set_anchor")
+        w.held[i].state["importance"] = made.clone()
 
 
 def count_anchored(w: World) -> None:
@@ -1302,41 +1523,198 @@ def count_anchored(w: World) -> None:
         group["anchored"] = sum("anchor" in held.state for held in members)
 
 
+@action(1.5)
+def importance_sums(w: World, rng) -> None:
+    """The sums of all tasks by name, for another optimizer; nothing changes."""
+    chosen = [i for i, h in enumerate(w.held) if h.trained or "importance" in h.state]
+    moments = [moment(w, i) for i in chosen]
+    mine = w.named and rng.random() < 0.5
+    error = None if not chosen or any(m.known for m in moments) else RuntimeError
+    w.note(f"importance_dict({'' if mine else 'model'}) -> {error}")
+    try:
+        sums = w.guide.importance_dict(**({} if mine else {"model": w.bag}))
+    except Exception as raised:
+        if error is None or not isinstance(raised, error):
+            raise Difference(
+                f"importance_dict raises {type(raised).__name__}", str(raised)[:300]
+            ) from raised
+        return
+    if error is not None:
+        raise Difference(f"importance_dict does not raise {error.__name__}")
+    if sums.keys() != {f"p{i}" for i in chosen}:
+        raise Difference("importance_dict: names", f"{sorted(sums)}, not {chosen}")
+    for i, each in zip(chosen, moments, strict=True):
+        total, p = sums[f"p{i}"], w.params[i]
+        if total.dtype != stored_as(F64 if each.double else F32, p.dtype) or total.shape != p.shape:
+            raise Difference("importance_dict: kind", f"of p{i}: {shown(total)}")
+        w.assert_within(
+            total, each.total(w.wide["importance_mean"]), f"sum of p{i}", where="importance_dict"
+        )
+
+
+@action(1)
+def carry(w: World, rng) -> None:
+    """The next task has an optimizer of its own, which is given the sums of the former one."""
+    if w.foreign or not w.wide["importance"]:
+        return
+    try:
+        sums = w.opt.importance_dict(model=w.bag)
+    except RuntimeError:
+        return  # there are none: see `importance_sums`
+    if rng.random() < 0.5:
+        sums = through_file(sums)
+    pairs = list(w.bag.named_parameters()) if w.named else w.params
+    groups = []
+    for group, part in zip(w.groups, w.parts(pairs), strict=True):
+        own = {k: v for k, v in group.items() if k not in ("size", "anchored", "decoupled")}
+        groups.append({"params": part, **own})
+    dtypes = {p.dtype for p in w.params}
+    if (w.master and not dtypes & set(NARROW)) or (w.stochastic and BF16 not in dtypes):
+        return
+    wide = {k: v for k, v in w.wide.items() if k not in ("draw_index", "task_index")}
+    del wide["importance_mean"]
+    w.note("a new optimizer is given the sums of this one")
+    w.opt = w.guide = getattr(dgg, w.kind)(
+        groups, backend=w.backend, state_dtype=w.state_dtype, anchor_dtype=w.anchor_dtype,
+        importance_dtype=w.importance_dtype, fused=w.fused, master_weights=w.master,
+        stochastic_rounding=w.stochastic, **w.default_pull, **wide,
+    )  # fmt: skip
+    drop_caches(w)
+    w.saved = []
+    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0)
+    for held in w.held:
+        held.theta, held.state, held.first = held.theta, {}, False
+    count_anchored(w)
+    chosen = chosen_for_anchor(w)
+    place_anchor(w, chosen, {i: w.stepped(i) for i in chosen}, sums, {"model": w.bag})
+
+
+@action(2)
+def merge(w: World, rng) -> None:
+    """The weights go back a part of the way to their anchor."""
+    if w.foreign:
+        return
+    rule = rng.choice(["mean", "fisher", "rows"] + ["fisher"] * 3 * bool(w.wide["importance"]))
+    keep = rng.choice([0.5, 0.25, 0.7, 1.0, 0.01])
+    if not any("anchor" in held.state for held in w.held) and rng.random() < 0.7:
+        set_anchor(w, rng)
+        train(w, rng)
+    chosen = [i for i, held in enumerate(w.held) if "anchor" in held.state]
+    moments = {i: moment(w, i) for i in chosen}
+    error = None if chosen else RuntimeError
+    if rule == "fisher" and any("importance" not in w.held[i].state for i in chosen):
+        error = RuntimeError
+    if rule == "fisher" and all(m.square is None for m in moments.values()):
+        error = RuntimeError
+    if not all(finite(w.stepped(i)) and finite(w.held[i].state["anchor"]) for i in chosen):
+        return  # what has diverged has no way back
+    w.note(f"merge_anchor({rule!r}, keep={keep}) -> {error}")
+    try:
+        made = w.opt.merge_anchor(rule, keep=keep)
+    except Exception as raised:
+        if error is None or not isinstance(raised, error):
+            raise Difference(
+                f"merge_anchor raises {type(raised).__name__}", str(raised)[:300]
+            ) from raised
+        return
+    if error is not None:
+        raise Difference(f"merge_anchor does not raise {error.__name__}")
+    thetas, anchors = {}, {}
+    for i in chosen:
+        double = moments[i].double
+        thetas[i] = model.flat(w.stepped(i))
+        anchors[i] = (model.flat if double else single)(w.held[i].state["anchor"])
+    share = 1.0 / (w.wide["task_index"] + 1), 0.0
+    if rule == "fisher":
+        exact = {i: model.flat(w.held[i].state["anchor"]) for i in chosen}
+        parts = [(moments[i], thetas[i] - exact[i]) for i in chosen]
+        share = model.share_of_task(parts, w.wide["importance_mean"])
+    wanted = (keep, 0.0) if rule == "rows" else share
+    if not abs(made - wanted[0]) <= wanted[1] + 1e-15:
+        raise Difference(f"merge_anchor: {rule}", f"returns {made!r}, not {wanted}")
+    for i in chosen:
+        p, held = w.params[i], w.held[i]
+        target = w.real_state(p)["master"] if w.has_master(i) and p.numel() else p.detach()
+        ops = model.Arithmetic(moments[i].double, False)
+        if rule == "rows":
+            assert_rows(w, i, target, thetas[i], anchors[i], keep)
+        else:
+            ball = model.merged(thetas[i], anchors[i], share, ops)
+            w.assert_within(target, ball, f"merged weights of p{i}", where="merge_anchor")
+        if target is not p and not same(p.detach(), target.to(p.dtype)):
+            raise Difference("merge_anchor: weights are not the masters' rounding", f"p{i}")
+        if "master" in held.state:
+            held.state["master"] = w.opt.__dict__["state"][p]["master"].clone()
+        held.theta, held.stale = p.detach().clone(), None
+
+
+def assert_rows(w: World, i: int, made: torch.Tensor, theta, anchor, keep: float) -> None:
+    """The rows that moved farthest are θ's, the others the anchor's; a vector is as it was."""
+    found, real = model.flat(made), model.real_dtype(made)
+    theta, anchor = (model.rounded(x, real) for x in (theta, anchor))
+    rows = made.shape[0] if made.dim() > 1 else 0
+    if not rows or not found.size:
+        if not np.array_equal(found, theta):
+            raise Difference("merge_anchor: rows", f"p{i} has none and changed")
+        return
+    found, theta, anchor = (x.reshape(rows, -1) for x in (found, theta, anchor))
+    lengths = np.sqrt(((theta - anchor) ** 2).sum(axis=1))
+    count = max(1, round(keep * rows))
+    least = np.sort(lengths)[-count]
+    wrong = (found.shape[1] + 8) * model.Arithmetic(real == F64, False).unit * lengths
+    for k in range(rows):
+        stays, back = np.array_equal(found[k], theta[k]), np.array_equal(found[k], anchor[k])
+        if not (stays or back):
+            raise Difference("merge_anchor: rows", f"row {k} of p{i} is neither's")
+        if stays != back and (
+            (stays and lengths[k] + 2 * wrong[k] < least)
+            or (back and lengths[k] - 2 * wrong[k] > least)
+        ):
+            raise Difference("merge_anchor: rows", f"row {k} of p{i}, {lengths}, {count} stay")
+    kept = [np.array_equal(found[k], theta[k]) for k in range(rows)]
+    if sum(kept) < count or sum(kept) > count + sum((theta == anchor).all(axis=1)):
+        raise Difference("merge_anchor: rows", f"of p{i}: {sum(kept)} stay, not {count}")
+
+
 @action(0.8)
 def clear_anchor(w: World, rng) -> None:
     w.note("clear_anchor()")
     w.guide.clear_anchor()
     for held in w.held:
-        held.state.pop("anchor", None)
+        for name in OF_BOUNDARIES:
+            held.state.pop(name, None)
+    w.wide["importance_mean"] = 0.0
     count_anchored(w)
 
 
 @action(3)
 def write_anchor(w: World, rng) -> None:
-    """Somebody writes into an anchor: through the state, or by a reference kept from before."""
+    """Somebody writes into an anchor, or an importance, by the state or a reference from before."""
     anchored = [i for i, held in enumerate(w.held) if "anchor" in held.state]
     if not anchored or w.foreign:
         return
     i = rng.choice(anchored)
     held, p = w.held[i], w.params[i]
+    key = "importance" if "importance" in held.state and rng.random() < 0.5 else "anchor"
     ways = ["state", "state", "exchange", "data"] + ([] if "kept" in w.without else ["kept"] * 3)
     way = rng.choice(ways)
-    x = values(rng, w.gen, p.shape, held.state["anchor"].dtype)
+    x = values(rng, w.gen, p.shape, held.state[key].dtype)
+    x = x if key == "anchor" else positive(x)
     if way == "kept":
-        kept = w.kept.get(i, {}).get("anchor")
-        if kept is None or kept is not w.real_state(p).get("anchor"):
-            w.kept[i] = {"anchor": w.opt.state[p]["anchor"]}
-            w.note(f"keep = state[p{i}]['anchor']")
+        kept = w.kept.get(i, {}).get(key)
+        if kept is None or kept is not w.real_state(p).get(key):
+            w.kept[i] = {key: w.opt.state[p][key]}
+            w.note(f"keep = state[p{i}][{key!r}]")
             return
         kept.copy_(x)
     elif way == "state":
-        w.opt.state[p]["anchor"].copy_(x)
+        w.opt.state[p][key].copy_(x)
     elif way == "data":
-        w.opt.state[p]["anchor"].data.copy_(x)
+        w.opt.state[p][key].data.copy_(x)
     else:
-        w.opt.state[p]["anchor"] = lay_out(x, rng.choice(["plain", "turned", "last", "offset"]))
-    held.state["anchor"] = x
-    w.note(f"anchor of p{i} <- {x.tolist()} by {way}")
+        w.opt.state[p][key] = lay_out(x, rng.choice(["plain", "turned", "last", "offset"]))
+    held.state[key] = x
+    w.note(f"{key} of p{i} <- {x.tolist()} by {way}")
 
 
 @action(3)
@@ -1349,7 +1727,7 @@ def change_state(w: World, rng) -> None:
         return
     i = rng.choice(with_state)
     held, p = w.held[i], w.params[i]
-    keys = [k for k in held.state if k not in ("anchor", "master")]
+    keys = [k for k in held.state if k not in (*OF_BOUNDARIES, "master")]
     if not keys:
         return
     key = rng.choice(keys)
@@ -1410,6 +1788,11 @@ def squared_distance(w: World, i: int) -> float | None:
     if "anchor" not in held.state:
         return None
     d = single(w.stepped(i)) - single(held.state["anchor"])
+    weight = w.wide["importance"]
+    if weight:
+        if "importance" not in held.state:
+            return np.inf
+        d = d * (1 - weight + weight * single(held.state["importance"]))
     return float(np.dot(d, d))
 
 
@@ -1550,7 +1933,7 @@ def unguide(w: World, rng) -> None:
         held.replay, held.stale = None, None
     w.guide = dgg.Guidance(w.opt, backend=w.backend, **w.options, **w.default_pull)
     w.wide = {**w.wide, **{k: v for k, v in w.options.items() if k in WIDE}}
-    w.wide.update(draw_index=0, task_index=0)
+    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0)
     for group in w.groups:
         group.update(w.default_pull, anchored=0)
     w.counted, w.resumed, w.task_named, w.saved = 0, None, None, []
@@ -1582,7 +1965,7 @@ def heal(w: World, rng) -> None:
         for key, value in held.state.items():
             if key == "master" or key == "step" or finite(value):
                 continue
-            holder = w.guide if w.foreign and key == "anchor" else w.opt
+            holder = w.guide if w.foreign and key in OF_BOUNDARIES else w.opt
             holder.state[p][key].zero_()
             held.state[key] = torch.zeros_like(value)
             w.note(f"{key} of p{i} <- 0")
@@ -1668,7 +2051,7 @@ def save(w: World, rng) -> None:
 
 
 def cast_on_load(w: World, i: int, key: str, value: torch.Tensor) -> torch.Tensor:
-    if key in ("step", "anchor"):
+    if key in ("step", *OF_BOUNDARIES):
         return value
     if key == "master":
         return value.to(F32)
@@ -1706,7 +2089,16 @@ def expected_of_load(w: World, shot: dict):
         mine = any("anchor" in held.state for held in w.held)
         if mine and not any("anchor" in state for state in saved):
             return ValueError
+    if lacks_importance(shot):
+        return KeyError if w.foreign else RuntimeError
     return None
+
+
+def lacks_importance(shot: dict) -> bool:
+    """Whether a state weighs its pull by an importance that it does not have."""
+    states = shot["states"]
+    lacking = any("anchor" in state and "importance" not in state for state in states)
+    return bool(shot["wide"]["importance"]) and lacking
 
 
 def synced(w: World) -> bool:
@@ -1789,10 +2181,10 @@ def resume(w: World, rng) -> None:
     shot = snapshot(w)
     opt = getattr(dgg, w.kind)(
         groups, lr=3.0, alpha=0.123, seed=99, backend=w.backend, state_dtype=w.state_dtype,
-        anchor_dtype=w.anchor_dtype, fused=w.fused, master_weights=w.master,
-        stochastic_rounding=w.stochastic,
+        anchor_dtype=w.anchor_dtype, importance_dtype=w.importance_dtype, fused=w.fused,
+        master_weights=w.master, stochastic_rounding=w.stochastic,
     )  # fmt: skip
-    error = None
+    error = RuntimeError if lacks_importance(shot) else None
     if any("anchor" in h.state and not finite(h.state["anchor"]) for h in w.held):
         error = ValueError
     w.note(f"a new optimizer loads the state -> {error}")
@@ -1959,6 +2351,8 @@ def wrong_option(w: World, rng) -> None:
         ("strength", -1.0), ("strength", float("inf")), ("granularity", "row"), ("norm_scope", 3),
         ("scaling", 2), ("seed", -1), ("seed", 1.5), ("seed", None), ("max_grad_norm", 0.0),
         ("max_grad_norm", "1"), ("replay_weight", -1.0), ("replay_weight", float("nan")),
+        ("alpha", "automatic"), ("importance", 1.5), ("importance", -0.5), ("importance", "x"),
+        ("importance", None), ("importance", torch.tensor(0.3)), ("importance_mean", -1.0),
     ])  # fmt: skip
     groups = list(w.guide.param_groups)
     right = [g[name] for g in groups]
@@ -2106,6 +2500,147 @@ def bad_anchor(w: World, rng) -> None:
 
 
 @provoked
+def bad_importance(w: World, rng) -> None:
+    """Sums that no second moments can be, or that would be ignored."""
+    chosen = [i for i in chosen_for_anchor(w) if w.params[i].numel()]
+    if not chosen:
+        return
+    sums = named_sums(w, rng)
+    sums = {name.split(".")[-1]: x for name, x in sums.items()}
+    name = f"p{rng.choice(chosen)}"
+    what = rng.choice(
+        ["negative", "strange", "shape", "missing", "int", "text", "meta", "sparse", "list", "path"]
+    )
+    if what == "negative":
+        sums[name] = lay_out(sums[name], "plain")
+        sums[name].view(-1)[0] = -1e-3
+    elif what == "strange":
+        sums[name] = positive(values(rng, w.gen, sums[name].shape, sums[name].dtype, "strange"))
+    elif what == "shape":
+        sums[name] = torch.ones(5, 5, dtype=sums[name].dtype)
+    elif what == "missing":
+        del sums[name]
+    elif what == "int":
+        sums[name] = torch.ones(sums[name].shape, dtype=torch.int64)
+    elif what == "text":
+        sums[name] = rng.choice(["x", None, 1.0, [1.0]])
+    elif what == "meta":
+        sums[name] = sums[name].to("meta")
+    elif what == "sparse":
+        if not sums[name].dim():
+            return
+        sums[name] = sums[name].clone().to_sparse()
+    elif what == "list":
+        sums = rng.choice([list(sums.values()), 3, w.opt])
+    else:
+        sums = rng.choice(["/nowhere/at/all", pathlib.Path("/nowhere")])
+    unchanged(
+        w, f"set_anchor with importance: {what}",
+        lambda: w.guide.set_anchor(importance=sums, model=w.bag),
+    )  # fmt: skip
+
+
+@provoked
+def importance_lost(w: World, rng) -> None:
+    """An anchored parameter whose importance is gone is not pulled as if it had one."""
+    if not w.wide["importance"]:
+        return
+    with_one = [i for i, held in enumerate(w.held) if "importance" in held.state]
+    if not with_one:
+        return
+    set_gradients(w, rng)
+    i = rng.choice(with_one)
+    p, state = w.params[i], w.guide.state if w.foreign else w.opt.state
+    p.grad = values(rng, w.gen, p.shape, p.dtype)
+    right = state[p].pop("importance")
+    try:
+        refused_step(w, "a lost importance")
+    finally:
+        state[p]["importance"] = right
+
+
+@provoked
+def importance_too_late(w: World, rng) -> None:
+    """The option is switched on between two boundaries: perhaps unnoticed by the first step."""
+    lacking = [
+        i for i, h in enumerate(w.held) if "anchor" in h.state and "importance" not in h.state
+    ]
+    if not lacking or w.wide["importance"]:
+        return
+    for group in w.guide.param_groups:
+        group["importance"] = 0.5
+    w.wide["importance"] = 0.5
+    others = [i for i, held in enumerate(w.held) if "anchor" not in held.state]
+    others = [i for i in others if held_replay_only(w, i)]
+    first = bool(others) and not any(w.held[i].replay is not None for i in lacking)
+    if first and rng.random() < 0.7:
+        for i, p in enumerate(w.params):
+            p.grad = values(rng, w.gen, p.shape, p.dtype) if i in others else None
+        run_step(w, rng)
+    i = rng.choice(lacking)
+    for p in w.params:
+        p.grad = None
+    w.params[i].grad = values(rng, w.gen, w.params[i].shape, w.params[i].dtype)
+    try:
+        refused_step(w, "an importance that no boundary has made")
+    finally:
+        for group in w.guide.param_groups:
+            group["importance"] = 0.0
+        w.wide["importance"] = 0.0
+
+
+def held_replay_only(w: World, i: int) -> bool:
+    """Whether a parameter can be stepped by itself."""
+    return w.held[i].trained and w.params[i].numel() > 0
+
+
+@provoked
+def bad_guard(w: World, rng) -> None:
+    """What alpha="auto" would ignore, or cannot compare."""
+    groups = w.guide.param_groups
+    what = rng.choice(["granularity", "scaling", "number", "maximize", "built"])
+    if what == "built":
+        wrong = rng.choice([{"granularity": "element"}, {"scaling": False}])
+        build = dgg.Guidance if w.foreign else getattr(dgg, w.kind)
+        over = torch.optim.SGD(w.params, lr=0.1) if w.foreign else w.params
+        unchanged(w, f"a new one with auto and {wrong}", lambda: build(over, alpha="auto", **wrong))
+        return
+    if not w.automatic or len(groups) < 2 and what in ("number", "maximize"):
+        return
+    set_gradients(w, rng)
+    if what in ("granularity", "scaling"):
+        wrong, changed = {"granularity": "tensor", "scaling": False}[what], groups
+    else:
+        auto = [n for n, group in enumerate(w.groups) if group["alpha"] == "auto"]
+        if what == "maximize":
+            if len(auto) < 2:
+                return
+            n = rng.choice(auto)
+            wrong, changed = not w.ascends, [w.opt.param_groups[n]]
+        else:
+            n = next(n for n in range(len(groups)) if n != auto[0])
+            wrong, changed = 0.5, [groups[n]]
+    name = "alpha" if what == "number" else what
+    right = [group[name] for group in changed]
+    for group in changed:
+        group[name] = wrong
+    try:
+        refused_step(w, f"alpha='auto' and another {name}")
+    finally:
+        for group, value in zip(changed, right, strict=True):
+            group[name] = value
+
+
+@provoked
+def bad_merge(w: World, rng) -> None:
+    if w.foreign:
+        return
+    rule, keep = rng.choice([("median", 0.5), (None, 0.5), ("rows", 0.0), ("rows", 1.5),
+                             ("mean", float("nan")), ("rows", "x"), ("rows", None)])  # fmt: skip
+    unchanged(w, f"merge_anchor({rule!r}, {keep!r})", lambda: w.opt.merge_anchor(rule, keep=keep))
+
+
+@provoked
 def bad_task(w: World, rng) -> None:
     task = rng.choice(["x", 1.5, -1, True, None])
     if task is None:
@@ -2188,7 +2723,9 @@ def state_of_another_shape(w: World, rng) -> None:
         if w.rule == "adam"
         else ["momentum_buffer"] * (group["momentum"] != 0)
     )
-    keys = [k for k in held.state if k in (*used, "anchor") or k == "master" and w.has_master(i)]
+    keys = [
+        k for k in held.state if k in (*used, *OF_BOUNDARIES) or k == "master" and w.has_master(i)
+    ]
     if not keys:
         return
     key = rng.choice(keys)
@@ -2202,7 +2739,9 @@ def state_of_another_shape(w: World, rng) -> None:
             3.0,
             torch.ones(p.shape, dtype=torch.int64),
             torch.ones(p.shape, device="meta"),
-            torch.ones(1).expand(p.shape) if p.numel() > 1 and key != "anchor" else torch.ones(6),
+            torch.ones(1).expand(p.shape)
+            if p.numel() > 1 and key not in OF_BOUNDARIES
+            else torch.ones(6),
         ]
     )
     shown = w.opt.state[p][key]

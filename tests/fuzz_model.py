@@ -173,6 +173,87 @@ def where(mask, a, b):
     return np.where(mask, a[0], b[0]), np.where(mask, a[1], b[1])
 
 
+# -- task boundaries ----------------------------------------------------------------------------
+
+
+@dataclass
+class Moment:
+    """What is known of a parameter at a task boundary; arrays are flat float64."""
+
+    double: bool
+    size: int
+    square: np.ndarray | None  # exp_avg_sq, if a step was made
+    beta2: float
+    step: float
+    former: np.ndarray | None  # F of the boundary before
+    given: np.ndarray | None = None  # a sum that takes the place of the present one
+
+    @property
+    def known(self) -> bool:
+        return any(x is not None for x in (self.square, self.former, self.given))
+
+    def ops(self) -> Arithmetic:
+        arrays = [x for x in (self.square, self.former, self.given) if x is not None and x.size]
+        return Arithmetic(self.double, any(not np.abs(x).max() < 1e12 for x in arrays))
+
+    def present(self):
+        """The second moment of the present task, corrected for its beginning at 0."""
+        if self.square is None:
+            return exact(np.zeros(self.size))
+        ops = self.ops()
+        return ops.div(exact(self.square), ops.constant(1 - self.beta2**self.step))
+
+    def total(self, mean: float):
+        """The sum over all boundaries so far and the present task."""
+        if self.given is not None:
+            return exact(self.given)
+        if self.former is None:
+            return self.present()
+        ops = self.ops()
+        former = ops.mul(exact(self.former), ops.constant(mean))
+        return former if self.square is None else ops.add(self.present(), former)
+
+
+def importance(moments: list[Moment], mean: float):
+    """Returns the mean of the sums over all elements, and F of every parameter: balls."""
+    totals = [moment.total(mean) for moment in moments]
+    count = max(1, sum(moment.size for moment in moments))
+    value = sum(float(x.sum()) for x, _ in totals) / count
+    error = sum(float(e.sum()) for _, e in totals) / count + 2.0**-52 * count * abs(value)
+    made = []
+    for moment, total in zip(moments, totals, strict=True):
+        ops = moment.ops()
+        made.append(ops.div(total, (np.float64(value), error + ops.constant(value)[1])))
+    return (value, error), made
+
+
+def share_of_task(parts, mean: float):
+    """The a of merge_anchor("fisher"): <d, v d> / <d, (v + sum of v) d>; a ball.
+
+    Args:
+        parts: For each parameter its `Moment` and d, float64.
+        mean: Of the boundary before.
+    """
+    top, bottom = np.zeros(2), np.zeros(2)
+    for moment, d in parts:
+        total, present = moment.total(mean), moment.present()
+        squares = d * d
+        bottom += np.dot(squares, total[0]), np.dot(squares, total[1])
+        # What the present task adds to the sum is known as well as the sum is.
+        top += np.dot(squares, present[0]), np.dot(squares, present[1] + total[1])
+    if not bottom[0] > bottom[1]:
+        return (1.0, 0.0) if not bottom.any() else (0.5, 0.5)
+    value, error = _quotient(tuple(top), tuple(bottom))
+    low, high = (min(1.0, max(0.0, x)) for x in (value - error, value + error))
+    return (low + high) / 2, (high - low) / 2 + 2.0**-50
+
+
+def merged(theta: np.ndarray, anchor: np.ndarray, share, ops: Arithmetic):
+    """θ* + a (θ - θ*), a ball; ``share`` is a ball, too."""
+    d = ops.sub(exact(theta), exact(anchor))
+    return ops.add(exact(anchor), ops.mul(d, (np.float64(share[0]), share[1] + ops.unit)))
+
+
 # -- one step -----------------------------------------------------------------------------------
 
 
@@ -187,6 +268,7 @@ class Row:
     g: np.ndarray | None
     r: np.ndarray | None = None
     anchor: np.ndarray | None = None
+    importance: np.ndarray | None = None  # F
     state: dict[str, np.ndarray] = field(default_factory=dict)
     step: float = 0.0
     first: bool = False  # SGD's buffer becomes G
@@ -210,6 +292,10 @@ class Stepped:
     grad_norm: Any = None
     distance: Any = None
     clip: Any = None
+    # Of alpha="auto": "yes", "no" or, within the precision, "perhaps" by row; and its statistics.
+    pulls: dict[int, str] | None = None
+    alignment: Any = None
+    pull: Any = None
     # By row, where the pull goes by another route: what the second moment is made of, and what the
     # parameter is moved by outside of the moments, less the learning rate.
     second: dict[int, Any] = field(default_factory=dict)
@@ -235,12 +321,26 @@ def _ratio_to_one(top, bottom, unit):
     return (1.0, max(0.0, 1.0 - (value - error))) if value >= 1 else (value, error)
 
 
+def difference(row: Row, ops: Arithmetic, weight: float):
+    """Equation (3): u of a row with an anchor; ``weight`` is the option ``importance``."""
+    value, error = ops.sub(exact(row.theta), exact(row.anchor))
+    d = value, np.where(value == 0, 0.0, error)  # equal numbers differ by nothing
+    if not weight:
+        return d
+    factor = ops.add(ops.constant(1 - weight), ops.mul(ops.constant(weight), exact(row.importance)))
+    value, error = ops.mul(d, factor)
+    return value, np.where((d[0] == 0) & np.isfinite(value), 0.0, error)
+
+
 def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0):
-    """Equations (1) to (5): returns (G by row, Stepped without the base optimizer's part)."""
+    """Equations (1) to (5) and (7): returns (G by row, Stepped without the base optimizer's part).
+
+    A group whose ``alpha`` is ``"auto"`` is guided by (7).
+    """
     active = [row for row in rows if row.active]
     guided = [row for row in active if row.anchor is not None]
     weight = float(wide["replay_weight"])
-    h, g, d, arithmetic = {}, {}, {}, {}
+    h, g, d, plain_r, arithmetic = {}, {}, {}, {}, {}
     for row in active:
         given = [x for x in (row.g, row.r, row.theta) if x is not None and x.size]
         extreme = any(not np.abs(x).max() < 1e12 for x in given)
@@ -250,15 +350,18 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
             g[row.index] = exact(row.g) if divisor == 1 else ops.div(exact(row.g), scaled)
             h[row.index] = g[row.index]
         if row.r is not None:
+            plain_r[row.index] = exact(row.r) if divisor == 1 else ops.div(exact(row.r), scaled)
             r = exact(row.r) if weight == 1 else ops.mul(exact(row.r), ops.constant(weight))
             r = r if divisor == 1 else ops.div(r, scaled)
             h[row.index] = r if row.g is None else ops.add(h[row.index], r)
         if row.anchor is not None:
-            # Equal numbers differ by nothing.
-            value, error = ops.sub(exact(row.theta), exact(row.anchor))
-            d[row.index] = value, np.where(value == 0, 0.0, error)
+            d[row.index] = difference(row, ops, float(wide.get("importance", 0.0)))
 
-    limits = [threshold(group["alpha"]) if float(group["strength"]) > 0 else 0 for group in groups]
+    limits = [
+        0 if not float(group["strength"]) > 0 or group["alpha"] == "auto"
+        else threshold(group["alpha"])
+        for group in groups
+    ]  # fmt: skip
     seed, draw = wide["seed"], wide["draw_index"]
     masks = {}
     for row in guided:
@@ -301,6 +404,21 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
         scales = {row.index: (1.0, 0.0) for row in guided}
         made.scale = scales if wide["norm_scope"] == "tensor" else (1.0, 0.0)
 
+    automatic = [group["alpha"] == "auto" for group in groups]
+    pulling = [auto and float(g["strength"]) > 0 for auto, g in zip(automatic, groups, strict=True)]
+    replayed = any(row.r is not None for row in rows)
+    if replayed and any(pulling) and any(row.anchor is not None for row in rows):
+        chosen = [row for row in guided if pulling[row.group]]
+        pairs = zip(automatic, groups, strict=True)
+        ascends = any(auto and group.get("maximize", False) for auto, group in pairs)
+        scales = _guard(chosen, (h, d, plain_r), clip, wide, ascends, arithmetic, made)
+        masks = {
+            row.index: np.ones(row.theta.size, bool)
+            for row in chosen
+            if made.pulls[row.index] != "no"
+        }
+        made.injected, made.pulled = bool(masks), len(masks)
+
     total = {}
     for row in active:
         ops = arithmetic[row.index]
@@ -315,7 +433,7 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
             value, error = scales[row.index]
             value, error = strength * value, strength * error
             pull = ops.mul(d[row.index], (value, error + 2 * ops.unit * value + ops.least))
-            if value == 0:  # nothing pulls, be it times inf
+            if value == 0 and not error:  # nothing pulls, be it times inf
                 pull = np.zeros_like(pull[0]), np.zeros_like(pull[1])
             if wide.get("foreign") and groups[row.group].get("maximize", False):
                 pull = -pull[0], pull[1]
@@ -330,6 +448,112 @@ def guide(rows: list[Row], groups: list[dict], wide: dict, divisor: float = 1.0)
         total[row.index] = G
         made.rows[row.index] = {"G": G}
     return total, made
+
+
+def _product(rows, xs, ys, arithmetic):
+    """A sum of products of balls over rows, of which some may have none."""
+    value, error, size, count, unit, least = 0.0, 0.0, 0.0, 0, 2.0**-52, 0.0
+    for row in rows:
+        if row.index not in xs or row.index not in ys:
+            continue
+        x, y = xs[row.index], ys[row.index]
+        value += float(np.dot(x[0], y[0]))
+        size += float(np.dot(np.abs(x[0]), np.abs(y[0])))
+        error += float(np.dot(np.abs(x[0]), y[1]) + np.dot(x[1], np.abs(y[0]) + y[1]))
+        ops = arithmetic[row.index]
+        count, unit = count + row.theta.size, max(unit, ops.unit)
+        # What is too small for the precision is lost, but of two numbers alone.
+        least += ops.least * np.count_nonzero((np.abs(x[0]) + x[1]) * (np.abs(y[0]) + y[1]))
+    return value, error + size * (count + 8) * unit + least
+
+
+def _guard(rows, vectors, clip, wide, ascends: bool, arithmetic, made: Stepped) -> dict:
+    """Equation (7): the ball of a / strength by row; fills in the statistics.
+
+    Args:
+        rows: The guided rows that have a gradient.
+        vectors: h, u and r by row.
+        clip: The ball of c.
+        wide: Options of the whole optimizer.
+        ascends: The objective is maximized.
+        arithmetic: By row.
+        made: What the statistics go into.
+    """
+    h, u, r = vectors
+
+    def sums(chosen):
+        units = [arithmetic[row.index].unit for row in chosen]
+        head = _norm([h[row.index] for row in chosen], units)
+        pull = _norm([u[row.index] for row in chosen], units)
+        conflict = _product(chosen, h, r, arithmetic)
+        back = _product(chosen, u, r, arithmetic)
+        if ascends:
+            back = -back[0], back[1]
+        return head, pull, conflict, back
+
+    whole = sums(rows)
+    head, pull, conflict, _ = whole
+    units = [arithmetic[row.index].unit for row in rows]
+    length = _norm([r[row.index] for row in rows if row.index in r], units)
+    made.grad_norm, made.distance = head, pull
+    if wide["norm_scope"] == "tensor":
+        balls = {row.index: _strength(clip, *sums([row])) for row in rows}
+        made.scale = {i: ball for i, (ball, _) in balls.items()}
+    else:
+        one = _strength(clip, *whole)
+        balls = {row.index: one for row in rows}
+        made.scale = one[0]
+    made.pulls = {i: sure for i, (_, sure) in balls.items()}
+    made.alignment = _quotient(conflict, (head[0] * length[0], head[0] * length[1]
+                                          + head[1] * length[0] + head[1] * length[1]))  # fmt: skip
+    lengths = []
+    for row in rows:
+        (a, wrong), _ = balls[row.index]
+        value, error = _norm([u[row.index]], [arithmetic[row.index].unit])
+        lengths.append((a * value if a else 0.0, a * error + wrong * (value + error)))
+    value = np.sqrt(sum(x * x for x, _ in lengths))
+    made.pull = _quotient((value, np.sqrt(sum(e * e for _, e in lengths))), head)
+    return {i: ball for i, (ball, _) in balls.items()}
+
+
+def _quotient(top, bottom):
+    """A quotient of scalar balls that is 0 where the divisor is."""
+    if bottom[0] == 0:
+        return 0.0, 0.0
+    value, least = top[0] / bottom[0], bottom[0] - bottom[1]
+    return value, (top[1] + abs(value) * bottom[1]) / least if least > 0 else np.inf
+
+
+def _strength(clip, head, pull, conflict, back):
+    """Equation (7) of its sums: (the ball of a / strength, whether it pulls at all)."""
+    numbers = (*clip, *head, *pull, *conflict, *back)
+    if not all(np.isfinite(x) for x in (head[0], pull[0], conflict[0], back[0], clip[0])):
+        return (0.0, 0.0), "no"
+    if not all(np.isfinite(numbers)):
+        return (0.0, np.inf), "perhaps"
+    if conflict[0] >= conflict[1] or -back[0] >= back[1] or pull[0] == 0:
+        return (0.0, 0.0), "no"
+
+    def least(c, toward, away, longest, shortest):
+        enough = c * toward / away if away > 0 else np.inf
+        return min(enough, c * longest / shortest if shortest > 0 else np.inf)
+
+    sure = conflict[0] < -conflict[1] and back[0] > back[1] and clip[0] > clip[1]
+    low, high = 0.0, least(
+        clip[0] + clip[1], conflict[1] - conflict[0], back[0] - back[1], head[0] + head[1],
+        pull[0] - pull[1],
+    )  # fmt: skip
+    if sure:
+        low = least(
+            clip[0] - clip[1], -conflict[0] - conflict[1], back[0] + back[1],
+            max(head[0] - head[1], 0.0), pull[0] + pull[1],
+        )  # fmt: skip
+    if high == 0:
+        return (0.0, 0.0), "no"
+    if not np.isfinite(high):
+        return (0.0, np.inf), "perhaps"
+    value = (low + high) / 2
+    return (value, value - low + 2.0**-50 * value), "yes" if low > 0 else "perhaps"
 
 
 def _clip(bound: float, total, unit: float):

@@ -362,6 +362,55 @@ def test_groups_that_do_not_go_together_are_refused():
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("build", ["AdamW", "Guidance"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0.3}, "alpha=0.3 of group 1 does not go with"),
+        ({"granularity": "element"}, "granularity='element' and scaling=True would be ignored"),
+        ({"scaling": False}, "scaling=False would be ignored"),
+        ({"maximize": True}, "some maximize and some do not"),
+    ],
+)
+def test_a_saved_state_that_no_step_could_use_is_not_loaded(change, message, build):
+    params = make(F32)
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    if build == "AdamW":
+        opt = dgg.AdamW(groups, alpha="auto")
+    else:
+        opt = dgg.Guidance(torch.optim.SGD(groups, lr=0.1), alpha="auto")
+    state = opt.state_dict()
+    if "maximize" in change and build == "Guidance":
+        opt.optimizer.param_groups[1].update(change)  # it is not in the state of a guidance
+    else:
+        for group in state["param_groups"][1 if change.keys() & {"alpha", "maximize"} else 0 :]:
+            group.update(change)
+    before = [dict(group) for group in opt.param_groups]
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert [dict(group) for group in opt.param_groups] == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maximize_of_a_guided_optimizer_is_read_at_every_step(backend):
+    """It stands in the other's groups: a change turns the sign of ⟨u, r⟩, or is refused."""
+    params = make()
+    other = torch.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.0)
+    opt = dgg.Guidance(other, alpha="auto", backend=backend)
+    pairs = gradients(params, 1, conflict=2.0)
+    leave_anchor(params, opt, [0.5 * r + 0.1 for _, r in pairs])
+    for maximize in (False, True, False):
+        for group in other.param_groups:
+            group["maximize"] = maximize
+        hand_over(params, opt, pairs)
+        other.step()
+        assert bool(opt.guidance_stats()["injected"]) != maximize
+    other.param_groups[1]["maximize"] = True
+    hand_over(params, opt, pairs)
+    with pytest.raises(ValueError, match="some maximize and some do not"):
+        other.step()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_are_not_finite_pull_nothing(backend):
     params = make(F32)

@@ -306,6 +306,23 @@ def test_a_state_dict_of_an_earlier_release_loads():
     assert new.param_groups[0]["route"] == "decoupled"
 
 
+@pytest.mark.parametrize("build", ["AdamW", "Guidance"])
+def test_groups_of_a_saved_state_that_disagree_are_refused(build):
+    """One of them has lost the option, in whose place another value would come."""
+    groups = [{"params": [p]} for _, p in make()]
+    if build == "AdamW":
+        opt = dgg.AdamW(groups, importance=0.25)
+    else:
+        opt = dgg.Guidance(torch.optim.AdamW(groups), importance=0.25)
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        group["importance"] = 0.5
+    del state["param_groups"][1]["importance"]
+    with pytest.raises(ValueError, match="importance is one setting for the whole optimizer"):
+        opt.load_state_dict(state)
+    assert [group["importance"] for group in opt.param_groups] == [0.25] * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_without_its_importance_says_so(backend):
     named = make(dtype=F32)
@@ -321,6 +338,72 @@ def test_a_step_without_its_importance_says_so(backend):
     assert_equal(before, weights(named))
     opt.set_anchor()
     train(named, opt, 1, 3)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_guidance_takes_the_second_moments_of_complex_parameters(foreach):
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    q = torch.nn.Parameter(torch.ones(3))
+    other = torch.optim.Adam([("p", p), ("q", q)], foreach=foreach)
+    guidance = dgg.Guidance(other, importance=1.0)
+    p.grad, q.grad = torch.tensor([1 + 2j, 3, 1j]), torch.ones(3)
+    other.step()
+    sums = guidance.importance_dict()
+    torch.testing.assert_close(sums["p"], torch.tensor([1 + 4j, 9, 1j]))
+    guidance.set_anchor()
+    mean = (1 + 4 + 9 + 1 + 3) / 9
+    assert guidance.param_groups[0]["importance_mean"] == pytest.approx(mean, rel=1e-6)
+    torch.testing.assert_close(guidance.state[p]["importance"], sums["p"] / mean)
+
+
+def test_lazily_conjugated_sums_are_taken():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    opt = dgg.AdamW([("p", p)], importance=1.0)
+    opt.set_anchor(importance={"p": torch.tensor([1 - 2j, 3 - 0j, 0 - 3j]).conj()})
+    assert opt.importance_dict()["p"].tolist() == pytest.approx([1 + 2j, 3, 3j])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_later_step_without_its_importance_says_so_too(backend):
+    """The first step with the option on has a gradient of what is not anchored alone."""
+    named = make(dtype=F32)
+    late = torch.nn.Parameter(torch.ones(3))
+    opt = dgg.AdamW(named, alpha=1.0, backend=backend)
+    train(named, opt, 2, 1)
+    opt.set_anchor()
+    opt.add_param_group({"params": [("late", late)]})
+    for group in opt.param_groups:
+        group["importance"] = 0.5
+    opt.zero_grad()
+    for _ in range(2):
+        late.grad = torch.ones(3)
+        opt.step()
+    before = weights(named)
+    with pytest.raises(RuntimeError, match=r"importance=0.5 weighs the pull of parameter 'p0'"):
+        train(named, opt, 1, 3)
+    assert_equal(before, weights(named))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("late", [True, False])
+def test_a_guidance_without_its_importance_says_so(late, backend):
+    """Switched on between two boundaries, or lost: it does not pull without a weight."""
+    named = make(dtype=F32)
+    other = torch.optim.AdamW(named, lr=1e-2)
+    guidance = dgg.Guidance(other, alpha=1.0, importance=0.0 if late else 0.5, backend=backend)
+    train(named, other, 2, 1)
+    guidance.set_anchor()
+    train(named, other, 2, 2)
+    if late:
+        guidance.param_groups[0]["importance"] = 0.5
+    else:
+        del guidance.state[named[0][1]]["importance"]
+    before = weights(named)
+    with pytest.raises(RuntimeError, match=r"importance=0.5 weighs the pull of parameter 'p0'"):
+        train(named, other, 1, 3)
+    assert_equal(before, weights(named))
+    guidance.set_anchor()
+    train(named, other, 1, 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import dgg
-from cases import BACKENDS, BF16, F32, F64
+from cases import BACKENDS, BF16, F16, F32, F64
+
+C64 = torch.complex64
 
 SHAPES = [(4, 6), (6,), (3, 2, 2), (1,)]
 
@@ -117,6 +119,49 @@ def test_rows_that_moved_farthest_stay(keep):
         stay[lengths.topk(count).indices] = True
         assert torch.equal(p.detach()[stay], theta[stay])
         assert torch.equal(p.detach()[~stay], star[~stay])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("rule", ["mean", "fisher"])
+def test_16_bit_weights_are_rounded_once(rule, dtype):
+    named, opt = make(dtype, importance=0.5, anchor_dtype=F32, state_dtype=F32, alpha=0.0)
+    train(named, opt, 1)
+    opt.set_anchor()
+    train(named, opt, 2)
+    for _, p in named:
+        opt.state[p]["anchor"].mul_(1.003)  # not one of 16 bits
+    ends = weights(named)
+    share = opt.merge_anchor(rule)
+    for (_, p), theta in zip(named, ends, strict=True):
+        star = opt.state[p]["anchor"].double()
+        assert torch.equal(p, (star + share * (theta.double() - star)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, C64])
+@pytest.mark.parametrize("far", [0, 1])
+def test_the_farthest_row_is_found_in_full_precision(far, dtype):
+    """Also where 16 bits round the difference away, or the squares overflow float32."""
+    rows = {0: (1.0, 1.6), 1: (256.0, 257.0)} if dtype == BF16 else {0: (1e25, 1.0), 1: (2e25, 1.0)}
+    order = [0, 1] if far else [1, 0]
+    p = torch.nn.Parameter(torch.tensor([[rows[k][0]] * 3 for k in order], dtype=dtype))
+    expected = p.detach().clone()
+    opt = dgg.AdamW([p], anchor_dtype=F32)
+    opt.set_anchor()
+    opt.state[p]["anchor"].copy_(torch.tensor([[rows[k][1]] * 3 for k in order]))
+    expected[1 - far] = opt.state[p]["anchor"][1 - far].to(dtype)
+    opt.merge_anchor("rows", keep=0.5)
+    assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_a_matrix_without_elements_has_no_rows_to_keep(shape):
+    empty, full = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.ones(2, 2))
+    opt = dgg.AdamW([("full", full), ("empty", empty)])
+    opt.set_anchor()
+    with torch.no_grad():
+        full.copy_(torch.tensor([[1.0, 2.0], [1.0, 4.0]]))
+    assert opt.merge_anchor("rows") == 0.5
+    assert full.tolist() == [[1.0, 1.0], [1.0, 4.0]]
 
 
 @pytest.mark.parametrize("rule", ["mean", "rows", "fisher"])

@@ -91,7 +91,7 @@ def plan(
         sums, known = running_sums(opt, groups, params)
     else:
         sums, known = [], [True] * len(params)
-        exact = [_exact(p) for p in params]
+        exact = [exact_dtype(p) for p in params]
         for p, label, given in zip(params, labels, match(exact), strict=True):
             if isinstance(given, anchor.Part):
                 values = sharding.like(given.read(), p)  # this rank's part is all that was read
@@ -103,7 +103,8 @@ def plan(
     return [Entry(*entry) for entry in zip(params, labels, sums, targets, known, strict=True)]
 
 
-def _exact(param: Tensor) -> torch.dtype:
+def exact_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype that the numbers of ``param`` are computed in."""
     dtype = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
     return dtype.to_complex() if param.is_complex() else dtype
 
@@ -137,7 +138,7 @@ def check_saved(value: Any, param: Tensor, label: str) -> None:
 
 def check_sum(values: Tensor, label: str) -> None:
     """Raises a ValueError unless F, or a sum of v̂, is finite and not negative."""
-    values = real_view(sharding.local(values.detach()))
+    values = real_view(anchor.resolved(sharding.local(values.detach())))
     if not anchor.finite(values) or bool((values < 0).any()):
         raise ValueError(
             f"the importance given for {label} has values that are negative, inf or NaN; it is "
@@ -147,7 +148,7 @@ def check_sum(values: Tensor, label: str) -> None:
 
 def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        whole = anchor.allocate(param, _exact(param), None)
+        whole = anchor.allocate(param, exact_dtype(param), None)
         anchor.write(whole, values)
         return real_view(sharding.local(whole))
 

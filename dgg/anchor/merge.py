@@ -57,8 +57,9 @@ def merge(
         return keep
     share = 1 / tasks if rule == "mean" else _least(opt, params, weights)
     for p in params:
-        theta = sharding.local(weights(p))
-        base = sharding.local(opt.state[p]["anchor"]).to(theta.device, theta.dtype)
+        dtype = importance.exact_dtype(p)  # rounded once, where it is stored
+        theta = sharding.local(weights(p)).to(dtype)
+        base = sharding.local(opt.state[p]["anchor"]).to(theta.device, dtype)
         _store(opt, p, weights, sharding.like(torch.lerp(base, theta, share), p))
     opt._ownership.share_weights()
     return share
@@ -114,10 +115,13 @@ def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -
 
 def _rows_kept(theta: Tensor, base: Tensor, keep: float) -> Tensor:
     """Returns θ with all but its farthest rows back at the anchor; vectors as they are."""
-    if theta.dim() < 2:
+    if theta.dim() < 2 or not theta.numel():
         return theta
+    dtype = importance.exact_dtype(theta)
+    way = (theta.to(dtype) - base.to(theta.device, dtype)).abs().flatten(1)
     base = base.to(theta.device, theta.dtype)
-    lengths = torch.linalg.vector_norm((theta - base).flatten(1), dim=1)
+    # In float64: the squares of what has moved far overflow.
+    lengths = torch.linalg.vector_norm(way, dim=1, dtype=torch.float64)
     whole = lengths.full_tensor() if sharding.is_dtensor(lengths) else lengths
     count = max(1, round(keep * len(whole)))
     chosen = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)

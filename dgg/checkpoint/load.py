@@ -83,6 +83,11 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
     state_dict = _completed(opt, state_dict)
     anchors = _checked_anchors(opt, state_dict)
     importances = _checked_importances(opt, state_dict, anchors)
+    pairs = zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    loaded = [{**group, **saved} for group, saved in pairs]
+    for number, group in enumerate(loaded):  # where one of them has an option and another not
+        _arguments.check_agreement(number, group, loaded[0])
+    _arguments.guard_of(loaded, [group.get("maximize") for group in loaded])
     draws, resumed = int(opt.param_groups[0]["draw_index"]), opt._resumed
     slot, cache = opt._replay, opt._cache
     saved_groups, groups_before = state_dict["param_groups"], opt.param_groups

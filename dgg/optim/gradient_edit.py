@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dgg import _arguments, backends, sharding
-from dgg.step import gradients, norms
+from dgg.step import checks, gradients, norms
 from dgg.step.cache import RowCache
 from dgg.step.draws import Decision
 from dgg.step.rule import Rule, corrected_moment, threshold
@@ -31,7 +31,10 @@ class GuideRule(Rule):
         if moment is None:
             return None
         shard, of_param = sharding.local(moment[0]), sharding.local(param)
-        plain = not sharding.keeps_values_elsewhere(shard) and shard.is_floating_point()
+        plain = not sharding.keeps_values_elsewhere(shard)
+        # Those of complex parameters are complex, too: the squares of both parts.
+        plain = plain and shard.dtype.to_real().is_floating_point
+        plain = plain and shard.is_complex() == of_param.is_complex()
         return moment if plain and shard.shape == of_param.shape else None
 
 
@@ -126,7 +129,10 @@ def _check(opt, groups, params: Sequence[Tensor], elementwise: bool) -> None:
                 labels = labels or _arguments.group_labels(groups)
                 _arguments.check_gradient(grad, p, labels[i], kind)
                 _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-        value = opt.state.get(p, {}).get("anchor")
+        entry = opt.state.get(p, {})
+        value = entry.get("anchor")
+        if labels and (p.grad is not None or r is not None):
+            checks.check_weighed(entry, opt.param_groups[0]["importance"], labels[i])
         if value is not None and value.shape != p.shape:
             label = _arguments.group_labels(groups)[i]
             raise ValueError(

@@ -82,8 +82,11 @@ def check_saved(opt: Any, params: Sequence[Tensor], state_dict: Any) -> None:
                 f"group {number} of the state dict lacks {absent}; pass what "
                 "guidance.state_dict() returned"
             )
-        _arguments.check_agreement(number, group, groups[0])
+        completed = [{**_arguments.NEW_OPTIONS, **each} for each in (group, groups[0])]
+        _arguments.check_agreement(number, *completed)
         _arguments.check_options(group)
+    ascends = [group.get("maximize") for group in opt.optimizer.param_groups]
+    _arguments.guard_of(groups, ascends)
     if opt.param_groups[0]["draw_index"] == 0:
         boundary.refuse_earlier(opt._named, groups)
     labels = _arguments.group_labels(opt.optimizer.param_groups)

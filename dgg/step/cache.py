@@ -83,10 +83,15 @@ class RowCache:
             (*self._needed[number], *(("master",) if has_master(p) else ()))
             for number, p in zip(numbers, params, strict=True)
         ]
+        # The check of a step names what has an anchor and no importance to weigh its pull by.
+        weighed = ("importance",) if self._weighted else ()
         without_state = {
             i
             for i, entry in enumerate(states)
-            if any((entry or {}).get(name) is None for name in needed[i])
+            if any(
+                (entry or {}).get(name) is None
+                for name in (*needed[i], *(weighed if "anchor" in (entry or ()) else ()))
+            )
         }
         # Parameters for which a gradient would need rows or state that are not there.
         self._unready = sorted(without_state | (set(range(len(params))) - set(usable)))

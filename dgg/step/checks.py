@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +89,7 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
             if entry.get(name) is not None:
                 _arguments.check_state(name, entry[name], param, label)
         value = entry.get("anchor")
-        if value is not None and groups[0]["importance"] and entry.get("importance") is None:
-            raise RuntimeError(
-                f"importance={groups[0]['importance']} weighs the pull of {label}, whose state has "
-                "no importance: it is made at a task boundary. Set it with set_anchor(), or "
-                "set_anchor(importance=...), while the option is on; or set the option to 0"
-            )
+        check_weighed(entry, groups[0]["importance"], label)
         if value is not None and any(
             anchor.is_alias(value, theta) for theta in (param, entry.get("master", param))
         ):
@@ -109,6 +105,22 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
             "set_anchor()"
         )
     _check_anchored(opt, params)
+
+
+def check_weighed(entry: Mapping[str, Any], weight: float, label: str) -> None:
+    """Raises a RuntimeError if the pull of a parameter is to be weighed and has no importance.
+
+    Args:
+        entry: State of the parameter.
+        weight: The option ``importance``.
+        label: Its name in the error.
+    """
+    if weight and entry.get("anchor") is not None and entry.get("importance") is None:
+        raise RuntimeError(
+            f"importance={weight} weighs the pull of {label}, whose state has "
+            "no importance: it is made at a task boundary. Set it with set_anchor(), or "
+            "set_anchor(importance=...), while the option is on; or set the option to 0"
+        )
 
 
 def _check_anchored(opt, params: Sequence[Tensor]) -> None:

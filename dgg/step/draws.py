@@ -80,11 +80,12 @@ class Draws:
         Raises:
             ValueError: An option, or a group, does not go with alpha="auto".
         """
-        derived = self.options.derived
-        if "guard" not in derived:
-            derived["guard"] = _arguments.guard_of(groups, ascends)
-        if derived["guard"] is not None:
-            decision.guarded, decision.ascends = True, derived["guard"]
+        # Whether a guided optimizer maximizes stands in its own groups, which nobody watches.
+        known = self.options.derived.get("guard")
+        if known is None or known[0] != ascends:
+            known = self.options.derived["guard"] = ascends, _arguments.guard_of(groups, ascends)
+        if known[1] is not None:
+            decision.guarded, decision.ascends = True, known[1]
             decision.looks_ahead = False  # the products read all that a distance would save
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
