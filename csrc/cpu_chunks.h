@@ -207,7 +207,7 @@ const S* stage_gradient(const Row& row, int64_t begin, int64_t n, S* buffer, S* 
 // The type a row's blocks are staged in: bfloat16 if that is what all its tensors are and nothing
 // is mixed in, else that of the arithmetic. Converting float16 costs so much more that it gains
 // nothing by happening in registers.
-int staging_of(const Row& row, const Stream* states, int count, bool anchored) {
+[[maybe_unused]] int staging_of(const Row& row, const Stream* states, int count, bool anchored) {
   const int dtype = row.param.dtype;
   if (dtype == kFloat64) return kFloat64;
   if (dtype != kBFloat16 || row.replay || row.masked || row.routed || row.grad.dtype != dtype) {
@@ -236,8 +236,8 @@ auto with_types(int staging, const F& f) {
 
 // The words of elements begin .. begin + n in one of the streams of elements. Where a shard's
 // elements are not consecutive in the unsharded parameter, a run ends with the stretch that is.
-void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t begin, int64_t n,
-                uint32_t* words) {
+[[maybe_unused]] void draw_words(const Row& row, const Draws& draws, uint32_t stream, int64_t begin,
+                                 int64_t n, uint32_t* words) {
   uint32_t quads[kBlock + 8];
   for (int64_t done = 0; done < n;) {
     const int64_t l = begin + done;

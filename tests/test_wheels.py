@@ -25,7 +25,7 @@ import yaml
 from packaging.version import Version
 
 import wheels
-from test_install import clone, said, setup_file, steps  # noqa: F401
+from test_install import clone, has_compiler, said, setup_file, steps  # noqa: F401
 from test_layout import NO_TERMINAL
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -213,6 +213,48 @@ def test_no_source_needs_an_extension_that_msvc_lacks_unguarded():
     for name in with_them:
         text = (ROOT / "csrc" / name).read_text(encoding="utf-8")
         assert re.search(r"_MSC_VER|_WIN32|__GNUC__", text), name
+
+
+# Put before a source: what the system's and torch's headers need is done, and from here on the
+# compiler passes for MSVC, which knows none of GCC's own words.
+AS_MSVC = """
+#undef __GNUC__
+#undef __clang__
+#undef __x86_64__
+#undef __linux__
+#define _WIN32 1
+#define _MSC_VER 1940
+#define __forceinline inline
+#define __declspec(what)
+#define __attribute__(what) a word of GCC
+#pragma GCC poison __builtin_prefetch __builtin_cpu_init __builtin_cpu_supports __builtin_cpu_is
+#pragma GCC poison __restrict__ __int128 ssize_t dlopen dlsym dladdr
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler, there is none")
+def test_what_msvc_takes_of_the_sources_is_standard_cpp(setup_file, tmp_path):  # noqa: F811
+    """Not a proof that MSVC compiles them: its headers and its errors are its own."""
+    compiler = next(filter(shutil.which, ("clang++", "g++", "c++")))
+    headers = {
+        line
+        for path in (ROOT / "csrc").glob("*")
+        if path.suffix in {".h", ".cpp"}
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.match(r"#include <(?!dlfcn|cpuid|immintrin)", line)
+    }
+    include = pathlib.Path(torch.__file__).parent / "include"
+    command = [
+        compiler, "-std=c++17", "-fsyntax-only", "-pedantic-errors", "-Wall", "-Werror",
+        f"-D{'='.join(setup_file.TARGET)}", "-isystem", include,
+    ]  # fmt: skip
+    for name in setup_file.CPU_SOURCES:
+        source = tmp_path / f"{name}.cpp"
+        lines = [*sorted(headers), AS_MSVC, f'#include "{ROOT / "csrc" / name}.cpp"', ""]
+        source.write_text("\n".join(lines), encoding="utf-8")
+        done = subprocess.run([*command, source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 # -- (6) all of it ---------------------------------------------------------------------------------
