@@ -110,9 +110,10 @@ def install(
 
     For frameworks that make a Trainer out of a configuration (LLaMA-Factory, ms-swift, axolotl) and
     for scripts that are not to be changed: call it before they make their Trainer, in every
-    process. Learning rate, betas and eps come from the training's arguments, weight decay too.
-    Trainers that are given an optimizer of their own keep it; the callback then stops the training
-    if it is none of dgg's. A second call takes the place of the first.
+    process. Learning rate, betas and eps come from the training's arguments, weight decay too;
+    what the Trainer's class adds, such as learning rates by name, stays. Trainers that are given
+    an optimizer of their own keep it; the callback then stops the training if it is none of dgg's.
+    A second call takes the place of the first.
 
     Args:
         alpha: As in `GuidanceCallback`: for all tasks, or by task.
