@@ -57,7 +57,7 @@ test-slow: $(BUILT) $(TEST) ## run the tests that `make test` leaves out
 # -P for the same reason as in `test`.
 test-engines: $(TEST_ENGINES) ## run dgg in LLaMA-Factory, axolotl and others (ENGINE=axolotl for one), pinned
 $(TEST_ENGINES): test-engine-%: build/engines/%/.made
-	build/engines/$*/bin/python -P -m pytest tests/engines/test_$*.py $(ARGS)
+	build/engines/$*/bin/python -P -m pytest --timeout 1200 tests/engines/test_$*.py $(ARGS)
 
 mutate: $(BUILT) $(MUTATE) ## change lines of dgg/ and see that a test notices each; half an hour
 	$(BIN)/python -P tests/mutate.py $(ARGS)

@@ -34,7 +34,10 @@ def folder(tmp_path):
     tokenizer().save_pretrained(tmp_path / "model")
     for stride in (1, 3):
         rows = [counted_words(start, stride) for start in range(48)]
-        pairs = [{"instruction": " ".join(r[:3]), "output": " " + " ".join(r[3:])} for r in rows]
+        pairs = [
+            {"instruction": " ".join(r[:3]), "input": "", "output": " " + " ".join(r[3:])}
+            for r in rows
+        ]
         (tmp_path / f"task{stride}.json").write_text(json.dumps(pairs))
     files = {f"task{stride}": {"file_name": f"task{stride}.json"} for stride in (1, 3)}
     (tmp_path / "dataset_info.json").write_text(json.dumps(files))

@@ -27,12 +27,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "trainers")
 
 def model(folder):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=16, intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+    config = transformers.DistilBertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS), dim=16, hidden_dim=32, n_layers=1, n_heads=2,
+        max_position_embeddings=16, dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    words = tokenizer()
+    words.model_input_names = ["input_ids", "attention_mask"]
+    words.save_pretrained(folder)
     return st.SentenceTransformer(modules=[Transformer(str(folder)), Pooling(16)], device="cpu")
 
 
