@@ -21,27 +21,35 @@ from cpu_torchvision import import_torchvision
 from recipes import need, run_recipe
 
 need("kornia", "mammoth")
-CLONE = os.environ.get("DGG_MAMMOTH")
-if CLONE is None:
-    pytest.skip(
-        "Mammoth is on no index: git clone https://github.com/aimagelab/mammoth, and set "
-        "DGG_MAMMOTH to the clone's path",
-        allow_module_level=True,
-    )
-DECLARED = import_torchvision()
-# Its packages are named datasets, models and utils. Five of its data sets fetch weights of CLIP
-# for their transforms when they are imported.
-sys.path.insert(0, CLONE)
-clip = types.ModuleType("open_clip")
-clip.create_model_and_transforms = lambda *args, **more: (None, None, None)
-sys.modules.setdefault("open_clip", clip)
-os.chdir(CLONE)
-from models import register_model  # noqa: E402
-from utils.notebooks import load_runner  # noqa: E402
-from utils.training import train  # noqa: E402
-
 STEPS = 10  # 40 digits of a task, 8 at a time, twice
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def mammoth():
+    """Mammoth's functions, from the clone."""
+    clone = os.environ.get("DGG_MAMMOTH")
+    if clone is None:
+        pytest.skip(
+            "Mammoth is on no index: git clone https://github.com/aimagelab/mammoth, and set "
+            "DGG_MAMMOTH to the clone's path"
+        )
+    declared = import_torchvision()
+    # Its packages are named datasets, models and utils. Five of its data sets fetch weights of
+    # CLIP for their transforms when they are imported.
+    clip = types.ModuleType("open_clip")
+    clip.create_model_and_transforms = lambda *args, **more: (None, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(clone)
+        patch.setitem(sys.modules, "open_clip", clip)
+        patch.chdir(clone)
+        from models import register_model
+        from utils.notebooks import load_runner
+        from utils.training import train
+
+        yield types.SimpleNamespace(
+            register_model=register_model, load_runner=load_runner, train=train, kept=declared
+        )
 
 
 def write(path, array):
@@ -66,13 +74,13 @@ def digits(tmp_path_factory):
     return folder
 
 
-def model_and_data(digits, name, **more):
+def model_and_data(mammoth, digits, name, **more):
     settings = {
         "lr": 1e-3, "n_epochs": 2, "batch_size": 8, "base_path": f"{digits}/", "num_workers": 0,
         "seed": 0, "stop_after": 2, "non_verbose": 1,
         "checkpoint_path": f"{digits}/checkpoints", **more,
     }  # fmt: skip
-    made = load_runner(name, "seq-mnist", settings)
+    made = mammoth.load_runner(name, "seq-mnist", settings)
     torch.set_num_threads(1)
     return made
 
@@ -82,11 +90,11 @@ def weights(model):
 
 
 @pytest.fixture(scope="module")
-def watched():
+def watched(mammoth):
     """The recipe's model, with what happened in every task, and draws of the data by the task."""
     guided = run_recipe("Mammoth", {"dgg": dgg})["Guided"]
 
-    @register_model("watched")
+    @mammoth.register_model("watched")
     class Watched(guided):
         def begin_task(self, dataset):
             super().begin_task(dataset)
@@ -113,11 +121,11 @@ def watched():
 
 
 @pytest.mark.parametrize("schedule", [None, "cosine"])
-def test_two_tasks_and_one_again(schedule, digits, watched):
+def test_two_tasks_and_one_again(schedule, mammoth, digits, watched):
     """Clipped, anchored where the second begins; from the first's checkpoint it is bit for bit."""
     more = {"savecheck": "task", "ckpt_name": f"run-{schedule}", "lr_scheduler": schedule}
-    model, data = model_and_data(digits, "watched", **more)
-    train(model, data)
+    model, data = model_and_data(mammoth, digits, "watched", **more)
+    mammoth.train(model, data)
     first, second = model.seen
     assert type(first["opt"]) is dgg.AdamW is type(second["opt"])
     assert first["opt"] is not second["opt"]  # Mammoth makes one for every task
@@ -132,19 +140,18 @@ def test_two_tasks_and_one_again(schedule, digits, watched):
         assert not torch.equal(p, first["ended"][name]), name
 
     (saved,) = pathlib.Path(digits, "checkpoints").glob(f"run-{schedule}*_0.pt")
-    again, data = model_and_data(
-        digits, "watched", **{**more, "start_from": 1, "loadcheck": str(saved), "savecheck": None}
-    )
-    train(again, data)
+    more |= {"start_from": 1, "loadcheck": str(saved), "savecheck": None}
+    again, data = model_and_data(mammoth, digits, "watched", **more)
+    mammoth.train(again, data)
     assert len(again.seen[-1]["steps"]) == STEPS and again.seen[-1]["opt"] is not None
     assert again.seen[-1]["opt"].param_groups[0]["task_index"] == 1
     for name, value in again.seen[-1]["ended"].items():
         assert torch.equal(value, second["ended"][name]), name
 
 
-def test_the_recipe_by_its_name(digits, watched):
-    model, data = model_and_data(digits, "guided")
-    train(model, data)
+def test_the_recipe_by_its_name(mammoth, digits, watched):
+    model, data = model_and_data(mammoth, digits, "guided")
+    mammoth.train(model, data)
     group = model.opt.param_groups[0]
     assert type(model.opt) is dgg.AdamW and group["task_index"] == 1
     assert group["lr"] == json.loads(os.environ["MAMMOTH_ARGS"])["lr"]

@@ -164,7 +164,7 @@ def same(ours, theirs):
 @in_group
 def two_tasks(rank, world, folder):
     """Clipped, accumulated, anchored where the second begins, resumed in its middle."""
-    of_groups.set_pg_timeouts = lambda **groups: None  # torch.distributed.set_timeout: torch 2.14
+    of_groups.set_pg_timeouts = lambda **groups: None  # needs a torch after 2.13
     first = train(f"{folder}/0", 0)
     assert type(first.opt) is dgg.AdamW
     assert not any(stats["injected"] for stats in first.stats) and max(first.norms) > MAX_NORM
