@@ -24,8 +24,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import any_optimizer
 import dgg
+import guided_optimizers
 from cases import BACKENDS, BF16, F32, F64, GUIDANCE, OPTIMIZERS, make_params, set_grads
 from dgg import _arguments, _philox, backends
 from dgg.backends import native
@@ -207,7 +207,7 @@ def test_every_optimizer_of_torch_is_guided_and_resumes(name):
         with pytest.raises(TypeError, match="dgg needs dense gradients"):
             opt.step()
         return
-    any_optimizer.check(make, closure=name == "LBFGS")
+    guided_optimizers.check(make, closure=name == "LBFGS")
 
 
 def test_the_table_of_optimizers_is_complete():

@@ -11,7 +11,7 @@ import sys
 import pytest
 import transformers
 
-import two_tasks
+import trainer_tasks
 from language_tasks import counted_words, tokenizer, word_llama
 from recipes import need, recipe
 
@@ -49,10 +49,10 @@ def configuration(folder: pathlib.Path, out: str, dataset: str, **over) -> str:
         ],
         "dataset_prepared_path": f"{folder}/prepared-{dataset}", "dataset_num_proc": 1,
         "output_dir": f"{folder}/{out}", "sequence_len": 128, "micro_batch_size": 4,
-        "gradient_accumulation_steps": 2, "max_steps": two_tasks.STEPS, "learning_rate": 1e-2,
-        "max_grad_norm": two_tasks.BOUND, "adam_beta2": 0.95, "weight_decay": 0.1,
+        "gradient_accumulation_steps": 2, "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2,
+        "max_grad_norm": trainer_tasks.BOUND, "adam_beta2": 0.95, "weight_decay": 0.1,
         "lr_scheduler": "cosine", "optimizer": "adamw_torch", "logging_steps": 1,
-        "save_steps": two_tasks.SAVED, "bf16": False, "fp16": False, "tf32": False,
+        "save_steps": trainer_tasks.SAVED, "bf16": False, "fp16": False, "tf32": False,
         "flash_attention": False, "gradient_checkpointing": False, "seed": 0,
         # Triton's kernels for adapters, which axolotl turns on by itself, need a GPU.
         **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}, **over,
@@ -72,15 +72,15 @@ def test_the_recipe(folder, trainers, monkeypatch):
     train(folder, "plain", "task1")
     guided = {"plugins": ["dgg_axolotl.Guided"]}
     former = {**guided, "lora_model_dir": f"{folder}/0"}
-    half = {**former, "resume_from_checkpoint": f"{folder}/1/checkpoint-{two_tasks.SAVED}"}
+    half = {**former, "resume_from_checkpoint": f"{folder}/1/checkpoint-{trainer_tasks.SAVED}"}
     for task, out, dataset, over in (
         ("0", "0", "task1", guided), ("1", "1", "task3", former), ("1", "again", "task3", half)
     ):  # fmt: skip
         monkeypatch.setenv("DGG_TASK", task)
         train(folder, out, dataset, **over)
         if out == "0":
-            start = two_tasks.trained(trainers[-1].model)
+            start = trainer_tasks.trained(trainers[-1].model)
     plain, first, second, again = trainers
-    two_tasks.assert_first_task(first, plain)
-    two_tasks.assert_second_task(second, start)
-    two_tasks.assert_resumed(again, second)
+    trainer_tasks.assert_first_task(first, plain)
+    trainer_tasks.assert_second_task(second, start)
+    trainer_tasks.assert_resumed(again, second)

@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-import two_tasks
+import trainer_tasks
 from language_tasks import counted_words, tokenizer, word_llama
 from recipes import need, run_recipe
 
@@ -50,9 +50,9 @@ def configuration(folder, out, dataset, **over):
         "finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj",
         "dataset": dataset, "dataset_dir": str(folder), "template": "empty", "cutoff_len": 32,
         "output_dir": f"{folder}/{out}", "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2, "max_steps": two_tasks.STEPS, "learning_rate": 1e-2,
-        "max_grad_norm": two_tasks.BOUND, "adam_beta2": 0.95, "weight_decay": 0.1,
-        "lr_scheduler_type": "cosine", "logging_steps": 1, "save_steps": two_tasks.SAVED,
+        "gradient_accumulation_steps": 2, "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2,
+        "max_grad_norm": trainer_tasks.BOUND, "adam_beta2": 0.95, "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine", "logging_steps": 1, "save_steps": trainer_tasks.SAVED,
         "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0, "disable_tqdm": True,
         "dataloader_pin_memory": False, "plot_loss": False, **over,
     }  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_recipe(folder, trainers, monkeypatch):
     """`python guided.py task.yaml`, a process per task; the second is resumed in its middle."""
     run_exp(configuration(folder, "plain", "task1"))
     former = {"adapter_name_or_path": f"{folder}/0"}
-    half = {**former, "resume_from_checkpoint": f"{folder}/1/checkpoint-{two_tasks.SAVED}"}
+    half = {**former, "resume_from_checkpoint": f"{folder}/1/checkpoint-{trainer_tasks.SAVED}"}
     for task, out, dataset, over in (
         ("0", "0", "task1", {}), ("1", "1", "task3", former), ("1", "again", "task3", half)
     ):  # fmt: skip
@@ -72,8 +72,8 @@ def test_the_recipe(folder, trainers, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["guided.py", str(file)])
         run_recipe("LLaMA-Factory", {})
         if out == "0":
-            start = two_tasks.trained(trainers[-1].model)
+            start = trainer_tasks.trained(trainers[-1].model)
     plain, first, second, again = trainers
-    two_tasks.assert_first_task(first, plain)
-    two_tasks.assert_second_task(second, start)
-    two_tasks.assert_resumed(again, second)
+    trainer_tasks.assert_first_task(first, plain)
+    trainer_tasks.assert_second_task(second, start)
+    trainer_tasks.assert_resumed(again, second)

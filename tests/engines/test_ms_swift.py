@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-import two_tasks
+import trainer_tasks
 from language_tasks import counted_words, tokenizer, word_llama
 from recipes import need, recipe
 
@@ -41,9 +41,9 @@ def arguments(folder, out, dataset, **over):
         "tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0, "target_modules": "q_proj v_proj",
         "output_dir": f"{folder}/{out}", "add_version": False, "max_length": 64,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": two_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": two_tasks.BOUND,
+        "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": trainer_tasks.BOUND,
         "adam_beta2": 0.9, "weight_decay": 0.1, "warmup_ratio": 0, "logging_steps": 1,
-        "save_steps": two_tasks.SAVED, "report_to": "none", "use_cpu": True,
+        "save_steps": trainer_tasks.SAVED, "report_to": "none", "use_cpu": True,
         "gradient_checkpointing": False, "dataloader_pin_memory": False, "check_model": False,
         "seed": 0, **over,
     }  # fmt: skip
@@ -57,16 +57,16 @@ def test_the_recipe(folder, trainers, monkeypatch):
     plugin = folder / "dgg_plugin.py"
     plugin.write_text(recipe("ms-swift"))
     guided = {"external_plugins": plugin, "optimizer": "dgg"}
-    former = {**guided, "adapters": f"{folder}/0/checkpoint-{two_tasks.STEPS}"}
-    half = {**guided, "resume_from_checkpoint": f"{folder}/1/checkpoint-{two_tasks.SAVED}"}
+    former = {**guided, "adapters": f"{folder}/0/checkpoint-{trainer_tasks.STEPS}"}
+    half = {**guided, "resume_from_checkpoint": f"{folder}/1/checkpoint-{trainer_tasks.SAVED}"}
     for task, out, dataset, over in (
         ("0", "0", "task1", guided), ("1", "1", "task3", former), ("1", "again", "task3", half)
     ):  # fmt: skip
         monkeypatch.setenv("DGG_TASK", task)
         sft_main(arguments(folder, out, dataset, **over))
         if out == "0":
-            start = two_tasks.trained(trainers[-1].model)
+            start = trainer_tasks.trained(trainers[-1].model)
     plain, first, second, again = trainers
-    two_tasks.assert_first_task(first, plain)
-    two_tasks.assert_second_task(second, start)
-    two_tasks.assert_resumed(again, second)
+    trainer_tasks.assert_first_task(first, plain)
+    trainer_tasks.assert_second_task(second, start)
+    trainer_tasks.assert_resumed(again, second)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dgg
-import two_tasks
+import trainer_tasks
 from language_tasks import SPECIAL, WORDS, counted_words, tokenizer
 from recipes import need, run_recipe
 
@@ -49,7 +49,7 @@ def pairs(stride):
 def arguments(out, **over):
     settings = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": two_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": two_tasks.BOUND,
+        "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": trainer_tasks.BOUND,
         "adam_beta2": 0.95, "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "no",
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False, "fp16": False,
         "dataloader_pin_memory": False, **over,
@@ -81,16 +81,16 @@ def test_two_tasks(tmp_path):
     dgg.hf.install(alpha=1.0, seed=3)
     network = model(tmp_path / "model")
     first = train(network, 1, tmp_path / "0")
-    two_tasks.assert_first_task(first, plain)
-    start = two_tasks.trained(network)
-    saving = {"save_strategy": "steps", "save_steps": two_tasks.SAVED}
+    trainer_tasks.assert_first_task(first, plain)
+    start = trainer_tasks.trained(network)
+    saving = {"save_strategy": "steps", "save_steps": trainer_tasks.SAVED}
     second = train(network, 3, tmp_path / "1", **saving)
-    two_tasks.assert_second_task(second, start)
+    trainer_tasks.assert_second_task(second, start)
 
     dgg.hf.install(alpha=1.0, seed=3, task=1)  # as a new process would
-    half = str(tmp_path / "1" / f"checkpoint-{two_tasks.SAVED}")
+    half = str(tmp_path / "1" / f"checkpoint-{trainer_tasks.SAVED}")
     again = train(model(tmp_path / "model"), 3, tmp_path / "2", resume=half, **saving)
-    two_tasks.assert_resumed(again, second)
+    trainer_tasks.assert_resumed(again, second)
 
 
 def test_a_loss_that_is_trained(tmp_path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Whether an optimizer can be guided by `dgg.Guidance`: a life of two tasks, looked at closely.
 
-    python -P tests/any_optimizer.py lion_pytorch:Lion bitsandbytes.optim:Adam8bit
+    python -P tests/guided_optimizers.py lion_pytorch:Lion bitsandbytes.optim:Adam8bit
 
 tries optimizers that are installed, and prints a line for each; test_foreign.py does it for all of
 torch's. docs/guidance.md has the table.
