@@ -49,7 +49,8 @@ def pairs(stride):
 def arguments(out, **over):
     settings = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2, "max_grad_norm": trainer_tasks.BOUND,
+        "max_steps": trainer_tasks.STEPS, "learning_rate": 1e-2,
+        "max_grad_norm": trainer_tasks.BOUND,
         "adam_beta2": 0.95, "weight_decay": 0.1, "logging_steps": 1, "save_strategy": "no",
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False, "fp16": False,
         "dataloader_pin_memory": False, **over,
