@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dgg
-import two_tasks
+import trainer_tasks
 from language_tasks import WORDS, counted_words, tokenizer
 from recipes import run_recipe
 
@@ -168,8 +168,8 @@ def other_trainer(kind, network, stride, out, **over):
     """DPOTrainer or GRPOTrainer, which take neither a class of optimizers nor its arguments."""
     settings = {
         "output_dir": str(out), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": two_tasks.STEPS, "learning_rate": 3e-3, "adam_beta2": 0.95,
-        "weight_decay": 0.1, "max_grad_norm": two_tasks.BOUND, "logging_steps": 1,
+        "max_steps": trainer_tasks.STEPS, "learning_rate": 3e-3, "adam_beta2": 0.95,
+        "weight_decay": 0.1, "max_grad_norm": trainer_tasks.BOUND, "logging_steps": 1,
         "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
         "bf16": False, "dataloader_pin_memory": False, "gradient_checkpointing": False, **over,
     }  # fmt: skip
@@ -195,19 +195,19 @@ def test_two_tasks_of_preferences(tmp_path, trainers, kind):
     dgg.hf.install(alpha=1.0, seed=3)
     first = other_trainer(kind, model(), 1, tmp_path / "0")
     first.train()
-    two_tasks.assert_first_task(first, plain)
-    start = two_tasks.trained(first.model)
-    saving = {"save_strategy": "steps", "save_steps": two_tasks.SAVED}
+    trainer_tasks.assert_first_task(first, plain)
+    start = trainer_tasks.trained(first.model)
+    saving = {"save_strategy": "steps", "save_steps": trainer_tasks.SAVED}
     second = other_trainer(kind, first.model, 3, tmp_path / "1", **saving)
     second.train()
-    two_tasks.assert_second_task(second, start)
+    trainer_tasks.assert_second_task(second, start)
 
     dgg.hf.install(alpha=1.0, seed=3, task=1)  # as a new process would
     former = model()
     former.load_state_dict(start)
     again = other_trainer(kind, former, 3, tmp_path / "2", **saving)
-    again.train(resume_from_checkpoint=str(tmp_path / "1" / f"checkpoint-{two_tasks.SAVED}"))
-    two_tasks.assert_resumed(again, second)
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / f"checkpoint-{trainer_tasks.SAVED}"))
+    trainer_tasks.assert_resumed(again, second)
 
 
 def test_the_recipe_of_preferences(tmp_path, trainers):

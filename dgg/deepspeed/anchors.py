@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgg import anchor
 from dgg.anchor.boundary import Plan, refuse_optimizer_state
-from dgg.deepspeed.partitions import Partition, cut
+from dgg.deepspeed.partitions import Member, Partition, cut
 
 
 def plan_anchors(
@@ -104,23 +104,27 @@ def whole_sums(
         ValueError: A parameter has no name.
     """
     names_of = anchor.names_of_parameters(model) if model is not None else {}
-    names = [[(names_of.get(m.param) or [m.name])[0] for m in p.members] for p in partitions]
-    unnamed = sum(name is None for of_one in names for name in of_one)
+
+    def name_of(member: Member) -> str | None:
+        names = names_of.get(member.param)
+        return names[0] if names else member.name
+
+    unnamed = sum(name_of(member) is None for p in partitions for member in p.members)
     if unnamed:
         raise ValueError(
             f"importance_dict() knows no name of {unnamed} parameters: pass model=engine.module"
         )
     result: dict[str, Tensor] = {}
-    for partition, read, of_one in zip(partitions, sums, names, strict=True):
+    for partition, read in zip(partitions, sums, strict=True):
         part = read()
         fragments = {f.member: f for f in partition.fragments}
-        for number, (member, name) in enumerate(zip(partition.members, of_one, strict=True)):
+        for number, member in enumerate(partition.members):
             # One parameter at a time: a whole group would be as large as the model.
             whole = part.new_zeros(member.shape.numel())
             if number in fragments:
                 f = fragments[number]
                 whole[f.base : f.base + f.count] = cut(part, f)
-            result[name] = total(whole).to("cpu").view(member.shape)
+            result[str(name_of(member))] = total(whole).to("cpu").view(member.shape)
     return result
 
 
