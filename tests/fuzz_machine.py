@@ -2836,12 +2836,12 @@ def kind_of(seed: int, actions, without=()) -> str | None:
 
 
 def shrink(seed: int, actions, kind: str, without=(), limit_s=20.0):
-    """Returns fewer actions that end in the same difference."""
-    end = time.monotonic() + limit_s
+    """Returns fewer actions that end in the same difference; ``limit_s`` of this process' time."""
+    end = time.process_time() + limit_s
     size = max(1, len(actions) // 2)
-    while size and time.monotonic() < end:
+    while size and time.process_time() < end:
         place, smaller = 0, False
-        while place < len(actions) and time.monotonic() < end:
+        while place < len(actions) and time.process_time() < end:
             fewer = actions[:place] + actions[place + size :]
             if fewer != actions and kind_of(seed, fewer, without) == kind:
                 actions, smaller = fewer, True

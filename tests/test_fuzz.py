@@ -172,7 +172,11 @@ def test_all_actions_and_wrong_uses_happen():
         "by kept", "by numpy", "swap_tensors", "swapping True", "load an earlier state", "pickle",
         "deepcopy", "post raises", "found_inf=1.0", "requires_grad_(False)", "and it raises",
         "a new optimizer loads", "negated", "gaps", "exchange", "GradScaler", "in a hook",
-        "torch's optimizer", "taken out", "draw_index =",
+        "torch's optimizer", "taken out", "draw_index =", "alpha becomes auto",
+        "alpha becomes a number", "importance=sums) -> set", "importance=None) -> set",
+        "given the sums of this one", "importance_dict(model) -> None", "importance of p",
+        ": against",
+        "merge_anchor('mean'", "merge_anchor('rows'", "merge_anchor('fisher'",
     }  # fmt: skip
     for world in range(400):
         notes: list[str] = []
