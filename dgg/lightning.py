@@ -70,6 +70,7 @@ class GuidanceCallback(_Callback):
         self.task = _arguments.plain("task", task)
         _arguments.check_options({"task_index": self.task})
         self._importance: list[dict[str, Any]] | None = None
+        self._anchored: list[int] = []  # anchors of each optimizer in the task in progress
         self._running = False  # a task was begun and has not ended
         self._resumed = False  # a checkpoint was loaded, and no training has begun since
 
@@ -83,6 +84,8 @@ class GuidanceCallback(_Callback):
                 "with ckpt_path=, or begin anew with the former task's weights",
                 stacklevel=_callers.stacklevel(),
             )
+        if self._resumed:
+            self._refuse_lost(guided)
         self._running, self._resumed = True, False
         nothing: list[Any] = [None] * len(guided)
         kept = self._importance or nothing
@@ -98,6 +101,7 @@ class GuidanceCallback(_Callback):
             needed = opt.param_groups[0]["importance"] and self.task > 0
             more = {"importance": sums, "model": pl_module} if needed and sums is not None else {}
             opt.set_anchor(task=self.task, **more)
+        self._anchored = [opt._count_anchors() for opt in guided]
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -113,7 +117,7 @@ class GuidanceCallback(_Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Counts the task as done, and keeps what the next one's importance is made of."""
-        guided, self._running = self._guided(trainer), False
+        guided, self._running, self._anchored = self._guided(trainer), False, []
         if trainer.fast_dev_run:
             return
         if any(opt.param_groups[0]["importance"] for opt in guided):
@@ -128,12 +132,25 @@ class GuidanceCallback(_Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this callback."""
-        return {"task": self.task, "importance": self._importance}
+        return {"task": self.task, "importance": self._importance, "anchored": self._anchored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on in the task of a checkpoint."""
         self.task, self._importance = state_dict["task"], state_dict["importance"]
+        self._anchored = state_dict.get("anchored", [])
         self._resumed = True
+
+    def _refuse_lost(self, guided: list[Any]) -> None:
+        """Raises a RuntimeError if a checkpoint had an anchor that was not loaded."""
+        for opt, before in zip(guided, self._anchored, strict=False):
+            if before and not opt._count_anchors():
+                raise RuntimeError(
+                    f"resuming in the middle of task {self.task}, which was guided, but the "
+                    "checkpoint has brought no anchor, and the weights of now are not those the "
+                    "task began with: the optimizer's state was saved or loaded without that of "
+                    "its dgg.Guidance. Begin the task anew from the former task's weights, or save "
+                    "guidance.state_dict() by yourself"
+                )
 
     def _guided(self, trainer: Any) -> list[Any]:
         """Returns dgg's optimizers among the Trainer's, and the guidances of others."""

@@ -266,7 +266,9 @@ class AccuracyMatrix:
         per_cent = max(known.values(), default=0.0) > 1
         size = range(len(self))
         shown = [[known.get((i, j), math.nan) for j in size] for i in size]
-        colours = {"cmap": "viridis", "vmin": 0, "vmax": 100 if per_cent else 1, **image}
+        # A norm of the caller's has its own ends.
+        ends = {} if "norm" in image else {"vmin": 0, "vmax": 100 if per_cent else 1}
+        colours = {"cmap": "viridis", **ends, **image}
         drawn = ax.imshow(shown, **colours)
         for (i, j), value in known.items():
             red, green, blue, _ = drawn.cmap(drawn.norm(value))

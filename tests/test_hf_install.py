@@ -161,6 +161,41 @@ def test_what_is_neither_in_the_model_nor_used_raises(install, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+def test_losses_that_take_turns_are_no_fault(install, tmp_path):
+    """Not all of their parameters have a gradient in the first step, and one may be frozen."""
+    install(0.2)
+
+    class TakesTurns(TrainsMore):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.scales = [torch.nn.Parameter(torch.tensor([2.0])) for _ in range(2)]
+            self.scale, self.losses = torch.nn.Parameter(torch.ones(1), requires_grad=False), 0
+
+        def compute_loss(self, model, inputs, **kwargs):
+            scale = self.scales[self.losses % 2]
+            self.losses += 1
+            loss = transformers.Trainer.compute_loss(self, model, inputs)
+            return loss * scale.square().sum()
+
+        def get_optimizer_cls_and_kwargs(self, args, model=None):
+            cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+            options["optimizer_dict"][0]["params"] += self.scales
+            return cls, options
+
+    made = trainer(tmp_path, model(), kind=TakesTurns)
+    made.train()
+    assert all(scale.item() != 2.0 for scale in made.scales) and made.scale.item() == 1.0
+
+
+def test_arguments_are_read_when_the_optimizer_is_made(install, tmp_path):
+    """A search sets them on a Trainer that is there."""
+    install(0.2)
+    made = trainer(tmp_path, model())
+    made.args.learning_rate, made.args.adam_beta1 = 0.5, 0.7
+    (group, *_) = made.create_optimizer().param_groups
+    assert group["lr"] == 0.5 and group["betas"] == (0.7, 0.999)
+
+
 def test_what_the_arguments_ask_for_is_never_ignored(install, tmp_path):
     install(0.2)
     with pytest.raises(ValueError, match="optim='adafactor' .* Set optim='adamw_torch'"):

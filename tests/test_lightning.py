@@ -384,6 +384,29 @@ def test_another_optimizer_resumed_in_the_middle_of_a_task(tmp_path, importance)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_checkpoint_that_lost_the_guidance_is_no_new_task(tmp_path):
+    """As of optimizers that save or load their state without torch's hooks."""
+    import dgg.lightning
+
+    def made():
+        module = Foreign(None)
+        module.importance = 0.0
+        return module, dgg.lightning.GuidanceCallback()
+
+    module, guide = made()
+    fit(module, [guide], 0)
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    fit(module, [guide, save], 1, epochs=1, enable_checkpointing=True)
+    path = tmp_path / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["optimizer_states"][0].pop("dgg_guidance")["anchors"]
+    torch.save(checkpoint, path)
+    again, guide = made()
+    with pytest.raises(RuntimeError, match="middle of task 1.*checkpoint has brought no anchor"):
+        fit(again, [guide], 1, ckpt_path=str(path))
+    assert not again.guidance._count_anchors()
+
+
 @pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.5, "importance": 1.0}])
 def test_resumed_at_the_end_of_a_task(tmp_path, options):
     """Nothing is trained then, and neither on_train_start nor on_train_end is called."""

@@ -290,6 +290,14 @@ def test_plot_into_axes_of_somebody(pyplot):
     figure.canvas.draw()
 
 
+def test_plot_with_a_norm_of_the_callers(pyplot):
+    from matplotlib.colors import PowerNorm
+
+    ax = AccuracyMatrix.from_rows(ROWS).plot(norm=PowerNorm(0.5, vmin=10, vmax=90))
+    assert ax.images[0].get_clim() == (10, 90)
+    ax.figure.canvas.draw()
+
+
 def test_plot_without_matplotlib_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

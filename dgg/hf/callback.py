@@ -279,7 +279,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             raise _other_parameters(missing, dead)
         # A framework may train more than the model, as the classifier of a loss. Whether these
         # are removed adapters is known when there are gradients.
-        self._outside = [(label, p) for label, p in labelled if id(p) not in ids_in_model]
+        self._outside = [
+            (label, p) for label, p in labelled if id(p) not in ids_in_model and p.requires_grad
+        ]
         for name, p in named:
             if p.requires_grad:
                 self._names[p] = name
@@ -297,10 +299,11 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 "forward pass does not use them. Make their adapter active (set_adapter) before "
                 "the Trainer is made"
             )
-        dead = [label for label, p in self._outside if p.grad is None]
-        self._outside = []
-        if dead:
-            raise _other_parameters([], dead)
+        outside, self._outside = self._outside, []
+        dead = [(n, p) for n, p in outside if p.grad is None and opt._replay.get(p) is None]
+        # Several losses may take turns; but what was in the model before has been replaced.
+        if dead and (len(dead) == len(outside) or any(p in self._names for _, p in dead)):
+            raise _other_parameters([], [label for label, _ in dead])
 
     # -- logging --------------------------------------------------------------------------------
 

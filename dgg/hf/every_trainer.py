@@ -46,8 +46,8 @@ class _Choice:
         choice = None if trainer is None else vars(trainer).get("_dgg_choice")
         if choice is None:
             return former
-        optimizer, options = choice
-        return functools.wraps(former)(lambda args, model=None: (optimizer, dict(options)))
+        # Asked when the optimizer is made: a search sets the training's arguments before that.
+        return functools.wraps(former)(lambda args, model=None: _chosen(*choice, args))
 
 
 class Installed:
@@ -59,7 +59,6 @@ class Installed:
 
     def __init__(self, optimizer: type, options: dict[str, Any], callback: GuidanceCallback):
         self.callback = callback
-        self._optimizer, self._options = optimizer, options
         self._former = former = _trainer.__init__
         _Choice.stand()
 
@@ -68,31 +67,11 @@ class Installed:
             former(trainer, *args, **kwargs)
             # What a Trainer is given stays; the callback tells if it is none of dgg's.
             if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-                trainer._dgg_choice = self._choice(trainer.args)
+                _chosen(optimizer, options, trainer.args)  # what is wrong is said here
+                trainer._dgg_choice = optimizer, options
             trainer.add_callback(callback)
 
         _trainer.__init__ = begin
-
-    def _choice(self, args: transformers.TrainingArguments) -> tuple[type, dict[str, Any]]:
-        """Returns class and arguments of the optimizer."""
-        name = str(getattr(args.optim, "value", args.optim))
-        is_sgd = issubclass(self._optimizer, torch.optim.SGD)
-        known = ("sgd",) if is_sgd else _ADAM
-        if name not in known:
-            raise ValueError(
-                f"optim={name!r} of the training's arguments is not in force: dgg.hf.install() has "
-                f"put dgg.{self._optimizer.__name__} in its place. Set optim={known[0]!r}, or "
-                "give this Trainer another optimizer in its own arguments"
-            )
-        if args.optim_args:
-            raise ValueError(
-                f"optim_args={args.optim_args!r} is not read: pass dgg.hf.install() the arguments "
-                "of the optimizer"
-            )
-        options: dict[str, Any] = {"lr": args.learning_rate}
-        if not is_sgd:
-            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return self._optimizer, options | self._options
 
     def remove(self) -> None:
         """Gives the Trainers that are made from here on what they had before."""
@@ -100,6 +79,30 @@ class Installed:
         if _installed is self:
             _installed = None
             _trainer.__init__ = self._former
+
+
+def _chosen(
+    optimizer: type, options: dict[str, Any], args: transformers.TrainingArguments
+) -> tuple[type, dict[str, Any]]:
+    """Returns class and arguments of the optimizer."""
+    name = str(getattr(args.optim, "value", args.optim))
+    is_sgd = issubclass(optimizer, torch.optim.SGD)
+    known = ("sgd",) if is_sgd else _ADAM
+    if name not in known:
+        raise ValueError(
+            f"optim={name!r} of the training's arguments is not in force: dgg.hf.install() has "
+            f"put dgg.{optimizer.__name__} in its place. Set optim={known[0]!r}, or "
+            "give this Trainer another optimizer in its own arguments"
+        )
+    if args.optim_args:
+        raise ValueError(
+            f"optim_args={args.optim_args!r} is not read: pass dgg.hf.install() the arguments "
+            "of the optimizer"
+        )
+    found: dict[str, Any] = {"lr": args.learning_rate}
+    if not is_sgd:
+        found |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return optimizer, found | options
 
 
 def install(

@@ -40,7 +40,7 @@ def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writ
         return
     try:
         sums = opt.importance_dict(model=model)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         logger.warning(
             "the importance of this training is not carried to the next one: %s", error,
             stacklevel=_callers.stacklevel(),

@@ -258,7 +258,7 @@ class Guidance(Reporting, Carried):
         for handle in self._handles:
             handle.remove()
         self.clear_anchor()
-        del vars(self.optimizer)[GUIDED]
+        vars(self.optimizer).pop(GUIDED, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""
