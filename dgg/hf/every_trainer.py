@@ -47,7 +47,8 @@ class _Choice:
         if choice is None:
             return former
         # Asked when the optimizer is made: a search sets the training's arguments before that.
-        return functools.wraps(former)(lambda args, model=None: _chosen(*choice, args))
+        optimizer, options = choice
+        return functools.wraps(former)(lambda args, model=None: _chosen(optimizer, options, args))
 
 
 class Installed:
