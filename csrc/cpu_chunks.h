@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Rows and their chunks: how a chunk's elements are staged in blocks, which words are drawn for
-// them, and how threads share the chunks. Included by cpu.cpp alone.
+// them, and how threads share the chunks. Included by cpu.cpp and cpu_products.cpp.
 
 #pragma once
 

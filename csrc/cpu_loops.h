@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // The loops of the CPU passes that every rule shares: conversions, mixing, draws and sums, compiled
-// for every instruction set. They know no tensors, only memory. Included by cpu.cpp alone.
+// for every instruction set. They know no tensors, only memory. Included by cpu.cpp and
+// cpu_products.cpp.
 //
 // Sums are formed in a fixed order: float32 (float64) in a fixed number of lanes within a block,
 // float64 beyond. Results are the same bits for every instruction set.

@@ -281,10 +281,6 @@ def test_the_tables_of_the_study_are_those_of_its_results(study):
     assert page.count("| guard, w = ½ − replay only, in-domain | 20 |") == 1
 
 
-def page_tables(summary, found):
-    return "\n".join(summary.sections(found))
-
-
 def test_the_readme_says_what_the_study_says(study):
     found, summary = study
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -297,7 +293,8 @@ def test_the_readme_says_what_the_study_says(study):
     rows = re.findall(rf"^\| (.+?) \|{cell}{cell}$", readme, re.M)
     assert [row[0] for row in rows] == list(arms)
     beds = ("in-domain", "shifted")
-    tables = dict(zip(beds, re.split("^## The bed ", page_tables(summary, found), flags=re.M)[1:],
+    report = "\n".join(summary.sections(found))
+    tables = dict(zip(beds, re.split("^## The bed ", report, flags=re.M)[1:],
                       strict=True))  # fmt: skip
     for what, *cells in rows:
         for bed, (mean, low, high, p) in zip(beds, (cells[:4], cells[4:]), strict=True):
@@ -306,7 +303,7 @@ def test_the_readme_says_what_the_study_says(study):
             assert [mean, low, high] == [summary.signed(got.mean), *ends] and got.n == 20
             pair = summary.pair(arms[what], "replay")
             # The primary tests stand in a table of their own.
-            looked = page_tables(summary, found) if arms[what] == "guard50" else tables[bed]
+            looked = report if arms[what] == "guard50" else tables[bed]
             name = f"{pair}, {bed}" if arms[what] == "guard50" else pair
             planned = re.findall(rf"^\| {name} \|(?: [^|]+ \|){{7}} (.+?) \|$", looked, re.M)
             assert planned == ([] if p == "–" else [p]), (what, bed)
