@@ -103,6 +103,21 @@ def allocate_all(
     ]
 
 
+def memory_for(
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device | None,
+    former: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """Returns the memory of every parameter's next anchor: the former one's if it fits, or new."""
+    memory: dict[Tensor, Tensor] = {}
+    for p, dtype, old in zip(params, dtypes, former, strict=True):
+        if old is not None and old.dtype == dtype and old.shape == p.shape:
+            memory[p] = old
+    dtype_of = {p: dtype for p, dtype in zip(params, dtypes, strict=True) if p not in memory}
+    fresh = allocate_all([*dtype_of], [*dtype_of.values()], device)
+    memory |= dict(zip(dtype_of, fresh, strict=True))
+    return [memory[p] for p in params]
+
+
 def resolved(x: Any) -> Any:
     """Returns a tensor without lazy negation or conjugation; anything else as it is.
 
