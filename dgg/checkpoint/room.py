@@ -33,13 +33,9 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
         return
     entries = []
     for group in opt.param_groups:
-        weighted = ["importance"] if group["importance"] else []
-        names = [
-            *opt._rule.needed(group),
-            "anchor",
-            *weighted,
-            *opt._rule.columns.keys() & {"step"},
-        ]
+        names = [*opt._rule.needed(group), "anchor", *opt._rule.columns.keys() & {"step"}]
+        if group["importance"]:
+            names.append("importance")
         for p in group["params"]:
             master = ["master"] if opt._settings.has_master(p) else []
             kept = p.requires_grad or p in opt.state
