@@ -44,9 +44,6 @@ def model_of_tensors(tensors: Any, model: Any, importance: Any) -> Any:
     """Returns the model whose names ``set_anchor(tensors, ...)`` looks for in ``tensors``.
 
     With the present weights as the anchor it may belong to the importance alone.
-
-    Raises:
-        TypeError: ``model`` is no module.
     """
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
@@ -108,13 +105,7 @@ def place(
 
 
 def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]) -> None:
-    """Drops all anchors.
-
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        marks: As in `place`.
-    """
+    """Drops all anchors; the arguments are those of `place`."""
     for mark, params in zip(marks, opt._ownership.tensors(groups), strict=True):
         for p in params:
             if p in opt.state:
@@ -166,12 +157,6 @@ def plan_anchors(
 
     Returns:
         The plan; a present anchor that fits is its target again.
-
-    Raises:
-        FileNotFoundError: There is nothing at the path.
-        KeyError: A trainable parameter has no tensor.
-        TypeError: A wrong type.
-        ValueError: A shape, value or name does not fit.
     """
     refuse_optimizer_state(tensors)
     if tensors is None and model is not None:
@@ -242,14 +227,9 @@ def plan_importance(
     source: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
     params: Sequence[Tensor],
 ) -> list[importance.Entry]:  # fmt: skip
-    """Returns the plan of `importance.plan` for plain parameters.
+    """Returns the plan of `importance.plan` for plain parameters, those that get an anchor.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        source: Sums of v̂ by name, their path, or None for the present second moments.
-        model: Maps names to parameters, or None if the groups have the names.
-        params: Those that get an anchor.
+    The source has sums of v̂ by name, or is their path; None takes the present second moments.
     """
     label_of = _labels(groups)
     labels = [label_of[p] for p in params]

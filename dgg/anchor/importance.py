@@ -74,10 +74,6 @@ def plan(
         labels: Their names in errors.
         match: Dtype of every parameter's sum → their sources, sums of v̂; it raises if one has
             none. None adds v̂ to the present sums.
-
-    Raises:
-        TypeError: A source is of the wrong type.
-        ValueError: A source has another shape, or values that are negative or not finite.
     """
     dtypes = [
         anchor.storage_dtype(p, opt._settings.importance_dtype, label)
@@ -194,11 +190,6 @@ def refuse_unknown(opt, known: bool) -> None:
 
 def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
     """Returns the mean of all sums over all elements of all ranks; every rank calls it.
-
-    Args:
-        opt: The optimizer.
-        entries: From `plan`.
-        peers: The groups whose ranks have the other parts.
 
     Raises:
         RuntimeError: No rank has a second moment, all sums are 0, or another rank failed.

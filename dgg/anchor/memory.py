@@ -45,16 +45,7 @@ class Part(NamedTuple):
 
 
 def storage_dtype(param: Tensor, anchor_dtype: torch.dtype | None, label: str) -> torch.dtype:
-    """Returns the dtype an anchor of ``param`` is stored in.
-
-    Args:
-        param: The parameter.
-        anchor_dtype: The optimizer's ``anchor_dtype``; None means the parameter's own.
-        label: Name of the parameter, for the error.
-
-    Raises:
-        TypeError: No complex dtype goes with ``anchor_dtype``.
-    """
+    """Returns the dtype an anchor of ``param`` is stored in; None means the parameter's own."""
     if anchor_dtype is None:
         return param.dtype
     if not param.is_complex():

@@ -37,12 +37,7 @@ def merge(
 ) -> float:  # fmt: skip
     """Merges all anchored parameters in place; see `dgg.AdamW.merge_anchor`.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        rule: One of RULES.
-        keep: Share of the rows, for ``"rows"``.
-        weights: Parameter → the tensor that the optimizer steps for it: itself or its master.
+    ``weights`` returns the tensor that the optimizer steps for a parameter: itself or its master.
     """
     params = [p for group in groups for p in group["params"] if "anchor" in opt.state.get(p, ())]
     peers = opt._ownership.peers([p for group in groups for p in group["params"]])

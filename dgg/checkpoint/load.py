@@ -43,13 +43,7 @@ def make_whole(opt) -> None:
 
 
 def load(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
-    """Loads a state dict; after an error the optimizer is as it was.
-
-    Args:
-        opt: The optimizer.
-        state_dict: Argument of ``load_state_dict``.
-        torch_load: ``load_state_dict`` of the torch.optim class.
-    """
+    """Loads a state dict, with torch.optim's own method; after an error all is as it was."""
     # Loading makes new objects in place of these, which stay as they are.
     attributes = dict(opt.__dict__)
     try:

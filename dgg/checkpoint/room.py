@@ -46,9 +46,7 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
 def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
     """Makes the state of every parameter; anchors are filled with NaN.
 
-    Args:
-        opt: The optimizer.
-        entries: For each parameter state key → dtype, or None for the usual one.
+    Of each parameter the entries have state key → dtype, or None for the usual one.
     """
     params = [p for group in opt.param_groups for p in group["params"]]
     for number, (p, dtypes) in enumerate(zip(params, entries, strict=True)):

@@ -54,13 +54,7 @@ def write(contents: Contents, per_task: int) -> dict[str, Any]:
 
 
 def read(state: Any, per_task: int) -> Contents:
-    """Reads a state for a buffer that keeps `per_task` examples a task; examples are copied.
-
-    Raises:
-        TypeError: if something in the state is of the wrong type.
-        ValueError: if it is no state of a replay buffer, is one with another `per_task`, or
-            contradicts itself.
-    """
+    """Reads a state for a buffer that keeps `per_task` examples a task; examples are copied."""
     form = state.get("format") if isinstance(state, dict) else None
     if not isinstance(form, str) or form != _FORMAT:
         raise ValueError("not the state of a dgg.ReplayBuffer")
