@@ -374,12 +374,20 @@ def test_what_is_given_must_be_what_it_says(two):
     refused(ValueError, "model=…give both or neither", plan, params, model=model)
     refused(TypeError, "not list…state_dict", plan, params, model=model, tensors=[1])
     refused(
+        ValueError, "which name…pass model=…named_parameters()", plan, two, tensors={"a": two[0]}
+    )
+
+
+def test_the_model_may_be_that_of_the_importance_alone():
+    model, _ = of_model()
+    for tensors, importance in (({}, None), ({}, {}), (None, None)):
+        assert boundary.model_of_tensors(tensors, model, importance) is model
+    assert boundary.model_of_tensors(None, model, {}) is None
+    assert boundary.model_of_tensors({}, None, None) is None
+    refused(
         TypeError, "model= must be a torch.nn.Module, not dict", boundary.model_of_tensors,
         {}, {}, None,
     )  # fmt: skip
-    refused(
-        ValueError, "which name…pass model=…named_parameters()", plan, two, tensors={"a": two[0]}
-    )
 
 
 def test_named_tensors_of_a_model():
