@@ -374,11 +374,20 @@ def test_what_is_given_must_be_what_it_says(two):
     refused(ValueError, "model=…give both or neither", plan, params, model=model)
     refused(TypeError, "not list…state_dict", plan, params, model=model, tensors=[1])
     refused(
-        TypeError, "model= must be a torch.nn.Module, not dict", plan, params, model={}, tensors={}
-    )
-    refused(
         ValueError, "which name…pass model=…named_parameters()", plan, two, tensors={"a": two[0]}
     )
+
+
+def test_the_model_may_be_that_of_the_importance_alone():
+    model, _ = of_model()
+    for tensors, importance in (({}, None), ({}, {}), (None, None)):
+        assert boundary.model_of_tensors(tensors, model, importance) is model
+    assert boundary.model_of_tensors(None, model, {}) is None
+    assert boundary.model_of_tensors({}, None, None) is None
+    refused(
+        TypeError, "model= must be a torch.nn.Module, not dict", boundary.model_of_tensors,
+        {}, {}, None,
+    )  # fmt: skip
 
 
 def test_named_tensors_of_a_model():
@@ -429,13 +438,13 @@ def test_names_of_what_gets_no_anchor_are_known(two):
     """A frozen parameter's tensor may be there: it is nobody else's under another name."""
     groups = [{"params": two, "param_names": ["x.a", "a"]}]
     two[0].requires_grad_(False)
-    assert boundary._other_names(groups, [two[1]]) == ["x.a"]
-    assert boundary._other_names(groups, two) == []
-    assert boundary._other_names([*groups, {"params": [], "param_names": []}], []) == ["x.a", "a"]
-    with pytest.raises(ValueError):
-        boundary._other_names([{"params": two, "param_names": ["a"]}], [])
-    with pytest.raises(ValueError):
-        boundary._names_of([{"params": two, "param_names": ["a"]}], None, two[:1])
+    assert boundary._names(groups, None, [two[1]]) == ([["a"]], ["x.a"])
+    assert boundary._names(groups, None, two) == ([["x.a"], ["a"]], [])
+    more = [*groups, {"params": [], "param_names": []}]
+    assert boundary._names(more, None, []) == ([], ["x.a", "a"])
+    for params in ([], two[:1]):
+        with pytest.raises(ValueError):
+            boundary._names([{"params": two, "param_names": ["a"]}], None, params)
     # Only "x.a" is there, and it is the frozen one's.
     refused(
         KeyError, "parameter 'a'", boundary.plan_anchors, groups, {}, {"x.a": torch.ones(4)}, None,

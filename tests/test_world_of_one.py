@@ -816,7 +816,7 @@ def test_whole_moments_are_sharded_where_their_parameter_is():
         entry[name] = entry[name].to_local().to(dtype) + 1
     entry["max_exp_avg_sq"] = None
     kept = opt.state[plain]["exp_avg"], entry["exp_avg_sq"], entry["step"]
-    loading._shard_moments(opt)
+    loading._give_moments_memory(opt)
     for name, dtype in (("exp_avg", F32), ("master", F64)):
         made = entry[name]
         assert type(made) is type(p.data) and made.placements == p.placements

@@ -9,16 +9,18 @@ from dgg.anchor.memory import (
     check_values,
     finite,
     is_alias,
+    memory_for,
     resolved,
     storage_dtype,
     write,
 )
 from dgg.anchor.names import names_of_parameters, variants
-from dgg.anchor.sources import find_names, match_named, open_path
+from dgg.anchor.readings import find_names
+from dgg.anchor.sources import Stored, open_path
 from dgg.reference import FLOAT_DTYPES
 
 __all__ = [
-    "FLOAT_DTYPES", "Part", "allocate", "allocate_all", "check_source", "check_values",
-    "find_names", "finite", "is_alias", "match_named", "names_of_parameters", "open_path",
+    "FLOAT_DTYPES", "Part", "Stored", "allocate", "allocate_all", "check_source", "check_values",
+    "find_names", "finite", "is_alias", "memory_for", "names_of_parameters", "open_path",
     "resolved", "storage_dtype", "variants", "write",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,9 +44,6 @@ def model_of_tensors(tensors: Any, model: Any, importance: Any) -> Any:
     """Returns the model whose names ``set_anchor(tensors, ...)`` looks for in ``tensors``.
 
     With the present weights as the anchor it may belong to the importance alone.
-
-    Raises:
-        TypeError: ``model`` is no module.
     """
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
@@ -107,13 +105,7 @@ def place(
 
 
 def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]) -> None:
-    """Drops all anchors.
-
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        marks: As in `place`.
-    """
+    """Drops all anchors; the arguments are those of `place`."""
     for mark, params in zip(marks, opt._ownership.tensors(groups), strict=True):
         for p in params:
             if p in opt.state:
@@ -165,12 +157,6 @@ def plan_anchors(
 
     Returns:
         The plan; a present anchor that fits is its target again.
-
-    Raises:
-        FileNotFoundError: There is nothing at the path.
-        KeyError: A trainable parameter has no tensor.
-        TypeError: A wrong type.
-        ValueError: A shape, value or name does not fit.
     """
     refuse_optimizer_state(tensors)
     if tensors is None and model is not None:
@@ -181,11 +167,8 @@ def plan_anchors(
             f"directory of them, not {type(tensors).__name__}; pass a state_dict, or the path that "
             "save_pretrained() wrote to"
         )
-    if model is not None and not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
-    all_params = [p for group in groups for p in group["params"]]
-    label_of = dict(zip(all_params, _arguments.group_labels(groups), strict=True))
-    params = [p for p in all_params if p.requires_grad or p in anchors]
+    label_of = _labels(groups)
+    params = [p for p in label_of if p.requires_grad or p in anchors]
     labels = [label_of[p] for p in params]
     if not params and none:
         return []
@@ -219,32 +202,23 @@ def plan_anchors(
         for p, theta, label, wanted in zip(params, stepped, labels, dtypes, strict=True):
             anchor.check_source(theta, p, label, wanted)
     else:
-        names = _names_of(groups, model, params)
-        if not isinstance(tensors, Mapping):
-            tensors = anchor.open_path(tensors)
-        others = () if model is not None else _other_names(groups, params)
-        sources = anchor.match_named(tensors, params, names, labels, dtypes, model, others)
-    present: dict[Tensor, Tensor] = {}
-    for p, theta, wanted in zip(params, stepped, dtypes, strict=True):
-        old = anchors.get(p)
-        if old is None or old.dtype != wanted or old.shape != p.shape:
-            continue
+        sources = _named_sources(tensors, groups, model, params, labels, "anchor", dtypes)
+    former = [anchors.get(p) for p in params]
+    for place, (old, p, theta) in enumerate(zip(former, params, stepped, strict=True)):
         # Somebody may have put the weights themselves there.
-        if not anchor.is_alias(old, p) and not anchor.is_alias(old, theta):
-            present[p] = old
-    dtype_of = {p: wanted for p, wanted in zip(params, dtypes, strict=True) if p not in present}
-    fresh = anchor.allocate_all([*dtype_of], [*dtype_of.values()], device)
-    targets = present | dict(zip(dtype_of, fresh, strict=True))
+        if old is not None and (anchor.is_alias(old, p) or anchor.is_alias(old, theta)):
+            former[place] = None
+    targets = anchor.memory_for(params, dtypes, device, former)
     plan: Plan = []
-    for p, source, label, wanted in zip(params, sources, labels, dtypes, strict=True):
+    for p, source, target, label in zip(params, sources, targets, labels, strict=True):
         values: Any = source  # or None: they are in the target already
         if isinstance(source, anchor.Part):
             read = source.read()
-            anchor.check_values(read, label, wanted)
-            if p not in present:
-                sharding.local(targets[p]).copy_(read)
+            anchor.check_values(read, label, target.dtype)
+            if target is not anchors.get(p):
+                sharding.local(target).copy_(read)
                 values = None
-        plan.append((p, values, targets[p]))
+        plan.append((p, values, target))
     return plan
 
 
@@ -253,17 +227,11 @@ def plan_importance(
     source: Mapping[str, Tensor] | str | os.PathLike | None, model: torch.nn.Module | None,
     params: Sequence[Tensor],
 ) -> list[importance.Entry]:  # fmt: skip
-    """Returns the plan of `importance.plan` for plain parameters.
+    """Returns the plan of `importance.plan` for plain parameters, those that get an anchor.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        source: Sums of v̂ by name, their path, or None for the present second moments.
-        model: Maps names to parameters, or None if the groups have the names.
-        params: Those that get an anchor.
+    The source has sums of v̂ by name, or is their path; None takes the present second moments.
     """
-    all_params = [p for group in groups for p in group["params"]]
-    label_of = dict(zip(all_params, _arguments.group_labels(groups), strict=True))
+    label_of = _labels(groups)
     labels = [label_of[p] for p in params]
     if source is None:
         return importance.plan(opt, groups, params, labels, None)
@@ -273,22 +241,45 @@ def plan_importance(
                 f"{label} is FSDP1's, and importance by name is not cut into its runs: keep the "
                 "optimizer between tasks, or resume its checkpoint, which has the importance"
             )
-    names = _names_of(groups, model, params)
-    tensors = source if isinstance(source, Mapping) else anchor.open_path(source)
-    others = () if model is not None else _other_names(groups, params)
-
-    def match(dtypes: Sequence[torch.dtype]):
-        return anchor.match_named(
-            tensors, params, names, labels, dtypes, model, others, "importance"
-        )
-
+    match = functools.partial(_named_sources, source, groups, model, params, labels, "importance")
     return importance.plan(opt, groups, params, labels, match)
 
 
-def _names_of(groups, model, params) -> list[list[str]]:
+def _labels(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
+    """Returns the name of every parameter in errors."""
+    params = [p for group in groups for p in group["params"]]
+    return dict(zip(params, _arguments.group_labels(groups), strict=True))
+
+
+def _named_sources(
+    tensors: Mapping[str, Tensor] | str | os.PathLike, groups: Sequence[Mapping[str, Any]],
+    model: torch.nn.Module | None, params: Sequence[Tensor], labels: Sequence[str], what: str,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor | anchor.Part]:  # fmt: skip
+    """Returns the tensor of every parameter among named ones, in memory or in files, checked.
+
+    Values in files are not read yet. Tensors of other parameters (frozen ones, buffers) are left
+    alone.
+    """
+    names, others = _names(groups, model, params)
+    if not isinstance(tensors, Mapping):
+        tensors = anchor.open_path(tensors)
+    in_source = anchor.find_names(tensors, names, labels, model, params, others)
+    sources: list[Tensor | anchor.Part] = []
+    for p, name, label, dtype in zip(params, in_source, labels, dtypes, strict=True):
+        if isinstance(tensors, anchor.Stored):
+            sources.append(anchor.Part(tensors, name, p, *tensors.kind(name)))
+        else:
+            sources.append(tensors[name])
+        anchor.check_source(sources[-1], p, label, dtype, what)
+    return sources
+
+
+def _names(groups, model, params) -> tuple[list[list[str]], list[str]]:
+    """Returns the names of each of these parameters, and those of the others in the groups."""
     if model is not None:
         names_of = anchor.names_of_parameters(model)
-        return [names_of.get(p, []) for p in params]
+        return [names_of.get(p, []) for p in params], []
     names: dict[Tensor, str] = {}
     for group in groups:
         if "param_names" not in group:
@@ -297,35 +288,13 @@ def _names_of(groups, model, params) -> list[list[str]]:
                 "model=, or build the optimizer from model.named_parameters()"
             )
         names.update(zip(group["params"], group["param_names"], strict=True))
-    return [anchor.variants(names[p]) for p in params]
-
-
-def _other_names(groups, params) -> list[str]:
-    anchored = set(params)
-    return [
-        name
-        for group in groups
-        for p, name in zip(group["params"], group["param_names"], strict=True)
-        if p not in anchored
-    ]
+    return [anchor.variants(names.pop(p)) for p in params], list(names.values())
 
 
 def begins_task(
     task: int, groups: Sequence[Mapping[str, Any]], draws: int, *, has_source: bool
 ) -> bool:
-    """Returns whether ``set_anchor(task=...)`` sets the anchor; False keeps the present one.
-
-    Args:
-        task: Number of the task that is to be trained now.
-        groups: Parameter groups with ``task_index``.
-        draws: Steps made so far.
-        has_source: The caller passed tensors or a path, so the present weights are not the source.
-
-    Raises:
-        TypeError: ``task`` is no int.
-        ValueError: ``task`` is negative, over already, or not the next one.
-        RuntimeError: The anchor of a task in progress is gone, and the caller passed no source.
-    """
+    """Returns whether ``set_anchor(task=...)``, after so many draws, sets the anchor."""
     _arguments.check_options({"task_index": task})
     present = groups[0]["task_index"]
     anchored = any(group["anchored"] for group in groups)
@@ -358,16 +327,7 @@ def begins_task(
 
 
 def refuse_resumed(groups: Sequence[Mapping[str, Any]], draws: int, resumed: int | None) -> None:
-    """Raises where ``set_anchor()`` could replace a resumed anchor by the weights of mid-task.
-
-    Args:
-        groups: Parameter groups with ``task_index`` and ``anchored``.
-        draws: Steps made so far.
-        resumed: Steps of the checkpoint that a new optimizer has loaded, or None.
-
-    Raises:
-        RuntimeError: The optimizer has an anchor from a checkpoint and made no step since.
-    """
+    """Raises where ``set_anchor()`` could replace a resumed anchor by the weights of mid-task."""
     task = groups[0]["task_index"]
     if resumed and draws == resumed and any(group["anchored"] for group in groups):
         raise RuntimeError(
@@ -385,9 +345,6 @@ def refuse_earlier(named: int | None, saved: Sequence[Mapping[str, Any]]) -> Non
     Args:
         named: The task that ``set_anchor(task=...)`` named on a new optimizer, or None.
         saved: Groups of the state that is about to be loaded.
-
-    Raises:
-        ValueError: The state is of an earlier task.
     """
     task = saved[0].get("task_index", 0) if saved else 0
     if named is not None and task < named:

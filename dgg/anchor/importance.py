@@ -11,6 +11,7 @@ clipping factor that is the same for all steps leaves F as it is.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,12 +52,7 @@ def check_form(importance: Any) -> None:
 
 
 def check_wanted(importance: Any, weight: float) -> None:
-    """Raises unless ``set_anchor(importance=...)`` has a form that is used.
-
-    Raises:
-        TypeError: It is neither a mapping nor a path.
-        ValueError: The optimizer does not weigh its pull.
-    """
+    """Raises unless ``set_anchor(importance=...)`` has a form that is used."""
     check_form(importance)
     if importance is not None and not weight:
         raise ValueError(
@@ -78,10 +74,6 @@ def plan(
         labels: Their names in errors.
         match: Dtype of every parameter's sum → their sources, sums of v̂; it raises if one has
             none. None adds v̂ to the present sums.
-
-    Raises:
-        TypeError: A source is of the wrong type.
-        ValueError: A source has another shape, or values that are negative or not finite.
     """
     dtypes = [
         anchor.storage_dtype(p, opt._settings.importance_dtype, label)
@@ -98,8 +90,9 @@ def plan(
             else:
                 values = given.detach()
             check_sum(values, label)
-            sums.append(_reader(values, p))
-    targets = _targets(opt, params, dtypes)
+            sums.append(functools.partial(_exact, values, p))
+    former = [opt.state.get(p, {}).get("importance") for p in params]
+    targets = anchor.memory_for(params, dtypes, opt._settings.anchor_device, former)
     return [Entry(*entry) for entry in zip(params, labels, sums, targets, known, strict=True)]
 
 
@@ -110,12 +103,7 @@ def exact_dtype(param: Tensor) -> torch.dtype:
 
 
 def check_saved(value: Any, param: Tensor, label: str) -> None:
-    """Checks a saved F before anything is changed.
-
-    Raises:
-        TypeError: It is no tensor of a floating dtype.
-        ValueError: It has another shape, or values that are negative, inf or NaN.
-    """
+    """Checks a saved F before anything is changed."""
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     suitable = isinstance(value, Tensor) and value.dtype.to_real() in anchor.FLOAT_DTYPES
     if not suitable or value.is_complex() != param.is_complex() or value.layout != torch.strided:
@@ -146,13 +134,11 @@ def check_sum(values: Tensor, label: str) -> None:
         )
 
 
-def _reader(values: Tensor, param: Tensor) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        whole = anchor.allocate(param, exact_dtype(param), None)
-        anchor.write(whole, values)
-        return real_view(sharding.local(whole))
-
-    return read
+def _exact(values: Tensor, param: Tensor) -> Tensor:
+    """Returns this rank's part of a given sum, in the dtype that is computed in."""
+    part = anchor.allocate(param, exact_dtype(param), None)
+    anchor.write(part, values)
+    return real_view(sharding.local(part))
 
 
 def second_moments(
@@ -169,36 +155,26 @@ def running_sums(
 ) -> tuple[list[Callable[[], Tensor]], list[bool]]:
     """Returns functions that return the present sum of every parameter with its v̂ added.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        params: Parameters, or partitions.
-
-    Returns:
-        The functions, and whether there is a second moment or a sum of each parameter. A rank may
-        have none at all, where its part is empty or had no gradient.
+    And whether there is a second moment or a sum of each parameter. A rank may have none at all,
+    where its part is empty or had no gradient.
     """
     mean = float(opt.param_groups[0]["importance_mean"])
     moments = second_moments(opt, groups, params)
     present = [opt.state.get(p, {}).get("importance") for p in params]
-
-    def reader(p: Tensor, moment, before: Tensor | None) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            shard = real_view(sharding.local(p.detach()))
-            dtype = torch.float64 if shard.dtype == torch.float64 else torch.float32
-            total = torch.zeros_like(shard, dtype=dtype)
-            if moment is not None:
-                value, correction = moment
-                total += real_view(sharding.local(value)).to(total.device, dtype) / correction
-            if before is not None:
-                total += real_view(sharding.local(before)).to(total.device, dtype) * mean
-            return total
-
-        return read
-
     triples = list(zip(params, moments, present, strict=True))
     known = [moment is not None or before is not None for _, moment, before in triples]
-    return [reader(*triple) for triple in triples], known
+    return [functools.partial(_running_sum, *triple, mean) for triple in triples], known
+
+
+def _running_sum(param: Tensor, moment, before: Tensor | None, mean: float) -> Tensor:
+    shard = real_view(sharding.local(param.detach()))
+    total = torch.zeros_like(shard, dtype=exact_dtype(shard))
+    if moment is not None:
+        value, correction = moment
+        total += real_view(sharding.local(value)).to(total) / correction
+    if before is not None:
+        total += real_view(sharding.local(before)).to(total) * mean
+    return total
 
 
 def refuse_unknown(opt, known: bool) -> None:
@@ -212,28 +188,8 @@ def refuse_unknown(opt, known: bool) -> None:
         )
 
 
-def _targets(opt, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Returns the memory of every F: the present one where it fits, otherwise new."""
-    targets: dict[int, Tensor] = {}
-    for i, (p, dtype) in enumerate(zip(params, dtypes, strict=True)):
-        old = opt.state.get(p, {}).get("importance")
-        if old is not None and old.dtype == dtype and old.shape == p.shape:
-            targets[i] = old
-    missing = [i for i in range(len(params)) if i not in targets]
-    fresh = anchor.allocate_all(
-        [params[i] for i in missing], [dtypes[i] for i in missing], opt._settings.anchor_device
-    )
-    targets |= dict(zip(missing, fresh, strict=True))
-    return [targets[i] for i in range(len(params))]
-
-
 def mean_of(opt, entries: Sequence[Entry], peers: Sequence) -> float:
     """Returns the mean of all sums over all elements of all ranks; every rank calls it.
-
-    Args:
-        opt: The optimizer.
-        entries: From `plan`.
-        peers: The groups whose ranks have the other parts.
 
     Raises:
         RuntimeError: No rank has a second moment, all sums are 0, or another rank failed.

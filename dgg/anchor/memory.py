@@ -45,16 +45,7 @@ class Part(NamedTuple):
 
 
 def storage_dtype(param: Tensor, anchor_dtype: torch.dtype | None, label: str) -> torch.dtype:
-    """Returns the dtype an anchor of ``param`` is stored in.
-
-    Args:
-        param: The parameter.
-        anchor_dtype: The optimizer's ``anchor_dtype``; None means the parameter's own.
-        label: Name of the parameter, for the error.
-
-    Raises:
-        TypeError: No complex dtype goes with ``anchor_dtype``.
-    """
+    """Returns the dtype an anchor of ``param`` is stored in; None means the parameter's own."""
     if anchor_dtype is None:
         return param.dtype
     if not param.is_complex():
@@ -101,6 +92,21 @@ def allocate_all(
         sharding.like(pinned_of[i], p) if i in pinned_of else allocate(p, dtype, device)
         for i, (p, dtype) in enumerate(zip(params, dtypes, strict=True))
     ]
+
+
+def memory_for(
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device | None,
+    former: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """Returns the memory of every parameter's next anchor: the former one's if it fits, or new."""
+    memory: dict[Tensor, Tensor] = {}
+    for p, dtype, old in zip(params, dtypes, former, strict=True):
+        if old is not None and old.dtype == dtype and old.shape == p.shape:
+            memory[p] = old
+    dtype_of = {p: dtype for p, dtype in zip(params, dtypes, strict=True) if p not in memory}
+    fresh = allocate_all([*dtype_of], [*dtype_of.values()], device)
+    memory |= dict(zip(dtype_of, fresh, strict=True))
+    return [memory[p] for p in params]
 
 
 def resolved(x: Any) -> Any:

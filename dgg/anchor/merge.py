@@ -37,42 +37,37 @@ def merge(
 ) -> float:  # fmt: skip
     """Merges all anchored parameters in place; see `dgg.AdamW.merge_anchor`.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        rule: One of RULES.
-        keep: Share of the rows, for ``"rows"``.
-        weights: Parameter → the tensor that the optimizer steps for it: itself or its master.
+    ``weights`` returns the tensor that the optimizer steps for a parameter: itself or its master.
     """
     params = [p for group in groups for p in group["params"] if "anchor" in opt.state.get(p, ())]
     peers = opt._ownership.peers([p for group in groups for p in group["params"]])
     with sharding.on_all_or_none(peers, {"rule": rule, "keep": keep}):
-        _check(rule, keep)
-        _check_params(opt, params, rule)
-    tasks = int(opt.param_groups[0]["task_index"]) + 1
+        _check(opt, params, rule, keep)
     if rule == "rows":
-        for p in params:
-            _store(opt, p, weights, _rows_kept(weights(p), opt.state[p]["anchor"], keep))
-        opt._ownership.share_weights()
-        return keep
-    share = 1 / tasks if rule == "mean" else _least(opt, params, weights)
+        share = keep
+    elif rule == "mean":
+        share = 1 / (int(opt.param_groups[0]["task_index"]) + 1)
+    else:
+        share = _least(opt, params, weights)
     for p in params:
-        dtype = importance.exact_dtype(p)  # rounded once, where it is stored
-        theta = sharding.local(weights(p)).to(dtype)
-        base = sharding.local(opt.state[p]["anchor"]).to(theta.device, dtype)
-        _store(opt, p, weights, sharding.like(torch.lerp(base, theta, share), p))
+        theta, base = weights(p), opt.state[p]["anchor"]
+        if rule == "rows":
+            merged = _rows_kept(theta, base, keep)
+        else:
+            shard = sharding.local(theta).to(importance.exact_dtype(p))  # rounded when it is stored
+            merged = sharding.like(torch.lerp(sharding.local(base).to(shard), shard, share), p)
+        if "master" in opt.state[p]:
+            anchor.write(opt.state[p]["master"], merged)
+        anchor.write(p, merged)
     opt._ownership.share_weights()
     return share
 
 
-def _check(rule: str, keep: float) -> None:
+def _check(opt, params: Sequence[Tensor], rule: str, keep: float) -> None:
     if rule not in RULES:
         raise ValueError(f"merge_anchor(rule={rule!r}) is not one of {RULES}")
     if not _arguments.is_number(keep) or not 0 < float(keep) <= 1:
         raise ValueError(f"keep={keep!r} must lie in (0, 1]: it is a share of the rows")
-
-
-def _check_params(opt, params: Sequence[Tensor], rule: str) -> None:
     counted = any(group.get("anchored") for group in opt.param_groups)
     if not params and not (counted and not opt._ownership.has_all):
         raise RuntimeError(
@@ -132,10 +127,3 @@ def _rows_kept(theta: Tensor, base: Tensor, keep: float) -> Tensor:
     shard = sharding.shard_of(chosen, theta)
     kept = torch.where(shard, sharding.local(theta), sharding.local(base))
     return sharding.like(kept, theta)
-
-
-def _store(opt, param: Tensor, weights: Callable[[Tensor], Tensor], merged: Tensor) -> None:
-    """Writes merged weights to a parameter, and to its master weight."""
-    if "master" in opt.state[param]:
-        anchor.write(opt.state[param]["master"], merged)
-    anchor.write(param, merged)

@@ -107,15 +107,15 @@ class ModelNames:
         self.forms: dict[str, list[tuple[str, ...]]] = {}
         self.words: tuple[str, ...] = _WORDS
         wrapped = () if model is None else _paths_of_engines(model)
-        self._add("model", lambda name: (plain(name), plain(_without_engines(name, wrapped))))
+        self._add("model", plain, lambda name: plain(_without_engines(name, wrapped)))
         if model is not None:
             _add_peft(self, model)
         if any(_HEAD in name for name in self._number):
-            self._add("value head", lambda name: (_without_head(plain(name)),))
+            self._add("value head", lambda name: _without_head(plain(name)))
 
-    def _add(self, kind: str, names: Callable[[str], Iterable[str | None]]) -> None:
+    def _add(self, kind: str, *ways: Callable[[str], str | None]) -> None:
         self.forms[kind] = [
-            tuple(dict.fromkeys(form for name in in_model for form in names(name) if form))
+            tuple(dict.fromkeys(form for name in in_model for way in ways if (form := way(name))))
             for in_model in self.in_model
         ]
 
@@ -170,11 +170,11 @@ def _add_peft(model_names: ModelNames, model: torch.nn.Module) -> None:
                     model_names.computed[model_names.number(start + name)] = reason
         model_names._add(f"adapter {adapter!r}", functools.partial(_in_adapter, saved))
     for path, root in roots:
-        model_names._add(f"base of {path!r}", _BaseNames(path, root).forms)
+        model_names._add(f"base of {path!r}", _base_names(path, root))
 
 
-def _in_adapter(saved: Mapping[str, str], name: str) -> tuple[str]:
-    return (plain(saved.get(name, name)),)
+def _in_adapter(saved: Mapping[str, str], name: str) -> str:
+    return plain(saved.get(name, name))
 
 
 def _peft_models(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -258,50 +258,44 @@ def _saved_prompt(root: torch.nn.Module, adapter: str, kind: str):
     return {}, dict.fromkeys(names, reason)
 
 
-class _BaseNames:
-    """Name of a parameter → its name in the model without peft, None if peft has added it."""
+def _base_names(path: str, root: Any) -> Callable[[str], str | None]:
+    """Returns name of a parameter → its name in the model without peft, None if peft added it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-    def __init__(self, path: str, root: Any) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    before = f"{path}." if path else ""
+    outer: tuple[str, ...] = ()
+    if type(root).__module__.startswith("peft."):
+        prompts = any(getattr(c, "is_prompt_learning", False) for c in root.peft_config.values())
+        outer = ("base_model",) if prompts else ("base_model", "model")
+    skips_in: dict[str, dict[str, int]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, BaseTunerLayer):
+            skips_in[name] = {"base_layer": 1}
+        elif isinstance(module, ModulesToSaveWrapper):
+            skips_in[name] = {"original_module": 1, "modules_to_save": 2}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            skips_in[name] = {"original_module": 1, "token_adapter": 1}
 
-        self._before = f"{path}." if path else ""
-        self._outer: tuple[str, ...] = ()
-        if type(root).__module__.startswith("peft."):
-            prompts = any(
-                getattr(c, "is_prompt_learning", False) for c in root.peft_config.values()
-            )
-            self._outer = ("base_model",) if prompts else ("base_model", "model")
-        self._skips: dict[str, dict[str, int]] = {}
-        for name, module in root.named_modules(remove_duplicate=False):
-            if isinstance(module, BaseTunerLayer):
-                self._skips[name] = {"base_layer": 1}
-            elif isinstance(module, ModulesToSaveWrapper):
-                self._skips[name] = {"original_module": 1, "modules_to_save": 2}
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                self._skips[name] = {"original_module": 1, "token_adapter": 1}
-
-    def forms(self, name: str) -> tuple[str | None]:
-        """Returns the name in the model without peft, alone."""
-        return (self(name),)
-
-    def __call__(self, name: str) -> str | None:
-        if not name.startswith(self._before):
+    def in_base(name: str) -> str | None:
+        if not name.startswith(before):
             return plain(name)
-        parts = name[len(self._before) :].split(".")
-        at = len(self._outer)
-        if tuple(part for part in parts if part not in _RESERVED)[:at] != self._outer:
+        parts = name[len(before) :].split(".")
+        at = len(outer)
+        if tuple(part for part in parts if part not in _RESERVED)[:at] != outer:
             return None
-        while at and tuple(p for p in parts[:at] if p not in _RESERVED) != self._outer:
+        while at and tuple(p for p in parts[:at] if p not in _RESERVED) != outer:
             at += 1
-        in_base = []
+        kept = []
         while at < len(parts):
-            skips = self._skips.get(".".join(parts[:at]))
+            skips = skips_in.get(".".join(parts[:at]))
             if skips is None or parts[at] in _RESERVED:
-                in_base.append(parts[at])
+                kept.append(parts[at])
                 at += 1
             elif parts[at] in skips:
                 at += skips[parts[at]]
             else:
                 return None
-        return plain(self._before + ".".join(in_base))
+        return plain(before + ".".join(kept))
+
+    return in_base

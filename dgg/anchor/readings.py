@@ -7,14 +7,18 @@ a parameter different tensors, it is an error: nothing is guessed.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
+from dgg import sharding
+from dgg.anchor.memory import is_alias
 from dgg.anchor.names import ModelNames, heads, plain
+from dgg.anchor.sources import Stored
 
 
 class Reading(NamedTuple):
@@ -123,60 +127,52 @@ def renamed_by_transformers(
     return in_files
 
 
-@dataclass(eq=False)
-class Missing(Exception):
-    """No reading has a tensor for some parameters.
-
-    Attributes:
-        places: Their places in the list of wanted parameters.
-        reasons: Reasons, where they are known.
-    """
-
-    places: list[int]
-    reasons: list[str]
-
-
-@dataclass(eq=False)
-class Two(Exception):
-    """Two names in the source for the parameter at ``place``, of tensors that differ."""
-
-    place: int
-    first: str
-    second: str
-
-
-@dataclass(eq=False)
-class Shared(Exception):
-    """One name in the source for the parameters at two ``places``."""
-
-    places: tuple[int, int]
-    name: str
-
-
-def find(
-    stored: Iterable[str], wanted: Sequence[Sequence[str]], model: torch.nn.Module | None,
-    others: Iterable[str], equal: Callable[[int, str, str], bool], words: Sequence[str] = (),
+def find_names(
+    stored: Mapping[str, Any], candidates: Sequence[Sequence[str]], labels: Sequence[str],
+    model: torch.nn.Module | None = None, params: Sequence[Tensor] | None = None,
+    others: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
-    """Finds the name of every parameter's tensor in a source.
+    """Finds the name of the tensor in a source that is each parameter's.
 
     Args:
-        stored: Names in the source.
-        wanted: For each parameter its names, that in the model first.
-        model: The model that has them, if known.
-        others: Names of parameters that are in the model but not wanted.
-        equal: Whether two names in the source are of equal tensors, for the parameter at a place.
-        words: What else may stand before the names in the source.
+        stored: Named tensors, or a file's.
+        candidates: For each parameter the names it may have there, that in the model first.
+        labels: For each parameter its name in errors.
+        model: The model the parameters belong to, if known.
+        params: The parameters; of a sharded one a rank compares its own part only.
+        others: Names of parameters that get no anchor, but may have a tensor there.
 
     Raises:
-        Missing: There is none for some parameters.
-        Two: Some parameter may have either of two tensors.
-        Shared: Some tensor may be either of two parameters'.
+        KeyError: A parameter has no tensor.
+        ValueError: A parameter may have two different tensors, or two parameters the same.
     """
+    where = f" in {stored.path}" if isinstance(stored, Stored) else ""
+
+    def called(place: int) -> str:
+        name = candidates[place][0] if candidates[place] else ""
+        return labels[place] if repr(name) in labels[place] else f"{name!r}, {labels[place]}"
+
+    def check_same(place: int, left: str, right: str) -> None:
+        if not _same(stored, left, right, None if params is None else params[place]):
+            raise ValueError(
+                f"{called(place)}, may have two tensors{where}, {left!r} and {right!r}, "
+                "which differ: leave out the one that is not meant"
+                + ("" if model is not None else ", or pass model=, which tells whose they are")
+            )
+
+    def refuse_shared(first: int, second: int, name: str) -> NoReturn:
+        raise ValueError(
+            f"the tensor {name!r}{where} would be the anchor of {called(first)} and of "
+            f"{called(second)}: pass the tensors by their names in the model "
+            "(set_anchor(model.state_dict(), model=model)), or freeze one of the two"
+        )
+
     model_names = ModelNames(model)
-    numbers = [model_names.number(names[0]) if names else None for names in wanted]
+    numbers = [model_names.number(names[0]) if names else None for names in candidates]
     for name in others:
         model_names.number(name)
     named = [number for number in numbers if number is not None]
+    words = (*model_names.words, *(stored.words if isinstance(stored, Stored) else ()))
     texts = [name for name in stored if isinstance(name, str)]
     as_stored: dict[str, list[str]] = {}
     for name in texts:
@@ -184,55 +180,88 @@ def find(
     tried: list[Reading] = []
     for renamed in (False, True):
         view = renamed_by_transformers(texts, model) if renamed else as_stored
-        undisputed, doubtful = readings(view, model_names, named, (*model_names.words, *words))
+        undisputed, doubtful = readings(view, model_names, named, words)
         complete, rivals = (
             [r for r in some if all(n is not None and r.of[n] for n in numbers)]
             for some in (undisputed, doubtful)
         )
         if complete:
-            return _agreed(sorted(complete, key=lambda r: r.cost) + rivals, named, equal)
+            agreeing = sorted(complete, key=lambda r: r.cost) + rivals
+            return _agreed(agreeing, named, check_same, refuse_shared)
         tried += undisputed
-    raise _best_error(tried, numbers, model_names)
+    missing = _missing(tried, numbers, refuse_shared)
+    shown = "; ".join(map(called, missing[:5])) + ("; ..." if len(missing) > 5 else "")
+    have = ", ".join(map(str, list(stored)[:3])) or "nothing"
+    computed = model_names.computed
+    reasons = dict.fromkeys(computed[n] for place in missing if (n := numbers[place]) in computed)
+    why = "".join(f"{reason}. " for reason in reasons)
+    ask = "" if model is not None else "pass model= if it is wrapped or peft's, "
+    raise KeyError(
+        f"no tensor for {len(missing)} of {len(labels)} trainable parameters: {shown}; the "
+        f"names given{where} start with: {have}. {why}Pass the state dict of the same model or "
+        f"adapter, {ask}or load the weights into the model and call "
+        "set_anchor(model.state_dict(), model=model) or set_anchor() (the way for what is stored "
+        "in another form than in the model, as the experts of a mixture are), or freeze "
+        "(requires_grad_(False)) what has no anchor"
+    )
 
 
 def _agreed(
-    complete: Sequence[Reading], numbers: Sequence[int], equal: Callable[[int, str, str], bool]
-) -> list[str]:
+    complete: Sequence[Reading], numbers: Sequence[int],
+    check_same: Callable[[int, str, str], None], refuse_shared: Callable[[int, int, str], NoReturn],
+) -> list[str]:  # fmt: skip
     """Returns the names in the first reading, if all readings have the same tensors."""
     result: list[str] = []
     first_place_of: dict[str, int] = {}
     for place, number in enumerate(numbers):
         names = list(dict.fromkeys(name for reading in complete for name in reading.of[number]))
         for name in names[1:]:
-            if not equal(place, names[0], name):
-                raise Two(place, names[0], name)
+            check_same(place, names[0], name)
         first_place = first_place_of.setdefault(names[0], place)
         if numbers[first_place] != number:
-            raise Shared((first_place, place), names[0])
+            refuse_shared(first_place, place, names[0])
         result.append(names[0])
     return result
 
 
-def _best_error(
-    tried: Sequence[Reading], numbers: Sequence[int | None], model_names: ModelNames
-) -> Exception:
-    """Returns the error of the reading that finds most parameters."""
+def _missing(
+    tried: Sequence[Reading], numbers: Sequence[int | None],
+    refuse_shared: Callable[[int, int, str], NoReturn],
+) -> list[int]:  # fmt: skip
+    """Returns the places without a tensor in the reading that finds most parameters."""
+    if not tried:
+        return list(range(len(numbers)))
 
     def missing(reading: Reading) -> list[int]:
         return [i for i, n in enumerate(numbers) if n is None or not reading.of[n]]
 
-    if not tried:
-        places = list(range(len(numbers)))
-    else:
-        best = min(tried, key=lambda reading: (len(missing(reading)), reading.cost))
-        places = missing(best)
-        for place in places:
-            number = numbers[place]
-            for other in tried:
-                for name in () if number is None else other.of[number]:
-                    owner = next((n for n in best.owners.get(name, ()) if n in numbers), None)
-                    if owner is not None and other.kind != best.kind:
-                        return Shared((numbers.index(owner), place), name)
-    known = [number for place in places if (number := numbers[place]) is not None]
-    reasons = dict.fromkeys(model_names.computed.get(number) for number in known)
-    return Missing(places, [reason for reason in reasons if reason])
+    best = min(tried, key=lambda reading: (len(missing(reading)), reading.cost))
+    for place in missing(best):
+        number = numbers[place]
+        for other in tried:
+            for name in () if number is None else other.of[number]:
+                owner = next((n for n in best.owners.get(name, ()) if n in numbers), None)
+                if owner is not None and other.kind != best.kind:
+                    refuse_shared(numbers.index(owner), place, name)
+    return missing(best)
+
+
+def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None) -> bool:
+    """Returns whether two tensors of a source are equal; of a sharded parameter's this part."""
+    read = stored.__getitem__
+    if isinstance(stored, Stored):
+        shape, dtype = stored.kind(left)
+        if stored.kind(right) != (shape, dtype) or not isinstance(dtype, torch.dtype):
+            return False
+        if param is not None and tuple(param.shape) == shape:
+            read = functools.partial(stored.read, param=param)
+    x, y = read(left), read(right)
+    if x is y:
+        return True
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape:
+        return False
+    x, y = sharding.local(x.detach()), sharding.local(y.detach())
+    alike = x.dtype == y.dtype and x.device == y.device and x.layout == y.layout
+    if is_alias(x, y):
+        return alike and x.stride() == y.stride()
+    return alike and x.device.type != "meta" and torch.equal(x, y)

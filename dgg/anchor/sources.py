@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sources of anchors θ*: named tensors in memory and in files."""
+"""Sources of anchors θ* in files: named tensors that are read when they are looked up."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pathlib
@@ -14,129 +13,7 @@ import torch
 from torch import Tensor
 
 from dgg import sharding
-from dgg.anchor import readings
-from dgg.anchor.memory import Part, check_source, is_alias
-
-
-def find_names(
-    stored: Mapping[str, Any], candidates: Sequence[Sequence[str]], labels: Sequence[str],
-    model: torch.nn.Module | None = None, params: Sequence[Tensor] | None = None,
-    others: Sequence[str] = (),
-) -> list[str]:  # fmt: skip
-    """Finds the name of the tensor in a source that is each parameter's.
-
-    Args:
-        stored: Named tensors, or a file's.
-        candidates: For each parameter the names it may have there, that in the model first.
-        labels: For each parameter its name in errors.
-        model: The model the parameters belong to, if known.
-        params: The parameters; of a sharded one a rank compares its own part only.
-        others: Names of parameters that get no anchor, but may have a tensor there.
-
-    Raises:
-        KeyError: A parameter has no tensor.
-        ValueError: A parameter may have two different tensors, or two parameters the same.
-    """
-    where = f" in {stored.path}" if isinstance(stored, Stored) else ""
-    ask = "" if model is not None else "pass model= if it is wrapped or peft's, "
-
-    def equal(place: int, left: str, right: str) -> bool:
-        return _same(stored, left, right, None if params is None else params[place])
-
-    def called(place: int) -> str:
-        name = candidates[place][0] if candidates[place] else ""
-        return labels[place] if repr(name) in labels[place] else f"{name!r}, {labels[place]}"
-
-    words = stored.words if isinstance(stored, Stored) else ()
-    try:
-        return readings.find(stored, candidates, model, others, equal, words)
-    except readings.Two as two:
-        raise ValueError(
-            f"{called(two.place)}, may have two tensors{where}, {two.first!r} and {two.second!r}, "
-            "which differ: leave out the one that is not meant"
-            + ("" if model is not None else ", or pass model=, which tells whose they are")
-        ) from None
-    except readings.Shared as shared:
-        both = " and of ".join(called(place) for place in shared.places)
-        raise ValueError(
-            f"the tensor {shared.name!r}{where} would be the anchor of {both}: pass the tensors "
-            "by their names in the model (set_anchor(model.state_dict(), model=model)), or freeze "
-            "one of the two"
-        ) from None
-    except readings.Missing as error:
-        missing, reasons = [called(place) for place in error.places], error.reasons
-    shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
-    have = ", ".join(map(str, list(stored)[:3])) or "nothing"
-    why = "".join(f"{reason}. " for reason in reasons)
-    raise KeyError(
-        f"no tensor for {len(missing)} of {len(labels)} trainable parameters: {shown}; the "
-        f"names given{where} start with: {have}. {why}Pass the state dict of the same model or "
-        f"adapter, {ask}or load the weights into the model and call "
-        "set_anchor(model.state_dict(), model=model) or set_anchor() (the way for what is stored "
-        "in another form than in the model, as the experts of a mixture are), or freeze "
-        "(requires_grad_(False)) what has no anchor"
-    )
-
-
-def _same(stored: Mapping[str, Any], left: str, right: str, param: Tensor | None) -> bool:
-    """Returns whether two tensors of a source are equal; of a sharded parameter's this part."""
-    read = stored.__getitem__
-    if isinstance(stored, Stored):
-        shape, dtype = stored.kind(left)
-        if stored.kind(right) != (shape, dtype) or not isinstance(dtype, torch.dtype):
-            return False
-        if param is not None and tuple(param.shape) == shape:
-            read = functools.partial(stored.read, param=param)
-    x, y = read(left), read(right)
-    if x is y:
-        return True
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.shape != y.shape:
-        return False
-    x, y = sharding.local(x.detach()), sharding.local(y.detach())
-    alike = x.dtype == y.dtype and x.device == y.device and x.layout == y.layout
-    if is_alias(x, y):
-        return alike and x.stride() == y.stride()
-    return alike and x.device.type != "meta" and torch.equal(x, y)
-
-
-def match_named(
-    tensors: Mapping[str, Tensor], params: Sequence[Tensor], names: Sequence[Sequence[str]],
-    labels: Sequence[str], dtypes: Sequence[torch.dtype], model: torch.nn.Module | None = None,
-    others: Sequence[str] = (), what: str = "anchor",
-) -> list[Tensor | Part]:  # fmt: skip
-    """Finds the source of every parameter's anchor by name, and checks it.
-
-    Args:
-        tensors: Named tensors (a model's or an adapter's state dict), or those in a file. Names
-            of parameters that the optimizer does not hold (frozen ones, buffers) are left alone.
-        params: The parameters to be anchored.
-        names: For each parameter the names it may have in ``tensors``.
-        labels: For each parameter its name in errors.
-        dtypes: For each parameter the storage dtype of its anchor.
-        model: The model the parameters belong to, if known.
-        others: Names of parameters that get no anchor, but may have a tensor there.
-        what: What is made of the tensors, for errors.
-
-    Returns:
-        One source per parameter; values in files are not checked yet.
-
-    Raises:
-        KeyError: A parameter has no tensor.
-        TypeError: A tensor's type does not fit.
-        ValueError: A tensor's shape or values do not fit, or it cannot be told whose it is.
-    """
-    sources: list[Tensor | Part] = []
-    in_source = find_names(tensors, names, labels, model, params, others)
-    for param, name, label, dtype in zip(params, in_source, labels, dtypes, strict=True):
-        source: Tensor | Part
-        if isinstance(tensors, Stored):
-            source = Part(tensors, name, param, *tensors.kind(name))
-        else:
-            source = tensors[name]
-        check_source(source, param, label, dtype, what)
-        sources.append(source)
-    return sources
-
+from dgg.anchor.memory import Part
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _MODEL_FILE = "model.safetensors"

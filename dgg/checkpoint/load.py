@@ -43,13 +43,7 @@ def make_whole(opt) -> None:
 
 
 def load(opt, state_dict: Any, torch_load: Callable[[Any], None]) -> None:
-    """Loads a state dict; after an error the optimizer is as it was.
-
-    Args:
-        opt: The optimizer.
-        state_dict: Argument of ``load_state_dict``.
-        torch_load: ``load_state_dict`` of the torch.optim class.
-    """
+    """Loads a state dict, with torch.optim's own method; after an error all is as it was."""
     # Loading makes new objects in place of these, which stay as they are.
     attributes = dict(opt.__dict__)
     try:
@@ -81,8 +75,8 @@ def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None])
 
 def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
     state_dict = _completed(opt, state_dict)
-    anchors = _checked_anchors(opt, state_dict)
-    importances = _checked_importances(opt, state_dict, anchors)
+    _check_entries(opt, state_dict)
+    anchors, importances = _checked_anchors(opt, state_dict)
     pairs = zip(opt.param_groups, state_dict["param_groups"], strict=True)
     loaded = [{**group, **saved} for group, saved in pairs]
     for number, group in enumerate(loaded):  # where one of them has an option and another not
@@ -106,7 +100,6 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
     }
     torch_load({**state_dict, "state": for_torch})
     _load_without_torch(opt, state_dict, not_for_torch - {"anchor", "importance"})
-    _shard_moments(opt)
     _give_moments_memory(opt)
     for group, before, saved in zip(opt.param_groups, groups_before, saved_groups, strict=True):
         _arguments.make_plain(group)
@@ -136,10 +129,11 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
 
 
 def _give_moments_memory(opt) -> None:
-    """Gives every moment dense memory of its own.
+    """Gives every moment dense memory of its own, and shards those of sharded parameters.
 
     torch takes the checkpoint's tensors as they are. A step could not write one that is expanded,
-    that two parameters share, or that is a parameter's memory.
+    that two parameters share, or that is a parameter's memory. And torch's helpers shard only those
+    that had room.
     """
     in_use = {
         (p.device, sharding.local(p).untyped_storage().data_ptr())
@@ -147,12 +141,16 @@ def _give_moments_memory(opt) -> None:
         for p in group["params"]
         if not (is_lazy(p) or sharding.keeps_values_elsewhere(p))
     }
-    for entry in opt.state.values():
+    for param, entry in opt.state.items():
         if not isinstance(entry, dict):
             continue
-        for name in opt._rule.columns:  # masters are copies
+        for name in (*opt._rule.columns, "master"):
             value = entry.get(name)
             if not isinstance(value, Tensor) or sharding.is_dtensor(value):
+                continue
+            if sharding.is_dtensor(param) and name != "step":
+                entry[name] = anchor.allocate(param, value.dtype, None)
+                anchor.write(entry[name], value.detach())
                 continue
             place = value.device, value.untyped_storage().data_ptr()
             if not backends.is_dense(value):
@@ -216,18 +214,6 @@ def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state_dict, "state": {k: x for k, x in state.items() if k not in empty}}
 
 
-def _shard_moments(opt) -> None:
-    """Shards whole moments of sharded parameters: torch's helpers shard only those with room."""
-    for param, entry in opt.state.items():
-        if not sharding.is_dtensor(param) or not isinstance(entry, dict):
-            continue
-        for name in entry.keys() & {*opt._rule.columns, "master"} - {"step"}:
-            value = entry[name]
-            if isinstance(value, Tensor) and not sharding.is_dtensor(value):
-                entry[name] = anchor.allocate(param, value.dtype, None)
-                anchor.write(entry[name], value.detach())
-
-
 def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
     """Checks groups and states, but not the anchors."""
     ours = {**opt._guidance, "anchored": 0}
@@ -250,26 +236,43 @@ def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
                 )
 
 
-def _checked_anchors(opt, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]:
-    _check_entries(opt, state_dict)
+def _checked_anchors(
+    opt, state_dict: Mapping[str, Any]
+) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """Returns the anchors in a state dict and the importances, checked, of their parameters."""
     saved_groups = state_dict["param_groups"]
     anchors: dict[Tensor, Tensor] = {}
+    importances: dict[Tensor, Tensor] = {}
     for number, (group, saved) in enumerate(zip(opt.param_groups, saved_groups, strict=True)):
-        present, filled, frozen = 0, 0, 0
-        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            entry = state_dict["state"].get(key, {})
-            value = entry.get("anchor")
-            if value is None or _unfilled(opt, value, saved):
-                present += fsdp1.is_empty(param)
-                frozen += not param.requires_grad
-                continue
-            anchor.check_source(value, param, f"parameter {place} of group {number}")
-            anchors[param] = value
-            present += 1
-            filled += value.numel() > 0
         check = {name: saved[name] for name in opt._guidance if name in saved}
         _arguments.check_agreement(number, check, saved_groups[0])
         _arguments.check_options(check)
+        present, filled, frozen = 0, 0, 0
+        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            entry = state_dict["state"].get(key, {})
+            label = f"parameter {place} of group {number}"
+            value, weight = (
+                None if _unfilled(opt, x, saved) else x
+                for x in (entry.get("anchor"), entry.get("importance"))
+            )
+            if value is None:
+                present += fsdp1.is_empty(param)
+                frozen += not param.requires_grad
+            else:
+                anchor.check_source(value, param, label)
+                anchors[param] = value
+                present += 1
+                filled += value.numel() > 0
+            if weight is not None:
+                importance.check_saved(weight, param, label)
+                importances[param] = weight
+            elif value is not None and saved.get("importance"):
+                raise RuntimeError(
+                    f"the checkpoint weighs its pull (importance={saved['importance']}) but "
+                    f"carries no importance of {label}: it was lost on the way. Save and load "
+                    "the whole state_dict(); for a distributed checkpoint call "
+                    "prepare_for_load(checkpoint) before the template is made"
+                )
         missing = (
             saved.get("anchored", 0) - opt._ownership.anchored_elsewhere(number, group) - present
         )
@@ -305,32 +308,7 @@ def _checked_anchors(opt, state_dict: Mapping[str, Any]) -> dict[Tensor, Tensor]
             "it silently. Load first and call set_anchor() afterwards, or call clear_anchor() "
             "before loading"
         )
-    return anchors
-
-
-def _checked_importances(
-    opt, state_dict: Mapping[str, Any], anchors: Mapping[Tensor, Tensor]
-) -> dict[Tensor, Tensor]:
-    """Returns the importance of every parameter that the checkpoint has one of, checked."""
-    importances: dict[Tensor, Tensor] = {}
-    for number, (group, saved) in enumerate(
-        zip(opt.param_groups, state_dict["param_groups"], strict=True)
-    ):
-        for place, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            value = state_dict["state"].get(key, {}).get("importance")
-            label = f"parameter {place} of group {number}"
-            if value is None or _unfilled(opt, value, saved):
-                if param in anchors and saved.get("importance"):
-                    raise RuntimeError(
-                        f"the checkpoint weighs its pull (importance={saved['importance']}) but "
-                        f"carries no importance of {label}: it was lost on the way. Save and load "
-                        "the whole state_dict(); for a distributed checkpoint call "
-                        "prepare_for_load(checkpoint) before the template is made"
-                    )
-                continue
-            importance.check_saved(value, param, label)
-            importances[param] = value
-    return importances
+    return anchors, importances
 
 
 def _unfilled(opt, value: Any, saved: Mapping[str, Any]) -> bool:

@@ -33,13 +33,9 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
         return
     entries = []
     for group in opt.param_groups:
-        weighted = ["importance"] if group["importance"] else []
-        names = [
-            *opt._rule.needed(group),
-            "anchor",
-            *weighted,
-            *opt._rule.columns.keys() & {"step"},
-        ]
+        names = [*opt._rule.needed(group), "anchor", *opt._rule.columns.keys() & {"step"}]
+        if group["importance"]:
+            names.append("importance")
         for p in group["params"]:
             master = ["master"] if opt._settings.has_master(p) else []
             kept = p.requires_grad or p in opt.state
@@ -50,9 +46,7 @@ def prepare(opt, checkpoint: Any, model: torch.nn.Module | None) -> None:
 def make_room(opt, entries: Sequence[Mapping[str, torch.dtype | None]]) -> None:
     """Makes the state of every parameter; anchors are filled with NaN.
 
-    Args:
-        opt: The optimizer.
-        entries: For each parameter state key → dtype, or None for the usual one.
+    Of each parameter the entries have state key → dtype, or None for the usual one.
     """
     params = [p for group in opt.param_groups for p in group["params"]]
     for number, (p, dtypes) in enumerate(zip(params, entries, strict=True)):

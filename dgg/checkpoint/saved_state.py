@@ -40,11 +40,6 @@ def check_form(
 ) -> None:
     """Checks that this is an optimizer's state dict, of as many parameters in as many groups.
 
-    Args:
-        state_dict: The argument to check.
-        groups: Groups of the optimizer that loads it.
-        taken_by: The function whose argument it is.
-
     Raises:
         KeyError: It is no optimizer's state dict.
         TypeError: It, or a part of it, is of the wrong type.
@@ -130,10 +125,6 @@ def check_group(
         saved: The group in the state dict.
         defaults: The options that a group of this optimizer has.
         ours: Those among them that torch.optim does not know.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: An option is missing or out of range.
     """
     filled_in = _FILLED_IN - (_OLDEST if saved.keys() & (_FILLED_IN - _OLDEST) else set())
     needed = defaults.keys() - ours.keys() - filled_in
@@ -189,10 +180,6 @@ def check_entry(
         label: Its name in errors.
         needed: Keys that must be there.
         keys: Keys whose values are checked.
-
-    Raises:
-        TypeError: A value is of the wrong type.
-        ValueError: A key is missing, or a value has the wrong shape or is out of range.
     """
     if not isinstance(entry, Mapping):
         raise TypeError(

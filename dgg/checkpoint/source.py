@@ -100,18 +100,11 @@ def _of_state_dict(model: torch.nn.Module, local: Mapping[str, Any]) -> Source |
 
 
 def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Returns the entries of a state dict of torch's helpers, nested or flattened.
-
-    Args:
-        state_dict: By names, or by the numbers of the parameters.
-        keys: State keys to look for.
+    """Returns the values under these state keys in a state dict of torch's helpers.
 
     Returns:
         Name of a parameter (or its number) → state key → value; of parameters without any of the
         keys as well.
-
-    Raises:
-        TypeError: It is no such state dict.
     """
     entries: dict[str, dict[str, Any]] = {}
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state", {}), Mapping):
@@ -132,7 +125,7 @@ def entries_in(state_dict: Mapping[str, Any], keys: Collection[str]) -> dict[str
 
 
 def dtypes_in(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, torch.dtype | None]]:
-    """Returns which optimizer state a distributed checkpoint holds.
+    """Returns which of these state keys a distributed checkpoint holds, by parameters.
 
     Args:
         checkpoint: Directory of the checkpoint, a StorageReader or its Metadata.
@@ -140,10 +133,6 @@ def dtypes_in(checkpoint: Any, keys: Collection[str]) -> dict[str, dict[str, tor
 
     Returns:
         Name of a parameter (or its number) → state key → dtype, None if the value is no tensor.
-
-    Raises:
-        FileNotFoundError: There is no distributed checkpoint in the directory.
-        TypeError: ``checkpoint`` is none of these.
     """
     saved: dict[str, dict[str, torch.dtype | None]] = {}
     for path, entry in _entries(checkpoint).items():
@@ -183,7 +172,7 @@ def find(
     """Returns the entry of every parameter in a checkpoint; empty if there is none.
 
     Args:
-        saved: From `dtypes_in`.
+        saved: From `dtypes_in` or `entries_in`.
         names: For each parameter the names it may have; none for parameters saved by number.
 
     Raises:

@@ -12,20 +12,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dgg._numbers import as_float, as_int, plain, shown
-from dgg.replay.copies import is_array, is_tensor
+from dgg.replay.copies import is_array
 
-__all__ = [
-    "as_ratio", "as_seed", "as_task", "check_batches", "check_part", "is_columns", "is_indexed",
-]  # fmt: skip
+
+def as_natural(name: str, value: Any) -> int:
+    """An integer from 0 on."""
+    number = as_int(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {shown(number)}")
+    return number
 
 
 def as_capacity(per_task: Any) -> int:
-    """The number of examples kept for each task.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is not positive.
-    """
+    """The number of examples kept for each task."""
     count = as_int("per_task", per_task)
     if count <= 0:
         raise ValueError(
@@ -44,11 +43,7 @@ def as_seed(name: str, value: Any) -> int:
 
 
 def as_task(task: Hashable) -> Hashable:
-    """A task as it is stored: hashable, and with plain numbers in place of numpy's.
-
-    Raises:
-        TypeError: if it is not hashable.
-    """
+    """A task as it is stored: hashable, and with plain numbers in place of numpy's."""
     if isinstance(task, tuple):
         task = tuple(as_task(part) for part in task) if type(task) is tuple else task
     elif hasattr(task, "dtype"):
@@ -62,12 +57,7 @@ def as_task(task: Hashable) -> Hashable:
 
 
 def as_ratio(ratio: Any) -> Fraction:
-    """The ratio as an exact fraction: the shortest decimal that its own type rounds to it.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is not in [0, 1].
-    """
+    """The ratio as an exact fraction: the shortest decimal that its own type rounds to it."""
     number = as_float("ratio", ratio)
     if not 0 <= number <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {shown(ratio)}")
@@ -89,38 +79,20 @@ def _rounded(number: float, dtype: Any) -> float:
     return dtype.type(number).item()
 
 
-def check_part(count: Any, rank: Any, world_size: Any) -> tuple[int, int, int]:
-    """Checks what `ReplayBuffer.sample()` is called with; returns it as plain integers.
-
-    Raises:
-        TypeError: if an argument is not an integer.
-        ValueError: if `count` is negative, or there is no such rank.
-    """
-    count = as_int("count", count)
-    rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    return count, rank, world_size
-
-
 def is_columns(data: Any) -> bool:
     """Whether this is `(X, Y)`: a tuple of tensors or arrays with the same number of rows."""
     if not isinstance(data, tuple) or len(data) < 2:
         return False
-    if not all((is_tensor(part) or is_array(part)) and len(part.shape) for part in data):
+    if not all(
+        (isinstance(part, torch.Tensor) or is_array(part)) and len(part.shape) for part in data
+    ):
         return False
     rows = {part.shape[0] for part in data}
     return len(rows) == 1 and rows.pop() > 1
 
 
 def is_indexed(dataset: Any) -> bool:
-    """Whether a data set has a length and indices; otherwise it is a stream of examples.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """Whether a data set has a length and indices; otherwise it is a stream of examples."""
     name = type(dataset).__name__
     if isinstance(dataset, DataLoader):
         raise TypeError(f"a {name} has batches, not examples: pass its data set, loader.dataset")
@@ -150,20 +122,13 @@ def is_indexed(dataset: Any) -> bool:
 def check_batches(
     dataset: Any, batch_size: Any, ratio: Any, steps: Any
 ) -> tuple[int, Fraction, int | None]:
-    """Checks what `ReplayBuffer.batches()` is called with; returns size, ratio and steps as stored.
-
-    Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: if an argument is out of range.
-    """
+    """Checks what `ReplayBuffer.batches()` is called with; returns size, ratio and steps."""
     batch_size = as_int("batch_size", batch_size)
     if batch_size <= 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     exact = as_ratio(ratio)
     if steps is not None:
-        steps = as_int("steps", steps)
-        if steps < 0:
-            raise ValueError(f"steps must not be negative, got {steps}")
+        steps = as_natural("steps", steps)
     if not is_indexed(dataset):
         raise TypeError(
             f"batches() shuffles: it needs a data set with len() and indices, and "

@@ -14,19 +14,17 @@ from dgg._signatures import listed
 from dgg.replay import saved_state
 from dgg.replay.arguments import (
     as_capacity,
+    as_natural,
     as_ratio,
     as_seed,
     as_task,
     check_batches,
-    check_part,
     is_columns,
     is_indexed,
 )
 from dgg.replay.copies import copied
-from dgg.replay.drawing import Card, Draws, choose, deal, offer, this_worker, worker_generator
+from dgg.replay.drawing import Card, Draws, choose, deal, offer, this_worker
 from dgg.replay.passes import _Pass
-
-__all__ = ["ReplayBuffer", "course"]
 
 
 @listed
@@ -198,7 +196,10 @@ class ReplayBuffer:
             ValueError: if `count` is negative, there is no such rank, or the buffer is empty and
                 `count` is not 0.
         """
-        count, rank, world_size = check_part(count, rank, world_size)
+        count = as_natural("count", count)
+        rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if count and not len(self):
             raise ValueError("the replay buffer is empty: add a finished task first")
         self._settle()
@@ -223,10 +224,7 @@ class ReplayBuffer:
             ValueError: if `ratio` is not in [0, 1] or `batch_size` is negative.
         """
         exact = as_ratio(ratio)
-        batch_size = as_int("batch_size", batch_size)
-        if batch_size < 0:
-            raise ValueError(f"batch_size must not be negative, got {batch_size}")
-        count, self._owed = self._slots(batch_size, exact)
+        count, self._owed = self._slots(as_natural("batch_size", batch_size), exact)
         return count
 
     def _slots(self, batch_size: int, ratio: Fraction) -> tuple[int, Fraction]:
@@ -252,13 +250,10 @@ class ReplayBuffer:
                 "a batch is a sequence of examples, not what a collator made of one "
                 f"({type(examples).__name__}): mix first, then collate"
             )
-        before = self._owed
-        count = self.share(len(examples), ratio)
-        try:
-            return [*examples[: len(examples) - count], *self.sample(count)]
-        except BaseException:
-            self._owed = before
-            raise
+        count, owed = self._slots(len(examples), as_ratio(ratio))
+        batch = [*examples[: len(examples) - count], *self.sample(count)]
+        self._owed = owed
+        return batch
 
     def batches(
         self,
@@ -293,33 +288,27 @@ class ReplayBuffer:
                 with other `steps` or over a data set of another length (at the first batch).
         """
         batch_size, exact, steps = check_batches(dataset, batch_size, ratio, steps)
-        return self._batches(dataset, batch_size, exact, steps, resume)
 
-    def _batches(
-        self,
-        dataset: Sequence[Any],
-        batch_size: int,
-        ratio: Fraction,
-        steps: int | None,
-        resume: bool,
-    ) -> Iterator[list[Any]]:
-        self._settle()
-        current = self._pass
-        if resume and current is not None and current.loaded:
-            current.check_continued(len(dataset), steps)
-        else:
-            self._pass = None  # left by an earlier call
-            current = _Pass(len(dataset), steps)
-        while not current.over():
-            # If anything fails in here, a state is still that of the batch before.
-            with Draws(self._rng) as draws:
-                old, owed = self._slots(batch_size, ratio)
-                indices, after = current.deal(batch_size - old, dataset, draws)
-                batch = [dataset[k] for k in indices] + self.sample(old)
-            self._owed, self._pass, current = owed, after, after
-            yield batch
-        if self._pass is current:
-            self._pass = None
+        def mixed() -> Iterator[list[Any]]:
+            self._settle()
+            current = self._pass
+            if resume and current is not None and current.loaded:
+                current.check_continued(len(dataset), steps)
+            else:
+                self._pass = None  # left by an earlier call
+                current = _Pass(len(dataset), steps)
+            while not current.over():
+                # If anything fails in here, a state is still that of the batch before.
+                with Draws(self._rng) as draws:
+                    old, owed = self._slots(batch_size, exact)
+                    indices, after = current.deal(batch_size - old, dataset, draws)
+                    batch = [dataset[k] for k in indices] + self.sample(old)
+                self._owed, self._pass, current = owed, after, after
+                yield batch
+            if self._pass is current:
+                self._pass = None
+
+        return mixed()
 
     def _settle(self) -> None:
         """In a DataLoader's worker, takes the worker's own generator; see the class.
@@ -332,7 +321,8 @@ class ReplayBuffer:
             return
         self._worker = worker
         if worker is not None:
-            self._rng = worker_generator(self.seed, *worker)
+            number, seed = worker
+            self._rng = random.Random(f"dgg.ReplayBuffer {self.seed} {number} {seed}")
             self._deck = []
             self._pass = None
 

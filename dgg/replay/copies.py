@@ -12,17 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["copied", "is_array", "is_tensor"]
-
 # Values of these types stay as they are: nobody can change them in place.
 _ATOMIC = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, type, torch.dtype, torch.device}
 )
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether this is a tensor of torch."""
-    return isinstance(value, torch.Tensor)
 
 
 def is_array(value: Any) -> bool:
@@ -45,7 +38,7 @@ def _walked(example: Any, leaves: bool) -> Any:
     kind = type(example)
     if kind in _ATOMIC:
         return example
-    if is_tensor(example):
+    if isinstance(example, torch.Tensor):
         # A clone does not keep the whole batch alive, of which the example may be a view.
         return example.detach().clone() if leaves else example
     if kind is dict:

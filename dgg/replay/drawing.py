@@ -11,8 +11,6 @@ from torch.utils.data import get_worker_info
 
 from dgg.replay.copies import copied
 
-__all__ = ["Card", "Draws", "choose", "deal", "offer", "this_worker", "worker_generator"]
-
 # An example of the memory: its task, and its place among the examples of this task.
 Card = tuple[Hashable, int]
 
@@ -25,7 +23,6 @@ class Draws:
     """
 
     def __init__(self, rng: random.Random) -> None:
-        """Draws from this generator."""
         self._rng = rng
         self._before: Any = None
 
@@ -101,8 +98,3 @@ def this_worker() -> tuple[int, int] | None:
     if info is None or getattr(info, "worker_method", None) == "thread":
         return None
     return info.id, info.seed
-
-
-def worker_generator(buffer_seed: int, number: int, worker_seed: int) -> random.Random:
-    """The generator of a buffer in a DataLoader's worker."""
-    return random.Random(f"dgg.ReplayBuffer {buffer_seed} {number} {worker_seed}")

@@ -9,12 +9,10 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from dgg._numbers import as_float, as_int, shown
-from dgg.replay.arguments import as_seed, as_task
+from dgg.replay.arguments import as_natural, as_seed, as_task
 from dgg.replay.copies import copied
 from dgg.replay.drawing import Card
 from dgg.replay.passes import _Pass
-
-__all__ = ["Contents", "read", "write"]
 
 _FORMAT = "dgg.ReplayBuffer"
 
@@ -56,13 +54,7 @@ def write(contents: Contents, per_task: int) -> dict[str, Any]:
 
 
 def read(state: Any, per_task: int) -> Contents:
-    """Reads a state for a buffer that keeps `per_task` examples a task; examples are copied.
-
-    Raises:
-        TypeError: if something in the state is of the wrong type.
-        ValueError: if it is no state of a replay buffer, is one with another `per_task`, or
-            contradicts itself.
-    """
+    """Reads a state for a buffer that keeps `per_task` examples a task; examples are copied."""
     form = state.get("format") if isinstance(state, dict) else None
     if not isinstance(form, str) or form != _FORMAT:
         raise ValueError("not the state of a dgg.ReplayBuffer")
@@ -82,16 +74,9 @@ def read(state: Any, per_task: int) -> Contents:
     current = _pass_of(state.get("pass"))
     worker = state.get("worker")
     if worker is not None:
-        worker = _natural("worker", worker)
+        worker = as_natural("worker of the state", worker)
     kept = {task: [copied(each) for each in some] for task, some in examples.items()}
     return Contents(seed, kept, seen, deck, owed, rng, current, worker)
-
-
-def _natural(name: str, value: Any) -> int:
-    number = as_int(f"{name} of the state", value)
-    if number < 0:
-        raise ValueError(f"{name} of the state must not be negative, got {shown(number)}")
-    return number
 
 
 def _listed(name: str, value: Any, length: int | None = None) -> Sequence[Any]:
@@ -132,7 +117,7 @@ def _tasks_of(value: Any, per_task: int) -> tuple[dict[Hashable, Any], dict[Hash
         if task in examples:
             raise ValueError(f"the state has task {shown(task)} twice")
         some = _listed(f"examples of task {shown(task)}", entry["examples"])
-        count = _natural(f"seen of task {shown(task)}", entry["seen"])
+        count = as_natural(f"seen of task {shown(task)} of the state", entry["seen"])
         if not len(some) <= min(per_task, count):
             raise ValueError(
                 f"the state has {len(some)} examples of task {shown(task)}, of {shown(count)} seen "
@@ -186,11 +171,12 @@ def _pass_of(value: Any) -> _Pass | None:
         return None
     _entries("pass", value, {"length", "steps", "made", "passes", "order"})
     length, made, passes = (
-        _natural(f"{key} of the pass", value[key]) for key in ("length", "made", "passes")
+        as_natural(f"{key} of the pass of the state", value[key])
+        for key in ("length", "made", "passes")
     )
     steps = value["steps"]
     if steps is not None:
-        steps = _natural("steps of the pass", steps)
+        steps = as_natural("steps of the pass of the state", steps)
     order = [as_int("order of the state", k) for k in _listed("order of the pass", value["order"])]
     if not all(0 <= k < length for k in order) or len(set(order)) != len(order):
         raise ValueError(f"order of the state is not one of {shown(length)} examples")
