@@ -77,8 +77,9 @@ class Draws:
             groups = decision.groups
             maximize = ascends or [group.get("maximize") for group in groups]
             known = self.options.derived["guard"] = ascends, _arguments.guard_of(groups, maximize)
-        if known[1] is not None:
-            decision.guarded, decision.ascends = True, known[1]
+        maximizes = known[1]
+        if maximizes is not None:
+            decision.guarded, decision.ascends = True, maximizes
             decision.looks_ahead = False  # the products read all that a distance would save
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
