@@ -25,6 +25,19 @@
 #endif
 
 namespace dgg {
+
+// Where the gradients and versions of a list of parameters go; see dgg_gather. Python makes it, as
+// words in this order.
+struct Gathered {
+  int64_t handle;
+  int64_t count;
+  int64_t* addresses;
+  int64_t* replay_addresses;
+  int64_t* versions;
+  double* distances;
+  int64_t* odd;  // how many, then which
+};
+
 namespace {
 
 // A dict of Python, and what it held when the watch began: keys and values in turn.
@@ -183,18 +196,8 @@ bool take(AtenTensorHandle grad, const Device& device, const Place& param, int64
   return numel == 0;
 }
 
-// What a step takes up; see dgg_gather.
-struct Gathered {
-  int64_t count;
-  int64_t* addresses;
-  int64_t* replay_addresses;
-  int64_t* versions;
-  double* distances;
-  int64_t* odd;  // how many, then which
-  bool known;
-};
-
-int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void* const* replays) {
+int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void* const* replays,
+                bool known) {
   const Torch& torch = Torch::get();
   const auto n = static_cast<int64_t>(list.impls.size());
   const int64_t count = to.count;
@@ -213,7 +216,7 @@ int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t version = torch.version(handle_of(list.impls[i]));
-    if (to.known && version != to.versions[i]) to.distances[i] = -1.0;
+    if (known && version != to.versions[i]) to.distances[i] = -1.0;
     to.versions[i] = version;
     // Not in the loop before: counting a reference waits for everything that was asked for.
     if (impl_of(list.grads[i]) == undefined) continue;
@@ -345,16 +348,12 @@ DGG_C_API int32_t dgg_unmoved(int64_t handle) {
 // and size and free of lazy negation, is named in `odd`: its addresses are the caller's to find.
 // Returns how many have a gradient or a replay gradient, or -1 if a watched tensor moved, or -2 if
 // this is not possible; then nothing is to be used.
-DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses,
-                             int64_t* replay_addresses, int64_t* versions, double* distances,
-                             int64_t* odd, const uint8_t* usual, const void* const* replays,
-                             int32_t known) {
+DGG_C_API int64_t dgg_gather(const dgg::Gathered* to, const uint8_t* usual,
+                             const void* const* replays, int32_t known) {
   try {
-    const auto list = dgg::list_of(handle);
+    const auto list = dgg::list_of(to->handle);
     if (list == nullptr) return dgg::kMoved;
-    const dgg::Gathered to{count,     addresses, replay_addresses, versions,
-                           distances, odd,       known != 0};
-    const int64_t present = dgg::take_up(*list, to, usual, replays);
+    const int64_t present = dgg::take_up(*list, *to, usual, replays, known != 0);
     if (present < 0) list->release();
     return present;
   } catch (...) {
@@ -364,17 +363,16 @@ DGG_C_API int64_t dgg_gather(int64_t handle, int64_t count, int64_t* addresses,
 
 // Ends the step: tells autograd that the parameters with a gradient were written, if `written`, and
 // counts that in `versions`; lets go of the gradients. Returns 0, or -2 on an error.
-DGG_C_API int64_t dgg_gather_end(int64_t handle, int64_t count, int64_t* versions,
-                                 int32_t written) {
+DGG_C_API int64_t dgg_gather_end(const dgg::Gathered* to, int32_t written) {
   try {
-    const auto list = dgg::list_of(handle);
+    const auto list = dgg::list_of(to->handle);
     if (list == nullptr) return dgg::kMoved;
     const dgg::Torch& torch = dgg::Torch::get();
-    if (count > static_cast<int64_t>(list->active.size())) return dgg::kUnusual;
-    for (int64_t i = 0; written && i < count; ++i) {
+    if (to->count > static_cast<int64_t>(list->active.size())) return dgg::kUnusual;
+    for (int64_t i = 0; written && i < to->count; ++i) {
       if (list->active[i] == 0) continue;
       torch.bump(dgg::handle_of(list->impls[i]));
-      ++versions[i];
+      ++to->versions[i];
     }
     list->release();
     return 0;

@@ -11,6 +11,7 @@ import contextlib
 import os
 
 import torch
+from torch.autograd import profiler
 
 _QUIET = contextlib.nullcontext()
 
@@ -32,7 +33,7 @@ def record(name: str) -> contextlib.AbstractContextManager:
         name: ``dgg.step``, ``dgg.norm``, ``dgg.allreduce``, ``dgg.update`` or ``dgg.prefetch``.
     """
     global _listening
-    if torch.autograd.profiler._is_profiler_enabled:
+    if profiler._is_profiler_enabled:
         return torch.profiler.record_function(name)
     if _listening is None:
         # Not at import, because it initialises CUDA.

@@ -392,9 +392,10 @@ def test_agreement_is_checked(monkeypatch):
         setattr(Wrong, name, staticmethod(function))
     assert native_functions.agrees(Wrong)
 
-    def shifted(handle, count, addresses, *rest):
-        found = library.begin(handle, count, addresses, *rest)
-        ctypes.cast(addresses, ctypes.POINTER(ctypes.c_int64))[0] += 8
+    def shifted(fields, *rest):
+        found = library.begin(fields, *rest)
+        words = ctypes.POINTER(ctypes.c_int64)
+        ctypes.cast(ctypes.cast(fields, words)[2], words)[0] += 8  # the first gradient's address
         return found
 
     wrong = {"begin": [lambda *_: 0, shifted], "end": [lambda *_: 0]}

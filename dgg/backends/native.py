@@ -55,8 +55,8 @@ class Library:
         self.watch_dicts = function("dgg_watch_dicts", number, number, address, number)
         self.same_dicts = function("dgg_same_dicts", flag, number)
         self.unmoved = function("dgg_unmoved", flag, number)
-        self.begin = function("dgg_gather", number, number, number, *[address] * 7, flag)
-        self.end = function("dgg_gather_end", number, number, number, address, flag)
+        self.begin = function("dgg_gather", number, *[address] * 3, flag)
+        self.end = function("dgg_gather_end", number, address, flag)
 
 
 class NativeGradients:
@@ -85,12 +85,14 @@ class NativeGradients:
         self._odd = array.array("q", bytes(8 * (count + 1)))
         self._memory = addresses, replay_addresses, distances
         self.versions = array.array("q", bytes(8 * count))
-        versions = self.versions.buffer_info()[0]
-        self._begin = functools.partial(
-            library.begin, handle, count, addresses.data_ptr(), replay_addresses.data_ptr(),
-            versions, distances.data_ptr(), self._odd.buffer_info()[0],
-        )  # fmt: skip
-        self._end = functools.partial(library.end, handle, count, versions)
+        # The struct `Gathered` of csrc/watch.cpp: converting every field at every call would cost
+        # more than the call.
+        self._fields = array.array("q", (
+            handle, count, addresses.data_ptr(), replay_addresses.data_ptr(),
+            self.versions.buffer_info()[0], distances.data_ptr(), self._odd.buffer_info()[0],
+        ))  # fmt: skip
+        self._address = ctypes.c_void_p(self._fields.buffer_info()[0])
+        self._library = library
 
     def begin(
         self, measured: bool, replays: Sequence[Tensor | None] = (), *, row_major: bool = False
@@ -109,9 +111,9 @@ class NativeGradients:
         """
         usual = self._usual[row_major]
         if not replays:
-            return self._begin(usual, None, measured)
+            return self._library.begin(self._address, usual, None, measured)
         objects = array.array("Q", map(id, replays))
-        return self._begin(usual, objects.buffer_info()[0], measured)
+        return self._library.begin(self._address, usual, objects.buffer_info()[0], measured)
 
     def odd(self) -> Sequence[int]:
         """Returns the parameters whose gradients' addresses the caller has to enter."""
@@ -125,7 +127,7 @@ class NativeGradients:
             written: Parameters with a gradient were written: move their version counters, which
                 tells autograd, and ``versions``.
         """
-        if self._end(written) != 0:
+        if self._library.end(self._address, written) != 0:
             raise RuntimeError("a parameter's version counter cannot be moved: inference tensor?")
 
 

@@ -209,7 +209,6 @@ class TableRows(Rows):
         present = native.begin(self._known.versions is not None, replays, row_major=elementwise)
         if present < 0:
             return False
-        self.release()
         self._taken_natively = True
         self._replay_addresses = self._address_columns[1].addresses if replays else _NO_ADDRESSES
         self.present, self._complete = present, present == len(self.params)

@@ -46,8 +46,7 @@ def _decide(opt) -> Decision:
     # The other optimizer moves the parameters past what an update could measure.
     decision.looks_ahead = False
     opt._rule.check_route(options["route"])
-    ascends = [group.get("maximize") for group in opt.optimizer.param_groups]
-    opt._draws.guard(decision, opt.param_groups, ascends)
+    opt._draws.guard(decision, opt.optimizer.param_groups)
     return decision
 
 

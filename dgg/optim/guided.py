@@ -200,15 +200,9 @@ class Guided(Reporting, Stepped):
         model: torch.nn.Module | None = None, task: int | None = None,
         importance: TensorsOrPath | None = None,
     ) -> None:  # fmt: skip
-        """Sets the anchor as `set_anchor` does, without its rules about tasks.
+        """Sets the anchor as `set_anchor` does, without its rules about tasks; None counts one up.
 
         For frameworks that know where a task begins, such as `dgg.hf`.
-
-        Args:
-            tensors: As in `set_anchor`.
-            model: As in `set_anchor`.
-            task: Number of the task; None counts one up.
-            importance: As in `set_anchor`.
         """
         driver = self._deepspeed_driver()
         of_tensors = boundary.model_of_tensors(tensors, model, importance)

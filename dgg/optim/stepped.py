@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
+from torch.autograd import profiler
 
 from dgg import _callers, _ranges, deepspeed, sharding
 from dgg._imitable import Imitable, imitable
@@ -164,7 +165,7 @@ class Stepped(Imitable, _Optimizer):
             type(self).step is Stepped.step
             and not self._in_hooks
             and (
-                torch.autograd.profiler._is_profiler_enabled
+                profiler._is_profiler_enabled
                 or self._optimizer_step_pre_hooks
                 or self._optimizer_step_post_hooks
                 or _torch_optimizer._global_optimizer_pre_hooks

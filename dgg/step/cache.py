@@ -38,7 +38,9 @@ class ParamLists:
                 return False
         except (RuntimeError, TypeError):
             return False
-        return all([groups[number]["params"][place] is p for number, place, p in self._singles])
+        return not self._singles or all(
+            [groups[number]["params"][place] is p for number, place, p in self._singles]
+        )
 
 
 class RowCache:
@@ -49,6 +51,10 @@ class RowCache:
         groups: Groups that hold the parameters.
         params: All of them.
         replays: Replay gradient of each or None; empty if there are none at all.
+
+    Attributes:
+        launched: The step of a device is launched, not run when it is called.
+        unchecked: A backend takes gradients without checking them.
     """
 
     def __init__(self, opt, groups, params: list[Tensor], replays: Sequence) -> None:
@@ -96,14 +102,16 @@ class RowCache:
         # Parameters for which a gradient would need rows or state that are not there.
         self._unready = sorted(without_state | (set(range(len(params))) - set(usable)))
         self._make_rows(opt, params, states, numbers, usable)
+        self.launched = any(rows.launched for rows in self.all_rows)
+        self.unchecked = any(rows.backend == "reference" for rows in self.all_rows)
         self._watch = self._make_watch(params, tensors, states, usable)
+        self._native = len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
         self._state = opt.__dict__["state"]
         self._watch.keep_dicts([self._state, *self._dicts])
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
         self._lists = ParamLists(groups)
         self._sizes = [len(group["params"]) for group in groups]
-        self._native = self._can_take_native_gradients()
 
     def _make_rows(self, opt, params, states, numbers, usable) -> None:
         settings, ownership = opt._settings, opt._ownership
@@ -148,9 +156,6 @@ class RowCache:
             watched, tensors, anchors, importances if self._weighted else ()
         )
 
-    def _can_take_native_gradients(self) -> bool:
-        return len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
-
     def take_native_gradients(
         self, opt, groups, replays: Sequence[Tensor | None], *, elementwise: bool
     ) -> bool:
@@ -163,7 +168,9 @@ class RowCache:
             self._native
             and self._lists.same(groups)
             and self._same_needs(opt, groups)
-            and not any([self.params[i].grad is not None for i in self._unready])
+            and not (
+                self._unready and any([self.params[i].grad is not None for i in self._unready])
+            )
             and self._unchanged_state(opt)
         ):
             return False
@@ -250,16 +257,6 @@ class RowCache:
                 [row - first for row in changed if 0 <= row - first < len(rows.params)]
             )
             first += len(rows.params)
-
-    @property
-    def launched(self) -> bool:
-        """Whether the step of any device is launched, not run when it is called."""
-        return any([rows.launched for rows in self.all_rows])
-
-    @property
-    def unchecked(self) -> bool:
-        """Whether a backend takes gradients without checking them."""
-        return any([rows.backend == "reference" for rows in self.all_rows])
 
 
 def _needs(opt, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -37,27 +37,20 @@ class Decision:
         looks_ahead: The update measures the distances that the next step needs.
     """
 
-    __slots__ = (
-        "alignment_and_pull", "applies", "ascends", "draw", "flags", "groups", "guarded", "hyper",
-        "index", "injecting", "looks_ahead", "options", "replays", "scaling", "skipped", "strength",
-    )  # fmt: skip
+    replays: Sequence[Tensor | None] = ()
+    scaling = backends.Scaling()
+    skipped = injecting = guarded = ascends = False
+    applies = True
+    flags: Sequence[Tensor | None] = ()
+    draw: backends.Draw | None = None
+    alignment_and_pull: Tensor | None = None
 
     def __init__(
         self, options: Mapping[str, Any], groups: Sequence[dict], hyper: list[dict], index: int
     ) -> None:
         self.options, self.groups, self.hyper, self.index = options, groups, hyper, index
-        self.replays: Sequence[Tensor | None] = ()
-        self.scaling = _UNSCALED
-        self.skipped = self.injecting = False
-        self.applies, self.looks_ahead = True, options["scaling"]
-        self.guarded = self.ascends = False
-        self.alignment_and_pull: Tensor | None = None
-        self.flags: list[Tensor | None] = []
-        self.draw: backends.Draw | None = None
+        self.looks_ahead = options["scaling"]
         self.strength = hyper[0]["strength"] if hyper else 0.0
-
-
-_UNSCALED = backends.Scaling()
 
 
 class Draws:
@@ -67,35 +60,36 @@ class Draws:
         self.options = Options()
         self._word: tuple[int, int, int] | None = None
 
-    def guard(
-        self, decision: Decision, groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]
-    ) -> None:
+    def guard(self, decision: Decision, guided: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Notes in the decision whether alpha is "auto", and whether the guided groups maximize.
 
         Args:
             decision: Of the step.
-            groups: Groups with the guidance options.
-            ascends: For each of them whether it maximizes.
+            guided: The groups that say whether they maximize, if it is not those with the options.
 
         Raises:
             ValueError: An option, or a group, does not go with alpha="auto".
         """
-        # Whether a guided optimizer maximizes stands in its own groups, which nobody watches.
+        # The groups of an optimizer under `dgg.Guidance` are not among the watched options.
+        ascends = None if guided is None else [group.get("maximize") for group in guided]
         known = self.options.derived.get("guard")
         if known is None or known[0] != ascends:
-            known = self.options.derived["guard"] = ascends, _arguments.guard_of(groups, ascends)
-        if known[1] is not None:
-            decision.guarded, decision.ascends = True, known[1]
+            groups = decision.groups
+            maximize = ascends or [group.get("maximize") for group in groups]
+            known = self.options.derived["guard"] = ascends, _arguments.guard_of(groups, maximize)
+        maximizes = known[1]
+        if maximizes is not None:
+            decision.guarded, decision.ascends = True, maximizes
             decision.looks_ahead = False  # the products read all that a distance would save
 
     def limits(self, groups: Sequence[Mapping[str, Any]]) -> list:
         """Returns the threshold of every group's draws, 0 where nothing can be injected."""
-        limits = self.options.derived.get("limits")
-        if limits is None:
-            limits = self.options.derived["limits"] = [
+        derived = self.options.derived
+        if "limits" not in derived:
+            derived["limits"] = [
                 threshold(g["alpha"]) if float(g["strength"]) > 0 else 0 for g in groups
             ]
-        return limits
+        return derived["limits"]
 
     def drawn(
         self, decision: Decision, groups: Sequence[int], indices: Sequence[int], index: int
@@ -148,8 +142,8 @@ class Draws:
         With draws per tensor a rank only draws for the tensors of its own partition.
         """
         return (
-            opt.process_group is not None
-            and decision.options["granularity"] == "tensor"
+            decision.options["granularity"] == "tensor"
+            and opt.process_group is not None
             and any(rows.anchored for rows in all_rows)
             and any(self.limits(decision.groups))
         )
@@ -164,11 +158,10 @@ class Draws:
 def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the hyper-parameters of every group, made anew only where an option changed."""
     derived = opt._draws.options.derived
-    hyper = derived.get("hyper")
-    if hyper is None:
+    if "hyper" not in derived:
         opt._rule.check_route(groups[0]["route"])
-        hyper = derived["hyper"] = [opt._rule.hyper(group) for group in groups]
-    return hyper
+        derived["hyper"] = [opt._rule.hyper(group) for group in groups]
+    return derived["hyper"]
 
 
 def decide(opt) -> Decision:
@@ -184,20 +177,20 @@ def decide(opt) -> Decision:
     options = opt._draws.options.read(groups)
     index = 0 if opt._settings.capturable else options["draw_index"]
     decision = Decision(options, groups, hyper_of(opt, groups), index)
-    opt._draws.guard(decision, groups, [group.get("maximize") for group in groups])
+    opt._draws.guard(decision)
     return decision
 
 
 def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     """Draws for the rows of every device: fills the decision's flags."""
-    draws = opt._draws
-    anchored = any([rows.anchored for rows in all_rows])
-    rows_of_all_ranks = opt._ownership.everywhere()
-    shared = rows_of_all_ranks is not None or any([x.reduction is not None for x in all_rows])
-    if decision.guarded and not checks.has_replay(opt, anchored, shared):
-        decision.flags = [None] * len(all_rows)
-        settle(decision, False)
-        return
+    draws, rows_of_all_ranks = opt._draws, opt._ownership.everywhere()
+    if decision.guarded:
+        anchored = any(rows.anchored for rows in all_rows)
+        shared = rows_of_all_ranks is not None or any(x.reduction is not None for x in all_rows)
+        if not checks.has_replay(opt, anchored, shared):
+            decision.flags = [None] * len(all_rows)
+            settle(decision, False)
+            return
     decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
     if rows_of_all_ranks is None:
         injecting = any([flags is not None for flags in decision.flags])

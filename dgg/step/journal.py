@@ -49,9 +49,10 @@ class Journal:
             return
         self.steps += 1
         kind = _kind(record)
-        if kind not in self._waiting:
-            self._waiting[kind] = record, []
-        self._waiting[kind][1].append(_tensors(record))
+        waiting = self._waiting.get(kind)
+        if waiting is None:
+            waiting = self._waiting[kind] = record, []
+        waiting[1].append(_tensors(record))
         self._count += 1
         if self._count >= self._limit:
             self.fold()

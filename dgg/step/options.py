@@ -45,7 +45,10 @@ class Options:
         # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
         draw = first["draw_index"]
         valid = draw is self._draw or (type(draw) is int and 0 <= draw < _LAST)
-        if not valid or any([group["draw_index"] is not draw for group in groups]):
+        # A loop: comprehensions and generators cost more than the one group of most optimizers.
+        for group in groups:
+            valid = valid and group["draw_index"] is draw
+        if not valid:
             self._read_draws(groups)
         if self._unchanged(groups):
             return first
@@ -65,9 +68,10 @@ class Options:
         """Returns whether all options, the update rule's too, are the objects kept last."""
         if len(groups) != len(self._known):
             return False
-        for (keys, options_of, values), group in zip(self._known, groups, strict=True):
+        for number, group in enumerate(groups):
+            keys, options_of, values = self._known[number]
             # A key that was removed or added counts as a change.
-            if list(group) != keys or not all(map(operator.is_, options_of(group), values)):
+            if [*group] != keys or not all(map(operator.is_, options_of(group), values)):
                 return False
         return True
 

@@ -90,7 +90,8 @@ def finish(
         norms.keep(opt, record, captured=captured)
     elif params := decision.groups[0].get("params"):
         norms.keep(opt, norms.record_skipped(params[0].device))
-    opt._replay.clear()
+    if opt._replay.recorded:
+        opt._replay.clear()
 
 
 def abandon(opt) -> None:
