@@ -27,7 +27,12 @@ class Sharded:
     Args:
         process_group: Over whose ranks plain parameters are flat partitions; None if every rank
             has all of them.
+
+    Attributes:
+        has_all: Whether this rank has at least a part of every parameter.
     """
+
+    has_all = True
 
     def __init__(self, process_group: Any = None) -> None:
         self.process_group = process_group
@@ -57,19 +62,12 @@ class Sharded:
     def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
         """Returns where this rank's part of each parameter lies in the whole, and the sums.
 
-        Args:
-            params: Parameters of one device.
-
-        Returns:
-            Their places, empty if all are whole; and the sums over the ranks that hold the other
-            parts, None without such ranks.
+        Of parameters of one device. There are no places if all are whole; the sums are over the
+        ranks that hold the other parts, None without such ranks.
         """
         runs = fsdp1.runs(params)
-        sharded = any(map(is_dtensor, params))
-        if not (sharded or runs or self.process_group is not None):
-            return [], None
         places: list[Place | None] = []
-        if sharded or runs:
+        if runs or any(map(is_dtensor, params)):
             places = [place_of(p) for p in params]
         for row, run in runs.items():
             places[row] = Place(run.start, *[max(params[row].numel(), 1)] * 2)
@@ -80,36 +78,22 @@ class Sharded:
         return peers_of(params, self.process_group)
 
     def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
-        """Returns how many parameters of a group are anchored on other ranks alone.
-
-        Args:
-            number: Of the group.
-            group: The group here.
-        """
+        """Returns how many parameters of this group are anchored on other ranks alone."""
         return 0
 
     def note_anchors(self, groups: Sequence[dict[str, Any]], *, anchored: bool) -> None:
         """Notes that anchors were set, or cleared, on all ranks."""
 
     def join_norms(self, sums: int = 3) -> None:
-        """Adds zeros to the other ranks' sum, if they wait for this rank.
-
-        Args:
-            sums: How many sums they form.
-        """
+        """Adds zeros to the sums that the other ranks form, if they wait for this rank."""
 
     def share_weights(self) -> None:
         """Gives the other ranks the weights that this rank alone has written, outside of a step."""
 
     @property
-    def has_all(self) -> bool:
-        """Whether this rank has at least a part of every parameter."""
-        return True
-
-    @property
     def has_names(self) -> bool:
         """Whether the parameters here are those that the model's names belong to."""
-        return self.process_group is None
+        return self.has_all and self.process_group is None
 
     def elements(self, param: Tensor) -> int:
         """Returns how many elements of what `tensors` returned are weights, real numbers each."""
@@ -151,6 +135,8 @@ class RankShare(Sharded):
         zero_optimizer: The ZeroRedundancyOptimizer. It refers to the local optimizer, which
             therefore refers to it weakly.
     """
+
+    has_all = False
 
     def __init__(self, zero_optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
@@ -219,16 +205,6 @@ class RankShare(Sharded):
     def share_weights(self) -> None:
         """Sends this rank's share to the others, as each step of ZeroRedundancyOptimizer does."""
         self._optimizer()._sync_params()
-
-    @property
-    def has_all(self) -> bool:
-        """Whether this rank has a part of every parameter: no, each is whole on one rank."""
-        return False
-
-    @property
-    def has_names(self) -> bool:
-        """Whether the model's names belong to the parameters here: to a share of them alone."""
-        return False
 
     def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
         """Returns sums over all shares; a rank without parameters takes part."""
