@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dgg import anchor
+from dgg._literals import TensorsOrPath
 from dgg.anchor.boundary import Plan, refuse_optimizer_state
 from dgg.deepspeed.partitions import Member, Partition, cut
 
 
 def plan_anchors(
-    opt, partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+    opt, partitions: Sequence[Partition], tensors: TensorsOrPath | None,
     model: torch.nn.Module | None,
 ) -> Plan:  # fmt: skip
     """Returns the anchors' sources and memory for every partition.
@@ -64,7 +65,7 @@ def plan_anchors(
 
 
 def named_sums(
-    partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike,
+    partitions: Sequence[Partition], tensors: TensorsOrPath,
     model: torch.nn.Module | None, dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:  # fmt: skip
     """Returns the sums of v̂ of every partition, each in its dtype, cut out of whole tensors.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dgg import _callers, sharding
+from dgg._literals import TensorsOrPath
 
 logger = logging.getLogger("dgg.hf")
 
@@ -22,8 +23,6 @@ FILE = "importance.safetensors"
 # Sums of v̂ at the end of the last training, by model, for scripts that make a new Trainer for every
 # task.
 _sums: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
-
-Source = Mapping[str, Tensor] | str | os.PathLike
 
 
 def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writes: bool) -> None:
@@ -64,8 +63,8 @@ def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writ
 
 
 def source_of(
-    opt, core: nn.Module, given: Source | None, anchor_source: Source | None
-) -> Source | None:
+    opt, core: nn.Module, given: TensorsOrPath | None, anchor_source: TensorsOrPath | None
+) -> TensorsOrPath | None:
     """Returns where the importance of a task that begins comes from.
 
     Args:

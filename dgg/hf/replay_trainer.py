@@ -87,12 +87,8 @@ class _Replay(_Trainer):
         if self.replay_buffer is None:
             raise ValueError("remember() needs a memory: give the Trainer a replay_buffer=")
         if task is None:
-            guidance = [
-                callback
-                for callback in self.callback_handler.callbacks
-                if isinstance(callback, GuidanceCallback)
-            ]
-            task = guidance[0]._task if guidance else None
+            callbacks = self.callback_handler.callbacks
+            task = next((x._task for x in callbacks if isinstance(x, GuidanceCallback)), None)
         examples: Any = self.train_dataset if dataset is None else dataset
         return self.replay_buffer.add_task(examples, task)
 
@@ -112,17 +108,17 @@ class _Replay(_Trainer):
         if not self._replay_checked:
             # Here everything is loaded, and every rank comes by.
             self._replay_checked = True
-            self._check_ranks()
+            self._check_ranks(self.replay_buffer)
             if len(self.replay_buffer):
                 self._clip_in_step(_unwrap(self.optimizer, type(self).__name__))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the optimizer's step comes next
-            self._replay_examples(model)
+            self._replay_examples(model, self.replay_buffer)
         return loss
 
-    def _replay_examples(self, model) -> None:
+    def _replay_examples(self, model, memory: ReplayBuffer) -> None:
         """Makes the gradient of the mean loss of some old examples the replay gradient."""
-        parts = self._draw()
+        parts = self._draw(memory)
         if not parts:
             return
         opt = _unwrap(self.optimizer, type(self).__name__)
@@ -149,16 +145,13 @@ class _Replay(_Trainer):
         self._replay_loss = total if self._replay_loss is None else self._replay_loss + total
         self._replay_steps += 1
 
-    def _draw(self) -> list[list[Any]]:
+    def _draw(self, memory: ReplayBuffer) -> list[list[Any]]:
         """Draws this rank's old examples of one optimizer step, in batches of the usual size."""
         size = self._train_batch_size
         if self.accelerator.split_batches:
             size //= self.accelerator.num_processes
         # Counted from the arguments, not from the batches: all ranks must make as many passes, and
         # a collator may pack a batch into one row.
-        memory = self.replay_buffer
-        if memory is None:
-            return []
         count = memory.share(size * self.current_gradient_accumulation_steps, self.replay_ratio)
         if not count:
             return []
@@ -266,13 +259,13 @@ class _Replay(_Trainer):
                 "replayed ones; use bf16=True"
             )
 
-    def _check_ranks(self) -> None:
+    def _check_ranks(self, memory: ReplayBuffer) -> None:
         """Raises where ranks would draw differently: they would wait for each other for ever."""
-        if self.replay_buffer is None or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return
         from accelerate.utils import gather_object
 
-        text = repr((course(self.replay_buffer), as_ratio(self.replay_ratio)))
+        text = repr((course(memory), as_ratio(self.replay_ratio)))
         mine = hashlib.sha256(text.encode()).hexdigest()
         if len(set(gather_object([mine]))) > 1:
             raise RuntimeError(

@@ -67,12 +67,7 @@ def like(shard: Tensor, param: Tensor) -> Tensor:
 
 
 def check(param: DTensor, label: str, *, elements: bool) -> None:
-    """Checks that a DTensor parameter can be stepped shard by shard.
-
-    Args:
-        param: The parameter.
-        label: Its name in errors.
-        elements: Draws are made per element.
+    """Checks that a parameter can be stepped shard by shard, with draws per element if asked for.
 
     Raises:
         ValueError: It has partial sums, lies on other ranks, or per-element draws have no place in

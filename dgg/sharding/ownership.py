@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -221,13 +221,9 @@ class RankShare(Sharded):
 
 
 class Lost(Sharded):
-    """A copy that does not know the ranks with the other parts: its first step raises.
+    """A copy that does not know the ranks with the other parts: its first step raises."""
 
-    Args:
-        what: ``"group"`` or ``"share"``.
-    """
-
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: Literal["group", "share"]) -> None:
         super().__init__()
         self.what = what
 
