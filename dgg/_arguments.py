@@ -399,10 +399,9 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
         )
     if value.shape != param.shape:
         raise ValueError(
-            f"{label} has shape {tuple(param.shape)}, its {name} "
-            f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
-            "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
-            "build a new optimizer"
+            f"{label} has shape {tuple(param.shape)}, its {name} {tuple(value.shape)}: a parameter "
+            "that changed its shape is a new one; drop its state (del optimizer.state[p]) and call "
+            "set_anchor() again, or build a new optimizer"
         )
     if value.is_complex() != param.is_complex():
         raise TypeError(
@@ -414,10 +413,8 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
             f"the {name} in the state of {label} is {value.layout} on {str(value.device)!r}, where "
             f"there are no values; {remedy}"
         )
-    expanded = value.numel() > 0 and _overlaps(value)
-    if (value.is_neg() or value.is_conj() or expanded) and not sharding.keeps_values_elsewhere(
-        value
-    ):
+    unwritable = value.is_neg() or value.is_conj() or (value.numel() > 0 and _overlaps(value))
+    if unwritable and not sharding.keeps_values_elsewhere(value):
         raise ValueError(
             f"the {name} in the state of {label} is a view that cannot be written element by "
             f"element (expanded, lazily negated or conjugated); {remedy}"

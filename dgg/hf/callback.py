@@ -410,11 +410,10 @@ def _checked_number(alpha: Any) -> float | str:
 def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError:
     return ValueError(
         "the parameters that the model trains are not those the optimizer holds. "
-        f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but "
-        f"removed from the model or frozen: {_shown(dead)}. Another adapter was made "
-        "active, merged or added after the optimizer was built: make a new Trainer (or "
-        "set trainer.optimizer = None) after changing adapters, and freeze "
-        "(requires_grad_(False)) what is not to be trained"
+        f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but removed from "
+        f"the model or frozen: {_shown(dead)}. Another adapter was made active, merged or added "
+        "after the optimizer was built: make a new Trainer (or set trainer.optimizer = None) after "
+        "changing adapters, and freeze (requires_grad_(False)) what is not to be trained"
     )
 
 

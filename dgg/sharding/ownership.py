@@ -18,7 +18,6 @@ from torch import Tensor
 from dgg.sharding import fsdp1
 from dgg.sharding.dtensor import Place, is_dtensor, local, place_of
 from dgg.sharding.reduction import Reduction
-from dgg.sharding.reduction import peers as peers_of
 
 
 class Sharded:
@@ -53,10 +52,7 @@ class Sharded:
         return range(len(params))
 
     def everywhere(self) -> tuple[list[int], list[int]] | None:
-        """Returns group and tensor index of the rows of all ranks.
-
-        None where every rank has a part of each parameter, and so knows all draws.
-        """
+        """Returns group and tensor index of all ranks' rows; None where each knows all draws."""
         return None
 
     def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
@@ -74,8 +70,15 @@ class Sharded:
         return places, Reduction(params, self.process_group, runs) or None
 
     def peers(self, params: Sequence[Tensor]) -> list:
-        """Returns the groups whose ranks have the other parts."""
-        return peers_of(params, self.process_group)
+        """Returns the groups whose ranks have parts or copies of these, in the same order on all.
+
+        Raises:
+            RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
+        """
+        flat = dict.fromkeys(run.group for run in fsdp1.runs(params).values())
+        meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
+        groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+        return [group for group in (self.process_group, *flat, *groups) if group is not None]
 
     def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
         """Returns how many parameters of this group are anchored on other ranks alone."""
@@ -100,15 +103,9 @@ class Sharded:
         return local(param).numel() * (2 if param.is_complex() else 1)
 
     def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
-        """Returns sums over all parts of all ranks; every rank calls it.
+        """Returns sums over all parts of all ranks, float64 [count] on the CPU; all ranks call it.
 
-        Args:
-            params: What this rank steps.
-            sums: float64 [count] of each of them.
-            count: How many sums there are.
-
-        Returns:
-            float64 [count] on the CPU.
+        ``params`` is what this rank steps, and ``sums`` has float64 [count] of each.
         """
         whole = torch.zeros(count, dtype=torch.float64, device="cpu")
         for device in dict.fromkeys(p.device for p in params):

@@ -146,18 +146,6 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
     return [mesh.get_group(d) for d in dims]
 
 
-def peers(params: Sequence[Tensor], process_group: Any) -> list:
-    """Returns the groups whose ranks hold parts or copies of these, in the same order on all.
-
-    Raises:
-        RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
-    """
-    groups = [process_group, *dict.fromkeys(run.group for run in fsdp1.runs(params).values())]
-    meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
-    groups += [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
-    return [group for group in groups if group is not None]
-
-
 @contextlib.contextmanager
 def on_all_or_none(groups: Sequence, settings: Mapping[str, object]) -> Iterator[None]:
     """Raises on every rank if the block fails on one of them, or if their settings differ.
@@ -211,11 +199,7 @@ def sum_partial_gradients(
 
     Under sequence parallelism the gradients of layer norms are sums over each rank's part of the
     sequence. All ranks of a mesh must have partial gradients of the same parameters: there is one
-    collective per mesh and dtype.
-
-    Args:
-        params: Parameters; one may occur twice.
-        grads: Gradient of each, or None. They are not modified.
+    collective per mesh and dtype. A parameter may occur twice; no gradient is modified.
     """
     grads = list(grads)
     if not (dist.is_available() and dist.is_initialized()):
