@@ -262,14 +262,16 @@ def check_precision(
             "choose one (a master weight leaves nothing to round)"
         )
     dtypes = {p.dtype for group in groups for p in group["params"]}
-    uses = {"stochastic_rounding": (torch.bfloat16,), "master_weights": NARROW}
-    for name, narrow in uses.items():
-        if options[name] and dtypes.isdisjoint(narrow):
-            kinds = " and ".join(str(dtype).removeprefix("torch.") for dtype in narrow)
-            raise ValueError(
-                f"{name}=True is for {kinds} parameters and there is none (found "
-                f"{sorted(map(str, dtypes))}); leave it False"
-            )
+    if stochastic_rounding and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "stochastic_rounding=True is for bfloat16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
+    if master_weights and dtypes.isdisjoint(NARROW):
+        raise ValueError(
+            "master_weights=True is for bfloat16 and float16 parameters and there is none (found "
+            f"{sorted(map(str, dtypes))}); leave it False"
+        )
 
 
 def warn_narrow(what: str, dtype: torch.dtype, remedy: str) -> None:

@@ -297,10 +297,9 @@ def _other_ranks(zero_optimizer) -> bool:
 
 def _local_of_step(zero_optimizer, name: str) -> Tensor:
     """Returns a local variable of the ``step()`` of DeepSpeed's that is running now."""
-    running = (local for owner, local in _callers.methods("step") if owner is zero_optimizer)
-    local = next(running, {})
-    if name in local:
-        return local[name]
+    for owner, local in _callers.methods("step"):
+        if owner is zero_optimizer and name in local:
+            return local[name]
     raise RuntimeError(
         f"{type(zero_optimizer).__name__}.step() has no {name}; this release of DeepSpeed is not "
         "known to dgg: use the one that docs/deepspeed.md names, or a static loss scale"

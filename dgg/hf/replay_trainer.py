@@ -58,10 +58,10 @@ class _Replay(_Trainer):
         self.replay_ratio = replay_ratio
         self.replay_collator = replay_collator
         # Of the present call of train().
-        self._replay_checked = self._clips_in_step = False
-        self._replay_collate: Callable[[list[Any]], Any] | None = None
+        self._clips_in_step = False
+        self._replay_collate: Any = None
         # Sum of the replayed losses since the last log entry, on the device, and its steps.
-        self._replay_loss: torch.Tensor | None = None
+        self._replay_loss: Any = 0
         self._replay_steps = 0
         super().__init__(*args, **kwargs)
         if replay_buffer is not None:
@@ -96,18 +96,19 @@ class _Replay(_Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does; from the second task on with replay."""
-        self._replay_checked = self._clips_in_step = False
-        self._replay_collate = self._replay_loss = None
-        self._replay_steps = 0
+        self._clips_in_step = False
+        self._replay_collate, self._replay_loss, self._replay_steps = None, 0, 0
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Makes the Trainer's step, and before the optimizer's the pass over old examples."""
         if self.replay_buffer is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self._replay_checked:
+        if self._replay_collate is None:
             # Here everything is loaded, and every rank comes by.
-            self._replay_checked = True
+            self._replay_collate = self.replay_collator or self._get_collator_with_removed_columns(
+                self.data_collator, description="replay"
+            )
             self._check_ranks(self.replay_buffer)
             if len(self.replay_buffer):
                 self._clip_in_step(_unwrap(self.optimizer, type(self).__name__))
@@ -123,9 +124,8 @@ class _Replay(_Trainer):
             return
         opt = _unwrap(self.optimizer, type(self).__name__)
         self._clip_in_step(opt)
-        collate = self._collator()
         batches, items = self.get_batch_samples(
-            iter([collate(rows) for rows in parts]), len(parts), self.args.device
+            map(self._replay_collate, parts), len(parts), self.args.device
         )
         count, steps = sum(map(len, parts)), self.current_gradient_accumulation_steps
         losses = []
@@ -141,8 +141,7 @@ class _Replay(_Trainer):
                         losses.append(super().training_step(model, batch, items))
         finally:
             self.current_gradient_accumulation_steps = steps
-        total = torch.stack(losses).sum()
-        self._replay_loss = total if self._replay_loss is None else self._replay_loss + total
+        self._replay_loss += torch.stack(losses).sum()
         self._replay_steps += 1
 
     def _draw(self, memory: ReplayBuffer) -> list[list[Any]]:
@@ -164,13 +163,6 @@ class _Replay(_Trainer):
         # Ranks that share a layer or a sequence train on the same examples.
         alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         return self.args.process_index // alike, max(self.args.world_size // alike, 1)
-
-    def _collator(self) -> Callable[[list[Any]], Any]:
-        if self._replay_collate is None:
-            self._replay_collate = self.replay_collator or self._get_collator_with_removed_columns(
-                self.data_collator, description="replay"
-            )
-        return self._replay_collate
 
     def _unsynchronised(self, model, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which gradients stay on their rank, but those of the last pass."""
@@ -208,10 +200,10 @@ class _Replay(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss of the old examples to the entries of the training."""
-        if "loss" in logs and self._replay_loss is not None:
+        if "loss" in logs and self._replay_steps:
             means: Any = self.accelerator.gather(self._replay_loss / self._replay_steps)
             logs["replay/loss"] = means.mean().item()
-            self._replay_loss, self._replay_steps = None, 0
+            self._replay_loss, self._replay_steps = 0, 0
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ----------------------------------------------------------------------------

@@ -103,8 +103,7 @@ def place_of(param: Tensor) -> Place | None:
     if _interleaved(param):
         return None
     shape, offsets = _shape_and_offsets(param)
-    sharded = [d for d, size in enumerate(shape) if size != param.shape[d]]
-    inner = [d for d in sharded if d > 0]
+    inner = [d for d, size in enumerate(shape) if d > 0 and size != param.shape[d]]
     if len(inner) > 1:
         return None
     strides = [math.prod(param.shape[d + 1 :]) for d in range(len(shape))]
