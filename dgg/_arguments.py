@@ -32,7 +32,6 @@ GROUP_OPTIONS = ("alpha", "strength")
 GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
 # Dtypes in which small updates of a weight are rounded away.
 NARROW = (torch.bfloat16, torch.float16)
-_LARGEST = sys.float_info.max
 PLAIN_TYPES = {float, int, bool, str, type(None)}
 _CHOICES = {
     "norm_scope": get_args(NormScope), "granularity": get_args(Granularity), "route": ROUTES,
@@ -73,10 +72,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Checks the values of guidance options.
-
-    Args:
-        options: Values of any of GUIDANCE_OPTIONS.
+    """Checks the values of any of GUIDANCE_OPTIONS.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -92,19 +88,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         why, given = f"it is a probability, or {AUTO!r}", options.get("alpha")
         if isinstance(given, (int, float)) and 1 < given <= 100:
             why += f"; {given:g} % is {given / 100:g}"
-        _check_number(options, "alpha", low=0.0, high=1.0, why=why)
+        _check_number(options, "alpha", high=1.0, why=why)
     if isinstance(options.get("importance"), Tensor):
         raise TypeError("importance is a tensor; it must be a number: pass a Python float")
-    _check_number(
-        options, "importance", low=0.0, high=1.0, why="1 - importance weighs the plain difference"
-    )
-    _check_number(options, "importance_mean", low=0.0, why="it is a mean of squares")
-    _check_number(options, "strength", low=0.0, why="a negative one would push off the anchor")
-    _check_number(options, "replay_weight", low=0.0, why="it weighs the replay gradient")
+    _check_number(options, "importance", high=1.0, why="1 - importance weighs the plain difference")
+    _check_number(options, "importance_mean", why="it is a mean of squares")
+    _check_number(options, "strength", why="a negative one would push off the anchor")
+    _check_number(options, "replay_weight", why="it weighs the replay gradient")
     if options.get("max_grad_norm") is not None:
-        _check_number(
-            options, "max_grad_norm", low=0.0, above=True, why="pass None for no clipping"
-        )
+        _check_number(options, "max_grad_norm", positive=True, why="pass None for no clipping")
     for name, bits in (("seed", 64), ("draw_index", 63), ("task_index", 63)):
         if name not in options:
             continue
@@ -125,7 +117,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={_numbers.shown(value)} must lie in [0, 2**{bits})")
 
 
-def _check_number(options, name, *, low, high=math.inf, above=False, why) -> None:
+def _check_number(options, name, *, high=math.inf, positive=False, why) -> None:
     if name not in options:
         return
     value = options[name]
@@ -149,18 +141,16 @@ def _check_number(options, name, *, low, high=math.inf, above=False, why) -> Non
             f"{name}={_numbers.shown(value)} must be a number, not {type(value).__name__}; pass a "
             "Python float or int"
         )
-    inside = low < value if above else low <= value
-    if not (inside and value <= high and value <= _LARGEST):
-        bounds = f"{'(' if above else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+    inside = value > 0 if positive else value >= 0
+    if not (inside and value <= high and value <= sys.float_info.max):
+        bounds = f"{'(' if positive else '['}0, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name}={_numbers.shown(value)} must lie in {bounds}: {why}")
 
 
 def guard_of(groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]) -> bool | None:
     """Returns None unless alpha is "auto", otherwise whether the guided groups maximize.
 
-    Args:
-        groups: Groups with the guidance options.
-        ascends: For each of them whether it maximizes.
+    ``ascends`` says so of each group.
 
     Raises:
         ValueError: An option, or a group, does not go with alpha="auto".
@@ -285,13 +275,7 @@ def check_precision(
 
 
 def warn_narrow(what: str, dtype: torch.dtype, remedy: str) -> None:
-    """Warns that steps in 16 bits lose small updates.
-
-    Args:
-        what: The weights that are stepped in 16 bits, with "is" or "are".
-        dtype: Their dtype.
-        remedy: What to do instead.
-    """
+    """Warns that steps in 16 bits lose small updates of these weights ("... is" or "... are")."""
     # Half of the spacing below a power of two, where the spacing is smallest against the weight.
     bound = round(4 / torch.finfo(dtype).eps)
     warnings.warn(
@@ -405,12 +389,6 @@ def check_param(
 def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
     """Checks that a value in the state of a parameter is a tensor the kernels can take.
 
-    Args:
-        name: Key of the value, such as ``exp_avg`` or ``anchor``.
-        value: The value.
-        param: The parameter.
-        label: Name of the parameter in errors.
-
     Raises:
         TypeError: It is no tensor of a floating dtype.
         ValueError: It has another shape, no values, or memory that cannot be written.
@@ -423,10 +401,9 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
         )
     if value.shape != param.shape:
         raise ValueError(
-            f"{label} has shape {tuple(param.shape)}, its {name} "
-            f"{tuple(value.shape)}: a parameter that changed its shape is a new one; "
-            "drop its state (del optimizer.state[p]) and call set_anchor() again, or "
-            "build a new optimizer"
+            f"{label} has shape {tuple(param.shape)}, its {name} {tuple(value.shape)}: a parameter "
+            "that changed its shape is a new one; drop its state (del optimizer.state[p]) and call "
+            "set_anchor() again, or build a new optimizer"
         )
     if value.is_complex() != param.is_complex():
         raise TypeError(
@@ -438,10 +415,8 @@ def check_state(name: str, value: Any, param: Tensor, label: str) -> None:
             f"the {name} in the state of {label} is {value.layout} on {str(value.device)!r}, where "
             f"there are no values; {remedy}"
         )
-    expanded = value.numel() > 0 and _overlaps(value)
-    if (value.is_neg() or value.is_conj() or expanded) and not sharding.keeps_values_elsewhere(
-        value
-    ):
+    unwritable = value.is_neg() or value.is_conj() or (value.numel() > 0 and _overlaps(value))
+    if unwritable and not sharding.keeps_values_elsewhere(value):
         raise ValueError(
             f"the {name} in the state of {label} is a view that cannot be written element by "
             f"element (expanded, lazily negated or conjugated); {remedy}"

@@ -59,11 +59,7 @@ def calls_of(*functions: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Map
 
 
 def methods(name: str | None = None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yields ``self`` and the local variables of every method among the callers, innermost first.
-
-    Args:
-        name: Name of the methods; None for all.
-    """
+    """Yields ``self`` and local variables of the methods (of a name) that call, innermost first."""
     for frame in _outwards(sys._getframe(1)):
         if name in (None, frame.f_code.co_name) and "self" in (local := frame.f_locals):
             yield local["self"], local

@@ -16,10 +16,6 @@ __all__ = ["as_float", "as_int", "plain", "shown"]
 def plain(name: str, value: Any) -> Any:
     """The element of a scalar, or of an array or tensor of one element; all else as it is.
 
-    Args:
-        name: the parameter, for the error.
-        value: its value.
-
     Raises:
         TypeError: if there are several elements, or none.
     """
@@ -36,10 +32,6 @@ def plain(name: str, value: Any) -> Any:
 def as_int(name: str, value: Any) -> int:
     """An int of Python from an integer of any library; floats and bools are refused.
 
-    Args:
-        name: the parameter, for the error.
-        value: its value.
-
     Raises:
         TypeError: if it is no integer.
     """
@@ -54,10 +46,6 @@ def as_int(name: str, value: Any) -> int:
 
 def as_float(name: str, value: Any) -> float:
     """A float of Python from a real number of any library; bools and strings are refused.
-
-    Args:
-        name: the parameter, for the error.
-        value: its value.
 
     Raises:
         TypeError: if it is no real number.

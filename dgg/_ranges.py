@@ -14,15 +14,6 @@ import torch
 from torch.autograd import profiler
 
 _QUIET = contextlib.nullcontext()
-
-
-def _nvtx() -> bool:
-    wanted = os.environ.get("DGG_NVTX")
-    if wanted is not None:
-        return wanted not in ("", "0") and torch.cuda.is_available()
-    return "NVTX_INJECTION64_PATH" in os.environ and torch.cuda.is_available()
-
-
 _listening: bool | None = None
 
 
@@ -37,5 +28,6 @@ def record(name: str) -> contextlib.AbstractContextManager:
         return torch.profiler.record_function(name)
     if _listening is None:
         # Not at import, because it initialises CUDA.
-        _listening = _nvtx()
+        wanted = os.environ.get("DGG_NVTX", "NVTX_INJECTION64_PATH" in os.environ)
+        _listening = wanted not in ("", "0", False) and torch.cuda.is_available()
     return torch.cuda.nvtx.range(name) if _listening else _QUIET

@@ -13,6 +13,12 @@ _Listed = TypeVar("_Listed", bound=Callable[..., Any])
 _WIDTH = 72
 
 
+class _Written(str):
+    """A type as it is written in the source; other texts would be printed in quotes."""
+
+    __repr__ = str.__str__
+
+
 class Listed(inspect.Signature):
     """A signature that prints types as they are written, and long lists an argument per line."""
 
@@ -22,9 +28,9 @@ class Listed(inspect.Signature):
         for parameter in self.parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY and "*" not in "".join(pieces):
                 pieces.append("*")
-            pieces.append(_written(parameter))
+            pieces.append(str(parameter))
         result = self.return_annotation
-        end = ")" if result is self.empty else f") -> {_type(result)}"
+        end = ")" if result is self.empty else f") -> {inspect.formatannotation(result)}"
         line = f"({', '.join(pieces)}{end}"
         if len(line) <= _WIDTH:
             return line
@@ -36,34 +42,20 @@ class Listed(inspect.Signature):
 
 
 def listed(target: _Listed) -> _Listed:
-    """Gives functions signatures that help() prints well; calls are as before.
-
-    Args:
-        target: A function, or a class with some; changed in place.
-    """
+    """Gives a function, or those of a class, signatures that help() prints well, in place."""
     is_function = isinstance(target, types.FunctionType)
     functions: dict[str, Any] = {"": target} if is_function else dict(vars(target))
     for name, function in functions.items():
         if isinstance(function, types.FunctionType) and (name == "__init__" or name[:1] != "_"):
             now = inspect.signature(function)
-            parameters, result = list(now.parameters.values()), now.return_annotation
+            parameters = [
+                parameter.replace(annotation=_written(parameter.annotation))
+                for parameter in now.parameters.values()
+            ]
+            result = _written(now.return_annotation)
             vars(function)["__signature__"] = Listed(parameters, return_annotation=result)
     return target
 
 
-def _written(parameter: inspect.Parameter) -> str:
-    text = parameter.name
-    if parameter.kind is parameter.VAR_POSITIONAL:
-        text = f"*{text}"
-    if parameter.kind is parameter.VAR_KEYWORD:
-        text = f"**{text}"
-    typed = parameter.annotation is not parameter.empty
-    if typed:
-        text += f": {_type(parameter.annotation)}"
-    if parameter.default is parameter.empty:
-        return text
-    return f"{text}{' = ' if typed else '='}{parameter.default!r}"
-
-
-def _type(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+def _written(annotation: Any) -> Any:
+    return _Written(annotation) if isinstance(annotation, str) else annotation

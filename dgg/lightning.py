@@ -14,6 +14,7 @@ that was imported before, else of the one that is installed. ``import dgg`` impo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import warnings
@@ -156,10 +157,8 @@ class GuidanceCallback(_Callback):
         """Returns dgg's optimizers among the Trainer's, and the guidances of others."""
         found = []
         for wrapped in trainer.optimizers:
-            try:
+            with contextlib.suppress(TypeError):
                 found.append(find(wrapped))
-            except TypeError:
-                continue
         if not found:
             kinds = ", ".join(type(x).__name__ for x in trainer.optimizers)
             raise TypeError(

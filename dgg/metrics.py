@@ -56,7 +56,8 @@ class _UndefinedError(Exception):
 
 def final_average_accuracy(matrix: Matrix, sizes: Sequence[float] | None = None) -> float | None:
     """FAA: `1/T · Σ_j R[T-1][j]`, or by `sizes`: `Σ_j n_j R[T-1][j] / Σ_j n_j`."""
-    return _or_none(_faa, _checked(matrix), sizes)
+    rows = _checked(matrix)
+    return _or_none(_faa, rows) if sizes is None else _or_none(_faa_weighted, rows, sizes)
 
 
 def average_incremental_accuracy(matrix: Matrix) -> float | None:
@@ -179,7 +180,7 @@ class AccuracyMatrix:
 
     def faa(self) -> float | None:
         """Final average accuracy."""
-        return _or_none(_faa, self.rows, None)
+        return _or_none(_faa, self.rows)
 
     def faa_weighted(self) -> float | None:
         """Final average accuracy weighted by test set size, as in the paper."""
@@ -227,7 +228,7 @@ class AccuracyMatrix:
     def _metrics(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         others = {"aia": _aia, "bwt": _bwt, "forgetting": _forgetting, "learning": _learning}
         return {
-            "faa": (_faa, (self.rows, None)),
+            "faa": (_faa, (self.rows,)),
             "faa_weighted": (_faa_weighted, (self.rows, self.sizes)),
             **{name: (function, (self.rows,)) for name, function in others.items()},
         }
@@ -257,25 +258,22 @@ class AccuracyMatrix:
                     "pip install matplotlib"
                 ) from error
             ax = plt.subplots(layout="constrained")[1]
-        known = {
-            (i, j): value
-            for i, row in enumerate(self.rows)
-            for j, value in enumerate(row)
-            if value is not None
-        }
-        per_cent = max(known.values(), default=0.0) > 1
-        size = range(len(self))
-        shown = [[known.get((i, j), math.nan) for j in size] for i in size]
+        shown = [[math.nan if x is None else x for x in row] for row in self.rows]
+        per_cent = any(x > 1 for row in shown for x in row)
         # A norm of the caller's has its own ends.
         ends = {} if "norm" in image else {"vmin": 0, "vmax": 100 if per_cent else 1}
         colours = {"cmap": "viridis", **ends, **image}
         drawn = ax.imshow(shown, **colours)
-        for (i, j), value in known.items():
-            red, green, blue, _ = drawn.cmap(drawn.norm(value))
-            # Rec. 601's brightness of the cell decides the colour of its number.
-            ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-            text = f"{value:.0f}" if per_cent else f"{value:.2f}"
-            ax.text(j, i, text, ha="center", va="center", color=ink)
+        for i, row in enumerate(self.rows):
+            for j, value in enumerate(row):
+                if value is None:
+                    continue
+                red, green, blue, _ = drawn.cmap(drawn.norm(value))
+                # Rec. 601's brightness of the cell decides the colour of its number.
+                ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+                text = f"{value:.0f}" if per_cent else f"{value:.2f}"
+                ax.text(j, i, text, ha="center", va="center", color=ink)
+        size = range(len(self))
         ax.set_xticks(size, self.tasks, rotation=45, ha="right", rotation_mode="anchor")
         ax.set_yticks(size, self.tasks)
         ax.set(xlabel="tested on", ylabel="after training")
@@ -329,9 +327,7 @@ class AccuracyMatrix:
 # --------------------------------------------------------------------------------- the formulas
 
 
-def _faa(rows: list[list[float | None]], sizes: Sequence[float] | None) -> float:
-    if sizes is not None:
-        return _faa_weighted(rows, sizes)
+def _faa(rows: list[list[float | None]]) -> float:
     last = len(rows) - 1
     return _mean([_entry(rows, last, j) for j in range(len(rows))])
 

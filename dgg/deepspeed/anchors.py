@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dgg import anchor
+from dgg._literals import TensorsOrPath
 from dgg.anchor.boundary import Plan, refuse_optimizer_state
 from dgg.deepspeed.partitions import Member, Partition, cut
 
 
 def plan_anchors(
-    opt, partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike | None,
+    opt, partitions: Sequence[Partition], tensors: TensorsOrPath | None,
     model: torch.nn.Module | None,
 ) -> Plan:  # fmt: skip
     """Returns the anchors' sources and memory for every partition.
@@ -36,8 +37,6 @@ def plan_anchors(
     refuse_optimizer_state(tensors)
     if tensors is None and model is not None:
         raise ValueError("model= maps the names of tensors to parameters; give both or neither")
-    if model is not None and not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model= must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(tensors, (str, os.PathLike)):
         tensors = anchor.open_path(tensors)
     elif tensors is not None and not isinstance(tensors, Mapping):
@@ -45,7 +44,7 @@ def plan_anchors(
             "set_anchor() takes a mapping from names to tensors or the path of a file or "
             f"directory of them, not {type(tensors).__name__}"
         )
-    names = anchor.names_of_parameters(model) if model is not None else {}
+    names = anchor.names_of_parameters(model)
     plan: Plan = []
     for number, partition in enumerate(partitions):
         label = f"partition {number}"
@@ -66,20 +65,16 @@ def plan_anchors(
 
 
 def named_sums(
-    partitions: Sequence[Partition], tensors: Mapping[str, Tensor] | str | os.PathLike,
+    partitions: Sequence[Partition], tensors: TensorsOrPath,
     model: torch.nn.Module | None, dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:  # fmt: skip
-    """Returns the sums of v̂ of every partition, cut out of named whole tensors.
+    """Returns the sums of v̂ of every partition, each in its dtype, cut out of whole tensors.
 
-    Args:
-        partitions: This rank's.
-        tensors: Sums by name, or their path.
-        model: Maps names to parameters; None takes DeepSpeed's names.
-        dtypes: Dtype of each partition's sum.
+    Partitions, tensors and model are those of `plan_anchors`.
     """
-    if isinstance(tensors, (str, os.PathLike)):
+    if not isinstance(tensors, Mapping):
         tensors = anchor.open_path(tensors)
-    names = anchor.names_of_parameters(model) if model is not None else {}
+    names = anchor.names_of_parameters(model)
     sums = []
     for partition, dtype in zip(partitions, dtypes, strict=True):
         sources = list(_named_sources(partition, tensors, names, model, dtype, "importance"))
@@ -98,16 +93,15 @@ def whole_sums(
         partitions: This rank's.
         sums: Return the sum of each partition.
         model: Maps parameters to names; None takes DeepSpeed's names.
-        total: Returns the sum of a tensor over the ranks.
+        total: Sums a tensor over the ranks.
 
     Raises:
         ValueError: A parameter has no name.
     """
-    names_of = anchor.names_of_parameters(model) if model is not None else {}
+    names_of = anchor.names_of_parameters(model)
 
     def name_of(member: Member) -> str | None:
-        names = names_of.get(member.param)
-        return names[0] if names else member.name
+        return names_of.get(member.param, [member.name])[0]
 
     unnamed = sum(name_of(member) is None for p in partitions for member in p.members)
     if unnamed:
@@ -121,8 +115,7 @@ def whole_sums(
         for number, member in enumerate(partition.members):
             # One parameter at a time: a whole group would be as large as the model.
             whole = part.new_zeros(member.shape.numel())
-            if number in fragments:
-                f = fragments[number]
+            if f := fragments.get(number):
                 whole[f.base : f.base + f.count] = cut(part, f)
             result[str(name_of(member))] = total(whole).to("cpu").view(member.shape)
     return result
@@ -150,6 +143,5 @@ def _named_sources(
         source = tensors[name]
         whole = torch.empty(member.shape, dtype=partition.tensor.dtype, device="meta")
         anchor.check_source(source, whole, label, dtype, what)
-        if number in fragments:
-            f = fragments[number]
+        if f := fragments.get(number):
             yield source.detach().reshape(-1)[f.base : f.base + f.count]

@@ -21,12 +21,14 @@ DeepSpeed writes weights past autograd's version counters.
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dgg import _arguments, _callers, _ranges, backends, reference, sharding
@@ -41,11 +43,7 @@ from dgg.step.run import Verbs
 
 
 class Partitions(sharding.Sharded):
-    """Every rank steps flat partitions that DeepSpeed made of all parameters.
-
-    Args:
-        driver: Has the partitions.
-    """
+    """Every rank steps flat partitions that DeepSpeed made of all parameters."""
 
     def __init__(self, driver: Driver) -> None:
         super().__init__()
@@ -57,11 +55,6 @@ class Partitions(sharding.Sharded):
             [p.tensor for p in self._driver.partitions if p.group == number]
             for number in range(len(groups))
         ]
-
-    @property
-    def has_names(self) -> bool:
-        """Whether the model's names belong to what is stepped here: no, to parts of it."""
-        return False
 
     def elements(self, param: Tensor) -> int:
         """Returns how many elements of a partition are no padding."""
@@ -95,7 +88,7 @@ class _FragmentRows(RowCache):
                 continue  # all padding
             entry, fragments = entry or {}, partition.fragments
             members = [partition.members[f.member] for f in fragments]
-            columns: dict[str, Any] = {"anchors": [None] * len(members)}
+            columns: dict[str, Any] = {}
             for name, column in opt._rule.columns.items():
                 if name == "importance" and not self._weighted:
                     continue
@@ -127,11 +120,7 @@ class _FragmentRows(RowCache):
 
 
 class Driver:
-    """Drives an optimizer for a ZeRO optimizer of DeepSpeed.
-
-    Args:
-        opt: The dgg optimizer.
-        zero_optimizer: DeepSpeed's optimizer around it.
+    """Drives an optimizer for the ZeRO optimizer of DeepSpeed around it.
 
     Attributes:
         partitions: This rank's, in DeepSpeed's order.
@@ -171,14 +160,11 @@ class Driver:
 
     def _look_at_partitions(self, opt) -> None:
         """Cuts the partitions into fragments anew if DeepSpeed has replaced them."""
-        zero_optimizer = self.zero_optimizer
-        tensors = partitions.layout_of(zero_optimizer).partitions(zero_optimizer)
-        if len(tensors) == len(self.partitions) and all(
-            p.tensor is t for p, (t, _) in zip(self.partitions, tensors, strict=True)
-        ):
-            return
-        self.partitions = partitions.partitions_of(opt, zero_optimizer)
-        opt._cache = None
+        tensors = partitions.tensors_of(self.zero_optimizer)
+        known = [p.tensor for p in self.partitions]
+        if len(tensors) != len(known) or not all(map(operator.is_, tensors, known)):
+            self.partitions = partitions.partitions_of(opt, self.zero_optimizer)
+            opt._cache = None
 
     def _drop_orphans(self, opt) -> None:
         """Drops the state of parameters that were replaced by partitions, with a warning."""
@@ -198,15 +184,10 @@ class Driver:
         """Returns the decision of the engine step; its first call makes it."""
         self._look_at_partitions(opt)
         number_of = {id(p.tensor): number for number, p in enumerate(self.partitions)}
-        called = [
-            number_of.get(id(p))
-            for group in opt.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+        params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        self._called = [number_of[id(p)] for p in params if id(p) in number_of]
         kind = type(self.zero_optimizer).__name__
-        self._called = [number for number in called if number is not None]
-        if len(self._called) < len(called) or not called:
+        if len(self._called) < len(params) or not params:
             raise RuntimeError(
                 f"{kind} asks to step a tensor that is none of its partitions: "
                 "either the optimizer was handed to a second engine (build a new one for every "
@@ -291,18 +272,17 @@ class Driver:
             opt._rule.init_state(opt, partition.tensor, groups[partition.group], first=True)
         rows_of = self._rows(opt)
         elementwise = decision.options["granularity"] == "element"
-        self._stepped = [number for number in self._called if number in rows_of]
-        for number in self._stepped:
+        stepped = [number for number in self._called if number in rows_of]
+        for number in stepped:
             partition = self.partitions[number]
             grads = [cut(partition.tensor.grad, f) for f in partition.fragments]
             rows_of[number].take_gradients(grads, [], elementwise=elementwise)
-        return [rows_of[number] for number in self._stepped]
+        return [rows_of[number] for number in stepped]
 
     def _measure(self, opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
-        rows_of = dict(zip(self._stepped, all_rows, strict=True))
         of_all_rows: list[Any] = []
         for number in self._called:
-            rows = rows_of.get(number)
+            rows = opt._cache.of_partition.get(number)
             coefficients = self._coefficients_of(decision, number, rows)
             if rows is None:
                 # It is all padding, but its step count must agree with the others in checkpoints.
@@ -322,9 +302,8 @@ class Driver:
         """Returns c and s of the rows of one partition; with norms per tensor a collective."""
         partition = self.partitions[number]
         if self._coefficients is not None:
-            count = 0 if rows is None else len(rows.params)
             head, scale = self._coefficients.split([reference.SCALES, 1])
-            return torch.cat([head, scale.expand(count)])
+            return torch.cat([head, scale.expand(len(partition.fragments))])
         if self._grad_norm is None:
             return None if rows is None else rows.constant_coefficients()
         device = partition.tensor.device
@@ -385,8 +364,6 @@ class Driver:
 
     def total(self, values: Tensor) -> Tensor:
         """Returns the sum of values over all ranks; every rank calls it."""
-        import torch.distributed as dist
-
         group = self.zero_optimizer.dp_process_group
         if dist.get_world_size(group) == 1:
             return values
@@ -457,10 +434,7 @@ class Driver:
 
 
 def find_driver(opt) -> Driver | None:
-    """Returns the driver of an optimizer that DeepSpeed's ZeRO steps, otherwise None.
-
-    Args:
-        opt: A dgg optimizer whose parameters were replaced.
+    """Returns the driver of an optimizer whose parameters ZeRO has replaced, otherwise None.
 
     Raises:
         RuntimeError: Its parameters are flat partitions of an unknown engine, or DeepSpeed is set

@@ -15,63 +15,42 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dgg import _arguments, _callers
 
 
 class Member(NamedTuple):
-    """A parameter of which a partition may have a fragment.
+    """A parameter of which a partition may have a fragment."""
 
-    Attributes:
-        index: Its number in the unsharded optimizer, counted over all groups.
-        name: Its name in the model, or None.
-        param: The model's parameter.
-        shape: Its unsharded shape.
-    """
-
-    index: int  # type: ignore[assignment]  # instead of tuple.index(), which nobody calls
-    name: str | None
-    param: Tensor
-    shape: torch.Size
+    # Number in the unsharded optimizer, over all groups. No tuple.index(), which nobody calls.
+    index: int  # type: ignore[assignment]
+    name: str | None  # in the model
+    param: Tensor  # the model's
+    shape: torch.Size  # unsharded
 
 
 class Fragment(NamedTuple):
-    """Where a run of a parameter's elements lies in this rank's partition.
+    """Where a run of a parameter's elements lies in this rank's partition."""
 
-    Attributes:
-        member: Number of the parameter among the partition's members.
-        start: First element in the partition.
-        count: Number of elements, not 0.
-        base: First element in the parameter, row-major.
-    """
-
-    member: int
-    start: int
-    count: int  # type: ignore[assignment]  # instead of tuple.count(), which nobody calls
-    base: int
+    member: int  # number of the parameter among the partition's members
+    start: int  # first element in the partition
+    count: int  # type: ignore[assignment]  # not 0; no tuple.count(), which nobody calls
+    base: int  # first element in the parameter, row-major
 
 
 class Partition(NamedTuple):
-    """This rank's part of a group or sub-group of parameters.
+    """This rank's part of a group or sub-group of parameters."""
 
-    Attributes:
-        tensor: The flat tensor that the optimizer steps.
-        group: Number of its parameter group.
-        members: The parameters of the group or sub-group, the same on every rank.
-        fragments: What this rank has of them.
-    """
-
-    tensor: Tensor
-    group: int
-    members: list[Member]
-    fragments: list[Fragment]
+    tensor: Tensor  # flat; what the optimizer steps
+    group: int  # number of the parameter group
+    members: list[Member]  # the parameters of the group or sub-group, the same on every rank
+    fragments: list[Fragment]  # what this rank has of them
 
 
 # Parameter, its unsharded shape, first element in the partition and in the parameter, count.
 Piece = tuple[Tensor, torch.Size, int, int, int]
-
-
 # A tensor, or what may be None.
 _Part = TypeVar("_Part", Tensor, Tensor | None)
 
@@ -85,16 +64,12 @@ def cut(x: _Part, fragment: Fragment) -> _Part:
 def partitions_of(opt, zero_optimizer) -> list[Partition]:
     """Returns this rank's partitions, cut into the fragments of parameters that they consist of.
 
-    Args:
-        opt: The dgg optimizer.
-        zero_optimizer: DeepSpeed's optimizer around it.
-
     Raises:
         RuntimeError: The engine trains parameters that the optimizer was not built with.
     """
-    layout = layout_of(zero_optimizer)
+    layout = _LAYOUTS[type(zero_optimizer).__name__]
     numbers = {identity: j for j, identity in enumerate(opt._original_ids)}
-    tensors = layout.partitions(zero_optimizer)
+    tensors = tensors_of(zero_optimizer)
     pieces = [list(layout.pieces(zero_optimizer, number)) for number in range(len(tensors))]
     unknown = sum(id(param) not in numbers for of_one in pieces for param, *_ in of_one)
     if unknown:
@@ -106,20 +81,21 @@ def partitions_of(opt, zero_optimizer) -> list[Partition]:
         )
     names = getattr(zero_optimizer, "param_names", None) or {}
     partitions = []
-    for (tensor, group), of_one in zip(tensors, pieces, strict=True):
+    for number, (tensor, of_one) in enumerate(zip(tensors, pieces, strict=True)):
         members: list[Member] = []
         fragments: list[Fragment] = []
         for param, shape, start, base, count in of_one:
             if count > 0:
                 fragments.append(Fragment(len(members), start, count, base))
             members.append(Member(numbers[id(param)], names.get(param), param, shape))
+        group = zero_optimizer.sub_group_to_group_id[number] if layout is _Stage3 else number
         partitions.append(Partition(tensor, group, members, fragments))
     return partitions
 
 
-def layout_of(zero_optimizer) -> type[_Flat] | type[_Stage3]:
-    """Returns how a kind of ZeRO lays its partitions out."""
-    return _LAYOUTS[type(zero_optimizer).__name__]
+def tensors_of(zero_optimizer) -> Sequence[Tensor]:
+    """Returns the flat tensors of this rank's partitions."""
+    return getattr(zero_optimizer, _LAYOUTS[type(zero_optimizer).__name__].attribute)
 
 
 def grad_norm(zero_optimizer) -> Tensor:
@@ -153,35 +129,19 @@ def put_back(opt, zero_optimizer) -> None:
             group["params"] = []
 
 
-class _Flat:
-    """A partition per group; each parameter is one run of the flat group."""
+class _Stage1And2:
+    """ZeRO-1 and ZeRO-2: a partition per group; each parameter is one run of the flat group."""
 
-    attribute: str
-
-    @staticmethod
-    def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
-        """Returns the parameters of a group and where each begins in the flat group."""
-        raise NotImplementedError
-
-    @classmethod
-    def partitions(cls, zero_optimizer) -> list[tuple[Tensor, int]]:
-        """Returns every partition and the number of its parameter group."""
-        return [(p, group) for group, p in enumerate(getattr(zero_optimizer, cls.attribute))]
+    attribute = "single_partition_of_fp32_groups"
 
     @classmethod
     def pieces(cls, zero_optimizer, number: int) -> Iterator[Piece]:
-        """Yields (parameter, shape, start, base, count) of every parameter of a partition."""
+        """Yields what this rank has of every parameter of a partition."""
         size = getattr(zero_optimizer, cls.attribute)[number].numel()
-        first = size * _rank(zero_optimizer.real_dp_process_group[number])
+        first = size * dist.get_rank(zero_optimizer.real_dp_process_group[number])
         for param, offset in cls.offsets(zero_optimizer, number):
             low, high = max(offset, first), min(offset + param.numel(), first + size)
             yield param, param.shape, max(low - first, 0), max(low - offset, 0), high - low
-
-
-class _Stage1And2(_Flat):
-    """ZeRO-1 and ZeRO-2."""
-
-    attribute = "single_partition_of_fp32_groups"
 
     @staticmethod
     def offsets(zero_optimizer, number: int) -> Iterable[tuple[Tensor, int]]:
@@ -190,7 +150,7 @@ class _Stage1And2(_Flat):
         return zip(params, zero_optimizer.round_robin_bit16_offsets[number], strict=True)
 
 
-class _BF16(_Flat):
+class _BF16(_Stage1And2):
     """bfloat16 with float32 gradients (ZeRO-1): the parameters lie in the group's own order."""
 
     attribute = "fp32_groups_flat_partition"
@@ -205,16 +165,11 @@ class _BF16(_Flat):
 class _Stage3:
     """ZeRO-3: a partition per sub-group; of each parameter equal runs on all ranks, padded."""
 
-    @staticmethod
-    def partitions(zero_optimizer) -> list[tuple[Tensor, int]]:
-        tensors = zero_optimizer.fp32_partitioned_groups_flat
-        return [
-            (p, zero_optimizer.sub_group_to_group_id[number]) for number, p in enumerate(tensors)
-        ]
+    attribute = "fp32_partitioned_groups_flat"
 
     @staticmethod
     def pieces(zero_optimizer, number: int) -> Iterator[Piece]:
-        rank, start = _rank(zero_optimizer.dp_process_group), 0
+        rank, start = dist.get_rank(zero_optimizer.dp_process_group), 0
         for param in zero_optimizer.fp16_groups[number]:
             size = param.partition_numel()
             base = min(rank * size, param.ds_numel)
@@ -222,21 +177,21 @@ class _Stage3:
             start += size
 
 
-_LAYOUTS: dict[str, type[_Flat] | type[_Stage3]] = {
+_LAYOUTS: dict[str, type[_Stage1And2] | type[_Stage3]] = {
     "DeepSpeedZeroOptimizer": _Stage1And2,
     "DeepSpeedZeroOptimizer_Stage3": _Stage3,
     "BF16_Optimizer": _BF16,
 }
-# Attributes of DeepSpeed's optimizers that step partitions: one of these.
-_PARTITIONS = (_Stage1And2.attribute, "fp32_partitioned_groups_flat", _BF16.attribute)
 
 
 def find_zero_optimizer(opt) -> Any:
     """Returns the ZeRO optimizer of DeepSpeed that has ``opt`` as its ``optimizer``, or None."""
     if "deepspeed" not in sys.modules:
         return None
+    # By what it steps, so that a kind which is not known is refused by name.
+    attributes = [layout.attribute for layout in _LAYOUTS.values()]
     wrappers = _wrappers_of(opt)
-    return next((x for x in wrappers if any(hasattr(x, name) for name in _PARTITIONS)), None)
+    return next((x for x in wrappers if any(hasattr(x, name) for name in attributes)), None)
 
 
 def _wrappers_of(opt) -> Iterator[Any]:
@@ -252,8 +207,6 @@ def _wrappers_of(opt) -> Iterator[Any]:
 
 def refuse_unknown_partitions(opt) -> None:
     """Raises a RuntimeError if an unknown engine put partitions into the groups."""
-    import torch.distributed as dist
-
     if opt.process_group is not None or not (dist.is_available() and dist.is_initialized()):
         return
     known = set(opt._original_ids)
@@ -326,12 +279,10 @@ def refuse(opt, zero_optimizer) -> None:
 
 def weights_dtype(zero_optimizer) -> torch.dtype:
     """Returns the dtype of the weights that ZeRO steps: float32, unless it was told otherwise."""
-    return _LAYOUTS[type(zero_optimizer).__name__].partitions(zero_optimizer)[0][0].dtype
+    return tensors_of(zero_optimizer)[0].dtype
 
 
 def _other_ranks(zero_optimizer) -> bool:
-    import torch.distributed as dist
-
     group = getattr(zero_optimizer, "model_parallel_group", None)
     if group is not None and dist.get_world_size(group) > 1:
         return True
@@ -339,31 +290,16 @@ def _other_ranks(zero_optimizer) -> bool:
     size = getattr(mpu, "get_model_parallel_world_size", None)
     if size is not None and size() > 1:
         return True
-    ranks = _ranks(zero_optimizer.dp_process_group)
+    ranks = dist.get_process_group_ranks(zero_optimizer.dp_process_group)
     others = getattr(zero_optimizer, "sub_group_process_groups", ())
-    return any(_ranks(other) != ranks for other in others)
-
-
-def _rank(group) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(group)
-
-
-def _ranks(group) -> list[int]:
-    import torch.distributed as dist
-
-    if group is None:
-        return list(range(dist.get_world_size()))
-    return dist.get_process_group_ranks(group)
+    return any(dist.get_process_group_ranks(other) != ranks for other in others)
 
 
 def _local_of_step(zero_optimizer, name: str) -> Tensor:
     """Returns a local variable of the ``step()`` of DeepSpeed's that is running now."""
-    running = (local for owner, local in _callers.methods("step") if owner is zero_optimizer)
-    local = next(running, {})
-    if name in local:
-        return local[name]
+    for owner, local in _callers.methods("step"):
+        if owner is zero_optimizer and name in local:
+            return local[name]
     raise RuntimeError(
         f"{type(zero_optimizer).__name__}.step() has no {name}; this release of DeepSpeed is not "
         "known to dgg: use the one that docs/deepspeed.md names, or a static loss scale"

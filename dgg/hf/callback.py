@@ -265,26 +265,22 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     def _check_parameters(self, opt, model: nn.Module) -> None:
         groups = _groups(opt)
         params = [p for group in groups for p in group["params"]]
-        ids = {id(p) for p in params}
-        ids_in_model = {id(p) for p in model.parameters()}
-        named = list(model.named_parameters())
-        missing = [name for name, p in named if p.requires_grad and id(p) not in ids]
+        held, name_of = set(params), {p: name for name, p in model.named_parameters()}
+        trained = {p: name for p, name in name_of.items() if p.requires_grad}
+        missing = [name for p, name in trained.items() if p not in held]
         labels = _arguments.group_labels(groups)
         labelled = [(self._names.get(p) or n, p) for n, p in zip(labels, params, strict=True)]
-        dead = [label for label, p in labelled if id(p) not in ids_in_model]
-        if missing or (dead and not any(p.requires_grad for _, p in named)):
+        outside = [(label, p) for label, p in labelled if p not in name_of]
+        if missing or (outside and not trained):
+            dead = [label for label, _ in outside]
             if missing:
                 # Parameters frozen on purpose are no fault, unless others replaced them.
-                dead += [n for n, p in named if id(p) in ids and not p.requires_grad]
+                dead += [n for p, n in name_of.items() if p in held and not p.requires_grad]
             raise _other_parameters(missing, dead)
         # A framework may train more than the model, as the classifier of a loss. Whether these
         # are removed adapters is known when there are gradients.
-        self._outside = [
-            (label, p) for label, p in labelled if id(p) not in ids_in_model and p.requires_grad
-        ]
-        for name, p in named:
-            if p.requires_grad:
-                self._names[p] = name
+        self._outside = [(label, p) for label, p in outside if p.requires_grad]
+        self._names.update(trained)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Checks at the first step that gradients reach the optimizer at all."""
@@ -414,11 +410,10 @@ def _checked_number(alpha: Any) -> float | str:
 def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError:
     return ValueError(
         "the parameters that the model trains are not those the optimizer holds. "
-        f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but "
-        f"removed from the model or frozen: {_shown(dead)}. Another adapter was made "
-        "active, merged or added after the optimizer was built: make a new Trainer (or "
-        "set trainer.optimizer = None) after changing adapters, and freeze "
-        "(requires_grad_(False)) what is not to be trained"
+        f"Trainable but not in the optimizer: {_shown(missing)}. In the optimizer but removed from "
+        f"the model or frozen: {_shown(dead)}. Another adapter was made active, merged or added "
+        "after the optimizer was built: make a new Trainer (or set trainer.optimizer = None) after "
+        "changing adapters, and freeze (requires_grad_(False)) what is not to be trained"
     )
 
 

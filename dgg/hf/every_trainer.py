@@ -29,17 +29,8 @@ class _Choice:
     the answer, as sentence-transformers the parameters of a loss and learning rates by name.
     """
 
-    _NAME = "get_optimizer_cls_and_kwargs"
-
     def __init__(self, former: Any):
         self._former = former
-
-    @classmethod
-    def stand(cls) -> None:
-        """Takes its place, for good: a guided Trainer may outlive the handle that guides it."""
-        former = vars(_trainer)[cls._NAME]
-        if not isinstance(former, cls):
-            setattr(_trainer, cls._NAME, cls(former))
 
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
         former = self._former.__get__(trainer, owner)
@@ -61,7 +52,10 @@ class Installed:
     def __init__(self, optimizer: type, options: dict[str, Any], callback: GuidanceCallback):
         self.callback = callback
         self._former = former = _trainer.__init__
-        _Choice.stand()
+        choice = vars(_trainer)["get_optimizer_cls_and_kwargs"]
+        if not isinstance(choice, _Choice):
+            # For good: a guided Trainer may outlive the handle that guides it.
+            _trainer.get_optimizer_cls_and_kwargs = _Choice(choice)
 
         @functools.wraps(former)
         def begin(trainer: Any, *args: Any, **kwargs: Any) -> None:

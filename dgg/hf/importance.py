@@ -7,13 +7,11 @@ import logging
 import os
 import pathlib
 import weakref
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dgg import _callers, sharding
+from dgg._literals import TensorsOrPath
 
 logger = logging.getLogger("dgg.hf")
 
@@ -23,18 +21,12 @@ FILE = "importance.safetensors"
 # task.
 _sums: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
-Source = Mapping[str, Tensor] | str | os.PathLike
-
 
 def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writes: bool) -> None:
     """Keeps the sums of a finished training for the next one, and in a file of its output_dir.
 
-    Args:
-        opt: The optimizer.
-        model: The model as trained.
-        core: The module inside of wrappers, by which the next training finds them.
-        output_dir: The Trainer's; None writes no file.
-        writes: This process writes; all ranks call this.
+    All ranks call this, and one of them ``writes``. ``core`` is the module inside of wrappers, by
+    which the next training finds the sums.
     """
     if not opt.param_groups[0]["importance"]:
         return
@@ -64,19 +56,12 @@ def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writ
 
 
 def source_of(
-    opt, core: nn.Module, given: Source | None, anchor_source: Source | None
-) -> Source | None:
-    """Returns where the importance of a task that begins comes from.
+    opt, core: nn.Module, given: TensorsOrPath | None, anchor_source: TensorsOrPath | None
+) -> TensorsOrPath | None:
+    """Returns the source for ``set_anchor(importance=...)`` of a task that begins.
 
-    Args:
-        opt: The optimizer.
-        core: The module inside of wrappers.
-        given: The callback's argument.
-        anchor_source: Where the anchor comes from; a path may have the importance beside it.
-
-    Returns:
-        A source for ``set_anchor(importance=...)``; None if the optimizer has second moments of
-        its own, or weighs nothing.
+    It is what the callback was given, else the file beside the anchor's path, else what `keep` has
+    kept; None if the optimizer has second moments of its own, or weighs nothing.
 
     Raises:
         RuntimeError: The optimizer is new, and nobody has kept the importance of the last task.
@@ -86,7 +71,8 @@ def source_of(
     if given is not None:
         return given
     state = getattr(opt, "optimizer", opt).state
-    if any(isinstance(entry, dict) and _has_stepped(entry) for entry in state.values()):
+    steps = [entry.get("step") for entry in state.values() if isinstance(entry, dict)]
+    if any(isinstance(step, (int, float, Tensor)) and step > 0 for step in steps):
         return None
     if isinstance(anchor_source, (str, os.PathLike)):
         path = pathlib.Path(anchor_source)
@@ -101,8 +87,3 @@ def source_of(
         f"the path of the {FILE} that the former training has left in its output_dir, or build the "
         "optimizer with importance=0"
     )
-
-
-def _has_stepped(entry: Mapping[str, Any]) -> bool:
-    step = entry.get("step", 0)
-    return float(step) > 0 if isinstance(step, (int, float, torch.Tensor)) else False

@@ -58,10 +58,10 @@ class _Replay(_Trainer):
         self.replay_ratio = replay_ratio
         self.replay_collator = replay_collator
         # Of the present call of train().
-        self._replay_checked = self._clips_in_step = False
-        self._replay_collate: Callable[[list[Any]], Any] | None = None
+        self._clips_in_step = False
+        self._replay_collate: Any = None
         # Sum of the replayed losses since the last log entry, on the device, and its steps.
-        self._replay_loss: torch.Tensor | None = None
+        self._replay_loss: Any = 0
         self._replay_steps = 0
         super().__init__(*args, **kwargs)
         if replay_buffer is not None:
@@ -87,12 +87,8 @@ class _Replay(_Trainer):
         if self.replay_buffer is None:
             raise ValueError("remember() needs a memory: give the Trainer a replay_buffer=")
         if task is None:
-            guidance = [
-                callback
-                for callback in self.callback_handler.callbacks
-                if isinstance(callback, GuidanceCallback)
-            ]
-            task = guidance[0]._task if guidance else None
+            callbacks = self.callback_handler.callbacks
+            task = next((x._task for x in callbacks if isinstance(x, GuidanceCallback)), None)
         examples: Any = self.train_dataset if dataset is None else dataset
         return self.replay_buffer.add_task(examples, task)
 
@@ -100,36 +96,36 @@ class _Replay(_Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does; from the second task on with replay."""
-        self._replay_checked = self._clips_in_step = False
-        self._replay_collate = self._replay_loss = None
-        self._replay_steps = 0
+        self._clips_in_step = False
+        self._replay_collate, self._replay_loss, self._replay_steps = None, 0, 0
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Makes the Trainer's step, and before the optimizer's the pass over old examples."""
         if self.replay_buffer is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self._replay_checked:
+        if self._replay_collate is None:
             # Here everything is loaded, and every rank comes by.
-            self._replay_checked = True
-            self._check_ranks()
+            self._replay_collate = self.replay_collator or self._get_collator_with_removed_columns(
+                self.data_collator, description="replay"
+            )
+            self._check_ranks(self.replay_buffer)
             if len(self.replay_buffer):
                 self._clip_in_step(_unwrap(self.optimizer, type(self).__name__))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the optimizer's step comes next
-            self._replay_examples(model)
+            self._replay_examples(model, self.replay_buffer)
         return loss
 
-    def _replay_examples(self, model) -> None:
+    def _replay_examples(self, model, memory: ReplayBuffer) -> None:
         """Makes the gradient of the mean loss of some old examples the replay gradient."""
-        parts = self._draw()
+        parts = self._draw(memory)
         if not parts:
             return
         opt = _unwrap(self.optimizer, type(self).__name__)
         self._clip_in_step(opt)
-        collate = self._collator()
         batches, items = self.get_batch_samples(
-            iter([collate(rows) for rows in parts]), len(parts), self.args.device
+            map(self._replay_collate, parts), len(parts), self.args.device
         )
         count, steps = sum(map(len, parts)), self.current_gradient_accumulation_steps
         losses = []
@@ -145,20 +141,16 @@ class _Replay(_Trainer):
                         losses.append(super().training_step(model, batch, items))
         finally:
             self.current_gradient_accumulation_steps = steps
-        total = torch.stack(losses).sum()
-        self._replay_loss = total if self._replay_loss is None else self._replay_loss + total
+        self._replay_loss += torch.stack(losses).sum()
         self._replay_steps += 1
 
-    def _draw(self) -> list[list[Any]]:
+    def _draw(self, memory: ReplayBuffer) -> list[list[Any]]:
         """Draws this rank's old examples of one optimizer step, in batches of the usual size."""
         size = self._train_batch_size
         if self.accelerator.split_batches:
             size //= self.accelerator.num_processes
         # Counted from the arguments, not from the batches: all ranks must make as many passes, and
         # a collator may pack a batch into one row.
-        memory = self.replay_buffer
-        if memory is None:
-            return []
         count = memory.share(size * self.current_gradient_accumulation_steps, self.replay_ratio)
         if not count:
             return []
@@ -171,13 +163,6 @@ class _Replay(_Trainer):
         # Ranks that share a layer or a sequence train on the same examples.
         alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         return self.args.process_index // alike, max(self.args.world_size // alike, 1)
-
-    def _collator(self) -> Callable[[list[Any]], Any]:
-        if self._replay_collate is None:
-            self._replay_collate = self.replay_collator or self._get_collator_with_removed_columns(
-                self.data_collator, description="replay"
-            )
-        return self._replay_collate
 
     def _unsynchronised(self, model, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which gradients stay on their rank, but those of the last pass."""
@@ -215,10 +200,10 @@ class _Replay(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean loss of the old examples to the entries of the training."""
-        if "loss" in logs and self._replay_loss is not None:
+        if "loss" in logs and self._replay_steps:
             means: Any = self.accelerator.gather(self._replay_loss / self._replay_steps)
             logs["replay/loss"] = means.mean().item()
-            self._replay_loss, self._replay_steps = None, 0
+            self._replay_loss, self._replay_steps = 0, 0
         super().log(logs, *args, **kwargs)
 
     # -- checkpoints ----------------------------------------------------------------------------
@@ -266,13 +251,13 @@ class _Replay(_Trainer):
                 "replayed ones; use bf16=True"
             )
 
-    def _check_ranks(self) -> None:
+    def _check_ranks(self, memory: ReplayBuffer) -> None:
         """Raises where ranks would draw differently: they would wait for each other for ever."""
-        if self.replay_buffer is None or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return
         from accelerate.utils import gather_object
 
-        text = repr((course(self.replay_buffer), as_ratio(self.replay_ratio)))
+        text = repr((course(memory), as_ratio(self.replay_ratio)))
         mine = hashlib.sha256(text.encode()).hexdigest()
         if len(set(gather_object([mine]))) > 1:
             raise RuntimeError(

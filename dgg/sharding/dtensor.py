@@ -67,12 +67,7 @@ def like(shard: Tensor, param: Tensor) -> Tensor:
 
 
 def check(param: DTensor, label: str, *, elements: bool) -> None:
-    """Checks that a DTensor parameter can be stepped shard by shard.
-
-    Args:
-        param: The parameter.
-        label: Its name in errors.
-        elements: Draws are made per element.
+    """Checks that a parameter can be stepped shard by shard, with draws per element if asked for.
 
     Raises:
         ValueError: It has partial sums, lies on other ranks, or per-element draws have no place in
@@ -108,13 +103,10 @@ def place_of(param: Tensor) -> Place | None:
     if _interleaved(param):
         return None
     shape, offsets = _shape_and_offsets(param)
-    sharded = [d for d, size in enumerate(shape) if size != param.shape[d]]
-    inner = [d for d in sharded if d > 0]
+    inner = [d for d, size in enumerate(shape) if d > 0 and size != param.shape[d]]
     if len(inner) > 1:
         return None
-    strides = [1] * len(shape)
-    for d in range(len(shape) - 2, -1, -1):
-        strides[d] = strides[d + 1] * param.shape[d + 1]
+    strides = [math.prod(param.shape[d + 1 :]) for d in range(len(shape))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
     if not inner:
         count = max(local(param).numel(), 1)
@@ -137,14 +129,12 @@ def _interleaved(param: DTensor) -> bool:
     FSDP2 over tensor parallelism shards a dimension a second time ("strided"). The later mesh
     dimensions pick one piece again, if they have as many ranks as there are pieces.
     """
+    dims = [getattr(placement, "dim", None) for placement in param.placements]
     for d, placement in enumerate(param.placements):
         pieces = getattr(placement, "split_factor", 1)
-        if pieces > 1:
-            later = range(d + 1, len(param.placements))
-            dims = [getattr(other, "dim", None) for other in param.placements]
-            same = [i for i in later if dims[i] == dims[d]]
-            if math.prod(param.device_mesh.size(i) for i in same) != pieces:
-                return True
+        later = [i for i in range(d + 1, len(dims)) if dims[i] == dims[d]]
+        if pieces > 1 and math.prod(param.device_mesh.size(i) for i in later) != pieces:
+            return True
     return False
 
 

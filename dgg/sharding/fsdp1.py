@@ -2,8 +2,8 @@
 """FullyShardedDataParallel (FSDP1): which run of a parameter's elements each rank holds.
 
 With ``use_orig_params=True`` every rank holds each parameter as a flat, possibly empty run of its
-elements, a plain tensor without shape and process group of the whole. FSDP1's handles have these,
-but no parameter refers to its handle: the handles are searched for once per optimizer.
+elements, a plain tensor without place and process group. FSDP1's handles have these, but no
+parameter refers to its handle: the handles are searched for once per optimizer.
 """
 
 from __future__ import annotations
@@ -12,22 +12,14 @@ import gc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class Run(NamedTuple):
-    """The run of a parameter's elements on this rank.
+    """The run of a parameter's elements on this rank."""
 
-    Attributes:
-        group: Over whose ranks the parameter is sharded; None if every rank has all of it.
-        start: Row-major index of the run's first element in the whole parameter.
-        shape: Shape of the whole parameter.
-    """
-
-    group: Any
-    start: int
-    shape: torch.Size
+    group: Any  # over whose ranks the parameter is sharded; None if every rank has all of it
+    start: int  # row-major index of the run's first element in the whole parameter
 
 
 def is_one(param: Tensor) -> bool:
@@ -63,16 +55,10 @@ def runs(params: Sequence[Tensor]) -> dict[int, Run]:
     run_of: dict[int, Run] = {}
     for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
         flat = handle.flat_param
-        for number, (param, shape) in enumerate(
-            zip(flat._params or (), flat._shapes, strict=False)
-        ):
-            if id(param) not in places:
-                continue
-            run = Run(None, 0, shape)
-            if handle.uses_sharded_strategy:
-                start = flat._shard_param_infos[number].intra_param_start_idx
-                run = Run(handle.process_group, start or 0, shape)
-            run_of[places[id(param)]] = run
+        group = handle.process_group if handle.uses_sharded_strategy else None
+        for param, info in zip(flat._params or (), flat._shard_param_infos, strict=False):
+            if id(param) in places:
+                run_of[places[id(param)]] = Run(group, info.intra_param_start_idx or 0)
     if len(run_of) < len(places):
         raise RuntimeError(
             f"{len(places) - len(run_of)} parameters were taken by FSDP1, but their "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from dgg.sharding import fsdp1
 from dgg.sharding.dtensor import Place, is_dtensor, local, place_of
 from dgg.sharding.reduction import Reduction
-from dgg.sharding.reduction import peers as peers_of
 
 
 class Sharded:
@@ -27,7 +26,12 @@ class Sharded:
     Args:
         process_group: Over whose ranks plain parameters are flat partitions; None if every rank
             has all of them.
+
+    Attributes:
+        has_all: Whether this rank has at least a part of every parameter.
     """
+
+    has_all = True
 
     def __init__(self, process_group: Any = None) -> None:
         self.process_group = process_group
@@ -48,83 +52,60 @@ class Sharded:
         return range(len(params))
 
     def everywhere(self) -> tuple[list[int], list[int]] | None:
-        """Returns group and tensor index of the rows of all ranks.
-
-        None where every rank has a part of each parameter, and so knows all draws.
-        """
+        """Returns group and tensor index of all ranks' rows; None where each knows all draws."""
         return None
 
     def parts(self, params: Sequence[Tensor]) -> tuple[list[Place | None], Reduction | None]:
         """Returns where this rank's part of each parameter lies in the whole, and the sums.
 
-        Args:
-            params: Parameters of one device.
-
-        Returns:
-            Their places, empty if all are whole; and the sums over the ranks that hold the other
-            parts, None without such ranks.
+        Of parameters of one device. There are no places if all are whole; the sums are over the
+        ranks that hold the other parts, None without such ranks.
         """
         runs = fsdp1.runs(params)
-        sharded = any(map(is_dtensor, params))
-        if not (sharded or runs or self.process_group is not None):
-            return [], None
         places: list[Place | None] = []
-        if sharded or runs:
+        if runs or any(map(is_dtensor, params)):
             places = [place_of(p) for p in params]
         for row, run in runs.items():
             places[row] = Place(run.start, *[max(params[row].numel(), 1)] * 2)
         return places, Reduction(params, self.process_group, runs) or None
 
     def peers(self, params: Sequence[Tensor]) -> list:
-        """Returns the groups whose ranks have the other parts."""
-        return peers_of(params, self.process_group)
+        """Returns the groups whose ranks have parts or copies of these, in the same order on all.
+
+        Raises:
+            RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
+        """
+        flat = dict.fromkeys(run.group for run in fsdp1.runs(params).values())
+        meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
+        groups = [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
+        return [group for group in (self.process_group, *flat, *groups) if group is not None]
 
     def anchored_elsewhere(self, number: int, group: Mapping[str, Any]) -> int:
-        """Returns how many parameters of a group are anchored on other ranks alone.
-
-        Args:
-            number: Of the group.
-            group: The group here.
-        """
+        """Returns how many parameters of this group are anchored on other ranks alone."""
         return 0
 
     def note_anchors(self, groups: Sequence[dict[str, Any]], *, anchored: bool) -> None:
         """Notes that anchors were set, or cleared, on all ranks."""
 
     def join_norms(self, sums: int = 3) -> None:
-        """Adds zeros to the other ranks' sum, if they wait for this rank.
-
-        Args:
-            sums: How many sums they form.
-        """
+        """Adds zeros to the sums that the other ranks form, if they wait for this rank."""
 
     def share_weights(self) -> None:
         """Gives the other ranks the weights that this rank alone has written, outside of a step."""
 
     @property
-    def has_all(self) -> bool:
-        """Whether this rank has at least a part of every parameter."""
-        return True
-
-    @property
     def has_names(self) -> bool:
         """Whether the parameters here are those that the model's names belong to."""
-        return self.process_group is None
+        return self.has_all and self.process_group is None
 
     def elements(self, param: Tensor) -> int:
         """Returns how many elements of what `tensors` returned are weights, real numbers each."""
         return local(param).numel() * (2 if param.is_complex() else 1)
 
     def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
-        """Returns sums over all parts of all ranks; every rank calls it.
+        """Returns sums over all parts of all ranks, float64 [count] on the CPU; all ranks call it.
 
-        Args:
-            params: What this rank steps.
-            sums: float64 [count] of each of them.
-            count: How many sums there are.
-
-        Returns:
-            float64 [count] on the CPU.
+        ``params`` is what this rank steps, and ``sums`` has float64 [count] of each.
         """
         whole = torch.zeros(count, dtype=torch.float64, device="cpu")
         for device in dict.fromkeys(p.device for p in params):
@@ -151,6 +132,8 @@ class RankShare(Sharded):
         zero_optimizer: The ZeroRedundancyOptimizer. It refers to the local optimizer, which
             therefore refers to it weakly.
     """
+
+    has_all = False
 
     def __init__(self, zero_optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
@@ -220,16 +203,6 @@ class RankShare(Sharded):
         """Sends this rank's share to the others, as each step of ZeroRedundancyOptimizer does."""
         self._optimizer()._sync_params()
 
-    @property
-    def has_all(self) -> bool:
-        """Whether this rank has a part of every parameter: no, each is whole on one rank."""
-        return False
-
-    @property
-    def has_names(self) -> bool:
-        """Whether the model's names belong to the parameters here: to a share of them alone."""
-        return False
-
     def total(self, params: Sequence[Tensor], sums: Sequence[Tensor], count: int) -> Tensor:
         """Returns sums over all shares; a rank without parameters takes part."""
         home = self.recorded(())[0]
@@ -245,13 +218,9 @@ class RankShare(Sharded):
 
 
 class Lost(Sharded):
-    """A copy that does not know the ranks with the other parts: its first step raises.
+    """A copy that does not know the ranks with the other parts: its first step raises."""
 
-    Args:
-        what: ``"group"`` or ``"share"``.
-    """
-
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: Literal["group", "share"]) -> None:
         super().__init__()
         self.what = what
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dgg import _ranges
@@ -17,19 +18,12 @@ from dgg.sharding.dtensor import is_dtensor, like, local
 
 
 class _Part(NamedTuple):
-    """Rows that are summed together.
+    """Rows that are summed together."""
 
-    Attributes:
-        rows: Their numbers; None for all rows.
-        groups: The process groups over which to sum, one after the other.
-        weights: float64, the weight of each row; None for 1.
-        shares: The rows are whole tensors, and the other ranks have other tensors.
-    """
-
-    rows: Tensor | None
-    groups: list
-    weights: Tensor | None
-    shares: bool = False
+    rows: Tensor | None  # their numbers; None for all rows
+    groups: list  # the process groups over which to sum, one after the other
+    weights: Tensor | None  # float64, of each row; None for 1
+    shares: bool = False  # the rows are whole tensors, and the other ranks have other tensors
 
 
 class Reduction:
@@ -46,32 +40,24 @@ class Reduction:
     """
 
     def __init__(
-        self,
-        params: Sequence[Tensor],
-        process_group=None,
-        runs: Mapping[int, fsdp1.Run] | None = None,
+        self, params: Sequence[Tensor], process_group: Any, runs: Mapping[int, fsdp1.Run]
     ) -> None:
         sharding: dict[Any, dict[int, set[int]]] = {}  # by mesh
-        plain = []
-        flat: dict[object, list[int]] = {}
+        flat: dict[Any, list[int]] = {}  # by process group
         if runs and process_group is not None:
             raise ValueError(
                 "process_group= does not go with parameters of FSDP1, whose own process group is "
                 "used; leave it None"
             )
         for row, param in enumerate(params):
-            if runs and row in runs:
-                flat.setdefault(runs[row].group, []).append(row)
-                continue
-            if not is_dtensor(param):
-                plain.append(row)
+            if row in runs or not is_dtensor(param):
+                group = runs[row].group if row in runs else process_group
+                flat.setdefault(group, []).append(row)
                 continue
             mesh = param.device_mesh
             split = {d for d, p in enumerate(param.placements) if not p.is_replicate()}
             sharding.setdefault(mesh, {})[row] = {d for d in split if mesh.size(d) > 1}
         self._parts: list[_Part] = []
-        if process_group is not None and plain:
-            self._add(plain, len(params), [process_group], [1.0] * len(plain))
         for group, rows in flat.items():
             if group is not None:
                 self._add(rows, len(params), [group], [1.0] * len(rows))
@@ -90,7 +76,7 @@ class Reduction:
 
         With norms per tensor only the norm for clipping is summed over the ranks.
         """
-        reduction = cls(())
+        reduction = cls((), None, {})
         reduction._parts.append(_Part(None, [process_group], None, shares=True))
         return reduction
 
@@ -114,8 +100,6 @@ class Reduction:
             ``squares``; unless ``per_tensor`` the first row of each mesh has the sum over the
             mesh's rows, and the others are 0.
         """
-        import torch.distributed as dist
-
         for number, (rows, groups, weights, shares) in enumerate(self._parts):
             if squares.device.type != "cpu":
                 # Copied to the device once.
@@ -152,8 +136,6 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
     All ranks of the world have to take part when a group is made. On a mesh over a part of the
     world the others would not, so there no new group is made.
     """
-    import torch.distributed as dist
-
     world = dist.get_world_size()
     if len(dims) > 1 and mesh.size() == world:
         if mesh.mesh_dim_names:
@@ -162,22 +144,6 @@ def _groups_of(mesh, dims: Sequence[int]) -> list:
         if math.prod(mesh.size(d) for d in dims) == world:
             return [dist.group.WORLD]
     return [mesh.get_group(d) for d in dims]
-
-
-def peers(params: Sequence[Tensor], process_group=None) -> list:
-    """Returns the groups whose ranks hold parts or copies of these, in the same order on all.
-
-    Args:
-        params: Parameters.
-        process_group: Over whose ranks plain ones are partitioned, or None.
-
-    Raises:
-        RuntimeError: Parameters were taken by FSDP1, whose modules are gone.
-    """
-    groups = [process_group, *dict.fromkeys(run.group for run in fsdp1.runs(params).values())]
-    meshes = dict.fromkeys(p.device_mesh for p in params if is_dtensor(p))
-    groups += [mesh.get_group(d) for mesh in meshes for d in range(mesh.ndim)]
-    return [group for group in groups if group is not None]
 
 
 @contextlib.contextmanager
@@ -195,8 +161,6 @@ def on_all_or_none(groups: Sequence, settings: Mapping[str, object]) -> Iterator
             its own error.
         ValueError: A setting differs.
     """
-    import torch.distributed as dist
-
     failure: Exception | None = None
     try:
         yield
@@ -235,14 +199,8 @@ def sum_partial_gradients(
 
     Under sequence parallelism the gradients of layer norms are sums over each rank's part of the
     sequence. All ranks of a mesh must have partial gradients of the same parameters: there is one
-    collective per mesh and dtype.
-
-    Args:
-        params: Parameters; one may occur twice.
-        grads: Gradient of each, or None. They are not modified.
+    collective per mesh and dtype. A parameter may occur twice; no gradient is modified.
     """
-    import torch.distributed as dist
-
     grads = list(grads)
     if not (dist.is_available() and dist.is_initialized()):
         return grads

@@ -12,8 +12,6 @@ from typing import Any
 
 from dgg import _callers
 
-_MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
-
 
 def builder() -> Any | None:
     """Returns the ZeroRedundancyOptimizer that is building the caller, or None.
@@ -21,7 +19,7 @@ def builder() -> Any | None:
     Raises:
         ValueError: Its parameters are on several devices.
     """
-    module = sys.modules.get(_MODULE)
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return None
     for optimizer, _ in _callers.methods():
