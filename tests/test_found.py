@@ -8,6 +8,11 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import dgg
 from dgg.metrics import AccuracyMatrix
@@ -141,6 +146,44 @@ def test_a_copy_of_a_resumed_optimizer_keeps_its_anchor_as_well():
         copy.deepcopy(resumed).set_anchor()
 
 
+def regrouped(opt_groups, again_groups, anchored):
+    """Saves and loads with torch's helper, by name and so with any groups."""
+    model, again_model = two_layers(), two_layers()
+    opt = dgg.AdamW(opt_groups(model), alpha=1.0)
+    fit(model, opt)
+    if anchored:
+        opt.set_anchor()
+    again = dgg.AdamW(again_groups(again_model), alpha=1.0)
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(model, opt, options=options)
+    set_optimizer_state_dict(again_model, again, copy.deepcopy(saved), options=options)
+    for one, other in zip(model.parameters(), again_model.parameters(), strict=True):
+        for name, value in opt.state[one].items():
+            assert torch.equal(again.state[other][name], value)
+    return again
+
+
+def one_group(model):
+    return list(model.parameters())
+
+
+def two_groups(model):
+    return [{"params": layer.parameters()} for layer in model]
+
+
+def test_a_distributed_checkpoint_of_two_groups_loads_into_one():
+    """The remedy in the error, prepare_for_load(), does not help."""
+    again = regrouped(two_groups, one_group, anchored=True)
+    assert again.param_groups[0]["anchored"] == 2
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_distributed_checkpoint_of_one_group_loads_into_two(anchored):
+    """torch.optim.AdamW loads it; without an anchor there is not even guidance in it."""
+    again = regrouped(one_group, two_groups, anchored)
+    assert [group["anchored"] for group in again.param_groups] == [anchored] * 2
+
+
 # -- gradients --------------------------------------------------------------------------------
 
 
@@ -207,6 +250,38 @@ def test_guidance_names_what_is_wrong_when_a_group_has_gone():
         assert "group" in str(error), error
 
 
+def test_a_guidance_that_was_removed_sets_no_anchor_that_nobody_reads():
+    param = torch.nn.Parameter(torch.ones(3))
+    guidance = dgg.Guidance(torch.optim.SGD([param], lr=0.1))
+    guidance.remove()
+    with pytest.raises(RuntimeError, match="remove"):
+        guidance.set_anchor()
+
+
+def test_guidance_does_not_add_the_replay_gradients_of_a_step_that_was_left_out():
+    """dgg's own optimizers drop them at the second zero_grad(), and warn."""
+    gradients = []
+    for own in (True, False):
+        model = torch.nn.Linear(4, 1, bias=False)
+        cls = dgg.SGD if own else torch.optim.SGD
+        opt = cls(model.parameters(), lr=1.0)
+        guide = opt if own else dgg.Guidance(opt, alpha=0.0)
+        before = model.weight.detach().clone()
+        for steps in (False, True):
+            opt.zero_grad()
+            with guide.replay():
+                model(torch.ones(1, 4)).sum().backward()
+            if not steps:
+                opt.zero_grad()  # the loss was not finite: this batch is left out
+                continue
+            model(torch.zeros(1, 4)).sum().backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                opt.step()
+        gradients.append(before - model.weight.detach())
+    torch.testing.assert_close(*gradients)
+
+
 # -- merging and importance -----------------------------------------------------------------------
 
 
@@ -220,6 +295,20 @@ def test_the_importance_of_a_task_counts_once_also_after_its_boundary():
     after = opt.importance_dict()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value)
+
+
+@pytest.mark.parametrize("name", ["importance.pt", "nothing.safetensors"])
+def test_an_error_about_the_importance_does_not_speak_of_the_anchor(name, tmp_path):
+    """It says: no anchor at ...; pass what model.save_pretrained() wrote."""
+    model = two_layers()
+    opt = dgg.AdamW(model.named_parameters(), importance=0.5)
+    fit(model, opt)
+    torch.save(opt.importance_dict(), tmp_path / "importance.pt")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        opt.set_anchor(importance=tmp_path / name)
+    text = str(caught.value).replace(str(tmp_path), "")
+    assert "importance_dict" in text
+    assert "anchor" not in text
 
 
 def anchored(**options):
@@ -459,6 +548,21 @@ def test_install_and_a_callback_of_ones_own_do_not_both_set_alpha(tmp_path, trai
     finally:
         handle.remove()
     assert group_of(trainer)["alpha"] == 0.7
+
+
+def test_install_leaves_what_others_have_put_in_after_it(trainers):
+    """As unsloth does; a second install() calls the first one's remove()."""
+    handle, called = dgg.hf.install(), []
+    ours = transformers.Trainer.__init__
+
+    def theirs(self, *args, **kwargs):
+        called.append(True)
+        ours(self, *args, **kwargs)
+
+    transformers.Trainer.__init__ = theirs
+    handle.remove()
+    trainer_of("unused")
+    assert called
 
 
 def test_a_group_that_is_not_guided_stays_so_under_the_callback(tmp_path):
