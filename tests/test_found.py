@@ -666,3 +666,58 @@ def test_the_guidance_of_two_optimizers_is_logged(every):
         ).fit(Two(), torch.utils.data.DataLoader(torch.randn(40, 4)))  # fmt: skip
     assert "one" in seen.names
     assert any(name.startswith("guidance/injected") for name in seen.names)
+
+
+@pytest.fixture
+def lightning(tmp_path):
+    """Returns a function that fits a new module and returns its Trainer and its optimizer."""
+    pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+
+    class One(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch, _):
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self):
+            self.made = dgg.AdamW(self.parameters(), lr=1e-2)
+            return self.made
+
+    def fit(guide, epochs=1, ckpt_path=None):
+        module = One()
+        trainer = pl.Trainer(
+            max_epochs=epochs, logger=False, accelerator="cpu", callbacks=[guide],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, torch.utils.data.DataLoader(torch.randn(4, 4)), ckpt_path=ckpt_path)
+        return trainer, module.made
+
+    return fit
+
+
+def test_a_checkpoint_of_another_task_than_the_one_that_is_said_is_refused(lightning, tmp_path):
+    """In the Trainer it is an error; here task=5 is silently task 1."""
+    import dgg.lightning
+
+    path = tmp_path / "end.ckpt"
+    lightning(dgg.lightning.GuidanceCallback())[0].save_checkpoint(path)
+    with pytest.raises(ValueError, match="task"):
+        lightning(dgg.lightning.GuidanceCallback(task=5), epochs=2, ckpt_path=path)
+
+
+def test_a_task_that_was_saved_after_its_end_counts_once(lightning, tmp_path):
+    """Fitted again from that file nothing is trained, and the task was counted already."""
+    import dgg.lightning
+
+    path = tmp_path / "end.ckpt"
+    lightning(dgg.lightning.GuidanceCallback())[0].save_checkpoint(path)
+    guide = dgg.lightning.GuidanceCallback()
+    lightning(guide, ckpt_path=path)
+    assert guide.task == 1
+    _, opt = lightning(guide)
+    assert opt.param_groups[0]["task_index"] == 1
