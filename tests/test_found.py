@@ -616,6 +616,30 @@ def test_a_damaged_memory_is_named_and_not_taken_for_unknown_types(left, tmp_pat
     assert "add_safe_globals" not in str(caught.value)
 
 
+def saved_then_resumed(tmp_path, first, then):
+    """Trains with one callback, and resumes after the first step with another."""
+    trainer = trainer_of(tmp_path, callbacks=[first])
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    trainer_of(tmp_path, callbacks=[then]).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )
+
+
+def test_a_checkpoint_of_a_later_task_is_refused(tmp_path):
+    """The class says: ValueError if ``task`` is not the checkpoint's. An earlier one is refused."""
+    callback = dgg.hf.GuidanceCallback
+    with pytest.raises(ValueError, match="task"):
+        saved_then_resumed(tmp_path, callback(task=3), callback(task=2))
+
+
+def test_a_first_task_that_was_not_guided_is_not_silently_resumed_as_one_that_is(tmp_path, caplog):
+    """As another alpha is told, which is not in force."""
+    callback = dgg.hf.GuidanceCallback
+    saved_then_resumed(tmp_path, callback(), callback(guide_first_task=True))
+    assert "guide_first_task" in caplog.text
+
+
 # -- Lightning ------------------------------------------------------------------------------------
 
 
