@@ -392,6 +392,20 @@ def test_a_set_of_tasks_has_no_order():
         AccuracyMatrix({"scenes", "charts"})
 
 
+# -- the memory ---------------------------------------------------------------------------------
+
+
+class Named(dgg.ReplayBuffer):
+    def __init__(self, name):
+        super().__init__(3)
+        self.name = name
+
+
+def test_a_copy_of_a_buffer_of_a_subclass_has_what_that_has_added():
+    """The copy is made by the constructor, whose arguments are taken for ReplayBuffer's."""
+    assert copy.deepcopy(Named("faces")).name == "faces"
+
+
 # -- the Trainer ----------------------------------------------------------------------------------
 
 transformers = pytest.importorskip("transformers")
