@@ -53,7 +53,7 @@ class Case:
         shapes: Shapes of the parameters.
         runs: (implementation, setting) pairs.
         dtype: Dtype of parameters, gradients, moments and anchor.
-        optimizer: One of `workload.OPTIMIZERS`.
+        optimizer: "adamw", "sgd" or "momentum".
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
@@ -78,6 +78,12 @@ class Case:
     def replay(self) -> bool:
         """Whether any run takes replay gradients."""
         return any(setting.replay for _, setting in self.runs)
+
+    def bytes_needed(self) -> int:
+        """Returns the memory of the workload, with one array for the temporaries of the peers."""
+        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[self.optimizer]
+        arrays += (not self.spare) + self.replay
+        return arrays * count(self.shapes) * self.dtype.itemsize
 
 
 def verify(variant: Variant, verifier: Verifier) -> float:
@@ -203,10 +209,7 @@ def run_case(
         MemoryError: The case does not fit.
         DeviceLost: A variant made the device unusable.
     """
-    elements = count(case.shapes)
-    needed = Workload.bytes_needed(
-        elements, case.dtype, case.optimizer, spare=case.spare, replay=case.replay
-    )
+    needed = case.bytes_needed()
     device.release()
     if needed > (0.95 if case.spare else 0.8) * device.free_bytes():
         raise MemoryError(
@@ -254,14 +257,14 @@ def run_case(
         "case": case.name,
         "optimizer": case.optimizer,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "elements": elements,
+        "elements": work.elements,
         "tensors": len(case.shapes),
         "cache": "cold" if case.cold else "warm",
         "channels_last": case.channels_last,
         "rounds": rounds,
         "device": device.name,
         "profiler": profiled,
-        "variants": [_entry(entry, elements) for entry in timed],
+        "variants": [_entry(entry, work.elements) for entry in timed],
         "not_run": absent,
     }
 

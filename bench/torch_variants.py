@@ -90,6 +90,16 @@ class _EagerGuidance(Variant):
             return torch.ones_like(grad_norm)
         return torch.clamp(self._max_norm / (grad_norm + 1e-6), max=1.0)
 
+    def _clip_and_pull(self, grads, clip: Tensor, differences, scale: Tensor | None) -> None:
+        """Makes the gradients c h + s d; ``differences`` None: c h."""
+        if self.setting.clipped:
+            torch._foreach_mul_(grads, self._scalar(clip))
+        if differences is not None and self._on_host:
+            torch._foreach_add_(grads, differences, alpha=scale.item())
+        elif differences is not None:
+            torch._foreach_mul_(differences, self._scalar(scale))
+            torch._foreach_add_(grads, differences)
+
     def elements_moved(self) -> float | None:
         """Norm 1, clip 2; injected: d 2 + 1 and its write-allocate, ‖d‖ 1, G 3; the update.
 
@@ -153,17 +163,11 @@ class ForeachGuidance(_EagerGuidance):
             torch._foreach_add_(grads, self.workload.replays)
             total_norm = norm_of(grads)
         clip = self._clip(total_norm)
-        differences = None
+        differences = scale = None
         if inject:
             differences = self._differences(params, anchors)
             scale = torch.clamp(clip * grad_norm / norm_of(differences), max=1.0)
-        if self.setting.clipped:
-            torch._foreach_mul_(grads, self._scalar(clip))
-        if inject and self._on_host:
-            torch._foreach_add_(grads, differences, alpha=scale.item())
-        elif inject:
-            torch._foreach_mul_(differences, self._scalar(scale))
-            torch._foreach_add_(grads, differences)
+        self._clip_and_pull(grads, clip, differences, scale)
         del differences
         self.optimizer.step()
 
@@ -194,13 +198,7 @@ class ForeachGuard(_EagerGuidance):
         most = clip * head / norm_of(differences)
         scale = torch.minimum(-clip * conflict / back, most)
         scale = torch.where((conflict < 0) & (back > 0), scale, torch.zeros_like(scale))
-        if self.setting.clipped:
-            torch._foreach_mul_(grads, self._scalar(clip))
-        if self._on_host:
-            torch._foreach_add_(grads, differences, alpha=scale.item())
-        else:
-            torch._foreach_mul_(differences, self._scalar(scale))
-            torch._foreach_add_(grads, differences)
+        self._clip_and_pull(grads, clip, differences, scale)
         del differences
         self.optimizer.step()
 
@@ -213,10 +211,8 @@ class ForeachGuard(_EagerGuidance):
 def dot_of(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Returns the product of two lists of tensors, float32 at least."""
     wide = torch.promote_types(xs[0].dtype, torch.float32)
-    pairs = zip(xs, ys, strict=True)
-    return torch.stack(
-        [torch.dot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)) for x, y in pairs]
-    ).sum()
+    flat = ((x.reshape(-1).to(wide), y.reshape(-1).to(wide)) for x, y in zip(xs, ys, strict=True))
+    return torch.stack([torch.dot(x, y) for x, y in flat]).sum()
 
 
 class ForeachGuidanceTypical(_EagerGuidance):

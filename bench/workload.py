@@ -10,7 +10,9 @@ it computes, and how long it takes, does not depend on that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -20,7 +22,6 @@ from dgg import reference
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, 0.9, 0.999, 1e-8, 0.01, 0.9
 # Adam's step count before the first call: bias corrections that are neither 0 nor 1.
 FIRST_STEP = 10
-OPTIMIZERS = ("adamw", "sgd", "momentum")
 
 # Float64 copies are made of so many elements at a time: on a CPU they stay in the cache, elsewhere
 # each costs launches and a wait.
@@ -75,7 +76,7 @@ class Workload:
     Args:
         shapes: Shapes of the parameters.
         dtype: Dtype of all of them; moments and anchors have it too, as in torch.optim.
-        optimizer: One of OPTIMIZERS.
+        optimizer: "adamw", "sgd" or "momentum".
         device: Where they live.
         spare: Draw the gradients anew instead of keeping a copy to restore them from; for lists
             that fill the memory.
@@ -109,7 +110,6 @@ class Workload:
             self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])
         if optimizer == "adamw":
             self.moments.append([m.abs_().add_(0.5) for m in self._normal(shapes)])
-        self._importances: list[Tensor] = []
         self.elements = sum(p.numel() for p in self.params)
         # About half the norm: clipping is always at work, and rounding in c and s is seen.
         self.max_grad_norm = 0.5 * math.sqrt(self.elements)
@@ -117,10 +117,7 @@ class Workload:
 
     def _normal(self, shapes) -> list[Tensor]:
         how = {"dtype": self.dtype, "device": self.device, "memory_format": self._format}
-        tensors = [torch.empty(s, **how) for s in shapes]
-        for tensor in tensors:
-            tensor.normal_(generator=self._generator)
-        return tensors
+        return [torch.empty(s, **how).normal_(generator=self._generator) for s in shapes]
 
     def move_anchors(self) -> None:
         """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
@@ -137,16 +134,13 @@ class Workload:
         optimizer.set_anchor()
         self.move_anchors()
         if optimizer.param_groups[0]["importance"]:
-            for param, importance in zip(params, self.importances(), strict=True):
+            for param, importance in zip(params, self.importances, strict=True):
                 optimizer.state[param]["importance"] = importance
 
+    @functools.cached_property
     def importances(self) -> list[Tensor]:
-        """Returns F of each parameter, of mean 1; all variants share it."""
-        if not self._importances:
-            self._importances = [
-                x.abs_().mul_(1.2533) for x in self._normal(map(_shape, self.params))
-            ]
-        return self._importances
+        """F of each parameter, of mean 1; all variants share it."""
+        return [x.abs_().mul_(1.2533) for x in self._normal(p.shape for p in self.params)]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns Parameters on the shared memory, with the shared gradients.
@@ -176,15 +170,6 @@ class Workload:
         """Returns whether everything a step writes is finite."""
         stored = [x.detach() for tensors in self.stored() for x in tensors]
         return all(bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()) for x in stored)
-
-    @staticmethod
-    def bytes_needed(
-        elements: int, dtype: torch.dtype, optimizer: str, *, spare: bool = False,
-        replay: bool = False,
-    ) -> int:  # fmt: skip
-        """Returns the memory of a workload, with one array for the temporaries of the peers."""
-        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + (not spare) + replay
-        return arrays * elements * dtype.itemsize
 
 
 class VerificationError(AssertionError):
@@ -218,15 +203,27 @@ class Verifier:
             for row, part in self._places
         ]
 
-    def _guard(
-        self, total: float, distance: float, weights: list, most: float | None, count: int
-    ) -> Tensor:  # fmt: skip
-        """Returns c and the strength of equation (7) as coefficients of ``count`` rows."""
+    def _coefficients(self, setting: Setting, injects: bool, count: int) -> Tensor:
+        """Returns c and the scale of the pull as coefficients of ``count`` rows."""
         work = self.workload
-        pairs = list(zip(work.grads, work.replays, strict=True))
+        pairs = list(zip(work.grads, work.replays, strict=True)) if setting.replay else []
+        weights = work.importances if setting.importance else repeat(None)
+        # ‖h‖², ‖g‖² and ‖u‖² of equations (2) and (4).
+        total, distance = self._grad_square, 0.0
+        if setting.replay:
+            total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
+        if injects:
+            distance = sum(map(_square, work.params, work.anchors, weights))
+        most = work.max_grad_norm if setting.clipped else None
+        if not setting.automatic:
+            squares = torch.zeros(3, count, dtype=torch.float64)
+            squares[:, 0] = torch.tensor([total, self._grad_square, distance])
+            return reference.coefficients(
+                squares, max_grad_norm=most, scaling=True, per_tensor=False
+            )
         mixed = (_differences(grad, replay, sign=-1) for grad, replay in pairs)
         pulls = map(_differences, work.params, work.anchors, weights)
-        products = [0.0, 0.0, 0.0]  # ‖r‖², ⟨h, r⟩, ⟨u, r⟩
+        products = [0.0, 0.0, 0.0]  # ‖r‖², ⟨h, r⟩, ⟨u, r⟩ of equation (7)
         for h_chunks, u_chunks, replay in zip(mixed, pulls, work.replays, strict=True):
             for h, u, r in zip(h_chunks, u_chunks, _differences(replay, None), strict=True):
                 for place, x in enumerate((r, h, u)):
@@ -251,32 +248,17 @@ class Verifier:
         variant.ready()
         expected = [self._sample(tensors) for tensors in work.stored()]
         count = len(self._places)
-        squares = torch.zeros(3, count, dtype=torch.float64)
-        # ‖h‖, ‖g‖ and ‖d‖ of equations (2) and (4).
-        total, distance = self._grad_square, 0.0
-        if setting.replay:
-            pairs = zip(work.grads, work.replays, strict=True)
-            total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
-        if injects:
-            weights = work.importances() if setting.importance else [None] * len(work.params)
-            distance = sum(map(_square, work.params, work.anchors, weights))
-        squares[:, 0] = torch.tensor([total, self._grad_square, distance])
-        most = work.max_grad_norm if setting.clipped else None
-        found = reference.coefficients(squares, max_grad_norm=most, scaling=True, per_tensor=False)
-        if setting.automatic:
-            found = self._guard(total, distance, weights, most, count)
+        found = self._coefficients(setting, injects, count)
         grads, anchors = self._sample(work.grads), self._sample(work.anchors)
         replays = self._sample(work.replays) if setting.replay else []
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
-        weighing = {}
-        if setting.importance:
-            importances = self._sample(work.importances())
-            weighing = {"importances": importances, "importance": setting.importance}
         shared = {
-            **weighing,
             "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
             "threshold": 1 << 32,
         }  # fmt: skip
+        if setting.importance:
+            shared["importances"] = self._sample(work.importances)
+            shared["importance"] = setting.importance
         distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
         if work.optimizer == "adamw":
             reference.adam_(
@@ -309,10 +291,6 @@ class Verifier:
         return worst
 
 
-def _shape(x: Tensor) -> torch.Size:
-    return x.shape
-
-
 def _flat(x: Tensor) -> Tensor:
     """Returns the elements in the order in which they lie in memory, without a copy."""
     return x.as_strided((x.numel(),), (1,))
@@ -328,8 +306,7 @@ def _square(
 def _differences(x: Tensor, other: Tensor | None, weight: Tensor | None = None, *, sign: int = 1):
     """Yields weight ∘ (x - sign · other) in float64, a chunk at a time."""
     size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    nothing = [None] * (1 + x.numel() // size)
-    others, weights = (nothing if y is None else _flat(y).split(size) for y in (other, weight))
+    others, weights = (repeat(None) if y is None else _flat(y).split(size) for y in (other, weight))
     for chunk, subtrahend, factor in zip(_flat(x).split(size), others, weights, strict=False):
         wide = chunk.double()
         if subtrahend is not None:
