@@ -72,7 +72,7 @@ class Dgg(_Guiding):
         """One pass; the gradients once more for their norm; the anchor when it is used."""
         normed = self.setting.clipped or self.setting.alpha is not None
         gradients = 1.0 + self.setting.replay
-        pull = self._share_injected() * (1.0 + bool(self.setting.importance))
+        pull = self.share_injected() * (1.0 + bool(self.setting.importance))
         measured = 0.0
         if self.setting.automatic:  # θ, θ* and F once more, beside the gradients
             measured = 2.0 + bool(self.setting.importance)
@@ -187,5 +187,5 @@ class GuidanceOverFused(_Guiding):
     def elements_moved(self) -> float | None:
         """Norms: g, r, and d's two; the edit: g twice, r, d's two; the update."""
         gradients = 1.0 + self.setting.replay
-        edit = gradients + 1.0 + 2.0 * self._share_injected()
-        return self._update_arrays() + gradients + 2.0 * self._share_injected() + edit
+        edit = gradients + 1.0 + 2.0 * self.share_injected()
+        return self._update_arrays() + gradients + 2.0 * self.share_injected() + edit

@@ -27,7 +27,6 @@ class _ForeignAdamW(Variant):
             interrupted leaves a lock behind for which torch waits forever.
     """
 
-    guided = False
     foreign = True
     module: ClassVar[str]
     kind: ClassVar[str]

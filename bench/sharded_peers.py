@@ -16,7 +16,7 @@ from dgg_variants import DggCpp
 from parameter_lists import count
 from torch_variants import TorchFused, TorchFusedForeachClip, guide_by_foreach
 from variant import Variant, arguments, guidance
-from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
+from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, largest_error, sampled
 
 ALPHA = sampled(0.2)
 MAX_NORM = 1.0
@@ -80,8 +80,6 @@ class Sharded:
 class OverShards(Variant):
     """What a variant does otherwise where its parameters are DTensors."""
 
-    guided = False
-
     def __init__(self, workload: Sharded, setting: Setting) -> None:
         # The parameters stand at the anchors while the optimizer is made.
         super().__init__(workload, setting)
@@ -106,8 +104,6 @@ class OverShards(Variant):
 
 class Ours(OverShards, DggCpp):
     """The package under test."""
-
-    guided = True
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         return 1e-5, 0.0  # what float32 arithmetic leaves
@@ -264,18 +260,15 @@ def verify(variant: OverShards, oracle: Oracle) -> float:
         variant.ready()
         variant()
     variant.seek(0)
-    worst = 0.0
+    tolerance, _ = variant.tolerance(torch.float32)
     expected = oracle.results(variant, draw)
-    for name, tensors in variant.results().items():
-        for got, want in zip(tensors, expected[name], strict=True):
-            if want.numel() == 0:
-                continue
-            scale = want.square().mean().sqrt() + want.abs()
-            error = float(((got.double() - want).abs() / scale).max())
-            error /= variant.tolerance(torch.float32)[0]
-            worst = max(worst, error) if error == error else float("inf")
+    own = largest_error(
+        (got.double(), want, tolerance * (want.square().mean().sqrt() + want.abs()))
+        for name, tensors in variant.results().items()
+        for got, want in zip(tensors, expected[name], strict=True)
+    )
     found = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, worst)
+    dist.all_gather_object(found, own)
     worst = max(found)
     if not worst <= 1.0:
         raise VerificationError(

@@ -367,7 +367,6 @@ def _entry(entry: Timed, elements: int) -> dict[str, object]:
     on_device = entry.quantile(0.5, "device_seconds")
     # Bandwidth is a claim about kernels: without the host's share where that is known.
     busy = seconds if on_device is None else on_device
-    shares = variant.shares()
     late = entry.samples.get("late")
     return {
         "name": variant.name,
@@ -392,6 +391,6 @@ def _entry(entry: Timed, elements: int) -> dict[str, object]:
         "bandwidth": None if moved is None else moved / busy,
         "share_of_bandwidth": None,
         "seed": variant.seed,
-        "injected_fraction": float(sum(s for (now, _), s in shares.items() if now)),
+        "injected_fraction": variant.share_injected(),
         "error_in_tolerances": entry.error,
     }

@@ -18,7 +18,6 @@ class TorchFused(Variant):
     """torch.optim with fused=True, with clip_grad_norm_ when the setting clips."""
 
     name = "torch fused"
-    guided = False
     foreign = True
     how: ClassVar[dict[str, bool]] = {"fused": True}
     foreach_clip: ClassVar[bool | None] = None
@@ -107,7 +106,7 @@ class _EagerGuidance(Variant):
         """
         clipping = 3.0 if self.setting.clipped else 1.0
         injected = 7.0 + self._write_allocate + (0.0 if self._on_host else 2.0)
-        return self._update_arrays() + clipping + injected * self._share_injected()
+        return self._update_arrays() + clipping + injected * self.share_injected()
 
 
 class LoopGuidance(_EagerGuidance):
@@ -237,7 +236,7 @@ class ForeachGuidanceTypical(_EagerGuidance):
     def elements_moved(self) -> float | None:
         """The norm once more, and s d in place, on the steps that inject."""
         more = 3.0 if self._on_host else 1.0
-        return super().elements_moved() + more * self._share_injected()
+        return super().elements_moved() + more * self.share_injected()
 
 
 class ForeachGuidanceKeptBuffer(ForeachGuidance):

@@ -73,7 +73,7 @@ class Variant(abc.ABC):
     """
 
     name: ClassVar[str]
-    guided: ClassVar[bool]
+    guided: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     automatic: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
@@ -182,7 +182,8 @@ class Variant(abc.ABC):
         # θ read and written, g read, each moment read and written.
         return 3 + 2 * len(self.workload.moments)
 
-    def _share_injected(self) -> float:
+    def share_injected(self) -> float:
+        """Returns the share of the draws in the window that inject."""
         return sum(self.pattern[: self.window]) / self.window
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from itertools import repeat
 
 import torch
@@ -172,6 +173,16 @@ class Workload:
         return all(bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()) for x in stored)
 
 
+def largest_error(compared: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Returns the largest |got - want| / allowed of (got, want, allowed); of NaN infinity."""
+    worst = 0.0
+    for got, want, allowed in compared:
+        if got.numel() > 0:
+            error = float(((got - want).abs() / allowed).max())
+            worst = max(worst, error) if error == error else math.inf
+    return worst
+
+
 class VerificationError(AssertionError):
     """A variant does not compute the guided step."""
 
@@ -276,13 +287,11 @@ class Verifier:
             )  # fmt: skip
         variant()
         relative, absolute = variant.tolerance(work.dtype)
-        worst = 0.0
-        for tensors, wanted in zip(work.stored(), expected, strict=True):
-            for got, want in zip(self._sample(tensors), wanted, strict=True):
-                if got.numel() == 0:
-                    continue
-                error = float(((got - want).abs() / (absolute + relative * want.abs())).max())
-                worst = max(worst, error) if error == error else math.inf
+        worst = largest_error(
+            (got, want, absolute + relative * want.abs())
+            for tensors, wanted in zip(work.stored(), expected, strict=True)
+            for got, want in zip(self._sample(tensors), wanted, strict=True)
+        )
         if not worst <= 1.0:
             raise VerificationError(
                 f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "

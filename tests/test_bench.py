@@ -201,7 +201,7 @@ def test_draws_of_the_window(bench):
         assert sum(variants.injections(seed, alpha, 100)) == round(100 * alpha)
     # 50 draws cannot be 5 % injections.
     rare = _variant(bench, "foreach + fused", bench("workload").sampled(0.05))[1]
-    assert rare.window == 100 and float(rare._share_injected()) == 0.05
+    assert rare.window == 100 and float(rare.share_injected()) == 0.05
     shares = _variant(bench, "foreach + fused", bench("workload").sampled(0.2))[1].shares()
     assert sum(shares.values()) == 1
     assert float(sum(s for (now, _), s in shares.items() if now)) == 0.2
