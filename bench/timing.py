@@ -86,11 +86,12 @@ class Case:
         return arrays * count(self.shapes) * self.dtype.itemsize
 
 
-def verify(variant: Variant, verifier: Verifier) -> float:
+def verify(variant: Variant, verifier: Verifier | None = None) -> float:
     """Runs a variant's first steps against the reference; only then it may be timed.
 
     Two steps in a row, because what dgg measures ahead in the first is used in the second; for a
-    setting that injects at a share of the steps, one that does and one that does not.
+    setting that injects at a share of the steps, one that does and one that does not. ``verifier``
+    is that of the workload; None: one is made.
 
     Returns:
         The largest error in units of the variant's tolerance.
@@ -102,6 +103,7 @@ def verify(variant: Variant, verifier: Verifier) -> float:
     if (error := variant.verified_elsewhere()) is not None:
         variant.verified = True
         return error
+    verifier = verifier or Verifier(variant.workload)
     worst, draws = 0.0, range(2)
     if variant.setting.alpha not in (None, 0.0, 1.0):
         draws = (variant.pattern.index(True), variant.pattern.index(False))

@@ -757,6 +757,15 @@ def test_checks_find_what_is_wrong(bench, checks, monkeypatch):
     assert results["reference, cpp"]["status"] == "ok"
 
 
+def test_backends_that_leave_no_numbers_do_not_agree(bench, checks, monkeypatch):
+    def steps(where, backend, setting, count):
+        return [torch.full((3,), 1.0 if backend == "cpp" else torch.nan)]
+
+    monkeypatch.setattr(checks, "_steps", steps)
+    with pytest.raises(checks.Broken, match="inf times what is allowed apart"):
+        checks.agree(here(bench, checks))
+
+
 def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypatch):
     class Ended(BaseException):
         pass
