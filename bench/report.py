@@ -42,18 +42,6 @@ def find(case: dict, name: str, setting: str) -> dict | None:
     return next(found, None)
 
 
-def fill_shares(case: dict, best: float) -> None:
-    """Adds every variant's share of the memory bandwidth ``best`` (bytes per second).
-
-    Warm cases get none: what they move does not come from memory.
-    """
-    if case["cache"] == "warm":
-        return
-    for entry in case["variants"]:
-        if entry["bandwidth"] is not None:
-            entry["share_of_bandwidth"] = entry["bandwidth"] / best
-
-
 def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Lays out rows, the first of which is the header, aligned: text left, numbers right."""
     # Markdown wants at least one dash beside the colon.
@@ -322,19 +310,13 @@ def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
     rows += [(t["what"], t["target"], t["measured"], words[t["met"]]) for t in found]
     if not markdown:
         room = WIDTH - sum(width + 2 for width in _widths(rows)[1:])
-        rows = [
+        broken = []
+        for what, *cells in rows:
             # Indented, so that a line that begins with a number is no number.
-            (line, *(cells if first else [""] * 3))
-            for what, *cells in rows
-            for first, line in _lines(what, room)
-        ]
+            first, *others = textwrap.wrap(what, room, subsequent_indent="  ")
+            broken += [(first, *cells), *((line, "", "", "") for line in others)]
+        rows = broken
     return table(rows, markdown=markdown) + "\n"
-
-
-def _lines(text: str, width: int) -> list[tuple[bool, str]]:
-    """Returns the lines of a wrapped text, and whether each is the first."""
-    lines = textwrap.wrap(text, width, subsequent_indent="  ")
-    return [(number == 0, line) for number, line in enumerate(lines)]
 
 
 def bandwidth_line(bandwidth: dict[str, float]) -> str:

@@ -345,7 +345,11 @@ def run(
         entry["wall_seconds"] = time.perf_counter() - begin
         # The ceiling is a copy; on a CPU triad often gives more.
         ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
-        report.fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
+        best = max(entry["memory_bandwidth"][name] for name in ceilings)
+        for variant in entry["variants"]:
+            # Of warm caches memory says nothing: what moves does not come from there.
+            if case.cold and variant["bandwidth"] is not None:
+                variant["share_of_bandwidth"] = variant["bandwidth"] / best
         results["cases"].append(entry)
         say((report.host_table if host else report.case_table)(entry, markdown=say.markdown))
         # Of what the host does for every tensor memory says nothing.
