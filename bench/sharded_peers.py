@@ -177,23 +177,21 @@ class ByHand(OverShards):
     def step(self, inject: bool) -> None:
         """Clips and guides with both norms in one all-reduce."""
         if self.setting.clipped:
-            self._change_gradients(inject)
+            grads = [shard.grad for shard in self._shards]
+            measured = [grads]
+            if inject:
+                measured.append(torch._foreach_sub(self._shards, self._anchors))
+            norms = [torch.stack(torch._foreach_norm(x)).double() for x in measured]
+            squares = torch.stack([x.square().sum() for x in norms])
+            dist.all_reduce(squares, group=self.workload.mesh.get_group())
+            norm, *distance = squares.sqrt().tolist()
+            clip = min(1.0, MAX_NORM / (norm + 1e-6))
+            torch._foreach_mul_(grads, clip)
+            if inject:
+                scale = min(1.0, clip * norm / distance[0])
+                torch._foreach_add_(grads, measured[1], alpha=scale)
+            del measured
         self.optimizer.step()
-
-    def _change_gradients(self, inject: bool) -> None:
-        grads = [shard.grad for shard in self._shards]
-        lists, differences = [grads], None
-        if inject:
-            differences = torch._foreach_sub(self._shards, self._anchors)
-            lists.append(differences)
-        norms = [torch.stack(torch._foreach_norm(x)).double() for x in lists]
-        squares = torch.stack([x.square().sum() for x in norms])
-        dist.all_reduce(squares, group=self.workload.mesh.get_group())
-        norms = squares.sqrt().tolist()
-        clip = min(1.0, MAX_NORM / (norms[0] + 1e-6))
-        torch._foreach_mul_(grads, clip)
-        if differences is not None:
-            torch._foreach_add_(grads, differences, alpha=min(1.0, clip * norms[0] / norms[1]))
 
     def results(self) -> dict[str, list[Tensor]]:
         moments = [self.optimizer.state[shard]["exp_avg"] for shard in self._shards]

@@ -132,20 +132,17 @@ class Timed:
         self.waits: str | None = None
         self.temporary_bytes: int | None = None
         self.turn = 0
-        self.running = False  # it is its turn
 
     def take_turn(self, device: Cpu, *, cold: bool = False) -> None:
         """Takes a step for each of the device's probes and keeps the times."""
-        self.running, kinds = True, self.kinds
         for probe in device.probes:
-            if device.stratified and len(kinds) > 1:
-                self.variant.approach(kinds[self.turn % len(kinds)])
+            if device.stratified and len(self.kinds) > 1:
+                self.variant.approach(self.kinds[self.turn % len(self.kinds)])
             self.variant.ready()
             if cold:
                 device.evict()
             self.run(probe)
         self.turn += 1
-        self.running = False
 
     def be_slow(self, rounds: int, affordable: float) -> None:
         """Takes part in so many rounds that no more steps are taken than are affordable."""
@@ -183,10 +180,7 @@ def weigh(values: Mapping[object, float], shares: Mapping[object, float]) -> flo
 
 def quantile(values: Sequence[float], q: float) -> float:
     """Returns a quantile, between two values in proportion."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low, high = int(place), min(int(place) + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
 
 
 def run_case(
@@ -249,10 +243,9 @@ def run_case(
         rounds = _measure(case, timed, device, streams)
         profiled = _profile(case, timed, device)
     except Exception as error:
-        running = next((entry.variant for entry in timed if entry.running), None)
-        if running is None or (lost := device.lost()) is None:
+        if work.latest is None or (lost := device.lost()) is None:
             raise
-        raise DeviceLost(running.name, running.setting.name, lost) from error
+        raise DeviceLost(work.latest.name, work.latest.setting.name, lost) from error
     if not work.finite():
         raise FloatingPointError(f"{case.name}: parameters or moments are not finite after the run")
     return {
@@ -273,12 +266,11 @@ def run_case(
 
 def _measure(case: Case, timed: list[Timed], device: Cpu, streams: Streams | None) -> int:
     for entry in timed:
-        times, entry.running = [], True
+        times = []
         for _ in range(3):
             entry.variant.ready()
             times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
-        entry.running = False
         entry.be_slow(case.rounds, SLOW * case.seconds / (min(times) * len(device.probes)))
     begin, done = time.perf_counter(), 0
     for turn in rounds_of(timed, case.rounds):
@@ -314,25 +306,22 @@ def rounds_of(timed: Sequence[Timed], rounds: int) -> Iterator[list[Timed]]:
 def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
     """Profiles some steps of every variant; returns why there is no profile, or None."""
     for entry in timed:
-        entry.running = True
         entry.variant.ready()
         entry.waits = device.waits(entry.variant)
         entry.variant.ready()
         entry.temporary_bytes = device.temporary_bytes(entry.variant)
         entry.variant.seek(0)
-        entry.running = False
     calls, owners = [], []
     for entry in timed:
         looping = entry.variant.name in ("for-loop", "dgg reference")
         if looping and len(case.shapes) > MANY_TENSORS:
             continue
-        kinds = entry.kinds
-        for kind in kinds * PROFILED:
+        for kind in entry.kinds * PROFILED:
 
-            def prepare(variant=entry.variant, kind=kind, kinds=kinds) -> None:
-                if len(kinds) > 1:
-                    variant.approach(kind)
-                variant.ready()
+            def prepare(entry=entry, kind=kind) -> None:
+                if len(entry.kinds) > 1:
+                    entry.variant.approach(kind)
+                entry.variant.ready()
                 if case.cold:
                     device.evict()
 

@@ -80,19 +80,12 @@ class Model:
 
 
 def _torch_fused(params: Sequence[Tensor], alpha, seed):
+    """Torch's optimizer, behind guidance by foreach if there is an alpha."""
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-
-    def step(inject: bool) -> None:
-        torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-        optimizer.step()
-
-    return step
-
-
-def _foreach(params: Sequence[Tensor], alpha, seed):
-    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-    anchors = [p.detach().clone() for p in params]
-    _leave(params)
+    anchors = []
+    if alpha is not None:
+        anchors = [p.detach().clone() for p in params]
+        _leave(params)
 
     @torch.no_grad()
     def step(inject: bool) -> None:
@@ -127,7 +120,7 @@ def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str
     """Returns the variants that can run here, and why the others cannot."""
     wanted = [
         Variant("torch fused + clip", _torch_fused, None, steps),
-        Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps),
+        Variant("foreach guidance + clip + torch fused", _torch_fused, 0.2, steps),
     ]
     missing = []
     for backend in ("cpp", "triton"):
@@ -185,8 +178,9 @@ def train(
         pattern = injections(seed, alpha, count)
     step = variant.build(params, variant.alpha, seed)
     times: Times = {}
+    on_gpu = device.name != "cpu"
     for number, inject in enumerate(pattern):
-        if number == WARM_UP and device.name != "cpu":
+        if number == WARM_UP and on_gpu:
             device.synchronize()
             torch.cuda.reset_peak_memory_stats()
         device.synchronize()
@@ -200,16 +194,14 @@ def train(
             p.grad = None
         device.synchronize()
         if number >= WARM_UP:
-            total, on_gpu = time.perf_counter() - begin, device.name != "cpu"
+            total = time.perf_counter() - begin
             taken = before.elapsed_time(after) * 1e-3 if on_gpu else after - before
             times.setdefault(inject, []).append((total, taken))
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"{variant.name}: the loss is {loss.item()}")
-    memory = {"peak": None, "steady": None}
-    if device.name != "cpu":
-        memory["peak"] = torch.cuda.max_memory_allocated()
-        memory["steady"] = torch.cuda.memory_allocated()
-    return times, memory
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    steady = torch.cuda.memory_allocated() if on_gpu else None
+    return times, {"peak": peak, "steady": steady}
 
 
 def summary(variant: Variant, blocks: Sequence[Times], memory: dict) -> dict[str, object]:
@@ -270,14 +262,13 @@ def run_model(
 
     for variant in [*wanted, *reversed(wanted)]:
         label = f"{variant.name}, alpha={variant.alpha}"
-        if variant in blocks and not blocks[variant]:
+        if blocks.get(variant) == []:
             continue  # it did not fit before
+        measured = blocks.setdefault(variant, [])
         if time.perf_counter() > deadline:
-            if variant not in blocks:
-                blocks[variant] = []
+            if not measured:
                 found["not_run"].append({"name": label, "reason": "no time was left for it"})
             continue
-        blocks.setdefault(variant, [])
         # Full fine-tuning goes on from where the variant before it left: a copy would not fit.
         for p, value in zip(trained, start or [], strict=start is not None):
             p.data.copy_(value)
@@ -294,7 +285,7 @@ def run_model(
             for p in trained:
                 p.grad = None
         else:
-            blocks[variant].append(times)
+            measured.append(times)
             memory.setdefault(variant, used)
         gc.collect()
         device.release()

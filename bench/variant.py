@@ -119,6 +119,7 @@ class Variant(abc.ABC):
 
     def ready(self) -> None:
         """Leaves the gradients as backward passes would; comes before every step, untimed."""
+        self.workload.latest = self
         self.workload.fresh_gradients()
 
     def verified_elsewhere(self) -> float | None:

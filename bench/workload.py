@@ -106,6 +106,7 @@ class Workload:
         if conflict:
             for replay_gradient, grad in zip(self.replays, self.grads, strict=True):
                 replay_gradient.mul_(0.3).sub_(grad, alpha=0.6)
+        self.latest = None  # the variant whose step it is or was
         self.moments: list[list[Tensor]] = []
         if optimizer != "sgd":
             self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])

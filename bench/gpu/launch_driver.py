@@ -93,38 +93,28 @@ class Driver:
         return 0
 
 
-_installed: Driver | None = None
-
-
-def missing() -> str | None:
-    """Returns why launched steps cannot be timed in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return "TRITON_INTERPRET=1: the interpreter's time says nothing about a launch"
-    if torch.accelerator.is_available():
-        return "there is a GPU here: --device cuda measures the host's time on it"
-    return None
-
-
+@functools.cache
 def install() -> Driver:
     """Lets ``backend="triton"`` take CPU tensors for the rest of this process; starts nothing.
 
     Raises:
-        RuntimeError: It cannot be done here.
+        RuntimeError: Launched steps cannot be timed in this process.
     """
-    global _installed
-    if _installed is None:
-        if (reason := missing()) is not None:
-            raise RuntimeError(reason)
-        import dgg.kernels
-        import triton
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        reason = "TRITON_INTERPRET=1: the interpreter's time says nothing about a launch"
+        raise RuntimeError(reason)
+    if torch.accelerator.is_available():
+        raise RuntimeError("there is a GPU here: --device cuda measures the host's time on it")
+    import dgg.kernels
+    import triton
 
-        _installed = Driver()
-        triton.runtime.driver.set_active(_installed)
-        # What it says of the CPU: that Triton runs there in its interpreter only.
-        dgg.kernels.unavailable = lambda device: None
-    return _installed
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    # What it says of the CPU: that Triton runs there in its interpreter only.
+    dgg.kernels.unavailable = lambda device: None
+    return driver
 
 
 def started_by(driver: Driver, function: Callable[[], object]) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ https://ui.perfetto.dev. docs/profiling.md reads the output.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 import shutil
@@ -31,6 +32,8 @@ RANGES = ("dgg.step", "dgg.norm", "dgg.allreduce", "dgg.update", "dgg.prefetch")
 # As many tensors as LLaVA-7B's LoRA has, and small enough for a CPU.
 NARROW = Shape(hidden=256, intermediate=688, heads=8, vocabulary=1000, vision=64, patches=32)
 SHAPES = {"llava7b": Shape(), "narrow": NARROW, "tiny": TINY}
+# At once: a step may take seconds.
+say = functools.partial(print, flush=True)
 
 
 class Training:
@@ -58,11 +61,6 @@ class Training:
         self.model(*self.data).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def say(text: str) -> None:
-    """Prints what is done now, at once: a step may take seconds."""
-    print(text, flush=True)
 
 
 def warm_up(training: Training) -> None:

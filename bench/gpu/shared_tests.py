@@ -135,15 +135,13 @@ class Part:
         # Python and pytest take their time, too, before the first test and behind the last.
         if code is None and open_test is None and quiet < 3 * PATIENCE:
             return True
+        how = f"its process ended with exit code {code}"
         if code is None:
             kill(self._process)
             how = f"no end after {quiet:.0f} s"
-        elif code in (0, 1, 5):
-            self._process = None
-            return False
-        else:
-            how = f"its process ended with exit code {code}"
         self._process = None
+        if code in (0, 1, 5):
+            return False
         if open_test is not None:
             failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
             witness.note(self.path, test=open_test, **failed)
@@ -165,8 +163,7 @@ class Part:
 
     def output(self) -> str:
         """Returns what the processes printed."""
-        exists = self._printed.exists()
-        return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
+        return self._printed.read_text(encoding="utf-8", errors="replace")
 
 
 def summarise(found: Iterable[dict]) -> dict:
