@@ -57,19 +57,12 @@ def give_up(reason: object) -> NoReturn:
 
 
 class Kernels(NamedTuple):
-    """What one call ran on the device.
+    """What one call ran on the device."""
 
-    Attributes:
-        seconds: Sum of the kernels' durations.
-        launches: Number of kernels.
-        copies: Number of memory copies and fills.
-        names: Kernel name → (times, seconds).
-    """
-
-    seconds: float
+    seconds: float  # sum of the kernels' durations
     launches: int
-    copies: int
-    names: dict[str, tuple[int, float]]
+    copies: int  # and fills
+    names: dict[str, tuple[int, float]]  # kernel → (times, seconds)
 
 
 class Cpu:
@@ -98,10 +91,8 @@ class Cpu:
 
     def wall(self, function: Callable[[], object]) -> dict[str, float]:
         """Returns the times of one call that begins and ends on an idle device."""
-        self.synchronize()
         begin = time.perf_counter_ns()
         function()
-        self.synchronize()
         return {"seconds": (time.perf_counter_ns() - begin) * 1e-9}
 
     def time(self, function: Callable[[], object]) -> float:

@@ -68,10 +68,7 @@ def _widths(rows: Sequence[Sequence[str]], least: int = 1) -> list[int]:
 def tables(rows: Sequence[Sequence[str]], *, markdown: bool, keys: int = 2) -> str:
     """Lays out rows as `table` does, in as many tables below each other as fit `WIDTH`.
 
-    Args:
-        rows: The header and the rows.
-        markdown: One table of any width.
-        keys: So many columns name a row; every table begins with them.
+    So many columns as ``keys`` name a row: every table begins with them. Markdown is one table.
     """
     if markdown:
         return table(rows, markdown=True)
@@ -90,13 +87,11 @@ def tables(rows: Sequence[Sequence[str]], *, markdown: bool, keys: int = 2) -> s
 
 def wrapped(text: str) -> str:
     """Breaks lines that are longer than `WIDTH`, but for rows of markdown."""
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False,
-                      break_on_hyphens=False)
-        if len(line) > WIDTH and not line.startswith("|")
-        else line
-        for line in text.split("\n")
-    )  # fmt: skip
+    wrapper = textwrap.TextWrapper(
+        WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    lines = text.split("\n")
+    return "\n".join(line if line.startswith("|") else wrapper.fill(line) for line in lines)
 
 
 def _numeric(cell: str) -> bool:
@@ -276,13 +271,8 @@ def target(
 ) -> dict:  # fmt: skip
     """Returns a comparison with a target: what, target, measured, value, met.
 
-    Args:
-        what: What was measured.
-        value: The result.
-        shown: Format of the result.
-        most: The target, if the value is not to be above it.
-        least: The target, if the value is not to be below it; without both there is none.
-        stated: Format of the target.
+    The value is not to be above ``most``, or not below ``least``; without both there is no target.
+    ``shown`` and ``stated`` are the formats of value and target.
     """
     words, met = "no target", None
     if most is not None:

@@ -46,20 +46,12 @@ class NotVerified(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One workload and what is run on it.
+    """One workload, see `Workload`, and the (implementation, setting) pairs that are run on it.
 
     Attributes:
-        name: Key of the case in the results.
-        shapes: Shapes of the parameters.
-        runs: (implementation, setting) pairs.
-        dtype: Dtype of parameters, gradients, moments and anchor.
-        optimizer: "adamw", "sgd" or "momentum".
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
-        spare: No copy of the gradients is kept; for lists that fill the memory.
-        channels_last: The tensors, of four dimensions, lie in memory channels last.
-        conflict: Replay gradients contradict the others; see `Workload`.
     """
 
     name: str
@@ -116,12 +108,7 @@ def verify(variant: Variant, verifier: Verifier | None = None) -> float:
 
 
 class Timed:
-    """A variant and what was measured of it.
-
-    Args:
-        variant: The variant.
-        error: What its verification found, in tolerances.
-    """
+    """A variant, the error of its verification in tolerances, and what was measured of it."""
 
     def __init__(self, variant: Variant, error: float) -> None:
         self.variant, self.error, self.stride = variant, error, 1
@@ -192,7 +179,7 @@ def run_case(
     Args:
         case: The case.
         device: Where it runs.
-        streams: Timed once a round beside the steps; None leaves bandwidth out.
+        streams: Timed once a round beside the steps.
         log: Called with progress lines.
         forgiving: A variant of ours that is wrong, or that fails, is left out and noted as
             ``wrong`` instead of ending the run: hours on a GPU are rare.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import math
 import pathlib
 import sys
@@ -45,38 +46,23 @@ Times = dict[bool, list[tuple[float, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to train.
-
-    Attributes:
-        name: As the tables call it.
-        build: (parameters, alpha, seed) → a step that takes whether to inject.
-        alpha: Share of the steps that inject; None: no guidance.
-        steps: Measured steps of a block.
-    """
+    """One way to train."""
 
     name: str
-    build: Callable
-    alpha: float | None
-    steps: int
+    build: Callable  # (parameters, alpha, seed) → a step that takes whether to inject
+    alpha: float | None  # share of the steps that inject; None: no guidance
+    steps: int  # that are measured in a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is trained.
-
-    Attributes:
-        name: Key in the results.
-        shape: Sizes.
-        rank: LoRA rank; None: full fine-tuning.
-        text: Tokens of text.
-        dtype: Of the weights; adapters are float32.
-    """
+    """What is trained."""
 
     name: str
     shape: Shape
-    rank: int | None
-    text: int = 448
-    dtype: torch.dtype = torch.bfloat16
+    rank: int | None  # of LoRA; None: full fine-tuning
+    text: int = 448  # tokens
+    dtype: torch.dtype = torch.bfloat16  # of the weights; adapters are float32
 
 
 def _torch_fused(params: Sequence[Tensor], alpha, seed):
@@ -170,12 +156,12 @@ def train(
 ) -> tuple[Times, dict[str, int | None]]:
     """Trains one block; returns (step, optimizer) seconds by kind of step, and bytes."""
     params = [p for p in model.parameters() if p.requires_grad]
-    seed, alpha, count = 0, variant.alpha or 0.0, WARM_UP + variant.steps
-    pattern = injections(seed, alpha, count)
-    # Warm-up steps are draws too: the window begins behind them.
-    while sum(pattern[WARM_UP:]) != round(alpha * variant.steps):
-        seed += 1
-        pattern = injections(seed, alpha, count)
+    alpha = variant.alpha or 0.0
+    for seed in itertools.count():
+        pattern = injections(seed, alpha, WARM_UP + variant.steps)
+        # Warm-up steps are draws too: the window begins behind them.
+        if sum(pattern[WARM_UP:]) == round(alpha * variant.steps):
+            break
     step = variant.build(params, variant.alpha, seed)
     times: Times = {}
     on_gpu = device.name != "cpu"

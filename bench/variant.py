@@ -37,12 +37,12 @@ def choose_seed(alpha: float, draws: int) -> int:
     the first one, so that going back to the start is a step like any other.
     """
     wanted = round(Fraction(str(alpha)) * draws)
-    seed = 0
-    while True:
-        drawn = injections(seed, alpha, draws + 1)
-        if sum(drawn[:draws]) == wanted and drawn[draws] == drawn[0]:
-            return seed
-        seed += 1
+    patterns = ((seed, injections(seed, alpha, draws + 1)) for seed in itertools.count())
+    return next(
+        seed
+        for seed, drawn in patterns
+        if sum(drawn[:draws]) == wanted and drawn[draws] == drawn[0]
+    )
 
 
 def injections(seed: int, alpha: float, count: int) -> list[bool]:
@@ -55,19 +55,15 @@ class Variant(abc.ABC):
     """One implementation in one setting, on a workload.
 
     Attributes:
-        optimizer: What steps, if nothing else is written.
-        name: As the tables call it.
-        guided: Whether it has the settings with an alpha.
-        replays: Whether it has the settings with replay gradients.
-        automatic: Whether it has those with alpha="auto".
-        weighs: Whether it has those with importance.
+        guided: Whether it has the settings with an alpha; ``replays``, ``automatic`` and ``weighs``
+            say the same of replay gradients, alpha="auto" and importance.
         needs: Fields of the setting without which it would be another variant → that variant.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
         built_on: The variant whose optimizer it calls: where that computes something else, this one
             may, too, and is left out likewise.
+        optimizer: What steps, if nothing else is written.
         verified: Set by the harness; what is not verified is not timed.
-        calls: Steps taken so far.
         window: Draws over which the cost is averaged.
         pattern: Which of them inject, and whether the one behind them does.
     """

@@ -35,23 +35,14 @@ _GRADIENT_SEED = 1
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What kind of step is taken.
-
-    Attributes:
-        name: As the tables call it.
-        alpha: Probability of injecting; None: there is no anchor at all.
-        clipped: The gradient's norm is clipped in the step.
-        replay: There are replay gradients, too, which are added to the others.
-        importance: The option of this name.
-        automatic: alpha="auto": the replay gradients decide how strong the pull is.
-    """
+    """What kind of step is taken."""
 
     name: str
-    alpha: float | None
+    alpha: float | None  # probability of injecting; None: there is no anchor at all
     clipped: bool
-    replay: bool = False
+    replay: bool = False  # there are replay gradients, too, which are added to the others
     importance: float = 0.0
-    automatic: bool = False
+    automatic: bool = False  # alpha="auto": the replay gradients decide how strong the pull is
 
 
 PLAIN = Setting("plain", None, False)

@@ -51,17 +51,11 @@ class NotHere(RuntimeError):
 
 @dataclasses.dataclass
 class Where:
-    """What the checks run on.
-
-    Attributes:
-        device: From machine.py.
-        shapes: Of the parameters.
-        listed: Shapes of the list whose launches are counted.
-    """
+    """What the checks run on."""
 
     device: Cpu
     shapes: list[tuple[int, ...]]
-    listed: list[tuple[int, ...]]
+    listed: list[tuple[int, ...]]  # shapes of the list whose launches are counted
 
     def variant(self, backend: str, setting: Setting, *, steps: int = 0, shapes=None) -> Variant:
         """Returns a variant of ours after some steps, from tensors that are the same every time."""

@@ -35,11 +35,7 @@ _PATIENCE = 120
 
 
 class Utils:
-    """Takes every kernel for loaded.
-
-    Args:
-        spills: Kernel name → registers spilled by its first, second, ... variant; others by none.
-    """
+    """Takes every kernel for loaded; ``spills``: as of `Driver`."""
 
     def __init__(self, spills: Mapping[str, Sequence[int]]) -> None:
         self._spills = spills
@@ -60,11 +56,9 @@ class Driver:
 
     Args:
         started: Called with every launch that would have been made: the kernel's name, the grid,
-            the loaded function and the kernel's arguments. None: launches go nowhere.
-        spills: As of `Utils`.
-
-    Attributes:
-        started: May be exchanged at any time.
+            the loaded function and the kernel's arguments. None: launches go nowhere. May be
+            exchanged at any time.
+        spills: Kernel name → registers spilled by its first, second, ... variant; others by none.
     """
 
     def __init__(

@@ -37,14 +37,7 @@ say = functools.partial(print, flush=True)
 
 
 class Training:
-    """A LoRA training whose optimizer is profiled.
-
-    Args:
-        device: Where it runs.
-        shape: Key of SHAPES.
-        rank: LoRA rank.
-        options: Of dgg.AdamW.
-    """
+    """A LoRA training whose optimizer is profiled; ``options`` are dgg.AdamW's."""
 
     def __init__(self, device: torch.device, shape: str, rank: int, **options) -> None:
         sizes = SHAPES[shape]

@@ -97,18 +97,15 @@ class Part:
         folder: Where its files go.
         number: Which part, and of how many.
         launch: (file for the output, environment) → a process that runs the tests.
-
-    Attributes:
-        path: What the witness writes.
-        failed: Why the part was given up, or None.
     """
 
     def __init__(
         self, folder: pathlib.Path, number: tuple[int, int], launch: Callable[..., subprocess.Popen]
     ) -> None:
         part, parts = number
+        # What the witness writes, and what the processes print.
         self.path, self._printed = folder / f"{part}.jsonl", folder / f"{part}.log"
-        self.failed: str | None = None
+        self.failed: str | None = None  # why the part was given up
         # Tensors on the CPU are small here, and the processes many.
         self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{part}/{parts}",
                       "OMP_NUM_THREADS": "2"}  # fmt: skip
