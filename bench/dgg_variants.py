@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import abc
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from workload import Setting, VerificationError, Workload
 
 
 class _Guiding(Variant):
-    """Has an optimizer of ours, which keeps replay gradients in a slot of their own."""
+    """Has an optimizer of ours, made by `_build`, which keeps replay gradients apart."""
 
     guided = replays = automatic = weighs = True
     backend: ClassVar[str]
@@ -29,10 +28,6 @@ class _Guiding(Variant):
         self.optimizer = self._build(**guidance(workload, setting, self.seed, self.backend))
         if setting.alpha is not None:
             workload.set_anchors(self.optimizer, self.params)
-
-    @abc.abstractmethod
-    def _build(self, **how: object) -> torch.optim.Optimizer:
-        """Returns an optimizer of ours with these arguments."""
 
     def ready(self) -> None:
         """The same, and the replay gradients wait for the step."""

@@ -287,7 +287,7 @@ def quotient(
     case: dict | None, ours: tuple[str, str], theirs: tuple[str, str], figure: str = "seconds"
 ) -> float | None:
     """Returns a figure of one (variant, setting) over that of another; None: not both ran."""
-    pair = [find(case, *run) for run in (ours, theirs)] if case is not None else [None]
+    pair = [case and find(case, *run) for run in (ours, theirs)]
     if any(entry is None or entry[figure] is None for entry in pair):
         return None
     return pair[0][figure] / pair[1][figure]

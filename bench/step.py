@@ -60,11 +60,7 @@ Run = tuple[str, Setting]
 OURS: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
 FUSED: list[Run] = [("torch fused", PLAIN), ("torch fused", CLIPPED)]
 FOREACH_CLIP: list[Run] = [("torch fused, foreach clip", CLIPPED)]
-FOREACH: list[Run] = [
-    ("foreach + fused", GUIDED),
-    ("foreach + fused, d kept", GUIDED),
-    ("foreach + clip_grad_norm_ + fused", GUIDED),
-]
+FOREACH: list[Run] = [(name, GUIDED) for name in cpu_targets.FOREACH]
 SAMPLED: list[Run] = [("foreach + fused", ALPHA)]
 LOOP: list[Run] = [("for-loop", GUIDED)]
 EAGER = OURS + FUSED + FOREACH + LOOP
@@ -121,11 +117,11 @@ def _tiny(runs: list[Run], *, cold: bool, **more) -> Case:
 
 def host_cases() -> list[Case]:
     """Returns lists of so many tensors that what the host does for each of them counts."""
-    ours: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED)] + REPLAYED
+    ours = OURS[:3] + REPLAYED
     # The time of a LoRA's steps is the memory's: one peer of each kind is enough there.
     few = ours + FUSED + FOREACH[:1] + ADDED[1:2] + ADDED[3:] + OVER_FUSED[1:]
     every = ours + BLOCK + OVER_FUSED + FUSED + FOREACH_CLIP + FOREACH[:1] + ADDED
-    apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
+    apart = OURS[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
     cases = []
     for case in (
         _tiny(every, cold=False, rounds=60, seconds=10.0),
@@ -156,8 +152,8 @@ OTHERS = [
 def gpu_cases() -> list[Case]:
     """Returns the cases for a GPU, the most important first."""
     peers = FUSED + GPU_FOREACH
-    large = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN + COMPILED
     lora = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN
+    large = lora + COMPILED
     cases = [
         _single(GPU_FLAGSHIP, large, rounds=24, seconds=15),
         _lora(16, lora, rounds=30, seconds=20),
@@ -410,13 +406,12 @@ def main(arguments: list[str] | None = None) -> int:
         elements = 2**25 if options.device == "cpu" else 2**28
         elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
         # What takes long is kept after every case.
-        keep = None
-        if on_gpu or preset == "full":
-            keep = lambda results: say.write(judged(results, [], False))  # noqa: E731
+        long = on_gpu or preset == "full"
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
-                deadline=began + options.deadline, keep=keep, before=before, host=preset == "host",
+                deadline=began + options.deadline, before=before, host=preset == "host",
+                keep=(lambda found: say.write(judged(found, [], False))) if long else None,
             )  # fmt: skip
         except DeviceLost as error:
             give_up(error)

@@ -8,7 +8,6 @@ write-allocate where a line is written that was not read.
 
 from __future__ import annotations
 
-import abc
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ def injections(seed: int, alpha: float, count: int) -> list[bool]:
     return [_philox.step_word(seed, draw) < limit for draw in range(count)]
 
 
-class Variant(abc.ABC):
+class Variant:
     """One implementation in one setting, on a workload.
 
     Attributes:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,12 +74,10 @@ def share_out(shared, folder, text, parts=2, **more):
         )  # fmt: skip
 
     share = [shared.Part(folder, (number, parts), launch) for number in range(parts)]
-    for part in share:
-        part.start()
     end = time.monotonic() + 240
-    while any([part.running() for part in share]):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(lambda part: part.run(end), share))
+    assert time.monotonic() < end
     found = [record for part in share for record in shared.witness.records(part.path)]
     return share, shared.summarise(found)
 
@@ -100,7 +99,7 @@ def test_one_test_costs_itself_alone_whatever_it_does(shared, tmp_path):
     assert found["skip_reasons"] == {"one GPU": 1}
     lost = {name.partition("::")[2] for name in found["lost"]}
     assert lost == {"test_killed", "test_hangs", "test_loses_the_device"}
-    assert found["slowest"] and not any(part.stop() for part in share)
+    assert found["slowest"] and not any(part.stopped for part in share)
 
 
 def test_only_some_tests_are_taken(shared, tmp_path):
