@@ -17,14 +17,10 @@ from workload import FIRST_STEP, Setting, Workload
 class _ForeignAdamW(Variant):
     """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping.
 
-    Attributes:
-        module: Where its class is found.
-        kind: Name of the class.
-        how: What it is told beside the hyper-parameters.
-        where: Type of the device that it runs on.
-        kernels: Those of DeepSpeed that it calls. Where they are not built it is refused: DeepSpeed
-            would first compile them, minutes that nobody asked for. A compilation that was once
-            interrupted leaves a lock behind for which torch waits forever.
+    It is the class ``kind`` of ``module``, told ``how`` beside the hyper-parameters, and runs on a
+    device of the type ``where``. ``kernels`` are those of DeepSpeed that it calls. Where they are
+    not built it is refused: DeepSpeed would first compile them, minutes that nobody asked for. A
+    compilation that was once interrupted leaves a lock behind for which torch waits forever.
     """
 
     foreign = True

@@ -318,10 +318,7 @@ def bandwidth_line(bandwidth: dict[str, float]) -> str:
 class Printer:
     """Prints lines and keeps them for the page written beside the JSON.
 
-    Args:
-        markdown: Tables are to be markdown.
-        folder: Where JSON and page go; None: nothing is written.
-        kind: Their name, before the date.
+    Both go into ``folder`` (None: nothing is written) under the name ``kind``, before the date.
     """
 
     def __init__(self, markdown: bool, folder: pathlib.Path | None = None, kind: str = "") -> None:

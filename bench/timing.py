@@ -16,6 +16,7 @@ After the rounds a few steps run under the profiler, for kernel times and launch
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import random
 import time
@@ -120,14 +121,19 @@ class Timed:
         self.temporary_bytes: int | None = None
         self.turn = 0
 
+    def prepare(self, device: Cpu, kind: tuple[bool, bool] | None, *, cold: bool) -> None:
+        """Leaves everything as the next step wants it, which is of this kind (None: any)."""
+        if kind is not None and len(self.kinds) > 1:
+            self.variant.approach(kind)
+        self.variant.ready()
+        if cold:
+            device.evict()
+
     def take_turn(self, device: Cpu, *, cold: bool = False) -> None:
         """Takes a step for each of the device's probes and keeps the times."""
+        kind = self.kinds[self.turn % len(self.kinds)] if device.stratified else None
         for probe in device.probes:
-            if device.stratified and len(self.kinds) > 1:
-                self.variant.approach(self.kinds[self.turn % len(self.kinds)])
-            self.variant.ready()
-            if cold:
-                device.evict()
+            self.prepare(device, kind, cold=cold)
             self.run(probe)
         self.turn += 1
 
@@ -304,14 +310,7 @@ def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
         if looping and len(case.shapes) > MANY_TENSORS:
             continue
         for kind in entry.kinds * PROFILED:
-
-            def prepare(entry=entry, kind=kind) -> None:
-                if len(entry.kinds) > 1:
-                    entry.variant.approach(kind)
-                entry.variant.ready()
-                if case.cold:
-                    device.evict()
-
+            prepare = functools.partial(entry.prepare, device, kind, cold=case.cold)
             calls.append((prepare, entry.variant))
             owners.append((entry, kind))
     found = device.profile(calls) if calls else "nothing was timed"

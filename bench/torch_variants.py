@@ -269,12 +269,8 @@ def guide_by_foreach(
 ) -> None:  # fmt: skip
     """Adds s d to the gradients by torch._foreach_*, a line for each formula.
 
-    Args:
-        params: Parameters with gradients.
-        anchors: θ* of each.
-        grad_norm: Norm of the gradients, if it is known.
-        norm: How norms are taken.
-        dtype: Of s. On a GPU that of the tensors: else there is a kernel for each of them.
+    ``grad_norm`` is that of the gradients, if it is known, ``norm`` how norms are taken, ``dtype``
+    that of s: on a GPU that of the tensors, else there is a kernel for each of them.
     """
     grads = [p.grad for p in params]
     differences = torch._foreach_sub(params, anchors)

@@ -91,10 +91,8 @@ def processes(stages: Stages) -> int:
 class Part:
     """A share of the tests, run by one process after the other until none is left.
 
-    Args:
-        folder: Where its files go.
-        number: Which part, and of how many.
-        launch: (file for the output, environment) → a process that runs the tests.
+    ``number``: which part, and of how many; ``launch``: (file for the output, environment) → a
+    process that runs the tests.
     """
 
     def __init__(
