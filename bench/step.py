@@ -11,13 +11,12 @@
                                                            # gpu-short: its three most telling cases
 
 Every variant is compared with the float64 reference before it is timed (the run ends if it
-differs), then all variants of a case take turns in one process. Times are medians with the 20th
-and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
-50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, timing.py and variant.py; what wall, host, device and kernel time are,
-in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
-stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
-order of their importance, and the results are written after each.
+differs), then all variants of a case take turns in one process. results/README.md says what the
+figures are. Workload, cache policy and byte accounting are described in workload.py, timing.py and
+variant.py; what wall, host, device and kernel time are, in machine.py. Machines that are not quiet
+give numbers that are not worth much: the load average stands in the results. With ``--deadline`` no
+case is begun that late; cases of a preset come in the order of their importance, and the results
+are written after each.
 """
 
 from __future__ import annotations
