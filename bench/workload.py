@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -186,9 +185,6 @@ class Verifier:
         self._places = [
             (row, part) for row in rows for part in _parts(workload.params[row], sample)
         ]
-        # ‖g‖ belongs to the fresh gradients and is the same for every variant.
-        workload.fresh_gradients()
-        self._grad_square = sum(_square(g) for g in workload.grads)
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
         # Clones: what is a float64 CPU tensor already would be handed out as it is.
@@ -200,34 +196,25 @@ class Verifier:
     def _coefficients(self, setting: Setting, injects: bool, count: int) -> Tensor:
         """Returns c and the scale of the pull as coefficients of ``count`` rows."""
         work = self.workload
-        pairs = list(zip(work.grads, work.replays, strict=True)) if setting.replay else []
-        weights = work.importances if setting.importance else repeat(None)
-        # ‖h‖², ‖g‖² and ‖u‖² of equations (2) and (4).
-        total, distance = self._grad_square, 0.0
-        if setting.replay:
-            total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
-        if injects:
-            distance = sum(map(_square, work.params, work.anchors, weights))
-        most = work.max_grad_norm if setting.clipped else None
-        if not setting.automatic:
-            squares = torch.zeros(3, count, dtype=torch.float64)
-            squares[:, 0] = torch.tensor([total, self._grad_square, distance])
-            return reference.coefficients(
-                squares, max_grad_norm=most, scaling=True, per_tensor=False
-            )
-        mixed = (_differences(grad, replay, sign=-1) for grad, replay in pairs)
-        pulls = map(_differences, work.params, work.anchors, weights)
-        products = [0.0, 0.0, 0.0]  # ‖r‖², ⟨h, r⟩, ⟨u, r⟩ of equation (7)
-        for h_chunks, u_chunks, replay in zip(mixed, pulls, work.replays, strict=True):
-            for h, u, r in zip(h_chunks, u_chunks, _differences(replay, None), strict=True):
-                for place, x in enumerate((r, h, u)):
-                    products[place] += float(torch.dot(x, r))
-        sums = torch.zeros(reference.PRODUCTS, count, dtype=torch.float64)
-        sums[:, 0] = torch.tensor([total, total, distance, *products])
-        found = reference.guard_coefficients(sums, max_grad_norm=most, per_tensor=False)
-        if not found[reference.SCALES] > 0:
-            raise VerificationError("alpha='auto' pulls nothing on this workload")
-        return found[: reference.SCALES + count]
+        params, grads = _chunks(work.params), _chunks(work.grads)
+        replays = _chunks(work.replays) if setting.replay else []
+        anchors = _chunks(work.anchors) if injects else [None] * len(params)
+        weighing = {"importance": setting.importance}
+        if setting.importance:
+            weighing["importances"] = _chunks(work.importances)
+        how = {"max_grad_norm": work.max_grad_norm if setting.clipped else None}
+        if setting.automatic:
+            flags = torch.full((len(params),), reference.INJECT, dtype=torch.uint8)
+            sums = reference.products(params, grads, replays, anchors, flags, **weighing)
+            found = reference.guard_coefficients(sums, per_tensor=False, **how)
+            if not found[reference.SCALES] > 0:
+                raise VerificationError("alpha='auto' pulls nothing on this workload")
+        else:
+            unknown = torch.full((len(params),), -1.0, dtype=torch.float64)
+            squares = reference.norms(params, grads, replays, anchors, unknown, **weighing)
+            found = reference.coefficients(squares, scaling=True, per_tensor=False, **how)
+        scale = found[reference.SCALES].expand(count)
+        return torch.cat([found[: reference.SCALES], scale])
 
     def check(self, variant, *, injects: bool) -> float:
         """Runs one step of the variant, which must inject or not, and compares it.
@@ -248,11 +235,10 @@ class Verifier:
         flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
         shared = {
             "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
-            "threshold": 1 << 32,
+            "threshold": 1 << 32, "importance": setting.importance,
         }  # fmt: skip
         if setting.importance:
             shared["importances"] = self._sample(work.importances)
-            shared["importance"] = setting.importance
         distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
         if work.optimizer == "adamw":
             reference.adam_(
@@ -288,24 +274,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def _square(
-    x: Tensor, other: Tensor | None = None, weight: Tensor | None = None, *, sign: int = 1
-) -> float:  # fmt: skip
-    """Returns ‖weight ∘ (x - sign · other)‖² in float64."""
-    return sum(float(torch.dot(wide, wide)) for wide in _differences(x, other, weight, sign=sign))
-
-
-def _differences(x: Tensor, other: Tensor | None, weight: Tensor | None = None, *, sign: int = 1):
-    """Yields weight ∘ (x - sign · other) in float64, a chunk at a time."""
-    size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    others, weights = (repeat(None) if y is None else _flat(y).split(size) for y in (other, weight))
-    for chunk, subtrahend, factor in zip(_flat(x).split(size), others, weights, strict=False):
-        wide = chunk.double()
-        if subtrahend is not None:
-            wide.sub_(subtrahend, alpha=sign)
-        if factor is not None:
-            wide.mul_(factor)
-        yield wide
+def _chunks(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns the elements of all tensors, cut into pieces."""
+    size = _CHUNK if tensors[0].device.type == "cpu" else _CHUNK_ELSEWHERE
+    return [piece for x in tensors for piece in _flat(x).split(size)]
 
 
 def _parts(tensor: Tensor, sample: int) -> list[slice]:
