@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import gc
 import random
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -153,25 +154,26 @@ class Timed:
 
     def quantile(self, q: float, figure: str = "seconds") -> float | None:
         """Quantile of a step's time, averaged over the kinds of steps by their share."""
-        kinds = self.samples.get(figure, {})
-        values = {kind: quantile(times, q) for kind, times in kinds.items()}
-        return weigh(values, self.variant.shares())
+        return weighed(self.samples.get(figure, {}), self.variant.shares(), q)
 
     def mean(self, figure: str) -> float:
         """Returns the mean over all that was measured."""
-        times = [t for kind in self.samples[figure].values() for t in kind]
-        return sum(times) / len(times)
+        return statistics.fmean(t for times in self.samples[figure].values() for t in times)
 
 
-def weigh(values: Mapping[object, float], shares: Mapping[object, float]) -> float | None:
-    """Averages a value of each kind by the shares of the kinds that have one; None: none has."""
-    total = sum(float(shares[kind]) for kind in values)
-    return sum(float(shares[kind]) * values[kind] for kind in values) / total if total else None
+def weighed(
+    times: Mapping[object, Sequence[float]], shares: Mapping[object, float], q: float = 0.5
+) -> float | None:
+    """Averages a quantile of each kind by the shares of the kinds that have times; None: none has.
 
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Returns a quantile, between two values in proportion."""
-    return torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
+    The quantile lies between two values in proportion.
+    """
+    total = found = 0.0
+    for kind, values in times.items():
+        share = float(shares[kind])
+        total += share
+        found += share * torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
+    return found / total if total else None
 
 
 def run_case(
@@ -322,17 +324,16 @@ def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
 def _kernel_figures(entry: Timed) -> dict[str, object]:
     if not entry.kernels:
         return {"kernel_seconds": None, "launches": None, "copies": None, "kernels": {}}
-    found = entry.kernels.items()
-    median = {kind: quantile([call.seconds for call in calls], 0.5) for kind, calls in found}
-    calls = [call for _, some in found for call in some]
+    seconds = {kind: [call.seconds for call in calls] for kind, calls in entry.kernels.items()}
+    calls = [call for some in entry.kernels.values() for call in some]
     # Of the busiest step: what a launch-bound user waits for.
     busiest = max(calls, key=lambda call: call.launches)
     longest = sorted(busiest.names.items(), key=lambda item: -item[1][1])[:8]
     return {
-        "kernel_seconds": weigh(median, entry.variant.shares()),
+        "kernel_seconds": weighed(seconds, entry.variant.shares()),
         "launches": busiest.launches,
         "copies": max(call.copies for call in calls),
-        "kernels": {name: {"times": n, "seconds": seconds} for name, (n, seconds) in longest},
+        "kernels": {name: {"times": times, "seconds": spent} for name, (times, spent) in longest},
     }
 
 

@@ -33,7 +33,7 @@ from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, device_of, give_up
 from provenance import provenance
 from report import Printer, absences, first_line, page, ratios
-from timing import quantile, weigh
+from timing import weighed
 from torch_variants import guide_by_foreach
 from variant import injections
 
@@ -195,19 +195,18 @@ def summary(variant: Variant, blocks: Sequence[Times], memory: dict) -> dict[str
     alpha = variant.alpha or 0.0
     kinds = {kind: [x for block in blocks for x in block.get(kind, [])] for kind in (True, False)}
 
-    def weighed(place: int, q: float = 0.5) -> float:
+    def figure(place: int, q: float = 0.5) -> float:
         times = {kind: [pair[place] for pair in pairs] for kind, pairs in kinds.items() if pairs}
-        found = {kind: quantile(values, q) for kind, values in times.items()}
-        return weigh(found, {True: alpha, False: 1 - alpha})
+        return weighed(times, {True: alpha, False: 1 - alpha}, q)
 
     return {
         "name": variant.name,
         "alpha": variant.alpha,
-        "seconds": weighed(0),
-        "low": weighed(0, 0.2),
-        "high": weighed(0, 0.8),
-        "optimizer_seconds": weighed(1),
-        "optimizer_share": weighed(1) / weighed(0),
+        "seconds": figure(0),
+        "low": figure(0, 0.2),
+        "high": figure(0, 0.8),
+        "optimizer_seconds": figure(1),
+        "optimizer_share": figure(1) / figure(0),
         "samples": sum(map(len, kinds.values())),
         "peak_bytes": memory["peak"],
         "steady_bytes": memory["steady"],

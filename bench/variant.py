@@ -139,14 +139,12 @@ class Variant:
 
         The step before matters: it is the one that measures ahead.
         """
-        for offset in range(1, self.window + 1):
-            draw = (self._draw + offset) % self.window
-            if (self.pattern[draw], self.pattern[draw + 1]) == kind:
-                self.seek((draw - 1) % self.window)
-                self.ready()
-                self()
-                return
-        raise ValueError(f"no draw of the window is of the kind {kind}")
+        kinds = list(itertools.pairwise(self.pattern))
+        later = ((self._draw + offset) % self.window for offset in range(1, self.window + 1))
+        draw = next(draw for draw in later if kinds[draw] == kind)
+        self.seek((draw - 1) % self.window)
+        self.ready()
+        self()
 
     def step(self, inject: bool) -> None:
         """Takes one step."""
