@@ -34,23 +34,6 @@ _INTERPRETED = (8, 65, 8200)
 _PATIENCE = 120
 
 
-class Utils:
-    """Takes every kernel for loaded; ``spills``: as of `Driver`."""
-
-    def __init__(self, spills: Mapping[str, Sequence[int]]) -> None:
-        self._spills = spills
-        self.loaded = collections.Counter()
-
-    def load_binary(self, name, kernel, shared, device):
-        self.loaded[name] += 1
-        spills = self._spills.get(name, [])[self.loaded[name] - 1 : self.loaded[name]]
-        return 1, f"{name} {self.loaded[name]}", 32, sum(spills), 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
-                "warpSize": 32}  # fmt: skip
-
-
 class Driver:
     """What Triton asks of a driver, without a GPU.
 
@@ -66,7 +49,18 @@ class Driver:
         started: Callable[..., object] | None = None,
         spills: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.started, self.utils = started, Utils(spills or {})
+        self.started, self._spills = started, spills or {}
+        self._loaded = collections.Counter()
+        self.utils = self  # every kernel is taken for loaded
+
+    def load_binary(self, name, kernel, shared, device):
+        self._loaded[name] += 1
+        spills = self._spills.get(name, [])[self._loaded[name] - 1 : self._loaded[name]]
+        return 1, f"{name} {self._loaded[name]}", 32, sum(spills), 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
+                "warpSize": 32}  # fmt: skip
 
     def launcher_cls(self, source, metadata):
         def start(x, y, z, stream, function, packed, launch, enter, leave, *arguments):
