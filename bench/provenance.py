@@ -12,6 +12,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 
 
 def provenance(device) -> dict[str, object]:
@@ -63,10 +64,13 @@ _GPU_FIELDS = (
 )  # fmt: skip
 
 
-def nvidia_smi(place: int = 0) -> dict[str, str | None]:
-    """Returns what nvidia-smi says about a GPU; no setting is touched."""
+def nvidia_smi(ask: Callable[[list[str]], str | None], place: int = 0) -> dict[str, str | None]:
+    """Returns what nvidia-smi says about a GPU; no setting is touched.
+
+    ``ask`` returns what a command prints, or None.
+    """
     query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
-    answer = output([*query, "-i", str(place)]) or ""
+    answer = ask([*query, "-i", str(place)]) or ""
     values = [value.strip() for value in answer.split(",")]
     known = len(values) == len(_GPU_FIELDS)
     return dict(zip(_GPU_FIELDS, values, strict=True)) if known else dict.fromkeys(_GPU_FIELDS)
@@ -76,7 +80,7 @@ def gpu_report() -> dict[str, str | None]:
     """Returns what nvidia-smi and torch say about the GPU."""
     import torch
 
-    found = nvidia_smi(torch.cuda.current_device())
+    found = nvidia_smi(output, torch.cuda.current_device())
     found["name"] = found["name"] or torch.cuda.get_device_name()
     found["cuda"] = torch.version.cuda
     try:

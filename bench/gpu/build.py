@@ -53,11 +53,15 @@ def find_environment(stages: Stages) -> dict:
     if found is None:
         raise Failed(f"torch cannot be imported by {sys.executable}: {tail(output)}")
     stages.environment = found
-    nvcc = sanitizer.tool_of_cuda("nvcc")
+
+    def ask(command: list[str]) -> str | None:
+        program = sanitizer.tool_of_cuda(command[0])
+        return stages.command([program, *command[1:]], limit=20)[1] if program else None
+
     return {
         "found": found,
-        "nvidia_smi": provenance.nvidia_smi(),
-        "nvcc": nvcc and (provenance.output([nvcc, "--version"]) or "").splitlines()[-1:],
+        "nvidia_smi": provenance.nvidia_smi(ask),
+        "nvcc": (ask(["nvcc", "--version"]) or "").strip().splitlines()[-1:],
         "sanitizer": sanitizer.installed(),
         "summary": f"{found.get('name')}, torch {found['torch']}, Triton {found['triton']}, "
         f"Python {found['python']}",
