@@ -30,7 +30,7 @@ from parameter_lists import count
 from peers import IMPLEMENTATIONS
 from report import first_line
 from variant import Unavailable, Variant
-from workload import Setting, VerificationError, Verifier, Workload
+from workload import Setting, VerificationError, Workload, check
 
 MIN_SAMPLES = 7
 # A variant that would use this share of a case's time takes part in fewer rounds.
@@ -78,12 +78,11 @@ class Case:
         return arrays * count(self.shapes) * self.dtype.itemsize
 
 
-def verify(variant: Variant, verifier: Verifier | None = None) -> float:
+def verify(variant: Variant) -> float:
     """Runs a variant's first steps against the reference; only then it may be timed.
 
     Two steps in a row, because what dgg measures ahead in the first is used in the second; for a
-    setting that injects at a share of the steps, one that does and one that does not. ``verifier``
-    is that of the workload; None: one is made.
+    setting that injects at a share of the steps, one that does and one that does not.
 
     Returns:
         The largest error in units of the variant's tolerance.
@@ -95,13 +94,13 @@ def verify(variant: Variant, verifier: Verifier | None = None) -> float:
     if (error := variant.verified_elsewhere()) is not None:
         variant.verified = True
         return error
-    verifier = verifier or Verifier(variant.workload)
     worst, draws = 0.0, range(2)
     if variant.setting.alpha not in (None, 0.0, 1.0):
         draws = (variant.pattern.index(True), variant.pattern.index(False))
     for draw in draws:
         variant.seek(draw)
-        worst = max(worst, verifier.check(variant, injects=variant.pattern[draw]))
+        off = check(variant, variant.workload, injects=variant.pattern[draw])
+        worst = max(worst, off)
     variant.seek(0)
     variant.verified = True
     return worst
@@ -208,7 +207,6 @@ def run_case(
         case.shapes, case.dtype, case.optimizer, device.device, replay=case.replay,
         channels_last=case.channels_last, conflict=case.conflict,
     )  # fmt: skip
-    verifier = Verifier(work)
     timed: list[Timed] = []
     absent: list[dict[str, object]] = []
     differing: set[str | None] = set()
@@ -216,7 +214,7 @@ def run_case(
         variant = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
-            off = verify(variant, verifier)
+            off = verify(variant)
         except Exception as error:
             wrong = not isinstance(error, LEFT_OUT)  # a kernel that does not compile, say
             lost = device.lost() if wrong and forgiving else None

@@ -169,104 +169,97 @@ class VerificationError(AssertionError):
     """A variant does not compute the guided step."""
 
 
-class Verifier:
-    """Computes steps of a workload in float64, at a sample of its elements.
+def check(variant, work: Workload, *, injects: bool) -> float:
+    """Runs one step of a variant, which must inject or not, and compares it with float64.
 
     Norms run over every element, whatever the size; the update is compared at all elements of
     small workloads, at the ends and in the middle of the tensors of large ones.
+
+    Returns:
+        The largest error in units of the tolerance.
+
+    Raises:
+        VerificationError: An element is further off than the variant's tolerance.
     """
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-        count = len(workload.params)
-        sample = _SAMPLE if workload.device.type == "cpu" else _SAMPLE_ELSEWHERE
-        stride = max(1, count // _SAMPLED_TENSORS)
-        rows = range(count) if workload.elements <= 64 * sample else range(0, count, stride)
-        self._places = [
-            (row, part) for row in rows for part in _parts(workload.params[row], sample)
-        ]
-
-    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
-        # Clones: what is a float64 CPU tensor already would be handed out as it is.
-        return [
-            _flat(tensors[row])[part].to("cpu", torch.float64, copy=True)
-            for row, part in self._places
-        ]
-
-    def _coefficients(self, setting: Setting, injects: bool, count: int) -> Tensor:
-        """Returns c and the scale of the pull as coefficients of ``count`` rows."""
-        work = self.workload
-        params, grads = _chunks(work.params), _chunks(work.grads)
-        replays = _chunks(work.replays) if setting.replay else []
-        anchors = _chunks(work.anchors) if injects else [None] * len(params)
-        weighing = {"importance": setting.importance}
-        if setting.importance:
-            weighing["importances"] = _chunks(work.importances)
-        how = {"max_grad_norm": work.max_grad_norm if setting.clipped else None}
-        if setting.automatic:
-            flags = torch.full((len(params),), reference.INJECT, dtype=torch.uint8)
-            sums = reference.products(params, grads, replays, anchors, flags, **weighing)
-            found = reference.guard_coefficients(sums, per_tensor=False, **how)
-            if not found[reference.SCALES] > 0:
-                raise VerificationError("alpha='auto' pulls nothing on this workload")
-        else:
-            unknown = torch.full((len(params),), -1.0, dtype=torch.float64)
-            squares = reference.norms(params, grads, replays, anchors, unknown, **weighing)
-            found = reference.coefficients(squares, scaling=True, per_tensor=False, **how)
-        scale = found[reference.SCALES].expand(count)
-        return torch.cat([found[: reference.SCALES], scale])
-
-    def check(self, variant, *, injects: bool) -> float:
-        """Runs one step of the variant, which must inject or not, and compares it.
-
-        Returns:
-            The largest error in units of the tolerance.
-
-        Raises:
-            VerificationError: An element is further off than the variant's tolerance.
-        """
-        work, setting = self.workload, variant.setting
-        variant.ready()
-        expected = [self._sample(tensors) for tensors in work.stored()]
-        count = len(self._places)
-        found = self._coefficients(setting, injects, count)
-        grads, anchors = self._sample(work.grads), self._sample(work.anchors)
-        replays = self._sample(work.replays) if setting.replay else []
-        flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
-        shared = {
-            "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
-            "threshold": 1 << 32, "importance": setting.importance,
-        }  # fmt: skip
-        if setting.importance:
-            shared["importances"] = self._sample(work.importances)
-        distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
-        if work.optimizer == "adamw":
-            reference.adam_(
-                expected[0], grads, replays, expected[1], expected[2], [None] * count, anchors,
-                [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
-                flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
-                **shared,
-            )  # fmt: skip
-        else:
-            buffers = expected[1] if work.moments else [None] * count
-            reference.sgd_(
-                expected[0], grads, replays, buffers, anchors, distances, found, flags, rows,
-                momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
-                **shared,
-            )  # fmt: skip
-        variant()
-        relative, absolute = variant.tolerance(work.dtype)
-        worst = largest_error(
-            (got, want, absolute + relative * want.abs())
-            for tensors, wanted in zip(work.stored(), expected, strict=True)
-            for got, want in zip(self._sample(tensors), wanted, strict=True)
+    setting, places = variant.setting, _places(work)
+    count = len(places)
+    variant.ready()
+    expected = [_sample(tensors, places) for tensors in work.stored()]
+    found = _coefficients(work, setting, injects, count)
+    grads, anchors = _sample(work.grads, places), _sample(work.anchors, places)
+    replays = _sample(work.replays, places) if setting.replay else []
+    flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
+    shared = {
+        "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
+        "threshold": 1 << 32, "importance": setting.importance,
+    }  # fmt: skip
+    if setting.importance:
+        shared["importances"] = _sample(work.importances, places)
+    distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
+    if work.optimizer == "adamw":
+        reference.adam_(
+            expected[0], grads, replays, expected[1], expected[2], [None] * count, anchors,
+            [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
+            flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
+            **shared,
+        )  # fmt: skip
+    else:
+        buffers = expected[1] if work.moments else [None] * count
+        reference.sgd_(
+            expected[0], grads, replays, buffers, anchors, distances, found, flags, rows,
+            momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
+            **shared,
+        )  # fmt: skip
+    variant()
+    relative, absolute = variant.tolerance(work.dtype)
+    worst = largest_error(
+        (got, want, absolute + relative * want.abs())
+        for tensors, wanted in zip(work.stored(), expected, strict=True)
+        for got, want in zip(_sample(tensors, places), wanted, strict=True)
+    )
+    if not worst <= 1.0:
+        raise VerificationError(
+            f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "
+            "float64 reference and is not timed"
         )
-        if not worst <= 1.0:
-            raise VerificationError(
-                f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "
-                "float64 reference and is not timed"
-            )
-        return worst
+    return worst
+
+
+def _coefficients(work: Workload, setting: Setting, injects: bool, count: int) -> Tensor:
+    """Returns c and the scale of the pull as coefficients of ``count`` rows."""
+    params, grads = _chunks(work.params), _chunks(work.grads)
+    replays = _chunks(work.replays) if setting.replay else []
+    anchors = _chunks(work.anchors) if injects else [None] * len(params)
+    weighing = {"importance": setting.importance}
+    if setting.importance:
+        weighing["importances"] = _chunks(work.importances)
+    how = {"max_grad_norm": work.max_grad_norm if setting.clipped else None}
+    if setting.automatic:
+        flags = torch.full((len(params),), reference.INJECT, dtype=torch.uint8)
+        sums = reference.products(params, grads, replays, anchors, flags, **weighing)
+        found = reference.guard_coefficients(sums, per_tensor=False, **how)
+        if not found[reference.SCALES] > 0:
+            raise VerificationError("alpha='auto' pulls nothing on this workload")
+    else:
+        unknown = torch.full((len(params),), -1.0, dtype=torch.float64)
+        squares = reference.norms(params, grads, replays, anchors, unknown, **weighing)
+        found = reference.coefficients(squares, scaling=True, per_tensor=False, **how)
+    scale = found[reference.SCALES].expand(count)
+    return torch.cat([found[: reference.SCALES], scale])
+
+
+def _places(work: Workload) -> list[tuple[int, slice]]:
+    """Returns where the update is compared: rows, and elements of each."""
+    count = len(work.params)
+    sample = _SAMPLE if work.device.type == "cpu" else _SAMPLE_ELSEWHERE
+    stride = max(1, count // _SAMPLED_TENSORS)
+    rows = range(count) if work.elements <= 64 * sample else range(0, count, stride)
+    return [(row, part) for row in rows for part in _parts(work.params[row], sample)]
+
+
+def _sample(tensors: list[Tensor], places: list[tuple[int, slice]]) -> list[Tensor]:
+    # Clones: what is a float64 CPU tensor already would be handed out as it is.
+    return [_flat(tensors[row])[part].to("cpu", torch.float64, copy=True) for row, part in places]
 
 
 def _flat(x: Tensor) -> Tensor:
