@@ -38,7 +38,12 @@ class _ForeignAdamW(Variant):
             raise Unavailable(f"it runs on a {'GPU' if self.where == 'cuda' else 'CPU'} only")
         try:
             if self.kernels is not None:
-                self._refuse_unbuilt_kernels()
+                from deepspeed.git_version_info import installed_ops
+
+                if not installed_ops.get(self.kernels):
+                    variable = f"DS_BUILD_{self.kernels.upper()}=1"
+                    reason = f"its kernels are not built; install DeepSpeed with {variable}"
+                    raise Unavailable(reason)
             kind = getattr(importlib.import_module(self.module), self.kind)
             self.optimizer = kind(self.params, **self.how, **arguments(workload))
             for param, *moments in zip(self.params, *workload.moments, strict=True):
@@ -47,13 +52,6 @@ class _ForeignAdamW(Variant):
             raise
         except Exception as error:  # not installed, or built for another torch: all one here
             raise Unavailable(first_line(error)) from error
-
-    def _refuse_unbuilt_kernels(self) -> None:
-        from deepspeed.git_version_info import installed_ops
-
-        if not installed_ops.get(self.kernels):
-            variable = f"DS_BUILD_{self.kernels.upper()}=1"
-            raise Unavailable(f"its kernels are not built; install DeepSpeed with {variable}")
 
     def _seed_state(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         state = self.optimizer.state[param]
