@@ -29,6 +29,7 @@ _CHUNK, _CHUNK_ELSEWHERE = 2**17, 2**25
 # The update is compared on the CPU, whatever the device: what comes from elsewhere is less.
 _SAMPLE, _SAMPLE_ELSEWHERE = 2**15, 2**12
 _SAMPLED_TENSORS = 32
+_GRADIENT_SEED = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Workload:
         dtype: Dtype of all of them; moments and anchors have it too, as in torch.optim.
         optimizer: "adamw", "sgd" or "momentum".
         device: Where they live.
+        spare: Draw the gradients anew instead of keeping a copy to restore them from; for lists
+            that fill the memory.
         replay: There are replay gradients, too.
         channels_last: All tensors (of four dimensions) lie in memory channels last.
         conflict: Replay gradients contradict the others, and going back to the anchors helps them,
@@ -78,14 +81,15 @@ class Workload:
 
     def __init__(
         self, shapes, dtype: torch.dtype, optimizer: str, device: torch.device, *,
-        replay: bool = False, channels_last: bool = False, conflict: bool = False,
+        spare: bool = False, replay: bool = False, channels_last: bool = False,
+        conflict: bool = False,
     ) -> None:  # fmt: skip
         self.dtype, self.optimizer, self.device = dtype, optimizer, device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._generator = torch.Generator(device).manual_seed(0)
         self.params = self._normal(shapes)
         self.grads = self._normal(shapes)
-        self.pristine = [g.clone() for g in self.grads]
+        self.pristine = None if spare else [g.clone() for g in self.grads]
         self.anchors = [torch.empty_like(p) for p in self.params]
         self.replays = self._normal(shapes) if replay else []
         self.conflict = conflict
@@ -143,7 +147,12 @@ class Workload:
 
     def fresh_gradients(self) -> None:
         """Writes the gradients anew, as a backward pass would; some variants edit them."""
-        torch._foreach_copy_(self.grads, self.pristine)
+        if self.pristine is not None:
+            torch._foreach_copy_(self.grads, self.pristine)
+            return
+        generator = torch.Generator(self.device).manual_seed(_GRADIENT_SEED)
+        for grad in self.grads:
+            grad.normal_(generator=generator)
 
     def stored(self) -> list[list[Tensor]]:
         """Returns the lists that a step writes."""

@@ -526,7 +526,7 @@ def test_every_gpu_case_goes_through(bench, gpu, tmp_path):
     step, report = bench("step"), bench("report")
     cases = [_shrunk(case) for case in step.gpu_cases()]
     assert cases[0].name == "adamw-float32-256Mi" and len({c.name for c in cases}) == len(cases)
-    # One of a kind: all settings, a list, a large one, another optimizer.
+    # One of a kind: all settings, a list, a spare one, another optimizer.
     kinds = ("adamw-float32-256Mi", "llava7b-lora16", "llava7b-full-bfloat16", "sgd-bfloat16-256Mi")
     cases = [case for case in cases if case.name in kinds]
     kept, say = [], bench("report").Printer(markdown=True)
