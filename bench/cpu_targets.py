@@ -67,7 +67,9 @@ def targets(cases: Iterable[dict], memory: Sequence[dict]) -> list[dict]:
 
 def _judge_flagship(case: dict) -> list[dict]:
     found = []
-    reading = _reading_alone(case)
+    # The seconds that reading g twice and θ, m, v, θ* once takes at the fastest rate.
+    rates = [rate for name, rate in case["memory_bandwidth"].items() if name.startswith("read")]
+    reading = 24 * case["elements"] / max(rates) if rates else None
     for name in FOREACH:
         if (value := quotient(case, (name, "guided"), ("dgg cpp", "guided"))) is None:
             continue
@@ -87,9 +89,3 @@ def _judge_flagship(case: dict) -> list[dict]:
             share = target(what, entry["share_of_bandwidth"], ".1%", least=0.9)
             found.append({**share, "target": "≥ 90 %"})
     return found
-
-
-def _reading_alone(case: dict) -> float | None:
-    """Returns the seconds that reading g twice and θ, m, v, θ* once takes at the fastest rate."""
-    rates = [rate for name, rate in case["memory_bandwidth"].items() if name.startswith("read")]
-    return 24 * case["elements"] / max(rates) if rates else None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import abc
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from workload import Setting, VerificationError, Workload
 
 
 class _Guiding(Variant):
-    """Has an optimizer of ours, which keeps replay gradients in a slot of their own."""
+    """Has an optimizer of ours, made by `_build`, which keeps replay gradients apart."""
 
     guided = replays = automatic = weighs = True
     backend: ClassVar[str]
@@ -29,10 +28,6 @@ class _Guiding(Variant):
         self.optimizer = self._build(**guidance(workload, setting, self.seed, self.backend))
         if setting.alpha is not None:
             workload.set_anchors(self.optimizer, self.params)
-
-    @abc.abstractmethod
-    def _build(self, **how: object) -> torch.optim.Optimizer:
-        """Returns an optimizer of ours with these arguments."""
 
     def ready(self) -> None:
         """The same, and the replay gradients wait for the step."""
@@ -72,7 +67,7 @@ class Dgg(_Guiding):
         """One pass; the gradients once more for their norm; the anchor when it is used."""
         normed = self.setting.clipped or self.setting.alpha is not None
         gradients = 1.0 + self.setting.replay
-        pull = self._share_injected() * (1.0 + bool(self.setting.importance))
+        pull = self.share_injected() * (1.0 + bool(self.setting.importance))
         measured = 0.0
         if self.setting.automatic:  # θ, θ* and F once more, beside the gradients
             measured = 2.0 + bool(self.setting.importance)
@@ -187,5 +182,5 @@ class GuidanceOverFused(_Guiding):
     def elements_moved(self) -> float | None:
         """Norms: g, r, and d's two; the edit: g twice, r, d's two; the update."""
         gradients = 1.0 + self.setting.replay
-        edit = gradients + 1.0 + 2.0 * self._share_injected()
-        return self._update_arrays() + gradients + 2.0 * self._share_injected() + edit
+        edit = gradients + 1.0 + 2.0 * self.share_injected()
+        return self._update_arrays() + gradients + 2.0 * self.share_injected() + edit

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import abc
+import importlib
 from typing import ClassVar
 
 import torch
@@ -14,25 +14,21 @@ from variant import Unavailable, Variant, arguments
 from workload import FIRST_STEP, Setting, Workload
 
 
-def _deepspeed_kernels(name: str) -> None:
-    """Refuses kernels that DeepSpeed would first compile: minutes that nobody asked for.
-
-    A compilation that was once interrupted leaves a lock behind for which torch waits forever.
-    """
-    from deepspeed.git_version_info import installed_ops
-
-    if not installed_ops.get(name):
-        raise Unavailable(
-            f"its kernels are not built; install DeepSpeed with DS_BUILD_{name.upper()}=1"
-        )
-
-
 class _ForeignAdamW(Variant):
-    """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping."""
+    """Somebody else's fused AdamW, where it is installed; neither guidance nor clipping.
 
-    guided = False
+    It is the class ``kind`` of ``module``, told ``how`` beside the hyper-parameters, and runs on a
+    device of the type ``where``. ``kernels`` are those of DeepSpeed that it calls. Where they are
+    not built it is refused: DeepSpeed would first compile them, minutes that nobody asked for. A
+    compilation that was once interrupted leaves a lock behind for which torch waits forever.
+    """
+
     foreign = True
+    module: ClassVar[str]
+    kind: ClassVar[str]
+    how: ClassVar[dict[str, bool]] = {}
     where: ClassVar[str] = "cuda"
+    kernels: ClassVar[str | None] = None
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__(workload, setting)
@@ -41,16 +37,21 @@ class _ForeignAdamW(Variant):
         if workload.device.type != self.where:
             raise Unavailable(f"it runs on a {'GPU' if self.where == 'cuda' else 'CPU'} only")
         try:
-            self.optimizer = self._build(self.params, **arguments(workload))
+            if self.kernels is not None:
+                from deepspeed.git_version_info import installed_ops
+
+                if not installed_ops.get(self.kernels):
+                    variable = f"DS_BUILD_{self.kernels.upper()}=1"
+                    reason = f"its kernels are not built; install DeepSpeed with {variable}"
+                    raise Unavailable(reason)
+            kind = getattr(importlib.import_module(self.module), self.kind)
+            self.optimizer = kind(self.params, **self.how, **arguments(workload))
             for param, *moments in zip(self.params, *workload.moments, strict=True):
                 self._seed_state(param, *moments)
         except Unavailable:
             raise
         except Exception as error:  # not installed, or built for another torch: all one here
             raise Unavailable(first_line(error)) from error
-
-    @abc.abstractmethod
-    def _build(self, params, **how) -> torch.optim.Optimizer: ...
 
     def _seed_state(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         state = self.optimizer.state[param]
@@ -62,47 +63,31 @@ class _ForeignAdamW(Variant):
 class DeepSpeedCpuAdam(_ForeignAdamW):
     """DeepSpeed's AdamW for CPUs; one that computes something else ends the run."""
 
-    name = "DeepSpeedCPUAdam"
-    foreign = False
-    where = "cpu"
-
-    def _build(self, params, **how):
-        _deepspeed_kernels("cpu_adam")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(params, adamw_mode=True, fp32_optimizer_states=False, **how)
+    name = kind = "DeepSpeedCPUAdam"
+    module, kernels = "deepspeed.ops.adam", "cpu_adam"
+    how: ClassVar[dict[str, bool]] = {"adamw_mode": True, "fp32_optimizer_states": False}
+    foreign, where = False, "cpu"
 
 
 class ApexFusedAdam(_ForeignAdamW):
     name = "apex FusedAdam"
-
-    def _build(self, params, **how):
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam(params, adam_w_mode=True, **how)
+    module, kind = "apex.optimizers", "FusedAdam"
+    how: ClassVar[dict[str, bool]] = {"adam_w_mode": True}
 
 
 class DeepSpeedFusedAdam(_ForeignAdamW):
     """DeepSpeed's AdamW for GPUs."""
 
     name = "DeepSpeed FusedAdam"
-
-    def _build(self, params, **how):
-        _deepspeed_kernels("fused_adam")
-        from deepspeed.ops.adam import FusedAdam
-
-        return FusedAdam(params, adam_w_mode=True, **how)
+    module, kind, kernels = "deepspeed.ops.adam", "FusedAdam", "fused_adam"
+    how: ClassVar[dict[str, bool]] = {"adam_w_mode": True}
 
 
 class BitsAndBytes(_ForeignAdamW):
     """bitsandbytes with 32-bit state: the same arithmetic, a kernel per tensor."""
 
     name = "bitsandbytes AdamW32bit"
-
-    def _build(self, params, **how):
-        from bitsandbytes.optim import AdamW32bit
-
-        return AdamW32bit(params, **how)
+    module, kind = "bitsandbytes.optim", "AdamW32bit"
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         self.optimizer.state[param].update(step=FIRST_STEP, state1=exp_avg, state2=exp_avg_sq)
@@ -112,11 +97,8 @@ class Optimi(_ForeignAdamW):
     """optimi's Triton kernels."""
 
     name = "optimi AdamW"
-
-    def _build(self, params, **how):
-        from optimi import AdamW
-
-        return AdamW(params, triton=True, kahan_sum=False, **how)
+    module, kind = "optimi", "AdamW"
+    how: ClassVar[dict[str, bool]] = {"triton": True, "kahan_sum": False}
 
     def _seed_state(self, param, exp_avg, exp_avg_sq) -> None:
         super()._seed_state(param, exp_avg, exp_avg_sq)

@@ -134,14 +134,13 @@ def make(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | Non
     model.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, nn.RMSNorm):
-                    parameter.fill_(1.0)
-                elif name == "bias":
-                    parameter.zero_()
-                else:
-                    parameter.normal_(std=0.02)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=0.02)
     if rank is not None:
         model.requires_grad_(False)
         for module in model.modules():

@@ -21,7 +21,7 @@ import pathlib
 import re
 import sys
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -57,19 +57,12 @@ def give_up(reason: object) -> NoReturn:
 
 
 class Kernels(NamedTuple):
-    """What one call ran on the device.
+    """What one call ran on the device."""
 
-    Attributes:
-        seconds: Sum of the kernels' durations.
-        launches: Number of kernels.
-        copies: Number of memory copies and fills.
-        names: Kernel name → (times, seconds).
-    """
-
-    seconds: float
+    seconds: float  # sum of the kernels' durations
     launches: int
-    copies: int
-    names: dict[str, tuple[int, float]]
+    copies: int  # and fills
+    names: dict[str, tuple[int, float]]  # kernel → (times, seconds)
 
 
 class Cpu:
@@ -87,7 +80,7 @@ class Cpu:
         self._sweep = torch.zeros(2 * self.cache_bytes // 4)
 
     def synchronize(self) -> None:
-        """Waits for the device; nothing to wait for here."""
+        """Waits for the device."""
 
     def evict(self) -> None:
         """Replaces the cache's contents by clean lines of other memory.
@@ -98,10 +91,8 @@ class Cpu:
 
     def wall(self, function: Callable[[], object]) -> dict[str, float]:
         """Returns the times of one call that begins and ends on an idle device."""
-        self.synchronize()
         begin = time.perf_counter_ns()
         function()
-        self.synchronize()
         return {"seconds": (time.perf_counter_ns() - begin) * 1e-9}
 
     def time(self, function: Callable[[], object]) -> float:
@@ -140,10 +131,9 @@ class Cpu:
     def free_bytes(self) -> int:
         """Returns the memory that can be taken without swapping."""
         meminfo = pathlib.Path("/proc/meminfo")
-        if meminfo.exists():
-            found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-            if found:
-                return int(found[1]) * 1024
+        text = meminfo.read_text() if meminfo.exists() else ""
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", text):
+            return int(found[1]) * 1024
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -157,7 +147,7 @@ class Gpu(Cpu):
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
-        self.cache_bytes = getattr(properties, "L2_cache_size", 0) or _FALLBACK_CACHE
+        self.cache_bytes = properties.L2_cache_size or _FALLBACK_CACHE
         self._sweep = torch.zeros(max(4 * self.cache_bytes, 2**27) // 4, device=self.device)
         self._host_seconds = 1e-4
         self._cycles = self._calibrate()
@@ -187,19 +177,16 @@ class Gpu(Cpu):
         torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int:
-        """Returns the memory that torch can still hand out."""
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + cached
 
     def release(self) -> None:
-        """Empties torch's cache of memory."""
         torch.cuda.empty_cache()
 
     def lost(self) -> str | None:
         return lost_device()
 
     def temporary_bytes(self, function: Callable[[], object]) -> int | None:
-        """Returns what one call allocates at its peak, beyond what was there."""
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -207,7 +194,7 @@ class Gpu(Cpu):
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def waits(self, function: Callable[[], object]) -> str | None:
-        """Returns where a call makes the host wait, by torch's synchronisation check."""
+        """By torch's synchronisation check."""
         self.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
@@ -283,37 +270,32 @@ _COPIES = ("Memcpy", "Memset")
 def kernels_of(events: Iterable, calls: int) -> list[Kernels]:
     """Sorts a profile's kernels by the call that ran them: ranges ``measured call <number>``."""
     on_host = torch.autograd.DeviceType.CPU
-    windows: dict[int, tuple[float, float]] = {}
-    host_names = set()
     device = []
+    spans = {}
     for event in events:
         if event.device_type == on_host:
-            host_names.add(event.name)
-            if event.name.startswith(_MEASURED):
-                span = event.time_range
-                windows[int(event.name.removeprefix(_MEASURED))] = span.start, span.end
+            spans[event.name] = event.time_range
         else:
             device.append(event)
-    # A range of the host has a shadow of its name on the device.
-    device = [event for event in device if event.name not in host_names]
-    device.sort(key=lambda event: event.time_range.start)
-    starts = [event.time_range.start for event in device]
     slack = _GUARD_SECONDS / 2 * 1e6
-    found = []
-    for number in range(calls):
-        begin, end = windows[number]
-        names: dict[str, tuple[int, float]] = {}
-        copies = 0
-        for event in device[bisect_left(starts, begin - slack) : bisect_right(starts, end + slack)]:
-            if event.name.startswith(_COPIES):
-                copies += 1
-                continue
-            times, seconds = names.get(event.name, (0, 0.0))
-            spent = (event.time_range.end - event.time_range.start) * 1e-6
-            names[event.name] = times + 1, seconds + spent
-        total = sum(seconds for _, seconds in names.values())
-        found.append(Kernels(total, sum(times for times, _ in names.values()), copies, names))
-    return found
+    windows = [spans[f"{_MEASURED}{number}"] for number in range(calls)]
+    begins = [window.start - slack for window in windows]
+    copies = [0] * calls
+    names: list[dict[str, tuple[int, float]]] = [{} for _ in range(calls)]
+    for event in device:
+        span, number = event.time_range, bisect_right(begins, event.time_range.start) - 1
+        # A range of the host has a shadow of its name on the device.
+        if event.name in spans or number < 0 or span.start > windows[number].end + slack:
+            continue
+        if event.name.startswith(_COPIES):
+            copies[number] += 1
+        else:
+            times, seconds = names[number].get(event.name, (0, 0.0))
+            names[number][event.name] = times + 1, seconds + (span.end - span.start) * 1e-6
+    return [
+        Kernels(sum(s for _, s in ran.values()), sum(n for n, _ in ran.values()), copied, ran)
+        for ran, copied in zip(names, copies, strict=True)
+    ]
 
 
 def open_device(name: str) -> Cpu:
@@ -347,35 +329,31 @@ class Streams:
 
     def __init__(self, device: Cpu, elements: int) -> None:
         self._device, loaded = device, device.write_allocate
-        self._a, self._b, self._c = (torch.ones(elements, device=device.device) for _ in range(3))
-        self.bytes = {
-            "copy": (2 + loaded) * 4 * elements,
-            "triad": (3 + loaded) * 4 * elements,
-            "in place": 3 * 4 * elements,
+        a, b, c = (torch.ones(elements, device=device.device) for _ in range(3))
+        # Name → bytes, and what moves them.
+        self._calls: dict[str, tuple[float, Callable[[], object]]] = {
+            "copy": ((2 + loaded) * a.nbytes, lambda: a.copy_(b)),
+            "triad": ((3 + loaded) * a.nbytes, lambda: torch.add(b, c, alpha=0.5, out=a)),
+            "in place": (3 * a.nbytes, lambda: c.add_(b, alpha=1e-3)),
         }
-        self._readers = _readers(self._b, self._c) if device.name == "cpu" else {}
-        self.bytes |= {name: size for name, (size, _) in self._readers.items()}
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.bytes}
+        self._readers = _readers(b, c) if device.name == "cpu" else {}
+        self._calls |= self._readers
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._calls}
 
     def run(self) -> None:
         """Times each once."""
-        a, b, c = self._a, self._b, self._c
-        for name, call in (
-            ("copy", lambda: a.copy_(b)),
-            ("triad", lambda: torch.add(b, c, alpha=0.5, out=a)),
-            ("in place", lambda: c.add_(b, alpha=1e-3)),
-            *((name, read) for name, (_, read) in self._readers.items()),
-        ):
+        for name, (_, call) in self._calls.items():
             if name in self._readers:
                 self._device.evict()  # what was just read may still be in a large cache
-            self.seconds[name].append(self._device.time(call))
+            self._seconds[name].append(self._device.time(call))
 
     def bandwidth(self) -> dict[str, float]:
         """Returns bytes per second of each, from the medians."""
-        taken = {
-            name: sorted(times)[len(times) // 2] for name, times in self.seconds.items() if times
+        return {
+            name: self._calls[name][0] / sorted(times)[len(times) // 2]
+            for name, times in self._seconds.items()
+            if times
         }
-        return {name: self.bytes[name] / seconds for name, seconds in taken.items()}
 
 
 def _readers(first: torch.Tensor, second: torch.Tensor) -> dict[str, tuple[int, Callable]]:

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Peak memory of a guided run over several tasks, in a process of its own.
-
-    python bench/peak_memory.py --case step --elements 16777216
+"""Peak memory of a guided run over several tasks, in a process of its own; for step.py.
 
 Everything a run of dgg.AdamW needs is θ, g, m, v and one θ*. The process allocates these, goes
 through ten task boundaries with guided and clipped steps between them, and compares the highest
 resident size the kernel ever saw (VmHWM) with what it had before: a full-size temporary anywhere,
-or a second anchor, would be one array more. Prints one line of JSON.
+or a second anchor, would be one array more.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import multiprocessing
 import pathlib
 import re
-import subprocess
-import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 CASES = ("step", "element", "named", "clear", "bfloat16", "momentum")
 TASKS = 10
@@ -27,16 +24,16 @@ SLACK, SLACK_BYTES = 0.05, 2**21
 
 
 def measure(case: str, elements: int) -> dict[str, object]:
-    """Runs this file in a fresh process and returns what it printed.
+    """Returns what a fresh process finds.
 
     Raises:
         RuntimeError: The process failed.
     """
-    command = [sys.executable, __file__, "--case", case, "--elements", str(elements)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"peak memory of {case!r} was not measured:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_run, case, elements).result()
+        except Exception as error:
+            raise RuntimeError(f"peak memory of {case!r} was not measured: {error}") from error
 
 
 def _status(field: str) -> int:
@@ -51,6 +48,7 @@ def _run(case: str, elements: int) -> dict[str, object]:
     import dgg
 
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    warnings.filterwarnings("ignore", "16-bit weights")  # meant to be so
 
     def build(count: int):
         param = torch.nn.Parameter(torch.empty(count, dtype=dtype).normal_())
@@ -88,16 +86,3 @@ def _run(case: str, elements: int) -> dict[str, object]:
         "case": case, "elements": elements, "tasks": TASKS, "arrays": arrays,
         "extra_arrays": extra, "met": abs(extra - 1) <= slack,
     }  # fmt: skip
-
-
-def main() -> None:
-    """Measures one case in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, default="step")
-    parser.add_argument("--elements", type=int, default=2**24)
-    options = parser.parse_args()
-    print(json.dumps(_run(options.case, options.elements)))
-
-
-if __name__ == "__main__":
-    main()

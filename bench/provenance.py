@@ -12,6 +12,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 
 
 def provenance(device) -> dict[str, object]:
@@ -28,9 +29,8 @@ def provenance(device) -> dict[str, object]:
         gpu = {**gpu_report(), "cache": device.cache_bytes}
     return {
         "gpu": gpu,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **origin(),
         "device": device.name,
-        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache": device.cache_bytes,
@@ -43,8 +43,6 @@ def provenance(device) -> dict[str, object]:
         "dgg": dgg.__version__,
         "backends": [line.strip() for line in configuration[1:]],
         "compiler": (output(["g++", "--version"]) or "none").splitlines()[0],
-        "commit": commit(),
-        "uncommitted_changes": uncommitted_changes(),
     }
 
 
@@ -66,19 +64,24 @@ _GPU_FIELDS = (
 )  # fmt: skip
 
 
+def nvidia_smi(ask: Callable[[list[str]], str | None], place: int = 0) -> dict[str, str | None]:
+    """Returns what nvidia-smi says about a GPU; no setting is touched.
+
+    ``ask`` returns what a command prints, or None.
+    """
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
+    answer = ask([*query, "-i", str(place)]) or ""
+    values = [value.strip() for value in answer.split(",")]
+    known = len(values) == len(_GPU_FIELDS)
+    return dict(zip(_GPU_FIELDS, values, strict=True)) if known else dict.fromkeys(_GPU_FIELDS)
+
+
 def gpu_report() -> dict[str, str | None]:
-    """Returns what nvidia-smi and torch say about the GPU; no setting is touched."""
+    """Returns what nvidia-smi and torch say about the GPU."""
     import torch
 
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i"]
-    place = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    answer = output([*query, str(place)])
-    values = [value.strip() for value in answer.split(",")] if answer else []
-    found: dict[str, str | None] = dict.fromkeys(_GPU_FIELDS)
-    if len(values) == len(_GPU_FIELDS):
-        found.update(zip(_GPU_FIELDS, values, strict=True))
-    elif torch.cuda.is_available():
-        found["name"] = torch.cuda.get_device_name(place)
+    found = nvidia_smi(output, torch.cuda.current_device())
+    found["name"] = found["name"] or torch.cuda.get_device_name()
     found["cuda"] = torch.version.cuda
     try:
         import triton

@@ -42,18 +42,6 @@ def find(case: dict, name: str, setting: str) -> dict | None:
     return next(found, None)
 
 
-def fill_shares(case: dict, best: float) -> None:
-    """Adds every variant's share of the memory bandwidth ``best`` (bytes per second).
-
-    Warm cases get none: what they move does not come from memory.
-    """
-    if case["cache"] == "warm":
-        return
-    for entry in case["variants"]:
-        if entry["bandwidth"] is not None:
-            entry["share_of_bandwidth"] = entry["bandwidth"] / best
-
-
 def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Lays out rows, the first of which is the header, aligned: text left, numbers right."""
     # Markdown wants at least one dash beside the colon.
@@ -80,10 +68,7 @@ def _widths(rows: Sequence[Sequence[str]], least: int = 1) -> list[int]:
 def tables(rows: Sequence[Sequence[str]], *, markdown: bool, keys: int = 2) -> str:
     """Lays out rows as `table` does, in as many tables below each other as fit `WIDTH`.
 
-    Args:
-        rows: The header and the rows.
-        markdown: One table of any width.
-        keys: So many columns name a row; every table begins with them.
+    So many columns as ``keys`` name a row: every table begins with them. Markdown is one table.
     """
     if markdown:
         return table(rows, markdown=True)
@@ -102,13 +87,11 @@ def tables(rows: Sequence[Sequence[str]], *, markdown: bool, keys: int = 2) -> s
 
 def wrapped(text: str) -> str:
     """Breaks lines that are longer than `WIDTH`, but for rows of markdown."""
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False,
-                      break_on_hyphens=False)
-        if len(line) > WIDTH and not line.startswith("|")
-        else line
-        for line in text.split("\n")
-    )  # fmt: skip
+    wrapper = textwrap.TextWrapper(
+        WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    lines = text.split("\n")
+    return "\n".join(line if line.startswith("|") else wrapper.fill(line) for line in lines)
 
 
 def _numeric(cell: str) -> bool:
@@ -288,13 +271,8 @@ def target(
 ) -> dict:  # fmt: skip
     """Returns a comparison with a target: what, target, measured, value, met.
 
-    Args:
-        what: What was measured.
-        value: The result.
-        shown: Format of the result.
-        most: The target, if the value is not to be above it.
-        least: The target, if the value is not to be below it; without both there is none.
-        stated: Format of the target.
+    The value is not to be above ``most``, or not below ``least``; without both there is no target.
+    ``shown`` and ``stated`` are the formats of value and target.
     """
     words, met = "no target", None
     if most is not None:
@@ -309,7 +287,7 @@ def quotient(
     case: dict | None, ours: tuple[str, str], theirs: tuple[str, str], figure: str = "seconds"
 ) -> float | None:
     """Returns a figure of one (variant, setting) over that of another; None: not both ran."""
-    pair = [find(case, *run) for run in (ours, theirs)] if case is not None else [None]
+    pair = [case and find(case, *run) for run in (ours, theirs)]
     if any(entry is None or entry[figure] is None for entry in pair):
         return None
     return pair[0][figure] / pair[1][figure]
@@ -322,19 +300,13 @@ def targets_table(found: Sequence[dict], *, markdown: bool) -> str:
     rows += [(t["what"], t["target"], t["measured"], words[t["met"]]) for t in found]
     if not markdown:
         room = WIDTH - sum(width + 2 for width in _widths(rows)[1:])
-        rows = [
+        broken = []
+        for what, *cells in rows:
             # Indented, so that a line that begins with a number is no number.
-            (line, *(cells if first else [""] * 3))
-            for what, *cells in rows
-            for first, line in _lines(what, room)
-        ]
+            first, *others = textwrap.wrap(what, room, subsequent_indent="  ")
+            broken += [(first, *cells), *((line, "", "", "") for line in others)]
+        rows = broken
     return table(rows, markdown=markdown) + "\n"
-
-
-def _lines(text: str, width: int) -> list[tuple[bool, str]]:
-    """Returns the lines of a wrapped text, and whether each is the first."""
-    lines = textwrap.wrap(text, width, subsequent_indent="  ")
-    return [(number == 0, line) for number, line in enumerate(lines)]
 
 
 def bandwidth_line(bandwidth: dict[str, float]) -> str:
@@ -346,10 +318,7 @@ def bandwidth_line(bandwidth: dict[str, float]) -> str:
 class Printer:
     """Prints lines and keeps them for the page written beside the JSON.
 
-    Args:
-        markdown: Tables are to be markdown.
-        folder: Where JSON and page go; None: nothing is written.
-        kind: Their name, before the date.
+    Both go into ``folder`` (None: nothing is written) under the name ``kind``, before the date.
     """
 
     def __init__(self, markdown: bool, folder: pathlib.Path | None = None, kind: str = "") -> None:

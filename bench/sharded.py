@@ -12,14 +12,9 @@ ranks and another in each round. Before each timed step the gradients are new DT
 backward pass leaves them, and all ranks meet at a barrier. Caches are warm: nothing is evicted
 between the steps.
 
-- ``seconds``: until ``step()`` (with the clipping before it) has returned: on a CPU, where host and
-  device are one, that is host and wall time at once, waiting for the other ranks included;
-- ``cpu_seconds``: time the rank's main thread worked in it: without the waiting;
-- ``process_seconds``: the same of all threads of the process: gloo has some of its own.
-
-Each figure is the median (over kinds of steps, as in step.py, by their share), of the rank where it
-is largest. With more ranks than cores the ranks wait for each other's time slices: the times of
-those runs say how a crowded machine behaves, not what so many machines would do.
+results/README.md says what the figures are. With more ranks than cores the ranks wait for each
+other's time slices: the times of those runs say how a crowded machine behaves, not what so many
+machines would do.
 
 Collectives are counted apart from the timing, three times: by a dispatch mode that also adds up
 their bytes, by torch's CommDebugMode, and by the sequence number of the process group, which no

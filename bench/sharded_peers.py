@@ -16,7 +16,7 @@ from dgg_variants import DggCpp
 from parameter_lists import count
 from torch_variants import TorchFused, TorchFusedForeachClip, guide_by_foreach
 from variant import Variant, arguments, guidance
-from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, sampled
+from workload import CLIPPED, GUIDED, PLAIN, Setting, VerificationError, largest_error, sampled
 
 ALPHA = sampled(0.2)
 MAX_NORM = 1.0
@@ -80,8 +80,6 @@ class Sharded:
 class OverShards(Variant):
     """What a variant does otherwise where its parameters are DTensors."""
 
-    guided = False
-
     def __init__(self, workload: Sharded, setting: Setting) -> None:
         # The parameters stand at the anchors while the optimizer is made.
         super().__init__(workload, setting)
@@ -106,8 +104,6 @@ class OverShards(Variant):
 
 class Ours(OverShards, DggCpp):
     """The package under test."""
-
-    guided = True
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         return 1e-5, 0.0  # what float32 arithmetic leaves
@@ -181,23 +177,21 @@ class ByHand(OverShards):
     def step(self, inject: bool) -> None:
         """Clips and guides with both norms in one all-reduce."""
         if self.setting.clipped:
-            self._change_gradients(inject)
+            grads = [shard.grad for shard in self._shards]
+            measured = [grads]
+            if inject:
+                measured.append(torch._foreach_sub(self._shards, self._anchors))
+            norms = [torch.stack(torch._foreach_norm(x)).double() for x in measured]
+            squares = torch.stack([x.square().sum() for x in norms])
+            dist.all_reduce(squares, group=self.workload.mesh.get_group())
+            norm, *distance = squares.sqrt().tolist()
+            clip = min(1.0, MAX_NORM / (norm + 1e-6))
+            torch._foreach_mul_(grads, clip)
+            if inject:
+                scale = min(1.0, clip * norm / distance[0])
+                torch._foreach_add_(grads, measured[1], alpha=scale)
+            del measured
         self.optimizer.step()
-
-    def _change_gradients(self, inject: bool) -> None:
-        grads = [shard.grad for shard in self._shards]
-        lists, differences = [grads], None
-        if inject:
-            differences = torch._foreach_sub(self._shards, self._anchors)
-            lists.append(differences)
-        norms = [torch.stack(torch._foreach_norm(x)).double() for x in lists]
-        squares = torch.stack([x.square().sum() for x in norms])
-        dist.all_reduce(squares, group=self.workload.mesh.get_group())
-        norms = squares.sqrt().tolist()
-        clip = min(1.0, MAX_NORM / (norms[0] + 1e-6))
-        torch._foreach_mul_(grads, clip)
-        if differences is not None:
-            torch._foreach_add_(grads, differences, alpha=min(1.0, clip * norms[0] / norms[1]))
 
     def results(self) -> dict[str, list[Tensor]]:
         moments = [self.optimizer.state[shard]["exp_avg"] for shard in self._shards]
@@ -264,18 +258,15 @@ def verify(variant: OverShards, oracle: Oracle) -> float:
         variant.ready()
         variant()
     variant.seek(0)
-    worst = 0.0
+    tolerance, _ = variant.tolerance(torch.float32)
     expected = oracle.results(variant, draw)
-    for name, tensors in variant.results().items():
-        for got, want in zip(tensors, expected[name], strict=True):
-            if want.numel() == 0:
-                continue
-            scale = want.square().mean().sqrt() + want.abs()
-            error = float(((got.double() - want).abs() / scale).max())
-            error /= variant.tolerance(torch.float32)[0]
-            worst = max(worst, error) if error == error else float("inf")
+    own = largest_error(
+        (got.double(), want, tolerance * (want.square().mean().sqrt() + want.abs()))
+        for name, tensors in variant.results().items()
+        for got, want in zip(tensors, expected[name], strict=True)
+    )
     found = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, worst)
+    dist.all_gather_object(found, own)
     worst = max(found)
     if not worst <= 1.0:
         raise VerificationError(

@@ -11,13 +11,12 @@
                                                            # gpu-short: its three most telling cases
 
 Every variant is compared with the float64 reference before it is timed (the run ends if it
-differs), then all variants of a case take turns in one process. Times are medians with the 20th
-and 80th percentile. A setting that injects at a share of the steps is averaged over a window of
-50 real draws, by the median of each kind of step. Workload, cache policy and byte accounting are
-described in workload.py, timing.py and variant.py; what wall, host, device and kernel time are,
-in machine.py. Machines that are not quiet give numbers that are not worth much: the load average
-stands in the results. With ``--deadline`` no case is begun that late; cases of a preset come in the
-order of their importance, and the results are written after each.
+differs), then all variants of a case take turns in one process. results/README.md says what the
+figures are. Workload, cache policy and byte accounting are described in workload.py, timing.py and
+variant.py; what wall, host, device and kernel time are, in machine.py. Machines that are not quiet
+give numbers that are not worth much: the load average stands in the results. With ``--deadline`` no
+case is begun that late; cases of a preset come in the order of their importance, and the results
+are written after each.
 """
 
 from __future__ import annotations
@@ -60,11 +59,7 @@ Run = tuple[str, Setting]
 OURS: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED, ALPHA)]
 FUSED: list[Run] = [("torch fused", PLAIN), ("torch fused", CLIPPED)]
 FOREACH_CLIP: list[Run] = [("torch fused, foreach clip", CLIPPED)]
-FOREACH: list[Run] = [
-    ("foreach + fused", GUIDED),
-    ("foreach + fused, d kept", GUIDED),
-    ("foreach + clip_grad_norm_ + fused", GUIDED),
-]
+FOREACH: list[Run] = [(name, GUIDED) for name in cpu_targets.FOREACH]
 SAMPLED: list[Run] = [("foreach + fused", ALPHA)]
 LOOP: list[Run] = [("for-loop", GUIDED)]
 EAGER = OURS + FUSED + FOREACH + LOOP
@@ -121,11 +116,11 @@ def _tiny(runs: list[Run], *, cold: bool, **more) -> Case:
 
 def host_cases() -> list[Case]:
     """Returns lists of so many tensors that what the host does for each of them counts."""
-    ours: list[Run] = [("dgg cpp", s) for s in (PLAIN, CLIPPED, GUIDED)] + REPLAYED
+    ours = OURS[:3] + REPLAYED
     # The time of a LoRA's steps is the memory's: one peer of each kind is enough there.
     few = ours + FUSED + FOREACH[:1] + ADDED[1:2] + ADDED[3:] + OVER_FUSED[1:]
     every = ours + BLOCK + OVER_FUSED + FUSED + FOREACH_CLIP + FOREACH[:1] + ADDED
-    apart = ours[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
+    apart = OURS[:3] + OVER_FUSED[1:] + FUSED + FOREACH[:1]
     cases = []
     for case in (
         _tiny(every, cold=False, rounds=60, seconds=10.0),
@@ -156,8 +151,8 @@ OTHERS = [
 def gpu_cases() -> list[Case]:
     """Returns the cases for a GPU, the most important first."""
     peers = FUSED + GPU_FOREACH
-    large = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN + COMPILED
     lora = GPU_OURS + GPU_ALPHAS + peers + LOOP + GPU_FOREIGN
+    large = lora + COMPILED
     cases = [
         _single(GPU_FLAGSHIP, large, rounds=24, seconds=15),
         _lora(16, lora, rounds=30, seconds=20),
@@ -345,7 +340,11 @@ def run(
         entry["wall_seconds"] = time.perf_counter() - begin
         # The ceiling is a copy; on a CPU triad often gives more.
         ceilings = ("copy", "triad") if device.name == "cpu" else ("copy",)
-        report.fill_shares(entry, max(entry["memory_bandwidth"][name] for name in ceilings))
+        best = max(entry["memory_bandwidth"][name] for name in ceilings)
+        for variant in entry["variants"]:
+            # Of warm caches memory says nothing: what moves does not come from there.
+            if case.cold and variant["bandwidth"] is not None:
+                variant["share_of_bandwidth"] = variant["bandwidth"] / best
         results["cases"].append(entry)
         say((report.host_table if host else report.case_table)(entry, markdown=say.markdown))
         # Of what the host does for every tensor memory says nothing.
@@ -406,13 +405,12 @@ def main(arguments: list[str] | None = None) -> int:
         elements = 2**25 if options.device == "cpu" else 2**28
         elements = {"smoke": 2**16, "host": 2**22}.get(preset, elements)
         # What takes long is kept after every case.
-        keep = None
-        if on_gpu or preset == "full":
-            keep = lambda results: say.write(judged(results, [], False))  # noqa: E731
+        long = on_gpu or preset == "full"
         try:
             results = run(
                 cases, device, stream_elements=elements, say=say,
-                deadline=began + options.deadline, keep=keep, before=before, host=preset == "host",
+                deadline=began + options.deadline, before=before, host=preset == "host",
+                keep=(lambda found: say.write(judged(found, [], False))) if long else None,
             )  # fmt: skip
         except DeviceLost as error:
             give_up(error)

@@ -16,8 +16,10 @@ After the rounds a few steps run under the profiler, for kernel times and launch
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import random
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -28,7 +30,7 @@ from parameter_lists import count
 from peers import IMPLEMENTATIONS
 from report import first_line
 from variant import Unavailable, Variant
-from workload import Setting, VerificationError, Verifier, Workload
+from workload import Setting, VerificationError, Workload, check
 
 MIN_SAMPLES = 7
 # A variant that would use this share of a case's time takes part in fewer rounds.
@@ -46,20 +48,12 @@ class NotVerified(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One workload and what is run on it.
+    """One workload, see `Workload`, and the (implementation, setting) pairs that are run on it.
 
     Attributes:
-        name: Key of the case in the results.
-        shapes: Shapes of the parameters.
-        runs: (implementation, setting) pairs.
-        dtype: Dtype of parameters, gradients, moments and anchor.
-        optimizer: One of `workload.OPTIMIZERS`.
         rounds: How often the fast variants are timed.
         cold: Cache policy, see above.
         seconds: Time the case should take; after twice that no further round is begun.
-        spare: No copy of the gradients is kept; for lists that fill the memory.
-        channels_last: The tensors, of four dimensions, lie in memory channels last.
-        conflict: Replay gradients contradict the others; see `Workload`.
     """
 
     name: str
@@ -79,8 +73,14 @@ class Case:
         """Whether any run takes replay gradients."""
         return any(setting.replay for _, setting in self.runs)
 
+    def bytes_needed(self) -> int:
+        """Returns the memory of the workload, with one array for the temporaries of the peers."""
+        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[self.optimizer]
+        arrays += (not self.spare) + self.replay
+        return arrays * count(self.shapes) * self.dtype.itemsize
 
-def verify(variant: Variant, verifier: Verifier) -> float:
+
+def verify(variant: Variant) -> float:
     """Runs a variant's first steps against the reference; only then it may be timed.
 
     Two steps in a row, because what dgg measures ahead in the first is used in the second; for a
@@ -101,19 +101,15 @@ def verify(variant: Variant, verifier: Verifier) -> float:
         draws = (variant.pattern.index(True), variant.pattern.index(False))
     for draw in draws:
         variant.seek(draw)
-        worst = max(worst, verifier.check(variant, injects=variant.pattern[draw]))
+        off = check(variant, variant.workload, injects=variant.pattern[draw])
+        worst = max(worst, off)
     variant.seek(0)
     variant.verified = True
     return worst
 
 
 class Timed:
-    """A variant and what was measured of it.
-
-    Args:
-        variant: The variant.
-        error: What its verification found, in tolerances.
-    """
+    """A variant, the error of its verification in tolerances, and what was measured of it."""
 
     def __init__(self, variant: Variant, error: float) -> None:
         self.variant, self.error, self.stride = variant, error, 1
@@ -124,20 +120,22 @@ class Timed:
         self.waits: str | None = None
         self.temporary_bytes: int | None = None
         self.turn = 0
-        self.running = False  # it is its turn
+
+    def prepare(self, device: Cpu, kind: tuple[bool, bool] | None, *, cold: bool) -> None:
+        """Leaves everything as the next step wants it, which is of this kind (None: any)."""
+        if kind is not None and len(self.kinds) > 1:
+            self.variant.approach(kind)
+        self.variant.ready()
+        if cold:
+            device.evict()
 
     def take_turn(self, device: Cpu, *, cold: bool = False) -> None:
         """Takes a step for each of the device's probes and keeps the times."""
-        self.running, kinds = True, self.kinds
+        kind = self.kinds[self.turn % len(self.kinds)] if device.stratified else None
         for probe in device.probes:
-            if device.stratified and len(kinds) > 1:
-                self.variant.approach(kinds[self.turn % len(kinds)])
-            self.variant.ready()
-            if cold:
-                device.evict()
+            self.prepare(device, kind, cold=cold)
             self.run(probe)
         self.turn += 1
-        self.running = False
 
     def be_slow(self, rounds: int, affordable: float) -> None:
         """Takes part in so many rounds that no more steps are taken than are affordable."""
@@ -157,28 +155,26 @@ class Timed:
 
     def quantile(self, q: float, figure: str = "seconds") -> float | None:
         """Quantile of a step's time, averaged over the kinds of steps by their share."""
-        kinds = self.samples.get(figure, {})
-        values = {kind: quantile(times, q) for kind, times in kinds.items()}
-        return weigh(values, self.variant.shares())
+        return weighed(self.samples.get(figure, {}), self.variant.shares(), q)
 
     def mean(self, figure: str) -> float:
         """Returns the mean over all that was measured."""
-        times = [t for kind in self.samples[figure].values() for t in kind]
-        return sum(times) / len(times)
+        return statistics.fmean(t for times in self.samples[figure].values() for t in times)
 
 
-def weigh(values: Mapping[object, float], shares: Mapping[object, float]) -> float | None:
-    """Averages a value of each kind by the shares of the kinds that have one; None: none has."""
-    total = sum(float(shares[kind]) for kind in values)
-    return sum(float(shares[kind]) * values[kind] for kind in values) / total if total else None
+def weighed(
+    times: Mapping[object, Sequence[float]], shares: Mapping[object, float], q: float = 0.5
+) -> float | None:
+    """Averages a quantile of each kind by the shares of the kinds that have times; None: none has.
 
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Returns a quantile, between two values in proportion."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low, high = int(place), min(int(place) + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    The quantile lies between two values in proportion.
+    """
+    total = found = 0.0
+    for kind, values in times.items():
+        share = float(shares[kind])
+        total += share
+        found += share * torch.quantile(torch.tensor(values, dtype=torch.float64), q).item()
+    return found / total if total else None
 
 
 def run_case(
@@ -190,7 +186,7 @@ def run_case(
     Args:
         case: The case.
         device: Where it runs.
-        streams: Timed once a round beside the steps; None leaves bandwidth out.
+        streams: Timed once a round beside the steps.
         log: Called with progress lines.
         forgiving: A variant of ours that is wrong, or that fails, is left out and noted as
             ``wrong`` instead of ending the run: hours on a GPU are rare.
@@ -203,10 +199,7 @@ def run_case(
         MemoryError: The case does not fit.
         DeviceLost: A variant made the device unusable.
     """
-    elements = count(case.shapes)
-    needed = Workload.bytes_needed(
-        elements, case.dtype, case.optimizer, spare=case.spare, replay=case.replay
-    )
+    needed = case.bytes_needed()
     device.release()
     if needed > (0.95 if case.spare else 0.8) * device.free_bytes():
         raise MemoryError(
@@ -216,7 +209,6 @@ def run_case(
         case.shapes, case.dtype, case.optimizer, device.device, spare=case.spare,
         replay=case.replay, channels_last=case.channels_last, conflict=case.conflict,
     )  # fmt: skip
-    verifier = Verifier(work)
     timed: list[Timed] = []
     absent: list[dict[str, object]] = []
     differing: set[str | None] = set()
@@ -224,7 +216,7 @@ def run_case(
         variant = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
-            off = verify(variant, verifier)
+            off = verify(variant)
         except Exception as error:
             wrong = not isinstance(error, LEFT_OUT)  # a kernel that does not compile, say
             lost = device.lost() if wrong and forgiving else None
@@ -244,36 +236,34 @@ def run_case(
         rounds = _measure(case, timed, device, streams)
         profiled = _profile(case, timed, device)
     except Exception as error:
-        running = next((entry.variant for entry in timed if entry.running), None)
-        if running is None or (lost := device.lost()) is None:
+        if work.latest is None or (lost := device.lost()) is None:
             raise
-        raise DeviceLost(running.name, running.setting.name, lost) from error
+        raise DeviceLost(work.latest.name, work.latest.setting.name, lost) from error
     if not work.finite():
         raise FloatingPointError(f"{case.name}: parameters or moments are not finite after the run")
     return {
         "case": case.name,
         "optimizer": case.optimizer,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "elements": elements,
+        "elements": work.elements,
         "tensors": len(case.shapes),
         "cache": "cold" if case.cold else "warm",
         "channels_last": case.channels_last,
         "rounds": rounds,
         "device": device.name,
         "profiler": profiled,
-        "variants": [_entry(entry, elements) for entry in timed],
+        "variants": [_entry(entry, work.elements) for entry in timed],
         "not_run": absent,
     }
 
 
 def _measure(case: Case, timed: list[Timed], device: Cpu, streams: Streams | None) -> int:
     for entry in timed:
-        times, entry.running = [], True
+        times = []
         for _ in range(3):
             entry.variant.ready()
             times.append(device.wall(entry.variant)["seconds"])
         entry.variant.seek(0)
-        entry.running = False
         entry.be_slow(case.rounds, SLOW * case.seconds / (min(times) * len(device.probes)))
     begin, done = time.perf_counter(), 0
     for turn in rounds_of(timed, case.rounds):
@@ -309,28 +299,18 @@ def rounds_of(timed: Sequence[Timed], rounds: int) -> Iterator[list[Timed]]:
 def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
     """Profiles some steps of every variant; returns why there is no profile, or None."""
     for entry in timed:
-        entry.running = True
         entry.variant.ready()
         entry.waits = device.waits(entry.variant)
         entry.variant.ready()
         entry.temporary_bytes = device.temporary_bytes(entry.variant)
         entry.variant.seek(0)
-        entry.running = False
     calls, owners = [], []
     for entry in timed:
         looping = entry.variant.name in ("for-loop", "dgg reference")
         if looping and len(case.shapes) > MANY_TENSORS:
             continue
-        kinds = entry.kinds
-        for kind in kinds * PROFILED:
-
-            def prepare(variant=entry.variant, kind=kind, kinds=kinds) -> None:
-                if len(kinds) > 1:
-                    variant.approach(kind)
-                variant.ready()
-                if case.cold:
-                    device.evict()
-
+        for kind in entry.kinds * PROFILED:
+            prepare = functools.partial(entry.prepare, device, kind, cold=case.cold)
             calls.append((prepare, entry.variant))
             owners.append((entry, kind))
     found = device.profile(calls) if calls else "nothing was timed"
@@ -344,17 +324,16 @@ def _profile(case: Case, timed: list[Timed], device: Cpu) -> str | None:
 def _kernel_figures(entry: Timed) -> dict[str, object]:
     if not entry.kernels:
         return {"kernel_seconds": None, "launches": None, "copies": None, "kernels": {}}
-    found = entry.kernels.items()
-    median = {kind: quantile([call.seconds for call in calls], 0.5) for kind, calls in found}
-    calls = [call for _, some in found for call in some]
+    seconds = {kind: [call.seconds for call in calls] for kind, calls in entry.kernels.items()}
+    calls = [call for some in entry.kernels.values() for call in some]
     # Of the busiest step: what a launch-bound user waits for.
     busiest = max(calls, key=lambda call: call.launches)
     longest = sorted(busiest.names.items(), key=lambda item: -item[1][1])[:8]
     return {
-        "kernel_seconds": weigh(median, entry.variant.shares()),
+        "kernel_seconds": weighed(seconds, entry.variant.shares()),
         "launches": busiest.launches,
         "copies": max(call.copies for call in calls),
-        "kernels": {name: {"times": n, "seconds": seconds} for name, (n, seconds) in longest},
+        "kernels": {name: {"times": times, "seconds": spent} for name, (times, spent) in longest},
     }
 
 
@@ -364,7 +343,6 @@ def _entry(entry: Timed, elements: int) -> dict[str, object]:
     on_device = entry.quantile(0.5, "device_seconds")
     # Bandwidth is a claim about kernels: without the host's share where that is known.
     busy = seconds if on_device is None else on_device
-    shares = variant.shares()
     late = entry.samples.get("late")
     return {
         "name": variant.name,
@@ -389,6 +367,6 @@ def _entry(entry: Timed, elements: int) -> dict[str, object]:
         "bandwidth": None if moved is None else moved / busy,
         "share_of_bandwidth": None,
         "seed": variant.seed,
-        "injected_fraction": float(sum(s for (now, _), s in shares.items() if now)),
+        "injected_fraction": variant.share_injected(),
         "error_in_tolerances": entry.error,
     }

@@ -18,7 +18,6 @@ class TorchFused(Variant):
     """torch.optim with fused=True, with clip_grad_norm_ when the setting clips."""
 
     name = "torch fused"
-    guided = False
     foreign = True
     how: ClassVar[dict[str, bool]] = {"fused": True}
     foreach_clip: ClassVar[bool | None] = None
@@ -90,6 +89,16 @@ class _EagerGuidance(Variant):
             return torch.ones_like(grad_norm)
         return torch.clamp(self._max_norm / (grad_norm + 1e-6), max=1.0)
 
+    def _clip_and_pull(self, grads, clip: Tensor, differences, scale: Tensor | None) -> None:
+        """Makes the gradients c h + s d; ``differences`` None: c h."""
+        if self.setting.clipped:
+            torch._foreach_mul_(grads, self._scalar(clip))
+        if differences is not None and self._on_host:
+            torch._foreach_add_(grads, differences, alpha=scale.item())
+        elif differences is not None:
+            torch._foreach_mul_(differences, self._scalar(scale))
+            torch._foreach_add_(grads, differences)
+
     def elements_moved(self) -> float | None:
         """Norm 1, clip 2; injected: d 2 + 1 and its write-allocate, ‖d‖ 1, G 3; the update.
 
@@ -97,7 +106,7 @@ class _EagerGuidance(Variant):
         """
         clipping = 3.0 if self.setting.clipped else 1.0
         injected = 7.0 + self._write_allocate + (0.0 if self._on_host else 2.0)
-        return self._update_arrays() + clipping + injected * self._share_injected()
+        return self._update_arrays() + clipping + injected * self.share_injected()
 
 
 class LoopGuidance(_EagerGuidance):
@@ -153,17 +162,11 @@ class ForeachGuidance(_EagerGuidance):
             torch._foreach_add_(grads, self.workload.replays)
             total_norm = norm_of(grads)
         clip = self._clip(total_norm)
-        differences = None
+        differences = scale = None
         if inject:
             differences = self._differences(params, anchors)
             scale = torch.clamp(clip * grad_norm / norm_of(differences), max=1.0)
-        if self.setting.clipped:
-            torch._foreach_mul_(grads, self._scalar(clip))
-        if inject and self._on_host:
-            torch._foreach_add_(grads, differences, alpha=scale.item())
-        elif inject:
-            torch._foreach_mul_(differences, self._scalar(scale))
-            torch._foreach_add_(grads, differences)
+        self._clip_and_pull(grads, clip, differences, scale)
         del differences
         self.optimizer.step()
 
@@ -194,13 +197,7 @@ class ForeachGuard(_EagerGuidance):
         most = clip * head / norm_of(differences)
         scale = torch.minimum(-clip * conflict / back, most)
         scale = torch.where((conflict < 0) & (back > 0), scale, torch.zeros_like(scale))
-        if self.setting.clipped:
-            torch._foreach_mul_(grads, self._scalar(clip))
-        if self._on_host:
-            torch._foreach_add_(grads, differences, alpha=scale.item())
-        else:
-            torch._foreach_mul_(differences, self._scalar(scale))
-            torch._foreach_add_(grads, differences)
+        self._clip_and_pull(grads, clip, differences, scale)
         del differences
         self.optimizer.step()
 
@@ -213,10 +210,8 @@ class ForeachGuard(_EagerGuidance):
 def dot_of(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Returns the product of two lists of tensors, float32 at least."""
     wide = torch.promote_types(xs[0].dtype, torch.float32)
-    pairs = zip(xs, ys, strict=True)
-    return torch.stack(
-        [torch.dot(x.reshape(-1).to(wide), y.reshape(-1).to(wide)) for x, y in pairs]
-    ).sum()
+    flat = ((x.reshape(-1).to(wide), y.reshape(-1).to(wide)) for x, y in zip(xs, ys, strict=True))
+    return torch.stack([torch.dot(x, y) for x, y in flat]).sum()
 
 
 class ForeachGuidanceTypical(_EagerGuidance):
@@ -241,7 +236,7 @@ class ForeachGuidanceTypical(_EagerGuidance):
     def elements_moved(self) -> float | None:
         """The norm once more, and s d in place, on the steps that inject."""
         more = 3.0 if self._on_host else 1.0
-        return super().elements_moved() + more * self._share_injected()
+        return super().elements_moved() + more * self.share_injected()
 
 
 class ForeachGuidanceKeptBuffer(ForeachGuidance):
@@ -274,12 +269,8 @@ def guide_by_foreach(
 ) -> None:  # fmt: skip
     """Adds s d to the gradients by torch._foreach_*, a line for each formula.
 
-    Args:
-        params: Parameters with gradients.
-        anchors: θ* of each.
-        grad_norm: Norm of the gradients, if it is known.
-        norm: How norms are taken.
-        dtype: Of s. On a GPU that of the tensors: else there is a kernel for each of them.
+    ``grad_norm`` is that of the gradients, if it is known, ``norm`` how norms are taken, ``dtype``
+    that of s: on a GPU that of the tensors, else there is a kernel for each of them.
     """
     grads = [p.grad for p in params]
     differences = torch._foreach_sub(params, anchors)

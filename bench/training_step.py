@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import math
 import pathlib
 import sys
@@ -32,7 +33,7 @@ from llava_shaped import TINY, LlavaShaped, Shape, batch, make
 from machine import Cpu, DeviceLost, device_of, give_up
 from provenance import provenance
 from report import Printer, absences, first_line, page, ratios
-from timing import quantile, weigh
+from timing import weighed
 from torch_variants import guide_by_foreach
 from variant import injections
 
@@ -45,54 +46,32 @@ Times = dict[bool, list[tuple[float, float]]]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to train.
-
-    Attributes:
-        name: As the tables call it.
-        build: (parameters, alpha, seed) → a step that takes whether to inject.
-        alpha: Share of the steps that inject; None: no guidance.
-        steps: Measured steps of a block.
-    """
+    """One way to train."""
 
     name: str
-    build: Callable
-    alpha: float | None
-    steps: int
+    build: Callable  # (parameters, alpha, seed) → a step that takes whether to inject
+    alpha: float | None  # share of the steps that inject; None: no guidance
+    steps: int  # that are measured in a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is trained.
-
-    Attributes:
-        name: Key in the results.
-        shape: Sizes.
-        rank: LoRA rank; None: full fine-tuning.
-        text: Tokens of text.
-        dtype: Of the weights; adapters are float32.
-    """
+    """What is trained."""
 
     name: str
     shape: Shape
-    rank: int | None
-    text: int = 448
-    dtype: torch.dtype = torch.bfloat16
+    rank: int | None  # of LoRA; None: full fine-tuning
+    text: int = 448  # tokens
+    dtype: torch.dtype = torch.bfloat16  # of the weights; adapters are float32
 
 
 def _torch_fused(params: Sequence[Tensor], alpha, seed):
+    """Torch's optimizer, behind guidance by foreach if there is an alpha."""
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-
-    def step(inject: bool) -> None:
-        torch.nn.utils.clip_grad_norm_(params, CLIP, foreach=True)
-        optimizer.step()
-
-    return step
-
-
-def _foreach(params: Sequence[Tensor], alpha, seed):
-    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
-    anchors = [p.detach().clone() for p in params]
-    _leave(params)
+    anchors = []
+    if alpha is not None:
+        anchors = [p.detach().clone() for p in params]
+        _leave(params)
 
     @torch.no_grad()
     def step(inject: bool) -> None:
@@ -127,7 +106,7 @@ def variants(device: Cpu, steps: int) -> tuple[list[Variant], list[dict[str, str
     """Returns the variants that can run here, and why the others cannot."""
     wanted = [
         Variant("torch fused + clip", _torch_fused, None, steps),
-        Variant("foreach guidance + clip + torch fused", _foreach, 0.2, steps),
+        Variant("foreach guidance + clip + torch fused", _torch_fused, 0.2, steps),
     ]
     missing = []
     for backend in ("cpp", "triton"):
@@ -177,16 +156,17 @@ def train(
 ) -> tuple[Times, dict[str, int | None]]:
     """Trains one block; returns (step, optimizer) seconds by kind of step, and bytes."""
     params = [p for p in model.parameters() if p.requires_grad]
-    seed, alpha, count = 0, variant.alpha or 0.0, WARM_UP + variant.steps
-    pattern = injections(seed, alpha, count)
-    # Warm-up steps are draws too: the window begins behind them.
-    while sum(pattern[WARM_UP:]) != round(alpha * variant.steps):
-        seed += 1
-        pattern = injections(seed, alpha, count)
+    alpha = variant.alpha or 0.0
+    for seed in itertools.count():
+        pattern = injections(seed, alpha, WARM_UP + variant.steps)
+        # Warm-up steps are draws too: the window begins behind them.
+        if sum(pattern[WARM_UP:]) == round(alpha * variant.steps):
+            break
     step = variant.build(params, variant.alpha, seed)
     times: Times = {}
+    on_gpu = device.name != "cpu"
     for number, inject in enumerate(pattern):
-        if number == WARM_UP and device.name != "cpu":
+        if number == WARM_UP and on_gpu:
             device.synchronize()
             torch.cuda.reset_peak_memory_stats()
         device.synchronize()
@@ -200,16 +180,14 @@ def train(
             p.grad = None
         device.synchronize()
         if number >= WARM_UP:
-            total, on_gpu = time.perf_counter() - begin, device.name != "cpu"
+            total = time.perf_counter() - begin
             taken = before.elapsed_time(after) * 1e-3 if on_gpu else after - before
             times.setdefault(inject, []).append((total, taken))
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"{variant.name}: the loss is {loss.item()}")
-    memory = {"peak": None, "steady": None}
-    if device.name != "cpu":
-        memory["peak"] = torch.cuda.max_memory_allocated()
-        memory["steady"] = torch.cuda.memory_allocated()
-    return times, memory
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    steady = torch.cuda.memory_allocated() if on_gpu else None
+    return times, {"peak": peak, "steady": steady}
 
 
 def summary(variant: Variant, blocks: Sequence[Times], memory: dict) -> dict[str, object]:
@@ -217,19 +195,18 @@ def summary(variant: Variant, blocks: Sequence[Times], memory: dict) -> dict[str
     alpha = variant.alpha or 0.0
     kinds = {kind: [x for block in blocks for x in block.get(kind, [])] for kind in (True, False)}
 
-    def weighed(place: int, q: float = 0.5) -> float:
+    def figure(place: int, q: float = 0.5) -> float:
         times = {kind: [pair[place] for pair in pairs] for kind, pairs in kinds.items() if pairs}
-        found = {kind: quantile(values, q) for kind, values in times.items()}
-        return weigh(found, {True: alpha, False: 1 - alpha})
+        return weighed(times, {True: alpha, False: 1 - alpha}, q)
 
     return {
         "name": variant.name,
         "alpha": variant.alpha,
-        "seconds": weighed(0),
-        "low": weighed(0, 0.2),
-        "high": weighed(0, 0.8),
-        "optimizer_seconds": weighed(1),
-        "optimizer_share": weighed(1) / weighed(0),
+        "seconds": figure(0),
+        "low": figure(0, 0.2),
+        "high": figure(0, 0.8),
+        "optimizer_seconds": figure(1),
+        "optimizer_share": figure(1) / figure(0),
         "samples": sum(map(len, kinds.values())),
         "peak_bytes": memory["peak"],
         "steady_bytes": memory["steady"],
@@ -270,14 +247,13 @@ def run_model(
 
     for variant in [*wanted, *reversed(wanted)]:
         label = f"{variant.name}, alpha={variant.alpha}"
-        if variant in blocks and not blocks[variant]:
+        if blocks.get(variant) == []:
             continue  # it did not fit before
+        measured = blocks.setdefault(variant, [])
         if time.perf_counter() > deadline:
-            if variant not in blocks:
-                blocks[variant] = []
+            if not measured:
                 found["not_run"].append({"name": label, "reason": "no time was left for it"})
             continue
-        blocks.setdefault(variant, [])
         # Full fine-tuning goes on from where the variant before it left: a copy would not fit.
         for p, value in zip(trained, start or [], strict=start is not None):
             p.data.copy_(value)
@@ -294,7 +270,7 @@ def run_model(
             for p in trained:
                 p.grad = None
         else:
-            blocks[variant].append(times)
+            measured.append(times)
             memory.setdefault(variant, used)
         gc.collect()
         device.release()

@@ -8,7 +8,6 @@ write-allocate where a line is written that was not read.
 
 from __future__ import annotations
 
-import abc
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -37,12 +36,12 @@ def choose_seed(alpha: float, draws: int) -> int:
     the first one, so that going back to the start is a step like any other.
     """
     wanted = round(Fraction(str(alpha)) * draws)
-    seed = 0
-    while True:
-        drawn = injections(seed, alpha, draws + 1)
-        if sum(drawn[:draws]) == wanted and drawn[draws] == drawn[0]:
-            return seed
-        seed += 1
+    patterns = ((seed, injections(seed, alpha, draws + 1)) for seed in itertools.count())
+    return next(
+        seed
+        for seed, drawn in patterns
+        if sum(drawn[:draws]) == wanted and drawn[draws] == drawn[0]
+    )
 
 
 def injections(seed: int, alpha: float, count: int) -> list[bool]:
@@ -51,29 +50,25 @@ def injections(seed: int, alpha: float, count: int) -> list[bool]:
     return [_philox.step_word(seed, draw) < limit for draw in range(count)]
 
 
-class Variant(abc.ABC):
+class Variant:
     """One implementation in one setting, on a workload.
 
     Attributes:
-        optimizer: What steps, if nothing else is written.
-        name: As the tables call it.
-        guided: Whether it has the settings with an alpha.
-        replays: Whether it has the settings with replay gradients.
-        automatic: Whether it has those with alpha="auto".
-        weighs: Whether it has those with importance.
+        guided: Whether it has the settings with an alpha; ``replays``, ``automatic`` and ``weighs``
+            say the same of replay gradients, alpha="auto" and importance.
         needs: Fields of the setting without which it would be another variant → that variant.
         foreign: Somebody else's code: where it computes something else it is left out, with that as
             the reason, instead of ending the run.
         built_on: The variant whose optimizer it calls: where that computes something else, this one
             may, too, and is left out likewise.
+        optimizer: What steps, if nothing else is written.
         verified: Set by the harness; what is not verified is not timed.
-        calls: Steps taken so far.
         window: Draws over which the cost is averaged.
         pattern: Which of them inject, and whether the one behind them does.
     """
 
     name: ClassVar[str]
-    guided: ClassVar[bool]
+    guided: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     automatic: ClassVar[bool] = False
     weighs: ClassVar[bool] = False
@@ -119,6 +114,7 @@ class Variant(abc.ABC):
 
     def ready(self) -> None:
         """Leaves the gradients as backward passes would; comes before every step, untimed."""
+        self.workload.latest = self
         self.workload.fresh_gradients()
 
     def verified_elsewhere(self) -> float | None:
@@ -143,14 +139,12 @@ class Variant(abc.ABC):
 
         The step before matters: it is the one that measures ahead.
         """
-        for offset in range(1, self.window + 1):
-            draw = (self._draw + offset) % self.window
-            if (self.pattern[draw], self.pattern[draw + 1]) == kind:
-                self.seek((draw - 1) % self.window)
-                self.ready()
-                self()
-                return
-        raise ValueError(f"no draw of the window is of the kind {kind}")
+        kinds = list(itertools.pairwise(self.pattern))
+        later = ((self._draw + offset) % self.window for offset in range(1, self.window + 1))
+        draw = next(draw for draw in later if kinds[draw] == kind)
+        self.seek((draw - 1) % self.window)
+        self.ready()
+        self()
 
     def step(self, inject: bool) -> None:
         """Takes one step."""
@@ -182,7 +176,8 @@ class Variant(abc.ABC):
         # θ read and written, g read, each moment read and written.
         return 3 + 2 * len(self.workload.moments)
 
-    def _share_injected(self) -> float:
+    def share_injected(self) -> float:
+        """Returns the share of the draws in the window that inject."""
         return sum(self.pattern[: self.window]) / self.window
 
 

@@ -10,7 +10,9 @@ it computes, and how long it takes, does not depend on that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +22,6 @@ from dgg import reference
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, MOMENTUM = 1e-2, 0.9, 0.999, 1e-8, 0.01, 0.9
 # Adam's step count before the first call: bias corrections that are neither 0 nor 1.
 FIRST_STEP = 10
-OPTIMIZERS = ("adamw", "sgd", "momentum")
 
 # Float64 copies are made of so many elements at a time: on a CPU they stay in the cache, elsewhere
 # each costs launches and a wait.
@@ -33,23 +34,14 @@ _GRADIENT_SEED = 1
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What kind of step is taken.
-
-    Attributes:
-        name: As the tables call it.
-        alpha: Probability of injecting; None: there is no anchor at all.
-        clipped: The gradient's norm is clipped in the step.
-        replay: There are replay gradients, too, which are added to the others.
-        importance: The option of this name.
-        automatic: alpha="auto": the replay gradients decide how strong the pull is.
-    """
+    """What kind of step is taken."""
 
     name: str
-    alpha: float | None
+    alpha: float | None  # probability of injecting; None: there is no anchor at all
     clipped: bool
-    replay: bool = False
+    replay: bool = False  # there are replay gradients, too, which are added to the others
     importance: float = 0.0
-    automatic: bool = False
+    automatic: bool = False  # alpha="auto": the replay gradients decide how strong the pull is
 
 
 PLAIN = Setting("plain", None, False)
@@ -75,7 +67,7 @@ class Workload:
     Args:
         shapes: Shapes of the parameters.
         dtype: Dtype of all of them; moments and anchors have it too, as in torch.optim.
-        optimizer: One of OPTIMIZERS.
+        optimizer: "adamw", "sgd" or "momentum".
         device: Where they live.
         spare: Draw the gradients anew instead of keeping a copy to restore them from; for lists
             that fill the memory.
@@ -104,12 +96,12 @@ class Workload:
         if conflict:
             for replay_gradient, grad in zip(self.replays, self.grads, strict=True):
                 replay_gradient.mul_(0.3).sub_(grad, alpha=0.6)
+        self.latest = None  # the variant whose step it is or was
         self.moments: list[list[Tensor]] = []
         if optimizer != "sgd":
             self.moments.append([m.mul_(0.1) for m in self._normal(shapes)])
         if optimizer == "adamw":
             self.moments.append([m.abs_().add_(0.5) for m in self._normal(shapes)])
-        self._importances: list[Tensor] = []
         self.elements = sum(p.numel() for p in self.params)
         # About half the norm: clipping is always at work, and rounding in c and s is seen.
         self.max_grad_norm = 0.5 * math.sqrt(self.elements)
@@ -117,10 +109,7 @@ class Workload:
 
     def _normal(self, shapes) -> list[Tensor]:
         how = {"dtype": self.dtype, "device": self.device, "memory_format": self._format}
-        tensors = [torch.empty(s, **how) for s in shapes]
-        for tensor in tensors:
-            tensor.normal_(generator=self._generator)
-        return tensors
+        return [torch.empty(s, **how).normal_(generator=self._generator) for s in shapes]
 
     def move_anchors(self) -> None:
         """Puts θ* at a distance from θ at which the scale s is neither 0 nor 1."""
@@ -137,16 +126,13 @@ class Workload:
         optimizer.set_anchor()
         self.move_anchors()
         if optimizer.param_groups[0]["importance"]:
-            for param, importance in zip(params, self.importances(), strict=True):
+            for param, importance in zip(params, self.importances, strict=True):
                 optimizer.state[param]["importance"] = importance
 
+    @functools.cached_property
     def importances(self) -> list[Tensor]:
-        """Returns F of each parameter, of mean 1; all variants share it."""
-        if not self._importances:
-            self._importances = [
-                x.abs_().mul_(1.2533) for x in self._normal(map(_shape, self.params))
-            ]
-        return self._importances
+        """F of each parameter, of mean 1; all variants share it."""
+        return [x.abs_().mul_(1.2533) for x in self._normal(p.shape for p in self.params)]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Returns Parameters on the shared memory, with the shared gradients.
@@ -177,140 +163,112 @@ class Workload:
         stored = [x.detach() for tensors in self.stored() for x in tensors]
         return all(bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()) for x in stored)
 
-    @staticmethod
-    def bytes_needed(
-        elements: int, dtype: torch.dtype, optimizer: str, *, spare: bool = False,
-        replay: bool = False,
-    ) -> int:  # fmt: skip
-        """Returns the memory of a workload, with one array for the temporaries of the peers."""
-        arrays = {"adamw": 6, "momentum": 5, "sgd": 4}[optimizer] + (not spare) + replay
-        return arrays * elements * dtype.itemsize
+
+def largest_error(compared: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Returns the largest |got - want| / allowed of (got, want, allowed); of NaN infinity."""
+    worst = 0.0
+    for got, want, allowed in compared:
+        if got.numel() > 0:
+            error = float(((got - want).abs() / allowed).max())
+            worst = max(worst, error) if error == error else math.inf
+    return worst
 
 
 class VerificationError(AssertionError):
     """A variant does not compute the guided step."""
 
 
-class Verifier:
-    """Computes steps of a workload in float64, at a sample of its elements.
+def check(variant, work: Workload, *, injects: bool) -> float:
+    """Runs one step of a variant, which must inject or not, and compares it with float64.
 
     Norms run over every element, whatever the size; the update is compared at all elements of
     small workloads, at the ends and in the middle of the tensors of large ones.
+
+    Returns:
+        The largest error in units of the tolerance.
+
+    Raises:
+        VerificationError: An element is further off than the variant's tolerance.
     """
+    setting, places = variant.setting, _places(work)
+    count = len(places)
+    variant.ready()
+    expected = [_sample(tensors, places) for tensors in work.stored()]
+    found = _coefficients(work, setting, injects, count)
+    grads, anchors = _sample(work.grads, places), _sample(work.anchors, places)
+    replays = _sample(work.replays, places) if setting.replay else []
+    flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
+    shared = {
+        "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
+        "threshold": 1 << 32, "importance": setting.importance,
+    }  # fmt: skip
+    if setting.importance:
+        shared["importances"] = _sample(work.importances, places)
+    distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
+    if work.optimizer == "adamw":
+        reference.adam_(
+            expected[0], grads, replays, expected[1], expected[2], [None] * count, anchors,
+            [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
+            flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
+            **shared,
+        )  # fmt: skip
+    else:
+        buffers = expected[1] if work.moments else [None] * count
+        reference.sgd_(
+            expected[0], grads, replays, buffers, anchors, distances, found, flags, rows,
+            momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
+            **shared,
+        )  # fmt: skip
+    variant()
+    relative, absolute = variant.tolerance(work.dtype)
+    worst = largest_error(
+        (got, want, absolute + relative * want.abs())
+        for tensors, wanted in zip(work.stored(), expected, strict=True)
+        for got, want in zip(_sample(tensors, places), wanted, strict=True)
+    )
+    if not worst <= 1.0:
+        raise VerificationError(
+            f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "
+            "float64 reference and is not timed"
+        )
+    return worst
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-        count = len(workload.params)
-        sample = _SAMPLE if workload.device.type == "cpu" else _SAMPLE_ELSEWHERE
-        stride = max(1, count // _SAMPLED_TENSORS)
-        rows = range(count) if workload.elements <= 64 * sample else range(0, count, stride)
-        self._places = [
-            (row, part) for row in rows for part in _parts(workload.params[row], sample)
-        ]
-        # ‖g‖ belongs to the fresh gradients and is the same for every variant.
-        workload.fresh_gradients()
-        self._grad_square = sum(_square(g) for g in workload.grads)
 
-    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
-        # Clones: what is a float64 CPU tensor already would be handed out as it is.
-        return [
-            _flat(tensors[row])[part].to("cpu", torch.float64, copy=True)
-            for row, part in self._places
-        ]
-
-    def _guard(
-        self, total: float, distance: float, weights: list, most: float | None, count: int
-    ) -> Tensor:  # fmt: skip
-        """Returns c and the strength of equation (7) as coefficients of ``count`` rows."""
-        work = self.workload
-        pairs = list(zip(work.grads, work.replays, strict=True))
-        mixed = (_differences(grad, replay, sign=-1) for grad, replay in pairs)
-        pulls = map(_differences, work.params, work.anchors, weights)
-        products = [0.0, 0.0, 0.0]  # ‖r‖², ⟨h, r⟩, ⟨u, r⟩
-        for h_chunks, u_chunks, replay in zip(mixed, pulls, work.replays, strict=True):
-            for h, u, r in zip(h_chunks, u_chunks, _differences(replay, None), strict=True):
-                for place, x in enumerate((r, h, u)):
-                    products[place] += float(torch.dot(x, r))
-        sums = torch.zeros(reference.PRODUCTS, count, dtype=torch.float64)
-        sums[:, 0] = torch.tensor([total, total, distance, *products])
-        found = reference.guard_coefficients(sums, max_grad_norm=most, per_tensor=False)
+def _coefficients(work: Workload, setting: Setting, injects: bool, count: int) -> Tensor:
+    """Returns c and the scale of the pull as coefficients of ``count`` rows."""
+    params, grads = _chunks(work.params), _chunks(work.grads)
+    replays = _chunks(work.replays) if setting.replay else []
+    anchors = _chunks(work.anchors) if injects else [None] * len(params)
+    weighing = {"importance": setting.importance}
+    if setting.importance:
+        weighing["importances"] = _chunks(work.importances)
+    how = {"max_grad_norm": work.max_grad_norm if setting.clipped else None}
+    if setting.automatic:
+        flags = torch.full((len(params),), reference.INJECT, dtype=torch.uint8)
+        sums = reference.products(params, grads, replays, anchors, flags, **weighing)
+        found = reference.guard_coefficients(sums, per_tensor=False, **how)
         if not found[reference.SCALES] > 0:
             raise VerificationError("alpha='auto' pulls nothing on this workload")
-        return found[: reference.SCALES + count]
-
-    def check(self, variant, *, injects: bool) -> float:
-        """Runs one step of the variant, which must inject or not, and compares it.
-
-        Returns:
-            The largest error in units of the tolerance.
-
-        Raises:
-            VerificationError: An element is further off than the variant's tolerance.
-        """
-        work, setting = self.workload, variant.setting
-        variant.ready()
-        expected = [self._sample(tensors) for tensors in work.stored()]
-        count = len(self._places)
-        squares = torch.zeros(3, count, dtype=torch.float64)
-        # ‖h‖, ‖g‖ and ‖d‖ of equations (2) and (4).
-        total, distance = self._grad_square, 0.0
-        if setting.replay:
-            pairs = zip(work.grads, work.replays, strict=True)
-            total = sum(_square(grad, replay, sign=-1) for grad, replay in pairs)
-        if injects:
-            weights = work.importances() if setting.importance else [None] * len(work.params)
-            distance = sum(map(_square, work.params, work.anchors, weights))
-        squares[:, 0] = torch.tensor([total, self._grad_square, distance])
-        most = work.max_grad_norm if setting.clipped else None
-        found = reference.coefficients(squares, max_grad_norm=most, scaling=True, per_tensor=False)
-        if setting.automatic:
-            found = self._guard(total, distance, weights, most, count)
-        grads, anchors = self._sample(work.grads), self._sample(work.anchors)
-        replays = self._sample(work.replays) if setting.replay else []
-        flags = torch.full((count,), reference.INJECT if injects else 0, dtype=torch.uint8)
-        weighing = {}
-        if setting.importance:
-            importances = self._sample(work.importances())
-            weighing = {"importances": importances, "importance": setting.importance}
-        shared = {
-            **weighing,
-            "lr": LR, "weight_decay": WEIGHT_DECAY, "maximize": False, "strength": 1.0,
-            "threshold": 1 << 32,
-        }  # fmt: skip
-        distances, rows = torch.full((count,), -1.0, dtype=torch.float64), list(range(count))
-        if work.optimizer == "adamw":
-            reference.adam_(
-                expected[0], grads, replays, expected[1], expected[2], [None] * count, anchors,
-                [torch.tensor(float(FIRST_STEP + variant.calls)) for _ in rows], distances, found,
-                flags, rows, beta1=BETA1, beta2=BETA2, eps=EPS, decoupled=True, amsgrad=False,
-                **shared,
-            )  # fmt: skip
-        else:
-            buffers = expected[1] if work.moments else [None] * count
-            reference.sgd_(
-                expected[0], grads, replays, buffers, anchors, distances, found, flags, rows,
-                momentum=MOMENTUM if work.moments else 0.0, dampening=0.0, nesterov=False,
-                **shared,
-            )  # fmt: skip
-        variant()
-        relative, absolute = variant.tolerance(work.dtype)
-        worst = 0.0
-        for tensors, wanted in zip(work.stored(), expected, strict=True):
-            for got, want in zip(self._sample(tensors), wanted, strict=True):
-                if got.numel() == 0:
-                    continue
-                error = float(((got - want).abs() / (absolute + relative * want.abs())).max())
-                worst = max(worst, error) if error == error else math.inf
-        if not worst <= 1.0:
-            raise VerificationError(
-                f"{variant.name} ({setting.name}) is {worst:.3g} times its tolerance away from the "
-                "float64 reference and is not timed"
-            )
-        return worst
+    else:
+        unknown = torch.full((len(params),), -1.0, dtype=torch.float64)
+        squares = reference.norms(params, grads, replays, anchors, unknown, **weighing)
+        found = reference.coefficients(squares, scaling=True, per_tensor=False, **how)
+    scale = found[reference.SCALES].expand(count)
+    return torch.cat([found[: reference.SCALES], scale])
 
 
-def _shape(x: Tensor) -> torch.Size:
-    return x.shape
+def _places(work: Workload) -> list[tuple[int, slice]]:
+    """Returns where the update is compared: rows, and elements of each."""
+    count = len(work.params)
+    sample = _SAMPLE if work.device.type == "cpu" else _SAMPLE_ELSEWHERE
+    stride = max(1, count // _SAMPLED_TENSORS)
+    rows = range(count) if work.elements <= 64 * sample else range(0, count, stride)
+    return [(row, part) for row in rows for part in _parts(work.params[row], sample)]
+
+
+def _sample(tensors: list[Tensor], places: list[tuple[int, slice]]) -> list[Tensor]:
+    # Clones: what is a float64 CPU tensor already would be handed out as it is.
+    return [_flat(tensors[row])[part].to("cpu", torch.float64, copy=True) for row, part in places]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -318,25 +276,10 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def _square(
-    x: Tensor, other: Tensor | None = None, weight: Tensor | None = None, *, sign: int = 1
-) -> float:  # fmt: skip
-    """Returns ‖weight ∘ (x - sign · other)‖² in float64."""
-    return sum(float(torch.dot(wide, wide)) for wide in _differences(x, other, weight, sign=sign))
-
-
-def _differences(x: Tensor, other: Tensor | None, weight: Tensor | None = None, *, sign: int = 1):
-    """Yields weight ∘ (x - sign · other) in float64, a chunk at a time."""
-    size = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    nothing = [None] * (1 + x.numel() // size)
-    others, weights = (nothing if y is None else _flat(y).split(size) for y in (other, weight))
-    for chunk, subtrahend, factor in zip(_flat(x).split(size), others, weights, strict=False):
-        wide = chunk.double()
-        if subtrahend is not None:
-            wide.sub_(subtrahend, alpha=sign)
-        if factor is not None:
-            wide.mul_(factor)
-        yield wide
+def _chunks(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns the elements of all tensors, cut into pieces."""
+    size = _CHUNK if tensors[0].device.type == "cpu" else _CHUNK_ELSEWHERE
+    return [piece for x in tensors for piece in _flat(x).split(size)]
 
 
 def _parts(tensor: Tensor, sample: int) -> list[slice]:

@@ -69,7 +69,7 @@ def _variant(bench, name, setting, shapes=((300,), (7, 11)), **more):
     work = workload.Workload(
         list(shapes), torch.float32, "adamw", torch.device("cpu"), replay=setting.replay, **more
     )
-    return work, peers.IMPLEMENTATIONS[name](work, setting), workload.Verifier(work)
+    return work, peers.IMPLEMENTATIONS[name](work, setting)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def _variant(bench, name, setting, shapes=((300,), (7, 11)), **more):
 @pytest.mark.parametrize("alpha", [1.0, 0.2])
 def test_guided_variants_pass_their_verification(bench, name, alpha):
     try:
-        _, variant, verifier = _variant(bench, name, bench("workload").sampled(alpha))
+        _, variant = _variant(bench, name, bench("workload").sampled(alpha))
     except bench("variant").Unavailable as reason:
         pytest.skip(str(reason))
-    assert bench("timing").verify(variant, verifier) <= 1
+    assert bench("timing").verify(variant) <= 1
     assert variant.verified
 
 
@@ -107,14 +107,14 @@ REPLAYED = {
 def test_replaying_variants_pass_their_verification(bench, name, setting, channels_last):
     shapes = [(3, 4, 2, 2), (5, 2, 1, 3)] if channels_last else [(300,), (7, 11)]
     try:
-        work, variant, verifier = _variant(
+        work, variant = _variant(
             bench, name, getattr(bench("workload"), setting), shapes, channels_last=channels_last
         )
     except bench("variant").Unavailable as reason:
         pytest.skip(str(reason))
     everything = [*work.params, *work.grads, *work.anchors, *work.replays, *sum(work.moments, [])]
     assert all(x.is_contiguous() != channels_last for x in everything)
-    assert bench("timing").verify(variant, verifier) <= 1
+    assert bench("timing").verify(variant) <= 1
     assert variant.verified and (variant.bytes_moved() or 0) >= 0
     # Whoever was timed finds the gradients again, and waiting replay gradients at every step.
     variant.ready()
@@ -131,13 +131,13 @@ def test_replaying_variants_pass_their_verification(bench, name, setting, channe
 )  # fmt: skip
 def test_a_variant_that_leaves_the_replay_gradients_out_is_refused(bench, name, setting):
     workload = bench("workload")
-    _, variant, verifier = _variant(bench, name, getattr(workload, setting))
-    assert bench("timing").verify(variant, verifier) <= 1
+    work, variant = _variant(bench, name, getattr(workload, setting))
+    assert bench("timing").verify(variant) <= 1
     # The same memory, but what it takes for the replay gradients are zeros.
     variant.workload = copy.copy(variant.workload)
     variant.workload.replays = list(map(torch.zeros_like, variant.workload.replays))
     with pytest.raises(workload.VerificationError, match="tolerance"):
-        bench("timing").verify(variant, verifier)
+        workload.check(variant, work, injects=variant.pattern[0])
 
 
 def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
@@ -155,7 +155,7 @@ def test_no_peer_compiles_its_kernels_in_a_benchmark(bench, monkeypatch):
 @pytest.mark.parametrize("mistake", ["no guidance", "scale", "clip"])
 def test_wrong_variant_is_refused(bench, mistake):
     workload = bench("workload")
-    work, variant, verifier = _variant(bench, "foreach + fused", workload.GUIDED)
+    work, variant = _variant(bench, "foreach + fused", workload.GUIDED)
     right = variant.step
     if mistake == "no guidance":
         variant.step = lambda inject: right(False)
@@ -164,13 +164,13 @@ def test_wrong_variant_is_refused(bench, mistake):
     else:
         variant._max_norm *= 1.01
     with pytest.raises(workload.VerificationError, match="foreach"):
-        bench("timing").verify(variant, verifier)
+        bench("timing").verify(variant)
     assert not variant.verified
 
 
 def test_unverified_variant_is_not_timed(bench):
     robin = bench("timing")
-    work, variant, _ = _variant(bench, "torch fused", bench("workload").PLAIN)
+    work, variant = _variant(bench, "torch fused", bench("workload").PLAIN)
     before = [p.clone() for p in work.params]
     with pytest.raises(robin.NotVerified, match="torch fused"):
         robin.Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
@@ -186,7 +186,7 @@ def test_wrong_variant_ends_the_run(bench, capsys, monkeypatch):
 
 
 def test_variants_on_shared_memory_have_their_own_version_counters(bench):
-    work, variant, _ = _variant(bench, "torch fused", bench("workload").PLAIN)
+    work, variant = _variant(bench, "torch fused", bench("workload").PLAIN)
     other = work.parameters()
     before = other[0]._version
     variant()
@@ -201,7 +201,7 @@ def test_draws_of_the_window(bench):
         assert sum(variants.injections(seed, alpha, 100)) == round(100 * alpha)
     # 50 draws cannot be 5 % injections.
     rare = _variant(bench, "foreach + fused", bench("workload").sampled(0.05))[1]
-    assert rare.window == 100 and float(rare._share_injected()) == 0.05
+    assert rare.window == 100 and float(rare.share_injected()) == 0.05
     shares = _variant(bench, "foreach + fused", bench("workload").sampled(0.2))[1].shares()
     assert sum(shares.values()) == 1
     assert float(sum(s for (now, _), s in shares.items() if now)) == 0.2
@@ -216,7 +216,7 @@ def test_bytes_moved(bench):
         ("foreach + fused", workload.GUIDED): 72,
     }
     for (name, setting), wanted in expected.items():
-        work, variant, _ = _variant(bench, name, setting)
+        work, variant = _variant(bench, name, setting)
         moved = variant.bytes_moved()
         assert (moved if moved is None else moved / work.elements) == wanted
 
@@ -428,11 +428,9 @@ def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypa
     monkeypatch.setattr(driver, "install", lambda: fake)
     errors = dict.fromkeys((s.name for s in workload.SETTINGS), 0.5)
     monkeypatch.setattr(driver, "interpreted", lambda optimizer, dtype: errors)
-    _, variant, verifier = _variant(
-        bench, "dgg triton, nothing started", workload.CLIPPED, [(9000,), (3,)]
-    )
+    _, variant = _variant(bench, "dgg triton, nothing started", workload.CLIPPED, [(9000,), (3,)])
     with pytest.raises(workload.VerificationError, match=r"starts \[\], not .*'adam_kernel', 3"):
-        bench("timing").verify(variant, verifier)
+        bench("timing").verify(variant)
     assert not variant.verified
 
     def step(inject):
@@ -440,7 +438,7 @@ def test_a_launched_step_that_starts_something_else_is_not_timed(bench, monkeypa
             fake.started(name, [3 if name != "coefficients_kernel" else 1, 1, 1], "", ())
 
     variant.step = step
-    assert bench("timing").verify(variant, verifier) == 0.5 and variant.verified
+    assert bench("timing").verify(variant) == 0.5 and variant.verified
 
 
 @pytest.mark.slow  # kernels are compiled, and interpreted in another process

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,12 +74,10 @@ def share_out(shared, folder, text, parts=2, **more):
         )  # fmt: skip
 
     share = [shared.Part(folder, (number, parts), launch) for number in range(parts)]
-    for part in share:
-        part.start()
     end = time.monotonic() + 240
-    while any([part.running() for part in share]):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(lambda part: part.run(end), share))
+    assert time.monotonic() < end
     found = [record for part in share for record in shared.witness.records(part.path)]
     return share, shared.summarise(found)
 
@@ -100,7 +99,7 @@ def test_one_test_costs_itself_alone_whatever_it_does(shared, tmp_path):
     assert found["skip_reasons"] == {"one GPU": 1}
     lost = {name.partition("::")[2] for name in found["lost"]}
     assert lost == {"test_killed", "test_hangs", "test_loses_the_device"}
-    assert found["slowest"] and not any(part.stop() for part in share)
+    assert found["slowest"] and not any(part.stopped for part in share)
 
 
 def test_only_some_tests_are_taken(shared, tmp_path):
@@ -278,7 +277,7 @@ def test_peers_compute_the_step_where_numbers_stay_on_the_device(bench, name, dt
     work = workload.Workload(shapes, dtype, "adamw", torch.device("cpu"))
     variant = peers.IMPLEMENTATIONS[name](work, workload.GUIDED)
     variant._on_host = False
-    assert robin.verify(variant, workload.Verifier(work)) <= 1
+    assert robin.verify(variant) <= 1
     # Another dtype would cost torch's foreach functions a kernel for every tensor.
     assert variant._scalar(torch.ones((), dtype=torch.float64)).dtype == dtype
 
@@ -755,6 +754,15 @@ def test_checks_find_what_is_wrong(bench, checks, monkeypatch):
     results = checks.run(where, lambda results: None)
     assert results["same bits, cpp"]["status"] == "failed"
     assert results["reference, cpp"]["status"] == "ok"
+
+
+def test_backends_that_leave_no_numbers_do_not_agree(bench, checks, monkeypatch):
+    def steps(where, backend, setting, count):
+        return [torch.full((3,), 1.0 if backend == "cpp" else torch.nan)]
+
+    monkeypatch.setattr(checks, "_steps", steps)
+    with pytest.raises(checks.Broken, match="inf times what is allowed apart"):
+        checks.agree(here(bench, checks))
 
 
 def test_a_check_that_loses_the_device_ends_the_process(bench, checks, monkeypatch):

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 
+import provenance
 from gpu import sanitizer
 from gpu.sources import ROOT, SOURCES, built_digest
 from gpu.stages import Failed, Stages, tail
@@ -52,18 +53,15 @@ def find_environment(stages: Stages) -> dict:
     if found is None:
         raise Failed(f"torch cannot be imported by {sys.executable}: {tail(output)}")
     stages.environment = found
-    smi = shutil.which("nvidia-smi")
-    report = stages.command([smi, "-q"], limit=20)[1] if smi else "no nvidia-smi"
-    wanted = ("Driver Version", "CUDA Version", "Product Name", "Performance State", "Power",
-              "Graphics", "SM  ", "Memory  ", "Gpu  ", "ECC Mode", "Current  ", "MIG Mode",
-              "Persistence")  # fmt: skip
-    kept = [line.strip() for line in report.splitlines() if line.strip().startswith(wanted)]
-    nvcc = sanitizer.tool_of_cuda("nvcc")
-    version = stages.command([nvcc, "--version"], limit=20)[1] if nvcc else ""
+
+    def ask(command: list[str]) -> str | None:
+        program = sanitizer.tool_of_cuda(command[0])
+        return stages.command([program, *command[1:]], limit=20)[1] if program else None
+
     return {
         "found": found,
-        "nvidia_smi": kept[:60],
-        "nvcc": nvcc and version.strip().splitlines()[-1:],
+        "nvidia_smi": provenance.nvidia_smi(ask),
+        "nvcc": (ask(["nvcc", "--version"]) or "").strip().splitlines()[-1:],
         "sanitizer": sanitizer.installed(),
         "summary": f"{found.get('name')}, torch {found['torch']}, Triton {found['triton']}, "
         f"Python {found['python']}",

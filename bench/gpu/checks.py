@@ -32,7 +32,7 @@ from peers import IMPLEMENTATIONS
 from report import first_line, table, write_json
 from timing import verify
 from variant import Variant
-from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Verifier, Workload
+from workload import CLIPPED, GUIDED, PLAIN, REPLAY, REPLAY_GUIDED, Setting, Workload, largest_error
 
 BACKENDS = ("cpp", "triton")
 # Below, at and above the end of a chunk, and more than one.
@@ -51,36 +51,27 @@ class NotHere(RuntimeError):
 
 @dataclasses.dataclass
 class Where:
-    """What the checks run on.
-
-    Attributes:
-        device: From machine.py.
-        shapes: Of the parameters.
-        listed: Shapes of the list whose launches are counted.
-    """
+    """What the checks run on."""
 
     device: Cpu
     shapes: list[tuple[int, ...]]
-    listed: list[tuple[int, ...]]
+    listed: list[tuple[int, ...]]  # shapes of the list whose launches are counted
 
-    def variant(self, backend: str, setting: Setting, shapes=None) -> tuple[Variant, Verifier]:
-        """Returns a variant of ours on tensors that are the same at every call."""
+    def variant(self, backend: str, setting: Setting, *, steps: int = 0, shapes=None) -> Variant:
+        """Returns a variant of ours after some steps, from tensors that are the same every time."""
         work = Workload(
             shapes or self.shapes, torch.float32, "adamw", self.device.device, replay=setting.replay
         )
-        return IMPLEMENTATIONS[f"dgg {backend}"](work, setting), Verifier(work)
-
-
-def _stored(variant: Variant) -> list[torch.Tensor]:
-    return [x.detach().clone() for tensors in variant.workload.stored() for x in tensors]
+        made = IMPLEMENTATIONS[f"dgg {backend}"](work, setting)
+        for _ in range(steps):
+            made.ready()
+            made()
+        return made
 
 
 def _steps(where: Where, backend: str, setting: Setting, count: int) -> list[torch.Tensor]:
-    variant, _ = where.variant(backend, setting)
-    for _ in range(count):
-        variant.ready()
-        variant()
-    return _stored(variant)
+    stored = where.variant(backend, setting, steps=count).workload.stored()
+    return [x.detach().clone() for tensors in stored for x in tensors]
 
 
 def same_bits(backend: str, where: Where) -> str:
@@ -96,7 +87,7 @@ def same_bits(backend: str, where: Where) -> str:
 def reference(backend: str, where: Where) -> str:
     """Every setting against the float64 reference."""
     settings = (PLAIN, CLIPPED, GUIDED, REPLAY, REPLAY_GUIDED)
-    worst = max(verify(*where.variant(backend, setting)) for setting in settings)
+    worst = max(verify(where.variant(backend, setting)) for setting in settings)
     return f"{len(settings)} settings, at most {worst:.2f} of the tolerance off"
 
 
@@ -105,10 +96,12 @@ def agree(where: Where) -> str:
     worst = 0.0
     for setting in (PLAIN, REPLAY_GUIDED):
         cpp, triton = (_steps(where, backend, setting, 2) for backend in BACKENDS)
-        for mine, theirs in zip(cpp, triton, strict=True):
-            # Two roundings apart at the most, one of either: twice the defaults of torch.testing.
-            bound = 2 * (1e-5 + 1.3e-6 * mine.double().abs())
-            worst = max(worst, float(((mine.double() - theirs.double()).abs() / bound).max()))
+        # Two roundings apart at the most, one of either: twice the defaults of torch.testing.
+        off = largest_error(
+            (mine.double(), theirs.double(), 2 * (1e-5 + 1.3e-6 * mine.double().abs()))
+            for mine, theirs in zip(cpp, triton, strict=True)
+        )
+        worst = max(worst, off)
     if not worst <= 1:
         raise Broken(f"they are {worst:.3g} times what is allowed apart")
     return f"at most {worst:.2f} of what is allowed apart"
@@ -118,10 +111,7 @@ def no_wait(backend: str, where: Where) -> str:
     """Steps under torch's synchronisation check."""
     settings = (PLAIN, CLIPPED, GUIDED, REPLAY_GUIDED)
     for setting in settings:
-        variant, _ = where.variant(backend, setting)
-        for _ in range(3):  # what is new is made
-            variant.ready()
-            variant()
+        variant = where.variant(backend, setting, steps=3)  # what is new is made
         variant.ready()
         if (seen := where.device.waits(variant)) is not None:
             raise Broken(f"a {setting.name} step waits: {seen}")
@@ -132,11 +122,7 @@ def no_wait(backend: str, where: Where) -> str:
 
 def launches(backend: str, where: Where) -> str:
     """Kernels of a guided, clipped step over a list of tensors."""
-    variant, _ = where.variant(backend, GUIDED, where.listed)
-
-    for _ in range(3):
-        variant.ready()
-        variant()
+    variant = where.variant(backend, GUIDED, steps=3, shapes=where.listed)
     found = where.device.profile([(variant.ready, variant)] * 3)
     if isinstance(found, str):
         raise NotHere(found)

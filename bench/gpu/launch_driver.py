@@ -34,37 +34,14 @@ _INTERPRETED = (8, 65, 8200)
 _PATIENCE = 120
 
 
-class Utils:
-    """Takes every kernel for loaded.
-
-    Args:
-        spills: Kernel name → registers spilled by its first, second, ... variant; others by none.
-    """
-
-    def __init__(self, spills: Mapping[str, Sequence[int]]) -> None:
-        self._spills = spills
-        self.loaded = collections.Counter()
-
-    def load_binary(self, name, kernel, shared, device):
-        self.loaded[name] += 1
-        spills = self._spills.get(name, [])[self.loaded[name] - 1 : self.loaded[name]]
-        return 1, f"{name} {self.loaded[name]}", 32, sum(spills), 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
-                "warpSize": 32}  # fmt: skip
-
-
 class Driver:
     """What Triton asks of a driver, without a GPU.
 
     Args:
         started: Called with every launch that would have been made: the kernel's name, the grid,
-            the loaded function and the kernel's arguments. None: launches go nowhere.
-        spills: As of `Utils`.
-
-    Attributes:
-        started: May be exchanged at any time.
+            the loaded function and the kernel's arguments. None: launches go nowhere. May be
+            exchanged at any time.
+        spills: Kernel name → registers spilled by its first, second, ... variant; others by none.
     """
 
     def __init__(
@@ -72,7 +49,18 @@ class Driver:
         started: Callable[..., object] | None = None,
         spills: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.started, self.utils = started, Utils(spills or {})
+        self.started, self._spills = started, spills or {}
+        self._loaded = collections.Counter()
+        self.utils = self  # every kernel is taken for loaded
+
+    def load_binary(self, name, kernel, shared, device):
+        self._loaded[name] += 1
+        spills = self._spills.get(name, [])[self._loaded[name] - 1 : self._loaded[name]]
+        return 1, f"{name} {self._loaded[name]}", 32, sum(spills), 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
+                "warpSize": 32}  # fmt: skip
 
     def launcher_cls(self, source, metadata):
         def start(x, y, z, stream, function, packed, launch, enter, leave, *arguments):
@@ -93,38 +81,28 @@ class Driver:
         return 0
 
 
-_installed: Driver | None = None
-
-
-def missing() -> str | None:
-    """Returns why launched steps cannot be timed in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return "TRITON_INTERPRET=1: the interpreter's time says nothing about a launch"
-    if torch.accelerator.is_available():
-        return "there is a GPU here: --device cuda measures the host's time on it"
-    return None
-
-
+@functools.cache
 def install() -> Driver:
     """Lets ``backend="triton"`` take CPU tensors for the rest of this process; starts nothing.
 
     Raises:
-        RuntimeError: It cannot be done here.
+        RuntimeError: Launched steps cannot be timed in this process.
     """
-    global _installed
-    if _installed is None:
-        if (reason := missing()) is not None:
-            raise RuntimeError(reason)
-        import dgg.kernels
-        import triton
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        reason = "TRITON_INTERPRET=1: the interpreter's time says nothing about a launch"
+        raise RuntimeError(reason)
+    if torch.accelerator.is_available():
+        raise RuntimeError("there is a GPU here: --device cuda measures the host's time on it")
+    import dgg.kernels
+    import triton
 
-        _installed = Driver()
-        triton.runtime.driver.set_active(_installed)
-        # What it says of the CPU: that Triton runs there in its interpreter only.
-        dgg.kernels.unavailable = lambda device: None
-    return _installed
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    # What it says of the CPU: that Triton runs there in its interpreter only.
+    dgg.kernels.unavailable = lambda device: None
+    return driver
 
 
 def started_by(driver: Driver, function: Callable[[], object]) -> list[tuple[str, int]]:
@@ -170,7 +148,7 @@ def main(optimizer: str, dtype: str) -> int:
             torch.device("cpu"), replay=setting.replay,
         )  # fmt: skip
         variant = dgg_variants.DggTriton(work, setting)
-        found[setting.name] = timing.verify(variant, workload.Verifier(work))
+        found[setting.name] = timing.verify(variant)
     print(json.dumps(found))
     return 0
 

@@ -12,6 +12,7 @@ https://ui.perfetto.dev. docs/profiling.md reads the output.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 import shutil
@@ -31,17 +32,12 @@ RANGES = ("dgg.step", "dgg.norm", "dgg.allreduce", "dgg.update", "dgg.prefetch")
 # As many tensors as LLaVA-7B's LoRA has, and small enough for a CPU.
 NARROW = Shape(hidden=256, intermediate=688, heads=8, vocabulary=1000, vision=64, patches=32)
 SHAPES = {"llava7b": Shape(), "narrow": NARROW, "tiny": TINY}
+# At once: a step may take seconds.
+say = functools.partial(print, flush=True)
 
 
 class Training:
-    """A LoRA training whose optimizer is profiled.
-
-    Args:
-        device: Where it runs.
-        shape: Key of SHAPES.
-        rank: LoRA rank.
-        options: Of dgg.AdamW.
-    """
+    """A LoRA training whose optimizer is profiled; ``options`` are dgg.AdamW's."""
 
     def __init__(self, device: torch.device, shape: str, rank: int, **options) -> None:
         sizes = SHAPES[shape]
@@ -58,11 +54,6 @@ class Training:
         self.model(*self.data).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def say(text: str) -> None:
-    """Prints what is done now, at once: a step may take seconds."""
-    print(text, flush=True)
 
 
 def warm_up(training: Training) -> None:

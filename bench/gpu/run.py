@@ -23,9 +23,8 @@ would shadow another library). No setting of the GPU is touched.
 
 Each part of a stage is a process of its own with a time limit; what it found is written at once,
 and a part or a stage that fails, or does not end, does not stop the others. Exit code: 0 if all
-went well, 1 if a part failed, hung, or found no time in the first two stages, 2 without a GPU. A
-stage prints its table when it ends and leaves bench/results/<device>-<date>-stage<n>.json and .md;
-all of them together are in <device>-<date>.json; those of single parts say which.
+went well, 1 if a part failed, hung, or found no time in the first two stages, 2 without a GPU.
+bench/results/README.md says what is written where.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 from gpu import shared_tests, witness
-from gpu.stages import GPU, Stages, block, tail, wait
+from gpu.stages import GPU, Stages, block, tail
 
 # The two tools of compute-sanitizer for a small step, and the line that each ends with.
 TOOLS = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
@@ -24,16 +24,11 @@ def run_small_step(stages: Stages) -> dict:
         return NOT_HERE
     script = [sys.executable, GPU / "checks.py", "--small-step"]
     script += ["--device", "cpu"] if stages.rehearsal else []
-    end, running, counted, bad, refused = time.monotonic() + stages.limit, {}, {}, [], []
-    for tool in TOOLS:
-        printed = stages.work / f"{tool}.log"
-        with printed.open("w", encoding="utf-8") as output:
-            command = [*_sanitized(tool, sanitizer), *script]
-            running[tool] = stages.start(command, UNCACHED, output), printed
-    for tool, (process, printed) in running.items():
-        code = wait(process, end - time.monotonic())
-        output = printed.read_text(encoding="utf-8", errors="replace")
-        stages.log.write(output)
+    counted, bad, refused = {}, [], []
+    commands = [[*_sanitized(tool, sanitizer), *script] for tool in TOOLS]
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        ended = list(pool.map(lambda command: stages.command(command, **UNCACHED), commands))
+    for tool, (code, output) in zip(TOOLS, ended, strict=True):
         if reason := _refusal(output):
             refused.append(f"{tool}: {reason}")
             continue

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from gpu import witness
 from gpu.stages import ROOT, Failed, Stages, block, kill, tail
@@ -55,22 +56,19 @@ def run_tests(stages: Stages) -> dict:
         for number in range(parts)
     ]
     end = time.monotonic() + stages.limit
-    for part in share:
-        part.start()
-    while any([part.running() for part in share]) and time.monotonic() < end:
-        time.sleep(0.2)
-    stopped = [part for part in share if part.stop()]
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(lambda part: part.run(end), share))
     for part in share:
         stages.log.write(part.output())
     found = summarise(record for part in share for record in witness.records(part.path))
-    tails = [tail(part.output(), 12) for part in share if part.failed or part in stopped]
+    tails = [tail(part.output(), 12) for part in share if part.failed or part.stopped]
     page = [", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "skipped"))]
     page += [f"FAILED {failure['name']}: {failure['message']}" for failure in found["failures"]]
     page += [f"{n} skipped: {reason}" for reason, n in found["skip_reasons"].items()]
     stages.say("\n".join([*page, *tails]))
     stages.pages.append(block("Tests", page))
     reasons = [part.failed for part in share if part.failed]
-    if stopped:
+    if any(part.stopped for part in share):
         reasons.append("stopped at its limit; not all tests were run")
     if found["failed"]:
         names = ", ".join(failure["name"] for failure in found["failures"][:10])
@@ -93,80 +91,63 @@ def processes(stages: Stages) -> int:
 class Part:
     """A share of the tests, run by one process after the other until none is left.
 
-    Args:
-        folder: Where its files go.
-        number: Which part, and of how many.
-        launch: (file for the output, environment) → a process that runs the tests.
-
-    Attributes:
-        path: What the witness writes.
-        failed: Why the part was given up, or None.
+    ``number``: which part, and of how many; ``launch``: (file for the output, environment) → a
+    process that runs the tests.
     """
 
     def __init__(
         self, folder: pathlib.Path, number: tuple[int, int], launch: Callable[..., subprocess.Popen]
     ) -> None:
         part, parts = number
+        # What the witness writes, and what the processes print.
         self.path, self._printed = folder / f"{part}.jsonl", folder / f"{part}.log"
-        self.failed: str | None = None
+        self.failed: str | None = None  # why the part was given up
+        self.stopped = False  # it ran until the end of its time
         # Tensors on the CPU are small here, and the processes many.
         self._more = {"DGG_WITNESS": str(self.path), "DGG_PART": f"{part}/{parts}",
                       "OMP_NUM_THREADS": "2"}  # fmt: skip
-        self._launch, self._starts = launch, 0
-        self._process: subprocess.Popen | None = None
+        self._launch = launch
 
-    def start(self) -> None:
-        """Starts a process for the tests that are left."""
-        self._starts += 1
-        with self._printed.open("a", encoding="utf-8") as output:
-            self._process = self._launch(output, self._more)
-        self._begun = time.time()
+    def run(self, end: float) -> None:
+        """Starts processes for the tests that are left; ends one that still runs at ``end``."""
+        for _ in range(1 + RESTARTS):
+            with self._printed.open("a", encoding="utf-8") as output:
+                process = self._launch(output, self._more)
+            quiet = self._watch(process, end)
+            code, how = process.poll(), f"no end after {quiet:.0f} s"
+            if code is None:
+                kill(process)
+                self.stopped = time.monotonic() >= end
+            else:
+                how = f"its process ended with exit code {code}"
+            if self.stopped or code in (0, 1, 5):
+                return
+            open_test = witness.unfinished(witness.records(self.path))
+            if open_test is not None:
+                failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
+                witness.note(self.path, test=open_test, **failed)
+            elif code != witness.LOST:
+                self.failed = f"pytest: {how}"
+                return
+        self.failed = f"the device was lost {1 + RESTARTS} times"
 
-    def running(self) -> bool:
-        """Looks after the process; returns whether there is more to wait for."""
-        if self._process is None:
-            return False
-        code = self._process.poll()
-        written = self.path.stat().st_mtime if self.path.exists() else 0.0
-        quiet = time.time() - max(written, self._begun)
-        if code is None and quiet < PATIENCE:
-            return True
-        open_test = witness.unfinished(witness.records(self.path))
-        # Python and pytest take their time, too, before the first test and behind the last.
-        if code is None and open_test is None and quiet < 3 * PATIENCE:
-            return True
-        if code is None:
-            kill(self._process)
-            how = f"no end after {quiet:.0f} s"
-        elif code in (0, 1, 5):
-            self._process = None
-            return False
-        else:
-            how = f"its process ended with exit code {code}"
-        self._process = None
-        if open_test is not None:
-            failed = {"outcome": "failed", "message": how, "seconds": 0, "lost": how}
-            witness.note(self.path, test=open_test, **failed)
-        elif code != witness.LOST:
-            self.failed = f"pytest: {how}"
-            return False
-        if self._starts > RESTARTS:
-            self.failed = f"the device was lost {self._starts} times"
-            return False
-        self.start()
-        return True
-
-    def stop(self) -> bool:
-        """Ends what still runs; returns whether it did."""
-        if self._process is None or self._process.poll() is not None:
-            return False
-        kill(self._process)
-        return True
+    def _watch(self, process: subprocess.Popen, end: float) -> float:
+        """Waits for the end of a process, or of patience; returns the seconds it was quiet."""
+        begun, quiet = time.time(), 0.0
+        while process.poll() is None and time.monotonic() < end:
+            written = self.path.stat().st_mtime if self.path.exists() else 0.0
+            quiet = time.time() - max(written, begun)
+            # Python and pytest take their time, too, before the first test and behind the last.
+            if quiet > PATIENCE and (
+                quiet > 3 * PATIENCE or witness.unfinished(witness.records(self.path))
+            ):
+                break
+            time.sleep(0.2)
+        return quiet
 
     def output(self) -> str:
         """Returns what the processes printed."""
-        exists = self._printed.exists()
-        return self._printed.read_text(encoding="utf-8", errors="replace") if exists else ""
+        return self._printed.read_text(encoding="utf-8", errors="replace")
 
 
 def summarise(found: Iterable[dict]) -> dict:

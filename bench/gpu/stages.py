@@ -67,7 +67,7 @@ class Stages:
         budget: Seconds for everything.
         rehearsal: Go through the stages on the CPU with tiny sizes; nothing found is a result.
         commit: Commit of the sources, where no repository tells it.
-        most: Seconds that any stage may take, in place of LIMITS.
+        most: Seconds that any part may take, in place of LIMITS.
     """
 
     def __init__(
