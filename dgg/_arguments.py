@@ -32,6 +32,7 @@ GROUP_OPTIONS = ("alpha", "strength")
 GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
 # Dtypes in which small updates of a weight are rounded away.
 NARROW = (torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
 PLAIN_TYPES = {float, int, bool, str, type(None)}
 _CHOICES = {
     "norm_scope": get_args(NormScope), "granularity": get_args(Granularity), "route": ROUTES,
@@ -142,7 +143,7 @@ def _check_number(options, name, *, high=math.inf, positive=False, why) -> None:
             "Python float or int"
         )
     inside = value > 0 if positive else value >= 0
-    if not (inside and value <= high and value <= sys.float_info.max):
+    if not (inside and value <= high and value <= _LARGEST):
         bounds = f"{'(' if positive else '['}0, {high:g}{']' if high < math.inf else ')'}"
         raise ValueError(f"{name}={_numbers.shown(value)} must lie in {bounds}: {why}")
 
@@ -150,7 +151,7 @@ def _check_number(options, name, *, high=math.inf, positive=False, why) -> None:
 def guard_of(groups: Sequence[Mapping[str, Any]], ascends: Sequence[Any]) -> bool | None:
     """Returns None unless alpha is "auto", otherwise whether the guided groups maximize.
 
-    ``ascends`` says so of each group.
+    ``ascends`` says of each group whether it does.
 
     Raises:
         ValueError: An option, or a group, does not go with alpha="auto".
@@ -275,7 +276,7 @@ def check_precision(
 
 
 def warn_narrow(what: str, dtype: torch.dtype, remedy: str) -> None:
-    """Warns that steps in 16 bits lose small updates of these weights ("... is" or "... are")."""
+    """Warns that 16-bit steps of ``what`` (weights, with "is" or "are") lose small updates."""
     # Half of the spacing below a power of two, where the spacing is smallest against the weight.
     bound = round(4 / torch.finfo(dtype).eps)
     warnings.warn(

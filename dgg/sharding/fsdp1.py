@@ -56,9 +56,10 @@ def runs(params: Sequence[Tensor]) -> dict[int, Run]:
     for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
         flat = handle.flat_param
         group = handle.process_group if handle.uses_sharded_strategy else None
-        for param, info in zip(flat._params or (), flat._shard_param_infos, strict=False):
+        for number, param in enumerate(flat._params or ()):
             if id(param) in places:
-                run_of[places[id(param)]] = Run(group, info.intra_param_start_idx or 0)
+                start = flat._shard_param_infos[number].intra_param_start_idx
+                run_of[places[id(param)]] = Run(group, start or 0)
     if len(run_of) < len(places):
         raise RuntimeError(
             f"{len(places) - len(run_of)} parameters were taken by FSDP1, but their "
