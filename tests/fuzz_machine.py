@@ -1595,7 +1595,7 @@ def merge(w: World, rng) -> None:
     if w.foreign:
         return
     rule = rng.choice(["mean", "fisher", "rows"] + ["fisher"] * 3 * bool(w.wide["importance"]))
-    keep = rng.choice([0.5, 0.25, 0.7, 1.0, 0.01])
+    keep = rng.choice([0.5, 0.25, 0.7, 1.0, 0.01]) if rule == "rows" else None
     if not any("anchor" in held.state for held in w.held) and rng.random() < 0.7:
         set_anchor(w, rng)
         train(w, rng)
@@ -2636,7 +2636,7 @@ def bad_merge(w: World, rng) -> None:
     if w.foreign:
         return
     rule, keep = rng.choice([("median", 0.5), (None, 0.5), ("rows", 0.0), ("rows", 1.5),
-                             ("mean", float("nan")), ("rows", "x"), ("rows", None)])  # fmt: skip
+                             ("rows", float("nan")), ("rows", "x"), ("mean", 0.5)])  # fmt: skip
     unchanged(w, f"merge_anchor({rule!r}, {keep!r})", lambda: w.opt.merge_anchor(rule, keep=keep))
 
 
