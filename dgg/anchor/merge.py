@@ -27,7 +27,8 @@ from dgg.sharding import fsdp1
 RULES = ("mean", "fisher", "rows")
 _NO_MOMENTS = (
     "merge_anchor('fisher') weighs the tasks by their second moments: build the optimizer (Adam or "
-    "AdamW) with importance > 0, and call it before the moments are reset; or use 'mean'"
+    "AdamW) with importance > 0, and call it at the end of a task, before set_anchor() and before "
+    "the moments are reset; or use 'mean'"
 )
 
 
