@@ -23,10 +23,12 @@ from dgg.sharding import fsdp1
 # groups; all groups must agree.
 OPTIMIZER_OPTIONS = (
     "scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed", "draw_index",
-    "task_index", "importance", "importance_mean", "route",
+    "task_index", "importance", "importance_mean", "importance_draw", "route",
 )  # fmt: skip
 # Those that earlier releases have not saved, and what they did.
-NEW_OPTIONS = {"importance": 0.0, "importance_mean": 0.0, "route": "gradient"}
+NEW_OPTIONS = {
+    "importance": 0.0, "importance_mean": 0.0, "importance_draw": None, "route": "gradient",
+}  # fmt: skip
 # Options of one group, which a schedule may change.
 GROUP_OPTIONS = ("alpha", "strength")
 GUIDANCE_OPTIONS = (*OPTIMIZER_OPTIONS, *GROUP_OPTIONS)
@@ -98,8 +100,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_number(options, "replay_weight", why="it weighs the replay gradient")
     if options.get("max_grad_norm") is not None:
         _check_number(options, "max_grad_norm", positive=True, why="pass None for no clipping")
-    for name, bits in (("seed", 64), ("draw_index", 63), ("task_index", 63)):
-        if name not in options:
+    for name in ("seed", "draw_index", "task_index", "importance_draw"):
+        bits = 64 if name == "seed" else 63
+        if name not in options or (name == "importance_draw" and options[name] is None):
             continue
         value = options[name]
         if name == "draw_index" and isinstance(value, Tensor):

@@ -290,9 +290,7 @@ class AccuracyMatrix:
         data: dict[str, Any] = {"tasks": self.tasks, "sizes": self.sizes, "matrix": self.rows}
         data["metrics"] = self.summary()
         text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return text if path is None else _written(path, text)
 
     @classmethod
     def from_json(cls, source: str | PathLike[str] | Mapping[str, Any]) -> AccuracyMatrix:
@@ -307,16 +305,17 @@ class AccuracyMatrix:
         writer.writerow(["after", *self.tasks])
         for name, row in zip(self.tasks, self.rows, strict=True):
             writer.writerow([name, *("" if value is None else repr(value) for value in row)])
-        if path is not None:
-            Path(path).write_text(out.getvalue(), encoding="utf-8", newline="")
-        return out.getvalue()
+        return out.getvalue() if path is None else _written(path, out.getvalue())
 
     @classmethod
     def from_csv(
         cls, source: str | PathLike[str], sizes: Sequence[float] | None = None
     ) -> AccuracyMatrix:
         """From the text of `to_csv` or a path to it."""
-        lines = list(csv.reader(io.StringIO(_text(source, "after,"), newline="")))
+        text = _text(source, "after,")
+        if not text.endswith("\n"):
+            raise ValueError(f"the CSV is empty or was cut off: {text[-20:]!r} ends no line")
+        lines = list(csv.reader(io.StringIO(text, newline="")))
         tasks = lines[0][1:]
         if [line[0] for line in lines[1:]] != tasks:
             raise ValueError("the rows of the CSV are not the tasks of its header")
@@ -336,8 +335,7 @@ def _faa_weighted(rows: list[list[float | None]], sizes: Sequence[float] | None)
     if sizes is None:
         raise _UndefinedError("the sizes of the test sets are not given")
     sizes = _checked_sizes(sizes, len(rows))
-    last = len(rows) - 1
-    total = math.fsum(n * _entry(rows, last, j) for j, n in enumerate(sizes))
+    total = math.fsum(n * _entry(rows, len(rows) - 1, j) for j, n in enumerate(sizes))
     return total / math.fsum(sizes)
 
 
@@ -352,11 +350,8 @@ def _bwt(rows: list[list[float | None]]) -> float:
 
 def _forgetting(rows: list[list[float | None]]) -> float:
     last = _earlier(rows)
-    losses = []
-    for j in range(last):
-        best = max(_entry(rows, i, j) for i in range(j, last))
-        losses.append(best - _entry(rows, last, j))
-    return _mean(losses)
+    best = [max(_entry(rows, i, j) for i in range(j, last)) for j in range(last)]
+    return _mean([known - _entry(rows, last, j) for j, known in enumerate(best)])
 
 
 def _learning(rows: list[list[float | None]]) -> float:
@@ -428,12 +423,11 @@ def _checked_sizes(sizes: Sequence[float], count: int) -> list[float]:
 
 def _names(tasks: int | Sequence[str]) -> list[str]:
     given: Any = tasks
-    number = given
-    if hasattr(given, "item") and math.prod(getattr(given, "shape", ())) == 1:
-        number = given.item()
+    is_one = hasattr(given, "item") and math.prod(getattr(given, "shape", ())) == 1
+    number = given.item() if is_one else given
     if isinstance(number, int) and not isinstance(number, bool):
         return [f"task {j}" for j in range(number)]
-    if not isinstance(given, (str, bytes)):
+    if not isinstance(given, (str, bytes, set, frozenset)):  # sets have no order
         try:
             names = list(given)
         except TypeError:  # not iterable, or an array without dimensions
@@ -445,7 +439,7 @@ def _names(tasks: int | Sequence[str]) -> list[str]:
                     "matrix of accuracies with AccuracyMatrix.from_rows(rows)"
                 )
             return [str(name) for name in names]
-    raise TypeError(f"tasks must be a number or a list of names, got {tasks!r}")
+    raise TypeError(f"tasks must be a number or a list of names in order, got {tasks!r}")
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -486,6 +480,17 @@ def _number(value: Any, where: str) -> float | None:
     if not math.isfinite(number):
         raise ValueError(f"{where} is {number}; an entry that is not known must be None")
     return number
+
+
+def _written(path: str | PathLike[str], text: str) -> str:
+    """The text, now in the file; where the disk is full the file is as it was."""
+    beside = Path(path).with_name(f"{Path(path).name}.part")
+    try:
+        beside.write_text(text, encoding="utf-8", newline="")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return text
 
 
 def _text(source: str | PathLike[str], start: str) -> str:

@@ -45,7 +45,8 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 C64, C128 = torch.complex64, torch.complex128
 NARROW = (BF16, F16)
 WIDE = ("scaling", "norm_scope", "granularity", "max_grad_norm", "replay_weight", "seed",
-        "draw_index", "task_index", "route", "importance", "importance_mean")  # fmt: skip
+        "draw_index", "task_index", "route", "importance", "importance_mean",
+        "importance_draw")  # fmt: skip
 # State that comes at task boundaries, which torch's optimizers do not know.
 OF_BOUNDARIES = ("anchor", "importance")
 # zero_grad() keeps replay gradients where this is there.
@@ -296,11 +297,12 @@ class World:
             "task_index": 0,
             "importance": rng.choice([0.0, 0.0, 0.5, 1.0, 0.25]),
             "importance_mean": 0.0,
+            "importance_draw": None,
         }
         automatic = self.guards and rng.random() < 0.8
         if automatic:
             wide.update(granularity="step", scaling=True)
-        own = ("draw_index", "task_index", "importance_mean")
+        own = ("draw_index", "task_index", "importance_mean", "importance_draw")
         own += ("route",) if self.foreign else ()
         options = {k: v for k, v in wide.items() if k not in own}
         complexes = any(dtype.is_complex for dtype in self.kinds)
@@ -1340,7 +1342,9 @@ def moment(w: World, i: int, given: torch.Tensor | None = None) -> model.Moment:
     double = model.real_dtype(held.theta) == F64
     take = model.flat if double else single
     step = float(held.state.get("step", 0.0))
-    square = held.state.get("exp_avg_sq") if step >= 1 else None
+    # By the boundary, and no step since.
+    counted = w.wide["importance_draw"] == w.wide["draw_index"]
+    square = held.state.get("exp_avg_sq") if step >= 1 and not counted else None
     former = held.state.get("importance")
     return model.Moment(
         double, model.flat(held.theta).size, None if square is None else take(square),
@@ -1497,7 +1501,7 @@ def place_anchor(w: World, chosen, sources, sums, arguments) -> None:
 def take_importance(w: World, chosen, mean, balls) -> None:
     """Compares the importance that a boundary has made, and takes it over."""
     if not w.wide["importance"]:
-        w.wide["importance_mean"] = 0.0
+        w.wide.update(importance_mean=0.0, importance_draw=None)
         for held in w.held:
             held.state.pop("importance", None)
         return
@@ -1506,7 +1510,7 @@ def take_importance(w: World, chosen, mean, balls) -> None:
         raise Difference(
             "set_anchor: importance_mean", f"is {made!r}, expected {mean[0]!r} +- {mean[1]:.3g}"
         )
-    w.wide["importance_mean"] = made
+    w.wide.update(importance_mean=made, importance_draw=w.wide["draw_index"])
     for i in chosen:
         entry = w.real_state(w.params[i])
         if "importance" not in entry:
@@ -1557,6 +1561,8 @@ def carry(w: World, rng) -> None:
     """The next task has an optimizer of its own, which is given the sums of the former one."""
     if w.foreign or not w.wide["importance"]:
         return
+    if w.automatic != (w.default_pull["alpha"] == "auto"):
+        return  # no constructor takes these options
     try:
         sums = w.opt.importance_dict(model=w.bag)
     except RuntimeError:
@@ -1572,7 +1578,7 @@ def carry(w: World, rng) -> None:
     if (w.master and not dtypes & set(NARROW)) or (w.stochastic and BF16 not in dtypes):
         return
     wide = {k: v for k, v in w.wide.items() if k not in ("draw_index", "task_index")}
-    del wide["importance_mean"]
+    del wide["importance_mean"], wide["importance_draw"]
     w.note("a new optimizer is given the sums of this one")
     w.opt = w.guide = getattr(dgg, w.kind)(
         groups, backend=w.backend, state_dtype=w.state_dtype, anchor_dtype=w.anchor_dtype,
@@ -1581,7 +1587,7 @@ def carry(w: World, rng) -> None:
     )  # fmt: skip
     drop_caches(w)
     w.saved = []
-    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0)
+    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0, importance_draw=None)
     for held in w.held:
         held.theta, held.state, held.first = held.theta, {}, False
     count_anchored(w)
@@ -1595,7 +1601,7 @@ def merge(w: World, rng) -> None:
     if w.foreign:
         return
     rule = rng.choice(["mean", "fisher", "rows"] + ["fisher"] * 3 * bool(w.wide["importance"]))
-    keep = rng.choice([0.5, 0.25, 0.7, 1.0, 0.01])
+    keep = rng.choice([0.5, 0.25, 0.7, 1.0, 0.01]) if rule == "rows" else None
     if not any("anchor" in held.state for held in w.held) and rng.random() < 0.7:
         set_anchor(w, rng)
         train(w, rng)
@@ -1683,7 +1689,7 @@ def clear_anchor(w: World, rng) -> None:
     for held in w.held:
         for name in OF_BOUNDARIES:
             held.state.pop(name, None)
-    w.wide["importance_mean"] = 0.0
+    w.wide.update(importance_mean=0.0, importance_draw=None)
     count_anchored(w)
 
 
@@ -1933,7 +1939,7 @@ def unguide(w: World, rng) -> None:
         held.replay, held.stale = None, None
     w.guide = dgg.Guidance(w.opt, backend=w.backend, **w.options, **w.default_pull)
     w.wide = {**w.wide, **{k: v for k, v in w.options.items() if k in WIDE}}
-    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0)
+    w.wide.update(draw_index=0, task_index=0, importance_mean=0.0, importance_draw=None)
     for group in w.groups:
         group.update(w.default_pull, anchored=0)
     w.counted, w.resumed, w.task_named, w.saved = 0, None, None, []
@@ -2636,7 +2642,7 @@ def bad_merge(w: World, rng) -> None:
     if w.foreign:
         return
     rule, keep = rng.choice([("median", 0.5), (None, 0.5), ("rows", 0.0), ("rows", 1.5),
-                             ("mean", float("nan")), ("rows", "x"), ("rows", None)])  # fmt: skip
+                             ("rows", float("nan")), ("rows", "x"), ("mean", 0.5)])  # fmt: skip
     unchanged(w, f"merge_anchor({rule!r}, {keep!r})", lambda: w.opt.merge_anchor(rule, keep=keep))
 
 

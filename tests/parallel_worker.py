@@ -925,7 +925,7 @@ def share_statistics():
 
 def other_guidance_merged(kind):
     """merge_anchor() is the unsharded one, and all ranks have the merged weights at once."""
-    for rule, keep in (("mean", 0.5), ("fisher", 0.5), ("rows", 0.3)):
+    for rule, keep in (("mean", None), ("fisher", None), ("rows", 0.3)):
         options = {**OPTIONS, "importance": 0.5}
         wrapped, optimizer, weights = within_engine(kind, network, options)
         plain = network()

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import dgg
-from dgg.metrics import AccuracyMatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,130 +279,6 @@ def test_guidance_does_not_add_the_replay_gradients_of_a_step_that_was_left_out(
                 opt.step()
         gradients.append(before - model.weight.detach())
     torch.testing.assert_close(*gradients)
-
-
-# -- merging and importance -----------------------------------------------------------------------
-
-
-def test_the_importance_of_a_task_counts_once_also_after_its_boundary():
-    """``opt.set_anchor()`` and then ``importance_dict()``: the last task would count twice."""
-    model = two_layers()
-    opt = dgg.AdamW(model.named_parameters(), importance=0.5)
-    fit(model, opt)
-    before = opt.importance_dict()
-    opt.set_anchor()
-    after = opt.importance_dict()
-    for name, value in before.items():
-        torch.testing.assert_close(after[name], value)
-
-
-@pytest.mark.parametrize("name", ["importance.pt", "nothing.safetensors"])
-def test_an_error_about_the_importance_does_not_speak_of_the_anchor(name, tmp_path):
-    """It says: no anchor at ...; pass what model.save_pretrained() wrote."""
-    model = two_layers()
-    opt = dgg.AdamW(model.named_parameters(), importance=0.5)
-    fit(model, opt)
-    torch.save(opt.importance_dict(), tmp_path / "importance.pt")
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        opt.set_anchor(importance=tmp_path / name)
-    text = str(caught.value).replace(str(tmp_path), "")
-    assert "importance_dict" in text
-    assert "anchor" not in text
-
-
-def anchored(**options):
-    model = two_layers()
-    opt = dgg.AdamW(model.named_parameters(), importance=0.5, **options)
-    for _ in range(2):
-        fit(model, opt)
-        opt.set_anchor()
-    fit(model, opt)
-    return model, opt
-
-
-def test_a_merge_that_fails_has_changed_nothing():
-    """A head has grown since the anchor was set."""
-    model, opt = anchored()
-    model[1].weight.data = torch.ones(6, 4)
-    before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match=r"1\.weight"):
-        opt.merge_anchor("mean")
-    assert torch.equal(model[0].weight, before)
-
-
-@pytest.mark.parametrize("rule", ["mean", "fisher", "rows"])
-def test_weights_that_are_not_finite_are_not_merged(rule):
-    """ "fisher" returns 1.0, as if nothing had moved."""
-    model, opt = anchored()
-    with torch.no_grad():
-        model[1].weight[0, 0] = math.nan
-    before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match=r"1\.weight"):
-        opt.merge_anchor(rule)
-    assert torch.equal(model[0].weight, before)
-
-
-def test_a_share_of_rows_for_a_rule_without_rows_is_an_error():
-    _, opt = anchored()
-    with pytest.raises(ValueError, match="keep"):
-        opt.merge_anchor("mean", keep=0.1)
-
-
-# -- metrics --------------------------------------------------------------------------------------
-
-
-def matrix():
-    return AccuracyMatrix.from_rows([[0.9, None], [0.8, 0.75]], ["a", "b"])
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_csv_that_was_cut_off_is_not_read_as_another_number(cut):
-    """0.75 became 0.7 or 0.0."""
-    with pytest.raises(ValueError, match="cut|end|line"):
-        AccuracyMatrix.from_csv(matrix().to_csv()[: -1 - cut])
-
-
-def test_an_empty_csv_is_an_error_that_says_so(tmp_path):
-    (tmp_path / "empty.csv").touch()
-    with pytest.raises(ValueError, match=r"empty\.csv|empty"):
-        AccuracyMatrix.from_csv(tmp_path / "empty.csv")
-
-
-@pytest.mark.parametrize("write", ["to_json", "to_csv"])
-def test_a_full_disk_leaves_the_matrix_that_was_written_before(write, tmp_path, monkeypatch):
-    """The recipe writes the same file after every task."""
-    path = tmp_path / "matrix"
-    former = getattr(matrix(), write)(path)
-    write_text = type(path).write_text
-
-    def full(self, text, *args, **options):
-        write_text(self, text[:9], *args, **options)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(type(path), "write_text", full)
-    with pytest.raises(OSError, match="space"):
-        getattr(matrix(), write)(path)
-    assert path.read_text() == former
-
-
-def test_a_set_of_tasks_has_no_order():
-    """Their order differs from process to process, and so would rows and columns."""
-    with pytest.raises(TypeError, match="order|list"):
-        AccuracyMatrix({"scenes", "charts"})
-
-
-# -- the memory ---------------------------------------------------------------------------------
-
-
-class Named(dgg.ReplayBuffer):
-    def __init__(self, name):
-        super().__init__(3)
-        self.name = name
-
-
-def test_a_copy_of_a_buffer_of_a_subclass_has_what_that_has_added():
-    """The copy is made by the constructor, whose arguments are taken for ReplayBuffer's."""
-    assert copy.deepcopy(Named("faces")).name == "faces"
 
 
 # -- the Trainer ----------------------------------------------------------------------------------

@@ -613,3 +613,49 @@ def test_other_places_of_the_option_agree():
     assert all("importance" in opt.state[p] for _, p in named)
     for a, b in itertools.pairwise(opt.param_groups):
         assert a["importance_mean"] == b["importance_mean"] > 0
+
+
+def test_a_task_counts_once_however_often_its_end_is_looked_at():
+    """Sums asked for after the boundary, a second boundary, both in a resumed process."""
+    named = make()
+    opt = dgg.AdamW(named, lr=1e-2, importance=0.5)
+    train(named, opt, 4, 1)
+    before = opt.importance_dict()
+    opt.set_anchor()
+    assert_equal(opt.importance_dict().values(), before.values())
+    opt.set_anchor()
+    assert_equal(opt.importance_dict().values(), before.values())
+    resumed = dgg.AdamW(named, lr=1e-2, importance=0.5)
+    resumed.load_state_dict(opt.state_dict())
+    assert_equal(resumed.importance_dict().values(), before.values())
+    train(named, resumed, 1, 2)
+    once = [before[name] + corrected(resumed, p) for name, p in named]
+    for total, expected in zip(resumed.importance_dict().values(), once, strict=True):
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+
+
+def test_the_moments_of_a_loaded_torch_checkpoint_count():
+    """It has no draw index: 0, as that of an optimizer that has made no step."""
+    named = make()
+    theirs = torch.optim.AdamW(named, lr=1e-2)
+    train(named, theirs, 4, 1)
+    opt = dgg.AdamW(named, lr=1e-2, importance=0.5)
+    opt.load_state_dict(theirs.state_dict())
+    opt.set_anchor()
+    for _, p in named:
+        torch.testing.assert_close(
+            opt.state[p]["importance"] * opt.param_groups[0]["importance_mean"], corrected(opt, p)
+        )
+
+
+@pytest.mark.parametrize("name", ["importance.pt", "nothing.safetensors"])
+def test_an_error_about_the_importance_does_not_speak_of_the_anchor(name, tmp_path):
+    named = make()
+    opt = dgg.AdamW(named, lr=1e-2, importance=0.5)
+    train(named, opt, 2, 1)
+    torch.save(opt.importance_dict(), tmp_path / "importance.pt")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        opt.set_anchor(importance=tmp_path / name)
+    text = str(caught.value).replace(str(tmp_path), "")
+    assert "importance_dict" in text
+    assert "anchor" not in text

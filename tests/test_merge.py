@@ -97,6 +97,7 @@ def test_equal_fishers_give_the_running_mean():
         entry = opt.state[p]
         beta2 = opt.param_groups[0]["betas"][1]
         entry["exp_avg_sq"].fill_(1 - beta2 ** float(entry["step"]))  # v̂ = 1
+    opt.param_groups[0]["draw_index"] += 1  # as the step of this task that is made by hand
     assert opt.merge_anchor("fisher") == pytest.approx(1 / 3)
 
 
@@ -212,3 +213,41 @@ def test_what_cannot_be_merged_is_refused_and_left_as_it_was():
         with pytest.raises(error, match=message):
             opt.merge_anchor(rule, **options)
         assert all(torch.equal(p, q) for (_, p), q in zip(named, before, strict=True))
+
+
+def anchored():
+    named, opt = make(importance=0.5, alpha=0.0)
+    for task in range(2):
+        train(named, opt, task)
+        opt.set_anchor()
+    train(named, opt, 2)
+    return named, opt
+
+
+def test_a_merge_that_fails_has_changed_nothing():
+    """A head has grown since the anchor was set."""
+    named, opt = anchored()
+    named[2][1].data = torch.ones(4, 2, 2, dtype=F64)
+    before = weights(named)
+    with pytest.raises(ValueError, match=r"'p2' has another shape than its anchor"):
+        opt.merge_anchor("mean")
+    assert all(map(torch.equal, weights(named), before))
+
+
+@pytest.mark.parametrize("rule", ["mean", "fisher", "rows"])
+def test_weights_that_are_not_finite_are_not_merged(rule):
+    """Once "fisher" returned 1.0, as if nothing had moved."""
+    named, opt = anchored()
+    with torch.no_grad():
+        named[0][1][0, 0] = torch.nan
+    before = weights(named)
+    with pytest.raises(ValueError, match=r"'p0'.* holds inf or NaN"):
+        opt.merge_anchor(rule)
+    assert all(map(torch.equal, weights(named)[1:], before[1:]))
+
+
+@pytest.mark.parametrize("rule", ["mean", "fisher"])
+def test_a_share_of_rows_for_a_rule_without_rows_is_an_error(rule):
+    _, opt = anchored()
+    with pytest.raises(ValueError, match="keep=0.1 is a share of the rows"):
+        opt.merge_anchor(rule, keep=0.1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import math
 import subprocess
@@ -303,3 +304,43 @@ def test_plot_without_matplotlib_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         AccuracyMatrix(2).plot()
+
+
+def matrix():
+    return AccuracyMatrix.from_rows([[0.9, None], [0.8, 0.75]], ["a", "b"])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_csv_that_was_cut_off_is_not_read_as_another_number(cut):
+    """0.75 became 0.7 or 0.0."""
+    with pytest.raises(ValueError, match="cut|end|line"):
+        AccuracyMatrix.from_csv(matrix().to_csv()[: -1 - cut])
+
+
+def test_an_empty_csv_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match=r"empty\.csv|empty"):
+        AccuracyMatrix.from_csv(tmp_path / "empty.csv")
+
+
+@pytest.mark.parametrize("write", ["to_json", "to_csv"])
+def test_a_full_disk_leaves_the_matrix_that_was_written_before(write, tmp_path, monkeypatch):
+    """The recipe writes the same file after every task."""
+    path = tmp_path / "matrix"
+    former = getattr(matrix(), write)(path)
+    write_text = type(path).write_text
+
+    def full(self, text, *args, **options):
+        write_text(self, text[:9], *args, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match="space"):
+        getattr(matrix(), write)(path)
+    assert path.read_text() == former
+
+
+def test_a_set_of_tasks_has_no_order():
+    """Their order differs from process to process, and so would rows and columns."""
+    with pytest.raises(TypeError, match="order|list"):
+        AccuracyMatrix({"scenes", "charts"})

@@ -1258,3 +1258,14 @@ def test_a_bad_state_changes_nothing():
     with pytest.raises(ValueError, match="the deck names example 7"):
         buffer.load_state_dict(bad)
     assert buffer.state_dict() == before
+
+
+class Named(ReplayBuffer):
+    def __init__(self, name):
+        super().__init__(3)
+        self.name = name
+
+
+def test_a_copy_of_a_buffer_of_a_subclass_has_what_that_has_added():
+    """The copy is made by the constructor, whose arguments are taken for ReplayBuffer's."""
+    assert copy.deepcopy(Named("faces")).name == "faces"

@@ -97,6 +97,7 @@ def place(
         mark["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in params)
         mark["task_index"] = mark["task_index"] + 1 if task is None else task
         mark["importance_mean"] = mean
+        mark["importance_draw"] = int(mark["draw_index"]) if weighted else None
     opt._ownership.note_anchors(marks, anchored=True)
     opt._awaits_load = False
     opt._journal.begin_task()
@@ -111,7 +112,7 @@ def clear(opt, groups: Sequence[dict[str, Any]], marks: Sequence[dict[str, Any]]
             if p in opt.state:
                 opt.state[p].pop("anchor", None)
                 opt.state[p].pop("importance", None)
-        mark["anchored"], mark["importance_mean"] = 0, 0.0
+        mark.update(anchored=0, importance_mean=0.0, importance_draw=None)
     opt._ownership.note_anchors(marks, anchored=False)
     opt._awaits_load = False
     opt._journal.begin_task()
@@ -263,7 +264,7 @@ def _named_sources(
     """
     names, others = _names(groups, model, params)
     if not isinstance(tensors, Mapping):
-        tensors = anchor.open_path(tensors)
+        tensors = anchor.open_path(tensors, what)
     in_source = anchor.find_names(tensors, names, labels, model, params, others)
     sources: list[Tensor | anchor.Part] = []
     for p, name, label, dtype in zip(params, in_source, labels, dtypes, strict=True):

@@ -3,10 +3,12 @@
 
 At every task boundary v̂ = exp_avg_sq / (1 - β₂^step) is added to the sum over the boundaries
 before, and F is that sum divided by its mean over all anchored parameters of the optimizer. The
-state holds F. The groups hold the mean, ``importance_mean``: F · mean is the sum again. v̂ estimates
-E[G²] over the last 1 / (1 - β₂) steps of the task, a diagonal Fisher matrix that costs nothing (Li
-et al., "Fishers for Free?", arXiv 2507.18807). It is in the units of the clipped gradient; a
-clipping factor that is the same for all steps leaves F as it is.
+state holds F. The groups hold the mean, ``importance_mean``: F · mean is the sum again. They also
+hold the draw index of that boundary, ``importance_draw``: v̂ counts once, however often a boundary
+is set, or the sums are asked for, before the next step. v̂ estimates E[G²] over the last
+1 / (1 - β₂) steps of the task, a diagonal Fisher matrix that costs nothing (Li et al., "Fishers for
+Free?", arXiv 2507.18807). It is in the units of the clipped gradient; a clipping factor that is the
+same for all steps leaves F as it is.
 """
 
 from __future__ import annotations
@@ -144,7 +146,13 @@ def _exact(values: Tensor, param: Tensor) -> Tensor:
 def second_moments(
     opt, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]
 ) -> list[tuple[Tensor, float] | None]:
-    """Returns (exp_avg_sq, 1 - β₂^step) of every parameter, or None where there is none."""
+    """Returns (exp_avg_sq, 1 - β₂^step) of every parameter, or None where there is none.
+
+    Right after a boundary, which has added them to the sums, there are none.
+    """
+    options = opt.param_groups[0]
+    if options["importance_draw"] == int(options["draw_index"]):
+        return [None] * len(params)
     members = opt._ownership.tensors(groups)
     group_of = {p: group for group, ps in zip(groups, members, strict=True) for p in ps}
     return [opt._rule.second_moment(opt, p, group_of[p]) for p in params]

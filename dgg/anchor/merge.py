@@ -27,12 +27,13 @@ from dgg.sharding import fsdp1
 RULES = ("mean", "fisher", "rows")
 _NO_MOMENTS = (
     "merge_anchor('fisher') weighs the tasks by their second moments: build the optimizer (Adam or "
-    "AdamW) with importance > 0, and call it before the moments are reset; or use 'mean'"
+    "AdamW) with importance > 0, and call it at the end of a task, before set_anchor() and before "
+    "the moments are reset; or use 'mean'"
 )
 
 
 def merge(
-    opt, groups: Sequence[Mapping[str, Any]], rule: str, keep: float,
+    opt, groups: Sequence[Mapping[str, Any]], rule: str, keep: float | None,
     weights: Callable[[Tensor], Tensor],
 ) -> float:  # fmt: skip
     """Merges all anchored parameters in place; see `dgg.AdamW.merge_anchor`.
@@ -42,9 +43,9 @@ def merge(
     params = [p for group in groups for p in group["params"] if "anchor" in opt.state.get(p, ())]
     peers = opt._ownership.peers([p for group in groups for p in group["params"]])
     with sharding.on_all_or_none(peers, {"rule": rule, "keep": keep}):
-        _check(opt, params, rule, keep)
+        _check(opt, groups, params, rule, keep, weights)
     if rule == "rows":
-        share = keep
+        share = 0.5 if keep is None else float(keep)
     elif rule == "mean":
         share = 1 / (int(opt.param_groups[0]["task_index"]) + 1)
     else:
@@ -52,7 +53,7 @@ def merge(
     for p in params:
         theta, base = weights(p), opt.state[p]["anchor"]
         if rule == "rows":
-            merged = _rows_kept(theta, base, keep)
+            merged = _rows_kept(theta, base, share)
         else:
             shard = sharding.local(theta).to(importance.exact_dtype(p))  # rounded when it is stored
             merged = sharding.like(torch.lerp(sharding.local(base).to(shard), shard, share), p)
@@ -63,11 +64,20 @@ def merge(
     return share
 
 
-def _check(opt, params: Sequence[Tensor], rule: str, keep: float) -> None:
+def _check(
+    opt, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor], rule: str,
+    keep: float | None, weights: Callable[[Tensor], Tensor],
+) -> None:  # fmt: skip
     if rule not in RULES:
         raise ValueError(f"merge_anchor(rule={rule!r}) is not one of {RULES}")
-    if not _arguments.is_number(keep) or not 0 < float(keep) <= 1:
-        raise ValueError(f"keep={keep!r} must lie in (0, 1]: it is a share of the rows")
+    if keep is not None:
+        if not _arguments.is_number(keep) or not 0 < float(keep) <= 1:
+            raise ValueError(f"keep={keep!r} must lie in (0, 1]: it is a share of the rows")
+        if rule != "rows":
+            raise ValueError(
+                f"keep={keep!r} is a share of the rows, which merge_anchor({rule!r}) would ignore: "
+                "leave it out, or merge with 'rows'"
+            )
     counted = any(group.get("anchored") for group in opt.param_groups)
     if not params and not (counted and not opt._ownership.has_all):
         raise RuntimeError(
@@ -82,6 +92,21 @@ def _check(opt, params: Sequence[Tensor], rule: str, keep: float) -> None:
         )
     if rule == "fisher" and any("importance" not in opt.state[p] for p in params):
         raise RuntimeError(_NO_MOMENTS)
+    all_params = [p for group in groups for p in group["params"]]
+    for p, label in zip(all_params, _arguments.group_labels(groups), strict=True):
+        base = opt.state.get(p, {}).get("anchor")
+        if base is None:
+            continue
+        if base.shape != p.shape:
+            raise ValueError(
+                f"{label} has another shape than its anchor, {tuple(base.shape)}, and cannot be "
+                "merged with it: merge before a parameter changes its shape"
+            )
+        if not (anchor.finite(weights(p)) and anchor.finite(base)):
+            raise ValueError(
+                f"{label}, or its anchor, holds inf or NaN, of which no merged model can be made: "
+                "load the last finite weights first"
+            )
 
 
 def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -> float:

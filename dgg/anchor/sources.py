@@ -152,13 +152,14 @@ class _Distributed(Stored):
         return shard
 
 
-def open_path(path: str | os.PathLike) -> Stored:
+def open_path(path: str | os.PathLike, what: str = "anchor") -> Stored:
     """Opens the named tensors that lie at a path; none is read yet.
 
     Args:
         path: A safetensors file or the index of several, a directory that ``save_pretrained``
             wrote (of a model or an adapter), a checkpoint of the Trainer at the end of its
             training, or a directory of torch.distributed.checkpoint.
+        what: What the tensors are for, in errors; or ``"importance"``.
 
     Raises:
         FileNotFoundError: There is nothing that can be read.
@@ -167,15 +168,16 @@ def open_path(path: str | os.PathLike) -> Stored:
             the middle of a training.
     """
     path = pathlib.Path(path)
-    _refuse_mid_task(path)
+    _refuse_mid_task(path, what)
+    by_name = "what importance_dict() returned" if what == "importance" else "the tensors by name"
     if path.is_file():
         if path.name.endswith(".safetensors.index.json"):
             return _indexed(path)
         if path.suffix == ".safetensors":
             return _Safetensors(path)
         raise ValueError(
-            f"the anchor {str(path)!r} is no safetensors file; pass "
-            "torch.load(path, weights_only=True, mmap=True) of it instead, the tensors by name"
+            f"the {what} {str(path)!r} is no safetensors file; pass "
+            f"torch.load(path, weights_only=True, mmap=True) of it instead, {by_name}"
         )
     for name in (_ADAPTER_FILE, _MODEL_FILE):
         if (path / name).is_file():
@@ -188,15 +190,20 @@ def open_path(path: str | os.PathLike) -> Stored:
     pickled = [name for name in _PICKLED if (path / name).is_file()]
     if pickled:
         raise ValueError(
-            f"the anchor {str(path)!r} has {pickled[0]}, which is pickled; save the model with "
+            f"the {what} {str(path)!r} has {pickled[0]}, which is pickled; save the model with "
             "save_pretrained(), or pass torch.load(file, weights_only=True, mmap=True), the "
             "tensors by name"
         )
     if path.is_dir() and any(path.glob("global_step*")) or (path / "zero_to_fp32.py").is_file():
         raise ValueError(
-            f"the anchor {str(path)!r} is a DeepSpeed checkpoint, whose weights lie in pieces; "
+            f"the {what} {str(path)!r} is a DeepSpeed checkpoint, whose weights lie in pieces; "
             "make one of them (python zero_to_fp32.py . model --safe_serialization), and pass that "
             "directory"
+        )
+    if what == "importance":
+        raise FileNotFoundError(
+            f"no importance at {str(path)!r}; pass {by_name}, or the path of a file in which "
+            "safetensors.torch.save_file() has saved it"
         )
     raise FileNotFoundError(
         f"no anchor at {str(path)!r}: no {_ADAPTER_FILE}, {_MODEL_FILE} or {_INDEX_FILE} there, "
@@ -216,7 +223,7 @@ def _indexed(index: pathlib.Path) -> Stored:
     return _Safetensors(index, files)
 
 
-def _refuse_mid_task(path: pathlib.Path) -> None:
+def _refuse_mid_task(path: pathlib.Path, what: str) -> None:
     """Raises a ValueError for weights that a Trainer saved before its training was over."""
     inner = path.is_file() or path.name.startswith("pytorch_model_fsdp")
     file = (path.parent if inner else path) / "trainer_state.json"
@@ -232,7 +239,7 @@ def _refuse_mid_task(path: pathlib.Path) -> None:
         ) from None
     if done < wanted:
         raise ValueError(
-            f"the anchor {str(path)!r} is a checkpoint from the middle of a training (step {done} "
+            f"the {what} {str(path)!r} is a checkpoint from the middle of a training (step {done} "
             f"of {wanted}): its weights are not those a task ended with. Name the directory of the "
             "finished model (trainer.save_model() or model.save_pretrained()), or, if that "
             "training ended early on purpose, load the tensors and pass them"

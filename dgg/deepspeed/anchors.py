@@ -73,7 +73,7 @@ def named_sums(
     Partitions, tensors and model are those of `plan_anchors`.
     """
     if not isinstance(tensors, Mapping):
-        tensors = anchor.open_path(tensors)
+        tensors = anchor.open_path(tensors, "importance")
     names = anchor.names_of_parameters(model)
     sums = []
     for partition, dtype in zip(partitions, dtypes, strict=True):

@@ -57,7 +57,7 @@ def build(
         opt._ownership = sharding.RankShare(zero_optimizer)
     opt._settings = take_settings(options)
     start_without_caches(opt)
-    opt._guidance = {**options, "draw_index": 0, "task_index": 0, "importance_mean": 0.0}
+    opt._guidance = {**_arguments.NEW_OPTIONS, **options, "draw_index": 0, "task_index": 0}
     _arguments.check_options(opt._guidance)
     opt._rule.check_route(options["route"])
     _arguments.guard_of([opt._guidance], [False])

@@ -118,7 +118,7 @@ class Guidance(Reporting, Carried):
             "alpha": alpha, "strength": strength, "scaling": scaling, "norm_scope": norm_scope,
             "granularity": granularity, "max_grad_norm": max_grad_norm,
             "replay_weight": replay_weight, "seed": seed, "draw_index": 0, "task_index": 0,
-            "importance": importance, "importance_mean": 0.0, "route": "gradient",
+            **_arguments.NEW_OPTIONS, "importance": importance,
         }  # fmt: skip
         _arguments.check_options(self._options)
         _arguments.guard_of([self._options], [False])
@@ -222,7 +222,8 @@ class Guidance(Reporting, Carried):
         weigh = functools.partial(boundary.plan_importance, self, groups, importance, model)
         boundary.place(self, groups, marked, plan, task, weigh)
         for group, mark in zip(self.param_groups, marked, strict=True):
-            group.update({name: mark[name] for name in ("task_index", "importance_mean")})
+            names = ("task_index", "importance_mean", "importance_draw")
+            group.update({name: mark[name] for name in names})
 
     @property
     def _shown(self) -> str:
@@ -236,7 +237,7 @@ class Guidance(Reporting, Carried):
         groups = self.optimizer.param_groups
         boundary.clear(self, groups, [{} for _ in groups])
         for group in self.param_groups:
-            group["importance_mean"] = 0.0
+            group["importance_mean"], group["importance_draw"] = 0.0, None
 
     @torch.no_grad()
     def importance_dict(self, *, model: torch.nn.Module | None = None) -> dict[str, Tensor]:

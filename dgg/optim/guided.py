@@ -229,7 +229,7 @@ class Guided(Reporting, Stepped):
     @imitable
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merge_anchor(self, rule: MergeRule = "mean", *, keep: float = 0.5) -> float:
+    def merge_anchor(self, rule: MergeRule = "mean", *, keep: float | None = None) -> float:
         """Moves the weights a part of the way back to the anchor, at the end of a task.
 
         The anchor is then the merged model of the former tasks and the weights are the end of this
@@ -242,7 +242,7 @@ class Guided(Reporting, Stepped):
                 second moments, have their least sum (Perturb-and-Merge, arXiv 2505.22389); needs
                 ``importance`` > 0. ``"rows"``: the rows of every matrix that moved farthest stay,
                 the others go back (Neuron-Fusion's kind, arXiv 2505.16703); vectors stay.
-            keep: Share of the rows that stay, for ``"rows"``.
+            keep: Share of the rows that stay, for ``"rows"`` alone; None is a half.
 
         Returns:
             The share of the way that is kept, a of θ* + a (θ - θ*); for ``"rows"`` the share of
@@ -251,7 +251,8 @@ class Guided(Reporting, Stepped):
         Raises:
             RuntimeError: There is no anchor, no second moment for ``"fisher"``, or an engine has
                 put flat partitions in place of the parameters. Nothing is changed.
-            ValueError: ``rule`` or ``keep`` is out of range.
+            ValueError: ``rule`` or ``keep`` is out of range, ``keep`` is given to a rule without
+                rows, a parameter has another shape than its anchor, or holds inf or NaN.
         """
         if self._deepspeed_driver() is not None:
             raise RuntimeError(

@@ -11,7 +11,7 @@ OPTIONS = [
     name
     for name in _arguments.GUIDANCE_OPTIONS
     # A subclass may have a seed of its own.
-    if name not in ("draw_index", "task_index", "importance_mean", "seed")
+    if name not in ("draw_index", "task_index", "importance_mean", "importance_draw", "seed")
 ]
 
 

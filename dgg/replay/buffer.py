@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -361,9 +362,11 @@ class ReplayBuffer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
         """An independent buffer with the same examples (copied) and the same future."""
-        other = type(self)(self.per_task, seed=self.seed, copy_tensors=self.copy_tensors)
-        memo[id(self)] = other
-        other.load_state_dict(copy.deepcopy(self.state_dict(), memo))
+        # Without the constructor, whose arguments in a subclass may be others.
+        memo[id(self)] = other = type(self).__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        if other._pass is not None:  # to be continued by batches() of the copy
+            other._pass = dataclasses.replace(other._pass, loaded=True)
         return other
 
 

@@ -191,7 +191,7 @@ class RankShare(Sharded):
         ]
         for group, whole in zip(groups, self._optimizer().param_groups, strict=True):
             group["anchored"] = sum(p.requires_grad for p in whole["params"]) if anchored else 0
-            copied = ("anchored", "task_index", "importance_mean")
+            copied = ("anchored", "task_index", "importance_mean", "importance_draw")
             whole.update({name: group[name] for name in copied})
 
     def join_norms(self, sums: int = 3) -> None:
