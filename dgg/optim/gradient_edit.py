@@ -119,21 +119,15 @@ def _sum_partial_gradients(opt, params: Sequence[Tensor]) -> None:
 
 
 def _check(opt, groups, params: Sequence[Tensor], elementwise: bool) -> None:
-    slot = opt._replay
-    labels = None
-    for i, p in enumerate(params):
-        r = slot.get(p) if slot else None
+    for p, label in zip(params, _arguments.group_labels(groups), strict=True):
+        r, entry = opt._replay.get(p), opt.state.get(p, {})
         for grad, kind in ((p.grad, "gradient"), (r, "replay gradient")):
             if grad is not None:
-                labels = labels or _arguments.group_labels(groups)
-                _arguments.check_gradient(grad, p, labels[i], kind)
-                _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-        entry = opt.state.get(p, {})
+                _arguments.check_gradient(grad, p, label, kind)
+                _arguments.check_param(p, label, stepped=True, elements=elementwise)
+                checks.check_weighed(entry, opt.param_groups[0]["importance"], label)
         value = entry.get("anchor")
-        if labels and (p.grad is not None or r is not None):
-            checks.check_weighed(entry, opt.param_groups[0]["importance"], labels[i])
         if value is not None and value.shape != p.shape:
-            label = _arguments.group_labels(groups)[i]
             raise ValueError(
                 f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
                 "set_anchor() after a parameter has changed its shape"

@@ -8,8 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from dgg._signatures import listed
-from dgg.optim.guidance import Guidance
-from dgg.optim.guidance_state import GUIDED
+from dgg.optim.guidance import GUIDED, Guidance
 from dgg.optim.guided import Guided
 
 # Attributes in which frameworks keep the optimizer that they wrap.
