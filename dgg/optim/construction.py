@@ -24,12 +24,8 @@ def build(
 ) -> None:
     """Checks the guidance arguments, then lets torch.optim check and take the others.
 
-    Args:
-        opt: The optimizer, which has no attribute yet.
-        torch_init: ``__init__`` of the torch.optim class.
-        numbers: Names of the arguments that both constructors take and numpy's numbers may be
-            given for.
-        arguments: All arguments of the dgg class' constructor, ``self`` included.
+    The optimizer has no attribute yet. ``numbers`` are the arguments that both constructors take
+    and numpy's numbers may be given for; ``arguments`` are all, ``self`` included.
     """
     options = {name: value for name, value in arguments.items() if name not in ("self", "params")}
     params = _as_params(arguments["params"])
@@ -162,16 +158,13 @@ def start_without_caches(opt) -> None:
 def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]], None]) -> None:
     """Takes over a copied, pickled or loaded state and starts without caches.
 
-    Args:
-        opt: The optimizer.
-        state: What ``__getstate__`` returned, of this release or a former one, or torch.optim's.
-        torch_set: ``__setstate__`` of the torch.optim class.
+    The state is what ``__getstate__`` returned, of this release or a former one, or torch.optim's.
     """
     state = dict(state)
     if "_settings" not in opt.__dict__:  # a copy; load_state_dict() keeps the present settings
         state["_settings"] = settings_in(state)
         state.setdefault("_ownership", _ownership_in(state))
-    for former in [name for name in state if name in _FORMER_ENTRIES]:
+    for former in _FORMER_ENTRIES & state.keys():
         del state[former]
     start_without_caches(opt)
     torch_set(state)
@@ -190,13 +183,7 @@ def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]],
 def add_group(
     opt, param_group: dict[str, Any], torch_add: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Checks the options of a group and adds it; after an error the groups are as before.
-
-    Args:
-        opt: The optimizer.
-        param_group: As in `AdamW.add_param_group`.
-        torch_add: ``add_param_group`` of the torch.optim class.
-    """
+    """Checks the options of a group and adds it; after an error the groups are as before."""
     options = opt.param_groups[0] if opt.param_groups else opt._guidance
     if isinstance(param_group, dict) and "anchored" in param_group:
         # A dict that is a group of another optimizer, since torch.optim keeps the dict it is given.

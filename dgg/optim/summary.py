@@ -106,11 +106,7 @@ class Reporting:
 
 
 def head(opt: Any) -> str:
-    """Returns one line: class, backends, α and the size of the anchor.
-
-    Args:
-        opt: The optimizer or `dgg.Guidance`.
-    """
+    """Returns one line: class, backends, α and the size of the anchor."""
     driver = opt._deepspeed_driver() if hasattr(opt, "_deepspeed_driver") else None
     pieces = "tensors" if driver is None else "partitions of this rank"
     # From the ownership, since DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
@@ -126,9 +122,9 @@ def head(opt: Any) -> str:
     if not sizes["anchor"]:
         return text + "no anchor: nothing is guided"
     text += f"anchor of {len(sizes['anchor'])} {pieces} ({_mebibytes(sizes['anchor'])})"
-    return text + (
-        f", importance ({_mebibytes(sizes['importance'])})" if sizes["importance"] else ""
-    )
+    if sizes["importance"]:
+        text += f", importance ({_mebibytes(sizes['importance'])})"
+    return text
 
 
 def _alpha(alpha: Any) -> str:

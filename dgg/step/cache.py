@@ -158,14 +158,10 @@ class RowCache:
     ) -> None:
         """Hands every device's rows their gradients."""
         for rows, places in zip(self.all_rows, self._places, strict=True):
-            if places is None:
-                rows.take_gradients(grads, replays, elementwise=elementwise)
-            else:
-                rows.take_gradients(
-                    [grads[i] for i in places],
-                    [replays[i] for i in places] if replays else [],
-                    elementwise=elementwise,
-                )
+            of_rows = grads, replays
+            if places is not None:
+                of_rows = [grads[i] for i in places], replays and [replays[i] for i in places]
+            rows.take_gradients(*of_rows, elementwise=elementwise)
 
     def abandon(self) -> None:
         """Releases the gradients of a step that could not be finished."""

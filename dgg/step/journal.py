@@ -99,7 +99,7 @@ class Reader:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self.first_step = self._last_step = journal.steps
+        self.first_step = journal.steps
         # float64 [2, names]: sums over the steps that measured something, and how many did; since
         # the last call of `means`, and before it.
         self._window: Tensor | None = None
@@ -112,18 +112,13 @@ class Reader:
 
     def means(self) -> dict[str, float]:
         """Returns the means of the steps since the last call; empty if there were none."""
-        if self._journal.steps == self._last_step:
-            return {}
         self._journal.fold()
-        self._last_step = self._journal.steps
         window, self._window = self._window, None
         self._before = _joined(self._before, window)
         return _means(window)
 
     def totals(self) -> dict[str, float]:
         """Returns the means of all steps since the reader was made; empty if there were none."""
-        if self._journal.steps == self.first_step:
-            return {}
         self._journal.fold()
         return _means(_joined(self._before, self._window))
 
@@ -165,12 +160,7 @@ def _kind(record: dict[str, Any]) -> Any:
 
 
 def _sums(first: dict[str, Any], steps: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
-    """Returns float64 [2, names] of the steps of one kind.
-
-    Args:
-        first: A record of the kind.
-        steps: The tensors of each step's record, as `_tensors` returned them.
-    """
+    """Returns float64 [2, names] of steps of the kind of ``first``, from their `_tensors`."""
     nothing = torch.zeros(len(steps), dtype=torch.float64, device=first["device"])
     values = dict.fromkeys(NAMES, torch.full_like(nothing, torch.nan))
     values["injected"] = values["scale"] = nothing

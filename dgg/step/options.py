@@ -79,11 +79,10 @@ class Options:
         self._known = []
         for group in groups:
             options = {name: value for name, value in group.items() if name not in _MOVING}
-            if not all(map(_is_fixed, options.values())):
-                self._known = []
-                return
             read = operator.itemgetter(*options)
             self._known.append((list(group), read, tuple(options.values())))
+        if not all(_is_fixed(values) for _, _, values in self._known):
+            self._known = []
 
     def _read_draws(self, groups: Sequence[dict[str, Any]]) -> None:
         for number, group in enumerate(groups):

@@ -49,9 +49,6 @@ class Settings:
 def take_settings(options: dict[str, Any]) -> Settings:
     """Takes an optimizer's settings out of its keyword arguments, and checks them.
 
-    Args:
-        options: Keyword arguments; the settings are removed from it.
-
     Raises:
         TypeError: A setting has the wrong type.
         ValueError: A setting is unknown, or two contradict each other.
