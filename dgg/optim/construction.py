@@ -76,12 +76,7 @@ def build(
 
 
 def _as_params(params: Any) -> Any:
-    """Returns what torch.optim is to take as parameters; what an iterator has left as a list.
-
-    Raises:
-        TypeError: It is a model, or a dict.
-        ValueError: There is no parameter.
-    """
+    """Returns what torch.optim is to take as parameters; what an iterator has left as a list."""
     if isinstance(params, Mapping):
         remedy = (
             "pass a list of groups, [{'params': ..., 'lr': ...}]"
@@ -111,11 +106,7 @@ def _as_params(params: Any) -> Any:
 
 
 def _check_numbers(numbers: Mapping[str, Any]) -> None:
-    """Checks the types of the numbers whose values torch.optim checks; warns of swapped betas.
-
-    Raises:
-        TypeError: One is no number, or ``betas`` no pair of numbers.
-    """
+    """Checks the types of the numbers whose values torch.optim checks; warns of swapped betas."""
     betas: Any = numbers.get("betas", (0.0, 0.0))
     try:
         is_pair = len(betas) == 2 and not isinstance(betas, str)
@@ -133,9 +124,8 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
                 f"{name}={value!r} must be a number, not {type(value).__name__}"
                 f"{hint if isinstance(value, str) else ''}"
             )
-    first, second = betas[0], betas[1]
-    floats = isinstance(first, float) and isinstance(second, float)
-    if floats and 1 > float(first) ** 2 > float(second) >= 0:
+    floats = isinstance(betas[0], float) and isinstance(betas[1], float)
+    if floats and 1 > betas[0] ** 2 > betas[1] >= 0:
         warnings.warn(
             f"betas={tuple(betas)}: the first one, squared, is above the second one, where Adam "
             f"may diverge. If they are swapped: betas={tuple(betas)[::-1]}",
@@ -185,11 +175,11 @@ def add_group(
 ) -> None:
     """Checks the options of a group and adds it; after an error the groups are as before."""
     options = opt.param_groups[0] if opt.param_groups else opt._guidance
-    if isinstance(param_group, dict) and "anchored" in param_group:
-        # A dict that is a group of another optimizer, since torch.optim keeps the dict it is given.
-        # The options of that optimizer as a whole stay there and do not come along.
-        param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
     if isinstance(param_group, dict):
+        if "anchored" in param_group:
+            # A group of another optimizer, since torch.optim keeps the dict it is given. The
+            # options of that optimizer as a whole stay there and do not come along.
+            param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
         for name in OPTIMIZER_OPTIONS:
             if name in param_group and param_group[name] != options[name]:
                 raise ValueError(

@@ -169,8 +169,6 @@ class Guidance(Reporting):
     def _reset_caches(self) -> None:
         self._cache = None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def set_anchor(
         self, tensors: TensorsOrPath | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
@@ -216,11 +214,7 @@ class Guidance(Reporting):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _place_anchor(
-        self, tensors: TensorsOrPath | None = None, *,
-        model: torch.nn.Module | None = None, task: int | None = None,
-        importance: TensorsOrPath | None = None,
-    ) -> None:  # fmt: skip
+    def _place_anchor(self, tensors: Any, *, model: Any, task: int | None, importance: Any) -> None:
         """Sets the anchor as `set_anchor` does, without its rules about tasks."""
         marked, groups = self._marked_groups(), self.optimizer.param_groups
         plan = functools.partial(

@@ -75,7 +75,7 @@ class Reporting:
             >>> if number % 100 == 0:
             ...     wandb.log(opt.guidance_log(), step=number)
         """
-        found = {f"guidance/{name}": value for name, value in self._journal.since_log().items()}
+        found = {f"guidance/{name}": value for name, value in self._journal.logged.means().items()}
         task = self.param_groups[0]["task_index"]
         return {**found, "guidance/task": task, "guidance/anchored": self._count_anchors()}
 

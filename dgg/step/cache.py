@@ -19,11 +19,7 @@ from dgg.step.draws import Decision
 class RowCache:
     """The rows of all parameters, one `backends.Rows` per device, and the tensors behind them.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        params: All of them.
-        replays: Replay gradient of each or None; empty if there are none at all.
+    The replay gradients are those of all parameters, or none.
 
     Attributes:
         launched: The step of a device is launched, not run when it is called.
@@ -282,7 +278,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     if cache is not None and not cache.valid(opt, groups, params, grads, replays):
         cache = None
     if cache is None or opt._partial:
-        grads, replays = _with_sums(opt, params, grads, replays)
+        grads, replays = with_sums(opt, params, grads, replays)
     if cache is None or cache.unchecked:
         checks.check_step(opt, params, grads, replays)
     if params:
@@ -298,7 +294,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
         # A gradient that differs from those of the last steps: either partial sums, which can be
         # summed, or the checks below raise an error that names it.
         summed_before = opt._partial
-        grads, replays = _with_sums(opt, params, grads, replays)
+        grads, replays = with_sums(opt, params, grads, replays)
         checks.check_step(opt, params, grads, replays)
         if summed_before or not opt._partial:
             raise
@@ -306,7 +302,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     return cache
 
 
-def _with_sums(opt, params, grads, replays) -> tuple[list, list]:
+def with_sums(opt, params, grads, replays) -> tuple[list, list]:
     """Sums partial gradients over their ranks; notes whether there were any."""
     gradients_and_replays = [*grads, *replays]
     twice = [*params, *params][: len(gradients_and_replays)]

@@ -181,9 +181,6 @@ def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
 
     Each rank would then skip its part of the step, and change its scale, by itself. Of DTensors
     torch sums the verdict over the ranks; of FSDP1's runs only unscale_() does.
-
-    Raises:
-        RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
     """
     if process_group is not None or any(map(fsdp1.is_one, params)):
         raise RuntimeError(

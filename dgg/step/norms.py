@@ -196,8 +196,8 @@ def pulled(
         flags: uint8 [n], what was drawn.
         active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
         infinite: bool [] or [1], whether a GradScaler found inf; None without one.
-        lengths: [n] or [1], those of the pulls with alpha="auto", which draws every step and often
-            pulls with length 0; None otherwise.
+        lengths: [n], [1] or [], those of the pulls with alpha="auto", which draws every step and
+            often pulls with length 0; None otherwise.
     """
     found = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
     if active is not None:
@@ -229,25 +229,21 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     stats.backend = last.get("backend", "")
     flags, coefficients = last["flags"], last["coefficients"]
     zero = torch.zeros((), device=last["device"], dtype=torch.float32)
-    stats["injected"], stats["guided"] = zero.bool(), zero.long()
-    if flags is not None:
-        lengths = None
-        if last["alignment_and_pull"] is not None:
-            lengths = coefficients[reference.SCALES :]
-            lengths = lengths if last["per_tensor"] else lengths[:1]
-        infinite = None if last["found_inf"] is None else last["found_inf"].ne(0).any()
-        guided = pulled(flags, last["active"], infinite, lengths)
-        stats["injected"], stats["guided"] = guided.any(), guided.sum()
-    stats["scale"] = zero
+    stats["injected"], stats["guided"], stats["scale"] = zero.bool(), zero.long(), zero
     if coefficients is None:
         return stats
+    guarded = last["alignment_and_pull"] is not None
     if flags is not None:
-        scales = coefficients[reference.SCALES :] * last["strength"]
-        stats["scale"] = scales.float() if last["per_tensor"] else scales[0].float()
+        lengths = coefficients[reference.SCALES :]
+        lengths = lengths if last["per_tensor"] else lengths[0]
+        infinite = None if last["found_inf"] is None else last["found_inf"].ne(0).any()
+        guided = pulled(flags, last["active"], infinite, lengths if guarded else None)
+        stats["injected"], stats["guided"] = guided.any(), guided.sum()
+        stats["scale"] = (lengths * last["strength"]).float()
     if last["measured"]:
         stats["grad_norm"] = coefficients[reference.GRAD_NORM].float()
         stats["distance"] = coefficients[reference.DISTANCE].float()
-    if last["alignment_and_pull"] is not None:
+    if guarded:
         alignment, pull = last["alignment_and_pull"].unbind()
         stats["alignment"], stats["pull"] = alignment.float(), (pull * last["strength"]).float()
     if last["clipped"]:

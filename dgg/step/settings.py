@@ -87,12 +87,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 
 def check_kernels(settings: Settings, params: Iterable[Tensor]) -> None:
-    """Raises unless fused and captured steps can be had where the parameters are.
-
-    Raises:
-        RuntimeError: A fused backend was demanded and cannot run.
-        ValueError: ``capturable=True`` over several devices, or where nothing is launched.
-    """
+    """Raises unless fused and captured steps can be had where the parameters are."""
     devices = [d for d in dict.fromkeys(p.device for p in params) if d.type != "meta"]
     if settings.capturable and len(devices) > 1:
         raise ValueError(
