@@ -24,8 +24,6 @@ from dgg.optim.guidance_state import check_saved
 from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.summary import Reporting
 from dgg.step import checks
-from dgg.step.checks import Warned
-from dgg.step.gradients import ReplaySlot
 from dgg.step.run import run
 from dgg.step.settings import Settings
 
@@ -92,10 +90,6 @@ class Guidance(Reporting):
     _carried = False
     # The guidance's part of a state dict that is loading.
     _arriving: Any = None
-    _replay: ReplaySlot
-    _warned: Warned
-    _resumed: int | None
-    _named: int | None
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, alpha: Alpha = 0.2, strength: float = 1.0,

@@ -9,6 +9,8 @@ from dgg import backends
 from dgg._imitable import imitable
 from dgg._signatures import listed
 from dgg.step import norms
+from dgg.step.checks import Warned
+from dgg.step.gradients import ReplaySlot
 from dgg.step.journal import Journal
 
 _MEANINGS = {
@@ -25,8 +27,13 @@ class Reporting:
     """The methods of every optimizer, and of `dgg.Guidance`, that say what guidance did."""
 
     param_groups: list[dict[str, Any]]
-    _last: dict[str, Any] | None
+    # What `construction` sets.
     _journal: Journal
+    _last: dict[str, Any] | None  # of the last step, for the statistics
+    _named: int | None  # the task that set_anchor(task=...) named
+    _replay: ReplaySlot
+    _resumed: int | None  # steps of the checkpoint that a new optimizer has loaded
+    _warned: Warned
 
     def _count_anchors(self) -> int:
         """Returns the number of parameters with an anchor, those of all ranks."""

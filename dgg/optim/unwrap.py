@@ -42,14 +42,7 @@ def unwrap(optimizer: object) -> Guided:
 
 
 def find(optimizer: object) -> Guided | Guidance:
-    """Returns the dgg optimizer inside wrappers, or the guidance of another optimizer there.
-
-    Args:
-        optimizer: As in `unwrap`.
-
-    Raises:
-        TypeError: There is neither inside.
-    """
+    """Returns the dgg optimizer inside wrappers, or the guidance of another optimizer there."""
     types: list[str] = []
     inner: Any = optimizer
     while inner is not None and len(types) < 16:

@@ -64,9 +64,6 @@ class Draws:
         """Notes in the decision whether alpha is "auto", and whether the guided groups maximize.
 
         The groups of the options say the latter, unless there are others, ``guided``.
-
-        Raises:
-            ValueError: An option, or a group, does not go with alpha="auto".
         """
         # The groups of an optimizer under `dgg.Guidance` are not among the watched options.
         ascends = None if guided is None else [group.get("maximize") for group in guided]
@@ -147,13 +144,7 @@ def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def decide(opt) -> Decision:
-    """Returns a step's decision, with all that the groups determine; nothing is changed.
-
-    Raises:
-        RuntimeError: A `replay` block is open.
-        TypeError: An option has the wrong type.
-        ValueError: An option is out of range, or groups disagree.
-    """
+    """Returns a step's decision, with all that the groups determine; nothing is changed."""
     opt._replay.check_closed()
     groups = opt.param_groups
     options = opt._draws.options.read(groups)

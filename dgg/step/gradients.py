@@ -204,9 +204,6 @@ def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scalin
     """Returns the scaling of a GradScaler, and whether its verdict skips the step.
 
     The latter is a tensor if only the device knows.
-
-    Raises:
-        RuntimeError: The scaler has unscaled ``.grad`` alone, or has seen a part of the gradients.
     """
     scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     has_scaler = scale is not None or found_inf is not None

@@ -105,12 +105,7 @@ def corrected_moment(
 
 
 def number(name: str, value: Any) -> float | Tensor:
-    """Returns the value of a group's option as a float; a tensor on an accelerator stays there.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is a tensor of more than one element.
-    """
+    """Returns the value of a group's option as a float; a tensor on an accelerator stays there."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -126,7 +121,7 @@ def number(name: str, value: Any) -> float | Tensor:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Returns the value of a group's option that is True or False; a TypeError if it is neither."""
+    """Returns the value of a group's option that is True or False."""
     if not isinstance(value, (bool, int)):
         value = _arguments.plain(name, value)
         if not isinstance(value, (bool, int)):

@@ -47,12 +47,7 @@ class Settings:
 
 
 def take_settings(options: dict[str, Any]) -> Settings:
-    """Takes an optimizer's settings out of its keyword arguments, and checks them.
-
-    Raises:
-        TypeError: A setting has the wrong type.
-        ValueError: A setting is unknown, or two contradict each other.
-    """
+    """Takes an optimizer's settings out of its keyword arguments, and checks them."""
     capturable, fused = bool(options.pop("capturable")), options.pop("fused")
     foreach, backend = options.pop("foreach"), options.pop("backend")
     anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
