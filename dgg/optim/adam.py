@@ -19,7 +19,7 @@ from dgg._signatures import listed
 from dgg.optim import construction
 from dgg.optim.guided import Guided
 from dgg.step import state
-from dgg.step.rule import Rule, corrected_moment, flag, number, number_of, threshold
+from dgg.step.rule import Rule, corrected_moment, flag, number, threshold
 
 # torch.optim may be patched later, with these classes in place of its own.
 _TorchAdam = torch.optim.Adam
@@ -54,15 +54,18 @@ class AdamRule(Rule):
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the hyper-parameters that `backends.ADAM` names."""
-        beta1, beta2 = group["betas"][0], group["betas"][1]
         return {
-            "lr": number(group, "lr"),
-            "beta1": number_of("betas", beta1), "beta2": number_of("betas", beta2),
-            "eps": number(group, "eps"), "weight_decay": number(group, "weight_decay"),
-            "decoupled": flag(group, "decoupled_weight_decay"),
-            "amsgrad": flag(group, "amsgrad"), "maximize": flag(group, "maximize"),
-            "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
-        }  # fmt: skip
+            "lr": number("lr", group["lr"]),
+            "beta1": number("betas", group["betas"][0]),
+            "beta2": number("betas", group["betas"][1]),
+            "eps": number("eps", group["eps"]),
+            "weight_decay": number("weight_decay", group["weight_decay"]),
+            "decoupled": flag("decoupled_weight_decay", group["decoupled_weight_decay"]),
+            "amsgrad": flag("amsgrad", group["amsgrad"]),
+            "maximize": flag("maximize", group["maximize"]),
+            "strength": number("strength", group["strength"]),
+            "threshold": threshold(group["alpha"]),
+        }
 
     def second_moment(
         self, opt, param: Tensor, group: Mapping[str, Any]

@@ -24,12 +24,8 @@ def build(
 ) -> None:
     """Checks the guidance arguments, then lets torch.optim check and take the others.
 
-    Args:
-        opt: The optimizer, which has no attribute yet.
-        torch_init: ``__init__`` of the torch.optim class.
-        numbers: Names of the arguments that both constructors take and numpy's numbers may be
-            given for.
-        arguments: All arguments of the dgg class' constructor, ``self`` included.
+    The optimizer has no attribute yet. ``numbers`` are the arguments that both constructors take
+    and numpy's numbers may be given for; ``arguments`` are all, ``self`` included.
     """
     options = {name: value for name, value in arguments.items() if name not in ("self", "params")}
     params = _as_params(arguments["params"])
@@ -80,12 +76,7 @@ def build(
 
 
 def _as_params(params: Any) -> Any:
-    """Returns what torch.optim is to take as parameters; what an iterator has left as a list.
-
-    Raises:
-        TypeError: It is a model, or a dict.
-        ValueError: There is no parameter.
-    """
+    """Returns what torch.optim is to take as parameters; what an iterator has left as a list."""
     if isinstance(params, Mapping):
         remedy = (
             "pass a list of groups, [{'params': ..., 'lr': ...}]"
@@ -115,11 +106,7 @@ def _as_params(params: Any) -> Any:
 
 
 def _check_numbers(numbers: Mapping[str, Any]) -> None:
-    """Checks the types of the numbers whose values torch.optim checks; warns of swapped betas.
-
-    Raises:
-        TypeError: One is no number, or ``betas`` no pair of numbers.
-    """
+    """Checks the types of the numbers whose values torch.optim checks; warns of swapped betas."""
     betas: Any = numbers.get("betas", (0.0, 0.0))
     try:
         is_pair = len(betas) == 2 and not isinstance(betas, str)
@@ -137,9 +124,8 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
                 f"{name}={value!r} must be a number, not {type(value).__name__}"
                 f"{hint if isinstance(value, str) else ''}"
             )
-    first, second = betas[0], betas[1]
-    floats = isinstance(first, float) and isinstance(second, float)
-    if floats and 1 > float(first) ** 2 > float(second) >= 0:
+    floats = isinstance(betas[0], float) and isinstance(betas[1], float)
+    if floats and 1 > betas[0] ** 2 > betas[1] >= 0:
         warnings.warn(
             f"betas={tuple(betas)}: the first one, squared, is above the second one, where Adam "
             f"may diverge. If they are swapped: betas={tuple(betas)[::-1]}",
@@ -162,16 +148,13 @@ def start_without_caches(opt) -> None:
 def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]], None]) -> None:
     """Takes over a copied, pickled or loaded state and starts without caches.
 
-    Args:
-        opt: The optimizer.
-        state: What ``__getstate__`` returned, of this release or a former one, or torch.optim's.
-        torch_set: ``__setstate__`` of the torch.optim class.
+    The state is what ``__getstate__`` returned, of this release or a former one, or torch.optim's.
     """
     state = dict(state)
     if "_settings" not in opt.__dict__:  # a copy; load_state_dict() keeps the present settings
         state["_settings"] = settings_in(state)
         state.setdefault("_ownership", _ownership_in(state))
-    for former in [name for name in state if name in _FORMER_ENTRIES]:
+    for former in _FORMER_ENTRIES & state.keys():
         del state[former]
     start_without_caches(opt)
     torch_set(state)
@@ -190,19 +173,13 @@ def take_state(opt, state: dict[str, Any], torch_set: Callable[[dict[str, Any]],
 def add_group(
     opt, param_group: dict[str, Any], torch_add: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Checks the options of a group and adds it; after an error the groups are as before.
-
-    Args:
-        opt: The optimizer.
-        param_group: As in `AdamW.add_param_group`.
-        torch_add: ``add_param_group`` of the torch.optim class.
-    """
+    """Checks the options of a group and adds it; after an error the groups are as before."""
     options = opt.param_groups[0] if opt.param_groups else opt._guidance
-    if isinstance(param_group, dict) and "anchored" in param_group:
-        # A dict that is a group of another optimizer, since torch.optim keeps the dict it is given.
-        # The options of that optimizer as a whole stay there and do not come along.
-        param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
     if isinstance(param_group, dict):
+        if "anchored" in param_group:
+            # A group of another optimizer, since torch.optim keeps the dict it is given. The
+            # options of that optimizer as a whole stay there and do not come along.
+            param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
         for name in OPTIMIZER_OPTIONS:
             if name in param_group and param_group[name] != options[name]:
                 raise ValueError(

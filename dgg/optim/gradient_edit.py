@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgg import _arguments, backends, sharding
 from dgg.step import checks, gradients, norms
-from dgg.step.cache import RowCache
+from dgg.step.cache import RowCache, with_sums
 from dgg.step.draws import Decision
 from dgg.step.rule import Rule, corrected_moment, threshold
 from dgg.step.run import Verbs, abandon, finish
@@ -81,7 +81,7 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
         return []
     for p in params:
         shard = sharding.local(p.grad)
-        if shard is None and slot and slot.get(p) is not None:
+        if shard is None and slot.get(p) is not None:
             p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
         elif shard is not None and not backends.is_dense(shard):
             # An expanded gradient cannot be written in place.
@@ -108,32 +108,25 @@ def _refuse_partitions(opt, params: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def _sum_partial_gradients(opt, params: Sequence[Tensor]) -> None:
     """Sums partial gradients over their ranks; the sums become ``.grad``."""
-    slot = opt._replay
-    replayed = [p for p in params if slot.get(p) is not None] if slot else []
-    grads = [*(p.grad for p in params), *map(slot.get, replayed)]
-    sums = sharding.sum_partial_gradients([*params, *replayed], grads)
-    for p, grad, total in zip(params, grads, sums, strict=False):
+    grads, replays = [p.grad for p in params], opt._replay.of(params)
+    sums, replays = with_sums(opt, params, grads, replays)
+    for p, grad, total in zip(params, grads, sums, strict=True):
         if total is not grad:
             p.grad = total
-    slot.exchange(replayed, sums[len(params) :])
+    if opt._partial and replays:
+        opt._replay.exchange(params, replays)
 
 
 def _check(opt, groups, params: Sequence[Tensor], elementwise: bool) -> None:
-    slot = opt._replay
-    labels = None
-    for i, p in enumerate(params):
-        r = slot.get(p) if slot else None
+    for p, label in zip(params, _arguments.group_labels(groups), strict=True):
+        r, entry = opt._replay.get(p), opt.state.get(p, {})
         for grad, kind in ((p.grad, "gradient"), (r, "replay gradient")):
             if grad is not None:
-                labels = labels or _arguments.group_labels(groups)
-                _arguments.check_gradient(grad, p, labels[i], kind)
-                _arguments.check_param(p, labels[i], stepped=True, elements=elementwise)
-        entry = opt.state.get(p, {})
+                _arguments.check_gradient(grad, p, label, kind)
+                _arguments.check_param(p, label, stepped=True, elements=elementwise)
+                checks.check_weighed(entry, opt.param_groups[0]["importance"], label)
         value = entry.get("anchor")
-        if labels and (p.grad is not None or r is not None):
-            checks.check_weighed(entry, opt.param_groups[0]["importance"], labels[i])
         if value is not None and value.shape != p.shape:
-            label = _arguments.group_labels(groups)[i]
             raise ValueError(
                 f"{label} has another shape than its anchor, {tuple(value.shape)}: call "
                 "set_anchor() after a parameter has changed its shape"
@@ -145,13 +138,11 @@ def _take_native_gradients(opt, groups, elementwise: bool) -> bool:
     cache = opt._cache
     if cache is None:
         return False
-    replays: list[Tensor | None] = []
-    if opt._replay:
-        replays = opt._replay.of(cache.params)
-        # A parameter with a replay gradient alone is given a gradient by `_take_gradients`.
-        pairs = zip(cache.params, replays, strict=True)
-        if any([r is not None and p.grad is None for p, r in pairs]):
-            return False
+    replays = opt._replay.of(cache.params)
+    # A parameter with a replay gradient alone is given a gradient by `_take_gradients`.
+    pairs = zip(cache.params, replays, strict=True)
+    if replays and any([r is not None and p.grad is None for p, r in pairs]):
+        return False
     if not cache.take_native_gradients(opt, groups, replays, elementwise=elementwise):
         return False
     # An expanded gradient cannot be written in place.

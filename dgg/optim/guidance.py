@@ -18,22 +18,21 @@ from dgg._signatures import listed
 from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
+from dgg.optim.construction import start_without_caches
 from dgg.optim.gradient_edit import EDIT, GuideRule
-from dgg.optim.guidance_state import GUIDED, Carried, check_saved
+from dgg.optim.guidance_state import check_saved
 from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.summary import Reporting
 from dgg.step import checks
-from dgg.step.cache import RowCache
-from dgg.step.checks import Warned
-from dgg.step.draws import Draws
-from dgg.step.gradients import ReplaySlot
-from dgg.step.journal import Journal
 from dgg.step.run import run
 from dgg.step.settings import Settings
 
+# The attribute of an optimizer that has its guidance, and the key of that in its state dict.
+GUIDED, CARRIED = "_dgg_guidance", "dgg_guidance"
+
 
 @listed
-class Guidance(Reporting, Carried):
+class Guidance(Reporting):
     """Guides any other optimizer: a step pre-hook that edits ``.grad`` in one pass.
 
     Works with any `torch.optim.Optimizer` (Muon, bitsandbytes, torchao, Adafactor, ...). Before
@@ -86,7 +85,11 @@ class Guidance(Reporting, Carried):
     process_group = sharding.ProcessGroup()
     # As if nobody had read the state: unlike that of `Stepped` it is not watched for reads.
     _state_read = False
-    _rule = GuideRule()
+    _new_rule = GuideRule
+    # The state dicts of the optimizer carry the guidance's; a callback says so.
+    _carried = False
+    # The guidance's part of a state dict that is loading.
+    _arriving: Any = None
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, alpha: Alpha = 0.2, strength: float = 1.0,
@@ -133,14 +136,14 @@ class Guidance(Reporting, Carried):
             _arguments.make_plain(group)
         # θ* by parameter, under the key that it has in the state of `dgg.AdamW`.
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        self._draws, self._replay, self._warned = Draws(), ReplaySlot(), Warned()
-        self._cache: RowCache | None = None
-        self._last: dict[str, Any] | None = None
-        self._journal = Journal()
-        self._resumed: int | None = None
-        self._named: int | None = None
+        start_without_caches(self)
         vars(optimizer)[GUIDED] = self
-        self._handles = [optimizer.register_step_pre_hook(self._before_step), *self._ride()]
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_post_hook(self._into_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
 
     def __reduce_ex__(self, protocol):
         """Refuses to be copied or pickled, since the hook would stay behind."""
@@ -160,8 +163,6 @@ class Guidance(Reporting, Carried):
     def _reset_caches(self) -> None:
         self._cache = None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def set_anchor(
         self, tensors: TensorsOrPath | None = None, *,
         model: torch.nn.Module | None = None, task: int | None = None,
@@ -207,11 +208,7 @@ class Guidance(Reporting, Carried):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _place_anchor(
-        self, tensors: TensorsOrPath | None = None, *,
-        model: torch.nn.Module | None = None, task: int | None = None,
-        importance: TensorsOrPath | None = None,
-    ) -> None:  # fmt: skip
+    def _place_anchor(self, tensors: Any, *, model: Any, task: int | None, importance: Any) -> None:
         """Sets the anchor as `set_anchor` does, without its rules about tasks."""
         marked, groups = self._marked_groups(), self.optimizer.param_groups
         plan = functools.partial(
@@ -288,13 +285,13 @@ class Guidance(Reporting, Carried):
             KeyError: The state dict is not one of a guidance.
             ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
         """
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._sync_groups()
-        check_saved(self, params, state_dict)
+        check_saved(self, state_dict)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
         groups = state_dict["param_groups"]
         loaded: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        saved = state_dict["anchors"], state_dict.get("importances", {})
-        for name, values in zip(("anchor", "importance"), saved, strict=True):
+        for name, key in (("anchor", "anchors"), ("importance", "importances")):
+            values = state_dict.get(key, {})
             dtypes = [value.dtype for value in values.values()]
             members = [params[i] for i in values]
             targets = anchor.allocate_all(members, dtypes, self._settings.anchor_device)
@@ -307,6 +304,20 @@ class Guidance(Reporting, Carried):
         self.param_groups = [{**_arguments.NEW_OPTIONS, **group} for group in groups]
         self._journal.begin_task()
         self._reset_caches()
+
+    def _into_state_dict(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        return {**state_dict, CARRIED: self.state_dict()} if self._carried else None
+
+    def _before_load(self, optimizer, state_dict: dict[str, Any]) -> None:
+        self._arriving = state_dict.get(CARRIED)
+        if self._arriving is not None:
+            self._sync_groups()
+            check_saved(self, self._arriving)  # before the optimizer has loaded its part
+
+    def _after_load(self, optimizer) -> None:
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            self.load_state_dict(arriving)
 
     def _before_step(self, optimizer, args, kwargs):
         if not optimizer.state and source.making_template():

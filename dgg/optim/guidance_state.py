@@ -1,62 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The state of `dgg.Guidance`: its checks, and its way in the guided optimizer's state dict."""
+"""The checks of a state dict of `dgg.Guidance`, before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from dgg import _arguments, anchor
 from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 
-# The attribute of an optimizer that has its guidance, and the key of that in its state dict.
-GUIDED, CARRIED = "_dgg_guidance", "dgg_guidance"
 
-
-class Carried:
-    """Lets the state dicts of an optimizer carry those of its guidance, where that is wanted.
-
-    Attributes:
-        optimizer: The guided one.
-        param_groups: The guidance's.
-    """
-
-    optimizer: torch.optim.Optimizer
-    param_groups: list[dict[str, Any]]
-    # Whether they do; a callback says so. And the guidance's part of a state dict that is loading.
-    _carried = False
-    _arriving: Any = None
-
-    def _ride(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Registers the hooks and returns their handles."""
-        return [
-            self.optimizer.register_state_dict_post_hook(self._into_state_dict),
-            self.optimizer.register_load_state_dict_pre_hook(self._before_load),
-            self.optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
-
-    def _into_state_dict(self: Any, optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        return {**state_dict, CARRIED: self.state_dict()} if self._carried else None
-
-    def _before_load(self: Any, optimizer, state_dict: dict[str, Any]) -> None:
-        self._arriving = state_dict.get(CARRIED)
-        if self._arriving is not None:
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self._sync_groups()
-            check_saved(self, params, self._arriving)  # before the optimizer has loaded its part
-
-    def _after_load(self: Any, optimizer) -> None:
-        arriving, self._arriving = self._arriving, None
-        if arriving is not None:
-            self.load_state_dict(arriving)
-
-
-def check_saved(opt: Any, params: Sequence[Tensor], state_dict: Any) -> None:
-    """Checks a state dict before anything is changed; see `Guidance.load_state_dict`."""
+def check_saved(opt: Any, state_dict: Any) -> None:
+    """Raises the errors of `Guidance.load_state_dict`."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"load_state_dict() takes what state_dict() returned, not "
@@ -67,7 +23,8 @@ def check_saved(opt: Any, params: Sequence[Tensor], state_dict: Any) -> None:
             f"no state dict of a guidance: it has {sorted(map(str, state_dict))}, not anchors, "
             "param_groups and params; pass what guidance.state_dict() returned"
         )
-    groups = state_dict["param_groups"]
+    groups, anchors = state_dict["param_groups"], state_dict["anchors"]
+    params = [p for group in opt.optimizer.param_groups for p in group["params"]]
     if len(groups) != len(opt.param_groups) or state_dict["params"] != len(params):
         raise ValueError(
             f"the state dict is of {state_dict['params']} parameters in {len(groups)} groups, "
@@ -89,27 +46,23 @@ def check_saved(opt: Any, params: Sequence[Tensor], state_dict: Any) -> None:
     _arguments.guard_of(groups, ascends)
     if opt.param_groups[0]["draw_index"] == 0:
         boundary.refuse_earlier(opt._named, groups)
+    weights = state_dict.get("importances", {})
+    for name, values in (("anchors", anchors), ("importances", weights)):
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"the state dict's {name} are a {type(values).__name__}, not a dict by parameter "
+                "number; pass what guidance.state_dict() returned"
+            )
     labels = _arguments.group_labels(opt.optimizer.param_groups)
-    if not isinstance(state_dict["anchors"], Mapping):
-        raise TypeError(
-            f"the state dict's anchors are a {type(state_dict['anchors']).__name__}, not a "
-            "dict by parameter number; pass what guidance.state_dict() returned"
-        )
-    for i, value in state_dict["anchors"].items():
+    for i, value in anchors.items():
         if type(i) is not int or i not in range(len(params)):
             raise KeyError(
                 f"the state dict has an anchor of parameter {i!r} of {len(params)}; pass what "
                 "guidance.state_dict() returned"
             )
         anchor.check_source(value, params[i], labels[i])
-    weights = state_dict.get("importances", {})
-    if not isinstance(weights, Mapping):
-        raise TypeError(
-            f"the state dict's importances are a {type(weights).__name__}, not a dict by parameter "
-            "number; pass what guidance.state_dict() returned"
-        )
-    for i in {*state_dict["anchors"], *weights}:
-        if groups[0].get("importance") and i not in weights or i not in state_dict["anchors"]:
+    for i in {*anchors, *weights}:
+        if groups[0].get("importance") and i not in weights or i not in anchors:
             raise KeyError(
                 f"the state dict weighs its pull, but has no anchor and importance of parameter "
                 f"{i!r}; pass what guidance.state_dict() returned"

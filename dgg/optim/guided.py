@@ -195,11 +195,7 @@ class Guided(Reporting, Stepped):
     @imitable
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _place_anchor(
-        self, tensors: TensorsOrPath | None = None, *,
-        model: torch.nn.Module | None = None, task: int | None = None,
-        importance: TensorsOrPath | None = None,
-    ) -> None:  # fmt: skip
+    def _place_anchor(self, tensors: Any, *, model: Any, task: int | None, importance: Any) -> None:
         """Sets the anchor as `set_anchor` does, without its rules about tasks; None counts one up.
 
         For frameworks that know where a task begins, such as `dgg.hf`.

@@ -19,9 +19,6 @@ class InGroups:
     """Refuses ``opt.alpha = 0.1``, which would set an attribute that no step reads.
 
     It is a descriptor and no ``__setattr__``, which every attribute that a step sets would pay for.
-
-    Args:
-        name: Of the option.
     """
 
     def __init__(self, name: str) -> None:

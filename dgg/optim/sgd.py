@@ -65,12 +65,15 @@ class SgdRule(Rule):
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the hyper-parameters that `backends.SGD` names."""
         return {
-            "lr": number(group, "lr"), "momentum": number(group, "momentum"),
-            "dampening": number(group, "dampening"),
-            "weight_decay": number(group, "weight_decay"),
-            "nesterov": flag(group, "nesterov"), "maximize": flag(group, "maximize"),
-            "strength": number(group, "strength"), "threshold": threshold(group["alpha"]),
-        }  # fmt: skip
+            "lr": number("lr", group["lr"]),
+            "momentum": number("momentum", group["momentum"]),
+            "dampening": number("dampening", group["dampening"]),
+            "weight_decay": number("weight_decay", group["weight_decay"]),
+            "nesterov": flag("nesterov", group["nesterov"]),
+            "maximize": flag("maximize", group["maximize"]),
+            "strength": number("strength", group["strength"]),
+            "threshold": threshold(group["alpha"]),
+        }
 
     def final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
         """Returns the flags with FIRST_STEP where the buffer is fresh."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections import defaultdict
 
     from dgg.step.cache import RowCache
-    from dgg.step.checks import Warned
     from dgg.step.draws import Draws
     from dgg.step.gradients import ReplaySlot
     from dgg.step.settings import Settings
@@ -68,18 +67,14 @@ class Stepped(Imitable, _Optimizer):
         _ownership: sharding.Sharded
         _draws: Draws
         _replay: ReplaySlot
-        _warned: Warned
         _cache: RowCache | None
         _all_groups: list[dict[str, Any]]
         _original_ids: list[int]
         _driver: deepspeed.Driver | None
         _first_id: int | None
         _captured: list[tuple[Any, ...]]
-        _last: dict[str, Any] | None  # of the last step, for the statistics
         _partial: bool  # the last gradients were partial sums
         _skipped: Tensor | bool  # the last step was skipped
-        _resumed: int | None  # steps of the checkpoint that a new optimizer has loaded
-        _named: int | None  # the task that set_anchor(task=...) named
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""

@@ -9,6 +9,8 @@ from dgg import backends
 from dgg._imitable import imitable
 from dgg._signatures import listed
 from dgg.step import norms
+from dgg.step.checks import Warned
+from dgg.step.gradients import ReplaySlot
 from dgg.step.journal import Journal
 
 _MEANINGS = {
@@ -25,8 +27,13 @@ class Reporting:
     """The methods of every optimizer, and of `dgg.Guidance`, that say what guidance did."""
 
     param_groups: list[dict[str, Any]]
-    _last: dict[str, Any] | None
+    # What `construction` sets.
     _journal: Journal
+    _last: dict[str, Any] | None  # of the last step, for the statistics
+    _named: int | None  # the task that set_anchor(task=...) named
+    _replay: ReplaySlot
+    _resumed: int | None  # steps of the checkpoint that a new optimizer has loaded
+    _warned: Warned
 
     def _count_anchors(self) -> int:
         """Returns the number of parameters with an anchor, those of all ranks."""
@@ -75,7 +82,7 @@ class Reporting:
             >>> if number % 100 == 0:
             ...     wandb.log(opt.guidance_log(), step=number)
         """
-        found = {f"guidance/{name}": value for name, value in self._journal.since_log().items()}
+        found = {f"guidance/{name}": value for name, value in self._journal.logged.means().items()}
         task = self.param_groups[0]["task_index"]
         return {**found, "guidance/task": task, "guidance/anchored": self._count_anchors()}
 
@@ -106,11 +113,7 @@ class Reporting:
 
 
 def head(opt: Any) -> str:
-    """Returns one line: class, backends, α and the size of the anchor.
-
-    Args:
-        opt: The optimizer or `dgg.Guidance`.
-    """
+    """Returns one line: class, backends, α and the size of the anchor."""
     driver = opt._deepspeed_driver() if hasattr(opt, "_deepspeed_driver") else None
     pieces = "tensors" if driver is None else "partitions of this rank"
     # From the ownership, since DeepSpeed's ZeRO-3 keeps the groups empty between the steps.
@@ -126,9 +129,9 @@ def head(opt: Any) -> str:
     if not sizes["anchor"]:
         return text + "no anchor: nothing is guided"
     text += f"anchor of {len(sizes['anchor'])} {pieces} ({_mebibytes(sizes['anchor'])})"
-    return text + (
-        f", importance ({_mebibytes(sizes['importance'])})" if sizes["importance"] else ""
-    )
+    if sizes["importance"]:
+        text += f", importance ({_mebibytes(sizes['importance'])})"
+    return text
 
 
 def _alpha(alpha: Any) -> str:

@@ -8,8 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from dgg._signatures import listed
-from dgg.optim.guidance import Guidance
-from dgg.optim.guidance_state import GUIDED
+from dgg.optim.guidance import GUIDED, Guidance
 from dgg.optim.guided import Guided
 
 # Attributes in which frameworks keep the optimizer that they wrap.
@@ -43,14 +42,7 @@ def unwrap(optimizer: object) -> Guided:
 
 
 def find(optimizer: object) -> Guided | Guidance:
-    """Returns the dgg optimizer inside wrappers, or the guidance of another optimizer there.
-
-    Args:
-        optimizer: As in `unwrap`.
-
-    Raises:
-        TypeError: There is neither inside.
-    """
+    """Returns the dgg optimizer inside wrappers, or the guidance of another optimizer there."""
     types: list[str] = []
     inner: Any = optimizer
     while inner is not None and len(types) < 16:

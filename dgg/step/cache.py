@@ -16,41 +16,10 @@ from dgg.step import checks, gradients
 from dgg.step.draws import Decision
 
 
-class ParamLists:
-    """Tells whether parameter groups still hold the same parameter objects."""
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self._lists = [list(group["params"]) for group in groups]
-        self._singles = [
-            (number, place, p)
-            for number, members in enumerate(self._lists)
-            for place, p in enumerate(members)
-            if not is_lazy(p) and p.numel() == 1
-        ]
-
-    def same(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Returns whether they do."""
-        # Comparing lists takes identical members as equal without calling Tensor.__eq__. Other
-        # members call it, and its result has no truth value unless it is of one element: those
-        # parameters are compared one by one.
-        try:
-            if [group["params"] for group in groups] != self._lists:
-                return False
-        except (RuntimeError, TypeError):
-            return False
-        return not self._singles or all(
-            [groups[number]["params"][place] is p for number, place, p in self._singles]
-        )
-
-
 class RowCache:
     """The rows of all parameters, one `backends.Rows` per device, and the tensors behind them.
 
-    Args:
-        opt: The optimizer.
-        groups: Groups that hold the parameters.
-        params: All of them.
-        replays: Replay gradient of each or None; empty if there are none at all.
+    The replay gradients are those of all parameters, or none.
 
     Attributes:
         launched: The step of a device is launched, not run when it is called.
@@ -60,18 +29,17 @@ class RowCache:
     def __init__(self, opt, groups, params: list[Tensor], replays: Sequence) -> None:
         self.params = params
         state = opt.state
-        states = [state.get(p) for p in params]
-        self._keys, self._entries = list(state), list(state.values())
-        self._dicts = [entry for entry in self._entries if isinstance(entry, dict)]
+        states = [state.get(p) or {} for p in params]
+        self._entries = [(p, entry) for p, entry in state.items() if isinstance(entry, dict)]
         tensors = [
             v
-            for entry in self._dicts
+            for _, entry in self._entries
             for v in entry.values()
             if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type != "meta"
         ]
         opt._state_read = False
         # Switching amsgrad or momentum on between two steps needs more state.
-        self._needed = _needs(opt, groups)
+        self._needed = needed = _needs(opt, groups)
         self._weighted = bool(self._needed[-1])
         self.all_rows: list[backends.Rows] = []
         self._places: list[list[int] | None] = []
@@ -84,34 +52,33 @@ class RowCache:
             and p.dtype.to_real() in anchor.FLOAT_DTYPES
         ]
         numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
-        has_master = opt._settings.has_master
-        needed = [
-            (*self._needed[number], *(("master",) if has_master(p) else ()))
-            for number, p in zip(numbers, params, strict=True)
-        ]
-        # The check of a step names what has an anchor and no importance to weigh its pull by.
-        weighed = ("importance",) if self._weighted else ()
-        without_state = {
-            i
-            for i, entry in enumerate(states)
-            if any(
-                (entry or {}).get(name) is None
-                for name in (*needed[i], *(weighed if "anchor" in (entry or ()) else ()))
-            )
-        }
         # Parameters for which a gradient would need rows or state that are not there.
-        self._unready = sorted(without_state | (set(range(len(params))) - set(usable)))
+        unready = set(range(len(params))).difference(usable)
+        for i, (p, entry, number) in enumerate(zip(params, states, numbers, strict=True)):
+            names = [*needed[number], *(["master"] if opt._settings.has_master(p) else ())]
+            if "anchor" in entry:
+                # The check of a step names what has no importance to weigh its pull by.
+                names += needed[-1]
+            if any(entry.get(name) is None for name in names):
+                unready.add(i)
+        self._unready = sorted(unready)
         self._make_rows(opt, params, states, numbers, usable)
         self.launched = any(rows.launched for rows in self.all_rows)
         self.unchecked = any(rows.backend == "reference" for rows in self.all_rows)
         self._watch = self._make_watch(params, tensors, states, usable)
         self._native = len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
         self._state = opt.__dict__["state"]
-        self._watch.keep_dicts([self._state, *self._dicts])
+        self._watch.keep_dicts([self._state, *(entry for _, entry in self._entries)])
         # Engines exchange the shard inside of a DTensor.
         self._shards = [(p, sharding.local(p)) for p in params if sharding.is_dtensor(p)]
-        self._lists = ParamLists(groups)
-        self._sizes = [len(group["params"]) for group in groups]
+        self._lists = [list(group["params"]) for group in groups]
+        self._sizes = [*map(len, self._lists)]
+        self._singles = [
+            (number, place, p)
+            for number, members in enumerate(self._lists)
+            for place, p in enumerate(members)
+            if not is_lazy(p) and p.numel() == 1
+        ]
 
     def _make_rows(self, opt, params, states, numbers, usable) -> None:
         settings, ownership = opt._settings, opt._ownership
@@ -121,7 +88,7 @@ class RowCache:
             backend = backends.choose_for(settings.backend, params[i])
             parts.setdefault((params[i].device, backend), []).append(i)
         for (_, backend), places in parts.items():
-            entries = [states[i] or {} for i in places]
+            entries = [states[i] for i in places]
             columns: dict[str, Any] = {
                 column: [entry.get(name) for entry in entries]
                 for name, column in opt._rule.columns.items()
@@ -146,7 +113,7 @@ class RowCache:
         place_of = {id(x): place for place, x in enumerate(tensors)}
         in_order = [i for places in self._places for i in (usable if places is None else places)]
         anchors, importances = (
-            [place_of.get(id((states[i] or {}).get(name)), -1) for i in in_order]
+            [place_of.get(id(states[i].get(name)), -1) for i in in_order]
             for name in ("anchor", "importance")
         )
         without_rows = sorted(set(range(len(params))) - set(usable))
@@ -166,7 +133,7 @@ class RowCache:
         """
         if not (
             self._native
-            and self._lists.same(groups)
+            and self._same_lists(groups)
             and self._same_needs(opt, groups)
             and not (
                 self._unready and any([self.params[i].grad is not None for i in self._unready])
@@ -187,14 +154,10 @@ class RowCache:
     ) -> None:
         """Hands every device's rows their gradients."""
         for rows, places in zip(self.all_rows, self._places, strict=True):
-            if places is None:
-                rows.take_gradients(grads, replays, elementwise=elementwise)
-            else:
-                rows.take_gradients(
-                    [grads[i] for i in places],
-                    [replays[i] for i in places] if replays else [],
-                    elementwise=elementwise,
-                )
+            of_rows = grads, replays
+            if places is not None:
+                of_rows = [grads[i] for i in places], replays and [replays[i] for i in places]
+            rows.take_gradients(*of_rows, elementwise=elementwise)
 
     def abandon(self) -> None:
         """Releases the gradients of a step that could not be finished."""
@@ -226,10 +189,20 @@ class RowCache:
         identities = set(map(id, params))
         if identities - set(map(id, self.params)):
             return None
-        return sum(
-            id(p) not in identities
-            for p, entry in zip(self._keys, self._entries, strict=True)
-            if isinstance(entry, dict) and "anchor" in entry
+        return sum("anchor" in entry and id(p) not in identities for p, entry in self._entries)
+
+    def _same_lists(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether the groups hold the same parameter objects."""
+        # Comparing lists takes identical members as equal without calling Tensor.__eq__. Other
+        # members call it, and its result has no truth value unless it is of one element: those
+        # parameters are compared one by one.
+        try:
+            if [group["params"] for group in groups] != self._lists:
+                return False
+        except (RuntimeError, TypeError):
+            return False
+        return not self._singles or all(
+            [groups[number]["params"][place] is p for number, place, p in self._singles]
         )
 
     def _same_needs(self, opt, groups) -> bool:
@@ -268,12 +241,8 @@ def _needs(opt, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def take_gradients(opt, decision: Decision) -> list[backends.Rows]:
     """Takes the gradients of a step; all checks run before state is made.
 
-    Args:
-        opt: The optimizer.
-        decision: Of the step; its replay gradients and scaling are filled in.
-
-    Returns:
-        The rows of every device; empty if the step is skipped.
+    It fills in the decision's replay gradients and scaling, and returns the rows of every device,
+    none if the step is skipped.
     """
     slot, cache, groups = opt._replay, opt._cache, opt.param_groups
     if slot:
@@ -306,17 +275,18 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     cache, groups, replays = opt._cache, opt.param_groups, decision.replays
     params = [p for group in groups for p in group["params"]]
     grads = [p.grad for p in params]
-    valid = cache is not None and cache.valid(opt, groups, params, grads, replays)
-    if not valid or opt._partial:
-        grads, replays = _with_sums(opt, params, grads, replays)
-    if cache is None or not valid or cache.unchecked:
+    if cache is not None and not cache.valid(opt, groups, params, grads, replays):
+        cache = None
+    if cache is None or opt._partial:
+        grads, replays = with_sums(opt, params, grads, replays)
+    if cache is None or cache.unchecked:
         checks.check_step(opt, params, grads, replays)
-    if params and backends.capturing(params[0].device):
+    if params:
         # Before state is made, which would become part of the graph.
-        checks.check_capture(opt, params[0].device, valid)
+        checks.check_capture(opt, params[0].device, cache is not None)
     if decision.skipped:
         return None
-    if cache is None or not valid:
+    if cache is None:
         cache = _remake(opt, params, grads, replays)
     try:
         cache.take_gradients(grads, replays, elementwise=elementwise)
@@ -324,7 +294,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
         # A gradient that differs from those of the last steps: either partial sums, which can be
         # summed, or the checks below raise an error that names it.
         summed_before = opt._partial
-        grads, replays = _with_sums(opt, params, grads, replays)
+        grads, replays = with_sums(opt, params, grads, replays)
         checks.check_step(opt, params, grads, replays)
         if summed_before or not opt._partial:
             raise
@@ -332,7 +302,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     return cache
 
 
-def _with_sums(opt, params, grads, replays) -> tuple[list, list]:
+def with_sums(opt, params, grads, replays) -> tuple[list, list]:
     """Sums partial gradients over their ranks; notes whether there were any."""
     gradients_and_replays = [*grads, *replays]
     twice = [*params, *params][: len(gradients_and_replays)]
@@ -344,11 +314,12 @@ def _with_sums(opt, params, grads, replays) -> tuple[list, list]:
 def _remake(opt, params: list[Tensor], grads, replays) -> RowCache:
     """Makes the state that is missing, and the rows anew."""
     opt._ownership.check()
-    checks.warn_if_idle(opt, params, grads, replays)
-    checks.warn_if_narrow(opt, params, grads, replays)
-    checks.warn_if_slow(opt, params, grads, replays)
+    places = checks.with_gradient(grads, replays)
+    checks.warn_if_idle(opt, params, places)
+    checks.warn_if_narrow(opt, params, places)
+    checks.warn_if_slow(opt, params, places)
     group_of = [group for group in opt.param_groups for _ in group["params"]]
-    for place in checks.with_gradient(grads, replays):
+    for place in places:
         p = params[place]
         opt._rule.init_state(opt, p, group_of[place], first=True)
         if not opt._settings.has_master(p):  # model.float() was called since the master was made

@@ -42,9 +42,7 @@ class Warned:
 def with_gradient(grads, replays) -> list[int]:
     """Returns the places of the parameters that have a gradient or a replay gradient.
 
-    Args:
-        grads: Gradient of each parameter or None.
-        replays: Replay gradient of each or None; empty if there are none at all.
+    The arguments have that of each parameter or None; ``replays`` may be empty.
     """
     if not replays:
         return [place for place, grad in enumerate(grads) if grad is not None]
@@ -55,11 +53,7 @@ def with_gradient(grads, replays) -> list[int]:
 def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
     """Checks parameters, gradients, state and anchors of a step, before anything is changed.
 
-    Args:
-        opt: The optimizer.
-        params: All parameters.
-        grads: Gradient of each or None.
-        replays: Replay gradient of each or None; empty if there are none at all.
+    The lists are parallel, of all parameters; those of gradients as `with_gradient` takes them.
 
     Raises:
         RuntimeError: Room was made for a checkpoint that was not loaded, or anchors are missing.
@@ -110,10 +104,7 @@ def check_step(opt, params: Sequence[Tensor], grads, replays) -> None:
 def check_weighed(entry: Mapping[str, Any], weight: float, label: str) -> None:
     """Raises a RuntimeError if the pull of a parameter is to be weighed and has no importance.
 
-    Args:
-        entry: State of the parameter.
-        weight: The option ``importance``.
-        label: Its name in the error.
+    ``weight`` is the option of that name, ``entry`` the parameter's state.
     """
     if weight and entry.get("anchor") is not None and entry.get("importance") is None:
         raise RuntimeError(
@@ -149,15 +140,10 @@ def _check_anchored(opt, params: Sequence[Tensor]) -> None:
 
 
 def check_capture(opt, device: torch.device, valid: bool) -> None:
-    """Raises if the step is being captured into a graph and cannot be replayed.
+    """Raises a RuntimeError if the step is being captured into a graph and cannot be replayed.
 
-    Args:
-        opt: The optimizer.
-        device: Device of its parameters.
-        valid: The step can use the rows of the step before.
-
-    Raises:
-        RuntimeError: The step decides on the host, or it would make state.
+    It cannot if it decides on the host, or would make state: the rows of the step before are not
+    ``valid``.
     """
     if not backends.capturing(device):
         return
@@ -173,14 +159,14 @@ def check_capture(opt, device: torch.device, valid: bool) -> None:
         )
 
 
-def warn_if_narrow(opt, params: Sequence[Tensor], grads, replays) -> None:
-    """Warns once if 16-bit weights are stepped and their rounding errors are lost."""
+def warn_if_narrow(opt, params: Sequence[Tensor], places: Sequence[int]) -> None:
+    """Warns once if 16-bit weights are stepped, at these places, and rounding errors are lost."""
     if opt._warned.narrow:
         return
     settings = opt._settings
     narrow = [
         place
-        for place in with_gradient(grads, replays)
+        for place in places
         if params[place].dtype in _arguments.NARROW
         and not settings.has_master(params[place])
         and not (settings.stochastic_rounding and params[place].dtype == torch.bfloat16)
@@ -199,11 +185,11 @@ def warn_if_narrow(opt, params: Sequence[Tensor], grads, replays) -> None:
     opt._warned.narrow = True
 
 
-def warn_if_slow(opt, params: Sequence[Tensor], grads, replays) -> None:
+def warn_if_slow(opt, params: Sequence[Tensor], places: Sequence[int]) -> None:
     """Warns, once in a process, of steps on the reference that nobody asked for."""
     if opt._settings.backend is not None:
         return
-    for device in dict.fromkeys(params[place].device for place in with_gradient(grads, replays)):
+    for device in dict.fromkeys(params[place].device for place in places):
         reason = backends.unexpected_reference(device)
         if reason is not None:
             warnings.warn(
@@ -213,14 +199,14 @@ def warn_if_slow(opt, params: Sequence[Tensor], grads, replays) -> None:
             )
 
 
-def warn_if_idle(opt, params: Sequence[Tensor], grads, replays) -> None:
+def warn_if_idle(opt, params: Sequence[Tensor], places: Sequence[int]) -> None:
     """Warns at a first step without any gradient: the model trains other parameters."""
-    if opt._cache is not None or any(opt.state.values()):
+    if places or opt._cache is not None or any(opt.state.values()):
         return
     waiting = [
         p for p in params if p.requires_grad and not is_lazy(p) and sharding.local(p).numel()
     ]
-    if waiting and all(g is None for g in (*grads, *replays)):
+    if waiting:
         warnings.warn(
             f"the first step found no gradient in any of {len(waiting)} parameters and changed "
             "nothing. If the model was sharded or wrapped (fully_shard, an adapter) after the "
@@ -259,9 +245,7 @@ def warn_if_nothing_happens(opt, index: int, all_rows: Sequence[backends.Rows]) 
 def warn_if_anchor_follows(warned: Warned, index: int) -> None:
     """Warns once if the anchor is set so often that it is always the weights themselves.
 
-    Args:
-        warned: Of the optimizer whose anchor becomes its weights now.
-        index: Its draw index.
+    It is called where the anchor becomes the weights, at draw ``index``.
     """
     before, warned.anchored_at = warned.anchored_at, index
     follows = before is not None and 0 <= index - before <= 1

@@ -63,12 +63,7 @@ class Draws:
     def guard(self, decision: Decision, guided: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Notes in the decision whether alpha is "auto", and whether the guided groups maximize.
 
-        Args:
-            decision: Of the step.
-            guided: The groups that say whether they maximize, if it is not those with the options.
-
-        Raises:
-            ValueError: An option, or a group, does not go with alpha="auto".
+        The groups of the options say the latter, unless there are others, ``guided``.
         """
         # The groups of an optimizer under `dgg.Guidance` are not among the watched options.
         ascends = None if guided is None else [group.get("maximize") for group in guided]
@@ -96,11 +91,7 @@ class Draws:
     ) -> int | list[int]:
         """Returns the flags of rows at draw ``index``: one number if all have the same.
 
-        Args:
-            decision: Of the step.
-            groups: Group of every row.
-            indices: Tensor index j of every row.
-            index: Draw index.
+        The rows are given by their groups' numbers and their tensor indices j.
         """
         limits = self.limits(decision.groups)
         if not any(limits):
@@ -136,18 +127,6 @@ class Draws:
         # Two places: the flags of the next step are made before those of this step are read.
         return rows.flags(flags, f"flags {index % 2}")
 
-    def must_join_norms(self, decision: Decision, all_rows: Sequence[backends.Rows], opt) -> bool:
-        """Returns whether this rank measures norms because another rank may inject.
-
-        With draws per tensor a rank only draws for the tensors of its own partition.
-        """
-        return (
-            decision.options["granularity"] == "tensor"
-            and opt.process_group is not None
-            and any(rows.anchored for rows in all_rows)
-            and any(self.limits(decision.groups))
-        )
-
     def _step_word(self, seed: int, index: int) -> int:
         # The look-ahead of step k needs the word of k + 1, and so does the next step.
         if self._word is None or self._word[:2] != (seed, index):
@@ -165,13 +144,7 @@ def hyper_of(opt, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def decide(opt) -> Decision:
-    """Returns a step's decision, with all that the groups determine; nothing is changed.
-
-    Raises:
-        RuntimeError: A `replay` block is open.
-        TypeError: An option has the wrong type.
-        ValueError: An option is out of range, or groups disagree.
-    """
+    """Returns a step's decision, with all that the groups determine; nothing is changed."""
     opt._replay.check_closed()
     groups = opt.param_groups
     options = opt._draws.options.read(groups)
@@ -194,7 +167,11 @@ def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
     decision.flags = [draws.flags(decision, rows, decision.index) for rows in all_rows]
     if rows_of_all_ranks is None:
         injecting = any([flags is not None for flags in decision.flags])
-        injecting = injecting or draws.must_join_norms(decision, all_rows, opt)
+        per_tensor = decision.options["granularity"] == "tensor"
+        if per_tensor and not injecting and opt.process_group is not None:
+            # This rank drew for its own partition alone, and another one may inject.
+            anchored = any(rows.anchored for rows in all_rows)
+            injecting = anchored and any(draws.limits(decision.groups))
     else:
         # A rank without rows that inject takes part in the norms of the others.
         anchored = any([group["anchored"] for group in decision.groups])
@@ -205,10 +182,7 @@ def draw(opt, decision: Decision, all_rows: Sequence[backends.Rows]) -> None:
 def settle(decision: Decision, injecting: bool, index_tensor: Tensor | None = None) -> None:
     """Sets the decision's ``injecting`` and ``draw``.
 
-    Args:
-        decision: Of the step.
-        injecting: Whether any row of any rank may inject.
-        index_tensor: int64 [], the draw index that a captured step reads on the device.
+    ``index_tensor``, int64 [], is the draw index that a captured step reads on the device.
     """
     seed, granularity = decision.options["seed"], decision.options["granularity"]
     elements = injecting and granularity == "element"

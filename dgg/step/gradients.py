@@ -163,19 +163,12 @@ def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
 def read_scaler(
     grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device | None
 ) -> tuple[backends.Scaling, bool]:
-    """Reads the tensors that a GradScaler left on the optimizer; synchronises without a device.
-
-    Args:
-        grad_scale: Divisor of the gradients, one element, or None.
-        found_inf: Not 0 where a gradient is inf or NaN, one element, or None.
-        device: Where the step is launched, or None where it runs when it is called.
+    """Reads the tensors that a GradScaler left on the optimizer, of one element each or None.
 
     Returns:
-        The scaling, and whether the host knows that the step is skipped; launches read
-        ``found_inf`` on the device.
+        The scaling, and whether the host knows that the step is skipped. Launches on ``device``
+        read ``found_inf`` there; without a device the call synchronises.
     """
-    if grad_scale is None and found_inf is None:
-        return _UNSCALED, False
     if device is not None:
         tensors = [x if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf)]
         return backends.Scaling(1.0, *tensors), False
@@ -188,9 +181,6 @@ def refuse_scaler(params: Sequence[Tensor], process_group) -> None:
 
     Each rank would then skip its part of the step, and change its scale, by itself. Of DTensors
     torch sums the verdict over the ranks; of FSDP1's runs only unscale_() does.
-
-    Raises:
-        RuntimeError: The gradients are runs of FSDP1 or partitions over a process group.
     """
     if process_group is not None or any(map(fsdp1.is_one, params)):
         raise RuntimeError(
@@ -213,20 +203,10 @@ def unscaled_unseen() -> bool:
 def scaler_state(opt, replays: Sequence[Tensor | None]) -> tuple[backends.Scaling, Tensor | bool]:
     """Returns the scaling of a GradScaler, and whether its verdict skips the step.
 
-    Args:
-        opt: The optimizer.
-        replays: Replay gradient of every parameter or None; empty if there are none at all.
-
-    Returns:
-        The scaling, and whether the step is skipped: a tensor if only the device knows.
-
-    Raises:
-        RuntimeError: The scaler has unscaled ``.grad`` alone, or has seen a part of the gradients.
+    The latter is a tensor if only the device knows.
     """
     scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     has_scaler = scale is not None or found_inf is not None
-    if not has_scaler and not replays:
-        return _UNSCALED, False
     if replays and scale is None and (has_scaler or unscaled_unseen()):
         raise RuntimeError(
             "GradScaler.unscale_() has unscaled the gradients but cannot reach the replay "

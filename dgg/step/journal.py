@@ -27,6 +27,8 @@ class Journal:
     Attributes:
         steps: Steps since the optimizer was made.
         paused: Records are not added: they are of the same step again.
+        readers: Get all records that are added up from now on.
+        logged: Reads the means since the last log.
     """
 
     # As many records, and numbers in them, may wait: a record has 4 + n doubles for n parameters.
@@ -39,9 +41,9 @@ class Journal:
         # By kind: a record of that kind, and the tensors of all of them that wait.
         self._waiting: dict[Any, tuple[dict[str, Any], list[tuple[Tensor | None, ...]]]] = {}
         self._count, self._limit = 0, self._FEWEST
-        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self.readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._since_boundary = Reader(self)
-        self._logged = Reader(self)
+        self.logged = Reader(self)
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a step's record, as `norms.record` and `norms.record_skipped` make it."""
@@ -65,20 +67,11 @@ class Journal:
         """Returns the steps since the last boundary and their means, as `Reader.totals` does."""
         return self.steps - self._since_boundary.first_step, self._since_boundary.totals()
 
-    def since_log(self) -> dict[str, float]:
-        """Returns the means of the steps since the last call, as `Reader.means` does."""
-        return self._logged.means()
-
-    def add_reader(self, reader: Reader) -> None:
-        """Gives a reader all steps from now on."""
-        self.fold()
-        self._readers.add(reader)
-
     def fold(self) -> None:
         """Adds up the records that wait, for every reader."""
         for first, steps in self._waiting.values():
             table = _sums(first, steps)
-            for reader in self._readers:
+            for reader in self.readers:
                 reader.add(table)
             if (coefficients := first["coefficients"]) is not None:
                 fitting = self._NUMBERS // len(coefficients)
@@ -99,12 +92,13 @@ class Reader:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self.first_step = self._last_step = journal.steps
+        self.first_step = journal.steps
         # float64 [2, names]: sums over the steps that measured something, and how many did; since
         # the last call of `means`, and before it.
         self._window: Tensor | None = None
         self._before: Tensor | None = None
-        journal.add_reader(self)
+        journal.fold()  # for the readers before it
+        journal.readers.add(self)
 
     def add(self, table: Tensor) -> None:
         """Adds the sums of some steps."""
@@ -112,18 +106,13 @@ class Reader:
 
     def means(self) -> dict[str, float]:
         """Returns the means of the steps since the last call; empty if there were none."""
-        if self._journal.steps == self._last_step:
-            return {}
         self._journal.fold()
-        self._last_step = self._journal.steps
         window, self._window = self._window, None
         self._before = _joined(self._before, window)
         return _means(window)
 
     def totals(self) -> dict[str, float]:
         """Returns the means of all steps since the reader was made; empty if there were none."""
-        if self._journal.steps == self.first_step:
-            return {}
         self._journal.fold()
         return _means(_joined(self._before, self._window))
 
@@ -165,12 +154,7 @@ def _kind(record: dict[str, Any]) -> Any:
 
 
 def _sums(first: dict[str, Any], steps: Sequence[tuple[Tensor | None, ...]]) -> Tensor:
-    """Returns float64 [2, names] of the steps of one kind.
-
-    Args:
-        first: A record of the kind.
-        steps: The tensors of each step's record, as `_tensors` returned them.
-    """
+    """Returns float64 [2, names] of steps of the kind of ``first``, from their `_tensors`."""
     nothing = torch.zeros(len(steps), dtype=torch.float64, device=first["device"])
     values = dict.fromkeys(NAMES, torch.full_like(nothing, torch.nan))
     values["injected"] = values["scale"] = nothing
@@ -210,9 +194,8 @@ def _read(
     rows = norms.pulled(stacked("flags"), active, infinite, lengths if guarded else None)
     injected = rows.any(dim=1).expand(steps)
     values["injected"] = injected.double()
-    scale = scales.mean(dim=1) if first["per_tensor"] else scales[:, 0]
     # A step may have drawn what has no gradient or no anchor.
-    values["scale"] = torch.where(injected, scale, 0)
+    values["scale"] = torch.where(injected, scales.mean(dim=1), 0)
     if not first["measured"]:
         return
     # A captured step measures only if it draws; what it left in the other places says nothing.

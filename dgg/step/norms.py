@@ -39,10 +39,7 @@ def coefficients(
 ) -> list[Tensor]:
     """Returns the coefficients [4 + n] of each device's rows; only needed norms are measured.
 
-    Args:
-        decision: Of the step.
-        all_rows: The rows of every device.
-        gates: uint8 [1] of every device: whether a captured step injects.
+    ``gates`` are uint8 [1] of every device: whether a captured step injects.
     """
     if decision.guarded and decision.injecting:
         return _guard_coefficients(decision, all_rows)
@@ -71,18 +68,31 @@ def coefficients(
         squares = [
             rows.norms(gate=gate, **arguments) for rows, gate in zip(all_rows, gate_of, strict=True)
         ]
-    for part, rows in zip(squares, all_rows, strict=True):
+    joined = _joined(squares, all_rows, per_tensor)
+    if len(all_rows) == 1:
+        return [all_rows[0].coefficients(joined, **settings)]
+    return _parted(reference.coefficients(joined, **settings), all_rows)
+
+
+def _joined(sums: Sequence[Tensor], all_rows: Sequence[backends.Rows], per_tensor: bool) -> Tensor:
+    """Returns the sums of every device's rows beside each other, formed over all ranks."""
+    for part, rows in zip(sums, all_rows, strict=True):
         if rows.reduction is not None:
             rows.reduction.sum_(part, per_tensor=per_tensor)
-    if len(all_rows) == 1:
-        return [all_rows[0].coefficients(squares[0], **settings)]
-    # One norm over several devices: the few squares travel, the gradients stay.
-    home = squares[0].device
-    joined = torch.cat([part.to(home) for part in squares], dim=1)
-    sizes = [reference.SCALES, *(part.shape[1] for part in squares)]
-    head, *scales = reference.coefficients(joined, **settings).split(sizes)
+    # One norm over several devices: the few sums travel, the gradients stay.
+    home = sums[0].device
+    return sums[0] if len(sums) == 1 else torch.cat([part.to(home) for part in sums], dim=1)
+
+
+def _parted(whole: Tensor, all_rows: Sequence[backends.Rows]) -> list[Tensor]:
+    """Returns each device's part of the coefficients of all rows; all have what is not of a row."""
+    sizes = [len(rows.params) for rows in all_rows]
+    head, *scales, extras = whole.split(
+        [reference.SCALES, *sizes, len(whole) - reference.SCALES - sum(sizes)]
+    )
     return [
-        torch.cat([head, part]).to(rows.device) for part, rows in zip(scales, all_rows, strict=True)
+        torch.cat([head, part, extras]).to(rows.device)
+        for part, rows in zip(scales, all_rows, strict=True)
     ]
 
 
@@ -109,20 +119,11 @@ def _guard_coefficients(decision: Decision, all_rows: Sequence[backends.Rows]) -
             rows.products(flags, **arguments)
             for rows, flags in zip(all_rows, all_flags, strict=True)
         ]
-    for part, rows in zip(sums, all_rows, strict=True):
-        if rows.reduction is not None:
-            rows.reduction.sum_(part, per_tensor=per_tensor)
+    joined = _joined(sums, all_rows, per_tensor)
     if len(all_rows) == 1:
-        result = all_rows[0].guard_coefficients(sums[0], **settings)
-        return _without_extras(decision, [result])
-    joined = torch.cat([part.to(sums[0].device) for part in sums], dim=1)
-    sizes = [reference.SCALES, *(part.shape[1] for part in sums), reference.GUARD_EXTRAS]
-    head, *scales, extras = reference.guard_coefficients(joined, **settings).split(sizes)
-    whole = [
-        torch.cat([head, part, extras]).to(rows.device)
-        for part, rows in zip(scales, all_rows, strict=True)
-    ]
-    return _without_extras(decision, whole)
+        return _without_extras(decision, [all_rows[0].guard_coefficients(joined, **settings)])
+    whole = reference.guard_coefficients(joined, **settings)
+    return _without_extras(decision, _parted(whole, all_rows))
 
 
 def _without_extras(decision: Decision, coefficients: Sequence[Tensor]) -> list[Tensor]:
@@ -163,13 +164,8 @@ def record(
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the record of a step from which `statistics` computes; nothing is computed here.
 
-    Args:
-        decision: Of the step.
-        device: Device of the statistics.
-        backend: Name of the backend that made the step.
-        flags: uint8 [n], or None where none injects.
-        coefficients: float64 [4 + n].
-        active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
+    The flags are uint8 [n], or None where none injects; the coefficients float64 [4 + n];
+    ``active`` as in `pulled`.
     """
     options = decision.options
     per_tensor = options["norm_scope"] == "tensor"
@@ -200,8 +196,8 @@ def pulled(
         flags: uint8 [n], what was drawn.
         active: bool [n] on the CPU, rows with a gradient and an anchor; None for all rows.
         infinite: bool [] or [1], whether a GradScaler found inf; None without one.
-        lengths: [n] or [1], those of the pulls with alpha="auto", which draws every step and often
-            pulls with length 0; None otherwise.
+        lengths: [n], [1] or [], those of the pulls with alpha="auto", which draws every step and
+            often pulls with length 0; None otherwise.
     """
     found = (flags & (reference.INJECT | reference.INJECT_ELEMENTS)).ne(0)
     if active is not None:
@@ -214,10 +210,7 @@ def pulled(
 def keep(opt, record: dict[str, Any], *, captured: bool = False) -> None:
     """Keeps a step's record for the statistics, and counts it.
 
-    Args:
-        opt: The optimizer.
-        record: From `record` or `record_skipped`.
-        captured: The step is being captured; its replays are not seen from here.
+    A step that is being captured is not counted: its replays are not seen from here.
     """
     opt._last = record
     if not captured:
@@ -225,11 +218,9 @@ def keep(opt, record: dict[str, Any], *, captured: bool = False) -> None:
 
 
 def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
-    """Returns the statistics of the last step as tensors on its device; see `AdamW`.
+    """Returns the statistics of the last step as tensors on its device.
 
-    Args:
-        last: From `record`, or None before the first step.
-        anchored: Number of parameters with an anchor.
+    They are those of `Reporting.guidance_stats`; ``last`` is None before the first step.
     """
     stats = Statistics(dict.fromkeys(_STATISTICS))
     stats["anchored"] = torch.full((), anchored, dtype=torch.int64, device="cpu")
@@ -238,25 +229,21 @@ def statistics(last: dict[str, Any] | None, anchored: int) -> Statistics:
     stats.backend = last.get("backend", "")
     flags, coefficients = last["flags"], last["coefficients"]
     zero = torch.zeros((), device=last["device"], dtype=torch.float32)
-    stats["injected"], stats["guided"] = zero.bool(), zero.long()
-    if flags is not None:
-        lengths = None
-        if last["alignment_and_pull"] is not None:
-            lengths = coefficients[reference.SCALES :]
-            lengths = lengths if last["per_tensor"] else lengths[:1]
-        infinite = None if last["found_inf"] is None else last["found_inf"].ne(0).any()
-        guided = pulled(flags, last["active"], infinite, lengths)
-        stats["injected"], stats["guided"] = guided.any(), guided.sum()
-    stats["scale"] = zero
+    stats["injected"], stats["guided"], stats["scale"] = zero.bool(), zero.long(), zero
     if coefficients is None:
         return stats
+    guarded = last["alignment_and_pull"] is not None
     if flags is not None:
-        scales = coefficients[reference.SCALES :] * last["strength"]
-        stats["scale"] = scales.float() if last["per_tensor"] else scales[0].float()
+        lengths = coefficients[reference.SCALES :]
+        lengths = lengths if last["per_tensor"] else lengths[0]
+        infinite = None if last["found_inf"] is None else last["found_inf"].ne(0).any()
+        guided = pulled(flags, last["active"], infinite, lengths if guarded else None)
+        stats["injected"], stats["guided"] = guided.any(), guided.sum()
+        stats["scale"] = (lengths * last["strength"]).float()
     if last["measured"]:
         stats["grad_norm"] = coefficients[reference.GRAD_NORM].float()
         stats["distance"] = coefficients[reference.DISTANCE].float()
-    if last["alignment_and_pull"] is not None:
+    if guarded:
         alignment, pull = last["alignment_and_pull"].unbind()
         stats["alignment"], stats["pull"] = alignment.float(), (pull * last["strength"]).float()
     if last["clipped"]:

@@ -35,12 +35,7 @@ class Options:
         self._known: list[tuple[list[str], Callable[[Mapping[str, Any]], tuple], tuple]] = []
 
     def read(self, groups: Sequence[dict[str, Any]]) -> Mapping[str, Any]:
-        """Returns the first group as the source of the optimizer-wide options.
-
-        Raises:
-            TypeError: An option has the wrong type.
-            ValueError: An option is out of range, or groups disagree on an optimizer-wide one.
-        """
+        """Returns the first group as the source of the optimizer-wide options, all checked."""
         first = groups[0]
         # draw_index moves every step. Tensors are compared by value: a schedule may write into one.
         draw = first["draw_index"]
@@ -79,11 +74,10 @@ class Options:
         self._known = []
         for group in groups:
             options = {name: value for name, value in group.items() if name not in _MOVING}
-            if not all(map(_is_fixed, options.values())):
-                self._known = []
-                return
             read = operator.itemgetter(*options)
             self._known.append((list(group), read, tuple(options.values())))
+        if not all(_is_fixed(values) for _, _, values in self._known):
+            self._known = []
 
     def _read_draws(self, groups: Sequence[dict[str, Any]]) -> None:
         for number, group in enumerate(groups):

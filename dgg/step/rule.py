@@ -25,7 +25,6 @@ class Rule:
 
     kernel: backends.Rule | None = None
     columns: Mapping[str, str] = {"anchor": "anchors", "importance": "importances"}
-
     routes: tuple[str, ...] = ("gradient",)
 
     def check_route(self, route: str) -> None:
@@ -42,31 +41,18 @@ class Rule:
         return ()
 
     def needed_to_load(self, group: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
-        """Returns the state keys that a saved entry must have.
-
-        Args:
-            group: Options of the group.
-            entry: The saved state of a parameter.
-        """
+        """Returns the state keys that a parameter's saved state, ``entry``, must have."""
         return ()
 
     def init_state(self, opt, param: Tensor, group: Mapping[str, Any], *, first: bool) -> None:
         """Makes the state of ``param`` that is missing.
 
-        Args:
-            opt: The optimizer.
-            param: A parameter.
-            group: Its group.
-            first: A step is about to use it; otherwise it is made for an anchor or a checkpoint.
+        It is made for a step that is about to use it, the ``first`` one, or otherwise for an anchor
+        or a checkpoint.
         """
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the hyper-parameters of a group under the kernels' names, checked.
-
-        Raises:
-            TypeError: One has the wrong type.
-            ValueError: A tensor has more than one element.
-        """
+        """Returns the hyper-parameters of a group under the kernels' names, checked."""
         return {}
 
     def final_flags(self, rows: backends.Rows, flags: Tensor | None) -> Tensor:
@@ -118,18 +104,8 @@ def corrected_moment(
     return value, 1.0 - float(group["betas"][1]) ** float(step)
 
 
-def number(group: Mapping[str, Any], name: str) -> float | Tensor:
-    """Returns an option of a group as a float; a tensor on an accelerator stays there.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is a tensor of more than one element.
-    """
-    return number_of(name, group[name])
-
-
-def number_of(name: str, value: Any) -> float | Tensor:
-    """Does what `number` does, given the option's value."""
+def number(name: str, value: Any) -> float | Tensor:
+    """Returns the value of a group's option as a float; a tensor on an accelerator stays there."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
@@ -144,13 +120,8 @@ def number_of(name: str, value: Any) -> float | Tensor:
         raise TypeError(f"{name}={value!r} in a parameter group must be a number") from None
 
 
-def flag(group: Mapping[str, Any], name: str) -> bool:
-    """Returns an option of a group that is True or False.
-
-    Raises:
-        TypeError: It is neither.
-    """
-    value = group[name]
+def flag(name: str, value: Any) -> bool:
+    """Returns the value of a group's option that is True or False."""
     if not isinstance(value, (bool, int)):
         value = _arguments.plain(name, value)
         if not isinstance(value, (bool, int)):

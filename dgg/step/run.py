@@ -34,10 +34,8 @@ class Verbs(NamedTuple):
 def run(opt, verbs: Verbs) -> None:
     """Makes one step: decide, take the gradients, measure, apply.
 
-    Args:
-        opt: The optimizer. A step reads its ``param_groups`` and ``state``, and the private
-            ``_settings``, ``_rule``, ``_ownership``, ``_cache``, ``_draws`` and ``_replay``.
-        verbs: The parts of the step.
+    It reads the optimizer's ``param_groups`` and ``state``, and the private ``_settings``,
+    ``_rule``, ``_ownership``, ``_cache``, ``_draws`` and ``_replay``.
     """
     try:
         decision = verbs.decide(opt)

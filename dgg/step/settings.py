@@ -47,15 +47,7 @@ class Settings:
 
 
 def take_settings(options: dict[str, Any]) -> Settings:
-    """Takes an optimizer's settings out of its keyword arguments, and checks them.
-
-    Args:
-        options: Keyword arguments; the settings are removed from it.
-
-    Raises:
-        TypeError: A setting has the wrong type.
-        ValueError: A setting is unknown, or two contradict each other.
-    """
+    """Takes an optimizer's settings out of its keyword arguments, and checks them."""
     capturable, fused = bool(options.pop("capturable")), options.pop("fused")
     foreach, backend = options.pop("foreach"), options.pop("backend")
     anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
@@ -90,12 +82,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 
 def check_kernels(settings: Settings, params: Iterable[Tensor]) -> None:
-    """Raises unless fused and captured steps can be had where the parameters are.
-
-    Raises:
-        RuntimeError: A fused backend was demanded and cannot run.
-        ValueError: ``capturable=True`` over several devices, or where nothing is launched.
-    """
+    """Raises unless fused and captured steps can be had where the parameters are."""
     devices = [d for d in dict.fromkeys(p.device for p in params) if d.type != "meta"]
     if settings.capturable and len(devices) > 1:
         raise ValueError(
