@@ -34,20 +34,6 @@ def two_layers():
 # -- groups and checkpoints -----------------------------------------------------------------------
 
 
-def test_a_group_that_was_taken_out_and_put_back_loads_again():
-    """A layer is frozen for a while by taking its group out: anchors stay, the count does not."""
-    model = two_layers()
-    opt = dgg.AdamW([{"params": layer.parameters()} for layer in model], alpha=1.0)
-    fit(model, opt)
-    opt.set_anchor()
-    opt.add_param_group(opt.param_groups.pop())
-    fit(model, opt)
-    assert opt.guidance_stats()["guided"] == 2
-    again = dgg.AdamW([{"params": layer.parameters()} for layer in model], alpha=1.0)
-    again.load_state_dict(opt.state_dict())  # ValueError: ... 0 anchored parameters, but 1 ...
-    assert again.state[model[1].weight]["anchor"].equal(opt.state[model[1].weight]["anchor"])
-
-
 def test_a_new_list_of_groups_is_the_one_that_set_anchor_marks():
     """Accelerate's wrapper sets it, too; set_anchor() goes on with the former list."""
     model = two_layers()

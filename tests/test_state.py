@@ -469,6 +469,27 @@ def test_group_added_after_a_task(backend):
     torch.testing.assert_close(opt.guidance_stats()["distance"], torch.tensor(10.0).sqrt() * 0.5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_group_taken_out_and_put_back(count):
+    """As a layer is frozen for a while: its anchors have stayed, and so do draws and tasks."""
+    runs = []
+    for put_back in (True, False):
+        params = make_params(SHAPES, F32)
+        cls, hyper = OPTIMIZERS["adamw"]
+        groups = [{"params": params}] if count == 1 else [{"params": params[i::2]} for i in (0, 1)]
+        opt = cls(groups, **{**hyper, **OPTIONS})
+        advance(params, opt, range(5))
+        if put_back:
+            opt.add_param_group(opt.param_groups.pop())
+        advance(params, opt, range(5, 8), boundary=None)
+        resumed = copy.deepcopy(opt)
+        resumed.load_state_dict(opt.state_dict())
+        runs.append((params, opt))
+        for before, after in zip(opt.param_groups, resumed.param_groups, strict=True):
+            assert before["anchored"] == after["anchored"] == len(before["params"])
+    same(*runs[0], *runs[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state_too", [False, True])
 def test_parameter_taken_out_of_its_group(state_too, backend):

@@ -174,7 +174,7 @@ def add_group(
     opt, param_group: dict[str, Any], torch_add: Callable[[dict[str, Any]], None]
 ) -> None:
     """Checks the options of a group and adds it; after an error the groups are as before."""
-    options = opt.param_groups[0] if opt.param_groups else opt._guidance
+    options, given = opt.param_groups[0] if opt.param_groups else opt._guidance, param_group
     if isinstance(param_group, dict):
         if "anchored" in param_group:
             # A group of another optimizer, since torch.optim keeps the dict it is given. The
@@ -207,11 +207,13 @@ def add_group(
     except (TypeError, ValueError):
         del opt.param_groups[number:]
         raise
+    if number == 0 and any(opt.state.get(p) for p in group["params"]):
+        options = {**options, **given}  # its only group, taken out and put back: draws, task
     for name in OPTIMIZER_OPTIONS:
         group[name] = options[name]
     for name in GROUP_OPTIONS:
         group.setdefault(name, opt._guidance[name])
-    group["anchored"] = 0
+    group["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
     opt._original_ids += map(id, group["params"])
     opt._reset_caches()
 
