@@ -34,31 +34,6 @@ def two_layers():
 # -- groups and checkpoints -----------------------------------------------------------------------
 
 
-def test_a_new_list_of_groups_is_the_one_that_set_anchor_marks():
-    """Accelerate's wrapper sets it, too; set_anchor() goes on with the former list."""
-    model = two_layers()
-    opt = dgg.AdamW(model.parameters(), alpha=1.0)
-    opt.param_groups = [dict(group) for group in opt.param_groups]
-    fit(model, opt)
-    opt.set_anchor()
-    (group,) = opt.param_groups
-    assert (group["task_index"], group["anchored"]) == (1, 2)
-    dgg.AdamW(model.parameters(), alpha=1.0).load_state_dict(opt.state_dict())
-
-
-def test_importance_counts_former_tasks_with_a_new_list_of_groups():
-    model = two_layers()
-    opt = dgg.AdamW(model.named_parameters(), alpha=1.0, importance=0.5)
-    opt.param_groups = [dict(group) for group in opt.param_groups]
-    sums = []
-    for _ in range(2):
-        fit(model, opt)
-        sums.append(opt.importance_dict()["0.weight"].mean())
-        opt.set_anchor()
-    assert opt.param_groups[0]["importance_mean"] > 0
-    assert sums[1] > 1.5 * sums[0]
-
-
 def test_anchors_of_named_parameters_do_not_land_on_others():
     """Both sides have names, and say that the order differs."""
     model = two_layers()

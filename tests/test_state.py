@@ -490,6 +490,27 @@ def test_group_taken_out_and_put_back(count):
     same(*runs[0], *runs[1])
 
 
+def test_new_list_of_groups():
+    """As accelerate's wrapper sets one: boundaries mark it, and former importance counts on."""
+    runs = []
+    for new in (True, False):
+        params, opt = build("adamw", None, importance=0.5)
+        advance(params, opt, range(5))
+        if new:
+            opt.param_groups = [dict(group) for group in opt.param_groups]
+        assert opt.param_groups[0]["importance_mean"] > 0
+        advance(params, opt, range(5, 10), boundary=7)
+        assert opt.param_groups[0]["task_index"] == 2
+        opt.merge_anchor("fisher")
+        copy.deepcopy(opt).load_state_dict(opt.state_dict())
+        runs.append((params, opt))
+    same(*runs[0], *runs[1])
+    assert all("anchor" in opt.state[p] for p in params)
+    for _, opt in runs:
+        opt.clear_anchor()
+        assert opt.param_groups[0]["anchored"] == 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state_too", [False, True])
 def test_parameter_taken_out_of_its_group(state_too, backend):
