@@ -34,38 +34,6 @@ def two_layers():
 # -- groups and checkpoints -----------------------------------------------------------------------
 
 
-def test_anchors_of_named_parameters_do_not_land_on_others():
-    """Both sides have names, and say that the order differs."""
-    model = two_layers()
-    named = list(model.named_parameters())
-    opt = dgg.AdamW(named, alpha=1.0)
-    fit(model, opt)
-    opt.set_anchor()
-    again = dgg.AdamW(named[::-1], alpha=1.0)
-    try:
-        again.load_state_dict(opt.state_dict())
-    except ValueError:
-        return  # refused, with the names
-    for param in model.parameters():
-        assert torch.equal(again.state[param]["anchor"], opt.state[param]["anchor"])
-
-
-def test_a_load_does_not_exchange_the_names_that_set_anchor_goes_by():
-    """torch puts the checkpoint's names over the groups' own."""
-    model = two_layers()
-    named = list(model.named_parameters())
-    opt = dgg.AdamW(named, alpha=1.0)
-    fit(model, opt)
-    again = dgg.AdamW(named[::-1], alpha=1.0)
-    try:
-        again.load_state_dict(opt.state_dict())
-    except ValueError:
-        return
-    again.set_anchor(model.state_dict())
-    for param in model.parameters():
-        assert torch.equal(again.state[param]["anchor"], param)
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -105,6 +105,8 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
         _arguments.make_plain(group)
         flags = {name: before.get(name) for name in _STEP_FLAGS}
         group.update({k: v for k, v in flags.items() if v is not None or k in group})
+        if "param_names" in before:  # by which set_anchor() finds the parameters
+            group["param_names"] = before["param_names"]
         group.update({k: before[k] for k in (*opt._guidance, "anchored") if k not in saved})
     for name, values in (("anchor", anchors), ("importance", importances)):
         dtypes = [value.dtype for value in values.values()]
@@ -197,6 +199,9 @@ def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     out frozen parameters, although the load has filled their prepared room.
     """
     saved_state.check_form(state_dict, opt.param_groups)
+    # FSDP1's helper puts numbers for names, in the optimizer's order, and leaves the list of names.
+    if not any(fsdp1.is_one(p) for group in opt.param_groups for p in group["params"]):
+        saved_state.check_order(state_dict["param_groups"], opt.param_groups)
     state = {
         key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
         if isinstance(entry, Mapping)

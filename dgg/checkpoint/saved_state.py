@@ -115,6 +115,29 @@ def check_form(
         )
 
 
+def check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises a ValueError if the parameters of both have the same names, but in another order.
+
+    torch.optim gives state to parameters by their place, so it would land on others. Other names
+    (a wrapper's prefix) say nothing about the places.
+    """
+    ours = [(n, name) for n, group in enumerate(groups) for name in group.get("param_names") or ()]
+    theirs: list[str] = []
+    for group in saved:
+        # Whoever put names in place of numbers may have sorted them, and not the list of names.
+        by_name = group["params"] and all(isinstance(key, str) for key in group["params"])
+        theirs += group["params"] if by_name else group.get("param_names") or ()
+    if sorted(name for _, name in ours) != sorted(theirs):
+        return
+    for place, ((number, name), other) in enumerate(zip(ours, theirs, strict=True)):
+        if name != other:
+            place -= sum(len(group["params"]) for group in groups[:number])
+            raise ValueError(
+                f"parameter {place} of group {number} is {other!r} in the state dict and {name!r} "
+                "in the optimizer; build it from the parameters in the same order"
+            )
+
+
 def check_group(
     number: int, saved: Mapping[str, Any], defaults: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:

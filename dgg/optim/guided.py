@@ -63,9 +63,9 @@ class Guided(Reporting, Stepped):
             KeyError: It is no optimizer's state dict.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
             TypeError: It is no mapping, or a value in it is of the wrong type.
-            ValueError: It is of another class (a key that this one needs is missing), groups or
-                shapes differ, a value is out of range, or it carries no anchor while this
-                optimizer has one. After any error the optimizer is as it was.
+            ValueError: It is of another class (a key that this one needs is missing), groups,
+                shapes or the order of names differ, a value is out of range, or it carries no
+                anchor while this optimizer has one. After any error the optimizer is as it was.
         """
         load.load(self, state_dict, super().load_state_dict)
 
