@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What every comparison method is: the hooks that a training loop calls, and checked numbers.
 
-A step of the loop: before_forward, forward and backward, after_forward, clip_grad_norm_,
-edit_gradients, optimizer.step, after_step. Around a task: begin_task before its first step,
-end_task behind its last one. What a method adds to gradients is thus outside of the clipping.
+`Method.step` is a step of the loop. Around a task: begin_task before its first step, end_task
+behind its last one. What a method adds to gradients is thus outside of the clipping.
 """
 
 from __future__ import annotations
@@ -57,6 +56,29 @@ class Method:
         self.loss_of, self.logits_of = loss_of, logits_of
         self.parameters: list[nn.Parameter] = list(named.values())
 
+    def step(self, batch: Any, old: Any = None, max_grad_norm: float = math.inf) -> Tensor:
+        """Trains one step with all hooks; returns the loss.
+
+        Args:
+            batch: What is trained on, replayed rows included.
+            old: The replayed rows alone; None: there are none.
+            max_grad_norm: What the gradients are clipped to before they are edited.
+        """
+        self.optimizer.zero_grad()
+        self.before_forward()
+        loss = self.loss_of(batch)
+        loss.backward()
+        replay = None
+        if self.needs_replay_gradients and old is not None:
+            replay = list(torch.autograd.grad(self.loss_of(old), self.parameters))
+        self.after_forward()
+        if max_grad_norm < math.inf:
+            nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        self.edit_gradients(replay)
+        self.optimizer.step()
+        self.after_step()
+        return loss
+
     # -- the hooks ---------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
@@ -99,23 +121,24 @@ class Method:
     # -- for the methods ---------------------------------------------------------------------------
 
     def require(
-        self, name: str, value: float, low: float, high: float = math.inf, *,
-        whole: bool = False, beyond_low: bool = False, below_high: bool = False,
+        self, name: str, value: float | None, low: float, high: float = math.inf, *,
+        whole: bool = False, optional: bool = False, beyond_low: bool = False,
+        below_high: bool = False,
     ) -> Any:  # fmt: skip
         """Returns a hyper-parameter that is a number in its range, or raises an error naming it."""
+        if optional and value is None:
+            return None
         owner = type(self).__name__
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = "a whole number" if whole else "a number"
             raise TypeError(f"{owner}: {name} must be {kind}, not {value!r}")
+        below_high = below_high or high == math.inf
         above = value > low if beyond_low else value >= low
-        below = value < high if below_high or high == math.inf else value <= high
+        below = value < high if below_high else value <= high
         if not (above and below):
-            left, right = "([", ")]"
-            opened = left[not beyond_low] + f"{low:g}, {high:g}"
-            raise ValueError(
-                f"{owner}: {name} must lie in "
-                f"{opened}{right[not (below_high or high == math.inf)]}, not {value!r}"
-            )
+            left, right = "(" if beyond_low else "[", ")" if below_high else "]"
+            span = f"{left}{low:g}, {high:g}{right}"
+            raise ValueError(f"{owner}: {name} must lie in {span}, not {value!r}")
         return value
 
     def require_choice(self, name: str, value: str, choices: Sequence[str]) -> str:
@@ -165,16 +188,12 @@ class Drawing(Method):
     """A method that draws random numbers, from a generator of its own.
 
     Args:
-        model: As for every method, and so on.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`.
         seed: Of the draws.
     """
 
-    def __init__(self, model, named, optimizer, loss_of, logits_of, *, seed: int = 0) -> None:
-        super().__init__(model, named, optimizer, loss_of, logits_of)
+    def __init__(self, *loop: Any, seed: int = 0) -> None:
+        super().__init__(*loop)
         self.require("seed", seed, 0, whole=True)
         self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
 

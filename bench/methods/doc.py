@@ -37,11 +37,7 @@ class DOC(Method):
     """Removes old components, which it tracks, from the gradients.
 
     Args:
-        model: See `Method`; the forward pass must call its layers.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; the forward pass must call the layers of `model`.
         k_start: Components that the first task may have.
         k_add: Components that each further task may add; None: as many as k_start.
         drift_eps: Share of the rest from which on components drift.
@@ -58,12 +54,11 @@ class DOC(Method):
     )  # fmt: skip
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        k_start: int = 48, k_add: int | None = None, drift_eps: float = 0.02,
+        self, *loop: Any, k_start: int = 48, k_add: int | None = None, drift_eps: float = 0.02,
         add_eps: float = 0.1, amnesia: float = 2.0, max_drift: float = 0.1,
         drift_power: float = 0.5,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
+        super().__init__(*loop)
         self.k_start = self.require("k_start", k_start, 1, whole=True)
         self.k_add = self.require("k_add", k_start if k_add is None else k_add, 0, whole=True)
         self.add_eps = self.require("add_eps", add_eps, 0, 1)

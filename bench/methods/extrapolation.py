@@ -26,11 +26,7 @@ class Extrapolation(Drawing):
     """Moves the parameters for the time of the forward and backward pass.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`.
         length: γ̂.
         direction: ζ: "gradient", "noise" or "displacement".
         seed: Of the noise.
@@ -40,10 +36,9 @@ class Extrapolation(Drawing):
     kept: ClassVar[tuple[str, ...]] = ("anchor", "last")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        length: float = 0.01, direction: str = "gradient", seed: int = 0,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of, seed=seed)
+        self, *loop: Any, length: float = 0.01, direction: str = "gradient", seed: int = 0
+    ) -> None:
+        super().__init__(*loop, seed=seed)
         self.length = self.require("length", length, -float("inf"), beyond_low=True)
         choices = ("gradient", "noise", "displacement")
         self.direction = self.require_choice("direction", direction, choices)

@@ -25,18 +25,14 @@ class L2SP(Anchored):
     """Adds λ (θ − θ*) to the gradients.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`.
         strength: λ.
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.01, 0.03, 0.1, 0.3)}
 
-    def __init__(self, model, named, optimizer, loss_of, logits_of, *, strength: float = 0.1):
-        super().__init__(model, named, optimizer, loss_of, logits_of)
+    def __init__(self, *loop: Any, strength: float = 0.1) -> None:
+        super().__init__(*loop)
         self.strength = self.require("strength", strength, 0)
 
     def penalty(self) -> Tensor:

@@ -31,11 +31,7 @@ class LoKI(Method):
     """Freezes all but the selected rows.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`; must call the layers.
+        *loop: See `Method`; `logits_of` must call the layers.
         share: q.
         modules: Regular expression that the names of layers have; None: "down_proj", or all layers
             if none is called that.
@@ -48,16 +44,13 @@ class LoKI(Method):
     kept: ClassVar[tuple[str, ...]] = ("marks",)
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        share: float = 0.1, modules: str | None = None, points: int = 7,
+        self, *loop: Any, share: float = 0.1, modules: str | None = None, points: int = 7,
         samples: int | None = 50,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
+        super().__init__(*loop)
         self.share = self.require("share", share, 0, 1, beyond_low=True)
         self.points = self.require("points", points, 2, whole=True)
-        self.samples = samples
-        if samples is not None:
-            self.require("samples", samples, 1, whole=True)
+        self.samples = self.require("samples", samples, 1, whole=True, optional=True)
         layers = {
             name: layer
             for name, layer in trained_linears(self.model, self.named).items()

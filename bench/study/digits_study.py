@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,14 +127,15 @@ def train_alone(make: type, options: dict[str, Any], setting: digits.Setting, se
     for task, batches in enumerate(stream.tasks):
         arms.forget_moments(opt)
         method.begin_task(task)
-        for step, (images, labels) in enumerate(_steps(batches)):
+        steps = list(zip(batches.images[0], batches.labels[0], strict=True))
+        new = digits.BATCH - batches.replayed
+        for step, (images, labels) in enumerate(steps):
             rate = min(1, (step + 1) / digits.WARMUP) * (1 - step / setting.steps)
             opt.param_groups[0]["lr"] = stream.lr * rate
-            _step(method, opt, (images, labels), batches.replayed)
-        rows = slice(0, digits.BATCH - batches.replayed)
+            old = (images[new:], labels[new:]) if batches.replayed else None
+            method.step((images, labels), old)
         # The new rows of the last steps: some 300 examples of the task.
-        last = [(x[rows], y[rows]) for x, y in list(_steps(batches))[-12:]]
-        method.end_task(task, last)
+        method.end_task(task, [(x[:new], y[:new]) for x, y in steps[-12:]])
         with torch.no_grad():
             accuracy = [
                 100 * (model(images[0]).argmax(-1) == labels[0]).sum().item()
@@ -155,21 +156,3 @@ def network(flat: Tensor) -> torch.nn.Module:
     # Copied: the stream is another method's, too.
     torch.nn.utils.vector_to_parameters(flat.clone(), model.parameters())
     return model
-
-
-def _steps(batches: digits.Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(batches.images[0], batches.labels[0], strict=True)
-
-
-def _step(method: Any, opt: dgg.AdamW, batch: tuple[Tensor, Tensor], replayed: int) -> None:
-    opt.zero_grad()
-    method.before_forward()
-    method.loss_of(batch).backward()
-    replay = None
-    if method.needs_replay_gradients and replayed:
-        old = (batch[0][-replayed:], batch[1][-replayed:])
-        replay = list(torch.autograd.grad(method.loss_of(old), method.parameters))
-    method.after_forward()
-    method.edit_gradients(replay)
-    opt.step()
-    method.after_step()

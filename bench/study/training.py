@@ -135,9 +135,7 @@ class _Run:
             more["seed"] = self.seed
         return make(
             self.model, self.named, self.optimizer,
-            lambda batch: F.cross_entropy(self.answer(*batch[:2]), batch[2]),
-            lambda batch: logits(*batch[:2]),
-            **more,
+            self.loss, lambda batch: logits(*batch[:2]), **more,
         )  # fmt: skip
 
     def batch(self, rows: Sequence[int]) -> Columns:
@@ -145,9 +143,9 @@ class _Run:
         prompts, features, answers = self.data.train
         return prompts[rows], features[rows], answers[rows]
 
-    def loss(self, rows: Sequence[int]) -> Tensor:
-        """The mean loss of some training rows."""
-        prompts, features, answers = self.batch(rows)
+    def loss(self, batch: Columns) -> Tensor:
+        """The mean loss of a batch."""
+        prompts, features, answers = batch
         return F.cross_entropy(self.answer(prompts, features), answers)
 
     # -- one sub-task ------------------------------------------------------------------------------
@@ -186,36 +184,23 @@ class _Run:
 
     def step(self, new: list[int], old: list[int]) -> float:
         """One optimizer step on the mean loss over new and old rows together."""
-        self.optimizer.zero_grad()
         if self.method:
-            return self._method_step(new, old)
+            replayed = self.batch(old) if old else None
+            limit = self.sizes.max_grad_norm
+            return self.method.step(self.batch(new + old), replayed, limit).item()
+        self.optimizer.zero_grad()
         if self.arm.kind != "guard" or not old:
-            loss = self.loss(new + old)
+            loss = self.loss(self.batch(new + old))
             loss.backward()
         else:
             share = len(old) / (len(new) + len(old))
-            loss = (1 - share) * self.loss(new)
+            loss = (1 - share) * self.loss(self.batch(new))
             loss.backward()
             with self.optimizer.replay():
-                again = share * self.loss(old)
+                again = share * self.loss(self.batch(old))
                 again.backward()
             loss = loss + again
         self.optimizer.step()
-        return loss.item()
-
-    def _method_step(self, new: list[int], old: list[int]) -> float:
-        method = self.method
-        method.before_forward()
-        loss = self.loss(new + old)
-        loss.backward()
-        replayed = None
-        if method.needs_replay_gradients and old:
-            replayed = list(torch.autograd.grad(self.loss(old), self.parameters))
-        method.after_forward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.sizes.max_grad_norm)
-        method.edit_gradients(replayed)
-        self.optimizer.step()
-        method.after_step()
         return loss.item()
 
     def boundary(self, last: int, rows: range) -> None:
