@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_its_arms_are_those_of_the_study(monkeypatch):
 
     stored = json.loads((BENCH / "results" / "study-2026-11-30.json").read_text(encoding="utf-8"))
     for arm in protocol.DEMO_ARMS:
-        assert arm.as_dict() == stored["in-domain"][arm.name]["0"]["arm"]
+        assert asdict(arm) == stored["in-domain"][arm.name]["0"]["arm"]
 
 
 @pytest.mark.slow

@@ -672,7 +672,7 @@ def test_interrupted_and_resumed(llava, tmp_path):
 
     plan = replace(jobs.SMOKE, arms=("replay", "guard50"))
     for job in jobs.test_jobs(plan, jobs.Results(out), "in-domain")[-2:]:
-        result = jobs.execute(job, tmp_path / "x.pt", lambda stage, step: None, lambda: False)
+        result = jobs.execute(job, tmp_path / "x.pt", lambda: False)
         (tmp_path / "x.pt").unlink()
         assert {**json.loads(json.dumps(result)), "seconds": 0} == {**found[job.path], "seconds": 0}
     # The report, and its pictures.

@@ -8,7 +8,7 @@ the measurements of `guidance_stats()` is in this file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,10 +36,6 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     replay: bool = True
     joint: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
     @property
     def is_method(self) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dgg
 from dgg import metrics
+from methods import METHODS
 from study import arms, digits, protocol, rules, search
 
 METRICS = ("faa", "aia", "bwt", "forgetting", "learning")
@@ -36,10 +37,7 @@ def tuned(
     family: search.Family, score: Callable[[dict[str, float]], float], budget: int
 ) -> search.Chosen:
     """Run the search of `search.py` to its end."""
-    scores: dict[search.Point, float] = {}
-    while points := search.next_points(family, scores, budget):
-        for point in points:
-            scores[point] = score(family.values(point))
+    scores = search.walk(family, budget, lambda point: score(family.values(point)))
     return search.choose(family, scores)
 
 
@@ -65,7 +63,7 @@ def run_setting(
             return statistics.mean(described(trained["matrices"])["faa"])
 
         chosen = tuned(family, score, protocol.DIGIT_BUDGET)
-        found[name] = search.as_json(chosen)
+        found[name] = asdict(chosen)
         all_rules[name] = rules.Rule(**kind, **chosen.values)
     test, results = digits.stream(setting, seeds), {}
     for name, rule in all_rules.items():
@@ -88,9 +86,7 @@ def run_method(
     tuning_seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Tune one comparison method over the points that it names, then train it on the test seeds."""
-    import methods
-
-    make = methods.METHODS[method]
+    make = METHODS[method]
     setting = digits.Setting(bed, steps, remembered)
     validation = replace(setting, split="validation")
 
@@ -104,7 +100,7 @@ def run_method(
         ((name, ladder),) = make.knobs.items()
         points = tuple((k,) for k in range(len(ladder)))
         chosen = tuned(search.Family(method, {name: ladder}, points), score, len(points))
-        values, found = chosen.values, search.as_json(chosen)
+        values, found = chosen.values, asdict(chosen)
     matrices = [train_alone(make, values, setting, seed) for seed in seeds]
     return {"chosen": {method: found}, "results": {method: described(matrices)}}
 

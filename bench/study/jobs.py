@@ -7,6 +7,7 @@ depend on what tuning chose. All of it is read from the files, so that a killed 
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from study import arms, digits, digits_study, protocol, search, training
+from methods import METHODS
+from study import arms, digits, digits_study, in_domain, protocol, search, shifted, training
 from study.arms import Arm
 
-PARTS = ("digits", "tuning", "in-domain", "shifted")
-LLAVA_BEDS = ("in-domain", "shifted")
+BEDS = {"in-domain": in_domain.BED, "shifted": shifted.BED}
+LLAVA_BEDS = tuple(BEDS)
+# Comparison methods beside those that have an arm of their own.
+OTHERS = tuple(name for name in METHODS if name not in protocol.CLASSES)
 
 
 @dataclass(frozen=True)
@@ -74,31 +78,9 @@ class Job:
         return json.dumps({"spec": spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
 
 
-def bed_of(name: str) -> training.Bed:
-    """The LLaVA bed of a name."""
-    if name == "in-domain":
-        from study import in_domain
-
-        return in_domain.BED
-    from study import shifted
-
-    return shifted.BED
-
-
 @cache
 def _digest(bed: str) -> str:
-    if bed == "digits":
-        return training.file_digest(digits.DATA_PATH)
-    return bed_of(bed).digest()
-
-
-def method_names() -> list[str]:
-    """Comparison methods beside those that have an arm of their own."""
-    try:
-        import methods
-    except ModuleNotFoundError:
-        return []
-    return [name for name in methods.METHODS if name not in protocol.CLASSES]
+    return training.file_digest(digits.DATA_PATH) if bed == "digits" else BEDS[bed].digest()
 
 
 # -- digits ----------------------------------------------------------------------------------------
@@ -108,20 +90,16 @@ def digit_jobs(plan: Plan) -> list[Job]:
     """One job a setting with all rules, and one a setting and comparison method."""
     seeds = {"seeds": list(plan.digit_seeds), "tuning_seeds": list(plan.tuning_seeds)}
     found, runs = [], len(plan.digit_seeds) + 4 * len(plan.tuning_seeds)
-    for bed in plan.digit_beds:
-        for steps in plan.digit_steps:
-            for remembered in plan.digit_remembered:
-                where = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered}
-                name = f"{bed}-{steps}-{remembered}"
-                # All seeds of a rule at once take as long as one or two by themselves.
-                found.append(Job("digits", name, {**where, **seeds, "units": 40 * 5 * steps}))
-                if steps != plan.other_steps:
-                    continue
-                for method in method_names():
-                    if method in protocol.NOT_ON_DIGITS:
-                        continue
-                    more = {"method": method, "units": runs * 5 * steps}
-                    found.append(Job("digits", f"{name}-{method}", {**where, **seeds, **more}))
+    settings = itertools.product(plan.digit_beds, plan.digit_steps, plan.digit_remembered)
+    for bed, steps, remembered in settings:
+        spec = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered, **seeds}
+        name = f"{bed}-{steps}-{remembered}"
+        # All seeds of a rule at once take as long as one or two by themselves.
+        found.append(Job("digits", name, {**spec, "units": 40 * 5 * steps}))
+        for method in OTHERS if steps == plan.other_steps else ():
+            if method not in protocol.NOT_ON_DIGITS:
+                more = {"method": method, "units": runs * 5 * steps}
+                found.append(Job("digits", f"{name}-{method}", {**spec, **more}))
     return found
 
 
@@ -131,12 +109,15 @@ def digit_jobs(plan: Plan) -> list[Job]:
 def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, seed: int) -> Job:
     """One arm, one seed."""
     steps = 6 * sizes.steps
-    spec = {"bed": bed, "arm": arm.as_dict(), "sizes": asdict(sizes), "seed": seed, "units": steps}
+    spec = {"bed": bed, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed, "units": steps}
     return Job(part, name, spec)
 
 
 class NotTunedError(SystemExit):
     """The test arms are not known before the tuning is finished."""
+
+    def __init__(self) -> None:
+        super().__init__("tuning is not finished: run --part tuning first")
 
 
 class Results:
@@ -179,19 +160,16 @@ def _wanted(plan: Plan, name: str) -> bool:
 
 def screening_jobs(plan: Plan) -> list[Job]:
     """Every comparison method at one point, in-domain, to find the strongest."""
-    import methods
-
+    if not _wanted(plan, "other"):
+        return []
     sizes = replace(plan.sizes["in-domain"], split="validation")
     found = []
-    for seed in plan.screening_seeds:
-        for name in method_names() if _wanted(plan, "other") else ():
-            knobs = methods.METHODS[name].knobs
-            options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
-            options = {**protocol.fixed_options(name), **options}
-            arm = Arm(name, name, protocol.SCREENING_LR, options)
-            found.append(
-                llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed)
-            )
+    for seed, name in itertools.product(plan.screening_seeds, OTHERS):
+        knobs = METHODS[name].knobs
+        options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
+        options = {**protocol.fixed_options(name), **options}
+        arm = Arm(name, name, protocol.SCREENING_LR, options)
+        found.append(llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed))
     return found
 
 
@@ -217,9 +195,7 @@ def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], di
     other = strongest(plan, results)
     if other is None:
         return found, {}
-    import methods
-
-    found["other"] = protocol.other_family(methods.METHODS[other].knobs)
+    found["other"] = protocol.other_family(METHODS[other].knobs)
     return found, {"other": other}
 
 
@@ -229,8 +205,8 @@ def tuning_round(plan: Plan, results: Results) -> list[Job]:
     all_families, methods = families(plan, results)
     for bed in plan.sizes:
         for family in all_families.values():
-            points, scores = _tried(plan, results, bed, family, methods)
-            for point in [*points, *search.next_points(family, scores, plan.budget)]:
+            scores = _tried(plan, results, bed, family, methods)
+            for point in [*scores, *search.next_points(family, scores, plan.budget)]:
                 found += _point_jobs(plan, bed, family, point, methods)
     return found
 
@@ -251,16 +227,14 @@ def _point_jobs(
 
 def _tried(
     plan: Plan, results: Results, bed: str, family: search.Family, methods: dict[str, str]
-) -> tuple[list[search.Point], dict[search.Point, float]]:
-    """The points that are finished, and their mean FAA; found by walking the search again."""
-    scores: dict[search.Point, float] = {}
-    while points := search.next_points(family, scores, plan.budget):
-        for point in points:
-            done = [results.of(job) for job in _point_jobs(plan, bed, family, point, methods)]
-            if any(found is None for found in done):
-                return list(scores), scores
-            scores[point] = statistics.mean(found["faa"] for found in done)
-    return list(scores), scores
+) -> dict[search.Point, float]:
+    """The mean FAA of the points that are finished; found by walking the search again."""
+
+    def score(point: search.Point) -> float | None:
+        done = [results.of(job) for job in _point_jobs(plan, bed, family, point, methods)]
+        return None if None in done else statistics.mean(found["faa"] for found in done)
+
+    return search.walk(family, plan.budget, score)
 
 
 def chosen(
@@ -273,12 +247,12 @@ def chosen(
     """
     all_families, methods = families(plan, results)
     found = {}
-    if method_names() and _wanted(plan, "other") and "other" not in all_families:
-        raise NotTunedError("tuning is not finished: run --part tuning first")
+    if _wanted(plan, "other") and "other" not in all_families:
+        raise NotTunedError
     for name, family in all_families.items():
-        _, scores = _tried(plan, results, bed, family, methods)
+        scores = _tried(plan, results, bed, family, methods)
         if search.next_points(family, scores, plan.budget):
-            raise NotTunedError("tuning is not finished: run --part tuning first")
+            raise NotTunedError
         found[name] = search.choose(family, scores)
     return found, methods
 
@@ -303,12 +277,11 @@ def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
 def estimated_steps(plan: Plan, part: str) -> float:
     """About how many steps a whole LLaVA part has, before it is known which they are."""
     steps = {bed: 6 * sizes.steps for bed, sizes in plan.sizes.items()}
-    count = len(protocol.FAMILIES) + bool(method_names())
     if part == "tuning":
-        points = count * plan.budget * len(plan.tuning_seeds)
-        screening = len(method_names()) * len(plan.screening_seeds) * steps["in-domain"]
+        points = (len(protocol.FAMILIES) + 1) * plan.budget * len(plan.tuning_seeds)
+        screening = len(OTHERS) * len(plan.screening_seeds) * steps["in-domain"]
         return sum(points * x for x in steps.values()) + screening
-    arms_ = len(protocol.GUARDS) + len(protocol.CLASSES) + 3 + bool(method_names())
+    arms_ = len(protocol.GUARDS) + len(protocol.CLASSES) + 4
     return (arms_ * len(plan.test_seeds) + 3 * len(plan.bound_seeds)) * steps[part]
 
 
@@ -323,9 +296,8 @@ def expected_jobs(plan: Plan, part: str, known: Sequence[Job]) -> int:
     """How many jobs a part has in all, those included that are not known yet."""
     if part != "tuning":
         return len(known)
-    wanted = [n for n in protocol.FAMILIES if _wanted(plan, n)]
-    count = len(wanted) + bool(method_names() and _wanted(plan, "other"))
-    points = count * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
+    tuned = [name for name in (*protocol.FAMILIES, "other") if _wanted(plan, name)]
+    points = len(tuned) * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
     return points + len(screening_jobs(plan))
 
 
@@ -343,9 +315,7 @@ def unrunnable(jobs: Iterable[Job]) -> dict[str, str]:
     return found
 
 
-def execute(
-    job: Job, checkpoint: Path, progress: Callable[[int, int], None], stop: Callable[[], bool]
-) -> dict[str, Any]:
+def execute(job: Job, checkpoint: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """Run a job in this process."""
     spec = job.spec
     if spec["bed"] == "digits":
@@ -358,6 +328,6 @@ def execute(
     # Curves of single steps are shown of one seed; those of all would be megabytes.
     every = 10 if seed == protocol.TEST_SEEDS[0] else 0
     return training.run(
-        bed_of(spec["bed"]), Arm(**spec["arm"]), sizes, seed, checkpoint,
-        trace_every=every, progress=progress, stop=stop,
+        BEDS[spec["bed"]], Arm(**spec["arm"]), sizes, seed, checkpoint,
+        trace_every=every, stop=stop,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from methods import METHODS
 from study.arms import Arm
 from study.rules import Rule
 from study.search import Family
@@ -61,8 +62,6 @@ SCREENING_LR = 3e-3
 
 def fixed_options(method: str) -> dict[str, Any]:
     """What a comparison method always gets on the LLaVA beds."""
-    from methods import METHODS
-
     # Subclasses hand on keywords that only the class below names.
     made = [vars(kind)["__init__"] for kind in METHODS[method].__mro__ if "__init__" in vars(kind)]
     takes = any("coverage" in inspect.signature(one).parameters for one in made[:-1])

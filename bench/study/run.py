@@ -127,10 +127,10 @@ def _estimate(plan, parts: list[str], results, count: int) -> dict[str, float]:
 
     seconds, total = {}, 0.0
     for part in parts:
-        steps, cost = costs.of_part(plan, results, part)
-        seconds[part] = cost
-        total += steps * cost / count
-        print(f"{part}: about {workers.duration(steps * cost / count)}", flush=True)
+        seconds[part] = costs.of_step(plan, part)
+        left = costs.steps_left(plan, results, part) * seconds[part] / count
+        total += left
+        print(f"{part}: about {workers.duration(left)}", flush=True)
     print(f"together about {workers.duration(total)} in {count} processes, if they are alone")
     return seconds
 
@@ -145,7 +145,7 @@ def _run_part(part: str, plan, results, count: int, seconds_a_step: float) -> bo
         all_jobs = jobs.of_part(plan, results, part)
         todo = [job for job in all_jobs if results.of(job) is None]
         if clock is None:
-            steps = costs.of_part(plan, results, part, measure=False)[0]
+            steps = costs.steps_left(plan, results, part)
             expected = jobs.expected_jobs(plan, part, all_jobs) - (len(all_jobs) - len(todo))
             clock = workers.Clock(steps, expected, seconds_a_step)
             print(f"{part}: {len(all_jobs) - len(todo)} runs are finished already")

@@ -81,7 +81,7 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
         except jobs.NotTunedError:
             continue
         found["tuning"][bed] = {
-            "chosen": {name: search.as_json(one) for name, one in chosen.items()},
+            "chosen": {name: asdict(one) for name, one in chosen.items()},
             "other": methods.get("other"),
         }
         for job in jobs.test_jobs(plan, results, bed):

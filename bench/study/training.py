@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dgg.metrics import AccuracyMatrix
 from dgg.replay import ReplayBuffer
+from methods import METHODS, Method
 from minivqa import model as vqa
 from study import arms
 from study.arms import Arm
@@ -87,7 +89,7 @@ def file_digest(*paths: Path) -> str:
 
 def fingerprint(bed: Bed, arm: Arm, sizes: Sizes, seed: int) -> str:
     """Names everything that the numbers of a run depend on."""
-    what = {"bed": bed.name, "arm": arm.as_dict(), "sizes": asdict(sizes), "seed": seed,
+    what = {"bed": bed.name, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed,
             "data": bed.digest()}  # fmt: skip
     return json.dumps(what, sort_keys=True)
 
@@ -121,21 +123,16 @@ class _Run:
         self.trace: list[dict[str, float]] = []
         self.stage, self.spent = 0, 0.0
 
-    def _make_method(self) -> Any:
-        import methods
-
-        make = methods.METHODS[self.arm.kind]
-        slow = lambda prompts, features: vqa.answer_logits(self.model, prompts, features)  # noqa: E731
-        reads = getattr(make, "reads_modules", "")
-        logits = slow if reads else self.answer
-        if reads == "step":
+    def _make_method(self) -> Method:
+        make = METHODS[self.arm.kind]
+        slow = partial(vqa.answer_logits, self.model)
+        logits = slow if make.reads_modules else self.answer
+        if make.reads_modules == "step":
             self.answer = slow
-        more = dict(self.arm.options)
-        if "seed" in inspect.signature(make).parameters:
-            more["seed"] = self.seed
+        more = {"seed": self.seed} if "seed" in inspect.signature(make).parameters else {}
         return make(
-            self.model, self.named, self.optimizer,
-            self.loss, lambda batch: logits(*batch[:2]), **more,
+            self.model, self.named, self.optimizer, self.loss, lambda batch: logits(*batch[:2]),
+            **self.arm.options, **more,
         )  # fmt: skip
 
     def batch(self, rows: Sequence[int]) -> Columns:
@@ -150,9 +147,7 @@ class _Run:
 
     # -- one sub-task ------------------------------------------------------------------------------
 
-    def train(
-        self, progress: Callable[[int, int], None], stop: Callable[[], bool], trace_every: int
-    ) -> None:
+    def train(self, stop: Callable[[], bool], trace_every: int) -> None:
         """Train the next sub-task, evaluate, and make the boundary."""
         sizes, stage = self.sizes, self.stage
         seen: dict[str, list[float]] = {}
@@ -178,7 +173,6 @@ class _Run:
                 seen.setdefault(name, []).append(value)
             if trace_every and step % trace_every == 0:
                 self.trace.append({"step": stage * sizes.steps + step, **found})
-            progress(stage, step + 1)
         self.means.append({name: math.fsum(x) / len(x) for name, x in seen.items()})
         self.boundary(last, rows)
 
@@ -263,7 +257,6 @@ def run(
     checkpoint: Path | None = None,
     *,
     trace_every: int = 0,
-    progress: Callable[[int, int], None] = lambda stage, step: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train one arm over all sub-tasks of one seed and return its result.
@@ -275,7 +268,6 @@ def run(
         seed: of data, order, adapter, memory and draws.
         checkpoint: written after each sub-task, and resumed if it is there.
         trace_every: at every so many steps, loss and measurements go to the result's `trace`.
-        progress: called with sub-task and step.
         stop: asked at each step; True ends the run with `Interrupted`.
 
     Raises:
@@ -292,11 +284,11 @@ def run(
         it.load(saved)
     before = it.spent
     while it.stage < len(it.data.tasks):
-        it.train(progress, stop, trace_every)
+        it.train(stop, trace_every)
         if checkpoint is not None:
             _save(checkpoint, it.state(mark, before + time.perf_counter() - started))
     return {
-        "arm": arm.as_dict(),
+        "arm": asdict(arm),
         "seed": seed,
         "tasks": list(it.data.tasks),
         "matrix": it.matrix.rows,

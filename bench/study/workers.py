@@ -154,7 +154,7 @@ def _worker(
         checkpoint = out / "checkpoints" / f"{job.part}-{job.name}.pt"
         began = time.perf_counter()
         try:
-            result = jobs.execute(job, checkpoint, lambda stage, step: None, stopped)
+            result = jobs.execute(job, checkpoint, stopped)
         except training.Interrupted:
             break
         except Exception:
