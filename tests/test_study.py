@@ -664,6 +664,9 @@ def test_interrupted_and_resumed(llava, tmp_path):
     assert 0 < len(before) < 8
     text = _finish(out, *ARMS)
     assert f"tuning: {len(before)} runs are finished already" in text and "s left" in text
+    # What is left is what these arms need, and not those of the whole study.
+    for last in (rf"{8 - len(before)}/{8 - len(before)}\] tuning", r"6/6\] in-domain"):
+        assert re.search(rf"^\[ +{last}.* 0 s left$", text, re.M)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     found = _files(out)
     assert len(found) == 14  # 2 families, 2 points, 2 beds, 1 seed; then 2 arms, 3 seeds
@@ -970,6 +973,7 @@ def test_arms_of_the_protocol():
         "other": {"lr": 6e-3, "strength": 1.0},
     }  # fmt: skip
     compared = {arm.name: arm for arm in protocol.test_arms(values, {"other": "spd"})}
+    assert tuple(compared) == protocol.COMPARED
     assert compared.keys() == {p for pair in (protocol.PRIMARY, *protocol.SECONDARY) for p in pair}
     assert all(arm.replay and not arm.joint for arm in compared.values())
     assert [compared[g].options for g in ("guard0", "guard50", "guard100")] == [
@@ -984,6 +988,7 @@ def test_arms_of_the_protocol():
     with_fisher = {name for name in methods.METHODS if protocol.fixed_options(name)}
     assert with_fisher == {"ewc", "online_ewc", "perturb_and_merge"}
     bounds = {arm.name: arm for arm in protocol.bound_arms(values)}
+    assert tuple(bounds) == protocol.BOUNDS
     assert bounds["joint"].joint and not any(arm.replay for arm in bounds.values())
     assert bounds["guidance"].options == {"alpha": 0.1}
 

@@ -21,12 +21,13 @@ ARMS_OVER_REPLAY = 1.3
 
 
 def steps_left(plan: jobs.Plan, results: jobs.Results, part: str) -> float:
-    """Steps that a part still has, about."""
-    if part == "digits":
-        return sum(job.steps for job in jobs.digit_jobs(plan) if results.of(job) is None)
-    count = len(list(results.out.glob(f"runs/{part}/*.json")))
-    done = count * 6 * plan.sizes["in-domain" if part == "tuning" else part].steps
-    return max(0.0, jobs.estimated_steps(plan, part) - done)
+    """Steps that a part still has."""
+    try:
+        known = jobs.of_part(plan, results, part)
+    except jobs.NotTunedError:
+        known = []
+    done = sum(job.steps for job in known if results.of(job) is not None)
+    return jobs.estimated_steps(plan, part) - done
 
 
 def of_step(plan: jobs.Plan, part: str) -> float:

@@ -173,6 +173,16 @@ def screening_jobs(plan: Plan) -> list[Job]:
     return found
 
 
+def tuned_families(plan: Plan) -> list[str]:
+    """Names of the families that are tuned for the arms of the plan."""
+    guarded = any(_wanted(plan, name) for name in protocol.GUARDS)
+    return [
+        name
+        for name in (*protocol.FAMILIES, "other")
+        if _wanted(plan, name) or (name == "guard" and guarded)
+    ]
+
+
 def strongest(plan: Plan, results: Results) -> str | None:
     """The comparison method with the highest mean FAA in the screening; None while it runs."""
     scores: dict[str, list[float]] = {}
@@ -186,12 +196,8 @@ def strongest(plan: Plan, results: Results) -> str | None:
 
 def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], dict[str, str]]:
     """The families to tune, and the method that is `other`."""
-    found = {
-        name: family
-        for name, family in protocol.FAMILIES.items()
-        if _wanted(plan, name)
-        or (name == "guard" and any(_wanted(plan, g) for g in protocol.GUARDS))
-    }
+    tuned = tuned_families(plan)
+    found = {name: family for name, family in protocol.FAMILIES.items() if name in tuned}
     other = strongest(plan, results)
     if other is None:
         return found, {}
@@ -275,14 +281,17 @@ def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
 
 
 def estimated_steps(plan: Plan, part: str) -> float:
-    """About how many steps a whole LLaVA part has, before it is known which they are."""
+    """How many steps a whole part has, before it is known which they are."""
+    if part == "digits":
+        return sum(job.steps for job in digit_jobs(plan))
     steps = {bed: 6 * sizes.steps for bed, sizes in plan.sizes.items()}
     if part == "tuning":
-        points = (len(protocol.FAMILIES) + 1) * plan.budget * len(plan.tuning_seeds)
-        screening = len(OTHERS) * len(plan.screening_seeds) * steps["in-domain"]
+        points = len(tuned_families(plan)) * plan.budget * len(plan.tuning_seeds)
+        screening = sum(job.steps for job in screening_jobs(plan))
         return sum(points * x for x in steps.values()) + screening
-    arms_ = len(protocol.GUARDS) + len(protocol.CLASSES) + 4
-    return (arms_ * len(plan.test_seeds) + 3 * len(plan.bound_seeds)) * steps[part]
+    compared = sum(_wanted(plan, name) for name in protocol.COMPARED)
+    bounds = sum(_wanted(plan, name) for name in protocol.BOUNDS)
+    return (compared * len(plan.test_seeds) + bounds * len(plan.bound_seeds)) * steps[part]
 
 
 def of_part(plan: Plan, results: Results, part: str) -> list[Job]:
@@ -296,8 +305,7 @@ def expected_jobs(plan: Plan, part: str, known: Sequence[Job]) -> int:
     """How many jobs a part has in all, those included that are not known yet."""
     if part != "tuning":
         return len(known)
-    tuned = [name for name in (*protocol.FAMILIES, "other") if _wanted(plan, name)]
-    points = len(tuned) * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
+    points = len(tuned_families(plan)) * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
     return points + len(screening_jobs(plan))
 
 

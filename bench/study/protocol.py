@@ -58,6 +58,9 @@ CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
 FISHER = {"samples": 40, "coverage": 0.9}
 GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
 SCREENING_LR = 3e-3
+TUNED_ARMS = ("replay", "dgg", "l2sp", "ewc", "other")  # each at the values of its own family
+COMPARED = (*TUNED_ARMS, "replay_other_lr", *GUARDS)
+BOUNDS = ("joint", "sequential", "guidance")
 
 
 def fixed_options(method: str) -> dict[str, Any]:
@@ -99,8 +102,7 @@ def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, str]) -> l
         chosen: the values of every family.
         methods: which method `other` is.
     """
-    tuned = ("replay", "dgg", "l2sp", "ewc", "other")
-    found = [tuned_arm(name, chosen[name], methods) for name in tuned if name in chosen]
+    found = [tuned_arm(name, chosen[name], methods) for name in TUNED_ARMS if name in chosen]
     if "dgg" in chosen:
         found.append(Arm("replay_other_lr", "plain", chosen["dgg"]["lr"]))
     for name, weight in GUARDS.items():
