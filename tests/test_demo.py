@@ -210,7 +210,8 @@ def test_answerer_is_the_model(minivqa):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     right = (slow.argmax(-1) == answers).float().mean().item()
-    assert model.accuracy(answer, prompts, features, answers, chunk=5) == pytest.approx(100 * right)
+    rows = (prompts, features, answers)
+    assert model.accuracy(answer, rows, chunk=5) == pytest.approx(100 * right)
 
 
 def test_cameras_shift_names_only(minivqa):

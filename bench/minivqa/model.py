@@ -87,12 +87,11 @@ def inner(model) -> LlavaForConditionalGeneration:
 @torch.no_grad()
 def image_features(model, pixels: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     """Projected image tokens (items, 9, hidden): the tower is frozen, so once is enough."""
-    llava = inner(model)
-    parts = [
-        torch.stack(tuple(llava.get_image_features(pixel_values=part).pooler_output))
-        for part in pixels.split(chunk)
-    ]
-    return torch.cat(parts)
+    return torch.cat([_live_features(inner(model), part) for part in pixels.split(chunk)])
+
+
+def _live_features(llava, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.stack(tuple(llava.get_image_features(pixel_values=pixels).pooler_output))
 
 
 def last_hidden(model, prompts: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -186,17 +185,22 @@ def _norm(x: torch.Tensor, norm) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(
     answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    prompts: torch.Tensor,
-    features: torch.Tensor,
-    answers: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    together: int = 1,
     chunk: int = 100,
 ) -> float:
-    """Share of right answers in %, over the whole vocabulary (no list of choices is given)."""
-    right = 0
-    parts = (x.split(chunk) for x in (prompts, features, answers))
-    for p, f, a in zip(*parts, strict=True):
-        right += int((answer(p, f).argmax(-1) == a).sum())
-    return 100.0 * right / len(answers)
+    """Share of right items in %, over the whole vocabulary (no list of choices is given).
+
+    Args:
+        answer: returns logits for prompts and image features.
+        rows: prompts, image features and answers.
+        together: so many rows make one item, which is right if all of them are.
+        chunk: rows that are answered at once.
+    """
+    found = []
+    for prompts, features, answers in zip(*(x.split(chunk) for x in rows), strict=True):
+        found.append(answer(prompts, features).argmax(-1) == answers)
+    return 100 * torch.cat(found).view(-1, together).all(1).double().mean().item()
 
 
 # -------------------------------------------------------------------------------- pre-training
@@ -206,10 +210,6 @@ def _crowd(rng: random.Random) -> scenes.Item:
     """A scene full of objects, with nothing asked: a caption of it teaches the most."""
     looks = [(rng.randrange(6), rng.randrange(6)) for _ in range(rng.randint(3, scenes.CELLS))]
     return scenes.Item(scenes.scatter(rng, looks), (), "")
-
-
-def _live_features(model, pixels: torch.Tensor) -> torch.Tensor:
-    return torch.stack(tuple(model.get_image_features(pixel_values=pixels).pooler_output))
 
 
 def _caption_loss(model, items, pixels) -> torch.Tensor:
@@ -234,7 +234,7 @@ def plain_accuracy(model) -> dict[str, float]:
         items = scenes.make_items(task, 300, rng)
         features = image_features(model, scenes.render(items, scenes.PLAIN, generator))
         prompts, answers = scenes.encode(items)
-        scores[task.name] = accuracy(partial(answer_logits, model), prompts, features, answers)
+        scores[task.name] = accuracy(partial(answer_logits, model), (prompts, features, answers))
     return scores
 
 

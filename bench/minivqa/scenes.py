@@ -244,18 +244,24 @@ QUESTION_WORDS = 8
 
 
 def encode(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and answers of some items as token ids."""
+    return encode_words([x.question for x in items], [x.answer for x in items], WORD_ID)
+
+
+def encode_words(
+    questions: Sequence[Sequence[str]], answers: Sequence[str], word_id: dict[str, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts (`<s> question <image> x 9 answer:`) and answers as token ids.
 
     The question stands before the picture: a causal model can then look for what was asked for.
     Questions are filled up to the same number of words, so no mask and no padding side is needed.
     """
     prompts = []
-    for item in items:
-        fill = [FILLER] * (QUESTION_WORDS - len(item.question))
-        words = [BEGIN, *fill, *item.question, *[IMAGE] * CELLS, ANSWER]
-        prompts.append([WORD_ID[word] for word in words])
-    answers = [WORD_ID[item.answer] for item in items]
-    return torch.tensor(prompts), torch.tensor(answers)
+    for question in questions:
+        fill = [FILLER] * (QUESTION_WORDS - len(question))
+        words = [BEGIN, *fill, *question, *[IMAGE] * CELLS, ANSWER]
+        prompts.append([word_id[word] for word in words])
+    return torch.tensor(prompts), torch.tensor([word_id[word] for word in answers])
 
 
 def encode_captions(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from minivqa import model as vqa
 from study import digits, jobs, rules, training
 from study.arms import Arm
 
@@ -61,7 +62,7 @@ def llava_step(bed: str, sizes: training.Sizes, steps: int = 20) -> float:
         run.step(rows, [])
     step = (time.process_time() - began) / steps
     began = time.process_time()
-    training.accuracy(run.answer, run.data.test[0])
+    vqa.accuracy(run.answer, *run.data.test[0])
     # After sub-task i all of 0 … i are evaluated.
     evaluation = (time.process_time() - began) * (tasks + 1) / 2 / sizes.steps
     return (step + evaluation) * ARMS_OVER_REPLAY

@@ -80,7 +80,8 @@ class Job:
 
 @cache
 def _digest(bed: str) -> str:
-    return training.file_digest(digits.DATA_PATH) if bed == "digits" else BEDS[bed].digest()
+    files = (digits.DATA_PATH,) if bed == "digits" else BEDS[bed].files
+    return training.file_digest(*files)
 
 
 # -- digits ----------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ class Sizes:
 Columns = tuple[Tensor, Tensor, Tensor]  # prompts, image features, answers
 
 
-class TestItems(NamedTuple):
-    """Questions of one sub-task. `together` rows make one item: it is right if all of them are."""
+class Questions(NamedTuple):
+    """Those of one sub-task. `together` rows make one item: it is right if all of them are."""
 
     rows: Columns
     together: int = 1
@@ -63,7 +63,15 @@ class Data:
 
     tasks: tuple[str, ...]
     train: Columns
-    test: tuple[TestItems, ...]
+    test: tuple[Questions, ...]
+
+
+def drawn(tasks: Sequence[str], sizes: Sizes, draw: Callable[[str, int, str], Questions]) -> Data:
+    """All sub-tasks in this order; `draw` takes a name, how many items, and the split."""
+    train = [draw(name, sizes.train_items, "train").rows for name in tasks]
+    test = [draw(name, sizes.test_items, sizes.split) for name in tasks]
+    columns = tuple(torch.cat(parts) for parts in zip(*train, strict=True))
+    return Data(tuple(tasks), columns, tuple(test))
 
 
 class Bed(NamedTuple):
@@ -72,7 +80,7 @@ class Bed(NamedTuple):
     name: str
     load: Callable[[Sizes, int], Data]
     base: Callable[[], Any]  # the frozen model
-    digest: Callable[[], str]  # of all files that the numbers depend on
+    files: tuple[Path, ...]  # all that the numbers depend on
 
 
 class Interrupted(Exception):
@@ -90,17 +98,8 @@ def file_digest(*paths: Path) -> str:
 def fingerprint(bed: Bed, arm: Arm, sizes: Sizes, seed: int) -> str:
     """Names everything that the numbers of a run depend on."""
     what = {"bed": bed.name, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed,
-            "data": bed.digest()}  # fmt: skip
+            "data": file_digest(*bed.files)}  # fmt: skip
     return json.dumps(what, sort_keys=True)
-
-
-@torch.no_grad()
-def accuracy(answer: Callable[[Tensor, Tensor], Tensor], items: TestItems) -> float:
-    """Share of right items in %, over the whole vocabulary."""
-    found = []
-    for prompts, features, answers in zip(*(x.split(100) for x in items.rows), strict=True):
-        found.append(answer(prompts, features).argmax(-1) == answers)
-    return 100 * torch.cat(found).view(-1, items.together).all(1).double().mean().item()
 
 
 class _Run:
@@ -209,7 +208,7 @@ class _Run:
                 kept = [rows[int(k)] for k in places]
         self.model.eval()
         for j in range(last):
-            self.matrix.record(last - 1, j, accuracy(self.answer, self.data.test[j]))
+            self.matrix.record(last - 1, j, vqa.accuracy(self.answer, *self.data.test[j]))
         if self.arm.replay:
             self.buffer.add_task(kept, self.stage)
         if self.arm.kind in ("dgg", "guard"):
@@ -282,11 +281,10 @@ def run(
         if saved["fingerprint"] != mark:
             raise ValueError(f"{checkpoint} is of another experiment; use another --out")
         it.load(saved)
-    before = it.spent
     while it.stage < len(it.data.tasks):
         it.train(stop, trace_every)
         if checkpoint is not None:
-            _save(checkpoint, it.state(mark, before + time.perf_counter() - started))
+            _save(checkpoint, it.state(mark, it.spent + time.perf_counter() - started))
     return {
         "arm": asdict(arm),
         "seed": seed,
@@ -295,7 +293,7 @@ def run(
         **it.matrix.summary(),
         "means": it.means,
         "trace": it.trace,
-        "seconds": round(before + time.perf_counter() - started, 2),
+        "seconds": round(it.spent + time.perf_counter() - started, 2),
     }
 
 
