@@ -89,9 +89,7 @@ def _forest(found: Found) -> Any:
     figure, axes = _figure(9, 1.4 + 0.27 * len(known))
     axes = axes[0, 0]
     for place, (_, bed, first, second) in enumerate(known):
-        ours, theirs = (summary.values(found, bed, name) for name in (first, second))
-        seeds = sorted(ours.keys() & theirs.keys())
-        each = paired.differences(ours, theirs, seeds)
+        each = list(summary.differences(found, bed, first, second).values())
         got = paired.compare(each)
         axes.scatter(each, [place] * len(each), s=6, color="0.7", zorder=1)
         sure = got.p is not None and got.p < protocol.LEVEL
