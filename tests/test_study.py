@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -114,7 +115,7 @@ def test_the_committed_study_again(row):
 def test_few_or_equal_differences():
     one = paired.compare([2.0])
     assert (one.n, one.mean, one.t, one.p, one.p_sign_flip, one.wins) == (1, 2.0, None, None, 1, 1)
-    assert one.as_dict()["low"] is None  # NaN is no JSON
+    assert math.isnan(one.low) and math.isnan(one.high) and math.isnan(one.error)
     same = paired.compare([0.0, 0.0, 0.0])
     assert (same.p, same.p_sign_flip, same.ties, same.low, same.high) == (None, 1, 3, 0, 0)
     with pytest.raises(ValueError, match="finite"):
@@ -987,6 +988,9 @@ def test_arms_of_the_protocol():
 
     with_fisher = {name for name in methods.METHODS if protocol.fixed_options(name)}
     assert with_fisher == {"ewc", "online_ewc", "perturb_and_merge"}
+    for name, make in methods.METHODS.items():  # subclasses hand on what the class below names
+        signatures = [inspect.signature(kind.__init__).parameters for kind in make.__mro__[:-1]]
+        assert any("coverage" in each for each in signatures) == (name in with_fisher)
     bounds = {arm.name: arm for arm in protocol.bound_arms(values)}
     assert tuple(bounds) == protocol.BOUNDS
     assert bounds["joint"].joint and not any(arm.replay for arm in bounds.values())

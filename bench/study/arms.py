@@ -119,8 +119,7 @@ def measured(arm: Arm, opt: dgg.AdamW) -> dict[str, float]:
     stats = opt.guidance_stats()
     if arm.kind == "guard":
         names = ("pull", "alignment", "distance")
-        known = {name: stats[name] for name in names if stats[name] is not None}
-        return {name: float(value) for name, value in known.items()}
+        return {name: float(stats[name]) for name in names if stats[name] is not None}
     if not stats["injected"]:
         return {"pull": 0.0}
     scale, norm, distance = (float(stats[k]) for k in ("scale", "grad_norm", "distance"))

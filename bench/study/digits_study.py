@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,23 +22,22 @@ METRICS = ("faa", "aia", "bwt", "forgetting", "learning")
 Matrix = list[list[float | None]]
 
 
+def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
+    """Entry by entry over seeds, by the place in the sequence; None where nothing was trained."""
+    size = range(len(matrices[0]))
+
+    def entry(i: int, j: int) -> float | None:
+        values = [matrix[i][j] for matrix in matrices]
+        return None if None in values else statistics.mean(values)
+
+    return [[entry(i, j) for j in size] for i in size]
+
+
 def described(matrices: Sequence[Matrix]) -> dict[str, Any]:
     """Every metric by seed, and the mean matrix."""
     summaries = [metrics.summary(matrix) for matrix in matrices]
-    size = range(len(matrices[0]))
-    mean = [
-        [round(statistics.mean(m[i][j] for m in matrices), 2) if j <= i else None for j in size]
-        for i in size
-    ]
+    mean = [[x if x is None else round(x, 2) for x in row] for row in mean_matrix(matrices)]
     return {**{k: [round(s[k], 4) for s in summaries] for k in METRICS}, "mean_matrix": mean}
-
-
-def tuned(
-    family: search.Family, score: Callable[[dict[str, float]], float], budget: int
-) -> search.Chosen:
-    """Run the search of `search.py` to its end."""
-    scores = search.walk(family, budget, lambda point: score(family.values(point)))
-    return search.choose(family, scores)
 
 
 def applies(rule: rules.Rule, remembered: int) -> bool:
@@ -62,7 +61,7 @@ def run_setting(
             trained = rules.train(rules.Rule(**kind, **values), validation)
             return statistics.mean(described(trained["matrices"])["faa"])
 
-        chosen = tuned(family, score, protocol.DIGIT_BUDGET)
+        chosen = search.choose(family, search.walk(family, protocol.DIGIT_BUDGET, score))
         found[name] = asdict(chosen)
         all_rules[name] = rules.Rule(**kind, **chosen.values)
     test, results = digits.stream(setting, seeds), {}
@@ -98,8 +97,8 @@ def run_method(
     found = None
     if make.knobs:
         ((name, ladder),) = make.knobs.items()
-        points = tuple((k,) for k in range(len(ladder)))
-        chosen = tuned(search.Family(method, {name: ladder}, points), score, len(points))
+        family = search.Family(method, {name: ladder}, tuple((k,) for k in range(len(ladder))))
+        chosen = search.choose(family, search.walk(family, len(ladder), score))
         values, found = chosen.values, asdict(chosen)
     matrices = [train_alone(make, values, setting, seed) for seed in seeds]
     return {"chosen": {method: found}, "results": {method: described(matrices)}}

@@ -108,10 +108,10 @@ def digit_jobs(plan: Plan) -> list[Job]:
 
 
 def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, seed: int) -> Job:
-    """One arm, one seed."""
+    """One arm, one seed, which is the end of the job's name."""
     steps = 6 * sizes.steps
     spec = {"bed": bed, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed, "units": steps}
-    return Job(part, name, spec)
+    return Job(part, f"{name}-{seed}", spec)
 
 
 class NotTunedError(SystemExit):
@@ -170,7 +170,7 @@ def screening_jobs(plan: Plan) -> list[Job]:
         options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
         options = {**protocol.fixed_options(name), **options}
         arm = Arm(name, name, protocol.SCREENING_LR, options)
-        found.append(llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed))
+        found.append(llava_job("tuning", f"screening-{name}", "in-domain", arm, sizes, seed))
     return found
 
 
@@ -214,22 +214,17 @@ def tuning_round(plan: Plan, results: Results) -> list[Job]:
         for family in all_families.values():
             scores = _tried(plan, results, bed, family, methods)
             for point in [*scores, *search.next_points(family, scores, plan.budget)]:
-                found += _point_jobs(plan, bed, family, point, methods)
+                found += _point_jobs(plan, bed, family, family.values(point), methods)
     return found
 
 
 def _point_jobs(
-    plan: Plan, bed: str, family: search.Family, point: search.Point, methods: dict[str, str]
+    plan: Plan, bed: str, family: search.Family, values: dict[str, float], methods: dict[str, str]
 ) -> list[Job]:
-    values = family.values(point)
+    name = f"{bed}-{family.name}-{search.label(values)}"
     arm = protocol.tuned_arm(family.name, values, methods)
     sizes = replace(plan.sizes[bed], split="validation")
-    return [
-        llava_job(
-            "tuning", f"{bed}-{family.name}-{search.label(values)}-{seed}", bed, arm, sizes, seed
-        )
-        for seed in plan.tuning_seeds
-    ]
+    return [llava_job("tuning", name, bed, arm, sizes, seed) for seed in plan.tuning_seeds]
 
 
 def _tried(
@@ -237,8 +232,8 @@ def _tried(
 ) -> dict[search.Point, float]:
     """The mean FAA of the points that are finished; found by walking the search again."""
 
-    def score(point: search.Point) -> float | None:
-        done = [results.of(job) for job in _point_jobs(plan, bed, family, point, methods)]
+    def score(values: dict[str, float]) -> float | None:
+        done = [results.of(job) for job in _point_jobs(plan, bed, family, values, methods)]
         return None if None in done else statistics.mean(found["faa"] for found in done)
 
     return search.walk(family, plan.budget, score)
@@ -274,7 +269,7 @@ def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
         if seed in plan.bound_seeds:
             compared += protocol.bound_arms(values)
         found += [
-            llava_job(bed, f"{arm.name}-{seed}", bed, arm, sizes, seed)
+            llava_job(bed, arm.name, bed, arm, sizes, seed)
             for arm in compared
             if _wanted(plan, arm.name)
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgg.metrics import AccuracyMatrix
-from study import jobs, paired, protocol, summary
+from study import digits_study, jobs, paired, protocol, summary
 from study.arms import LABELS
 
 Found = dict[str, Any]
@@ -27,9 +27,6 @@ COLOURS = {
 
 def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
     """Draw what there are results for; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     made = []
     if found["digits"] or found["in-domain"] or found["shifted"]:
         made.append(_saved(_forest(found), out / "forest.png"))
@@ -46,9 +43,6 @@ def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
 
 def of_bed(bed: str, runs: summary.ByArm, out: Path) -> list[Path]:
     """Draw matrices, curves and the scatter of one LLaVA bed; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     return [
         _saved(_matrices(runs), out / f"matrices-{bed}.png"),
         _saved(_scatter(runs), out / f"stability-plasticity-{bed}.png"),
@@ -69,6 +63,7 @@ def _saved(figure: Any, path: Path) -> Path:
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **more: Any) -> Any:
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     return plt.subplots(
         rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **more
     )
@@ -164,24 +159,13 @@ def _alpha_panel(panel: Any, found: Found, setting: str) -> None:
 # -- matrices, curves, scatter ---------------------------------------------------------------------
 
 
-def mean_matrix(runs: Sequence[dict[str, Any]]) -> list[list[float | None]]:
-    """Entry by entry over seeds, by the place in the sequence; None where nothing was trained."""
-    size = range(len(runs[0]["matrix"]))
-
-    def entry(i: int, j: int) -> float | None:
-        known = [run["matrix"][i][j] for run in runs if run["matrix"][i][j] is not None]
-        return statistics.mean(known) if len(known) == len(runs) else None
-
-    return [[entry(i, j) for j in size] for i in size]
-
-
 def _matrices(runs: summary.ByArm) -> Any:
     """Above the accuracy matrices, below the accuracy on every sub-task over time."""
     names = [name for name in SHOWN if name in runs] or list(runs)[:6]
     figure, axes = _figure(2.5 * len(names) + 0.6, 5.2, 2, len(names))
     image = None
     for column, name in enumerate(names):
-        mean = mean_matrix(list(runs[name].values()))
+        mean = digits_study.mean_matrix([run["matrix"] for run in runs[name].values()])
         panel = AccuracyMatrix.from_rows(mean).plot(axes[0, column], vmax=100)
         image = panel.images[0]
         for text in panel.texts:

@@ -6,11 +6,9 @@ They were written down before a test seed was run; tests/test_study.py compares 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from methods import METHODS
 from study.arms import Arm
 from study.rules import Rule
 from study.search import Family
@@ -56,6 +54,7 @@ CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
 # Of every method with a Fisher matrix: the sum over all 70 to 110 words and 600 items would take
 # longer than the training.
 FISHER = {"samples": 40, "coverage": 0.9}
+WITH_FISHER = ("ewc", "online_ewc", "perturb_and_merge")
 GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
 SCREENING_LR = 3e-3
 TUNED_ARMS = ("replay", "dgg", "l2sp", "ewc", "other")  # each at the values of its own family
@@ -65,10 +64,7 @@ BOUNDS = ("joint", "sequential", "guidance")
 
 def fixed_options(method: str) -> dict[str, Any]:
     """What a comparison method always gets on the LLaVA beds."""
-    # Subclasses hand on keywords that only the class below names.
-    made = [vars(kind)["__init__"] for kind in METHODS[method].__mro__ if "__init__" in vars(kind)]
-    takes = any("coverage" in inspect.signature(one).parameters for one in made[:-1])
-    return dict(FISHER) if takes else {}
+    return dict(FISHER) if method in WITH_FISHER else {}
 
 
 def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) -> Arm:

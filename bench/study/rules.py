@@ -75,6 +75,7 @@ def train(rule: Rule, stream: digits.Stream) -> dict[str, Any]:
     flat = stream.weights.clone()
     seeds, steps = len(stream.seeds), stream.setting.steps
     memory: Memory | None = None
+    raw, fisher = torch.zeros_like(flat), torch.zeros_like(flat)
     rows: list[Tensor] = []
     pulled, count = torch.zeros(seeds, dtype=flat.dtype), 0
     for task, batches in enumerate(stream.tasks):
@@ -97,7 +98,10 @@ def train(rule: Rule, stream: digits.Stream) -> dict[str, Any]:
             rate *= rule.rate * stream.lr
             flat = _adam(rule.route, flat, everything, pull, first, second, rate, step + 1)
         rows.append(digits.accuracies(flat, stream))
-        memory = _boundary(rule, memory, flat, second / (1 - BETA2**steps), stream, task)
+        raw += second / (1 - BETA2**steps)
+        if rule.kind == "ewc":
+            fisher += digits.exact_fisher(flat, stream.fisher_images[task])
+        memory = Memory(flat, raw, fisher)
     table = torch.stack(rows)  # [after, task, seed]
     matrices = [
         [[table[i, j, k].item() if j <= i else None for j in range(digits.TASKS)]
@@ -144,15 +148,12 @@ def _pull(
         least = -x / torch.where(against, y, torch.ones_like(y))
         return torch.where(against, rule.strength * torch.minimum(least, limit), 0) * u
     if rule.kind == "dgg":
-        drawn = torch.tensor([_drawn(seed, index, rule.alpha) for seed in seeds])[:, None]
+        # As an optimizer with this seed draws at its step `index`.
+        threshold = _philox.threshold(rule.alpha)
+        drawn = [[_philox.step_word(seed, index) < threshold] for seed in seeds]
         scale = limit.clamp_max(1) if rule.scaling else torch.ones_like(limit)
-        return torch.where(drawn, rule.strength * scale, 0) * u
+        return torch.where(torch.tensor(drawn), rule.strength * scale, 0) * u
     return None
-
-
-def _drawn(seed: int, index: int, alpha: float) -> bool:
-    """Whether an optimizer with this seed draws a pull at its step `index`."""
-    return _philox.step_word(seed, index) < _philox.threshold(alpha)
 
 
 def _adam(
@@ -171,19 +172,3 @@ def _adam(
     if pull is not None and route == "decoupled":
         flat = flat - rate * pull
     return flat
-
-
-def _boundary(
-    rule: Rule,
-    memory: Memory | None,
-    flat: Tensor,
-    moment: Tensor,
-    stream: digits.Stream,
-    task: int,
-) -> Memory:
-    fisher = torch.zeros_like(flat)
-    if rule.kind == "ewc":
-        fisher = digits.exact_fisher(flat, stream.fisher_images[task])
-    if memory is None:
-        return Memory(flat, moment, fisher)
-    return Memory(flat, memory.raw + moment, memory.fisher + fisher)

@@ -74,12 +74,14 @@ def next_points(family: Family, scores: Mapping[Point, float], budget: int) -> l
     return []
 
 
-def walk(family: Family, budget: int, score: Callable[[Point], float | None]) -> dict[Point, float]:
-    """Search until the budget is used, or `score` has no answer; returns the scores."""
+def walk(
+    family: Family, budget: int, score: Callable[[dict[str, float]], float | None]
+) -> dict[Point, float]:
+    """Search until the budget is used, or `score` of some values is None; returns the scores."""
     scores: dict[Point, float] = {}
     while points := next_points(family, scores, budget):
         for point in points:
-            if (found := score(point)) is None:
+            if (found := score(family.values(point))) is None:
                 return scores
             scores[point] = found
     return scores

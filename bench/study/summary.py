@@ -8,12 +8,12 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from provenance import origin
 from report import replace
 from study import digits, jobs, paired, protocol, search
 from study.arms import LABELS
@@ -90,8 +90,6 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
 
 
 def _provenance(plan: jobs.Plan) -> dict[str, Any]:
-    from provenance import commit, cpu_model, uncommitted_changes
-
     versions = {}
     for package in ("dgg", "torch", "transformers", "peft", "numpy"):
         try:
@@ -100,12 +98,9 @@ def _provenance(plan: jobs.Plan) -> dict[str, Any]:
             versions[package] = None
     return {
         "plan": asdict(plan),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-        "uncommitted_changes": uncommitted_changes(),
+        **origin(),
         "versions": versions,
         "python": platform.python_version(),
-        "cpu": cpu_model(),
         "cores": os.cpu_count(),
     }
 

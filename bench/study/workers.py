@@ -39,9 +39,7 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
     for job in [*jobs, *[None] * count]:
         waiting.put(job)
     more = (os.getpid(), waiting, news, stop, out, origin)
-    processes = [
-        context.Process(target=_worker, args=(k, *more), daemon=True) for k in range(count)
-    ]
+    processes = [context.Process(target=_worker, args=more, daemon=True) for _ in range(count)]
     previous = signal.signal(signal.SIGTERM, _terminated)
     failed = finished = 0
     try:
@@ -127,7 +125,7 @@ def duration(seconds: float) -> str:
 
 
 def _worker(
-    index: int, parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
+    parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
 ) -> None:
     """Take jobs until there are none; end quietly when the parent is gone."""
     import warnings
