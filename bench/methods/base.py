@@ -24,6 +24,8 @@ class Method:
         optimizer: Steps these parameters (no guidance, no clipping of its own).
         loss_of: Returns the mean loss of a batch, with its graph. What a batch is, the loop knows.
         logits_of: Returns the logits (items, classes) of a batch.
+
+    Subclasses hand these five on as `*loop`; what they add are keywords.
     """
 
     #: The points at which the knob of the method is tuned: a keyword and its values.
@@ -188,7 +190,6 @@ class Drawing(Method):
     """A method that draws random numbers, from a generator of its own.
 
     Args:
-        *loop: See `Method`.
         seed: Of the draws.
     """
 

@@ -128,18 +128,18 @@ class DOC(Method):
 
     def increment(self) -> Tensor:
         """Returns h, before it is normalised."""
-        return torch.cat([self._increment(*place) for place in self._places])
-
-    def _increment(self, name: str, first: str | None) -> Tensor:
-        layer = self._layers[name]
-        weight = self.named[layer.weight]
-        h = _gradient(weight) @ self._mean_input(name)
-        if layer.bias is not None:
-            h = h + _gradient(self.named[layer.bias])
-        if first is not None:
-            inner = _gradient(self.named[self._layers[first].weight]) @ self._mean_input(first)
-            h = h + weight.detach() @ inner
-        return h
+        parts = []
+        for name, first in self._places:
+            layer = self._layers[name]
+            weight = self.named[layer.weight]
+            h = _gradient(weight) @ self._mean_input(name)
+            if layer.bias is not None:
+                h = h + _gradient(self.named[layer.bias])
+            if first is not None:
+                inner = _gradient(self.named[self._layers[first].weight]) @ self._mean_input(first)
+                h = h + weight.detach() @ inner
+            parts.append(h)
+        return torch.cat(parts)
 
     # -- a step ------------------------------------------------------------------------------------
 

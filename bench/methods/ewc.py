@@ -26,7 +26,6 @@ class EWC(Method):
     """Adds λ Σ_i F_i ∘ (θ − θ_i*) to the gradients.
 
     Args:
-        *loop: See `Method`.
         strength: λ.
         samples: Items of a task that its Fisher matrix is worked out from; None: all given.
         coverage: Share of the Fisher matrix that is worked out; 1 is exact (see `exact_fisher`).

@@ -23,7 +23,6 @@ class GradientDropout(Drawing):
     """Multiplies the gradients by noise of mean 1.
 
     Args:
-        *loop: See `Method`.
         rate: p.
         noise: "bernoulli" or "gaussian".
         seed: Of the noise.

@@ -29,7 +29,6 @@ class GrADS(Method):
     """Chooses examples; does nothing while training.
 
     Args:
-        *loop: See `Method`.
         tail: Share of the examples, the rarest, that are not chosen while there are others.
         layers: Names of the two parameters whose gradients are measured; None: the first and the
             last matrix in `named`.

@@ -25,7 +25,6 @@ class L2SP(Anchored):
     """Adds λ (θ − θ*) to the gradients.
 
     Args:
-        *loop: See `Method`.
         strength: λ.
     """
 
@@ -34,11 +33,6 @@ class L2SP(Anchored):
     def __init__(self, *loop: Any, strength: float = 0.1) -> None:
         super().__init__(*loop)
         self.strength = self.require("strength", strength, 0)
-
-    def penalty(self) -> Tensor:
-        """Returns λ/2 ‖θ − θ*‖², with its graph."""
-        pairs = zip(self.parameters, self.anchor or self.parameters, strict=True)
-        return self.strength / 2 * torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
 
     @torch.no_grad()
     def edit_gradients(self, replay: Sequence[Tensor | None] | None) -> None:

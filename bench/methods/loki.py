@@ -65,21 +65,18 @@ class LoKI(Method):
         self.marks: dict[str, Tensor] = {}  # layer → how often each row was among the lowest
         self._before: list[Tensor] = []
 
-    def _output_of(self, name: str) -> nn.Module:
-        """The module whose output has the rows: the adapted layer, if this is a factor B."""
-        return self.model.get_submodule(name.split(".lora_B")[0])
-
     def attribute(self, name: str, batch: Any) -> Tensor:
         """Returns the integrated gradients (items, rows) of one layer, at the last position."""
         with torch.no_grad():
             answers = self.logits_of(batch).argmax(-1)
+        # The rows are of the output of the adapted layer, if this is a factor B.
+        module = self.model.get_submodule(name.split(".lora_B")[0])
         total: Tensor | None = None
         output = torch.zeros(())
         for k in range(self.points):
             scaled: list[Tensor] = []
-            handle = self._output_of(name).register_forward_hook(
-                _scale_output(k / (self.points - 1), scaled)
-            )
+            hook = _scale_output(k / (self.points - 1), scaled)
+            handle = module.register_forward_hook(hook)
             try:
                 with torch.enable_grad():
                     p = self.logits_of(batch).softmax(-1)

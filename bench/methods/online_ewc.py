@@ -24,7 +24,6 @@ class OnlineEWC(EWC):
     """Adds λ F ∘ (θ − θ*) to the gradients.
 
     Args:
-        *loop: See `Method`.
         decay: γ.
         **more: As for `EWC`.
     """

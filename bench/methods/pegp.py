@@ -30,7 +30,6 @@ class PEGP(InputProjection):
     """Projects both factors of adapters by bases of their old inputs.
 
     Args:
-        *loop: See `InputProjection`.
         threshold: ε.
         factors: "both", "A" or "B", the factors of LoRA that are projected.
         **more: As for `InputProjection`.

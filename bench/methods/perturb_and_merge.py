@@ -54,7 +54,6 @@ class PerturbAndMerge(Drawing):
     """Perturbs along the way from the merged model, and merges at boundaries.
 
     Args:
-        *loop: See `Method`.
         epsilon: ε; 0: no perturbation.
         share: Probability of a perturbation, half of it for each sign.
         fisher: "exact", or "equal": all elements of all tasks count alike, α = 1/t.

@@ -30,7 +30,6 @@ class SGP(InputProjection):
     """Projects by bases of old inputs, weighted by their importance.
 
     Args:
-        *loop: See `InputProjection`.
         threshold: ε of the first task.
         increment: What each further task adds to it.
         scale: a.

@@ -25,7 +25,6 @@ class SPD(Anchored):
     """Shrinks tensors back to their old distance from the anchor, where the gradient agrees.
 
     Args:
-        *loop: See `Method`.
         strength: λ.
     """
 

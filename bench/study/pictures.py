@@ -8,7 +8,6 @@ pinned requirements, so that the study installs nothing for them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
     made = []
     if found["digits"] or found["in-domain"] or found["shifted"]:
         made.append(_saved(_forest(found), out / "forest.png"))
-    if _settings(found, tuple({*plan.digit_remembered} - {0})):
+    if any(not setting.endswith("-0") for setting in found["digits"]):  # some have a memory
         made.append(_saved(_alphas(plan, found), out / "alpha.png"))
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
@@ -104,11 +103,6 @@ def _forest(found: Found) -> Any:
 
 
 # -- α ---------------------------------------------------------------------------------------------
-
-
-def _settings(found: Found, remembered: Sequence[int]) -> list[str]:
-    ends = tuple(f"-{count}" for count in remembered)
-    return [setting for setting in found["digits"] if ends and setting.endswith(ends)]
 
 
 def _alphas(plan: jobs.Plan, found: Found) -> Any:

@@ -41,10 +41,11 @@ SHIFTED = Sizes(steps=260, train_items=600, test_items=200, remembered=6)
 
 RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 FINE_RATES = (5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
+LINE = ((2,), (3,), (4,), (5,))
 SQUARE = ((2, 2), (2, 3), (3, 2), (3, 3))
 FAMILIES = {
-    "replay": Family("replay", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
-    "guard": Family("guard", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
+    "replay": Family("replay", {"lr": FINE_RATES}, LINE),
+    "guard": Family("guard", {"lr": FINE_RATES}, LINE),
     "dgg": Family("dgg", {"lr": RATES, "alpha": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}, SQUARE),
     "l2sp": Family("l2sp", {"lr": RATES, "strength": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}, SQUARE),
     "ewc": Family("ewc", {"lr": RATES, "strength": (10.0, 30.0, 100.0, 300.0, 1e3, 3e3)}, SQUARE),
@@ -84,7 +85,7 @@ def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) ->
 def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
     """The family of the strongest other method, from the knobs that its class names."""
     if not knobs:
-        return Family("other", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,)))
+        return Family("other", {"lr": FINE_RATES}, LINE)
     ((name, ladder),) = knobs.items()
     middle = len(ladder) // 2
     start = tuple((lr, k) for lr in (2, 3) for k in (middle - 1, middle))
@@ -126,16 +127,13 @@ DIGIT_REMEMBERED = (0, 5, 100)
 AMPLE = 100  # remembered examples at which the guard must not be worse by the margin
 ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the curve of FAA against α
 DIGIT_FAMILIES = {
-    "dgg": Family("dgg", {"alpha": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)},
-                  ((2,), (3,), (4,), (5,))),
+    "dgg": Family("dgg", {"alpha": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)}, LINE),
     "l2sp": Family("l2sp", {"knob": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)},
                    ((3,), (4,), (5,), (6,))),
-    "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
-                  ((2,), (3,), (4,), (5,))),
+    "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}, LINE),
     # Both sides of the primary test, each at the learning rate that is best for itself.
     **{
-        name: Family(name, {"rate": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)},
-                     ((2,), (3,), (4,), (5,)))
+        name: Family(name, {"rate": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)}, LINE)
         for name in ("replay_own_rate", "guard50_own_rate")
     },
 }  # fmt: skip
