@@ -986,7 +986,7 @@ def test_arms_of_the_protocol():
     assert (compared["other"].kind, compared["l2sp"].options) == ("spd", {"strength": 0.3})
     import methods
 
-    with_fisher = {name for name in methods.METHODS if protocol.fixed_options(name)}
+    with_fisher = protocol.FIXED_OPTIONS.keys()
     assert with_fisher == {"ewc", "online_ewc", "perturb_and_merge"}
     for name, make in methods.METHODS.items():  # subclasses hand on what the class below names
         signatures = [inspect.signature(kind.__init__).parameters for kind in make.__mro__[:-1]]

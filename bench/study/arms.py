@@ -18,24 +18,15 @@ import dgg
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, with all its hyper-parameters.
+    """One way to train, with all its hyper-parameters."""
 
-    Args:
-        name: as it stands in file names.
-        kind: `plain`, `dgg`, `guard`, or a name in `methods.METHODS`.
-        lr: learning rate at the end of the warm-up of every sub-task.
-        options: the hyper-parameters of the kind: of `dgg` and `guard` options of `dgg.AdamW`, of a
-            comparison method its keywords.
-        replay: whether batches have examples of former sub-tasks.
-        joint: all sub-tasks at once, the upper bound.
-    """
-
-    name: str
-    kind: str = "plain"
-    lr: float = 3e-3
+    name: str  # as it stands in file names
+    kind: str = "plain"  # or `dgg`, `guard`, or a name in `methods.METHODS`
+    lr: float = 3e-3  # learning rate at the end of the warm-up of every sub-task
+    # Of `dgg` and `guard` options of `dgg.AdamW`, of a comparison method its keywords.
     options: dict[str, Any] = field(default_factory=dict)
-    replay: bool = True
-    joint: bool = False
+    replay: bool = True  # whether batches have examples of former sub-tasks
+    joint: bool = False  # all sub-tasks at once, the upper bound
 
     @property
     def is_method(self) -> bool:

@@ -23,7 +23,7 @@ from study.arms import Arm
 BEDS = {"in-domain": in_domain.BED, "shifted": shifted.BED}
 LLAVA_BEDS = tuple(BEDS)
 # Comparison methods beside those that have an arm of their own.
-OTHERS = tuple(name for name in METHODS if name not in protocol.CLASSES)
+OTHERS = tuple(name for name in METHODS if name not in protocol.OWN_ARMS)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def screening_jobs(plan: Plan) -> list[Job]:
     for seed, name in itertools.product(plan.screening_seeds, OTHERS):
         knobs = METHODS[name].knobs
         options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
-        options = {**protocol.fixed_options(name), **options}
+        options = {**protocol.FIXED_OPTIONS.get(name, {}), **options}
         arm = Arm(name, name, protocol.SCREENING_LR, options)
         found.append(llava_job("tuning", f"screening-{name}", "in-domain", arm, sizes, seed))
     return found

@@ -49,23 +49,18 @@ def of_bed(bed: str, runs: summary.ByArm, out: Path) -> list[Path]:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part.png")
     figure.savefig(part, dpi=110)
-    plt.close(figure)
     part.replace(path)
     return path
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **more: Any) -> Any:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")
-    return plt.subplots(
-        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **more
-    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 # -- paired differences ----------------------------------------------------------------------------
@@ -233,16 +228,15 @@ def _traces(plan: jobs.Plan, runs: summary.ByArm) -> Any:
     if not shown:
         return None
     figure, axes = _figure(9, 6.4, len(TRACED) - 1, 1, sharex=True)
-    for name, trace in shown.items():
-        for panel, what in zip(axes[:, 0], TRACED[1:], strict=True):
+    texts = ("‖pull‖ / ‖gradient‖", "cos(h, r)", "‖u‖")
+    for panel, what, text in zip(axes[:, 0], TRACED[1:], texts, strict=True):
+        for name, trace in shown.items():
             points = [(p["step"], p[what]) for p in trace if what in p]
             if points:
                 panel.plot(
                     *zip(*points, strict=True), linewidth=0.9, color=COLOURS.get(name),
                     label=LABELS.get(name, name),
                 )  # fmt: skip
-    texts = ("‖pull‖ / ‖gradient‖", "cos(h, r)", "‖u‖")
-    for panel, text in zip(axes[:, 0], texts, strict=True):
         panel.set_ylabel(text, fontsize=8)
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=7)

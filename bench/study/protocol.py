@@ -7,9 +7,9 @@ They were written down before a test seed was run; tests/test_study.py compares 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from study.arms import Arm
+from study.digits import BEDS
 from study.rules import Rule
 from study.search import Family
 from study.training import Sizes
@@ -50,22 +50,18 @@ FAMILIES = {
     "l2sp": Family("l2sp", {"lr": RATES, "strength": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}, SQUARE),
     "ewc": Family("ewc", {"lr": RATES, "strength": (10.0, 30.0, 100.0, 300.0, 1e3, 3e3)}, SQUARE),
 }
-# The method of bench/methods/ that an arm of this name trains with, and what it always gets.
-CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
+# Methods of bench/methods/ that have an arm of their own name.
+OWN_ARMS = ("l2sp", "ewc")
 # Of every method with a Fisher matrix: the sum over all 70 to 110 words and 600 items would take
 # longer than the training.
 FISHER = {"samples": 40, "coverage": 0.9}
-WITH_FISHER = ("ewc", "online_ewc", "perturb_and_merge")
+# What comparison methods always get on the LLaVA beds.
+FIXED_OPTIONS = dict.fromkeys(("ewc", "online_ewc", "perturb_and_merge"), FISHER)
 GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
 SCREENING_LR = 3e-3
 TUNED_ARMS = ("replay", "dgg", "l2sp", "ewc", "other")  # each at the values of its own family
 COMPARED = (*TUNED_ARMS, "replay_other_lr", *GUARDS)
 BOUNDS = ("joint", "sequential", "guidance")
-
-
-def fixed_options(method: str) -> dict[str, Any]:
-    """What a comparison method always gets on the LLaVA beds."""
-    return dict(FISHER) if method in WITH_FISHER else {}
 
 
 def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) -> Arm:
@@ -77,8 +73,8 @@ def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) ->
     elif family == "guard":
         options["importance"] = GUARDS[PRIMARY[0]]
     elif family != "dgg":
-        kind = {**CLASSES, **methods}[family]
-        options = {**fixed_options(kind), **options}
+        kind = methods.get(family, family)
+        options = {**FIXED_OPTIONS.get(kind, {}), **options}
     return Arm(family, kind, values["lr"], options)
 
 
@@ -93,12 +89,7 @@ def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
 
 
 def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, str]) -> list[Arm]:
-    """All arms that are run on every test seed.
-
-    Args:
-        chosen: the values of every family.
-        methods: which method `other` is.
-    """
+    """All arms that are run on every test seed, at the values chosen for every family."""
     found = [tuned_arm(name, chosen[name], methods) for name in TUNED_ARMS if name in chosen]
     if "dgg" in chosen:
         found.append(Arm("replay_other_lr", "plain", chosen["dgg"]["lr"]))
@@ -180,25 +171,15 @@ class Ordering:
     second: str
 
 
+_LLAVA = ("in-domain", "shifted")
 ORDERINGS = (
-    *(
-        Ordering("ĝ + replay > replay", bed, "dgg", "replay")
-        for bed in ("in-domain", "shifted", "classes-160-5", "permuted-160-5", "rotated-160-5")
-    ),
-    *(
-        Ordering("ĝ alone > sequential", bed, first, second)
-        for bed, first, second in (
-            ("in-domain", "guidance", "sequential"), ("shifted", "guidance", "sequential"),
-            ("classes-160-0", "dgg", "replay"), ("permuted-160-0", "dgg", "replay"),
-            ("rotated-160-0", "dgg", "replay"),
-        )
-    ),
-    *(
-        Ordering(claim, f"{bed}-160-5", "alpha0.1", second)
-        for claim, second in (("scaling matters", "no_scaling"), ("the draw matters", "no_draw"))
-        for bed in ("classes", "permuted", "rotated")
-    ),
-)  # fmt: skip
+    *(Ordering("ĝ + replay > replay", bed, "dgg", "replay") for bed in _LLAVA),
+    *(Ordering("ĝ + replay > replay", f"{bed}-160-5", "dgg", "replay") for bed in BEDS),
+    *(Ordering("ĝ alone > sequential", bed, "guidance", "sequential") for bed in _LLAVA),
+    *(Ordering("ĝ alone > sequential", f"{bed}-160-0", "dgg", "replay") for bed in BEDS),
+    *(Ordering("scaling matters", f"{bed}-160-5", "alpha0.1", "no_scaling") for bed in BEDS),
+    *(Ordering("the draw matters", f"{bed}-160-5", "alpha0.1", "no_draw") for bed in BEDS),
+)
 # “α is flat” is judged by equivalence: both ends of the interval within ± MARGIN.
 FLAT = ("alpha0.05", "alpha0.2")
 

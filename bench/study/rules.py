@@ -29,27 +29,19 @@ KINDS = ("replay", "dgg", "guard", "l2sp", "ewc", "laplace", "agem")
 class Rule:
     """One rule with its knobs.
 
-    Args:
-        kind: `replay` (nothing more), `dgg` (the paper's, with `alpha` and so on), `guard` (the
-            least pull with ⟨h + a u, r⟩ ≥ 0), `l2sp` (h + λ d), `ewc` (h + λ F d, exact Fisher),
-            `laplace` (h + λ B Σ v̂ d), `agem` (new rows only, made not to conflict with r).
-        knob: λ of the penalties.
-        alpha: probability of a pull at a step.
-        importance: w.
-        strength: factor of the pull.
-        scaling: False: the pull is `strength` times u, however long.
-        route: where the pull enters, as in `dgg.AdamW`.
-        rate: factor of the bed's learning rate.
+    Kinds: `replay` (nothing more), `dgg` (the paper's, with `alpha` and so on), `guard` (the least
+    pull with ⟨h + a u, r⟩ ≥ 0), `l2sp` (h + λ d), `ewc` (h + λ F d, exact Fisher), `laplace`
+    (h + λ B Σ v̂ d), `agem` (new rows only, made not to conflict with r).
     """
 
     kind: str
-    knob: float = 0.0
-    alpha: float = 0.0
-    importance: float = 0.0
-    strength: float = 1.0
-    scaling: bool = True
-    route: str = "gradient"
-    rate: float = 1.0
+    knob: float = 0.0  # λ of the penalties
+    alpha: float = 0.0  # probability of a pull at a step
+    importance: float = 0.0  # w
+    strength: float = 1.0  # factor of the pull
+    scaling: bool = True  # False: the pull is `strength` times u, however long
+    route: str = "gradient"  # where the pull enters, as in `dgg.AdamW`
+    rate: float = 1.0  # factor of the bed's learning rate
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.route not in ROUTES:

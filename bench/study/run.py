@@ -37,10 +37,13 @@ INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit code."""
     options = _parser().parse_args(argv)
-    from study import jobs, workers
+    from study import jobs, summary, workers
 
     if options.page:
-        return _write_page(options)
+        found = json.loads(options.source.read_text(encoding="utf-8"))
+        page = summary.into_page(found, options.page.read_text(encoding="utf-8"))
+        options.page.write_text(page, encoding="utf-8")
+        return 0
     plan = jobs.SMOKE if options.smoke else jobs.FULL
     if options.arms:
         plan = replace(plan, arms=tuple(options.arms))
@@ -89,16 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", metavar="A", help="only these arms of the LLaVA beds")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes that say nothing")
     return parser
-
-
-def _write_page(options) -> int:
-    """Put the tables of a study.json into a page."""
-    from study import summary
-
-    found = json.loads(options.source.read_text(encoding="utf-8"))
-    page = summary.into_page(found, options.page.read_text(encoding="utf-8"))
-    options.page.write_text(page, encoding="utf-8")
-    return 0
 
 
 def _check(plan, parts: list[str], results) -> None:

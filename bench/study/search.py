@@ -17,17 +17,11 @@ Point = tuple[int, ...]  # a place on the ladder of every axis
 
 @dataclass(frozen=True)
 class Family:
-    """What is tuned together.
+    """What is tuned together."""
 
-    Args:
-        name: as it stands in file names.
-        axes: the ladder of values of every hyper-parameter, in order.
-        start: the first points, as places on the ladders.
-    """
-
-    name: str
-    axes: dict[str, tuple[float, ...]]
-    start: tuple[Point, ...]
+    name: str  # as it stands in file names
+    axes: dict[str, tuple[float, ...]]  # the ladder of values of every hyper-parameter, in order
+    start: tuple[Point, ...]  # the first points, as places on the ladders
 
     def __post_init__(self) -> None:
         if len(set(self.start)) != len(self.start):

@@ -40,7 +40,7 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
         waiting.put(job)
     more = (os.getpid(), waiting, news, stop, out, origin)
     processes = [context.Process(target=_worker, args=more, daemon=True) for _ in range(count)]
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = finished = 0
     try:
         # Ctrl-C reaches all processes of a terminal. Workers inherit that it is ignored, from their
@@ -74,10 +74,6 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
         stop.set()
         _end(processes)
     return not failed
-
-
-def _terminated(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _end(processes: Sequence[Any]) -> None:
