@@ -123,23 +123,20 @@ class Method:
     # -- for the methods ---------------------------------------------------------------------------
 
     def require(
-        self, name: str, value: float | None, low: float, high: float = math.inf, *,
-        whole: bool = False, optional: bool = False, beyond_low: bool = False,
-        below_high: bool = False,
+        self, name: str, value: float | None, span: str, *, whole: bool = False,
+        optional: bool = False,
     ) -> Any:  # fmt: skip
-        """Returns a hyper-parameter that is a number in its range, or raises an error naming it."""
+        """Returns a hyper-parameter in its span, as "[0, 1)", or raises an error naming it."""
         if optional and value is None:
             return None
         owner = type(self).__name__
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = "a whole number" if whole else "a number"
             raise TypeError(f"{owner}: {name} must be {kind}, not {value!r}")
-        below_high = below_high or high == math.inf
-        above = value > low if beyond_low else value >= low
-        below = value < high if below_high else value <= high
+        low, high = map(float, span[1:-1].split(","))
+        above = value >= low if span[0] == "[" else value > low
+        below = value <= high if span[-1] == "]" else value < high
         if not (above and below):
-            left, right = "(" if beyond_low else "[", ")" if below_high else "]"
-            span = f"{left}{low:g}, {high:g}{right}"
             raise ValueError(f"{owner}: {name} must lie in {span}, not {value!r}")
         return value
 
@@ -195,7 +192,7 @@ class Drawing(Method):
 
     def __init__(self, *loop: Any, seed: int = 0) -> None:
         super().__init__(*loop)
-        self.require("seed", seed, 0, whole=True)
+        self.require("seed", seed, "[0, inf)", whole=True)
         self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -56,10 +56,10 @@ class CoSO(Method):
         threshold: float = 0.98, rank: int = 8, sketch_rank: int = 16, gap: int = 1,
     ) -> None:  # fmt: skip
         super().__init__(*loop)
-        self.threshold = self.require("threshold", threshold, 0, 1, beyond_low=True)
-        self.rank = self.require("rank", rank, 1, whole=True)
-        self.sketch_rank = self.require("sketch_rank", sketch_rank, 1, whole=True)
-        self.gap = self.require("gap", gap, 1, whole=True)
+        self.threshold = self.require("threshold", threshold, "(0, 1]")
+        self.rank = self.require("rank", rank, "[1, inf)", whole=True)
+        self.sketch_rank = self.require("sketch_rank", sketch_rank, "[1, inf)", whole=True)
+        self.gap = self.require("gap", gap, "[1, inf)", whole=True)
         # Name → whether M meets the columns.
         self.sides = {
             name: p.shape[0] <= sketch_rank and p.shape[1] > p.shape[0]

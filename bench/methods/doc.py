@@ -59,13 +59,14 @@ class DOC(Method):
         drift_power: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(*loop)
-        self.k_start = self.require("k_start", k_start, 1, whole=True)
-        self.k_add = self.require("k_add", k_start if k_add is None else k_add, 0, whole=True)
-        self.add_eps = self.require("add_eps", add_eps, 0, 1)
-        self.drift_eps = self.require("drift_eps", drift_eps, 0, add_eps)
-        self.amnesia = self.require("amnesia", amnesia, 0)
-        self.max_drift = self.require("max_drift", max_drift, 0, 1)
-        self.drift_power = self.require("drift_power", drift_power, 0)
+        self.k_start = self.require("k_start", k_start, "[1, inf)", whole=True)
+        k_add = k_start if k_add is None else k_add
+        self.k_add = self.require("k_add", k_add, "[0, inf)", whole=True)
+        self.add_eps = self.require("add_eps", add_eps, "[0, 1]")
+        self.drift_eps = self.require("drift_eps", drift_eps, f"[0, {add_eps}]")
+        self.amnesia = self.require("amnesia", amnesia, "[0, inf)")
+        self.max_drift = self.require("max_drift", max_drift, "[0, 1]")
+        self.drift_power = self.require("drift_power", drift_power, "[0, inf)")
         layers = trained_linears(self.model, self.named)
         if not layers:
             raise ValueError("DOC: no linear layer has its weight in named")

@@ -38,9 +38,9 @@ class EWC(Method):
         self, *loop: Any, strength: float = 1.0, samples: int | None = None, coverage: float = 1.0
     ) -> None:
         super().__init__(*loop)
-        self.strength = self.require("strength", strength, 0)
-        self.samples = self.require("samples", samples, 1, whole=True, optional=True)
-        self.coverage = self.require("coverage", coverage, 0, 1, beyond_low=True)
+        self.strength = self.require("strength", strength, "[0, inf)")
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
+        self.coverage = self.require("coverage", coverage, "(0, 1]")
         self.precision: list[Tensor] = []  # Σ F_i
         self.target: list[Tensor] = []  # Σ F_i ∘ θ_i*
 

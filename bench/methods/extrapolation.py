@@ -38,7 +38,7 @@ class Extrapolation(Drawing):
         self, *loop: Any, length: float = 0.01, direction: str = "gradient", seed: int = 0
     ) -> None:
         super().__init__(*loop, seed=seed)
-        self.length = self.require("length", length, -float("inf"), beyond_low=True)
+        self.length = self.require("length", length, "(-inf, inf)")
         choices = ("gradient", "noise", "displacement")
         self.direction = self.require_choice("direction", direction, choices)
         self.anchor: list[Tensor] = []

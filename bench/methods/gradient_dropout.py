@@ -34,7 +34,7 @@ class GradientDropout(Drawing):
         self, *loop: Any, rate: float = 0.1, noise: str = "bernoulli", seed: int = 0
     ) -> None:
         super().__init__(*loop, seed=seed)
-        self.rate = self.require("rate", rate, 0, 1, below_high=True)
+        self.rate = self.require("rate", rate, "[0, 1)")
         self.noise = self.require_choice("noise", noise, ("bernoulli", "gaussian"))
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class GrADS(Method):
 
     def __init__(self, *loop: Any, tail: float = 0.1, layers: Sequence[str] | None = None) -> None:
         super().__init__(*loop)
-        self.tail = self.require("tail", tail, 0, 1, below_high=True)
+        self.tail = self.require("tail", tail, "[0, 1)")
         matrices = [name for name, p in self.named.items() if p.dim() > 1] or list(self.named)
         self.layers = [matrices[0], matrices[-1]] if layers is None else list(layers)
         unknown = [name for name in self.layers if name not in self.named]
@@ -78,7 +78,7 @@ class GrADS(Method):
             scores: What `scores(batches)` returned, or None: it is called.
             k: How many; all, if there are no more.
         """
-        self.require("k", k, 0, whole=True)
+        self.require("k", k, "[0, inf)", whole=True)
         if scores is None:
             scores = self.scores(batches)
         rarest_first = self.density(scores).argsort(stable=True)

@@ -39,8 +39,8 @@ class InputProjection(Method):
         freeze_rest: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(*loop)
-        self.threshold = self.require("threshold", threshold, 0, 1, beyond_low=True)
-        self.samples = self.require("samples", samples, 1, whole=True, optional=True)
+        self.threshold = self.require("threshold", threshold, "(0, 1]")
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
         self.where = self.require_choice("where", where, ("step", "gradient"))
         self.freeze_rest = freeze_rest
         self.layers = trained_linears(self.model, self.named)

@@ -32,7 +32,7 @@ class L2SP(Anchored):
 
     def __init__(self, *loop: Any, strength: float = 0.1) -> None:
         super().__init__(*loop)
-        self.strength = self.require("strength", strength, 0)
+        self.strength = self.require("strength", strength, "[0, inf)")
 
     @torch.no_grad()
     def edit_gradients(self, replay: Sequence[Tensor | None] | None) -> None:

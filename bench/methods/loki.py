@@ -48,9 +48,9 @@ class LoKI(Method):
         samples: int | None = 50,
     ) -> None:  # fmt: skip
         super().__init__(*loop)
-        self.share = self.require("share", share, 0, 1, beyond_low=True)
-        self.points = self.require("points", points, 2, whole=True)
-        self.samples = self.require("samples", samples, 1, whole=True, optional=True)
+        self.share = self.require("share", share, "(0, 1]")
+        self.points = self.require("points", points, "[2, inf)", whole=True)
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
         layers = {
             name: layer
             for name, layer in trained_linears(self.model, self.named).items()

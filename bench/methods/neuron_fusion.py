@@ -36,8 +36,8 @@ class NeuronFusion(Anchored):
 
     def __init__(self, *loop: Any, keep: float = 0.5, scale: float = 1.0) -> None:
         super().__init__(*loop)
-        self.keep = self.require("keep", keep, 0, 1)
-        self.scale = self.require("scale", scale, 0)
+        self.keep = self.require("keep", keep, "[0, 1]")
+        self.scale = self.require("scale", scale, "[0, inf)")
 
     def end_task(self, task: int, batches: Sequence[Any]) -> None:
         """Merges, and moves the anchor here."""

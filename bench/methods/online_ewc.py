@@ -32,7 +32,7 @@ class OnlineEWC(EWC):
 
     def __init__(self, *loop: Any, decay: float = 0.95, **more: Any) -> None:
         super().__init__(*loop, **more)
-        self.decay = self.require("decay", decay, 0, 1)
+        self.decay = self.require("decay", decay, "[0, 1]")
         self.anchor: list[Tensor] = []
 
     @torch.no_grad()

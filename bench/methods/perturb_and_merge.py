@@ -70,11 +70,11 @@ class PerturbAndMerge(Drawing):
         samples: int | None = None, coverage: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(*loop, seed=seed)
-        self.epsilon = self.require("epsilon", epsilon, 0)
-        self.share = self.require("share", share, 0, 1)
+        self.epsilon = self.require("epsilon", epsilon, "[0, inf)")
+        self.share = self.require("share", share, "[0, 1]")
         self.fisher = self.require_choice("fisher", fisher, ("exact", "equal"))
-        self.samples = self.require("samples", samples, 1, whole=True, optional=True)
-        self.coverage = self.require("coverage", coverage, 0, 1, beyond_low=True)
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
+        self.coverage = self.require("coverage", coverage, "(0, 1]")
         self.merged: list[Tensor] = []  # θ̂_{t−1}
         self.precision: list[Tensor] = []  # Σ F_i, float64
         self.target: list[Tensor] = []  # Σ F_i ∘ θ_i*, float64

@@ -37,8 +37,8 @@ class Powerpropagation(Method):
 
     def __init__(self, *loop: Any, power: float = 2.0, keep: float = 0.1) -> None:
         super().__init__(*loop)
-        self.power = self.require("power", power, 1)
-        self.keep = self.require("keep", keep, 0, 1)
+        self.power = self.require("power", power, "[1, inf)")
+        self.keep = self.require("keep", keep, "[0, 1]")
         self.roots: dict[str, Tensor] = {}  # φ
         self.frozen: dict[str, Tensor] = {}
         for name, p in self.named.items():

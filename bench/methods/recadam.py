@@ -40,9 +40,9 @@ class RecAdam(Anchored):
         self, *loop: Any, strength: float = 5000.0, rate: float = 0.5, middle: float = 250.0
     ) -> None:
         super().__init__(*loop)
-        self.strength = self.require("strength", strength, 0)
-        self.rate = self.require("rate", rate, 0, beyond_low=True)
-        self.middle = self.require("middle", middle, 0)
+        self.strength = self.require("strength", strength, "[0, inf)")
+        self.rate = self.require("rate", rate, "(0, inf)")
+        self.middle = self.require("middle", middle, "[0, inf)")
         self._steps = 0
         self._before: list[Tensor] = []
 

@@ -44,8 +44,8 @@ class SGP(InputProjection):
         scaled: bool = True, **more: Any,
     ) -> None:  # fmt: skip
         super().__init__(*loop, threshold=threshold, **more)
-        self.increment = self.require("increment", increment, 0)
-        self.scale = self.require("scale", scale, 0)
+        self.increment = self.require("increment", increment, "[0, inf)")
+        self.scale = self.require("scale", scale, "[0, inf)")
         self.scaled = scaled
 
     def weigh(self, sigma: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class SPD(Anchored):
 
     def __init__(self, *loop: Any, strength: float = 1.0) -> None:
         super().__init__(*loop)
-        self.strength = self.require("strength", strength, 0)
+        self.strength = self.require("strength", strength, "[0, inf)")
         self._distance: list[Tensor | None] = []  # ‖d‖ of tensors that turn back, None for others
 
     @torch.no_grad()
