@@ -99,9 +99,10 @@ def stream(setting: Setting, seeds: Sequence[int], dtype: torch.dtype = torch.fl
         raise ValueError(f"no such setting: {setting}")
     ones = [_one_seed(setting, seed) for seed in seeds]
 
-    def stacked(name: str, task: int) -> Tensor:
-        arrays = [one[name][task] for one in ones]
-        return torch.from_numpy(np.stack(arrays)).to(dtype if arrays[0].dtype.kind == "f" else None)
+    def stacked(name: str) -> tuple[Tensor, ...]:
+        """A task: the arrays of all seeds."""
+        arrays = [np.stack(of_task) for of_task in zip(*(one[name] for one in ones), strict=True)]
+        return tuple(torch.from_numpy(x).to(dtype if x.dtype.kind == "f" else None) for x in arrays)
 
     replayed = [0] + [REPLAYED if setting.remembered else 0] * (TASKS - 1)
     widest = max(len(one["test_labels"][t]) for one in ones for t in range(TASKS))
@@ -114,12 +115,10 @@ def stream(setting: Setting, seeds: Sequence[int], dtype: torch.dtype = torch.fl
         setting,
         tuple(seeds),
         torch.from_numpy(np.stack([one["weights"] for one in ones])).to(dtype),
-        tuple(
-            Batches(stacked("images", t), stacked("labels", t), replayed[t]) for t in range(TASKS)
-        ),
-        tuple(stacked("fisher", t) for t in range(TASKS)),
-        tuple(stacked("test_images", t) for t in range(TASKS)),
-        tuple(stacked("test_labels", t) for t in range(TASKS)),
+        tuple(map(Batches, stacked("images"), stacked("labels"), replayed)),
+        stacked("fisher"),
+        stacked("test_images"),
+        stacked("test_labels"),
     )
 
 

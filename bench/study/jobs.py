@@ -61,21 +61,16 @@ class Job:
     part: str
     name: str
     spec: dict[str, Any]
+    steps: float  # of the optimizer, for estimates
 
     @property
     def path(self) -> str:
         """Relative to the folder of the study."""
         return f"runs/{self.part}/{self.name}.json"
 
-    @property
-    def steps(self) -> float:
-        """Optimizer steps, for estimates."""
-        return self.spec["units"]
-
     def fingerprint(self) -> str:
         """Names everything that the numbers depend on."""
-        spec = {name: value for name, value in self.spec.items() if name != "units"}
-        return json.dumps({"spec": spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
+        return json.dumps({"spec": self.spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
 
 
 @cache
@@ -96,11 +91,11 @@ def digit_jobs(plan: Plan) -> list[Job]:
         spec = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered, **seeds}
         name = f"{bed}-{steps}-{remembered}"
         # All seeds of a rule at once take as long as one or two by themselves.
-        found.append(Job("digits", name, {**spec, "units": 40 * 5 * steps}))
+        found.append(Job("digits", name, spec, 40 * 5 * steps))
         for method in OTHERS if steps == plan.other_steps else ():
             if method not in protocol.NOT_ON_DIGITS:
-                more = {"method": method, "units": runs * 5 * steps}
-                found.append(Job("digits", f"{name}-{method}", {**spec, **more}))
+                alone = {**spec, "method": method}
+                found.append(Job("digits", f"{name}-{method}", alone, runs * 5 * steps))
     return found
 
 
@@ -109,9 +104,8 @@ def digit_jobs(plan: Plan) -> list[Job]:
 
 def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, seed: int) -> Job:
     """One arm, one seed, which is the end of the job's name."""
-    steps = 6 * sizes.steps
-    spec = {"bed": bed, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed, "units": steps}
-    return Job(part, f"{name}-{seed}", spec)
+    spec = {"bed": bed, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed}
+    return Job(part, f"{name}-{seed}", spec, 6 * sizes.steps)
 
 
 class NotTunedError(SystemExit):

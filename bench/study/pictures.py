@@ -11,6 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from dgg.metrics import AccuracyMatrix
 from study import digits_study, jobs, paired, protocol, summary
 from study.arms import LABELS
@@ -57,8 +59,6 @@ def _saved(figure: Any, path: Path) -> Path:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **more: Any) -> Any:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
 

@@ -15,12 +15,16 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from report import replace
-from study.jobs import Job
+from study import training
+from study.jobs import Job, execute
 
 
 class Stopped(Exception):
@@ -124,12 +128,6 @@ def _worker(
     parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
 ) -> None:
     """Take jobs until there are none; end quietly when the parent is gone."""
-    import warnings
-
-    import torch
-
-    from study import jobs, training
-
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -148,7 +146,7 @@ def _worker(
         checkpoint = out / "checkpoints" / f"{job.part}-{job.name}.pt"
         began = time.perf_counter()
         try:
-            result = jobs.execute(job, checkpoint, stopped)
+            result = execute(job, checkpoint, stopped)
         except training.Interrupted:
             break
         except Exception:
