@@ -383,8 +383,9 @@ def coefficients_kernel(squares, out, n, max_grad_norm: tl.int64, settings):
 
 def settings_of(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
     """Returns the bits that tell a kernel what to make of the squares."""
-    chosen = {CLIPPED: max_grad_norm is not None, SCALING: scaling, PER_TENSOR: per_tensor}
-    return sum(bit.value for bit, there in chosen.items() if there)
+    settings = CLIPPED.value if max_grad_norm is not None else 0
+    settings |= SCALING.value if scaling else 0
+    return settings | (PER_TENSOR.value if per_tensor else 0)
 
 
 def coefficients_launch(
