@@ -6,21 +6,15 @@ import triton
 import triton.language as tl
 from dgg.kernels import layout
 from dgg.kernels.chunks import (
-    AGAIN,
     ANCHOR,
     BLOCK,
-    COLUMNS,
-    COPY,
     EXP_AVG,
     EXP_AVG_SQ,
     GROUP,
-    IMPORTANCE,
     MAX_EXP_AVG_SQ,
-    NUMEL,
     ONCE,
     PARAM,
     STEP,
-    add_squares,
     bits,
     chunk_of,
     draw_of,
@@ -29,34 +23,28 @@ from dgg.kernels.chunks import (
     factor_of,
     features_of,
     finish_update,
-    guidance_of,
+    guidance_of_update,
     number,
     on_device_of,
     options_of,
     pack_of,
     read,
     read_gradient,
-    rounded,
+    read_if,
     rounding_of,
-    signed,
+    store_param,
     stream,
     tree_sum,
-    weights_of,
-    whole_blocks,
-    words_stay_together,
     write,
 )  # fmt: skip
 from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import ADAM_HYPER, CHUNK
 from dgg.kernels.update import (
-    BY_DECOUPLED,
     adam,
     adopted,
     guided_gradient,
     narrow,
     power,
-    weighted_difference,
-    widen,
 )
 
 # Columns of `hyper`.
@@ -76,9 +64,8 @@ ADAM_HYPERS = tl.constexpr(len(ADAM_HYPER))
 @triton.jit
 def _adam_chunk(
     lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-    importance, first, unmasked, count, guided, reading, weighing, masked, amsgrad, threshold,
-    draw, seed, replay_weight, factor, pull, rest, weight, l2, keep, weight1, rest1, beta2, weight2,
-    inv_sqrt_bias2, eps, step_size,
+    first, unmasked, count, guidance, amsgrad, draw, seed, replay_weight, factor, l2, keep,
+    weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -87,6 +74,7 @@ def _adam_chunk(
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
+    importance, guided, reading, weighing, masked, threshold, pull, rest, weight = guidance
     p_pointer = stream(param, first, P, FAST)
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
@@ -111,15 +99,9 @@ def _adam_chunk(
         )  # fmt: skip
         m = read(m_pointer, offset, count, None, T, FAST, ONCE)
         v = read(v_pointer, offset, count, None, T, FAST, ONCE)
-        x = None
-        if AMSGRAD:
-            x = read(x_pointer, offset, count, amsgrad, T, FAST, ONCE)
-        a = None
-        if HAS_ANCHOR:
-            a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        x = read_if(AMSGRAD, x_pointer, offset, count, amsgrad, T, FAST, ONCE)
+        a = read_if(HAS_ANCHOR, a_pointer, offset, count, reading, T, FAST, ONCE)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, ONCE)
         total, real, shift = guided_gradient(
             h, p, a, f, rest, weight, factor, pull, guided, drawn, ROUTE
         )
@@ -133,14 +115,10 @@ def _adam_chunk(
         if AMSGRAD:
             write(x_pointer, offset, count, amsgrad, narrow(x, X), FAST, ONCE)
         words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
-        stored = rounded(p, words, P)
-        write(p_pointer, offset, count, None, stored, FAST, AGAIN)
-        if HAS_COPY:
-            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
-        if LOOK_AHEAD:
-            # As stored: what the next step's norm pass would see.
-            u = weighted_difference(widen(stored, T), a, f, rest, weight)
-            lanes = add_squares(lanes, u, offset, count, FAST)
+        lanes = store_param(
+            lanes, p, words, p_pointer, c_pointer, copy, a, f, rest, weight, offset, count,
+            P, C, T, HAS_COPY, LOOK_AHEAD, FAST,
+        )  # fmt: skip
     return lanes
 
 
@@ -157,14 +135,9 @@ def adam_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one counts the step and sums the distances."""
-    row, place = chunk_of(rows, chunks, tl.program_id(0))
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, tl.program_id(0), HAS_REPLAY, CHUNK
+    )
     # That there is something to walk saves registers, a fifth of them, if the compiler knows it.
     running = ((grad | replay) != 0) & (count > 0)
     if found_inf is not None:
@@ -198,42 +171,11 @@ def adam_kernel(
             amsgrad = tl.load(group + ADAM_AMSGRAD) != 0
             max_exp_avg_sq = tl.where(amsgrad, tl.load(line + MAX_EXP_AVG_SQ), 0)
             addresses = addresses | max_exp_avg_sq
-        copy = param
-        if HAS_COPY:
-            copy = tl.load(line + COPY)
-            addresses = addresses | copy
-        anchor = param
-        importance = param
-        guided = False
-        reading = False
-        weighing = False
-        masked = False
-        pull = factor
-        rest = factor
-        weight = factor
-        threshold = factor
-        if HAS_ANCHOR:
-            anchor = tl.load(line + ANCHOR)
-            threshold = tl.load(group + ADAM_THRESHOLD)
-            pull, guided, masked = guidance_of(
-                row, anchor, flags, coefficients, tl.load(group + ADAM_STRENGTH), threshold
-            )
-            if ROUTE == BY_DECOUPLED:
-                pull = lr * pull
-            reading = guided
-            if LOOK_AHEAD:
-                reading = anchor != 0
-            addresses = addresses | tl.where(reading, anchor, 0)
-        if HAS_IMPORTANCE:
-            importance = tl.load(line + IMPORTANCE)
-            rest, weight = weights_of(importance, pull_weight)
-            weighing = reading & (importance != 0)
-            addresses = addresses | tl.where(weighing, importance, 0)
-        unmasked = whole_blocks(count, addresses, BLOCK)
-        if ELEMENTS:
-            unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
-        if ROUNDING:
-            unmasked = tl.where(words_stay_together(line), unmasked, 0)
+        anchor, copy, unmasked, guidance = guidance_of_update(
+            row, line, flags, coefficients, group + ADAM_STRENGTH, group + ADAM_THRESHOLD, lr,
+            pull_weight, factor, addresses, count, T, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, ROUNDING,
+            HAS_COPY, HAS_IMPORTANCE, ROUTE, BLOCK,
+        )  # fmt: skip
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
@@ -247,9 +189,8 @@ def adam_kernel(
                     anchor = tl.load(line + ANCHOR)
             lanes = _adam_chunk(
                 lanes, line, param, grad, replay, exp_avg, exp_avg_sq, max_exp_avg_sq, anchor, copy,
-                importance, first, unmasked, count, guided, reading, weighing, masked, amsgrad,
-                threshold, draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T),
-                rest.to(T), weight.to(T), l2.to(T), keep.to(T),
+                first, unmasked, count, guidance, amsgrad, draw_word, seed,
+                number(replay_weight).to(T), factor.to(T), l2.to(T), keep.to(T),
                 (1.0 - beta1).to(T), beta1.to(T), beta2.to(T), (1.0 - beta2).to(T),
                 inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
                 P, G, R, M, V, X, A, C, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD,
@@ -295,7 +236,7 @@ def adam_launch_(
         draw_index: int64, one element, or None; the draw index where the device counts it.
         dtypes: The rows' dtype codes, 4 bits each.
         replay_weight: w of equation (1).
-        seed: Seed of the draws.
+        seed: Seed of the draws, as the int64 of the same bits.
         draw: Draw index k if the device does not count it.
         variant: Bits of layout.py, ANCHOR_BIT and its like. IMPORTANCE_BIT weighs the pull, and
             FIRST_MOMENT_BIT and DECOUPLED_BIT say where it enters.
@@ -315,7 +256,7 @@ def adam_launch_(
         adam_kernel[(chunks.shape[0],)](
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            signed(seed), signed(draw), bits(importance), *of_slots, replayed, *features, chunk,
+            seed, draw, bits(importance), *of_slots, replayed, *features, chunk,
             min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

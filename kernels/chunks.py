@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from dgg.kernels import layout
 from dgg.kernels.update import (
+    BY_DECOUPLED,
     CERTAIN,
     CLIP,
     INJECT,
@@ -35,6 +36,7 @@ from dgg.kernels.update import (
     narrow_by_word,
     quads_stay_together,
     real_gradient,
+    weighted_difference,
     widen,
 )  # fmt: skip
 
@@ -114,12 +116,6 @@ def bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
-def signed(number: int) -> int:
-    """Returns a 64-bit number as a kernel takes it."""
-    number &= 0xFFFFFFFFFFFFFFFF
-    return number - (1 << 64) if number >> 63 else number
-
-
 def features_of(variant: int, dtypes: tuple) -> tuple[bool | int, ...]:
     """Returns what an update is compiled for.
 
@@ -177,10 +173,23 @@ def position_of(chunks, program):
 
 
 @triton.jit
-def chunk_of(rows, chunks, program):
-    """Row of a program's chunk, and the chunk's number in it."""
+def chunk_of(
+    table, rows, chunks, grads, replays, program, HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Row of a program's chunk and its line of the table, first element and number of elements.
+
+    Last come the addresses of the row's gradient and replay gradient, 0 where there is none.
+    """
     turn = tl.load(chunks + 2 * program.to(tl.int64) + 1)
-    return tl.load(rows + position_of(chunks, program)).to(tl.int64), turn.to(tl.int64)
+    row = tl.load(rows + position_of(chunks, program)).to(tl.int64)
+    line = table + row * COLUMNS
+    first = turn.to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    return row, line, first, count, grad, replay
 
 
 @triton.jit
@@ -259,6 +268,18 @@ def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr, R
 
 
 @triton.jit
+def read_if(
+    THERE: tl.constexpr, pointer, offset, count, present,
+    T: tl.constexpr, FAST: tl.constexpr, REUSE: tl.constexpr,
+):  # fmt: skip
+    """What `read` returns; None in kernels that do without this tensor."""
+    x = None
+    if THERE:
+        x = read(pointer, offset, count, present, T, FAST, REUSE)
+    return x
+
+
+@triton.jit
 def write(pointer, offset, count, present, x, FAST: tl.constexpr, REUSE: tl.constexpr):
     """Stores what has the tensor's dtype already; see `read`."""
     mask = where_of(offset, count, present, FAST)
@@ -325,6 +346,55 @@ def guidance_of(row, anchor, flags, coefficients, strength, threshold):
 
 
 @triton.jit
+def guidance_of_update(
+    row, line, flags, coefficients, strength, threshold, lr, pull_weight, factor, addresses, count,
+    T: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
+    ROUNDING: tl.constexpr, HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
+    ROUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Anchor and copy of a row, elements to walk without masks, and the guidance of a chunk.
+
+    `strength` and `threshold` are addresses among the group's hyper-parameters, `addresses` those
+    of what the update has besides. The guidance is the address of the importance; whether the row
+    is guided, its anchor read, its importance read, and its elements drawn; the threshold of
+    these draws; and pull, 1 - i and i of the equations in the dtype of the arithmetic.
+    """
+    nothing = addresses * 0
+    anchor, importance, copy = nothing, nothing, nothing
+    guided, reading, weighing, masked = False, False, False, False
+    pull, rest, weight, limit = factor, factor, factor, factor
+    if HAS_COPY:
+        copy = tl.load(line + COPY)
+        addresses = addresses | copy
+    if HAS_ANCHOR:
+        anchor = tl.load(line + ANCHOR)
+        limit = tl.load(threshold)
+        pull, guided, masked = guidance_of(
+            row, anchor, flags, coefficients, tl.load(strength), limit
+        )
+        if ROUTE == BY_DECOUPLED:
+            pull = lr * pull
+        reading = guided
+        if LOOK_AHEAD:
+            reading = anchor != 0
+        addresses = addresses | tl.where(reading, anchor, 0)
+    if HAS_IMPORTANCE:
+        importance = tl.load(line + IMPORTANCE)
+        rest, weight = weights_of(importance, pull_weight)
+        weighing = reading & (importance != 0)
+        addresses = addresses | tl.where(weighing, importance, 0)
+    unmasked = whole_blocks(count, addresses, BLOCK)
+    if ELEMENTS:
+        unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
+    if ROUNDING:
+        unmasked = tl.where(words_stay_together(line), unmasked, 0)
+    guidance = (
+        importance, guided, reading, weighing, masked, limit, pull.to(T), rest.to(T), weight.to(T)
+    )  # fmt: skip
+    return anchor, copy, unmasked, guidance
+
+
+@triton.jit
 def weights_of(importance, weight):
     """1 - i and i of equation (3) for a row: 1 and 0 where it has no importance."""
     weight = tl.where(importance != 0, number(weight), 0.0)
@@ -386,6 +456,26 @@ def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
     if not FAST:
         more = tl.where(offset < count, more, lanes)
     return more
+
+
+@triton.jit
+def store_param(
+    lanes, p, words, p_pointer, c_pointer, copy, a, f, rest, weight, offset, count,
+    P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, HAS_COPY: tl.constexpr,
+    LOOK_AHEAD: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Stores a block of updated parameters; returns the lanes with its squares for the look-ahead.
+
+    These are of what is stored: what the next step's norm pass would see.
+    """
+    stored = rounded(p, words, P)
+    write(p_pointer, offset, count, None, stored, FAST, AGAIN)
+    if HAS_COPY:
+        write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
+    if LOOK_AHEAD:
+        u = weighted_difference(widen(stored, T), a, f, rest, weight)
+        lanes = add_squares(lanes, u, offset, count, FAST)
+    return lanes
 
 
 @triton.jit

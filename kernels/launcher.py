@@ -83,23 +83,20 @@ class Kernel:
 
     def _find(self, grid, arguments, options):
         """Launches with Triton's own launcher; returns the compiled kernel."""
-        run = self.declared.run
-        try:
-            return run(*arguments, grid=grid, warmup=False, **options)
-        # ImportError if the launcher, a Python module, cannot be loaded.
-        except (OSError, ImportError) as error:
-            trouble = error
-        for pause in PAUSES:
-            warnings.warn(
-                f"{self._says(trouble)}. Trying again in {pause} s",
-                stacklevel=_callers.stacklevel(),
-            )
-            time.sleep(pause)
+        for pause in (*PAUSES, None):
             try:
-                return run(*arguments, grid=grid, warmup=False, **options)
+                return self.declared.run(*arguments, grid=grid, warmup=False, **options)
+            # ImportError if the launcher, a Python module, cannot be loaded.
             except (OSError, ImportError) as error:
-                trouble = error
-        raise RuntimeError(self._says(trouble)) from trouble
+                says = (
+                    f"Triton could not compile or load {self.declared.__name__} ({error}). If its "
+                    "cache is on a disk that several nodes share, set TRITON_CACHE_DIR to a "
+                    "directory of this node's own (docs/sharding.md)"
+                )
+                if pause is None:
+                    raise RuntimeError(says) from error
+            warnings.warn(f"{says}. Trying again in {pause} s", stacklevel=_callers.stacklevel())
+            time.sleep(pause)
 
     def _without_spills(self, compiled, grid, arguments, options):
         """Returns the kernel to keep: compiled once more, with more registers, if some spilled."""
@@ -119,13 +116,6 @@ class Kernel:
             )
             return compiled
         return other if other.n_spills < compiled.n_spills else compiled
-
-    def _says(self, trouble: Exception) -> str:
-        return (
-            f"Triton could not compile or load {self.declared.__name__} ({trouble}). If its cache "
-            "is on a disk that several nodes share, set TRITON_CACHE_DIR to a directory of this "
-            "node's own (docs/sharding.md)"
-        )
 
 
 def kernel(function) -> Kernel:

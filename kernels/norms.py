@@ -28,6 +28,7 @@ from dgg.kernels.chunks import (
     position_of,
     read,
     read_gradient,
+    read_if,
     stream,
     sum_of_row,
     tree_sum,
@@ -104,9 +105,7 @@ def _add_differences(
         offset = place + tl.arange(0, BLOCK)
         p = read(p_pointer, offset, count, None, T, FAST, AGAIN)
         a = read(a_pointer, offset, count, None, T, FAST, AGAIN)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
         lanes = add_squares(lanes, u, offset, count, FAST)
     return lanes
@@ -248,14 +247,9 @@ def norms_kernel(
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = program_from_the_end()
-    row, place = chunk_of(rows, chunks, program)
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, program, HAS_REPLAY, CHUNK
+    )
     active = (grad | replay) != 0
 
     if active & (count > 0) & ((which & (NORM_TOTAL | NORM_GRAD)) != 0):
@@ -331,29 +325,15 @@ def norms_launch(
 ) -> None:  # fmt: skip
     """Computes `reference.norms` of the rows of one launch, and what follows from all squares.
 
-    Args:
-        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
-        rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
-        starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [5, m], workspace.
-        counters: int32 [k + 1], workspace, zero between launches.
-        grads: int64 [n], addresses of the gradients, 0 for None.
-        replays: int64 [n] or [0], likewise.
-        distances: float64 [n], known squares or negative; those measured are stored.
-        squares: float64 [3, n], the result; written for the rows of the launch.
-        gate: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed.
-        grad_scale: float32, one element, or None; divisor of the gradients.
-        out: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
-            rows of other launches having been written before.
-        dtypes: The rows' dtype codes, 4 bits each.
-        replay_weight: w of equation (1).
-        which: Bits of `reference.NORM_TOTAL` and its like.
-        max_grad_norm: As in `coefficients_launch`; the same for those that follow.
-        scaling: Of no interest without ``out``.
-        per_tensor: Likewise.
-        importance: i of equation (3); rows that have an importance are measured by it.
-        chunk: Elements of a chunk, a power of two.
+    Arguments are those of `adam_launch_`, and, with ``out``, of `coefficients_launch`, and
+
+    - ``distances``: float64 [n], known squares or negative; those measured are stored;
+    - ``squares``: float64 [3, n], the result; written for the rows of the launch;
+    - ``gate``: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed;
+    - ``out``: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
+      rows of other launches having been written before;
+    - ``which``: bits of `reference.NORM_TOTAL` and its like;
+    - ``importance``: i of equation (3); rows that have an importance are measured by it.
     """
     p, g, r, _, _, _, a, _, f, t = dtypes_of(dtypes)
     n, m = table.shape[0], chunks.shape[0]

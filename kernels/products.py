@@ -28,6 +28,7 @@ from dgg.kernels.chunks import (
     pack_of,
     position_of,
     read,
+    read_if,
     stream,
     sum_of_row,
     tree_sum,
@@ -109,9 +110,7 @@ def _add_products(
             c = read(c_pointer, offset, count, guided & (copy != 0), T, FAST, AGAIN)
             p = adopted(p, c, copy, C, T)
         a = read(a_pointer, offset, count, guided, T, FAST, AGAIN)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, weighing, T, FAST, AGAIN)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
         hh = _add(hh, h, h, offset, count, FAST)
         uu = _add(uu, u, u, offset, count, FAST)
@@ -238,14 +237,9 @@ def products_kernel(
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = program_from_the_end()
-    row, place = chunk_of(rows, chunks, program)
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, program, HAS_REPLAY, CHUNK
+    )
 
     if ((grad | replay) != 0) & (count > 0):
         guided = _is_guided(row, line, flags)
@@ -322,28 +316,15 @@ def products_launch(
 ) -> None:  # fmt: skip
     """Computes `reference.products` of the rows of one launch, and what follows from all of them.
 
-    Args:
-        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
-        rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
-        starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [5, m], workspace.
-        counters: int32 [k + 1], workspace, zero between launches.
-        grads: int64 [n], addresses of the gradients, 0 for None.
-        replays: int64 [n] or [0], likewise.
-        flags: uint8 [n]; rows with the bit INJECT and an anchor are guided.
-        products: float64 [6, n], the result; written for the rows of the launch.
-        grad_scale: float32, one element, or None; divisor of the gradients.
-        out: float64 [4 + n + 2] or None; what `guard_coefficients_launch` would make of
-            ``products``, the rows of other launches having been written before.
-        dtypes: The rows' dtype codes, 4 bits each. With master weights, whose copies have another
-            dtype, a parameter that is not the rounding of its master counts in its place.
-        replay_weight: w of equation (1).
-        importance: i of equation (3).
-        max_grad_norm: As in `guard_coefficients_launch`; the same for those that follow.
-        per_tensor: Of no interest without ``out``.
-        maximize: Likewise.
-        chunk: Elements of a chunk, a power of two.
+    With master weights, whose copies have another dtype, a parameter that is not the rounding of
+    its master counts in its place. Arguments are those of `adam_launch_`, and, with ``out``, of
+    `guard_coefficients_launch`, and
+
+    - ``flags``: uint8 [n]; rows with the bit INJECT and an anchor are guided;
+    - ``products``: float64 [6, n], the result; written for the rows of the launch;
+    - ``out``: float64 [4 + n + 2] or None; what `guard_coefficients_launch` would make of
+      ``products``, the rows of other launches having been written before;
+    - ``importance``: i of equation (3).
     """
     p, g, r, _, _, _, a, c, f, t = dtypes_of(dtypes)
     weighted, copied = importance != 0, c != p

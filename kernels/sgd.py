@@ -6,18 +6,12 @@ import triton
 import triton.language as tl
 from dgg.kernels import layout
 from dgg.kernels.chunks import (
-    AGAIN,
     ANCHOR,
     BLOCK,
-    COLUMNS,
-    COPY,
     EXP_AVG,
     GROUP,
-    IMPORTANCE,
-    NUMEL,
     ONCE,
     PARAM,
-    add_squares,
     bits,
     chunk_of,
     draw_of,
@@ -26,34 +20,28 @@ from dgg.kernels.chunks import (
     factor_of,
     features_of,
     finish_update,
-    guidance_of,
+    guidance_of_update,
     number,
     on_device_of,
     options_of,
     pack_of,
     read,
     read_gradient,
-    rounded,
+    read_if,
     rounding_of,
-    signed,
+    store_param,
     stream,
     tree_sum,
-    weights_of,
-    whole_blocks,
-    words_stay_together,
     write,
 )  # fmt: skip
 from dgg.kernels.launcher import kernel
 from dgg.kernels.layout import CHUNK, SGD_HYPER
 from dgg.kernels.update import (
-    BY_DECOUPLED,
     FIRST_STEP,
     adopted,
     guided_gradient,
     narrow,
     sgd,
-    weighted_difference,
-    widen,
 )
 
 # Columns of `hyper`.
@@ -70,9 +58,8 @@ SGD_HYPERS = tl.constexpr(len(SGD_HYPER))
 
 @triton.jit
 def _sgd_chunk(
-    lanes, line, param, grad, replay, buffer, anchor, copy, importance, first, unmasked,
-    count, guided, reading, weighing, masked, remembering, fresh, threshold, draw, seed,
-    replay_weight, factor, pull, rest, weight, l2, lr, momentum, undamped, nesterov,
+    lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count, guidance,
+    remembering, fresh, draw, seed, replay_weight, factor, l2, lr, momentum, undamped, nesterov,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, A: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -81,6 +68,7 @@ def _sgd_chunk(
     BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
+    importance, guided, reading, weighing, masked, threshold, pull, rest, weight = guidance
     p_pointer = stream(param, first, P, FAST)
     g_pointer = stream(grad, first, G, FAST)
     r_pointer = stream(replay, first, R, FAST)
@@ -101,16 +89,11 @@ def _sgd_chunk(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
             FAST, ONCE,
         )  # fmt: skip
-        b = None
-        if MOMENTUM:
-            # A new buffer is set, not read.
-            b = read(b_pointer, offset, count, remembering & (fresh == 0), T, FAST, ONCE)
-        a = None
-        if HAS_ANCHOR:
-            a = read(a_pointer, offset, count, reading, T, FAST, ONCE)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        # A new buffer is set, not read.
+        kept = remembering & (fresh == 0)
+        b = read_if(MOMENTUM, b_pointer, offset, count, kept, T, FAST, ONCE)
+        a = read_if(HAS_ANCHOR, a_pointer, offset, count, reading, T, FAST, ONCE)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, ONCE)
         total, _, shift = guided_gradient(
             h, p, a, f, rest, weight, factor, pull, guided, drawn, ROUTE
         )
@@ -118,14 +101,10 @@ def _sgd_chunk(
         if MOMENTUM:
             write(b_pointer, offset, count, remembering, narrow(b, M), FAST, ONCE)
         words = rounding_of(line, first + place, draw, seed, ROUNDING, BLOCK, PACK, FAST)
-        stored = rounded(p, words, P)
-        write(p_pointer, offset, count, None, stored, FAST, AGAIN)
-        if HAS_COPY:
-            write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
-        if LOOK_AHEAD:
-            # As stored: what the next step's norm pass would see.
-            u = weighted_difference(widen(stored, T), a, f, rest, weight)
-            lanes = add_squares(lanes, u, offset, count, FAST)
+        lanes = store_param(
+            lanes, p, words, p_pointer, c_pointer, copy, a, f, rest, weight, offset, count,
+            P, C, T, HAS_COPY, LOOK_AHEAD, FAST,
+        )  # fmt: skip
     return lanes
 
 
@@ -142,14 +121,9 @@ def sgd_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums the distances."""
-    row, place = chunk_of(rows, chunks, tl.program_id(0))
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, tl.program_id(0), HAS_REPLAY, CHUNK
+    )
     # That there is something to walk saves registers, a fifth of them, if the compiler knows it.
     running = ((grad | replay) != 0) & (count > 0)
     if found_inf is not None:
@@ -175,42 +149,11 @@ def sgd_kernel(
             fresh = (tl.load(flags + row).to(tl.int32) & FIRST_STEP) != 0
             buffer = tl.where(remembering, tl.load(line + EXP_AVG), 0)
             addresses = addresses | buffer
-        copy = param
-        if HAS_COPY:
-            copy = tl.load(line + COPY)
-            addresses = addresses | copy
-        anchor = param
-        importance = param
-        guided = False
-        reading = False
-        weighing = False
-        masked = False
-        pull = factor
-        rest = factor
-        weight = factor
-        threshold = factor
-        if HAS_ANCHOR:
-            anchor = tl.load(line + ANCHOR)
-            threshold = tl.load(group + SGD_THRESHOLD)
-            pull, guided, masked = guidance_of(
-                row, anchor, flags, coefficients, tl.load(group + SGD_STRENGTH), threshold
-            )
-            if ROUTE == BY_DECOUPLED:
-                pull = lr * pull
-            reading = guided
-            if LOOK_AHEAD:
-                reading = anchor != 0
-            addresses = addresses | tl.where(reading, anchor, 0)
-        if HAS_IMPORTANCE:
-            importance = tl.load(line + IMPORTANCE)
-            rest, weight = weights_of(importance, pull_weight)
-            weighing = reading & (importance != 0)
-            addresses = addresses | tl.where(weighing, importance, 0)
-        unmasked = whole_blocks(count, addresses, BLOCK)
-        if ELEMENTS:
-            unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
-        if ROUNDING:
-            unmasked = tl.where(words_stay_together(line), unmasked, 0)
+        anchor, copy, unmasked, guidance = guidance_of_update(
+            row, line, flags, coefficients, group + SGD_STRENGTH, group + SGD_THRESHOLD, lr,
+            pull_weight, factor, addresses, count, T, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, ROUNDING,
+            HAS_COPY, HAS_IMPORTANCE, ROUTE, BLOCK,
+        )  # fmt: skip
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
@@ -221,10 +164,9 @@ def sgd_kernel(
                 if HAS_ANCHOR:
                     anchor = tl.load(line + ANCHOR)
             lanes = _sgd_chunk(
-                lanes, line, param, grad, replay, buffer, anchor, copy, importance, first, unmasked,
-                count, guided, reading, weighing, masked, remembering, fresh, threshold, draw_word,
-                seed, number(replay_weight).to(T), factor.to(T), pull.to(T), rest.to(T),
-                weight.to(T), l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov,
+                lanes, line, param, grad, replay, buffer, anchor, copy, first, unmasked, count,
+                guidance, remembering, fresh, draw_word, seed, number(replay_weight).to(T),
+                factor.to(T), l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov,
                 P, G, R, M, A, C, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, MOMENTUM,
                 ROUNDING, HAS_COPY, HAS_IMPORTANCE, ROUTE, BLOCK, PACK, walk == 0,
             )  # fmt: skip
@@ -265,7 +207,7 @@ def sgd_launch_(
         sgd_kernel[(chunks.shape[0],)](
             table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
             hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            signed(seed), signed(draw), bits(importance), p, g, r, b, a, c, f, t, replayed,
+            seed, draw, bits(importance), p, g, r, b, a, c, f, t, replayed,
             *features, chunk, min(BLOCK, chunk), pack,
             **options_of(table.device, pack),
         )  # fmt: skip

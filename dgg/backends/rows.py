@@ -123,6 +123,8 @@ class Rows:
         present: Not 0 if there is a gradient or replay gradient in the present step.
     """
 
+    # What computes: the functions of `reference`, or others of their names.
+    _functions: Mapping[str, Any] = vars(reference)
     # Whether steps are asynchronous launches.
     launched = False
     # Whether the kernels compare every weight with the rounding of its master.
@@ -318,7 +320,7 @@ class Rows:
         Args:
             anchors: The anchors may have been written, too.
         """
-        self._known.forget()
+        self.distances.fill_(-1.0)
 
     def forget_rows(self, rows: Sequence[int], *, anchors: bool = True) -> None:
         """Drops the known distances of some rows.
@@ -328,7 +330,7 @@ class Rows:
             anchors: Their anchors were written, not only their parameters.
         """
         if rows:
-            self._known.forget_rows(rows)
+            self.distances[list(rows)] = -1.0
 
     def forget_changed(self) -> None:
         """Drops the known distance of every parameter that was changed since it was measured."""
@@ -362,11 +364,9 @@ class Rows:
         """
         raise NotImplementedError
 
-    def coefficients(
-        self, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
-    ) -> Tensor:
+    def coefficients(self, squares: Tensor, **settings: Any) -> Tensor:
         """Returns c, the norms and s as `reference.coefficients` does."""
-        raise NotImplementedError
+        return self._functions["coefficients"](squares, **settings)
 
     def measure(self, settings: Mapping[str, Any], **options: Any) -> Tensor:
         """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
@@ -387,11 +387,9 @@ class Rows:
         """
         raise NotImplementedError
 
-    def guard_coefficients(
-        self, sums: Tensor, *, max_grad_norm: float | None, per_tensor: bool, maximize: bool
-    ) -> Tensor:
+    def guard_coefficients(self, sums: Tensor, **settings: Any) -> Tensor:
         """Returns c, the norms and a as `reference.guard_coefficients` does."""
-        raise NotImplementedError
+        return self._functions["guard_coefficients"](sums, **settings)
 
     def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options: Any) -> Tensor:
         """Returns the `guard_coefficients` of rows whose `products` nobody else has a part in.

@@ -110,6 +110,8 @@ class AddressColumn:
 class TableRows(Rows):
     """Rows whose steps are C++ operators on a table of addresses."""
 
+    _functions = OPERATORS
+
     def __init__(self, backend: str, params: Sequence[Tensor], *args: Any, **columns: Any) -> None:
         super().__init__(backend, params, *args, **columns)
         self._staged = [not self._flat(row) for row in range(len(self.params))]
@@ -343,20 +345,12 @@ class TableRows(Rows):
             importance=self.importance,
         )  # fmt: skip
 
-    def coefficients(self, squares: Tensor, **settings) -> Tensor:
-        """Calls the operator of `reference.coefficients`."""
-        return OPERATORS["coefficients"](squares, **settings)
-
     def products(self, flags: Tensor, *, replay_weight, scaling) -> Tensor:
         """Calls the operator of `reference.products`."""
         return OPERATORS["products"](
             self._table, self._grad_addresses, self._replay_addresses, flags,
             replay_weight=replay_weight, grad_scale=scaling.divisor, importance=self.importance,
         )  # fmt: skip
-
-    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
-        """Calls the operator of `reference.guard_coefficients`."""
-        return OPERATORS["guard_coefficients"](sums, **settings)
 
     def update_(
         self, rule, coefficients, flags, groups, draw, scaling, *, look_ahead, replay_weight
