@@ -15,19 +15,13 @@ from dgg.kernels.chunks import (
     ONCE,
     PARAM,
     STEP,
-    bits,
     chunk_of,
     draw_of,
     drawn_of,
-    dtypes_of,
     factor_of,
-    features_of,
     finish_update,
     guidance_of_update,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     read,
     read_gradient,
     read_if,
@@ -37,7 +31,7 @@ from dgg.kernels.chunks import (
     tree_sum,
     write,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, features_of, kernel, pack_of
 from dgg.kernels.layout import ADAM_HYPER, CHUNK
 from dgg.kernels.update import (
     adam,
@@ -252,11 +246,9 @@ def adam_launch_(
     # An importance that nobody reads does not count; it has the parameter's dtype mostly.
     pack = pack_of(*of_slots[: -1 if variant & layout.IMPORTANCE_BIT else -2])
     replayed = replays.shape[0] > 0
-    with on_device_of(table):
-        adam_kernel[(chunks.shape[0],)](
-            table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
-            hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            seed, draw, bits(importance), *of_slots, replayed, *features, chunk,
-            min(BLOCK, chunk), pack,
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    adam_kernel.launch(
+        chunks.shape[0], table, rows, chunks, starts, partials, counters, grads, replays,
+        coefficients, flags, hyper, distances, grad_scale, found_inf, draw_index,
+        bits(replay_weight), seed, draw, bits(importance), *of_slots, replayed, *features, chunk,
+        min(BLOCK, chunk), pack, pack=pack,
+    )  # fmt: skip

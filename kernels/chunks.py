@@ -13,11 +13,6 @@ differs between kernels.
 """
 
 # Annotations are what the compiler reads: no `from __future__ import annotations` in this folder.
-import contextlib
-import functools
-import struct
-
-import torch
 import triton
 import triton.language as tl
 from dgg.kernels import layout
@@ -27,14 +22,12 @@ from dgg.kernels.update import (
     CLIP,
     INJECT,
     INJECT_ELEMENTS,
-    INTERPRETED,
     SCALES,
     STREAM_ELEMENT,
     STREAM_ROUNDING,
     element_words,
     narrow,
     narrow_by_word,
-    quads_stay_together,
     real_gradient,
     weighted_difference,
     widen,
@@ -75,86 +68,6 @@ TILE = tl.constexpr(1024)
 # gradient edit its results, and parameters, to the optimizer behind it.
 AGAIN = tl.constexpr("")
 ONCE = tl.constexpr("evict_first")
-
-_DTYPES = tuple(getattr(tl, name) for name in layout.DTYPE_NAMES)
-
-
-def pack_of(*dtypes) -> int:
-    """Returns how many neighbouring elements a thread takes.
-
-    As many as make accesses of the narrowest tensor 128 bits wide.
-    """
-    return 8 if any(dtype.primitive_bitwidth == 16 for dtype in dtypes) else 4
-
-
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    if INTERPRETED:
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
-
-
-def options_of(device: torch.device, pack: int = 4) -> dict[str, object]:
-    """Returns how a kernel is to be compiled in which a thread takes ``pack`` elements of a block.
-
-    There is nothing to keep in stages, and what is fused stands in update.py.
-    """
-    warps = max(BLOCK // (pack * _warp_size(device)), 1)
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-@functools.cache
-def dtypes_of(codes: int) -> tuple:
-    """Returns the dtypes packed in ``codes``, one of each slot, and that of the arithmetic last."""
-    slots = [codes >> layout.SLOT_BITS * slot & layout.SLOT_MASK for slot in range(layout.SLOTS)]
-    dtypes = [_DTYPES[code] for code in slots]
-    return (*dtypes, tl.float64 if dtypes[layout.PARAM_SLOT] == tl.float64 else tl.float32)
-
-
-def bits(number: float) -> int:
-    """Returns the bits of a float64: Triton would pass the number itself as float32."""
-    return struct.unpack("q", struct.pack("d", number))[0]
-
-
-def features_of(variant: int, dtypes: tuple) -> tuple[bool | int, ...]:
-    """Returns what an update is compiled for.
-
-    Args:
-        variant: Bits as in layout.py.
-        dtypes: From `dtypes_of`; stochastic rounding is for bfloat16 alone.
-
-    Returns:
-        Anchor, elements, look-ahead, state, rounding, copy, importance, and the route.
-
-    Raises:
-        ValueError: Something is asked for that needs an anchor, without the bit for anchors; or two
-            routes.
-    """
-    anchor, elements, look_ahead, state, stochastic, copy, importance, first_moment, decoupled = (
-        bool(variant & bit)
-        for bit in (layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT, layout.STATE_BIT,
-                    layout.STOCHASTIC_BIT, layout.COPY_BIT, layout.IMPORTANCE_BIT,
-                    layout.FIRST_MOMENT_BIT, layout.DECOUPLED_BIT)
-    )  # fmt: skip
-    if (elements or look_ahead or importance or first_moment or decoupled) and not anchor:
-        raise ValueError(
-            f"variant {variant}: ELEMENTS, LOOK_AHEAD, IMPORTANCE and the routes need ANCHOR, too"
-        )
-    if first_moment and decoupled:
-        raise ValueError(f"variant {variant}: FIRST_MOMENT and DECOUPLED exclude each other")
-    route = layout.BY_FIRST_MOMENT if first_moment else layout.BY_GRADIENT
-    route = layout.BY_DECOUPLED if decoupled else route
-    narrow = dtypes[layout.PARAM_SLOT] == tl.bfloat16
-    narrow = narrow or (copy and dtypes[layout.COPY_SLOT] == tl.bfloat16)
-    rounding = stochastic and narrow
-    return anchor, elements, look_ahead, state, rounding, copy, importance, route
-
-
-def on_device_of(tensor: torch.Tensor):
-    """Returns a context in which launches go to the tensor's device."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 @triton.jit
@@ -308,9 +221,7 @@ def read_gradient(
 @triton.jit
 def rounded(x, words, S: tl.constexpr):
     """Numbers as they are stored; words of the rounding stream are for bfloat16, else None."""
-    if words is None:
-        return narrow(x, S)
-    elif S == tl.bfloat16:
+    if words is not None and S == tl.bfloat16:
         return narrow_by_word(x, words)
     else:
         return narrow(x, S)
@@ -403,10 +314,10 @@ def weights_of(importance, weight):
 
 @triton.jit
 def words_stay_together(line):
-    """Whether four neighbours of the row share a counter; `line` is its line of the table."""
-    return quads_stay_together(
-        tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE), tl.load(line + NUMEL)
-    )
+    """Whether four elements of a row, from a multiple of four on, have one counter among them."""
+    base, stretch, stride = tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE)
+    whole = (stretch >= tl.load(line + NUMEL)) | (((stretch | stride) & 3) == 0)
+    return ((base & 3) == 0) & whole
 
 
 @triton.jit

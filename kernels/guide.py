@@ -15,17 +15,12 @@ from dgg.kernels.chunks import (
     INDEX,
     ONCE,
     PARAM,
-    bits,
     chunk_of,
     draw_of,
     drawn_of,
-    dtypes_of,
     factor_of,
     guidance_of,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     read_gradient,
     read_if,
     stream,
@@ -34,7 +29,7 @@ from dgg.kernels.chunks import (
     words_stay_together,
     write,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK, GUIDE_HYPER
 from dgg.kernels.update import (
     BY_GRADIENT,
@@ -171,13 +166,12 @@ def guide_launch_(
     elements = anchored and bool(variant & layout.ELEMENTS_BIT)
     weighted = anchored and bool(variant & layout.IMPORTANCE_BIT)
     pack = pack_of(p, g, r, a, *([f] if weighted else []))
-    with on_device_of(table):
-        guide_kernel[(chunks.shape[0],)](
-            table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-            draw_index, bits(replay_weight), seed, draw, bits(importance),
-            p, g, r, a, f, t, replays.shape[0] > 0, anchored, elements, weighted, chunk,
-            min(BLOCK, chunk), pack, **options_of(table.device, pack),
-        )  # fmt: skip
+    guide_kernel.launch(
+        chunks.shape[0], table, rows, chunks, grads, replays, coefficients, flags, hyper,
+        grad_scale, found_inf, draw_index, bits(replay_weight), seed, draw, bits(importance),
+        p, g, r, a, f, t, replays.shape[0] > 0, anchored, elements, weighted, chunk,
+        min(BLOCK, chunk), pack, pack=pack,
+    )  # fmt: skip
 
 
 @kernel
@@ -231,9 +225,7 @@ def draw_flags_launch(
         threshold_column: Column of ``hyper`` with floor(alpha 2**32).
         strength_column: Column of ``hyper`` with the strength; rows with 0 do not inject.
     """
-    with on_device_of(table):
-        draw_flags_kernel[(1,)](
-            table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
-            threshold_column, strength_column, seed, granularity, BLOCK,
-            **options_of(table.device),
-        )  # fmt: skip
+    draw_flags_kernel.launch(
+        1, table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
+        threshold_column, strength_column, seed, granularity, BLOCK,
+    )  # fmt: skip

@@ -15,16 +15,11 @@ from dgg.kernels.chunks import (
     PARAM,
     TILE,
     add_squares,
-    bits,
     chunk_of,
-    dtypes_of,
     is_last,
     is_last_of_row,
     is_reliable,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     position_of,
     read,
     read_gradient,
@@ -35,7 +30,7 @@ from dgg.kernels.chunks import (
     weights_of,
     whole_blocks,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.update import (
     CLIP,
@@ -171,14 +166,6 @@ def _make_coefficients(squares, out, n, max_grad_norm, settings):
 
 
 @triton.jit
-def _asked(which, gate):
-    """What is to be computed; while no row injects, the device's gate leaves only ||h||."""
-    if gate is not None:
-        which = tl.where(tl.load(gate) != 0, which, which & NORM_TOTAL)
-    return which
-
-
-@triton.jit
 def program_from_the_end():
     """The program's number, counted from the last."""
     # A norm pass then ends with what the update behind it begins with: the cache still holds it.
@@ -243,7 +230,8 @@ def norms_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums its chunks, the last row's the rows."""
-    which = _asked(which, gate)
+    if gate is not None:  # the device's own; while no row injects, it leaves only ||h||
+        which = tl.where(tl.load(gate) != 0, which, which & NORM_TOTAL)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = program_from_the_end()
@@ -345,14 +333,12 @@ def norms_launch(
         out = squares
     else:
         settings |= FINISH.value
-    with on_device_of(table):
-        norms_kernel[(m,)](
-            table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-            gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
-            bits(max_grad_norm or 0.0), settings, bits(importance),
-            p, g, r, a, f, t, replayed, weighted, chunk, min(BLOCK, chunk),
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    norms_kernel.launch(
+        m, table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
+        gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
+        bits(max_grad_norm or 0.0), settings, bits(importance),
+        p, g, r, a, f, t, replayed, weighted, chunk, min(BLOCK, chunk), pack=pack,
+    )  # fmt: skip
 
 
 @kernel
@@ -381,9 +367,7 @@ def coefficients_launch(
         scaling: False gives scales of 1.
         per_tensor: Norms of equation (4) per tensor.
     """
-    with on_device_of(squares):
-        coefficients_kernel[(1,)](
-            squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
-            settings_of(max_grad_norm, scaling, per_tensor),
-            **options_of(squares.device),
-        )  # fmt: skip
+    settings = settings_of(max_grad_norm, scaling, per_tensor)
+    coefficients_kernel.launch(
+        1, squares, out, squares.shape[1], bits(max_grad_norm or 0.0), settings
+    )

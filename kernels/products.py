@@ -16,16 +16,11 @@ from dgg.kernels.chunks import (
     NUMEL,
     PARAM,
     TILE,
-    bits,
     chunk_of,
-    dtypes_of,
     is_last,
     is_last_of_row,
     is_reliable,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     position_of,
     read,
     read_if,
@@ -35,7 +30,7 @@ from dgg.kernels.chunks import (
     weights_of,
     whole_blocks,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.norms import (
     FINISH,
@@ -334,14 +329,14 @@ def products_launch(
         out = products
     else:
         settings |= FINISH.value
-    with on_device_of(table):
-        products_kernel[(chunks.shape[0],)](
-            table, rows, chunks, starts, partials, counters, grads, replays, flags, products,
-            grad_scale, out, table.shape[0], chunks.shape[0], rows.shape[0], bits(replay_weight),
-            bits(max_grad_norm or 0.0), settings, bits(importance),
-            p, g, r, a, c, f, t, replays.shape[0] > 0, weighted, copied, chunk, min(BLOCK, chunk),
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    m = chunks.shape[0]
+    products_kernel.launch(
+        m, table, rows, chunks, starts, partials, counters, grads, replays, flags, products,
+        grad_scale, out, table.shape[0], m, rows.shape[0], bits(replay_weight),
+        bits(max_grad_norm or 0.0), settings, bits(importance),
+        p, g, r, a, c, f, t, replays.shape[0] > 0, weighted, copied, chunk, min(BLOCK, chunk),
+        pack=pack,
+    )  # fmt: skip
 
 
 @kernel
@@ -367,9 +362,7 @@ def guard_coefficients_launch(
         per_tensor: Equation (7) for every tensor by itself.
         maximize: The objective is ascended: h and r change sign, u does not.
     """
-    with on_device_of(products):
-        guard_coefficients_kernel[(1,)](
-            products, out, products.shape[1], bits(max_grad_norm or 0.0),
-            _settings(max_grad_norm, per_tensor, maximize),
-            **options_of(products.device),
-        )  # fmt: skip
+    settings = _settings(max_grad_norm, per_tensor, maximize)
+    guard_coefficients_kernel.launch(
+        1, products, out, products.shape[1], bits(max_grad_norm or 0.0), settings
+    )

@@ -12,19 +12,13 @@ from dgg.kernels.chunks import (
     GROUP,
     ONCE,
     PARAM,
-    bits,
     chunk_of,
     draw_of,
     drawn_of,
-    dtypes_of,
     factor_of,
-    features_of,
     finish_update,
     guidance_of_update,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     read,
     read_gradient,
     read_if,
@@ -34,7 +28,7 @@ from dgg.kernels.chunks import (
     tree_sum,
     write,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, features_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK, SGD_HYPER
 from dgg.kernels.update import (
     FIRST_STEP,
@@ -203,11 +197,9 @@ def sgd_launch_(
     p, g, r, b, _, _, a, c, f, t = of_slots
     pack = pack_of(p, g, r, b, a, c, *([f] if variant & layout.IMPORTANCE_BIT else []))
     replayed = replays.shape[0] > 0
-    with on_device_of(table):
-        sgd_kernel[(chunks.shape[0],)](
-            table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags,
-            hyper, distances, grad_scale, found_inf, draw_index, bits(replay_weight),
-            seed, draw, bits(importance), p, g, r, b, a, c, f, t, replayed,
-            *features, chunk, min(BLOCK, chunk), pack,
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    sgd_kernel.launch(
+        chunks.shape[0], table, rows, chunks, starts, partials, counters, grads, replays,
+        coefficients, flags, hyper, distances, grad_scale, found_inf, draw_index,
+        bits(replay_weight), seed, draw, bits(importance), p, g, r, b, a, c, f, t, replayed,
+        *features, chunk, min(BLOCK, chunk), pack, pack=pack,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ from dgg import backends
 from dgg.backends import launched as launched_rows
 from dgg.backends import libraries, native, prefetch
 from dgg.backends import uploads as uploads_of_rows
-from dgg.backends.chunks import CHUNK, Cuts, cut
+from dgg.backends.chunks import CHUNK, cut, cuts_of
 
 CPU = torch.device("cpu")
 MISSING = backends.unavailable("triton", CPU)
@@ -624,12 +624,12 @@ def test_the_last_launch_of_several_dtypes_makes_the_coefficients(launched):
 
 def test_cuts_that_are_kept_are_few():
     """Gradients may change their dtype at every step."""
-    cuts = Cuts([5, 5], CPU)
+    cuts = cuts_of([5, 5], CPU)
     for turn in range(20):
-        launches = cuts.of((turn % 7,) * 2)
+        launches = cuts((turn % 7,) * 2)
         assert [launch.dtypes for launch in launches] == [turn % 7]
-        assert cuts.of((turn % 7,) * 2) is launches
-        assert len(cuts._known) <= 4
+        assert cuts((turn % 7,) * 2) is launches
+        assert cuts.cache_info().currsize <= 4
 
 
 def test_uploads_inside_a_capture(monkeypatch):

@@ -209,7 +209,6 @@ class LaunchedRows(TableRows):
             return
         for number in windows.order():
             windows.fetch(number)
-            windows.wait(number)
             yield from [launch for launch in self._launches if launch.window == number]
             windows.done(number)
 

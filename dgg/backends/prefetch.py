@@ -120,9 +120,9 @@ class AnchorWindows:
         self.count = len(windows)
         ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
         longest = max([_ALIGNMENT, *ends])
-        count = min(2, self.count)
-        buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._buffers = buffers
+        self._buffers = [
+            torch.empty(longest, dtype=torch.uint8, device=device) for _ in windows[:2]
+        ]
         self.addresses, self.importance_addresses = addresses = [[0] * len(anchors) for _ in kinds]
         self._copies: list[list[tuple[Tensor, Tensor]]] = []
         for number, window in enumerate(windows):
@@ -171,22 +171,18 @@ class AnchorWindows:
         return list(range(self.count))[:: 1 if upwards else -1]
 
     def fetch(self, number: int) -> None:
-        """Starts copying a window, on the side stream; its readers call `wait` first."""
+        """Copies a window, on the side stream, for which the current stream waits."""
         place = number % 2
-        if self._contents[place] == number:
-            return
-        with _ranges.record("dgg.prefetch"), self.aside():
-            read = self._read[place]
-            if self._stream is not None and read is not None:
-                self._stream.wait_event(read)
-            for target, source in self._copies[number]:
-                target.copy_(source, non_blocking=True)
-            self._filled[place] = self._mark(self._stream)
-        self._contents[place] = number
-
-    def wait(self, number: int) -> None:
-        """Makes the current stream wait until a window is on the device."""
-        event = self._filled[number % 2]
+        if self._contents[place] != number:
+            with _ranges.record("dgg.prefetch"), self.aside():
+                read = self._read[place]
+                if self._stream is not None and read is not None:
+                    self._stream.wait_event(read)
+                for target, source in self._copies[number]:
+                    target.copy_(source, non_blocking=True)
+                self._filled[place] = self._mark(self._stream)
+            self._contents[place] = number
+        event = self._filled[place]
         if event is not None:
             torch.accelerator.current_stream(self._device).wait_event(event)
 
