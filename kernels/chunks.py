@@ -17,19 +17,16 @@ import triton
 import triton.language as tl
 from dgg.kernels import layout
 from dgg.kernels.update import (
-    BY_DECOUPLED,
     CERTAIN,
     CLIP,
     INJECT,
     INJECT_ELEMENTS,
     SCALES,
     STREAM_ELEMENT,
-    STREAM_ROUNDING,
     element_words,
     narrow,
     narrow_by_word,
     real_gradient,
-    weighted_difference,
     widen,
 )  # fmt: skip
 
@@ -257,55 +254,6 @@ def guidance_of(row, anchor, flags, coefficients, strength, threshold):
 
 
 @triton.jit
-def guidance_of_update(
-    row, line, flags, coefficients, strength, threshold, lr, pull_weight, factor, addresses, count,
-    T: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
-    ROUNDING: tl.constexpr, HAS_COPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr,
-    ROUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Anchor and copy of a row, elements to walk without masks, and the guidance of a chunk.
-
-    `strength` and `threshold` are addresses among the group's hyper-parameters, `addresses` those
-    of what the update has besides. The guidance is the address of the importance; whether the row
-    is guided, its anchor read, its importance read, and its elements drawn; the threshold of
-    these draws; and pull, 1 - i and i of the equations in the dtype of the arithmetic.
-    """
-    nothing = addresses * 0
-    anchor, importance, copy = nothing, nothing, nothing
-    guided, reading, weighing, masked = False, False, False, False
-    pull, rest, weight, limit = factor, factor, factor, factor
-    if HAS_COPY:
-        copy = tl.load(line + COPY)
-        addresses = addresses | copy
-    if HAS_ANCHOR:
-        anchor = tl.load(line + ANCHOR)
-        limit = tl.load(threshold)
-        pull, guided, masked = guidance_of(
-            row, anchor, flags, coefficients, tl.load(strength), limit
-        )
-        if ROUTE == BY_DECOUPLED:
-            pull = lr * pull
-        reading = guided
-        if LOOK_AHEAD:
-            reading = anchor != 0
-        addresses = addresses | tl.where(reading, anchor, 0)
-    if HAS_IMPORTANCE:
-        importance = tl.load(line + IMPORTANCE)
-        rest, weight = weights_of(importance, pull_weight)
-        weighing = reading & (importance != 0)
-        addresses = addresses | tl.where(weighing, importance, 0)
-    unmasked = whole_blocks(count, addresses, BLOCK)
-    if ELEMENTS:
-        unmasked = tl.where((masked == 0) | words_stay_together(line), unmasked, 0)
-    if ROUNDING:
-        unmasked = tl.where(words_stay_together(line), unmasked, 0)
-    guidance = (
-        importance, guided, reading, weighing, masked, limit, pull.to(T), rest.to(T), weight.to(T)
-    )  # fmt: skip
-    return anchor, copy, unmasked, guidance
-
-
-@triton.jit
 def weights_of(importance, weight):
     """1 - i and i of equation (3) for a row: 1 and 0 where it has no importance."""
     weight = tl.where(importance != 0, number(weight), 0.0)
@@ -348,18 +296,6 @@ def drawn_of(
 
 
 @triton.jit
-def rounding_of(
-    line, first, draw, seed, ROUNDING: tl.constexpr,
-    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Words of a block for stochastic rounding; None in kernels without."""
-    words = None
-    if ROUNDING:
-        words = words_of(line, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
-    return words
-
-
-@triton.jit
 def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
     """Lanes plus the squares of a block; what lies beyond the end counts nothing, NaN included."""
     x = x.to(lanes.dtype)
@@ -367,26 +303,6 @@ def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
     if not FAST:
         more = tl.where(offset < count, more, lanes)
     return more
-
-
-@triton.jit
-def store_param(
-    lanes, p, words, p_pointer, c_pointer, copy, a, f, rest, weight, offset, count,
-    P: tl.constexpr, C: tl.constexpr, T: tl.constexpr, HAS_COPY: tl.constexpr,
-    LOOK_AHEAD: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Stores a block of updated parameters; returns the lanes with its squares for the look-ahead.
-
-    These are of what is stored: what the next step's norm pass would see.
-    """
-    stored = rounded(p, words, P)
-    write(p_pointer, offset, count, None, stored, FAST, AGAIN)
-    if HAS_COPY:
-        write(c_pointer, offset, count, copy != 0, rounded(p, words, C), FAST, AGAIN)
-    if LOOK_AHEAD:
-        u = weighted_difference(widen(stored, T), a, f, rest, weight)
-        lanes = add_squares(lanes, u, offset, count, FAST)
-    return lanes
 
 
 @triton.jit

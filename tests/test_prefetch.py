@@ -59,7 +59,9 @@ def log(monkeypatch):
 
 
 def windows():
-    return prefetch.AnchorWindows([torch.zeros(100) for _ in range(3)], META, size=512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefetch, "WINDOW", 512)
+        return prefetch.AnchorWindows([torch.zeros(100) for _ in range(3)], META)
 
 
 def test_a_buffer_is_filled_only_after_what_used_its_memory_before(log):

@@ -37,16 +37,12 @@ def _aligned(length: int) -> int:
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
-def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
-    """Returns for each window the number and the first byte of every anchor in it.
-
-    Anchors are given by their bytes; ``size`` is that of a window that has several of them.
-    """
-    size = WINDOW if size is None else size
+def _into_windows(lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Returns for each window the number and the first byte of every anchor, given their bytes."""
     windows: list[list[tuple[int, int]]] = []
-    end = size
+    end = 0
     for number, length in enumerate(lengths):
-        if not windows or (end + length > size and end > 0):
+        if not windows or (end + length > WINDOW and end > 0):
             windows.append([])
             end = 0
         windows[-1].append((number, end))
@@ -91,7 +87,6 @@ class AnchorWindows:
     Args:
         anchors: Anchor of every row, None for rows that have none or have it on the device.
         device: The device of the parameters.
-        size: Bytes of a window.
         importances: The same of every row's importance; empty if there are none at all.
 
     Attributes:
@@ -101,24 +96,21 @@ class AnchorWindows:
     """
 
     def __init__(
-        self, anchors: Sequence[Tensor | None], device: torch.device, size: int | None = None,
+        self, anchors: Sequence[Tensor | None], device: torch.device,
         importances: Sequence[Tensor | None] = (),
     ) -> None:  # fmt: skip
         self._device = device
         kinds = [anchors, importances or [None] * len(anchors)]
         self.of_row = [-1] * len(anchors)
-        rows = [
-            row
+        lengths = {
+            row: sum(_aligned(x.nbytes) for x in pair if x is not None)
             for row, pair in enumerate(zip(*kinds, strict=True))
             if any(x is not None for x in pair)
-        ]
-        lengths = [
-            sum(_aligned(x.nbytes) for kind in kinds if (x := kind[row]) is not None)
-            for row in rows
-        ]
-        windows = _into_windows(lengths, size)
+        }
+        rows = list(lengths)
+        windows = _into_windows(list(lengths.values()))
         self.count = len(windows)
-        ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
+        ends = [begin + lengths[rows[last]] for *_, (last, begin) in windows]
         longest = max([_ALIGNMENT, *ends])
         self._buffers = [
             torch.empty(longest, dtype=torch.uint8, device=device) for _ in windows[:2]
@@ -147,8 +139,7 @@ class AnchorWindows:
         self._is_aside = False
         if device.type != "cpu":
             self._stream = torch.Stream(device)
-            for buffer in self._buffers:
-                buffer.record_stream(self._stream)
+            self.lend(self._buffers)
             # The buffers' memory may have been another tensor's, which queued work still reads.
             self.follow()
         # Events of each buffer: it was filled, it was read for the last time.

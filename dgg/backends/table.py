@@ -34,6 +34,8 @@ from dgg.kernels.layout import (
 from dgg.reference import FLOAT_DTYPES
 
 _MOMENTS = (layout.EXP_AVG, layout.EXP_AVG_SQ, layout.MAX_EXP_AVG_SQ)
+# Tensors of the parameter's shape, in the order of their codes.
+_STATE = (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 # The address entered for an empty gradient, which has none; 0 means that there is no gradient.
 _NOWHERE = 1
@@ -139,7 +141,7 @@ class TableRows(Rows):
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
         param = self._tensor(PARAM, row)
-        state = [self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)]
+        state = [self._tensor(column, row) for column in _STATE]
         return is_dense(param) and all(x is None or same_order(x, param) for x in state)
 
     def _make_table(self) -> Tensor:
@@ -156,8 +158,7 @@ class TableRows(Rows):
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._tensor(PARAM, row)
-        columns = (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)
-        state = (self._tensor(column, row) for column in columns)
+        state = (self._tensor(column, row) for column in _STATE)
         # An absent gradient counts as one of the model's dtype, not of the master weight's.
         grads = (self.params[row] if x is None else x for x in (grad, replay))
         others = (param if x is None else x for x in state)
@@ -292,7 +293,7 @@ class TableRows(Rows):
     def _stage(self, row: int) -> None:
         # Kernels work on contiguous copies where strides differ.
         self._staged_now = True
-        for column in (PARAM, *_MOMENTS, ANCHOR, COPY, IMPORTANCE):
+        for column in (PARAM, *_STATE):
             tensor = self._tensor(column, row)
             if tensor is None:
                 continue
