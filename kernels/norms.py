@@ -48,11 +48,13 @@ from dgg.kernels.update import (
 # that loads would not keep the memory busy.
 AHEAD = tl.constexpr(4)
 
-# Bits of `settings`: what is made of the squares; FINISH is for a norm pass that makes it.
+# Bits of `settings`: what is made of the squares; FINISH is for a norm pass that makes it, MAXIMIZE
+# for products alone.
 CLIPPED = tl.constexpr(1)
 SCALING = tl.constexpr(2)
 PER_TENSOR = tl.constexpr(4)
 FINISH = tl.constexpr(8)
+MAXIMIZE = tl.constexpr(16)
 
 
 @triton.jit
@@ -347,11 +349,14 @@ def coefficients_kernel(squares, out, n, max_grad_norm: tl.int64, settings):
     _make_coefficients(squares, out, n.to(tl.int64), max_grad_norm, settings)
 
 
-def settings_of(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
+def settings_of(
+    max_grad_norm: float | None, scaling: bool, per_tensor: bool, maximize: bool = False
+) -> int:
     """Returns the bits that tell a kernel what to make of the squares."""
     settings = CLIPPED.value if max_grad_norm is not None else 0
     settings |= SCALING.value if scaling else 0
-    return settings | (PER_TENSOR.value if per_tensor else 0)
+    settings |= PER_TENSOR.value if per_tensor else 0
+    return settings | (MAXIMIZE.value if maximize else 0)
 
 
 def coefficients_launch(

@@ -34,6 +34,7 @@ from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.norms import (
     FINISH,
+    MAXIMIZE,
     PER_TENSOR,
     clip_of,
     program_from_the_end,
@@ -59,9 +60,6 @@ PULL = tl.constexpr(layout.PULL)
 REPLAY = tl.constexpr(layout.REPLAY)
 H_DOT_R = tl.constexpr(layout.H_DOT_R)
 U_DOT_R = tl.constexpr(layout.U_DOT_R)
-
-# A bit of `settings` beside those of norms.py.
-MAXIMIZE = tl.constexpr(16)
 
 # A sum that float32 has spoiled is formed again in blocks so many times shorter: five sums in
 # float64 of whole ones would take registers from the walk that every chunk goes through.
@@ -324,7 +322,7 @@ def products_launch(
     p, g, r, _, _, _, a, c, f, t = dtypes_of(dtypes)
     weighted, copied = importance != 0, c != p
     pack = pack_of(p, g, r, a, *([f] if weighted else []), *([c] if copied else []))
-    settings = _settings(max_grad_norm, per_tensor, maximize)
+    settings = settings_of(max_grad_norm, False, per_tensor, maximize)
     if out is None:  # the same variant, which then writes nowhere
         out = products
     else:
@@ -345,10 +343,6 @@ def guard_coefficients_kernel(products, out, n, max_grad_norm: tl.int64, setting
     _make_guard(products, out, n.to(tl.int64), max_grad_norm, settings)
 
 
-def _settings(max_grad_norm: float | None, per_tensor: bool, maximize: bool) -> int:
-    return settings_of(max_grad_norm, False, per_tensor) | (MAXIMIZE.value if maximize else 0)
-
-
 def guard_coefficients_launch(
     products: torch.Tensor, out: torch.Tensor, *, max_grad_norm: float | None, per_tensor: bool,
     maximize: bool,
@@ -362,7 +356,7 @@ def guard_coefficients_launch(
         per_tensor: Equation (7) for every tensor by itself.
         maximize: The objective is ascended: h and r change sign, u does not.
     """
-    settings = _settings(max_grad_norm, per_tensor, maximize)
+    settings = settings_of(max_grad_norm, False, per_tensor, maximize)
     guard_coefficients_kernel.launch(
         1, products, out, products.shape[1], bits(max_grad_norm or 0.0), settings
     )

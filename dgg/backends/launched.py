@@ -36,12 +36,7 @@ _ROUTE_BITS = {
 class LaunchedRows(TableRows):
     """Rows whose steps are launches on a device, which has their tables and workspace.
 
-    Args:
-        backend: "triton" or "cpp".
-        params: Parameters.
-        args: As in `Rows`.
-        capturable: Whether steps may be captured into a graph.
-        columns: As in `Rows`.
+    Arguments are those of `Rows`, and ``capturable``: whether steps may be captured into a graph.
 
     Attributes:
         windows: Windows of the anchors that are kept off the device, or None.
@@ -85,13 +80,12 @@ class LaunchedRows(TableRows):
         if all(x is None for x in (*anchors, *importances)):
             return None
         windows = AnchorWindows(anchors, self.device, importances=importances)
-        for column, tensors, addresses in (
-            (layout.ANCHOR, anchors, windows.addresses),
-            (layout.IMPORTANCE, importances, windows.importance_addresses),
-        ):
-            for row, x in enumerate(tensors):
-                if x is not None:
-                    self._base_table[row, column] = addresses[row]
+        for column, addresses in (
+            (layout.ANCHOR, windows.addresses), (layout.IMPORTANCE, windows.importance_addresses),
+        ):  # fmt: skip
+            for row, address in enumerate(addresses):
+                if address:
+                    self._base_table[row, column] = address
         return windows
 
     # -- the inputs of a step -------------------------------------------------------------------

@@ -93,10 +93,6 @@ def _origin(direct: dict[str, Any]) -> str:
     return url
 
 
-def _built(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-    return sorted(folder.glob(f"{pattern}.so")) + sorted(folder.glob(f"{pattern}.pyd"))
-
-
 def _places() -> list[pathlib.Path]:
     """Returns where libraries and notes are looked for."""
     # `pip install .` builds in the clone and leaves its results there.
@@ -107,7 +103,7 @@ def _places() -> list[pathlib.Path]:
 def _load_library(pattern: str, note: str) -> str | None:
     """Loads compiled operators; returns None, or why they are missing, and what mends that."""
     for place in _places():
-        libraries = _built(place, pattern)
+        libraries = [*sorted(place.glob(f"{pattern}.so")), *sorted(place.glob(f"{pattern}.pyd"))]
         if not libraries and (place / note).exists():
             reason, _, output = (place / note).read_text(encoding="utf-8").strip().partition("\n")
             details.extend(output.splitlines())

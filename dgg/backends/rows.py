@@ -233,11 +233,7 @@ class Rows:
         raise NotImplementedError
 
     def use_options(self, options: Mapping[str, Any]) -> None:
-        """Takes the options that say along what, and where, the anchor pulls.
-
-        Args:
-            options: Options of the whole optimizer.
-        """
+        """Takes the options of the optimizer that say along what, and where, the anchor pulls."""
         importance = float(options["importance"])
         if importance != self.importance:
             self.forget(anchors=False)  # they were measured with another weight
@@ -315,20 +311,11 @@ class Rows:
         self._adopted = versions
 
     def forget(self, *, anchors: bool = True) -> None:
-        """Drops all known distances.
-
-        Args:
-            anchors: The anchors may have been written, too.
-        """
+        """Drops all known distances; with ``anchors`` these may have been written, too."""
         self.distances.fill_(-1.0)
 
     def forget_rows(self, rows: Sequence[int], *, anchors: bool = True) -> None:
-        """Drops the known distances of some rows.
-
-        Args:
-            rows: The rows.
-            anchors: Their anchors were written, not only their parameters.
-        """
+        """Drops the known distances of rows; with ``anchors`` these were written, too."""
         if rows:
             self.distances[list(rows)] = -1.0
 
@@ -338,11 +325,7 @@ class Rows:
             self.forget_rows(self._known.written(self._versions()), anchors=False)
 
     def _after_update(self, look_ahead: bool) -> None:
-        """Ends a step that wrote the parameters.
-
-        Args:
-            look_ahead: The distances were measured after the update.
-        """
+        """Ends a step that wrote the parameters, and with ``look_ahead`` measured distances."""
         if look_ahead:
             self._known.measured(self._versions(), self._without_gradient())
         if self._has_masters:

@@ -200,13 +200,8 @@ class TableRows(Rows):
     def take_native_gradients(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
         """Takes the gradients from ``.grad``, as `take_gradients` would, natively.
 
-        Args:
-            replays: As in `take_gradients`.
-            elementwise: As in `take_gradients`.
-
-        Returns:
-            Whether it did. If not, a watched tensor moved or a gradient is wrong, and
-            `take_gradients` takes them or raises.
+        Returns whether it did. If not, a watched tensor moved or a gradient is wrong, and
+        `take_gradients` takes them or raises.
         """
         native = self._native
         present = native.begin(self._known.versions is not None, replays, row_major=elementwise)
@@ -251,10 +246,7 @@ class TableRows(Rows):
     ) -> None:
         """Takes the gradients of rows that need a look at their strides or dtypes, or a copy.
 
-        Args:
-            grads: Gradient or None of these rows.
-            replays: Replay gradient of each row; empty if there are none at all.
-            elementwise: As in `take_gradients`.
+        ``grads`` has the gradient or None of these rows alone; the rest is as in `take_gradients`.
         """
         pairs = {}
         for row, grad in grads.items():

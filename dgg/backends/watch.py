@@ -95,11 +95,9 @@ class MemoryWatch:
     def native_gradients(
         self, params: Sequence[Tensor], *memory: Any
     ) -> native.NativeGradients | None:
-        """Returns the native gradients of ``params``, or None where Python has to take them.
+        """Returns the `NativeGradients` of the watch's first parameters; None if Python takes them.
 
-        Args:
-            params: The first parameters of this watch, in its order.
-            memory: The arguments of `NativeGradients` after the handle.
+        ``memory`` are its arguments after the handle.
         """
         if self._library is None or not native.takes(params):
             return None
