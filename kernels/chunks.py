@@ -296,10 +296,9 @@ def drawn_of(
 
 
 @triton.jit
-def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
-    """Lanes plus the squares of a block; what lies beyond the end counts nothing, NaN included."""
-    x = x.to(lanes.dtype)
-    more = tl.fma(x, x, lanes)
+def add_products(lanes, x, y, offset, count, FAST: tl.constexpr):
+    """Lanes plus the products of a block; what lies beyond the end counts nothing, NaN included."""
+    more = tl.fma(x.to(lanes.dtype), y.to(lanes.dtype), lanes)
     if not FAST:
         more = tl.where(offset < count, more, lanes)
     return more

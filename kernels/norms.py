@@ -14,7 +14,7 @@ from dgg.kernels.chunks import (
     NUMEL,
     PARAM,
     TILE,
-    add_squares,
+    add_products,
     chunk_of,
     is_last,
     is_last_of_row,
@@ -78,8 +78,8 @@ def _add_gradients(
             FAST, AGAIN,
         )  # fmt: skip
         if HAS_REPLAY:
-            total = add_squares(total, h, offset, count, FAST)
-        real = add_squares(real, g, offset, count, FAST)
+            total = add_products(total, h, h, offset, count, FAST)
+        real = add_products(real, g, g, offset, count, FAST)
     return total, real
 
 
@@ -104,7 +104,7 @@ def _add_differences(
         a = read(a_pointer, offset, count, None, T, FAST, AGAIN)
         f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
-        lanes = add_squares(lanes, u, offset, count, FAST)
+        lanes = add_products(lanes, u, u, offset, count, FAST)
     return lanes
 
 

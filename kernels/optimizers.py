@@ -24,7 +24,7 @@ from dgg.kernels.chunks import (
     ONCE,
     PARAM,
     STEP,
-    add_squares,
+    add_products,
     chunk_of,
     draw_of,
     drawn_of,
@@ -160,7 +160,7 @@ def _update_chunk(
         if LOOK_AHEAD:
             # As stored: what the next step's norm pass would see.
             u = weighted_difference(widen(stored, T), a, f, rest, weight)
-            lanes = add_squares(lanes, u, offset, count, FAST)
+            lanes = add_products(lanes, u, u, offset, count, FAST)
     return lanes
 
 

@@ -16,6 +16,7 @@ from dgg.kernels.chunks import (
     NUMEL,
     PARAM,
     TILE,
+    add_products,
     chunk_of,
     is_last,
     is_last_of_row,
@@ -67,15 +68,6 @@ SHORTER = tl.constexpr(4)
 
 
 @triton.jit
-def _add(lanes, x, y, offset, count, FAST: tl.constexpr):
-    """Lanes plus the products of a block; what lies beyond the end counts nothing, NaN included."""
-    more = tl.fma(x.to(lanes.dtype), y.to(lanes.dtype), lanes)
-    if not FAST:
-        more = tl.where(offset < count, more, lanes)
-    return more
-
-
-@triton.jit
 def _add_products(
     hh, uu, rr, hr, ur, grad, replay, param, anchor, importance, copy, guided, weighing,
     first, unmasked, count, replay_weight, rest, weight,
@@ -105,12 +97,12 @@ def _add_products(
         a = read(a_pointer, offset, count, guided, T, FAST, AGAIN)
         f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
-        hh = _add(hh, h, h, offset, count, FAST)
-        uu = _add(uu, u, u, offset, count, FAST)
+        hh = add_products(hh, h, h, offset, count, FAST)
+        uu = add_products(uu, u, u, offset, count, FAST)
         if HAS_REPLAY:
-            rr = _add(rr, r, r, offset, count, FAST)
-            hr = _add(hr, h, r, offset, count, FAST)
-            ur = _add(ur, u, r, offset, count, FAST)
+            rr = add_products(rr, r, r, offset, count, FAST)
+            hr = add_products(hr, h, r, offset, count, FAST)
+            ur = add_products(ur, u, r, offset, count, FAST)
     return hh, uu, rr, hr, ur
 
 
