@@ -92,8 +92,9 @@ def chunk_of(
     """
     turn = tl.load(chunks + 2 * program.to(tl.int64) + 1)
     row = tl.load(rows + position_of(chunks, program)).to(tl.int64)
+    turn = turn.to(tl.int64)
     line = table + row * COLUMNS
-    first = turn.to(tl.int64) * CHUNK
+    first = turn * CHUNK
     count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
     grad = tl.load(grads + row)
     replay = grad * 0
@@ -263,7 +264,9 @@ def weights_of(importance, weight):
 @triton.jit
 def words_stay_together(line):
     """Whether four elements of a row, from a multiple of four on, have one counter among them."""
-    base, stretch, stride = tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE)
+    base = tl.load(line + BASE)
+    stretch = tl.load(line + STRETCH)
+    stride = tl.load(line + STRIDE)
     whole = (stretch >= tl.load(line + NUMEL)) | (((stretch | stride) & 3) == 0)
     return ((base & 3) == 0) & whole
 

@@ -86,8 +86,7 @@ SGD_HYPERS = tl.constexpr(len(SGD_HYPER))
 @triton.jit
 def _update_chunk(
     lanes, line, param, grad, replay, states, anchor, copy, importance, first, unmasked, count,
-    guided, reading, weighing, masked, threshold, draw, seed, replay_weight, factor, pull, rest,
-    weight, numbers,
+    guided, reading, weighing, masked, threshold, draw, seed, scalars, numbers,
     P: tl.constexpr, G: tl.constexpr, R: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     X: tl.constexpr, A: tl.constexpr, C: tl.constexpr, F: tl.constexpr, T: tl.constexpr,
     HAS_REPLAY: tl.constexpr, HAS_ANCHOR: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -97,6 +96,7 @@ def _update_chunk(
 ):  # fmt: skip
     """Updates a part of a chunk; returns the lanes with its squares for the look-ahead."""
     exp_avg, exp_avg_sq, max_exp_avg_sq = states
+    replay_weight, factor, pull, rest, weight = scalars
     if ADAM:
         amsgrad, l2, keep, weight1, rest1, beta2, weight2, inv_sqrt_bias2, eps, step_size = numbers
     else:
@@ -213,11 +213,6 @@ def _update(
                 amsgrad = tl.load(group + ADAM_AMSGRAD) != 0
                 max_exp_avg_sq = tl.where(amsgrad, tl.load(line + MAX_EXP_AVG_SQ), 0)
                 addresses = addresses | max_exp_avg_sq
-            numbers = (
-                amsgrad, l2.to(T), keep.to(T), (1.0 - beta1).to(T), beta1.to(T), beta2.to(T),
-                (1.0 - beta2).to(T), inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
-            )  # fmt: skip
-            strength, threshold = group + ADAM_STRENGTH, group + ADAM_THRESHOLD
         else:
             group = hyper + tl.load(line + GROUP) * SGD_HYPERS
             lr = tl.load(group + SGD_LR)
@@ -231,28 +226,35 @@ def _update(
             addresses = param | grad | replay
             remembering = False
             fresh = False
-            exp_avg, exp_avg_sq, max_exp_avg_sq = param, param, param
+            exp_avg = param
+            exp_avg_sq = param
+            max_exp_avg_sq = param
             if STATE:
                 remembering = momentum != 0
                 fresh = (tl.load(flags + row).to(tl.int32) & FIRST_STEP) != 0
                 exp_avg = tl.where(remembering, tl.load(line + EXP_AVG), 0)
                 addresses = addresses | exp_avg
-            numbers = (
-                remembering, fresh, l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov
-            )  # fmt: skip
-            strength, threshold = group + SGD_STRENGTH, group + SGD_THRESHOLD
 
-        anchor, importance, copy = param, param, param
-        guided, reading, weighing, masked = False, False, False, False
-        pull, rest, weight, limit = factor, factor, factor, factor
+        anchor = param
+        importance = param
+        copy = param
+        guided = False
+        reading = False
+        weighing = False
+        masked = False
+        pull = factor
+        rest = factor
+        weight = factor
+        threshold = factor
         if HAS_COPY:
             copy = tl.load(line + COPY)
             addresses = addresses | copy
         if HAS_ANCHOR:
             anchor = tl.load(line + ANCHOR)
-            limit = tl.load(threshold)
+            threshold = tl.load(group + (ADAM_THRESHOLD if ADAM else SGD_THRESHOLD))
+            strength = tl.load(group + (ADAM_STRENGTH if ADAM else SGD_STRENGTH))
             pull, guided, masked = guidance_of(
-                row, anchor, flags, coefficients, tl.load(strength), limit
+                row, anchor, flags, coefficients, strength, threshold
             )
             if ROUTE == BY_DECOUPLED:
                 pull = lr * pull
@@ -273,6 +275,16 @@ def _update(
         draw_word = draw_of(draw_index, draw)
 
         lanes = tl.zeros([BLOCK], T)
+        scalars = (number(replay_weight).to(T), factor.to(T), pull.to(T), rest.to(T), weight.to(T))
+        if ADAM:
+            numbers = (
+                amsgrad, l2.to(T), keep.to(T), (1.0 - beta1).to(T), beta1.to(T), beta2.to(T),
+                (1.0 - beta2).to(T), inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
+            )  # fmt: skip
+        else:
+            numbers = (
+                remembering, fresh, l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov
+            )  # fmt: skip
         for walk in tl.static_range(2):
             if walk == 1:
                 # Read again, not kept through the first walk: for the registers that this frees.
@@ -284,11 +296,10 @@ def _update(
                     anchor = tl.load(line + ANCHOR)
             lanes = _update_chunk(
                 lanes, line, param, grad, replay, (exp_avg, exp_avg_sq, max_exp_avg_sq), anchor,
-                copy, importance, first, unmasked, count, guided, reading, weighing, masked, limit,
-                draw_word, seed, number(replay_weight).to(T), factor.to(T), pull.to(T), rest.to(T),
-                weight.to(T), numbers, P, G, R, M, V, X, A, C, F, T, HAS_REPLAY, HAS_ANCHOR,
-                ELEMENTS, LOOK_AHEAD, STATE, ROUNDING, HAS_COPY, HAS_IMPORTANCE, ROUTE, ADAM, BLOCK,
-                PACK, walk == 0,
+                copy, importance, first, unmasked, count, guided, reading, weighing, masked,
+                threshold, draw_word, seed, scalars, numbers,
+                P, G, R, M, V, X, A, C, F, T, HAS_REPLAY, HAS_ANCHOR, ELEMENTS, LOOK_AHEAD, STATE,
+                ROUNDING, HAS_COPY, HAS_IMPORTANCE, ROUTE, ADAM, BLOCK, PACK, walk == 0,
             )  # fmt: skip
         if LOOK_AHEAD:
             tl.store(partials + tl.program_id(0), tree_sum(lanes, BLOCK))

@@ -147,11 +147,6 @@ class AnchorWindows:
         self._read: list[torch.Event | None] = [None] * len(self._buffers)
         self._pending: torch.Event | None = None
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on the device, whatever the anchors' size."""
-        return sum(buffer.numel() for buffer in self._buffers)
-
     def forget(self) -> None:
         """Drops the windows on the device, because the anchors were written."""
         self._contents = [None] * len(self._buffers)
