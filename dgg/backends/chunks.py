@@ -7,7 +7,7 @@ One launch serves all rows of one dtype combination. The cut is uploaded once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,9 @@ def cut(
     return launches
 
 
-def cuts_of(numels: Sequence[int], device: torch.device, windows: Sequence[int] | None = None):
+def cuts_of(
+    numels: Sequence[int], device: torch.device, windows: Sequence[int] | None = None
+) -> Callable[[tuple[int, ...]], list[Launch]]:
     """Returns `cut` as a function of a tuple of dtype codes, which keeps its last few results.
 
     Gradients change their dtype when autocast does.

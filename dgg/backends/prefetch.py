@@ -166,7 +166,7 @@ class AnchorWindows:
                     self._stream.wait_event(read)
                 for target, source in self._copies[number]:
                     target.copy_(source, non_blocking=True)
-                self._filled[place] = self._mark(self._stream)
+                self._filled[place] = self._mark()
             self._contents[place] = number
         event = self._filled[place]
         if event is not None:
@@ -176,7 +176,7 @@ class AnchorWindows:
         """Notes that the work queued on the current stream reads a window for the last time."""
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
-            self._read[number % 2] = self._mark(current)
+            self._read[number % 2] = current.record_event()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -206,7 +206,7 @@ class AnchorWindows:
 
     def leave(self) -> None:
         """Notes work on the side stream that `join` is to wait for."""
-        self._pending = self._mark(self._stream)
+        self._pending = self._mark()
 
     def join(self) -> None:
         """Makes the current stream wait for the work noted by `leave`."""
@@ -214,8 +214,8 @@ class AnchorWindows:
             torch.accelerator.current_stream(self._device).wait_event(self._pending)
             self._pending = None
 
-    def _mark(self, stream: torch.Stream | None) -> torch.Event | None:
-        return None if stream is None else stream.record_event()
+    def _mark(self) -> torch.Event | None:
+        return None if self._stream is None else self._stream.record_event()
 
 
 def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

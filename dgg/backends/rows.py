@@ -352,12 +352,7 @@ class Rows:
         return self._functions["coefficients"](squares, **settings)
 
     def measure(self, settings: Mapping[str, Any], **options: Any) -> Tensor:
-        """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
-
-        Args:
-            settings: What `coefficients` takes besides the squares.
-            options: What `norms` takes.
-        """
+        """Returns the `coefficients` that follow from `norms` in which nobody else has a part."""
         return self.coefficients(self.norms(**options), **settings)
 
     def products(self, flags: Tensor, *, replay_weight: float, scaling: Scaling) -> Tensor:
@@ -375,13 +370,7 @@ class Rows:
         return self._functions["guard_coefficients"](sums, **settings)
 
     def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options: Any) -> Tensor:
-        """Returns the `guard_coefficients` of rows whose `products` nobody else has a part in.
-
-        Args:
-            settings: What `guard_coefficients` takes besides the sums.
-            flags: What `products` takes.
-            options: The rest of what `products` takes.
-        """
+        """Returns the same with `guard_coefficients` and `products`."""
         return self.guard_coefficients(self.products(flags, **options), **settings)
 
     def update_(

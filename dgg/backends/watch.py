@@ -99,7 +99,9 @@ class MemoryWatch:
 
         ``memory`` are its arguments after the handle.
         """
-        if self._library is None or not native.takes(params):
+        # The ``.grad`` of any other class may not be torch's.
+        plain = all([type(p) in (Tensor, torch.nn.Parameter) for p in params])
+        if self._library is None or not plain:
             return None
         return native.NativeGradients(self._library, self._handle, *memory)
 
