@@ -282,7 +282,7 @@ def _update(
                 (1.0 - beta2).to(T), inv_sqrt_bias2.to(T), eps.to(T), step_size.to(T),
             )  # fmt: skip
         else:
-            numbers = (
+            numbers = (  # type: ignore[assignment]  # of another length
                 remembering, fresh, l2.to(T), lr.to(T), momentum.to(T), undamped.to(T), nesterov
             )  # fmt: skip
         for walk in tl.static_range(2):
@@ -407,7 +407,7 @@ def adam_launch_(
     )  # fmt: skip
 
 
-def sgd_launch_(*tensors: torch.Tensor | None, variant: int, **options: Any) -> None:
+def sgd_launch_(*tensors: Any, variant: int, **options: Any) -> None:
     """Runs `reference.sgd_` on the rows of one launch; arguments as in `adam_launch_`.
 
     ``hyper`` is float64 [groups, 8] with columns as in SGD_HYPER, and STATE_BIT in ``variant`` says

@@ -53,7 +53,8 @@ class LaunchedRows(TableRows):
         self._uploads = Uploads(self.device, capturable)
         self.windows = self._make_windows()
         numels = self._base_table[:, layout.NUMEL].tolist()
-        self._cut = cuts_of(numels, self.device, self.windows and self.windows.of_row)
+        windows_of_rows = None if self.windows is None else self.windows.of_row
+        self._cut = cuts_of(numels, self.device, windows_of_rows)
         self._launches: list[Launch] = []
         self._host_table: Tensor | None = None
         # Chunks and workspace of captured steps, which their graphs use for good.
