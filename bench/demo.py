@@ -82,7 +82,7 @@ def _run(arms: list[Any], options: argparse.Namespace) -> int:
     plan = jobs.SMOKE if options.smoke else jobs.FULL
     sizes, results = plan.sizes["in-domain"], jobs.Results(options.out)
     wanted = [
-        jobs.llava_job("demo", f"{arm.name}-{seed}", "in-domain", arm, sizes, seed)
+        jobs.llava_job("demo", arm.name, "in-domain", arm, sizes, seed)
         for seed in options.seeds
         for arm in arms
     ]

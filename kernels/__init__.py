@@ -3,7 +3,7 @@
 
 One launch serves all tensors of one dtype combination: it reads their addresses from a table and
 takes a program per chunk. The math stands in update.py, once; layout.py says what stands where in
-the table; chunks.py says how a chunk is found and walked; norms.py, products.py, adam.py, sgd.py
+the table; chunks.py says how a chunk is found and walked; norms.py, products.py, optimizers.py
 and guide.py hold the kernels, and launcher.py launches them.
 
 The folder is a package of its own, and this file stays, because an editable install maps
@@ -26,8 +26,8 @@ _HOMES = {
     "coefficients_launch": "norms",
     "products_launch": "products",
     "guard_coefficients_launch": "products",
-    "adam_launch_": "adam",
-    "sgd_launch_": "sgd",
+    "adam_launch_": "optimizers",
+    "sgd_launch_": "optimizers",
     "guide_launch_": "guide",
     "draw_flags_launch": "guide",
 }

@@ -13,11 +13,6 @@ differs between kernels.
 """
 
 # Annotations are what the compiler reads: no `from __future__ import annotations` in this folder.
-import contextlib
-import functools
-import struct
-
-import torch
 import triton
 import triton.language as tl
 from dgg.kernels import layout
@@ -26,14 +21,11 @@ from dgg.kernels.update import (
     CLIP,
     INJECT,
     INJECT_ELEMENTS,
-    INTERPRETED,
     SCALES,
     STREAM_ELEMENT,
-    STREAM_ROUNDING,
     element_words,
     narrow,
     narrow_by_word,
-    quads_stay_together,
     real_gradient,
     widen,
 )  # fmt: skip
@@ -74,92 +66,6 @@ TILE = tl.constexpr(1024)
 AGAIN = tl.constexpr("")
 ONCE = tl.constexpr("evict_first")
 
-_DTYPES = tuple(getattr(tl, name) for name in layout.DTYPE_NAMES)
-
-
-def pack_of(*dtypes) -> int:
-    """Returns how many neighbouring elements a thread takes.
-
-    As many as make accesses of the narrowest tensor 128 bits wide.
-    """
-    return 8 if any(dtype.primitive_bitwidth == 16 for dtype in dtypes) else 4
-
-
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    if INTERPRETED:
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
-
-
-def options_of(device: torch.device, pack: int = 4) -> dict[str, object]:
-    """Returns how a kernel is to be compiled in which a thread takes ``pack`` elements of a block.
-
-    There is nothing to keep in stages, and what is fused stands in update.py.
-    """
-    warps = max(BLOCK // (pack * _warp_size(device)), 1)
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-@functools.cache
-def dtypes_of(codes: int) -> tuple:
-    """Returns the dtypes packed in ``codes``, one of each slot, and that of the arithmetic last."""
-    slots = [codes >> layout.SLOT_BITS * slot & layout.SLOT_MASK for slot in range(layout.SLOTS)]
-    dtypes = [_DTYPES[code] for code in slots]
-    return (*dtypes, tl.float64 if dtypes[layout.PARAM_SLOT] == tl.float64 else tl.float32)
-
-
-def bits(number: float) -> int:
-    """Returns the bits of a float64: Triton would pass the number itself as float32."""
-    return struct.unpack("q", struct.pack("d", number))[0]
-
-
-def signed(number: int) -> int:
-    """Returns a 64-bit number as a kernel takes it."""
-    number &= 0xFFFFFFFFFFFFFFFF
-    return number - (1 << 64) if number >> 63 else number
-
-
-def features_of(variant: int, dtypes: tuple) -> tuple[bool | int, ...]:
-    """Returns what an update is compiled for.
-
-    Args:
-        variant: Bits as in layout.py.
-        dtypes: From `dtypes_of`; stochastic rounding is for bfloat16 alone.
-
-    Returns:
-        Anchor, elements, look-ahead, state, rounding, copy, importance, and the route.
-
-    Raises:
-        ValueError: Something is asked for that needs an anchor, without the bit for anchors; or two
-            routes.
-    """
-    anchor, elements, look_ahead, state, stochastic, copy, importance, first_moment, decoupled = (
-        bool(variant & bit)
-        for bit in (layout.ANCHOR_BIT, layout.ELEMENTS_BIT, layout.LOOK_AHEAD_BIT, layout.STATE_BIT,
-                    layout.STOCHASTIC_BIT, layout.COPY_BIT, layout.IMPORTANCE_BIT,
-                    layout.FIRST_MOMENT_BIT, layout.DECOUPLED_BIT)
-    )  # fmt: skip
-    if (elements or look_ahead or importance or first_moment or decoupled) and not anchor:
-        raise ValueError(
-            f"variant {variant}: ELEMENTS, LOOK_AHEAD, IMPORTANCE and the routes need ANCHOR, too"
-        )
-    if first_moment and decoupled:
-        raise ValueError(f"variant {variant}: FIRST_MOMENT and DECOUPLED exclude each other")
-    route = layout.BY_FIRST_MOMENT if first_moment else layout.BY_GRADIENT
-    route = layout.BY_DECOUPLED if decoupled else route
-    narrow = dtypes[layout.PARAM_SLOT] == tl.bfloat16
-    narrow = narrow or (copy and dtypes[layout.COPY_SLOT] == tl.bfloat16)
-    rounding = stochastic and narrow
-    return anchor, elements, look_ahead, state, rounding, copy, importance, route
-
-
-def on_device_of(tensor: torch.Tensor):
-    """Returns a context in which launches go to the tensor's device."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
-
 
 @triton.jit
 def number(value):
@@ -177,10 +83,24 @@ def position_of(chunks, program):
 
 
 @triton.jit
-def chunk_of(rows, chunks, program):
-    """Row of a program's chunk, and the chunk's number in it."""
+def chunk_of(
+    table, rows, chunks, grads, replays, program, HAS_REPLAY: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Row of a program's chunk and its line of the table, first element and number of elements.
+
+    Last come the addresses of the row's gradient and replay gradient, 0 where there is none.
+    """
     turn = tl.load(chunks + 2 * program.to(tl.int64) + 1)
-    return tl.load(rows + position_of(chunks, program)).to(tl.int64), turn.to(tl.int64)
+    row = tl.load(rows + position_of(chunks, program)).to(tl.int64)
+    turn = turn.to(tl.int64)
+    line = table + row * COLUMNS
+    first = turn * CHUNK
+    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
+    grad = tl.load(grads + row)
+    replay = grad * 0
+    if HAS_REPLAY:
+        replay = tl.load(replays + row)
+    return row, line, first, count, grad, replay
 
 
 @triton.jit
@@ -259,6 +179,18 @@ def read(pointer, offset, count, present, T: tl.constexpr, FAST: tl.constexpr, R
 
 
 @triton.jit
+def read_if(
+    THERE: tl.constexpr, pointer, offset, count, present,
+    T: tl.constexpr, FAST: tl.constexpr, REUSE: tl.constexpr,
+):  # fmt: skip
+    """What `read` returns; None in kernels that do without this tensor."""
+    x = None
+    if THERE:
+        x = read(pointer, offset, count, present, T, FAST, REUSE)
+    return x
+
+
+@triton.jit
 def write(pointer, offset, count, present, x, FAST: tl.constexpr, REUSE: tl.constexpr):
     """Stores what has the tensor's dtype already; see `read`."""
     mask = where_of(offset, count, present, FAST)
@@ -287,9 +219,7 @@ def read_gradient(
 @triton.jit
 def rounded(x, words, S: tl.constexpr):
     """Numbers as they are stored; words of the rounding stream are for bfloat16, else None."""
-    if words is None:
-        return narrow(x, S)
-    elif S == tl.bfloat16:
+    if words is not None and S == tl.bfloat16:
         return narrow_by_word(x, words)
     else:
         return narrow(x, S)
@@ -333,10 +263,12 @@ def weights_of(importance, weight):
 
 @triton.jit
 def words_stay_together(line):
-    """Whether four neighbours of the row share a counter; `line` is its line of the table."""
-    return quads_stay_together(
-        tl.load(line + BASE), tl.load(line + STRETCH), tl.load(line + STRIDE), tl.load(line + NUMEL)
-    )
+    """Whether four elements of a row, from a multiple of four on, have one counter among them."""
+    base = tl.load(line + BASE)
+    stretch = tl.load(line + STRETCH)
+    stride = tl.load(line + STRIDE)
+    whole = (stretch >= tl.load(line + NUMEL)) | (((stretch | stride) & 3) == 0)
+    return ((base & 3) == 0) & whole
 
 
 @triton.jit
@@ -367,22 +299,9 @@ def drawn_of(
 
 
 @triton.jit
-def rounding_of(
-    line, first, draw, seed, ROUNDING: tl.constexpr,
-    BLOCK: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Words of a block for stochastic rounding; None in kernels without."""
-    words = None
-    if ROUNDING:
-        words = words_of(line, first, draw, STREAM_ROUNDING, seed, BLOCK, PACK, FAST)
-    return words
-
-
-@triton.jit
-def add_squares(lanes, x, offset, count, FAST: tl.constexpr):
-    """Lanes plus the squares of a block; what lies beyond the end counts nothing, NaN included."""
-    x = x.to(lanes.dtype)
-    more = tl.fma(x, x, lanes)
+def add_products(lanes, x, y, offset, count, FAST: tl.constexpr):
+    """Lanes plus the products of a block; what lies beyond the end counts nothing, NaN included."""
+    more = tl.fma(x.to(lanes.dtype), y.to(lanes.dtype), lanes)
     if not FAST:
         more = tl.where(offset < count, more, lanes)
     return more

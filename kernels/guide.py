@@ -13,30 +13,23 @@ from dgg.kernels.chunks import (
     GROUP,
     IMPORTANCE,
     INDEX,
-    NUMEL,
     ONCE,
     PARAM,
-    bits,
     chunk_of,
     draw_of,
     drawn_of,
-    dtypes_of,
     factor_of,
     guidance_of,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
-    read,
     read_gradient,
-    signed,
+    read_if,
     stream,
     weights_of,
     whole_blocks,
     words_stay_together,
     write,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK, GUIDE_HYPER
 from dgg.kernels.update import (
     BY_GRADIENT,
@@ -84,14 +77,9 @@ def _guide_chunk(
             g_pointer, r_pointer, grad, replay, offset, count, replay_weight, T, HAS_REPLAY,
             FAST, ONCE,
         )  # fmt: skip
-        p = None
-        a = None
-        if HAS_ANCHOR:
-            p = read(p_pointer, offset, count, guided, T, FAST, AGAIN)
-            a = read(a_pointer, offset, count, guided, T, FAST, ONCE)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, weighing, T, FAST, ONCE)
+        p = read_if(HAS_ANCHOR, p_pointer, offset, count, guided, T, FAST, AGAIN)
+        a = read_if(HAS_ANCHOR, a_pointer, offset, count, guided, T, FAST, ONCE)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, ONCE)
         total, _, _ = guided_gradient(
             h, p, a, f, rest, weight, factor, pull, guided, drawn, BY_GRADIENT
         )
@@ -107,14 +95,9 @@ def guide_kernel(
     HAS_IMPORTANCE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; one with nothing to change changes nothing."""
-    row, place = chunk_of(rows, chunks, tl.program_id(0))
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, tl.program_id(0), HAS_REPLAY, CHUNK
+    )
     factor = factor_of(coefficients, grad_scale)
     param = grad * 0
     anchor = param
@@ -183,13 +166,12 @@ def guide_launch_(
     elements = anchored and bool(variant & layout.ELEMENTS_BIT)
     weighted = anchored and bool(variant & layout.IMPORTANCE_BIT)
     pack = pack_of(p, g, r, a, *([f] if weighted else []))
-    with on_device_of(table):
-        guide_kernel[(chunks.shape[0],)](
-            table, rows, chunks, grads, replays, coefficients, flags, hyper, grad_scale, found_inf,
-            draw_index, bits(replay_weight), signed(seed), signed(draw), bits(importance),
-            p, g, r, a, f, t, replays.shape[0] > 0, anchored, elements, weighted, chunk,
-            min(BLOCK, chunk), pack, **options_of(table.device, pack),
-        )  # fmt: skip
+    guide_kernel.launch(
+        chunks.shape[0], table, rows, chunks, grads, replays, coefficients, flags, hyper,
+        grad_scale, found_inf, draw_index, bits(replay_weight), seed, draw, bits(importance),
+        p, g, r, a, f, t, replays.shape[0] > 0, anchored, elements, weighted, chunk,
+        min(BLOCK, chunk), pack, pack=pack,
+    )  # fmt: skip
 
 
 @kernel
@@ -238,14 +220,12 @@ def draw_flags_launch(
         draw_index: int64, one element.
         flags: uint8 [n]; the bits for injection are set, the others stay.
         gate: uint8 [1]; set to whether any row injects.
-        seed: Seed of the draws.
+        seed: Seed of the draws, as the int64 of the same bits.
         granularity: As numbered in layout.py.
         threshold_column: Column of ``hyper`` with floor(alpha 2**32).
         strength_column: Column of ``hyper`` with the strength; rows with 0 do not inject.
     """
-    with on_device_of(table):
-        draw_flags_kernel[(1,)](
-            table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
-            threshold_column, strength_column, signed(seed), granularity, BLOCK,
-            **options_of(table.device),
-        )  # fmt: skip
+    draw_flags_kernel.launch(
+        1, table, hyper, draw_index, flags, gate, table.shape[0], hyper.shape[1],
+        threshold_column, strength_column, seed, granularity, BLOCK,
+    )  # fmt: skip

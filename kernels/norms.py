@@ -14,27 +14,23 @@ from dgg.kernels.chunks import (
     NUMEL,
     PARAM,
     TILE,
-    add_squares,
-    bits,
+    add_products,
     chunk_of,
-    dtypes_of,
     is_last,
     is_last_of_row,
     is_reliable,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     position_of,
     read,
     read_gradient,
+    read_if,
     stream,
     sum_of_row,
     tree_sum,
     weights_of,
     whole_blocks,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.update import (
     CLIP,
@@ -52,11 +48,13 @@ from dgg.kernels.update import (
 # that loads would not keep the memory busy.
 AHEAD = tl.constexpr(4)
 
-# Bits of `settings`: what is made of the squares; FINISH is for a norm pass that makes it.
+# Bits of `settings`: what is made of the squares; FINISH is for a norm pass that makes it, MAXIMIZE
+# for products alone.
 CLIPPED = tl.constexpr(1)
 SCALING = tl.constexpr(2)
 PER_TENSOR = tl.constexpr(4)
 FINISH = tl.constexpr(8)
+MAXIMIZE = tl.constexpr(16)
 
 
 @triton.jit
@@ -80,8 +78,8 @@ def _add_gradients(
             FAST, AGAIN,
         )  # fmt: skip
         if HAS_REPLAY:
-            total = add_squares(total, h, offset, count, FAST)
-        real = add_squares(real, g, offset, count, FAST)
+            total = add_products(total, h, h, offset, count, FAST)
+        real = add_products(real, g, g, offset, count, FAST)
     return total, real
 
 
@@ -104,11 +102,9 @@ def _add_differences(
         offset = place + tl.arange(0, BLOCK)
         p = read(p_pointer, offset, count, None, T, FAST, AGAIN)
         a = read(a_pointer, offset, count, None, T, FAST, AGAIN)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, importance != 0, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
-        lanes = add_squares(lanes, u, offset, count, FAST)
+        lanes = add_products(lanes, u, u, offset, count, FAST)
     return lanes
 
 
@@ -169,14 +165,6 @@ def _make_coefficients(squares, out, n, max_grad_norm, settings):
             distance_norm = tl.sqrt(tl.load(squares + 2 * n + offset, mask=in_table, other=0.0))
             scales = _scale(clip, grad_norm, distance_norm)
         tl.store(out + SCALES + offset, scales, mask=in_table)
-
-
-@triton.jit
-def _asked(which, gate):
-    """What is to be computed; while no row injects, the device's gate leaves only ||h||."""
-    if gate is not None:
-        which = tl.where(tl.load(gate) != 0, which, which & NORM_TOTAL)
-    return which
 
 
 @triton.jit
@@ -244,18 +232,14 @@ def norms_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program per chunk; a row's last one sums its chunks, the last row's the rows."""
-    which = _asked(which, gate)
+    if gate is not None:  # the device's own; while no row injects, it leaves only ||h||
+        which = tl.where(tl.load(gate) != 0, which, which & NORM_TOTAL)
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = program_from_the_end()
-    row, place = chunk_of(rows, chunks, program)
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, program, HAS_REPLAY, CHUNK
+    )
     active = (grad | replay) != 0
 
     if active & (count > 0) & ((which & (NORM_TOTAL | NORM_GRAD)) != 0):
@@ -331,29 +315,15 @@ def norms_launch(
 ) -> None:  # fmt: skip
     """Computes `reference.norms` of the rows of one launch, and what follows from all squares.
 
-    Args:
-        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
-        rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
-        starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [5, m], workspace.
-        counters: int32 [k + 1], workspace, zero between launches.
-        grads: int64 [n], addresses of the gradients, 0 for None.
-        replays: int64 [n] or [0], likewise.
-        distances: float64 [n], known squares or negative; those measured are stored.
-        squares: float64 [3, n], the result; written for the rows of the launch.
-        gate: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed.
-        grad_scale: float32, one element, or None; divisor of the gradients.
-        out: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
-            rows of other launches having been written before.
-        dtypes: The rows' dtype codes, 4 bits each.
-        replay_weight: w of equation (1).
-        which: Bits of `reference.NORM_TOTAL` and its like.
-        max_grad_norm: As in `coefficients_launch`; the same for those that follow.
-        scaling: Of no interest without ``out``.
-        per_tensor: Likewise.
-        importance: i of equation (3); rows that have an importance are measured by it.
-        chunk: Elements of a chunk, a power of two.
+    Arguments are those of `adam_launch_`, and, with ``out``, of `coefficients_launch`, and
+
+    - ``distances``: float64 [n], known squares or negative; those measured are stored;
+    - ``squares``: float64 [3, n], the result; written for the rows of the launch;
+    - ``gate``: uint8 [1] or None; where it holds 0, only NORM_TOTAL is computed;
+    - ``out``: float64 [4 + n] or None; what `coefficients_launch` would make of ``squares``, the
+      rows of other launches having been written before;
+    - ``which``: bits of `reference.NORM_TOTAL` and its like;
+    - ``importance``: i of equation (3); rows that have an importance are measured by it.
     """
     p, g, r, _, _, _, a, _, f, t = dtypes_of(dtypes)
     n, m = table.shape[0], chunks.shape[0]
@@ -365,14 +335,12 @@ def norms_launch(
         out = squares
     else:
         settings |= FINISH.value
-    with on_device_of(table):
-        norms_kernel[(m,)](
-            table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
-            gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
-            bits(max_grad_norm or 0.0), settings, bits(importance),
-            p, g, r, a, f, t, replayed, weighted, chunk, min(BLOCK, chunk),
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    norms_kernel.launch(
+        m, table, rows, chunks, starts, partials, counters, grads, replays, distances, squares,
+        gate, grad_scale, out, n, m, rows.shape[0], which, bits(replay_weight),
+        bits(max_grad_norm or 0.0), settings, bits(importance),
+        p, g, r, a, f, t, replayed, weighted, chunk, min(BLOCK, chunk), pack=pack,
+    )  # fmt: skip
 
 
 @kernel
@@ -381,10 +349,14 @@ def coefficients_kernel(squares, out, n, max_grad_norm: tl.int64, settings):
     _make_coefficients(squares, out, n.to(tl.int64), max_grad_norm, settings)
 
 
-def settings_of(max_grad_norm: float | None, scaling: bool, per_tensor: bool) -> int:
+def settings_of(
+    max_grad_norm: float | None, scaling: bool, per_tensor: bool, maximize: bool = False
+) -> int:
     """Returns the bits that tell a kernel what to make of the squares."""
-    chosen = {CLIPPED: max_grad_norm is not None, SCALING: scaling, PER_TENSOR: per_tensor}
-    return sum(bit.value for bit, there in chosen.items() if there)
+    settings = CLIPPED.value if max_grad_norm is not None else 0
+    settings |= SCALING.value if scaling else 0
+    settings |= PER_TENSOR.value if per_tensor else 0
+    return settings | (MAXIMIZE.value if maximize else 0)
 
 
 def coefficients_launch(
@@ -400,9 +372,7 @@ def coefficients_launch(
         scaling: False gives scales of 1.
         per_tensor: Norms of equation (4) per tensor.
     """
-    with on_device_of(squares):
-        coefficients_kernel[(1,)](
-            squares, out, squares.shape[1], bits(max_grad_norm or 0.0),
-            settings_of(max_grad_norm, scaling, per_tensor),
-            **options_of(squares.device),
-        )  # fmt: skip
+    settings = settings_of(max_grad_norm, scaling, per_tensor)
+    coefficients_kernel.launch(
+        1, squares, out, squares.shape[1], bits(max_grad_norm or 0.0), settings
+    )

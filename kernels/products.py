@@ -16,28 +16,26 @@ from dgg.kernels.chunks import (
     NUMEL,
     PARAM,
     TILE,
-    bits,
+    add_products,
     chunk_of,
-    dtypes_of,
     is_last,
     is_last_of_row,
     is_reliable,
     number,
-    on_device_of,
-    options_of,
-    pack_of,
     position_of,
     read,
+    read_if,
     stream,
     sum_of_row,
     tree_sum,
     weights_of,
     whole_blocks,
 )  # fmt: skip
-from dgg.kernels.launcher import kernel
+from dgg.kernels.launcher import bits, dtypes_of, kernel, pack_of
 from dgg.kernels.layout import CHUNK
 from dgg.kernels.norms import (
     FINISH,
+    MAXIMIZE,
     PER_TENSOR,
     clip_of,
     program_from_the_end,
@@ -64,21 +62,9 @@ REPLAY = tl.constexpr(layout.REPLAY)
 H_DOT_R = tl.constexpr(layout.H_DOT_R)
 U_DOT_R = tl.constexpr(layout.U_DOT_R)
 
-# A bit of `settings` beside those of norms.py.
-MAXIMIZE = tl.constexpr(16)
-
 # A sum that float32 has spoiled is formed again in blocks so many times shorter: five sums in
 # float64 of whole ones would take registers from the walk that every chunk goes through.
 SHORTER = tl.constexpr(4)
-
-
-@triton.jit
-def _add(lanes, x, y, offset, count, FAST: tl.constexpr):
-    """Lanes plus the products of a block; what lies beyond the end counts nothing, NaN included."""
-    more = tl.fma(x.to(lanes.dtype), y.to(lanes.dtype), lanes)
-    if not FAST:
-        more = tl.where(offset < count, more, lanes)
-    return more
 
 
 @triton.jit
@@ -109,16 +95,14 @@ def _add_products(
             c = read(c_pointer, offset, count, guided & (copy != 0), T, FAST, AGAIN)
             p = adopted(p, c, copy, C, T)
         a = read(a_pointer, offset, count, guided, T, FAST, AGAIN)
-        f = None
-        if HAS_IMPORTANCE:
-            f = read(f_pointer, offset, count, weighing, T, FAST, AGAIN)
+        f = read_if(HAS_IMPORTANCE, f_pointer, offset, count, weighing, T, FAST, AGAIN)
         u = weighted_difference(p, a, f, rest, weight)
-        hh = _add(hh, h, h, offset, count, FAST)
-        uu = _add(uu, u, u, offset, count, FAST)
+        hh = add_products(hh, h, h, offset, count, FAST)
+        uu = add_products(uu, u, u, offset, count, FAST)
         if HAS_REPLAY:
-            rr = _add(rr, r, r, offset, count, FAST)
-            hr = _add(hr, h, r, offset, count, FAST)
-            ur = _add(ur, u, r, offset, count, FAST)
+            rr = add_products(rr, r, r, offset, count, FAST)
+            hr = add_products(hr, h, r, offset, count, FAST)
+            ur = add_products(ur, u, r, offset, count, FAST)
     return hh, uu, rr, hr, ur
 
 
@@ -238,14 +222,9 @@ def products_kernel(
     slots = slots.to(tl.int64)
     n = n.to(tl.int64)
     program = program_from_the_end()
-    row, place = chunk_of(rows, chunks, program)
-    line = table + row * COLUMNS
-    first = place * CHUNK
-    count = tl.minimum(tl.load(line + NUMEL) - first, CHUNK).to(tl.int32)
-    grad = tl.load(grads + row)
-    replay = grad * 0
-    if HAS_REPLAY:
-        replay = tl.load(replays + row)
+    row, line, first, count, grad, replay = chunk_of(
+        table, rows, chunks, grads, replays, program, HAS_REPLAY, CHUNK
+    )
 
     if ((grad | replay) != 0) & (count > 0):
         guided = _is_guided(row, line, flags)
@@ -322,55 +301,38 @@ def products_launch(
 ) -> None:  # fmt: skip
     """Computes `reference.products` of the rows of one launch, and what follows from all of them.
 
-    Args:
-        table: int64 [n, 15], on the device as everything here; columns as in csrc/table.h.
-        rows: int32 [k], rows of the table that this launch is about.
-        chunks: int32 [m, 2], position in ``rows`` and number within the row; each row has one.
-        starts: int32 [k + 1], first chunk of the row at each position.
-        partials: float64 [5, m], workspace.
-        counters: int32 [k + 1], workspace, zero between launches.
-        grads: int64 [n], addresses of the gradients, 0 for None.
-        replays: int64 [n] or [0], likewise.
-        flags: uint8 [n]; rows with the bit INJECT and an anchor are guided.
-        products: float64 [6, n], the result; written for the rows of the launch.
-        grad_scale: float32, one element, or None; divisor of the gradients.
-        out: float64 [4 + n + 2] or None; what `guard_coefficients_launch` would make of
-            ``products``, the rows of other launches having been written before.
-        dtypes: The rows' dtype codes, 4 bits each. With master weights, whose copies have another
-            dtype, a parameter that is not the rounding of its master counts in its place.
-        replay_weight: w of equation (1).
-        importance: i of equation (3).
-        max_grad_norm: As in `guard_coefficients_launch`; the same for those that follow.
-        per_tensor: Of no interest without ``out``.
-        maximize: Likewise.
-        chunk: Elements of a chunk, a power of two.
+    With master weights, whose copies have another dtype, a parameter that is not the rounding of
+    its master counts in its place. Arguments are those of `adam_launch_`, and, with ``out``, of
+    `guard_coefficients_launch`, and
+
+    - ``flags``: uint8 [n]; rows with the bit INJECT and an anchor are guided;
+    - ``products``: float64 [6, n], the result; written for the rows of the launch;
+    - ``out``: float64 [4 + n + 2] or None; what `guard_coefficients_launch` would make of
+      ``products``, the rows of other launches having been written before;
+    - ``importance``: i of equation (3).
     """
     p, g, r, _, _, _, a, c, f, t = dtypes_of(dtypes)
     weighted, copied = importance != 0, c != p
     pack = pack_of(p, g, r, a, *([f] if weighted else []), *([c] if copied else []))
-    settings = _settings(max_grad_norm, per_tensor, maximize)
+    settings = settings_of(max_grad_norm, False, per_tensor, maximize)
     if out is None:  # the same variant, which then writes nowhere
         out = products
     else:
         settings |= FINISH.value
-    with on_device_of(table):
-        products_kernel[(chunks.shape[0],)](
-            table, rows, chunks, starts, partials, counters, grads, replays, flags, products,
-            grad_scale, out, table.shape[0], chunks.shape[0], rows.shape[0], bits(replay_weight),
-            bits(max_grad_norm or 0.0), settings, bits(importance),
-            p, g, r, a, c, f, t, replays.shape[0] > 0, weighted, copied, chunk, min(BLOCK, chunk),
-            **options_of(table.device, pack),
-        )  # fmt: skip
+    m = chunks.shape[0]
+    products_kernel.launch(
+        m, table, rows, chunks, starts, partials, counters, grads, replays, flags, products,
+        grad_scale, out, table.shape[0], m, rows.shape[0], bits(replay_weight),
+        bits(max_grad_norm or 0.0), settings, bits(importance),
+        p, g, r, a, c, f, t, replays.shape[0] > 0, weighted, copied, chunk, min(BLOCK, chunk),
+        pack=pack,
+    )  # fmt: skip
 
 
 @kernel
 def guard_coefficients_kernel(products, out, n, max_grad_norm: tl.int64, settings):
     """One program: for products that have been summed over ranks since."""
     _make_guard(products, out, n.to(tl.int64), max_grad_norm, settings)
-
-
-def _settings(max_grad_norm: float | None, per_tensor: bool, maximize: bool) -> int:
-    return settings_of(max_grad_norm, False, per_tensor) | (MAXIMIZE.value if maximize else 0)
 
 
 def guard_coefficients_launch(
@@ -386,9 +348,7 @@ def guard_coefficients_launch(
         per_tensor: Equation (7) for every tensor by itself.
         maximize: The objective is ascended: h and r change sign, u does not.
     """
-    with on_device_of(products):
-        guard_coefficients_kernel[(1,)](
-            products, out, products.shape[1], bits(max_grad_norm or 0.0),
-            _settings(max_grad_norm, per_tensor, maximize),
-            **options_of(products.device),
-        )  # fmt: skip
+    settings = settings_of(max_grad_norm, False, per_tensor, maximize)
+    guard_coefficients_kernel.launch(
+        1, products, out, products.shape[1], bits(max_grad_norm or 0.0), settings
+    )

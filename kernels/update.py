@@ -134,13 +134,6 @@ def unsharded_index(first, offset, base, stretch, stride, numel):
 
 
 @triton.jit
-def quads_stay_together(base, stretch, stride, numel):
-    """Whether four elements from a multiple of four on have one counter among them."""
-    whole = (stretch >= numel) | (((stretch | stride) & 3) == 0)
-    return ((base & 3) == 0) & whole
-
-
-@triton.jit
 def words_of_index(index, draw, stream, seed):
     """The four words of the counters that row-major indices belong to."""
     counter = index >> 2

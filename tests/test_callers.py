@@ -288,7 +288,7 @@ def test_a_kernel_that_keeps_its_spills_is_about_the_users_line():
 
     declared = types.SimpleNamespace(fn=function, run=run, __name__="adam_kernel")
     with pytest.warns(UserWarning, match="adam_kernel keeps registers.*out of regis") as heard:
-        launcher.Kernel(declared, [])[(1,)](torch.ones(1))
+        launcher.Kernel(declared, []).launch(1, torch.ones(1))
     assert heard[0].filename == __file__
 
 

@@ -1012,17 +1012,10 @@ def test_a_first_step_without_any_gradient_warns():
 
 def test_launches_go_to_the_device_of_their_tensors(monkeypatch):
     """Triton launches on the current device, which need not be the one that the tensors are on."""
-    chunks = pytest.importorskip("dgg.kernels.chunks")
-    outside, inside = [], 0
-    for path in pathlib.Path(chunks.__file__).parent.glob("*.py"):
+    launcher = pytest.importorskip("dgg.kernels.launcher")
+    launches, outside = 0, []
+    for path in pathlib.Path(launcher.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text())
-        guarded = [
-            node
-            for block in ast.walk(tree)
-            if isinstance(block, ast.With)
-            and any(ast.unparse(item).startswith("on_device_of(") for item in block.items)
-            for node in ast.walk(block)
-        ]
         # What all launches go through, and so none of its own.
         passing = [
             node
@@ -1031,26 +1024,28 @@ def test_launches_go_to_the_device_of_their_tensors(monkeypatch):
             for node in ast.walk(kernel)
         ]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                if node in passing:
-                    continue
-                if node in guarded:
-                    inside += 1
-                else:
-                    outside.append(f"{path.name}:{node.lineno}")
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Subscript) and node not in passing:
+                outside.append(f"{path.name}:{node.lineno}")
+            launches += isinstance(node.func, ast.Attribute) and node.func.attr == "launch"
     assert not outside
-    assert inside >= 6
+    assert launches >= 6
 
-    entered = []
+    inside, started = [], []
 
     class Module:
+        @contextlib.contextmanager
         def device(device):
-            entered.append(device)
-            return contextlib.nullcontext()
+            inside.append(device)
+            yield
+            inside.pop()
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
-    there = types.SimpleNamespace(device=torch.device("cuda", 1))
-    with chunks.on_device_of(there):
-        assert entered == [torch.device("cuda", 1)]
-    with chunks.on_device_of(torch.ones(1)):
-        assert len(entered) == 1
+    declared = types.SimpleNamespace(
+        fn=lambda: None, run=lambda *_, **__: started.append(list(inside))
+    )
+    kernel, there = launcher.Kernel(declared, []), torch.device("cuda", 1)
+    kernel.launch(1, types.SimpleNamespace(device=there))
+    kernel.launch(1, torch.ones(1))
+    assert started == [[there], []] and not inside

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_its_arms_are_those_of_the_study(monkeypatch):
 
     stored = json.loads((BENCH / "results" / "study-2026-11-30.json").read_text(encoding="utf-8"))
     for arm in protocol.DEMO_ARMS:
-        assert arm.as_dict() == stored["in-domain"][arm.name]["0"]["arm"]
+        assert asdict(arm) == stored["in-domain"][arm.name]["0"]["arm"]
 
 
 @pytest.mark.slow
@@ -209,7 +210,8 @@ def test_answerer_is_the_model(minivqa):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     right = (slow.argmax(-1) == answers).float().mean().item()
-    assert model.accuracy(answer, prompts, features, answers, chunk=5) == pytest.approx(100 * right)
+    rows = (prompts, features, answers)
+    assert model.accuracy(answer, rows, chunk=5) == pytest.approx(100 * right)
 
 
 def test_cameras_shift_names_only(minivqa):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -114,7 +115,7 @@ def test_the_committed_study_again(row):
 def test_few_or_equal_differences():
     one = paired.compare([2.0])
     assert (one.n, one.mean, one.t, one.p, one.p_sign_flip, one.wins) == (1, 2.0, None, None, 1, 1)
-    assert one.as_dict()["low"] is None  # NaN is no JSON
+    assert math.isnan(one.low) and math.isnan(one.high) and math.isnan(one.error)
     same = paired.compare([0.0, 0.0, 0.0])
     assert (same.p, same.p_sign_flip, same.ties, same.low, same.high) == (None, 1, 3, 0, 0)
     with pytest.raises(ValueError, match="finite"):
@@ -664,6 +665,9 @@ def test_interrupted_and_resumed(llava, tmp_path):
     assert 0 < len(before) < 8
     text = _finish(out, *ARMS)
     assert f"tuning: {len(before)} runs are finished already" in text and "s left" in text
+    # What is left is what these arms need, and not those of the whole study.
+    for last in (rf"{8 - len(before)}/{8 - len(before)}\] tuning", r"6/6\] in-domain"):
+        assert re.search(rf"^\[ +{last}.* 0 s left$", text, re.M)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     found = _files(out)
     assert len(found) == 14  # 2 families, 2 points, 2 beds, 1 seed; then 2 arms, 3 seeds
@@ -672,7 +676,7 @@ def test_interrupted_and_resumed(llava, tmp_path):
 
     plan = replace(jobs.SMOKE, arms=("replay", "guard50"))
     for job in jobs.test_jobs(plan, jobs.Results(out), "in-domain")[-2:]:
-        result = jobs.execute(job, tmp_path / "x.pt", lambda stage, step: None, lambda: False)
+        result = jobs.execute(job, tmp_path / "x.pt", lambda: False)
         (tmp_path / "x.pt").unlink()
         assert {**json.loads(json.dumps(result)), "seconds": 0} == {**found[job.path], "seconds": 0}
     # The report, and its pictures.
@@ -970,6 +974,7 @@ def test_arms_of_the_protocol():
         "other": {"lr": 6e-3, "strength": 1.0},
     }  # fmt: skip
     compared = {arm.name: arm for arm in protocol.test_arms(values, {"other": "spd"})}
+    assert tuple(compared) == protocol.COMPARED
     assert compared.keys() == {p for pair in (protocol.PRIMARY, *protocol.SECONDARY) for p in pair}
     assert all(arm.replay and not arm.joint for arm in compared.values())
     assert [compared[g].options for g in ("guard0", "guard50", "guard100")] == [
@@ -981,9 +986,13 @@ def test_arms_of_the_protocol():
     assert (compared["other"].kind, compared["l2sp"].options) == ("spd", {"strength": 0.3})
     import methods
 
-    with_fisher = {name for name in methods.METHODS if protocol.fixed_options(name)}
+    with_fisher = protocol.FIXED_OPTIONS.keys()
     assert with_fisher == {"ewc", "online_ewc", "perturb_and_merge"}
+    for name, make in methods.METHODS.items():  # subclasses hand on what the class below names
+        signatures = [inspect.signature(kind.__init__).parameters for kind in make.__mro__[:-1]]
+        assert any("coverage" in each for each in signatures) == (name in with_fisher)
     bounds = {arm.name: arm for arm in protocol.bound_arms(values)}
+    assert tuple(bounds) == protocol.BOUNDS
     assert bounds["joint"].joint and not any(arm.replay for arm in bounds.values())
     assert bounds["guidance"].options == {"alpha": 0.1}
 

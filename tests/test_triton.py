@@ -892,3 +892,14 @@ def test_reasons_for_being_unavailable(monkeypatch):
 def test_unknown_names_are_missing():
     with pytest.raises(AttributeError, match="no attribute 'adam'"):
         kernels.__getattr__("adam")
+
+
+def test_coefficients_with_constants_that_have_no_hash(monkeypatch):
+    """As those of Triton 3.4."""
+    from triton import language as tl
+
+    monkeypatch.setattr(tl.constexpr, "__hash__", None)
+    squares, out = torch.ones(3, 2, dtype=F64), torch.empty(reference.SCALES + 2, dtype=F64)
+    settings = {"max_grad_norm": 0.5, "scaling": True, "per_tensor": True}
+    kernels.coefficients_launch(squares, out, **settings)
+    torch.testing.assert_close(out, reference.coefficients(squares, **settings))

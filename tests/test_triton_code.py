@@ -257,13 +257,13 @@ def pairs():
 
 def record(launch, target):
     """Runs a launch; returns what it would have started: kernel, arguments, options."""
-    from dgg.kernels import chunks
+    from dgg.kernels import launcher
     from triton.runtime.jit import JITFunction
 
     from dgg import kernels
 
     started = []
-    chunks._warp_size = lambda device: 64 if target.startswith("gfx") else 32
+    launcher._warp_size = lambda device: 64 if target.startswith("gfx") else 32
 
     def run(self, *args, grid, warmup, **options):
         started.append((self, dict(zip(self.arg_names, args, strict=True)), options))

@@ -60,7 +60,7 @@ def main():
         return run(self, *arguments, **options)
 
     triton.runtime.jit.JITFunction.run = counted
-    from dgg.kernels import adam, guide, layout, norms, products, sgd
+    from dgg.kernels import guide, layout, norms, optimizers, products
 
     from dgg import kernels
 
@@ -116,7 +116,7 @@ def main():
         )  # fmt: skip
     functions = (
         norms.norms_kernel, norms.coefficients_kernel, products.products_kernel,
-        products.guard_coefficients_kernel, adam.adam_kernel, sgd.sgd_kernel,
+        products.guard_coefficients_kernel, optimizers.adam_kernel, optimizers.sgd_kernel,
         guide.guide_kernel, guide.draw_flags_kernel,
     )  # fmt: skip
     compiled = {

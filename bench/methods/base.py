@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What every comparison method is: the hooks that a training loop calls, and checked numbers.
 
-A step of the loop: before_forward, forward and backward, after_forward, clip_grad_norm_,
-edit_gradients, optimizer.step, after_step. Around a task: begin_task before its first step,
-end_task behind its last one. What a method adds to gradients is thus outside of the clipping.
+`Method.step` is a step of the loop. Around a task: begin_task before its first step, end_task
+behind its last one. What a method adds to gradients is thus outside of the clipping.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ class Method:
         optimizer: Steps these parameters (no guidance, no clipping of its own).
         loss_of: Returns the mean loss of a batch, with its graph. What a batch is, the loop knows.
         logits_of: Returns the logits (items, classes) of a batch.
+
+    Subclasses hand these five on as `*loop`; what they add are keywords.
     """
 
     #: The points at which the knob of the method is tuned: a keyword and its values.
@@ -56,6 +57,29 @@ class Method:
         self.model, self.named, self.optimizer = model, dict(named), optimizer
         self.loss_of, self.logits_of = loss_of, logits_of
         self.parameters: list[nn.Parameter] = list(named.values())
+
+    def step(self, batch: Any, old: Any = None, max_grad_norm: float = math.inf) -> Tensor:
+        """Trains one step with all hooks; returns the loss.
+
+        Args:
+            batch: What is trained on, replayed rows included.
+            old: The replayed rows alone; None: there are none.
+            max_grad_norm: What the gradients are clipped to before they are edited.
+        """
+        self.optimizer.zero_grad()
+        self.before_forward()
+        loss = self.loss_of(batch)
+        loss.backward()
+        replay = None
+        if self.needs_replay_gradients and old is not None:
+            replay = list(torch.autograd.grad(self.loss_of(old), self.parameters))
+        self.after_forward()
+        if max_grad_norm < math.inf:
+            nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        self.edit_gradients(replay)
+        self.optimizer.step()
+        self.after_step()
+        return loss
 
     # -- the hooks ---------------------------------------------------------------------------------
 
@@ -99,23 +123,21 @@ class Method:
     # -- for the methods ---------------------------------------------------------------------------
 
     def require(
-        self, name: str, value: float, low: float, high: float = math.inf, *,
-        whole: bool = False, beyond_low: bool = False, below_high: bool = False,
+        self, name: str, value: float | None, span: str, *, whole: bool = False,
+        optional: bool = False,
     ) -> Any:  # fmt: skip
-        """Returns a hyper-parameter that is a number in its range, or raises an error naming it."""
+        """Returns a hyper-parameter in its span, as "[0, 1)", or raises an error naming it."""
+        if optional and value is None:
+            return None
         owner = type(self).__name__
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = "a whole number" if whole else "a number"
             raise TypeError(f"{owner}: {name} must be {kind}, not {value!r}")
-        above = value > low if beyond_low else value >= low
-        below = value < high if below_high or high == math.inf else value <= high
+        low, high = map(float, span[1:-1].split(","))
+        above = value >= low if span[0] == "[" else value > low
+        below = value <= high if span[-1] == "]" else value < high
         if not (above and below):
-            left, right = "([", ")]"
-            opened = left[not beyond_low] + f"{low:g}, {high:g}"
-            raise ValueError(
-                f"{owner}: {name} must lie in "
-                f"{opened}{right[not (below_high or high == math.inf)]}, not {value!r}"
-            )
+            raise ValueError(f"{owner}: {name} must lie in {span}, not {value!r}")
         return value
 
     def require_choice(self, name: str, value: str, choices: Sequence[str]) -> str:
@@ -165,17 +187,12 @@ class Drawing(Method):
     """A method that draws random numbers, from a generator of its own.
 
     Args:
-        model: As for every method, and so on.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         seed: Of the draws.
     """
 
-    def __init__(self, model, named, optimizer, loss_of, logits_of, *, seed: int = 0) -> None:
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.require("seed", seed, 0, whole=True)
+    def __init__(self, *loop: Any, seed: int = 0) -> None:
+        super().__init__(*loop)
+        self.require("seed", seed, "[0, inf)", whole=True)
         self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:

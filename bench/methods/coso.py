@@ -41,11 +41,7 @@ class CoSO(Method):
     """Projects gradients and steps off the directions of old tasks' gradients.
 
     Args:
-        model: See `Method`.
-        named: See `Method`; matrices of them are projected.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; of `named` matrices are projected.
         threshold: Share of a sketch's energy that M takes over.
         rank: Leading directions of a gradient that enter the sketch.
         sketch_rank: Columns of a sketch.
@@ -56,14 +52,14 @@ class CoSO(Method):
     kept: ClassVar[tuple[str, ...]] = ("bases",)
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
+        self, *loop: Any,
         threshold: float = 0.98, rank: int = 8, sketch_rank: int = 16, gap: int = 1,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.threshold = self.require("threshold", threshold, 0, 1, beyond_low=True)
-        self.rank = self.require("rank", rank, 1, whole=True)
-        self.sketch_rank = self.require("sketch_rank", sketch_rank, 1, whole=True)
-        self.gap = self.require("gap", gap, 1, whole=True)
+        super().__init__(*loop)
+        self.threshold = self.require("threshold", threshold, "(0, 1]")
+        self.rank = self.require("rank", rank, "[1, inf)", whole=True)
+        self.sketch_rank = self.require("sketch_rank", sketch_rank, "[1, inf)", whole=True)
+        self.gap = self.require("gap", gap, "[1, inf)", whole=True)
         # Name → whether M meets the columns.
         self.sides = {
             name: p.shape[0] <= sketch_rank and p.shape[1] > p.shape[0]

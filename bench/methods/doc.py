@@ -37,11 +37,7 @@ class DOC(Method):
     """Removes old components, which it tracks, from the gradients.
 
     Args:
-        model: See `Method`; the forward pass must call its layers.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; the forward pass must call the layers of `model`.
         k_start: Components that the first task may have.
         k_add: Components that each further task may add; None: as many as k_start.
         drift_eps: Share of the rest from which on components drift.
@@ -58,19 +54,19 @@ class DOC(Method):
     )  # fmt: skip
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        k_start: int = 48, k_add: int | None = None, drift_eps: float = 0.02,
+        self, *loop: Any, k_start: int = 48, k_add: int | None = None, drift_eps: float = 0.02,
         add_eps: float = 0.1, amnesia: float = 2.0, max_drift: float = 0.1,
         drift_power: float = 0.5,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.k_start = self.require("k_start", k_start, 1, whole=True)
-        self.k_add = self.require("k_add", k_start if k_add is None else k_add, 0, whole=True)
-        self.add_eps = self.require("add_eps", add_eps, 0, 1)
-        self.drift_eps = self.require("drift_eps", drift_eps, 0, add_eps)
-        self.amnesia = self.require("amnesia", amnesia, 0)
-        self.max_drift = self.require("max_drift", max_drift, 0, 1)
-        self.drift_power = self.require("drift_power", drift_power, 0)
+        super().__init__(*loop)
+        self.k_start = self.require("k_start", k_start, "[1, inf)", whole=True)
+        k_add = k_start if k_add is None else k_add
+        self.k_add = self.require("k_add", k_add, "[0, inf)", whole=True)
+        self.add_eps = self.require("add_eps", add_eps, "[0, 1]")
+        self.drift_eps = self.require("drift_eps", drift_eps, f"[0, {add_eps}]")
+        self.amnesia = self.require("amnesia", amnesia, "[0, inf)")
+        self.max_drift = self.require("max_drift", max_drift, "[0, 1]")
+        self.drift_power = self.require("drift_power", drift_power, "[0, inf)")
         layers = trained_linears(self.model, self.named)
         if not layers:
             raise ValueError("DOC: no linear layer has its weight in named")
@@ -133,18 +129,18 @@ class DOC(Method):
 
     def increment(self) -> Tensor:
         """Returns h, before it is normalised."""
-        return torch.cat([self._increment(*place) for place in self._places])
-
-    def _increment(self, name: str, first: str | None) -> Tensor:
-        layer = self._layers[name]
-        weight = self.named[layer.weight]
-        h = _gradient(weight) @ self._mean_input(name)
-        if layer.bias is not None:
-            h = h + _gradient(self.named[layer.bias])
-        if first is not None:
-            inner = _gradient(self.named[self._layers[first].weight]) @ self._mean_input(first)
-            h = h + weight.detach() @ inner
-        return h
+        parts = []
+        for name, first in self._places:
+            layer = self._layers[name]
+            weight = self.named[layer.weight]
+            h = _gradient(weight) @ self._mean_input(name)
+            if layer.bias is not None:
+                h = h + _gradient(self.named[layer.bias])
+            if first is not None:
+                inner = _gradient(self.named[self._layers[first].weight]) @ self._mean_input(first)
+                h = h + weight.detach() @ inner
+            parts.append(h)
+        return torch.cat(parts)
 
     # -- a step ------------------------------------------------------------------------------------
 

@@ -26,11 +26,6 @@ class EWC(Method):
     """Adds λ Σ_i F_i ∘ (θ − θ_i*) to the gradients.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         strength: λ.
         samples: Items of a task that its Fisher matrix is worked out from; None: all given.
         coverage: Share of the Fisher matrix that is worked out; 1 is exact (see `exact_fisher`).
@@ -40,15 +35,12 @@ class EWC(Method):
     kept: ClassVar[tuple[str, ...]] = ("precision", "target")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        strength: float = 1.0, samples: int | None = None, coverage: float = 1.0,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.strength = self.require("strength", strength, 0)
-        self.samples = samples
-        if samples is not None:
-            self.require("samples", samples, 1, whole=True)
-        self.coverage = self.require("coverage", coverage, 0, 1, beyond_low=True)
+        self, *loop: Any, strength: float = 1.0, samples: int | None = None, coverage: float = 1.0
+    ) -> None:
+        super().__init__(*loop)
+        self.strength = self.require("strength", strength, "[0, inf)")
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
+        self.coverage = self.require("coverage", coverage, "(0, 1]")
         self.precision: list[Tensor] = []  # Σ F_i
         self.target: list[Tensor] = []  # Σ F_i ∘ θ_i*
 

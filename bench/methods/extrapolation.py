@@ -26,11 +26,6 @@ class Extrapolation(Drawing):
     """Moves the parameters for the time of the forward and backward pass.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         length: γ̂.
         direction: ζ: "gradient", "noise" or "displacement".
         seed: Of the noise.
@@ -40,11 +35,10 @@ class Extrapolation(Drawing):
     kept: ClassVar[tuple[str, ...]] = ("anchor", "last")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        length: float = 0.01, direction: str = "gradient", seed: int = 0,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of, seed=seed)
-        self.length = self.require("length", length, -float("inf"), beyond_low=True)
+        self, *loop: Any, length: float = 0.01, direction: str = "gradient", seed: int = 0
+    ) -> None:
+        super().__init__(*loop, seed=seed)
+        self.length = self.require("length", length, "(-inf, inf)")
         choices = ("gradient", "noise", "displacement")
         self.direction = self.require_choice("direction", direction, choices)
         self.anchor: list[Tensor] = []
@@ -52,20 +46,17 @@ class Extrapolation(Drawing):
         self._before: list[Tensor] = []
 
     @torch.no_grad()
-    def zeta(self) -> list[Tensor]:
-        """Returns the direction for this step, nothing where there is none yet."""
-        if self.direction == "gradient":
-            return self.last
-        if self.direction == "displacement":
-            return torch._foreach_sub(self.parameters, self.anchor) if self.anchor else []
-        return [torch.empty_like(p).normal_(generator=self.generator) for p in self.parameters]
-
-    @torch.no_grad()
     def before_forward(self) -> None:
-        """Goes to θ − γ̂ ζ."""
-        zeta = self.zeta()
-        self._before = self.snapshot() if zeta else []
+        """Goes to θ − γ̂ ζ, if there is a ζ yet."""
+        if self.direction == "gradient":
+            zeta = self.last
+        elif self.direction == "noise":
+            draws = [torch.empty_like(p) for p in self.parameters]
+            zeta = [draw.normal_(generator=self.generator) for draw in draws]
+        else:
+            zeta = torch._foreach_sub(self.parameters, self.anchor) if self.anchor else []
         if zeta:
+            self._before = self.snapshot()
             torch._foreach_add_(self.parameters, zeta, alpha=-self.length)
 
     def after_forward(self) -> None:

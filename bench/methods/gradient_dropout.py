@@ -23,11 +23,6 @@ class GradientDropout(Drawing):
     """Multiplies the gradients by noise of mean 1.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         rate: p.
         noise: "bernoulli" or "gaussian".
         seed: Of the noise.
@@ -36,11 +31,10 @@ class GradientDropout(Drawing):
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"rate": (0.1, 0.3, 0.5, 0.7)}
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        rate: float = 0.1, noise: str = "bernoulli", seed: int = 0,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of, seed=seed)
-        self.rate = self.require("rate", rate, 0, 1, below_high=True)
+        self, *loop: Any, rate: float = 0.1, noise: str = "bernoulli", seed: int = 0
+    ) -> None:
+        super().__init__(*loop, seed=seed)
+        self.rate = self.require("rate", rate, "[0, 1)")
         self.noise = self.require_choice("noise", noise, ("bernoulli", "gaussian"))
 
     @torch.no_grad()

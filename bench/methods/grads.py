@@ -29,11 +29,6 @@ class GrADS(Method):
     """Chooses examples; does nothing while training.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         tail: Share of the examples, the rarest, that are not chosen while there are others.
         layers: Names of the two parameters whose gradients are measured; None: the first and the
             last matrix in `named`.
@@ -42,12 +37,9 @@ class GrADS(Method):
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"tail": (0.05, 0.1, 0.3, 0.5)}
     chooses_examples: ClassVar[bool] = True
 
-    def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        tail: float = 0.1, layers: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.tail = self.require("tail", tail, 0, 1, below_high=True)
+    def __init__(self, *loop: Any, tail: float = 0.1, layers: Sequence[str] | None = None) -> None:
+        super().__init__(*loop)
+        self.tail = self.require("tail", tail, "[0, 1)")
         matrices = [name for name, p in self.named.items() if p.dim() > 1] or list(self.named)
         self.layers = [matrices[0], matrices[-1]] if layers is None else list(layers)
         unknown = [name for name in self.layers if name not in self.named]
@@ -86,7 +78,7 @@ class GrADS(Method):
             scores: What `scores(batches)` returned, or None: it is called.
             k: How many; all, if there are no more.
         """
-        self.require("k", k, 0, whole=True)
+        self.require("k", k, "[0, inf)", whole=True)
         if scores is None:
             scores = self.scores(batches)
         rarest_first = self.density(scores).argsort(stable=True)

@@ -10,7 +10,7 @@ see the raw gradient, as the authors of SGP do with Adam.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,8 @@ class InputProjection(Method):
     """Projects gradients or steps; a subclass says in `end_task` on what.
 
     Args:
-        model: See `Method`.
-        named: See `Method`; weights of linear layers are projected.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`; must call the layers.
+        *loop: See `Method`; the weights of linear layers in `named` are projected, and `logits_of`
+            must call these layers.
         threshold: Share of the energy of the inputs that a basis has to hold.
         samples: Items of a task whose inputs are looked at; None: all given.
         where: "step" or "gradient", what is projected.
@@ -38,14 +35,12 @@ class InputProjection(Method):
     kept: ClassVar[tuple[str, ...]] = ("bases", "importance")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        threshold: float, samples: int | None, where: str = "step", freeze_rest: bool = True,
+        self, *loop: Any, threshold: float, samples: int | None = 125, where: str = "step",
+        freeze_rest: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.threshold = self.require("threshold", threshold, 0, 1, beyond_low=True)
-        self.samples = samples
-        if samples is not None:
-            self.require("samples", samples, 1, whole=True)
+        super().__init__(*loop)
+        self.threshold = self.require("threshold", threshold, "(0, 1]")
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
         self.where = self.require_choice("where", where, ("step", "gradient"))
         self.freeze_rest = freeze_rest
         self.layers = trained_linears(self.model, self.named)

@@ -25,24 +25,14 @@ class L2SP(Anchored):
     """Adds λ (θ − θ*) to the gradients.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         strength: λ.
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.01, 0.03, 0.1, 0.3)}
 
-    def __init__(self, model, named, optimizer, loss_of, logits_of, *, strength: float = 0.1):
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.strength = self.require("strength", strength, 0)
-
-    def penalty(self) -> Tensor:
-        """Returns λ/2 ‖θ − θ*‖², with its graph."""
-        pairs = zip(self.parameters, self.anchor or self.parameters, strict=True)
-        return self.strength / 2 * torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
+    def __init__(self, *loop: Any, strength: float = 0.1) -> None:
+        super().__init__(*loop)
+        self.strength = self.require("strength", strength, "[0, inf)")
 
     @torch.no_grad()
     def edit_gradients(self, replay: Sequence[Tensor | None] | None) -> None:

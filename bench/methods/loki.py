@@ -31,11 +31,7 @@ class LoKI(Method):
     """Freezes all but the selected rows.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`; must call the layers.
+        *loop: See `Method`; `logits_of` must call the layers.
         share: q.
         modules: Regular expression that the names of layers have; None: "down_proj", or all layers
             if none is called that.
@@ -48,16 +44,13 @@ class LoKI(Method):
     kept: ClassVar[tuple[str, ...]] = ("marks",)
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        share: float = 0.1, modules: str | None = None, points: int = 7,
+        self, *loop: Any, share: float = 0.1, modules: str | None = None, points: int = 7,
         samples: int | None = 50,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.share = self.require("share", share, 0, 1, beyond_low=True)
-        self.points = self.require("points", points, 2, whole=True)
-        self.samples = samples
-        if samples is not None:
-            self.require("samples", samples, 1, whole=True)
+        super().__init__(*loop)
+        self.share = self.require("share", share, "(0, 1]")
+        self.points = self.require("points", points, "[2, inf)", whole=True)
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
         layers = {
             name: layer
             for name, layer in trained_linears(self.model, self.named).items()
@@ -72,21 +65,18 @@ class LoKI(Method):
         self.marks: dict[str, Tensor] = {}  # layer → how often each row was among the lowest
         self._before: list[Tensor] = []
 
-    def _output_of(self, name: str) -> nn.Module:
-        """The module whose output has the rows: the adapted layer, if this is a factor B."""
-        return self.model.get_submodule(name.split(".lora_B")[0])
-
     def attribute(self, name: str, batch: Any) -> Tensor:
         """Returns the integrated gradients (items, rows) of one layer, at the last position."""
         with torch.no_grad():
             answers = self.logits_of(batch).argmax(-1)
+        # The rows are of the output of the adapted layer, if this is a factor B.
+        module = self.model.get_submodule(name.split(".lora_B")[0])
         total: Tensor | None = None
         output = torch.zeros(())
         for k in range(self.points):
             scaled: list[Tensor] = []
-            handle = self._output_of(name).register_forward_hook(
-                _scale_output(k / (self.points - 1), scaled)
-            )
+            hook = _scale_output(k / (self.points - 1), scaled)
+            handle = module.register_forward_hook(hook)
             try:
                 with torch.enable_grad():
                     p = self.logits_of(batch).softmax(-1)

@@ -27,23 +27,17 @@ class NeuronFusion(Anchored):
     """Keeps the changes of the rows that changed most.
 
     Args:
-        model: See `Method`.
-        named: See `Method`; matrices of them, and biases beside them, are merged.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; of `named` matrices, and biases beside them, are merged.
         keep: Share of the rows of a matrix.
         scale: s.
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"keep": (0.25, 0.5, 0.75, 0.9)}
 
-    def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *, keep: float = 0.5, scale: float = 1.0
-    ) -> None:
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.keep = self.require("keep", keep, 0, 1)
-        self.scale = self.require("scale", scale, 0)
+    def __init__(self, *loop: Any, keep: float = 0.5, scale: float = 1.0) -> None:
+        super().__init__(*loop)
+        self.keep = self.require("keep", keep, "[0, 1]")
+        self.scale = self.require("scale", scale, "[0, inf)")
 
     def end_task(self, task: int, batches: Sequence[Any]) -> None:
         """Merges, and moves the anchor here."""

@@ -24,22 +24,15 @@ class OnlineEWC(EWC):
     """Adds λ F ∘ (θ − θ*) to the gradients.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         decay: γ.
         **more: As for `EWC`.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("precision", "anchor")
 
-    def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *, decay: float = 0.95, **more: Any
-    ) -> None:
-        super().__init__(model, named, optimizer, loss_of, logits_of, **more)
-        self.decay = self.require("decay", decay, 0, 1)
+    def __init__(self, *loop: Any, decay: float = 0.95, **more: Any) -> None:
+        super().__init__(*loop, **more)
+        self.decay = self.require("decay", decay, "[0, 1]")
         self.anchor: list[Tensor] = []
 
     @torch.no_grad()

@@ -30,14 +30,8 @@ class PEGP(InputProjection):
     """Projects both factors of adapters by bases of their old inputs.
 
     Args:
-        model: See `InputProjection`.
-        named: See `InputProjection`.
-        optimizer: See `InputProjection`.
-        loss_of: See `InputProjection`.
-        logits_of: See `InputProjection`.
         threshold: ε.
         factors: "both", "A" or "B", the factors of LoRA that are projected.
-        samples: Items whose inputs are looked at.
         **more: As for `InputProjection`.
     """
 
@@ -45,13 +39,9 @@ class PEGP(InputProjection):
     kept: ClassVar[tuple[str, ...]] = ("bases", "importance", "moments")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        threshold: float = 0.95, factors: str = "both", samples: int | None = 125, **more: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            model, named, optimizer, loss_of, logits_of,
-            threshold=threshold, samples=samples, **more,
-        )  # fmt: skip
+        self, *loop: Any, threshold: float = 0.95, factors: str = "both", **more: Any
+    ) -> None:
+        super().__init__(*loop, threshold=threshold, **more)
         self.factors = self.require_choice("factors", factors, ("both", "A", "B"))
         self.moments: dict[str, Tensor] = {}
 

@@ -54,11 +54,6 @@ class PerturbAndMerge(Drawing):
     """Perturbs along the way from the merged model, and merges at boundaries.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         epsilon: ε; 0: no perturbation.
         share: Probability of a perturbation, half of it for each sign.
         fisher: "exact", or "equal": all elements of all tasks count alike, α = 1/t.
@@ -71,18 +66,15 @@ class PerturbAndMerge(Drawing):
     kept: ClassVar[tuple[str, ...]] = ("merged", "precision", "target", "alphas")
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        epsilon: float = 0.5, share: float = 2 / 3, fisher: str = "exact",
+        self, *loop: Any, epsilon: float = 0.5, share: float = 2 / 3, fisher: str = "exact",
         samples: int | None = None, coverage: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of, seed=seed)
-        self.epsilon = self.require("epsilon", epsilon, 0)
-        self.share = self.require("share", share, 0, 1)
+        super().__init__(*loop, seed=seed)
+        self.epsilon = self.require("epsilon", epsilon, "[0, inf)")
+        self.share = self.require("share", share, "[0, 1]")
         self.fisher = self.require_choice("fisher", fisher, ("exact", "equal"))
-        self.samples = samples
-        if samples is not None:
-            self.require("samples", samples, 1, whole=True)
-        self.coverage = self.require("coverage", coverage, 0, 1, beyond_low=True)
+        self.samples = self.require("samples", samples, "[1, inf)", whole=True, optional=True)
+        self.coverage = self.require("coverage", coverage, "(0, 1]")
         self.merged: list[Tensor] = []  # θ̂_{t−1}
         self.precision: list[Tensor] = []  # Σ F_i, float64
         self.target: list[Tensor] = []  # Σ F_i ∘ θ_i*, float64

@@ -27,11 +27,7 @@ class Powerpropagation(Method):
     """Lets the optimizer step φ in place of θ.
 
     Args:
-        model: See `Method`.
-        named: See `Method`; matrices and larger tensors of them are reparametrised.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; of `named` matrices and larger tensors are reparametrised.
         power: a.
         keep: Share of all reparametrised weights that each task's end freezes.
     """
@@ -39,13 +35,10 @@ class Powerpropagation(Method):
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"power": (1.25, 1.5, 2.0, 3.0)}
     kept: ClassVar[tuple[str, ...]] = ("roots", "frozen")
 
-    def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        power: float = 2.0, keep: float = 0.1,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.power = self.require("power", power, 1)
-        self.keep = self.require("keep", keep, 0, 1)
+    def __init__(self, *loop: Any, power: float = 2.0, keep: float = 0.1) -> None:
+        super().__init__(*loop)
+        self.power = self.require("power", power, "[1, inf)")
+        self.keep = self.require("keep", keep, "[0, 1]")
         self.roots: dict[str, Tensor] = {}  # φ
         self.frozen: dict[str, Tensor] = {}
         for name, p in self.named.items():

@@ -27,11 +27,7 @@ class RecAdam(Anchored):
     """Scales Adam's step by λ(t) and pulls by lr (1 − λ(t)) γ (θ − θ*).
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`; its decoupled weight decay stays as it is.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
+        *loop: See `Method`; the decoupled weight decay of `optimizer` stays as it is.
         strength: γ.
         rate: k, how fast the schedule turns from recalling to learning.
         middle: t₀, the step of a task at which λ is ½.
@@ -41,13 +37,12 @@ class RecAdam(Anchored):
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (1.0, 3.0, 10.0, 30.0)}
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        strength: float = 5000.0, rate: float = 0.5, middle: float = 250.0,
-    ) -> None:  # fmt: skip
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.strength = self.require("strength", strength, 0)
-        self.rate = self.require("rate", rate, 0, beyond_low=True)
-        self.middle = self.require("middle", middle, 0)
+        self, *loop: Any, strength: float = 5000.0, rate: float = 0.5, middle: float = 250.0
+    ) -> None:
+        super().__init__(*loop)
+        self.strength = self.require("strength", strength, "[0, inf)")
+        self.rate = self.require("rate", rate, "(0, inf)")
+        self.middle = self.require("middle", middle, "[0, inf)")
         self._steps = 0
         self._before: list[Tensor] = []
 

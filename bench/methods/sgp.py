@@ -30,32 +30,22 @@ class SGP(InputProjection):
     """Projects by bases of old inputs, weighted by their importance.
 
     Args:
-        model: See `InputProjection`.
-        named: See `InputProjection`.
-        optimizer: See `InputProjection`.
-        loss_of: See `InputProjection`.
-        logits_of: See `InputProjection`.
         threshold: ε of the first task.
         increment: What each further task adds to it.
         scale: a.
         scaled: False: λ = 1 everywhere, which is GPM.
-        samples: Items whose inputs are looked at.
         **more: As for `InputProjection`.
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"threshold": (0.8, 0.9, 0.95, 0.97)}
 
     def __init__(
-        self, model, named, optimizer, loss_of, logits_of, *,
-        threshold: float = 0.97, increment: float = 0.003, scale: float = 10.0,
-        scaled: bool = True, samples: int | None = 125, **more: Any,
+        self, *loop: Any, threshold: float = 0.97, increment: float = 0.003, scale: float = 10.0,
+        scaled: bool = True, **more: Any,
     ) -> None:  # fmt: skip
-        super().__init__(
-            model, named, optimizer, loss_of, logits_of,
-            threshold=threshold, samples=samples, **more,
-        )  # fmt: skip
-        self.increment = self.require("increment", increment, 0)
-        self.scale = self.require("scale", scale, 0)
+        super().__init__(*loop, threshold=threshold, **more)
+        self.increment = self.require("increment", increment, "[0, inf)")
+        self.scale = self.require("scale", scale, "[0, inf)")
         self.scaled = scaled
 
     def weigh(self, sigma: Tensor) -> Tensor:

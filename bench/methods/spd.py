@@ -25,19 +25,14 @@ class SPD(Anchored):
     """Shrinks tensors back to their old distance from the anchor, where the gradient agrees.
 
     Args:
-        model: See `Method`.
-        named: See `Method`.
-        optimizer: See `Method`.
-        loss_of: See `Method`.
-        logits_of: See `Method`.
         strength: λ.
     """
 
     knobs: ClassVar[dict[str, tuple[Any, ...]]] = {"strength": (0.3, 0.6, 1.0, 2.0)}
 
-    def __init__(self, model, named, optimizer, loss_of, logits_of, *, strength: float = 1.0):
-        super().__init__(model, named, optimizer, loss_of, logits_of)
-        self.strength = self.require("strength", strength, 0)
+    def __init__(self, *loop: Any, strength: float = 1.0) -> None:
+        super().__init__(*loop)
+        self.strength = self.require("strength", strength, "[0, inf)")
         self._distance: list[Tensor | None] = []  # ‖d‖ of tensors that turn back, None for others
 
     @torch.no_grad()

@@ -82,10 +82,9 @@ def scatter(rng: random.Random, looks: Sequence[tuple[int, int]]) -> tuple[Thing
     return tuple(Thing(cell, *look) for cell, look in zip(cells, looks, strict=True))
 
 
-def _others(rng: random.Random, n: int, forbidden: Sequence[int]) -> list[int]:
-    """n colours or shapes, none of them forbidden, repeats allowed."""
-    allowed = [k for k in range(6) if k not in forbidden]
-    return [rng.choice(allowed) for _ in range(n)]
+def _other(rng: random.Random, *forbidden: int) -> int:
+    """A colour or shape that is not forbidden."""
+    return rng.choice([k for k in range(6) if k not in forbidden])
 
 
 def _board(rng: random.Random, crowd: int, distinct: str) -> tuple[Thing, ...]:
@@ -118,7 +117,7 @@ def _location(rng: random.Random, crowd: int) -> Item:
 def _counting(rng: random.Random, crowd: int) -> Item:
     count, colour = rng.randrange(5), rng.randrange(6)
     rest = rng.randint(1, max(1, crowd - 1))
-    colours = [colour] * count + _others(rng, rest, [colour])
+    colours = [colour] * count + [_other(rng, colour) for _ in range(rest)]
     things = scatter(rng, [(rng.randrange(6), c) for c in colours])
     name = COLOURS[colour]
     question = _ask(
@@ -144,7 +143,7 @@ def _comparison(rng: random.Random, crowd: int) -> Item:
     fewer = rng.randint(1, more - 1)
     a, b = COLOURS[first], COLOURS[second]
     counts, answer = rng.choice((((more, fewer), a), ((fewer, more), b), ((fewer, fewer), "equal")))
-    rest = _others(rng, rng.randint(0, crowd - 2), [first, second])
+    rest = [_other(rng, first, second) for _ in range(rng.randint(0, crowd - 2))]
     colours = [first] * counts[0] + [second] * counts[1] + rest
     things = scatter(rng, [(rng.randrange(6), c) for c in colours])
     question = _ask(
@@ -158,13 +157,12 @@ def _judging(rng: random.Random, crowd: int) -> Item:
     shape, colour = rng.randrange(6), rng.randrange(6)
     yes = rng.random() < 0.5
     # Both halves of the pair are on the board either way: only their binding decides.
-    (other_shape,) = _others(rng, 1, [shape])
-    (other_colour,) = _others(rng, 1, [colour])
+    other_shape, other_colour = _other(rng, shape), _other(rng, colour)
     looks = [(shape, other_colour), (other_shape, colour)]
     if yes:
         looks[rng.randrange(2)] = (shape, colour)
     for _ in range(rng.randint(0, crowd - 2)):
-        looks.append((*_others(rng, 1, [shape]), *_others(rng, 1, [colour])))
+        looks.append((_other(rng, shape), _other(rng, colour)))
     it = f"a {COLOURS[colour]} {SHAPES[shape]}"
     question = _ask(rng, f"is there {it}", f"can you find {it}", f"{it} is there yes or no")
     return Item(scatter(rng, looks), question, "yes" if yes else "no")
@@ -244,18 +242,24 @@ QUESTION_WORDS = 8
 
 
 def encode(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and answers of some items as token ids."""
+    return encode_words([x.question for x in items], [x.answer for x in items], WORD_ID)
+
+
+def encode_words(
+    questions: Sequence[Sequence[str]], answers: Sequence[str], word_id: dict[str, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts (`<s> question <image> x 9 answer:`) and answers as token ids.
 
     The question stands before the picture: a causal model can then look for what was asked for.
     Questions are filled up to the same number of words, so no mask and no padding side is needed.
     """
     prompts = []
-    for item in items:
-        fill = [FILLER] * (QUESTION_WORDS - len(item.question))
-        words = [BEGIN, *fill, *item.question, *[IMAGE] * CELLS, ANSWER]
-        prompts.append([WORD_ID[word] for word in words])
-    answers = [WORD_ID[item.answer] for item in items]
-    return torch.tensor(prompts), torch.tensor(answers)
+    for question in questions:
+        fill = [FILLER] * (QUESTION_WORDS - len(question))
+        words = [BEGIN, *fill, *question, *[IMAGE] * CELLS, ANSWER]
+        prompts.append([word_id[word] for word in words])
+    return torch.tensor(prompts), torch.tensor([word_id[word] for word in answers])
 
 
 def encode_captions(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ the measurements of `guidance_stats()` is in this file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,28 +18,15 @@ import dgg
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, with all its hyper-parameters.
+    """One way to train, with all its hyper-parameters."""
 
-    Args:
-        name: as it stands in file names.
-        kind: `plain`, `dgg`, `guard`, or a name in `methods.METHODS`.
-        lr: learning rate at the end of the warm-up of every sub-task.
-        options: the hyper-parameters of the kind: of `dgg` and `guard` options of `dgg.AdamW`, of a
-            comparison method its keywords.
-        replay: whether batches have examples of former sub-tasks.
-        joint: all sub-tasks at once, the upper bound.
-    """
-
-    name: str
-    kind: str = "plain"
-    lr: float = 3e-3
+    name: str  # as it stands in file names
+    kind: str = "plain"  # or `dgg`, `guard`, or a name in `methods.METHODS`
+    lr: float = 3e-3  # learning rate at the end of the warm-up of every sub-task
+    # Of `dgg` and `guard` options of `dgg.AdamW`, of a comparison method its keywords.
     options: dict[str, Any] = field(default_factory=dict)
-    replay: bool = True
-    joint: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    replay: bool = True  # whether batches have examples of former sub-tasks
+    joint: bool = False  # all sub-tasks at once, the upper bound
 
     @property
     def is_method(self) -> bool:
@@ -123,8 +110,7 @@ def measured(arm: Arm, opt: dgg.AdamW) -> dict[str, float]:
     stats = opt.guidance_stats()
     if arm.kind == "guard":
         names = ("pull", "alignment", "distance")
-        known = {name: stats[name] for name in names if stats[name] is not None}
-        return {name: float(value) for name, value in known.items()}
+        return {name: float(stats[name]) for name in names if stats[name] is not None}
     if not stats["injected"]:
         return {"pull": 0.0}
     scale, norm, distance = (float(stats[k]) for k in ("scale", "grad_norm", "distance"))

@@ -6,11 +6,13 @@ Times are those of the processor, so that other work on the machine does not cou
 
 from __future__ import annotations
 
+import statistics
 import time
 from functools import cache
 
 import torch
 
+from minivqa import model as vqa
 from study import digits, jobs, rules, training
 from study.arms import Arm
 
@@ -19,30 +21,22 @@ from study.arms import Arm
 ARMS_OVER_REPLAY = 1.3
 
 
-def of_part(
-    plan: jobs.Plan, results: jobs.Results, part: str, *, measure: bool = True
-) -> tuple[float, float]:
-    """Steps that a part still has, and seconds a step of one process.
+def steps_left(plan: jobs.Plan, results: jobs.Results, part: str) -> float:
+    """Steps that a part still has."""
+    try:
+        known = jobs.of_part(plan, results, part)
+    except jobs.NotTunedError:
+        known = []
+    done = sum(job.steps for job in known if results.of(job) is not None)
+    return jobs.estimated_steps(plan, part) - done
 
-    Args:
-        plan: what the study consists of.
-        results: what is finished.
-        part: its name.
-        measure: False: the seconds are 0.
-    """
+
+def of_step(plan: jobs.Plan, part: str) -> float:
+    """Seconds a step of a part in one process."""
     if part == "digits":
-        left = [job for job in jobs.digit_jobs(plan) if results.of(job) is None]
-        return sum(job.steps for job in left), digits_step() if measure else 0.0
-    done = 0.0
-    folder = results.out / "runs" / part
-    total = jobs.estimated_steps(plan, part)
-    count = len(list(folder.glob("*.json"))) if folder.exists() else 0
-    done = count * 6 * plan.sizes["in-domain" if part == "tuning" else part].steps
+        return digits_step()
     beds = tuple(plan.sizes) if part == "tuning" else (part,)
-    cost = 0.0
-    if measure:
-        cost = sum(llava_step(bed, plan.sizes[bed]) for bed in beds) / len(beds)
-    return max(0.0, total - done), cost
+    return statistics.mean(llava_step(bed, plan.sizes[bed]) for bed in beds)
 
 
 @cache
@@ -59,7 +53,7 @@ def digits_step(steps: int = 20) -> float:
 def llava_step(bed: str, sizes: training.Sizes, steps: int = 20) -> float:
     """Seconds of one step of an average arm, its share of evaluation included."""
     torch.set_num_threads(1)
-    run = training._Run(jobs.bed_of(bed), Arm("replay"), sizes, 200)
+    run = training._Run(jobs.BEDS[bed], Arm("replay"), sizes, 200)
     tasks = len(run.data.tasks)
     rows = list(range(sizes.batch))
     run.step(rows, [])
@@ -68,7 +62,7 @@ def llava_step(bed: str, sizes: training.Sizes, steps: int = 20) -> float:
         run.step(rows, [])
     step = (time.process_time() - began) / steps
     began = time.process_time()
-    training.accuracy(run.answer, run.data.test[0])
+    vqa.accuracy(run.answer, *run.data.test[0])
     # After sub-task i all of 0 … i are evaluated.
     evaluation = (time.process_time() - began) * (tasks + 1) / 2 / sizes.steps
     return (step + evaluation) * ARMS_OVER_REPLAY

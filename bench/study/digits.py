@@ -47,11 +47,6 @@ class Setting:
     remembered: int
     split: str = "test"  # or "validation", for tuning
 
-    @property
-    def name(self) -> str:
-        """As it stands in file names."""
-        return f"{self.bed}-{self.steps}-{self.remembered}"
-
 
 @dataclass(frozen=True)
 class Batches:
@@ -104,9 +99,10 @@ def stream(setting: Setting, seeds: Sequence[int], dtype: torch.dtype = torch.fl
         raise ValueError(f"no such setting: {setting}")
     ones = [_one_seed(setting, seed) for seed in seeds]
 
-    def stacked(name: str, task: int) -> Tensor:
-        arrays = [one[name][task] for one in ones]
-        return torch.from_numpy(np.stack(arrays)).to(dtype if arrays[0].dtype.kind == "f" else None)
+    def stacked(name: str) -> tuple[Tensor, ...]:
+        """A task: the arrays of all seeds."""
+        arrays = [np.stack(of_task) for of_task in zip(*(one[name] for one in ones), strict=True)]
+        return tuple(torch.from_numpy(x).to(dtype if x.dtype.kind == "f" else None) for x in arrays)
 
     replayed = [0] + [REPLAYED if setting.remembered else 0] * (TASKS - 1)
     widest = max(len(one["test_labels"][t]) for one in ones for t in range(TASKS))
@@ -119,12 +115,10 @@ def stream(setting: Setting, seeds: Sequence[int], dtype: torch.dtype = torch.fl
         setting,
         tuple(seeds),
         torch.from_numpy(np.stack([one["weights"] for one in ones])).to(dtype),
-        tuple(
-            Batches(stacked("images", t), stacked("labels", t), replayed[t]) for t in range(TASKS)
-        ),
-        tuple(stacked("fisher", t) for t in range(TASKS)),
-        tuple(stacked("test_images", t) for t in range(TASKS)),
-        tuple(stacked("test_labels", t) for t in range(TASKS)),
+        tuple(map(Batches, stacked("images"), stacked("labels"), replayed)),
+        stacked("fisher"),
+        stacked("test_images"),
+        stacked("test_labels"),
     )
 
 
@@ -232,15 +226,16 @@ class Pass:
 
     def gradient(self, begin: int, end: int) -> Tensor:
         """Gradient [seeds, PARAMETERS] of the mean loss over rows begin … end − 1."""
-        rows = slice(begin, end)
-        return _assemble(
-            self._flat, self._images[:, rows], self._hidden[:, rows],
-            self._by_logits[:, rows] / (end - begin),
-        )  # fmt: skip
+        hidden, by_logits = (
+            self._hidden[:, begin:end],
+            self._by_logits[:, begin:end] / (end - begin),
+        )
+        by_hidden = (by_logits @ unpack(self._flat)[2]) * (hidden > 0)
+        return _summed(self._images[:, begin:end], by_hidden, hidden, by_logits)
 
 
-def _assemble(flat: Tensor, images: Tensor, hidden: Tensor, by_logits: Tensor) -> Tensor:
-    by_hidden = (by_logits @ unpack(flat)[2]) * (hidden > 0)
+def _summed(images: Tensor, by_hidden: Tensor, hidden: Tensor, by_logits: Tensor) -> Tensor:
+    """What rows add up to by the weights, from what enters a layer and the derivative behind it."""
     parts = (by_hidden.mT @ images, by_hidden.sum(1), by_logits.mT @ hidden, by_logits.sum(1))
     return torch.cat([part.flatten(1) for part in parts], 1)
 
@@ -257,8 +252,7 @@ def exact_fisher(flat: Tensor, images: Tensor) -> Tensor:
         # The gradient of one row by a matrix is an outer product, and so is its square.
         weight = share[..., label : label + 1] / images.shape[1]
         a, b = weight * by_hidden.square(), weight * by_logits.square()
-        parts = (a.mT @ images.square(), a.sum(1), b.mT @ hidden.square(), b.sum(1))
-        total += torch.cat([part.flatten(1) for part in parts], 1)
+        total += _summed(images.square(), a, hidden.square(), b)
     return total
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import inspect
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,32 +15,29 @@ from torch import Tensor
 
 import dgg
 from dgg import metrics
+from methods import METHODS
 from study import arms, digits, protocol, rules, search
 
 METRICS = ("faa", "aia", "bwt", "forgetting", "learning")
 Matrix = list[list[float | None]]
 
 
+def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
+    """Entry by entry over seeds, by the place in the sequence; None where nothing was trained."""
+    size = range(len(matrices[0]))
+
+    def entry(i: int, j: int) -> float | None:
+        values = [matrix[i][j] for matrix in matrices]
+        return None if None in values else statistics.mean(values)
+
+    return [[entry(i, j) for j in size] for i in size]
+
+
 def described(matrices: Sequence[Matrix]) -> dict[str, Any]:
     """Every metric by seed, and the mean matrix."""
     summaries = [metrics.summary(matrix) for matrix in matrices]
-    size = range(len(matrices[0]))
-    mean = [
-        [round(statistics.mean(m[i][j] for m in matrices), 2) if j <= i else None for j in size]
-        for i in size
-    ]
+    mean = [[x if x is None else round(x, 2) for x in row] for row in mean_matrix(matrices)]
     return {**{k: [round(s[k], 4) for s in summaries] for k in METRICS}, "mean_matrix": mean}
-
-
-def tuned(
-    family: search.Family, score: Callable[[dict[str, float]], float], budget: int
-) -> search.Chosen:
-    """Run the search of `search.py` to its end."""
-    scores: dict[search.Point, float] = {}
-    while points := search.next_points(family, scores, budget):
-        for point in points:
-            scores[point] = score(family.values(point))
-    return search.choose(family, scores)
 
 
 def applies(rule: rules.Rule, remembered: int) -> bool:
@@ -64,8 +61,8 @@ def run_setting(
             trained = rules.train(rules.Rule(**kind, **values), validation)
             return statistics.mean(described(trained["matrices"])["faa"])
 
-        chosen = tuned(family, score, protocol.DIGIT_BUDGET)
-        found[name] = search.as_json(chosen)
+        chosen = search.choose(family, search.walk(family, protocol.DIGIT_BUDGET, score))
+        found[name] = asdict(chosen)
         all_rules[name] = rules.Rule(**kind, **chosen.values)
     test, results = digits.stream(setting, seeds), {}
     for name, rule in all_rules.items():
@@ -88,9 +85,7 @@ def run_method(
     tuning_seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Tune one comparison method over the points that it names, then train it on the test seeds."""
-    import methods
-
-    make = methods.METHODS[method]
+    make = METHODS[method]
     setting = digits.Setting(bed, steps, remembered)
     validation = replace(setting, split="validation")
 
@@ -102,9 +97,9 @@ def run_method(
     found = None
     if make.knobs:
         ((name, ladder),) = make.knobs.items()
-        points = tuple((k,) for k in range(len(ladder)))
-        chosen = tuned(search.Family(method, {name: ladder}, points), score, len(points))
-        values, found = chosen.values, search.as_json(chosen)
+        family = search.Family(method, {name: ladder}, tuple((k,) for k in range(len(ladder))))
+        chosen = search.choose(family, search.walk(family, len(ladder), score))
+        values, found = chosen.values, asdict(chosen)
     matrices = [train_alone(make, values, setting, seed) for seed in seeds]
     return {"chosen": {method: found}, "results": {method: described(matrices)}}
 
@@ -127,14 +122,15 @@ def train_alone(make: type, options: dict[str, Any], setting: digits.Setting, se
     for task, batches in enumerate(stream.tasks):
         arms.forget_moments(opt)
         method.begin_task(task)
-        for step, (images, labels) in enumerate(_steps(batches)):
+        steps = list(zip(batches.images[0], batches.labels[0], strict=True))
+        new = digits.BATCH - batches.replayed
+        for step, (images, labels) in enumerate(steps):
             rate = min(1, (step + 1) / digits.WARMUP) * (1 - step / setting.steps)
             opt.param_groups[0]["lr"] = stream.lr * rate
-            _step(method, opt, (images, labels), batches.replayed)
-        rows = slice(0, digits.BATCH - batches.replayed)
+            old = (images[new:], labels[new:]) if batches.replayed else None
+            method.step((images, labels), old)
         # The new rows of the last steps: some 300 examples of the task.
-        last = [(x[rows], y[rows]) for x, y in list(_steps(batches))[-12:]]
-        method.end_task(task, last)
+        method.end_task(task, [(x[:new], y[:new]) for x, y in steps[-12:]])
         with torch.no_grad():
             accuracy = [
                 100 * (model(images[0]).argmax(-1) == labels[0]).sum().item()
@@ -155,21 +151,3 @@ def network(flat: Tensor) -> torch.nn.Module:
     # Copied: the stream is another method's, too.
     torch.nn.utils.vector_to_parameters(flat.clone(), model.parameters())
     return model
-
-
-def _steps(batches: digits.Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(batches.images[0], batches.labels[0], strict=True)
-
-
-def _step(method: Any, opt: dgg.AdamW, batch: tuple[Tensor, Tensor], replayed: int) -> None:
-    opt.zero_grad()
-    method.before_forward()
-    method.loss_of(batch).backward()
-    replay = None
-    if method.needs_replay_gradients and replayed:
-        old = (batch[0][-replayed:], batch[1][-replayed:])
-        replay = list(torch.autograd.grad(method.loss_of(old), method.parameters))
-    method.after_forward()
-    method.edit_gradients(replay)
-    opt.step()
-    method.after_step()

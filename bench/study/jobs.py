@@ -7,6 +7,7 @@ depend on what tuning chose. All of it is read from the files, so that a killed 
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from study import arms, digits, digits_study, protocol, search, training
+from methods import METHODS
+from study import arms, digits, digits_study, in_domain, protocol, search, shifted, training
 from study.arms import Arm
 
-PARTS = ("digits", "tuning", "in-domain", "shifted")
-LLAVA_BEDS = ("in-domain", "shifted")
+BEDS = {"in-domain": in_domain.BED, "shifted": shifted.BED}
+LLAVA_BEDS = tuple(BEDS)
+# Comparison methods beside those that have an arm of their own.
+OTHERS = tuple(name for name in METHODS if name not in protocol.OWN_ARMS)
 
 
 @dataclass(frozen=True)
@@ -57,48 +61,22 @@ class Job:
     part: str
     name: str
     spec: dict[str, Any]
+    steps: float  # of the optimizer, for estimates
 
     @property
     def path(self) -> str:
         """Relative to the folder of the study."""
         return f"runs/{self.part}/{self.name}.json"
 
-    @property
-    def steps(self) -> float:
-        """Optimizer steps, for estimates."""
-        return self.spec["units"]
-
     def fingerprint(self) -> str:
         """Names everything that the numbers depend on."""
-        spec = {name: value for name, value in self.spec.items() if name != "units"}
-        return json.dumps({"spec": spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
-
-
-def bed_of(name: str) -> training.Bed:
-    """The LLaVA bed of a name."""
-    if name == "in-domain":
-        from study import in_domain
-
-        return in_domain.BED
-    from study import shifted
-
-    return shifted.BED
+        return json.dumps({"spec": self.spec, "data": _digest(self.spec["bed"])}, sort_keys=True)
 
 
 @cache
 def _digest(bed: str) -> str:
-    if bed == "digits":
-        return training.file_digest(digits.DATA_PATH)
-    return bed_of(bed).digest()
-
-
-def method_names() -> list[str]:
-    """Comparison methods beside those that have an arm of their own."""
-    try:
-        import methods
-    except ModuleNotFoundError:
-        return []
-    return [name for name in methods.METHODS if name not in protocol.CLASSES]
+    files = (digits.DATA_PATH,) if bed == "digits" else BEDS[bed].files
+    return training.file_digest(*files)
 
 
 # -- digits ----------------------------------------------------------------------------------------
@@ -108,20 +86,16 @@ def digit_jobs(plan: Plan) -> list[Job]:
     """One job a setting with all rules, and one a setting and comparison method."""
     seeds = {"seeds": list(plan.digit_seeds), "tuning_seeds": list(plan.tuning_seeds)}
     found, runs = [], len(plan.digit_seeds) + 4 * len(plan.tuning_seeds)
-    for bed in plan.digit_beds:
-        for steps in plan.digit_steps:
-            for remembered in plan.digit_remembered:
-                where = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered}
-                name = f"{bed}-{steps}-{remembered}"
-                # All seeds of a rule at once take as long as one or two by themselves.
-                found.append(Job("digits", name, {**where, **seeds, "units": 40 * 5 * steps}))
-                if steps != plan.other_steps:
-                    continue
-                for method in method_names():
-                    if method in protocol.NOT_ON_DIGITS:
-                        continue
-                    more = {"method": method, "units": runs * 5 * steps}
-                    found.append(Job("digits", f"{name}-{method}", {**where, **seeds, **more}))
+    settings = itertools.product(plan.digit_beds, plan.digit_steps, plan.digit_remembered)
+    for bed, steps, remembered in settings:
+        spec = {"bed": "digits", "digits": bed, "steps": steps, "remembered": remembered, **seeds}
+        name = f"{bed}-{steps}-{remembered}"
+        # All seeds of a rule at once take as long as one or two by themselves.
+        found.append(Job("digits", name, spec, 40 * 5 * steps))
+        for method in OTHERS if steps == plan.other_steps else ():
+            if method not in protocol.NOT_ON_DIGITS:
+                alone = {**spec, "method": method}
+                found.append(Job("digits", f"{name}-{method}", alone, runs * 5 * steps))
     return found
 
 
@@ -129,14 +103,16 @@ def digit_jobs(plan: Plan) -> list[Job]:
 
 
 def llava_job(part: str, name: str, bed: str, arm: Arm, sizes: training.Sizes, seed: int) -> Job:
-    """One arm, one seed."""
-    steps = 6 * sizes.steps
-    spec = {"bed": bed, "arm": arm.as_dict(), "sizes": asdict(sizes), "seed": seed, "units": steps}
-    return Job(part, name, spec)
+    """One arm, one seed, which is the end of the job's name."""
+    spec = {"bed": bed, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed}
+    return Job(part, f"{name}-{seed}", spec, 6 * sizes.steps)
 
 
 class NotTunedError(SystemExit):
     """The test arms are not known before the tuning is finished."""
+
+    def __init__(self) -> None:
+        super().__init__("tuning is not finished: run --part tuning first")
 
 
 class Results:
@@ -179,20 +155,27 @@ def _wanted(plan: Plan, name: str) -> bool:
 
 def screening_jobs(plan: Plan) -> list[Job]:
     """Every comparison method at one point, in-domain, to find the strongest."""
-    import methods
-
+    if not _wanted(plan, "other"):
+        return []
     sizes = replace(plan.sizes["in-domain"], split="validation")
     found = []
-    for seed in plan.screening_seeds:
-        for name in method_names() if _wanted(plan, "other") else ():
-            knobs = methods.METHODS[name].knobs
-            options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
-            options = {**protocol.fixed_options(name), **options}
-            arm = Arm(name, name, protocol.SCREENING_LR, options)
-            found.append(
-                llava_job("tuning", f"screening-{name}-{seed}", "in-domain", arm, sizes, seed)
-            )
+    for seed, name in itertools.product(plan.screening_seeds, OTHERS):
+        knobs = METHODS[name].knobs
+        options = {knob: ladder[len(ladder) // 2 - 1] for knob, ladder in knobs.items()}
+        options = {**protocol.FIXED_OPTIONS.get(name, {}), **options}
+        arm = Arm(name, name, protocol.SCREENING_LR, options)
+        found.append(llava_job("tuning", f"screening-{name}", "in-domain", arm, sizes, seed))
     return found
+
+
+def tuned_families(plan: Plan) -> list[str]:
+    """Names of the families that are tuned for the arms of the plan."""
+    guarded = any(_wanted(plan, name) for name in protocol.GUARDS)
+    return [
+        name
+        for name in (*protocol.FAMILIES, "other")
+        if _wanted(plan, name) or (name == "guard" and guarded)
+    ]
 
 
 def strongest(plan: Plan, results: Results) -> str | None:
@@ -208,18 +191,12 @@ def strongest(plan: Plan, results: Results) -> str | None:
 
 def families(plan: Plan, results: Results) -> tuple[dict[str, search.Family], dict[str, str]]:
     """The families to tune, and the method that is `other`."""
-    found = {
-        name: family
-        for name, family in protocol.FAMILIES.items()
-        if _wanted(plan, name)
-        or (name == "guard" and any(_wanted(plan, g) for g in protocol.GUARDS))
-    }
+    tuned = tuned_families(plan)
+    found = {name: family for name, family in protocol.FAMILIES.items() if name in tuned}
     other = strongest(plan, results)
     if other is None:
         return found, {}
-    import methods
-
-    found["other"] = protocol.other_family(methods.METHODS[other].knobs)
+    found["other"] = protocol.other_family(METHODS[other].knobs)
     return found, {"other": other}
 
 
@@ -229,38 +206,31 @@ def tuning_round(plan: Plan, results: Results) -> list[Job]:
     all_families, methods = families(plan, results)
     for bed in plan.sizes:
         for family in all_families.values():
-            points, scores = _tried(plan, results, bed, family, methods)
-            for point in [*points, *search.next_points(family, scores, plan.budget)]:
-                found += _point_jobs(plan, bed, family, point, methods)
+            scores = _tried(plan, results, bed, family, methods)
+            for point in [*scores, *search.next_points(family, scores, plan.budget)]:
+                found += _point_jobs(plan, bed, family, family.values(point), methods)
     return found
 
 
 def _point_jobs(
-    plan: Plan, bed: str, family: search.Family, point: search.Point, methods: dict[str, str]
+    plan: Plan, bed: str, family: search.Family, values: dict[str, float], methods: dict[str, str]
 ) -> list[Job]:
-    values = family.values(point)
+    name = f"{bed}-{family.name}-{search.label(values)}"
     arm = protocol.tuned_arm(family.name, values, methods)
     sizes = replace(plan.sizes[bed], split="validation")
-    return [
-        llava_job(
-            "tuning", f"{bed}-{family.name}-{search.label(values)}-{seed}", bed, arm, sizes, seed
-        )
-        for seed in plan.tuning_seeds
-    ]
+    return [llava_job("tuning", name, bed, arm, sizes, seed) for seed in plan.tuning_seeds]
 
 
 def _tried(
     plan: Plan, results: Results, bed: str, family: search.Family, methods: dict[str, str]
-) -> tuple[list[search.Point], dict[search.Point, float]]:
-    """The points that are finished, and their mean FAA; found by walking the search again."""
-    scores: dict[search.Point, float] = {}
-    while points := search.next_points(family, scores, plan.budget):
-        for point in points:
-            done = [results.of(job) for job in _point_jobs(plan, bed, family, point, methods)]
-            if any(found is None for found in done):
-                return list(scores), scores
-            scores[point] = statistics.mean(found["faa"] for found in done)
-    return list(scores), scores
+) -> dict[search.Point, float]:
+    """The mean FAA of the points that are finished; found by walking the search again."""
+
+    def score(values: dict[str, float]) -> float | None:
+        done = [results.of(job) for job in _point_jobs(plan, bed, family, values, methods)]
+        return None if None in done else statistics.mean(found["faa"] for found in done)
+
+    return search.walk(family, plan.budget, score)
 
 
 def chosen(
@@ -273,12 +243,12 @@ def chosen(
     """
     all_families, methods = families(plan, results)
     found = {}
-    if method_names() and _wanted(plan, "other") and "other" not in all_families:
-        raise NotTunedError("tuning is not finished: run --part tuning first")
+    if _wanted(plan, "other") and "other" not in all_families:
+        raise NotTunedError
     for name, family in all_families.items():
-        _, scores = _tried(plan, results, bed, family, methods)
+        scores = _tried(plan, results, bed, family, methods)
         if search.next_points(family, scores, plan.budget):
-            raise NotTunedError("tuning is not finished: run --part tuning first")
+            raise NotTunedError
         found[name] = search.choose(family, scores)
     return found, methods
 
@@ -293,7 +263,7 @@ def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
         if seed in plan.bound_seeds:
             compared += protocol.bound_arms(values)
         found += [
-            llava_job(bed, f"{arm.name}-{seed}", bed, arm, sizes, seed)
+            llava_job(bed, arm.name, bed, arm, sizes, seed)
             for arm in compared
             if _wanted(plan, arm.name)
         ]
@@ -301,15 +271,17 @@ def test_jobs(plan: Plan, results: Results, bed: str) -> list[Job]:
 
 
 def estimated_steps(plan: Plan, part: str) -> float:
-    """About how many steps a whole LLaVA part has, before it is known which they are."""
+    """How many steps a whole part has, before it is known which they are."""
+    if part == "digits":
+        return sum(job.steps for job in digit_jobs(plan))
     steps = {bed: 6 * sizes.steps for bed, sizes in plan.sizes.items()}
-    count = len(protocol.FAMILIES) + bool(method_names())
     if part == "tuning":
-        points = count * plan.budget * len(plan.tuning_seeds)
-        screening = len(method_names()) * len(plan.screening_seeds) * steps["in-domain"]
+        points = len(tuned_families(plan)) * plan.budget * len(plan.tuning_seeds)
+        screening = sum(job.steps for job in screening_jobs(plan))
         return sum(points * x for x in steps.values()) + screening
-    arms_ = len(protocol.GUARDS) + len(protocol.CLASSES) + 3 + bool(method_names())
-    return (arms_ * len(plan.test_seeds) + 3 * len(plan.bound_seeds)) * steps[part]
+    compared = sum(_wanted(plan, name) for name in protocol.COMPARED)
+    bounds = sum(_wanted(plan, name) for name in protocol.BOUNDS)
+    return (compared * len(plan.test_seeds) + bounds * len(plan.bound_seeds)) * steps[part]
 
 
 def of_part(plan: Plan, results: Results, part: str) -> list[Job]:
@@ -323,9 +295,7 @@ def expected_jobs(plan: Plan, part: str, known: Sequence[Job]) -> int:
     """How many jobs a part has in all, those included that are not known yet."""
     if part != "tuning":
         return len(known)
-    wanted = [n for n in protocol.FAMILIES if _wanted(plan, n)]
-    count = len(wanted) + bool(method_names() and _wanted(plan, "other"))
-    points = count * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
+    points = len(tuned_families(plan)) * plan.budget * len(plan.tuning_seeds) * len(plan.sizes)
     return points + len(screening_jobs(plan))
 
 
@@ -343,9 +313,7 @@ def unrunnable(jobs: Iterable[Job]) -> dict[str, str]:
     return found
 
 
-def execute(
-    job: Job, checkpoint: Path, progress: Callable[[int, int], None], stop: Callable[[], bool]
-) -> dict[str, Any]:
+def execute(job: Job, checkpoint: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """Run a job in this process."""
     spec = job.spec
     if spec["bed"] == "digits":
@@ -358,6 +326,6 @@ def execute(
     # Curves of single steps are shown of one seed; those of all would be megabytes.
     every = 10 if seed == protocol.TEST_SEEDS[0] else 0
     return training.run(
-        bed_of(spec["bed"]), Arm(**spec["arm"]), sizes, seed, checkpoint,
-        trace_every=every, progress=progress, stop=stop,
+        BEDS[spec["bed"]], Arm(**spec["arm"]), sizes, seed, checkpoint,
+        trace_every=every, stop=stop,
     )  # fmt: skip

@@ -43,7 +43,7 @@ SHEET_CELL = 66  # 64 pixels and a transparent border of one
 
 def main(*packages: str) -> None:
     """Write the atlases from the two packages."""
-    opened = {name: _read(package) for package in packages for name in [_style(package)]}
+    opened = dict(map(_read, packages))
     rows = _chosen(json.loads(opened["google"]["emoji.json"]))
     for style, files in opened.items():
         sheet = Image.open(io.BytesIO(files["64.png"])).convert("RGBA")
@@ -68,15 +68,12 @@ def main(*packages: str) -> None:
     (HERE / "emoji.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _style(package: str) -> str:
-    return "google" if "google" in package else "twitter"
-
-
-def _read(package: str) -> dict[str, bytes]:
-    """The list and the sheet of 64 pixels."""
-    wanted = ("package/emoji.json", f"package/img/{_style(package)}/sheets/64.png")
+def _read(package: str) -> tuple[str, dict[str, bytes]]:
+    """The style, and the list and the sheet of 64 pixels."""
+    style = "google" if "google" in package else "twitter"
+    wanted = ("package/emoji.json", f"package/img/{style}/sheets/64.png")
     with tarfile.open(package) as archive:
-        return {name.split("/")[-1]: archive.extractfile(name).read() for name in wanted}
+        return style, {name.split("/")[-1]: archive.extractfile(name).read() for name in wanted}
 
 
 def _chosen(emojis: list[dict]) -> dict[str, list[dict]]:

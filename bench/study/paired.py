@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -118,13 +117,6 @@ class Comparison:
     ties: int
     losses: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: what is not finite becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
 
 def compare(differences: Sequence[float], confidence: float = 0.95) -> Comparison:
     """Everything that is reported of paired differences.
@@ -191,7 +183,6 @@ def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
 class NonInferiority:
     """Whether something is not worse by more than a margin."""
 
-    margin: float
     low: float  # of the two-sided 95 % interval
     p: float | None  # one-sided t test of mean = -margin
     holds: bool
@@ -213,7 +204,7 @@ def non_inferior(differences: Sequence[float], margin: float) -> NonInferiority:
     p = None
     if found.error > 0:
         p = t_upper((found.mean + margin) / found.error, found.n - 1)
-    return NonInferiority(margin, found.low, p, found.low > -margin)
+    return NonInferiority(found.low, p, found.low > -margin)
 
 
 def verdict(found: Comparison, p: float | None = None, level: float = 0.05) -> str:

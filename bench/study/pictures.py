@@ -8,12 +8,13 @@ pinned requirements, so that the study installs nothing for them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from dgg.metrics import AccuracyMatrix
-from study import jobs, paired, protocol, summary
+from study import digits_study, jobs, paired, protocol, summary
 from study.arms import LABELS
 
 Found = dict[str, Any]
@@ -27,13 +28,10 @@ COLOURS = {
 
 def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
     """Draw what there are results for; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     made = []
     if found["digits"] or found["in-domain"] or found["shifted"]:
         made.append(_saved(_forest(found), out / "forest.png"))
-    if _settings(found, tuple({*plan.digit_remembered} - {0})):
+    if any(not setting.endswith("-0") for setting in found["digits"]):  # some have a memory
         made.append(_saved(_alphas(plan, found), out / "alpha.png"))
     for bed in jobs.LLAVA_BEDS:
         if found[bed]:
@@ -46,9 +44,6 @@ def draw(plan: jobs.Plan, found: Found, out: Path) -> list[Path]:
 
 def of_bed(bed: str, runs: summary.ByArm, out: Path) -> list[Path]:
     """Draw matrices, curves and the scatter of one LLaVA bed; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     return [
         _saved(_matrices(runs), out / f"matrices-{bed}.png"),
         _saved(_scatter(runs), out / f"stability-plasticity-{bed}.png"),
@@ -56,22 +51,16 @@ def of_bed(bed: str, runs: summary.ByArm, out: Path) -> list[Path]:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part.png")
     figure.savefig(part, dpi=110)
-    plt.close(figure)
     part.replace(path)
     return path
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **more: Any) -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(
-        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **more
-    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 # -- paired differences ----------------------------------------------------------------------------
@@ -89,9 +78,7 @@ def _forest(found: Found) -> Any:
     figure, axes = _figure(9, 1.4 + 0.27 * len(known))
     axes = axes[0, 0]
     for place, (_, bed, first, second) in enumerate(known):
-        ours, theirs = (summary.values(found, bed, name) for name in (first, second))
-        seeds = sorted(ours.keys() & theirs.keys())
-        each = paired.differences(ours, theirs, seeds)
+        each = list(summary.differences(found, bed, first, second).values())
         got = paired.compare(each)
         axes.scatter(each, [place] * len(each), s=6, color="0.7", zorder=1)
         sure = got.p is not None and got.p < protocol.LEVEL
@@ -111,11 +98,6 @@ def _forest(found: Found) -> Any:
 
 
 # -- α ---------------------------------------------------------------------------------------------
-
-
-def _settings(found: Found, remembered: Sequence[int]) -> list[str]:
-    ends = tuple(f"-{count}" for count in remembered)
-    return [setting for setting in found["digits"] if ends and setting.endswith(ends)]
 
 
 def _alphas(plan: jobs.Plan, found: Found) -> Any:
@@ -166,24 +148,13 @@ def _alpha_panel(panel: Any, found: Found, setting: str) -> None:
 # -- matrices, curves, scatter ---------------------------------------------------------------------
 
 
-def mean_matrix(runs: Sequence[dict[str, Any]]) -> list[list[float | None]]:
-    """Entry by entry over seeds, by the place in the sequence; None where nothing was trained."""
-    size = range(len(runs[0]["matrix"]))
-
-    def entry(i: int, j: int) -> float | None:
-        known = [run["matrix"][i][j] for run in runs if run["matrix"][i][j] is not None]
-        return statistics.mean(known) if len(known) == len(runs) else None
-
-    return [[entry(i, j) for j in size] for i in size]
-
-
 def _matrices(runs: summary.ByArm) -> Any:
     """Above the accuracy matrices, below the accuracy on every sub-task over time."""
     names = [name for name in SHOWN if name in runs] or list(runs)[:6]
     figure, axes = _figure(2.5 * len(names) + 0.6, 5.2, 2, len(names))
     image = None
     for column, name in enumerate(names):
-        mean = mean_matrix(list(runs[name].values()))
+        mean = digits_study.mean_matrix([run["matrix"] for run in runs[name].values()])
         panel = AccuracyMatrix.from_rows(mean).plot(axes[0, column], vmax=100)
         image = panel.images[0]
         for text in panel.texts:
@@ -257,16 +228,15 @@ def _traces(plan: jobs.Plan, runs: summary.ByArm) -> Any:
     if not shown:
         return None
     figure, axes = _figure(9, 6.4, len(TRACED) - 1, 1, sharex=True)
-    for name, trace in shown.items():
-        for panel, what in zip(axes[:, 0], TRACED[1:], strict=True):
+    texts = ("‖pull‖ / ‖gradient‖", "cos(h, r)", "‖u‖")
+    for panel, what, text in zip(axes[:, 0], TRACED[1:], texts, strict=True):
+        for name, trace in shown.items():
             points = [(p["step"], p[what]) for p in trace if what in p]
             if points:
                 panel.plot(
                     *zip(*points, strict=True), linewidth=0.9, color=COLOURS.get(name),
                     label=LABELS.get(name, name),
                 )  # fmt: skip
-    texts = ("‖pull‖ / ‖gradient‖", "cos(h, r)", "‖u‖")
-    for panel, text in zip(axes[:, 0], texts, strict=True):
         panel.set_ylabel(text, fontsize=8)
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=7)

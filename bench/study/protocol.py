@@ -6,11 +6,10 @@ They were written down before a test seed was run; tests/test_study.py compares 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 from study.arms import Arm
+from study.digits import BEDS
 from study.rules import Rule
 from study.search import Family
 from study.training import Sizes
@@ -42,31 +41,27 @@ SHIFTED = Sizes(steps=260, train_items=600, test_items=200, remembered=6)
 
 RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 FINE_RATES = (5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
+LINE = ((2,), (3,), (4,), (5,))
 SQUARE = ((2, 2), (2, 3), (3, 2), (3, 3))
 FAMILIES = {
-    "replay": Family("replay", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
-    "guard": Family("guard", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,))),
+    "replay": Family("replay", {"lr": FINE_RATES}, LINE),
+    "guard": Family("guard", {"lr": FINE_RATES}, LINE),
     "dgg": Family("dgg", {"lr": RATES, "alpha": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}, SQUARE),
     "l2sp": Family("l2sp", {"lr": RATES, "strength": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}, SQUARE),
     "ewc": Family("ewc", {"lr": RATES, "strength": (10.0, 30.0, 100.0, 300.0, 1e3, 3e3)}, SQUARE),
 }
-# The method of bench/methods/ that an arm of this name trains with, and what it always gets.
-CLASSES = {"l2sp": "l2sp", "ewc": "ewc"}
+# Methods of bench/methods/ that have an arm of their own name.
+OWN_ARMS = ("l2sp", "ewc")
 # Of every method with a Fisher matrix: the sum over all 70 to 110 words and 600 items would take
 # longer than the training.
 FISHER = {"samples": 40, "coverage": 0.9}
+# What comparison methods always get on the LLaVA beds.
+FIXED_OPTIONS = dict.fromkeys(("ewc", "online_ewc", "perturb_and_merge"), FISHER)
 GUARDS = {"guard0": 0.0, "guard50": 0.5, "guard100": 1.0}
 SCREENING_LR = 3e-3
-
-
-def fixed_options(method: str) -> dict[str, Any]:
-    """What a comparison method always gets on the LLaVA beds."""
-    from methods import METHODS
-
-    # Subclasses hand on keywords that only the class below names.
-    made = [vars(kind)["__init__"] for kind in METHODS[method].__mro__ if "__init__" in vars(kind)]
-    takes = any("coverage" in inspect.signature(one).parameters for one in made[:-1])
-    return dict(FISHER) if takes else {}
+TUNED_ARMS = ("replay", "dgg", "l2sp", "ewc", "other")  # each at the values of its own family
+COMPARED = (*TUNED_ARMS, "replay_other_lr", *GUARDS)
+BOUNDS = ("joint", "sequential", "guidance")
 
 
 def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) -> Arm:
@@ -78,15 +73,15 @@ def tuned_arm(family: str, values: dict[str, float], methods: dict[str, str]) ->
     elif family == "guard":
         options["importance"] = GUARDS[PRIMARY[0]]
     elif family != "dgg":
-        kind = {**CLASSES, **methods}[family]
-        options = {**fixed_options(kind), **options}
+        kind = methods.get(family, family)
+        options = {**FIXED_OPTIONS.get(kind, {}), **options}
     return Arm(family, kind, values["lr"], options)
 
 
 def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
     """The family of the strongest other method, from the knobs that its class names."""
     if not knobs:
-        return Family("other", {"lr": FINE_RATES}, ((2,), (3,), (4,), (5,)))
+        return Family("other", {"lr": FINE_RATES}, LINE)
     ((name, ladder),) = knobs.items()
     middle = len(ladder) // 2
     start = tuple((lr, k) for lr in (2, 3) for k in (middle - 1, middle))
@@ -94,14 +89,8 @@ def other_family(knobs: dict[str, tuple[float, ...]]) -> Family:
 
 
 def test_arms(chosen: dict[str, dict[str, float]], methods: dict[str, str]) -> list[Arm]:
-    """All arms that are run on every test seed.
-
-    Args:
-        chosen: the values of every family.
-        methods: which method `other` is.
-    """
-    tuned = ("replay", "dgg", "l2sp", "ewc", "other")
-    found = [tuned_arm(name, chosen[name], methods) for name in tuned if name in chosen]
+    """All arms that are run on every test seed, at the values chosen for every family."""
+    found = [tuned_arm(name, chosen[name], methods) for name in TUNED_ARMS if name in chosen]
     if "dgg" in chosen:
         found.append(Arm("replay_other_lr", "plain", chosen["dgg"]["lr"]))
     for name, weight in GUARDS.items():
@@ -129,16 +118,13 @@ DIGIT_REMEMBERED = (0, 5, 100)
 AMPLE = 100  # remembered examples at which the guard must not be worse by the margin
 ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the curve of FAA against α
 DIGIT_FAMILIES = {
-    "dgg": Family("dgg", {"alpha": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)},
-                  ((2,), (3,), (4,), (5,))),
+    "dgg": Family("dgg", {"alpha": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)}, LINE),
     "l2sp": Family("l2sp", {"knob": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)},
                    ((3,), (4,), (5,), (6,))),
-    "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
-                  ((2,), (3,), (4,), (5,))),
+    "ewc": Family("ewc", {"knob": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)}, LINE),
     # Both sides of the primary test, each at the learning rate that is best for itself.
     **{
-        name: Family(name, {"rate": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)},
-                     ((2,), (3,), (4,), (5,)))
+        name: Family(name, {"rate": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)}, LINE)
         for name in ("replay_own_rate", "guard50_own_rate")
     },
 }  # fmt: skip
@@ -185,25 +171,15 @@ class Ordering:
     second: str
 
 
+_LLAVA = ("in-domain", "shifted")
 ORDERINGS = (
-    *(
-        Ordering("ĝ + replay > replay", bed, "dgg", "replay")
-        for bed in ("in-domain", "shifted", "classes-160-5", "permuted-160-5", "rotated-160-5")
-    ),
-    *(
-        Ordering("ĝ alone > sequential", bed, first, second)
-        for bed, first, second in (
-            ("in-domain", "guidance", "sequential"), ("shifted", "guidance", "sequential"),
-            ("classes-160-0", "dgg", "replay"), ("permuted-160-0", "dgg", "replay"),
-            ("rotated-160-0", "dgg", "replay"),
-        )
-    ),
-    *(
-        Ordering(claim, f"{bed}-160-5", "alpha0.1", second)
-        for claim, second in (("scaling matters", "no_scaling"), ("the draw matters", "no_draw"))
-        for bed in ("classes", "permuted", "rotated")
-    ),
-)  # fmt: skip
+    *(Ordering("ĝ + replay > replay", bed, "dgg", "replay") for bed in _LLAVA),
+    *(Ordering("ĝ + replay > replay", f"{bed}-160-5", "dgg", "replay") for bed in BEDS),
+    *(Ordering("ĝ alone > sequential", bed, "guidance", "sequential") for bed in _LLAVA),
+    *(Ordering("ĝ alone > sequential", f"{bed}-160-0", "dgg", "replay") for bed in BEDS),
+    *(Ordering("scaling matters", f"{bed}-160-5", "alpha0.1", "no_scaling") for bed in BEDS),
+    *(Ordering("the draw matters", f"{bed}-160-5", "alpha0.1", "no_draw") for bed in BEDS),
+)
 # “α is flat” is judged by equivalence: both ends of the interval within ± MARGIN.
 FLAT = ("alpha0.05", "alpha0.2")
 

@@ -29,27 +29,19 @@ KINDS = ("replay", "dgg", "guard", "l2sp", "ewc", "laplace", "agem")
 class Rule:
     """One rule with its knobs.
 
-    Args:
-        kind: `replay` (nothing more), `dgg` (the paper's, with `alpha` and so on), `guard` (the
-            least pull with ⟨h + a u, r⟩ ≥ 0), `l2sp` (h + λ d), `ewc` (h + λ F d, exact Fisher),
-            `laplace` (h + λ B Σ v̂ d), `agem` (new rows only, made not to conflict with r).
-        knob: λ of the penalties.
-        alpha: probability of a pull at a step.
-        importance: w.
-        strength: factor of the pull.
-        scaling: False: the pull is `strength` times u, however long.
-        route: where the pull enters, as in `dgg.AdamW`.
-        rate: factor of the bed's learning rate.
+    Kinds: `replay` (nothing more), `dgg` (the paper's, with `alpha` and so on), `guard` (the least
+    pull with ⟨h + a u, r⟩ ≥ 0), `l2sp` (h + λ d), `ewc` (h + λ F d, exact Fisher), `laplace`
+    (h + λ B Σ v̂ d), `agem` (new rows only, made not to conflict with r).
     """
 
     kind: str
-    knob: float = 0.0
-    alpha: float = 0.0
-    importance: float = 0.0
-    strength: float = 1.0
-    scaling: bool = True
-    route: str = "gradient"
-    rate: float = 1.0
+    knob: float = 0.0  # λ of the penalties
+    alpha: float = 0.0  # probability of a pull at a step
+    importance: float = 0.0  # w
+    strength: float = 1.0  # factor of the pull
+    scaling: bool = True  # False: the pull is `strength` times u, however long
+    route: str = "gradient"  # where the pull enters, as in `dgg.AdamW`
+    rate: float = 1.0  # factor of the bed's learning rate
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.route not in ROUTES:
@@ -75,6 +67,7 @@ def train(rule: Rule, stream: digits.Stream) -> dict[str, Any]:
     flat = stream.weights.clone()
     seeds, steps = len(stream.seeds), stream.setting.steps
     memory: Memory | None = None
+    raw, fisher = torch.zeros_like(flat), torch.zeros_like(flat)
     rows: list[Tensor] = []
     pulled, count = torch.zeros(seeds, dtype=flat.dtype), 0
     for task, batches in enumerate(stream.tasks):
@@ -97,7 +90,10 @@ def train(rule: Rule, stream: digits.Stream) -> dict[str, Any]:
             rate *= rule.rate * stream.lr
             flat = _adam(rule.route, flat, everything, pull, first, second, rate, step + 1)
         rows.append(digits.accuracies(flat, stream))
-        memory = _boundary(rule, memory, flat, second / (1 - BETA2**steps), stream, task)
+        raw += second / (1 - BETA2**steps)
+        if rule.kind == "ewc":
+            fisher += digits.exact_fisher(flat, stream.fisher_images[task])
+        memory = Memory(flat, raw, fisher)
     table = torch.stack(rows)  # [after, task, seed]
     matrices = [
         [[table[i, j, k].item() if j <= i else None for j in range(digits.TASKS)]
@@ -144,15 +140,12 @@ def _pull(
         least = -x / torch.where(against, y, torch.ones_like(y))
         return torch.where(against, rule.strength * torch.minimum(least, limit), 0) * u
     if rule.kind == "dgg":
-        drawn = torch.tensor([_drawn(seed, index, rule.alpha) for seed in seeds])[:, None]
+        # As an optimizer with this seed draws at its step `index`.
+        threshold = _philox.threshold(rule.alpha)
+        drawn = [[_philox.step_word(seed, index) < threshold] for seed in seeds]
         scale = limit.clamp_max(1) if rule.scaling else torch.ones_like(limit)
-        return torch.where(drawn, rule.strength * scale, 0) * u
+        return torch.where(torch.tensor(drawn), rule.strength * scale, 0) * u
     return None
-
-
-def _drawn(seed: int, index: int, alpha: float) -> bool:
-    """Whether an optimizer with this seed draws a pull at its step `index`."""
-    return _philox.step_word(seed, index) < _philox.threshold(alpha)
 
 
 def _adam(
@@ -171,19 +164,3 @@ def _adam(
     if pull is not None and route == "decoupled":
         flat = flat - rate * pull
     return flat
-
-
-def _boundary(
-    rule: Rule,
-    memory: Memory | None,
-    flat: Tensor,
-    moment: Tensor,
-    stream: digits.Stream,
-    task: int,
-) -> Memory:
-    fisher = torch.zeros_like(flat)
-    if rule.kind == "ewc":
-        fisher = digits.exact_fisher(flat, stream.fisher_images[task])
-    if memory is None:
-        return Memory(flat, moment, fisher)
-    return Memory(flat, memory.raw + moment, memory.fisher + fisher)

@@ -37,10 +37,13 @@ INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit code."""
     options = _parser().parse_args(argv)
-    from study import jobs, workers
+    from study import jobs, summary, workers
 
     if options.page:
-        return _write_page(options)
+        found = json.loads(options.source.read_text(encoding="utf-8"))
+        page = summary.into_page(found, options.page.read_text(encoding="utf-8"))
+        options.page.write_text(page, encoding="utf-8")
+        return 0
     plan = jobs.SMOKE if options.smoke else jobs.FULL
     if options.arms:
         plan = replace(plan, arms=tuple(options.arms))
@@ -91,16 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write_page(options) -> int:
-    """Put the tables of a study.json into a page."""
-    from study import summary
-
-    found = json.loads(options.source.read_text(encoding="utf-8"))
-    page = summary.into_page(found, options.page.read_text(encoding="utf-8"))
-    options.page.write_text(page, encoding="utf-8")
-    return 0
-
-
 def _check(plan, parts: list[str], results) -> None:
     """Refuse before anything is timed: results of another experiment, arms that cannot train.
 
@@ -127,10 +120,10 @@ def _estimate(plan, parts: list[str], results, count: int) -> dict[str, float]:
 
     seconds, total = {}, 0.0
     for part in parts:
-        steps, cost = costs.of_part(plan, results, part)
-        seconds[part] = cost
-        total += steps * cost / count
-        print(f"{part}: about {workers.duration(steps * cost / count)}", flush=True)
+        seconds[part] = costs.of_step(plan, part)
+        left = costs.steps_left(plan, results, part) * seconds[part] / count
+        total += left
+        print(f"{part}: about {workers.duration(left)}", flush=True)
     print(f"together about {workers.duration(total)} in {count} processes, if they are alone")
     return seconds
 
@@ -145,7 +138,7 @@ def _run_part(part: str, plan, results, count: int, seconds_a_step: float) -> bo
         all_jobs = jobs.of_part(plan, results, part)
         todo = [job for job in all_jobs if results.of(job) is None]
         if clock is None:
-            steps = costs.of_part(plan, results, part, measure=False)[0]
+            steps = costs.steps_left(plan, results, part)
             expected = jobs.expected_jobs(plan, part, all_jobs) - (len(all_jobs) - len(todo))
             clock = workers.Clock(steps, expected, seconds_a_step)
             print(f"{part}: {len(all_jobs) - len(todo)} runs are finished already")

@@ -9,26 +9,19 @@ and `Chosen.interior` says whether it did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Point = tuple[int, ...]  # a place on the ladder of every axis
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is tuned together.
+    """What is tuned together."""
 
-    Args:
-        name: as it stands in file names.
-        axes: the ladder of values of every hyper-parameter, in order.
-        start: the first points, as places on the ladders.
-    """
-
-    name: str
-    axes: dict[str, tuple[float, ...]]
-    start: tuple[Point, ...]
+    name: str  # as it stands in file names
+    axes: dict[str, tuple[float, ...]]  # the ladder of values of every hyper-parameter, in order
+    start: tuple[Point, ...]  # the first points, as places on the ladders
 
     def __post_init__(self) -> None:
         if len(set(self.start)) != len(self.start):
@@ -75,6 +68,19 @@ def next_points(family: Family, scores: Mapping[Point, float], budget: int) -> l
     return []
 
 
+def walk(
+    family: Family, budget: int, score: Callable[[dict[str, float]], float | None]
+) -> dict[Point, float]:
+    """Search until the budget is used, or `score` of some values is None; returns the scores."""
+    scores: dict[Point, float] = {}
+    while points := next_points(family, scores, budget):
+        for point in points:
+            if (found := score(family.values(point))) is None:
+                return scores
+            scores[point] = found
+    return scores
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The best point, and whether all its neighbours were tried."""
@@ -98,9 +104,3 @@ def choose(family: Family, scores: Mapping[Point, float]) -> Chosen:
     ends = [k in (0, len(ladder) - 1) for k, ladder in zip(best, family.axes.values(), strict=True)]
     interior = all(other in scores for other in beside) and not any(ends)
     return Chosen(family.values(best), scores[best], interior, len(scores))
-
-
-def as_json(chosen: Chosen) -> dict[str, Any]:
-    """For result files."""
-    return {"values": chosen.values, "score": chosen.score, "interior": chosen.interior,
-            "tried": chosen.tried}  # fmt: skip

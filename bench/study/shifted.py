@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from minivqa import model as vqa
 from minivqa import scenes
 from study import digits, shifted_tasks
-from study.training import Bed, Columns, Data, Sizes, TestItems, file_digest
+from study.training import Bed, Data, Questions, Sizes, drawn
 
 _SPOKEN = (
     "which digit this written picture kind high bar height sum are together describe"
@@ -52,22 +51,18 @@ def base():
 
 
 def encode(pictures: shifted_tasks.Pictures) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as `minivqa.scenes.encode` lays them out, and answers."""
-    prompts = []
-    for question in pictures.questions:
-        fill = [scenes.FILLER] * (scenes.QUESTION_WORDS - len(question))
-        words = [scenes.BEGIN, *fill, *question, *[scenes.IMAGE] * scenes.CELLS, scenes.ANSWER]
-        prompts.append([WORD_ID[word] for word in words])
-    return torch.tensor(prompts), torch.tensor([WORD_ID[word] for word in pictures.answers])
+    """Prompts and answers as token ids."""
+    return scenes.encode_words(pictures.questions, pictures.answers, WORD_ID)
 
 
-def draw(model, name: str, count: int, seed: int, split: str) -> tuple[Columns, int]:
-    """The rows of one split, seeded by its name, and how many of them are one item."""
+def draw(model, name: str, count: int, seed: int, split: str) -> Questions:
+    """The rows of one split, seeded by its name."""
     rng = random.Random(f"shifted/{seed}/{name}/{split}")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     pictures = shifted_tasks.TASKS[name](count, rng, generator, split != "train")
     prompts, answers = encode(pictures)
-    return (prompts, vqa.image_features(model, pictures.pixels), answers), pictures.together
+    features = vqa.image_features(model, pictures.pixels)
+    return Questions((prompts, features, answers), pictures.together)
 
 
 @lru_cache(maxsize=1)
@@ -76,16 +71,8 @@ def load(sizes: Sizes, seed: int) -> Data:
     model = base()
     order = list(shifted_tasks.TASKS)
     random.Random(f"shifted/{seed}/order").shuffle(order)
-    train = [draw(model, name, sizes.train_items, seed, "train")[0] for name in order]
-    test = [draw(model, name, sizes.test_items, seed, sizes.split) for name in order]
-    return Data(
-        tuple(order),
-        tuple(torch.cat(parts) for parts in zip(*train, strict=True)),
-        tuple(TestItems(*one) for one in test),
-    )
+    return drawn(order, sizes, lambda name, count, split: draw(model, name, count, seed, split))
 
 
-FILES: tuple[Path, ...] = (
-    vqa.BASE_PATH, digits.DATA_PATH, shifted_tasks.LISTING, *shifted_tasks.ATLASES.values()
-)  # fmt: skip
-BED = Bed("shifted", load, base, lambda: file_digest(*FILES))
+FILES = (vqa.BASE_PATH, digits.DATA_PATH, shifted_tasks.LISTING, *shifted_tasks.ATLASES.values())
+BED = Bed("shifted", load, base, FILES)

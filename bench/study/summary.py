@@ -8,12 +8,12 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from provenance import origin
 from report import replace
 from study import digits, jobs, paired, protocol, search
 from study.arms import LABELS
@@ -24,7 +24,6 @@ SHORT = {
     "replay": "replay", "dgg": "DGG, α tuned", "guard0": "guard, w = 0", "guard50": "w = ½",
     "guard100": "w = 1", "l2sp": "L2-SP", "ewc": "EWC", "laplace": "λ B Σv̂ ∘ d",
 }  # fmt: skip
-MAIN_RULES = tuple(SHORT)
 
 
 def write(plan: jobs.Plan, results: jobs.Results, out: Path) -> None:
@@ -81,7 +80,7 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
         except jobs.NotTunedError:
             continue
         found["tuning"][bed] = {
-            "chosen": {name: search.as_json(one) for name, one in chosen.items()},
+            "chosen": {name: asdict(one) for name, one in chosen.items()},
             "other": methods.get("other"),
         }
         for job in jobs.test_jobs(plan, results, bed):
@@ -91,8 +90,6 @@ def collected(plan: jobs.Plan, results: jobs.Results) -> dict[str, Any]:
 
 
 def _provenance(plan: jobs.Plan) -> dict[str, Any]:
-    from provenance import commit, cpu_model, uncommitted_changes
-
     versions = {}
     for package in ("dgg", "torch", "transformers", "peft", "numpy"):
         try:
@@ -101,12 +98,9 @@ def _provenance(plan: jobs.Plan) -> dict[str, Any]:
             versions[package] = None
     return {
         "plan": asdict(plan),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-        "uncommitted_changes": uncommitted_changes(),
+        **origin(),
         "versions": versions,
         "python": platform.python_version(),
-        "cpu": cpu_model(),
         "cores": os.cpu_count(),
     }
 
@@ -123,23 +117,30 @@ def values(found: dict[str, Any], bed: str, name: str, metric: str = "faa") -> d
     return dict(enumerate(rule[metric])) if rule else {}
 
 
+def differences(
+    found: dict[str, Any], bed: str, first: str, second: str, metric: str = "faa"
+) -> dict[int, float]:
+    """First minus second by seed, of the seeds that both have."""
+    ours, theirs = (values(found, bed, name, metric) for name in (first, second))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return dict(zip(seeds, paired.differences(ours, theirs, seeds), strict=True))
+
+
 def comparison(
     found: dict[str, Any], bed: str, first: str, second: str, metric: str = "faa"
 ) -> paired.Comparison | None:
     """First minus second over the seeds that both have; None if there are none."""
-    ours, theirs = (values(found, bed, name, metric) for name in (first, second))
-    seeds = sorted(ours.keys() & theirs.keys())
-    return paired.compare(paired.differences(ours, theirs, seeds)) if seeds else None
+    gains = differences(found, bed, first, second, metric)
+    return paired.compare(list(gains.values())) if gains else None
 
 
-def row(what: str, got: paired.Comparison, more: Sequence[str] = ()) -> str:
+def row(what: str, got: paired.Comparison, *more: str) -> tuple[str, ...]:
     """One line of a table of differences."""
     p = [chance(x) for x in (got.p, got.p_sign_flip)]
-    cells = [
+    return (
         what, str(got.n), signed(got.mean), f"{signed(got.low)} to {signed(got.high)}", *p,
         number(got.d_z, 2).replace("-", "−"), f"{got.wins}/{got.ties}/{got.losses}", *more,
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+    )  # fmt: skip
 
 
 HEAD = (
@@ -147,10 +148,10 @@ HEAD = (
 )  # fmt: skip
 
 
-def table(head: Sequence[str], rows: Sequence[str]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join(["| " + " | ".join(head) + " |", rule, *rows])
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, "|---|" + "---:|" * (len(head) - 1), *others])
 
 
 def number(x: float | None, digits: int) -> str:
@@ -195,42 +196,39 @@ def marginals(runs: ByArm) -> str:
         for metric in ("faa", *OTHER_METRICS):
             known = [run[metric] for run in group if run[metric] is not None]
             cells.append(number(statistics.mean(known), 1) if known else "–")
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     return table(("arm", "seeds", "FAA", *map(str.upper, OTHER_METRICS)), rows)
 
 
 def _primary(found: dict[str, Any]) -> str:
     """The primary test on both LLaVA beds, with Holm's p over the two."""
-    known = {bed: comparison(found, bed, *protocol.PRIMARY) for bed in jobs.LLAVA_BEDS}
-    known = {bed: got for bed, got in known.items() if got}
-    adjusted = paired.holm({bed: got.p for bed, got in known.items()})
-    rows = [
-        row(f"{pair(*protocol.PRIMARY)}, {bed}", got, (chance(adjusted[bed]),))
-        for bed, got in known.items()
-    ]
-    return table((*HEAD, "Holm's p"), rows)
+    what = pair(*protocol.PRIMARY)
+    tests = {f"{what}, {b}": comparison(found, b, *protocol.PRIMARY) for b in jobs.LLAVA_BEDS}
+    return table((*HEAD, "Holm's p"), _with_holm(tests))
+
+
+def _with_holm(tests: dict[str, paired.Comparison | None]) -> list[tuple[str, ...]]:
+    """The rows of a family of tests, of those that could be made."""
+    known = {what: got for what, got in tests.items() if got}
+    adjusted = paired.holm({what: got.p for what, got in known.items()})
+    return [row(what, got, chance(adjusted[what])) for what, got in known.items()]
 
 
 def _tests(found: dict[str, Any], bed: str) -> str:
     """The secondary tests with Holm's p, and other metrics of the primary pair."""
-    rows = []
-    second = {p: comparison(found, bed, *p) for p in protocol.SECONDARY}
-    known = {pair(*p): got for p, got in second.items() if got}
-    adjusted = paired.holm({what: got.p for what, got in known.items()})
-    rows += [row(what, got, (chance(adjusted[what]),)) for what, got in known.items()]
+    rows = _with_holm({pair(*p): comparison(found, bed, *p) for p in protocol.SECONDARY})
     for metric in OTHER_METRICS:
         if got := comparison(found, bed, *protocol.PRIMARY, metric):
-            rows.append(row(f"{metric}, {pair(*protocol.PRIMARY)}", got, ("",)))
+            rows.append(row(f"{metric}, {pair(*protocol.PRIMARY)}", got, ""))
     return table((*HEAD, "Holm's p"), rows)
 
 
 def _minus_replay(found: dict[str, Any], bed: str) -> str:
     """The arms that no test against replay was planned for."""
-    planned = {protocol.PRIMARY, *protocol.SECONDARY}
     rows = [
         row(pair(name, "replay"), got)
         for name in ("l2sp", "ewc", "other")
-        if (name, "replay") not in planned and (got := comparison(found, bed, name, "replay"))
+        if (got := comparison(found, bed, name, "replay"))
     ]
     return f"Not planned, and not corrected:\n\n{table(HEAD, rows)}" if rows else ""
 
@@ -242,12 +240,11 @@ def pair(first: str, second: str) -> str:
 
 def _fresh(found: dict[str, Any]) -> str:
     """The primary test over the seeds that no earlier study has run."""
-    ours, theirs = (values(found, "in-domain", name) for name in protocol.PRIMARY)
-    seeds = [s for s in sorted(ours.keys() & theirs.keys()) if s not in protocol.SEEN_SEEDS]
-    if not seeds:
+    gains = differences(found, "in-domain", *protocol.PRIMARY)
+    fresh = [gain for seed, gain in gains.items() if seed not in protocol.SEEN_SEEDS]
+    if not fresh:
         return ""
-    got = paired.compare(paired.differences(ours, theirs, seeds))
-    return table(HEAD, [row("primary, seeds never run before", got)])
+    return table(HEAD, [row("primary, seeds never run before", paired.compare(fresh))])
 
 
 def _digits(found: dict[str, Any]) -> list[str]:
@@ -259,32 +256,25 @@ def _digits(found: dict[str, Any]) -> list[str]:
     ]
     settings = [setting.split("-") for setting in found["digits"]]
     for memory in sorted({int(memory) for _, _, memory in settings}):
-        head = [f"{memory} remembered", *(SHORT[name] for name in MAIN_RULES)]
         rows = [
-            f"| {bed}, {steps} steps | "
-            + " | ".join(_gain(found, f"{bed}-{steps}-{memory}", name) for name in MAIN_RULES)
-            + " |"
+            [f"{bed}, {steps} steps"]
+            + [_gain(found, f"{bed}-{steps}-{memory}", name) for name in SHORT]
             for bed, steps, its_memory in settings
             if int(its_memory) == memory
         ]
-        sections.append(table(head, rows))
+        sections.append(table([f"{memory} remembered", *SHORT.values()], rows))
     shown = [setting for setting in settings if setting[1] == str(protocol.OTHER_STEPS)]
     keys = ["-".join(setting) for setting in shown]
     names = dict.fromkeys(n for key in keys for n in found["digits"][key]["results"])
     rows = [
-        f"| {LABELS.get(name, name)} | {' | '.join(_gain(found, key, name) for key in keys)} |"
+        [LABELS.get(name, name), *(_gain(found, key, name) for key in keys)]
         for name in names
-        if name not in MAIN_RULES[1:]
+        if name == "replay" or name not in SHORT
     ]
     if rows:
-        head = [
-            f"{protocol.OTHER_STEPS} steps",
-            *(f"{bed[0]} {memory}" for bed, _, memory in shown),
-        ]
-        sections += [
-            "All others, by the first letter of the bed and the memory.",
-            table(head, rows),
-        ]
+        columns = [f"{bed[0]} {memory}" for bed, _, memory in shown]
+        sections.append("All others, by the first letter of the bed and the memory.")
+        sections.append(table([f"{protocol.OTHER_STEPS} steps", *columns], rows))
     return sections
 
 
@@ -303,10 +293,10 @@ def _own_rates(found: dict[str, Any]) -> str:
     rows = []
     for setting, one in found["digits"].items():
         if got := comparison(found, setting, *protocol.OWN_RATES):
+            bed_rate = digits.LEARNING_RATES[setting.split("-")[0]]
             rates = "; ".join(
-                f"{one['chosen'][name]['values']['rate']:g} × {digits.LEARNING_RATES[bed]:g}"
+                f"{one['chosen'][name]['values']['rate']:g} × {bed_rate:g}"
                 for name in protocol.OWN_RATES
-                for bed in [setting.split("-")[0]]
             )
             rows.append(row(f"{setting} ({rates})", got))
     text = (
@@ -327,7 +317,7 @@ def _ample(found: dict[str, Any]) -> str:
                 continue
             got = paired.non_inferior(paired.differences(ours, theirs), protocol.MARGIN)
             shown = "not worse" if got.holds else "not shown"
-            rows.append(f"| {setting}, {LABELS[name]} | {signed(got.low)} | {shown} |")
+            rows.append((f"{setting}, {LABELS[name]}", signed(got.low), shown))
     margin, memory = f"{protocol.MARGIN:g} point", f"{protocol.AMPLE} remembered examples"
     text = f"Not worse than replay by {margin}, with {memory}:"
     head = ("guard − replay", "lower end of the 95 % interval", "verdict")
@@ -358,7 +348,7 @@ def goals(found: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _goals(found: dict[str, Any]) -> str:
-    rows = [f"| {what} | {met} of {count} |" for what, (met, count) in goals(found).items()]
+    rows = [(what, f"{met} of {count}") for what, (met, count) in goals(found).items()]
     return table(("goal, settings with a memory", "met"), rows)
 
 
@@ -366,7 +356,7 @@ def _orderings(found: dict[str, Any]) -> str:
     rows = []
     for one in protocol.ORDERINGS:
         if got := comparison(found, one.bed, one.first, one.second):
-            rows.append(row(f"{one.claim}; {one.bed}", got, (paired.verdict(got),)))
+            rows.append(row(f"{one.claim}; {one.bed}", got, paired.verdict(got)))
     return table((*HEAD, "verdict"), rows)
 
 
@@ -381,7 +371,7 @@ def _flat(found: dict[str, Any]) -> str:
     rows = []
     for bed in found["digits"]:
         if got := comparison(found, bed, *protocol.FLAT):
-            rows.append(row(f"α 0.05 − α 0.2; {bed}", got, (flat(got, protocol.MARGIN),)))
+            rows.append(row(f"α 0.05 − α 0.2; {bed}", got, flat(got, protocol.MARGIN)))
     return table((*HEAD, "α is flat"), rows)
 
 
@@ -391,8 +381,6 @@ def _tuning(found: dict[str, Any]) -> str:
         for name, one in tuned["chosen"].items():
             what = tuned["other"] if name == "other" else name
             inside = "yes" if one["interior"] else "no"
-            rows.append(
-                f"| {bed} | {what} | {search.label(one['values'])} | {one['score']:.1f} "
-                f"| {one['tried']} | {inside} |"
-            )
+            score, tried = f"{one['score']:.1f}", str(one["tried"])
+            rows.append((bed, what, search.label(one["values"]), score, tried, inside))
     return table(("bed", "family", "chosen", "FAA, validation", "points", "interior"), rows)

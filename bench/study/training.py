@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dgg.metrics import AccuracyMatrix
 from dgg.replay import ReplayBuffer
+from methods import METHODS, Method
 from minivqa import model as vqa
 from study import arms
 from study.arms import Arm
@@ -48,8 +50,8 @@ class Sizes:
 Columns = tuple[Tensor, Tensor, Tensor]  # prompts, image features, answers
 
 
-class TestItems(NamedTuple):
-    """Questions of one sub-task. `together` rows make one item: it is right if all of them are."""
+class Questions(NamedTuple):
+    """Those of one sub-task. `together` rows make one item: it is right if all of them are."""
 
     rows: Columns
     together: int = 1
@@ -61,7 +63,15 @@ class Data:
 
     tasks: tuple[str, ...]
     train: Columns
-    test: tuple[TestItems, ...]
+    test: tuple[Questions, ...]
+
+
+def drawn(tasks: Sequence[str], sizes: Sizes, draw: Callable[[str, int, str], Questions]) -> Data:
+    """All sub-tasks in this order; `draw` takes a name, how many items, and the split."""
+    train = [draw(name, sizes.train_items, "train").rows for name in tasks]
+    test = [draw(name, sizes.test_items, sizes.split) for name in tasks]
+    columns = tuple(torch.cat(parts) for parts in zip(*train, strict=True))
+    return Data(tuple(tasks), columns, tuple(test))
 
 
 class Bed(NamedTuple):
@@ -70,7 +80,7 @@ class Bed(NamedTuple):
     name: str
     load: Callable[[Sizes, int], Data]
     base: Callable[[], Any]  # the frozen model
-    digest: Callable[[], str]  # of all files that the numbers depend on
+    files: tuple[Path, ...]  # all that the numbers depend on
 
 
 class Interrupted(Exception):
@@ -87,18 +97,9 @@ def file_digest(*paths: Path) -> str:
 
 def fingerprint(bed: Bed, arm: Arm, sizes: Sizes, seed: int) -> str:
     """Names everything that the numbers of a run depend on."""
-    what = {"bed": bed.name, "arm": arm.as_dict(), "sizes": asdict(sizes), "seed": seed,
-            "data": bed.digest()}  # fmt: skip
+    what = {"bed": bed.name, "arm": asdict(arm), "sizes": asdict(sizes), "seed": seed,
+            "data": file_digest(*bed.files)}  # fmt: skip
     return json.dumps(what, sort_keys=True)
-
-
-@torch.no_grad()
-def accuracy(answer: Callable[[Tensor, Tensor], Tensor], items: TestItems) -> float:
-    """Share of right items in %, over the whole vocabulary."""
-    found = []
-    for prompts, features, answers in zip(*(x.split(100) for x in items.rows), strict=True):
-        found.append(answer(prompts, features).argmax(-1) == answers)
-    return 100 * torch.cat(found).view(-1, items.together).all(1).double().mean().item()
 
 
 class _Run:
@@ -121,23 +122,16 @@ class _Run:
         self.trace: list[dict[str, float]] = []
         self.stage, self.spent = 0, 0.0
 
-    def _make_method(self) -> Any:
-        import methods
-
-        make = methods.METHODS[self.arm.kind]
-        slow = lambda prompts, features: vqa.answer_logits(self.model, prompts, features)  # noqa: E731
-        reads = getattr(make, "reads_modules", "")
-        logits = slow if reads else self.answer
-        if reads == "step":
+    def _make_method(self) -> Method:
+        make = METHODS[self.arm.kind]
+        slow = partial(vqa.answer_logits, self.model)
+        logits = slow if make.reads_modules else self.answer
+        if make.reads_modules == "step":
             self.answer = slow
-        more = dict(self.arm.options)
-        if "seed" in inspect.signature(make).parameters:
-            more["seed"] = self.seed
+        more = {"seed": self.seed} if "seed" in inspect.signature(make).parameters else {}
         return make(
-            self.model, self.named, self.optimizer,
-            lambda batch: F.cross_entropy(self.answer(*batch[:2]), batch[2]),
-            lambda batch: logits(*batch[:2]),
-            **more,
+            self.model, self.named, self.optimizer, self.loss, lambda batch: logits(*batch[:2]),
+            **self.arm.options, **more,
         )  # fmt: skip
 
     def batch(self, rows: Sequence[int]) -> Columns:
@@ -145,16 +139,14 @@ class _Run:
         prompts, features, answers = self.data.train
         return prompts[rows], features[rows], answers[rows]
 
-    def loss(self, rows: Sequence[int]) -> Tensor:
-        """The mean loss of some training rows."""
-        prompts, features, answers = self.batch(rows)
+    def loss(self, batch: Columns) -> Tensor:
+        """The mean loss of a batch."""
+        prompts, features, answers = batch
         return F.cross_entropy(self.answer(prompts, features), answers)
 
     # -- one sub-task ------------------------------------------------------------------------------
 
-    def train(
-        self, progress: Callable[[int, int], None], stop: Callable[[], bool], trace_every: int
-    ) -> None:
+    def train(self, stop: Callable[[], bool], trace_every: int) -> None:
         """Train the next sub-task, evaluate, and make the boundary."""
         sizes, stage = self.sizes, self.stage
         seen: dict[str, list[float]] = {}
@@ -180,42 +172,28 @@ class _Run:
                 seen.setdefault(name, []).append(value)
             if trace_every and step % trace_every == 0:
                 self.trace.append({"step": stage * sizes.steps + step, **found})
-            progress(stage, step + 1)
         self.means.append({name: math.fsum(x) / len(x) for name, x in seen.items()})
         self.boundary(last, rows)
 
     def step(self, new: list[int], old: list[int]) -> float:
         """One optimizer step on the mean loss over new and old rows together."""
-        self.optimizer.zero_grad()
         if self.method:
-            return self._method_step(new, old)
+            replayed = self.batch(old) if old else None
+            limit = self.sizes.max_grad_norm
+            return self.method.step(self.batch(new + old), replayed, limit).item()
+        self.optimizer.zero_grad()
         if self.arm.kind != "guard" or not old:
-            loss = self.loss(new + old)
+            loss = self.loss(self.batch(new + old))
             loss.backward()
         else:
             share = len(old) / (len(new) + len(old))
-            loss = (1 - share) * self.loss(new)
+            loss = (1 - share) * self.loss(self.batch(new))
             loss.backward()
             with self.optimizer.replay():
-                again = share * self.loss(old)
+                again = share * self.loss(self.batch(old))
                 again.backward()
             loss = loss + again
         self.optimizer.step()
-        return loss.item()
-
-    def _method_step(self, new: list[int], old: list[int]) -> float:
-        method = self.method
-        method.before_forward()
-        loss = self.loss(new + old)
-        loss.backward()
-        replayed = None
-        if method.needs_replay_gradients and old:
-            replayed = list(torch.autograd.grad(self.loss(old), self.parameters))
-        method.after_forward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.sizes.max_grad_norm)
-        method.edit_gradients(replayed)
-        self.optimizer.step()
-        method.after_step()
         return loss.item()
 
     def boundary(self, last: int, rows: range) -> None:
@@ -230,7 +208,7 @@ class _Run:
                 kept = [rows[int(k)] for k in places]
         self.model.eval()
         for j in range(last):
-            self.matrix.record(last - 1, j, accuracy(self.answer, self.data.test[j]))
+            self.matrix.record(last - 1, j, vqa.accuracy(self.answer, *self.data.test[j]))
         if self.arm.replay:
             self.buffer.add_task(kept, self.stage)
         if self.arm.kind in ("dgg", "guard"):
@@ -278,7 +256,6 @@ def run(
     checkpoint: Path | None = None,
     *,
     trace_every: int = 0,
-    progress: Callable[[int, int], None] = lambda stage, step: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train one arm over all sub-tasks of one seed and return its result.
@@ -290,7 +267,6 @@ def run(
         seed: of data, order, adapter, memory and draws.
         checkpoint: written after each sub-task, and resumed if it is there.
         trace_every: at every so many steps, loss and measurements go to the result's `trace`.
-        progress: called with sub-task and step.
         stop: asked at each step; True ends the run with `Interrupted`.
 
     Raises:
@@ -305,20 +281,19 @@ def run(
         if saved["fingerprint"] != mark:
             raise ValueError(f"{checkpoint} is of another experiment; use another --out")
         it.load(saved)
-    before = it.spent
     while it.stage < len(it.data.tasks):
-        it.train(progress, stop, trace_every)
+        it.train(stop, trace_every)
         if checkpoint is not None:
-            _save(checkpoint, it.state(mark, before + time.perf_counter() - started))
+            _save(checkpoint, it.state(mark, it.spent + time.perf_counter() - started))
     return {
-        "arm": arm.as_dict(),
+        "arm": asdict(arm),
         "seed": seed,
         "tasks": list(it.data.tasks),
         "matrix": it.matrix.rows,
         **it.matrix.summary(),
         "means": it.means,
         "trace": it.trace,
-        "seconds": round(before + time.perf_counter() - started, 2),
+        "seconds": round(it.spent + time.perf_counter() - started, 2),
     }
 
 

@@ -15,12 +15,16 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from report import replace
-from study.jobs import Job
+from study import training
+from study.jobs import Job, execute
 
 
 class Stopped(Exception):
@@ -39,10 +43,8 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
     for job in [*jobs, *[None] * count]:
         waiting.put(job)
     more = (os.getpid(), waiting, news, stop, out, origin)
-    processes = [
-        context.Process(target=_worker, args=(k, *more), daemon=True) for k in range(count)
-    ]
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    processes = [context.Process(target=_worker, args=more, daemon=True) for _ in range(count)]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = finished = 0
     try:
         # Ctrl-C reaches all processes of a terminal. Workers inherit that it is ignored, from their
@@ -76,10 +78,6 @@ def run(jobs: Sequence[Job], out: Path, count: int, origin: dict[str, Any], cloc
         stop.set()
         _end(processes)
     return not failed
-
-
-def _terminated(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _end(processes: Sequence[Any]) -> None:
@@ -127,15 +125,9 @@ def duration(seconds: float) -> str:
 
 
 def _worker(
-    index: int, parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
+    parent: int, waiting: Any, news: Any, stop: Any, out: Path, origin: dict[str, Any]
 ) -> None:
     """Take jobs until there are none; end quietly when the parent is gone."""
-    import warnings
-
-    import torch
-
-    from study import jobs, training
-
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -154,7 +146,7 @@ def _worker(
         checkpoint = out / "checkpoints" / f"{job.part}-{job.name}.pt"
         began = time.perf_counter()
         try:
-            result = jobs.execute(job, checkpoint, lambda stage, step: None, stopped)
+            result = execute(job, checkpoint, stopped)
         except training.Interrupted:
             break
         except Exception:

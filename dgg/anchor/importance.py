@@ -179,9 +179,9 @@ def _running_sum(param: Tensor, moment, before: Tensor | None, mean: float) -> T
     total = torch.zeros_like(shard, dtype=exact_dtype(shard))
     if moment is not None:
         value, correction = moment
-        total += real_view(sharding.local(value)).to(total) / correction
+        total += real_view(sharding.local(value)).to(total.device, total.dtype) / correction
     if before is not None:
-        total += real_view(sharding.local(before)).to(total) * mean
+        total += real_view(sharding.local(before)).to(total.device, total.dtype) * mean
     return total
 
 

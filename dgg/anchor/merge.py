@@ -56,7 +56,8 @@ def merge(
             merged = _rows_kept(theta, base, share)
         else:
             shard = sharding.local(theta).to(importance.exact_dtype(p))  # rounded when it is stored
-            merged = sharding.like(torch.lerp(sharding.local(base).to(shard), shard, share), p)
+            shard_of_base = sharding.local(base).to(shard.device, shard.dtype)
+            merged = sharding.like(torch.lerp(shard_of_base, shard, share), p)
         if "master" in opt.state[p]:
             anchor.write(opt.state[p]["master"], merged)
         anchor.write(p, merged)

@@ -135,15 +135,7 @@ def show_config() -> str:
 def make_rows(
     backend: str, params: Sequence[Tensor], *args: Any, capturable: bool = False, **columns: Any
 ) -> Rows:
-    """Returns the rows of parameters of one device.
-
-    Args:
-        backend: One of `BACKENDS`.
-        params: The parameters.
-        args: Further arguments of `Rows`.
-        capturable: Whether steps may be captured into a graph.
-        columns: Keyword arguments of `Rows`.
-    """
+    """Returns the rows of parameters of one device; arguments as in `Rows` and `LaunchedRows`."""
     if backend == "reference":
         return ReferenceRows(backend, params, *args, **columns)
     if launches(backend, sharding.local(params[0]).device):

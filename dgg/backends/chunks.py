@@ -6,7 +6,8 @@ One launch serves all rows of one dtype combination. The cut is uploaded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,29 +92,12 @@ def cut(
     return launches
 
 
-class Cuts:
-    """The cuts of one list of rows, by their dtypes.
+def cuts_of(
+    numels: Sequence[int], device: torch.device, windows: Sequence[int] | None = None
+) -> Callable[[tuple[int, ...]], list[Launch]]:
+    """Returns `cut` as a function of a tuple of dtype codes, which keeps its last few results.
 
-    Args:
-        numels: Elements of every row.
-        device: Where the tables are to lie.
-        windows: As in `cut`.
+    Gradients change their dtype when autocast does.
     """
-
-    # Gradients change their dtype when autocast does: a few cuts are worth keeping.
-    _MOST = 4
-
-    def __init__(
-        self, numels: Sequence[int], device: torch.device, windows: Sequence[int] | None = None
-    ) -> None:
-        self._arguments = numels, device, windows
-        self._known: dict[tuple[int, ...], list[Launch]] = {}
-
-    def of(self, codes: tuple[int, ...]) -> list[Launch]:
-        """Returns the launches for these dtype codes of the rows."""
-        if codes not in self._known:
-            while len(self._known) >= self._MOST:
-                del self._known[next(iter(self._known))]
-            numels, device, windows = self._arguments
-            self._known[codes] = cut(numels, codes, device, windows=windows)
-        return self._known[codes]
+    kept = functools.lru_cache(maxsize=4)
+    return kept(functools.partial(cut, numels, device=device, windows=windows))

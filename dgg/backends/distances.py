@@ -31,14 +31,6 @@ class Distances:
         self.versions: array.array | None = None
         self.memory = array.array("q", bytes(8 * count))
 
-    def forget(self) -> None:
-        """Drops all distances."""
-        self.squares.fill_(-1.0)
-
-    def forget_rows(self, rows: Sequence[int]) -> None:
-        """Drops the distances of these rows."""
-        self.squares[list(rows)] = -1.0
-
     def written(self, versions: Sequence[int]) -> list[int]:
         """Returns the rows whose parameters have changed versions, and keeps the new versions."""
         known, present = self.versions, array.array("q", versions)

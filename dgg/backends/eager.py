@@ -46,20 +46,12 @@ class ReferenceRows(Rows):
             **self._importance(),
         )  # fmt: skip
 
-    def coefficients(self, squares: Tensor, **settings) -> Tensor:
-        """Calls `reference.coefficients`."""
-        return reference.coefficients(squares, **settings)
-
     def products(self, flags: Tensor, *, replay_weight, scaling) -> Tensor:
         """Calls `reference.products`."""
         return reference.products(
             self.tensors(PARAM), self.grads, self.replays, self.tensors(ANCHOR), flags,
             replay_weight=replay_weight, grad_scale=scaling.divisor, **self._importance(),
         )  # fmt: skip
-
-    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
-        """Calls `reference.guard_coefficients`."""
-        return reference.guard_coefficients(sums, **settings)
 
     def _importance(self) -> dict[str, Any]:
         """Returns the arguments of the reference's functions that weigh the pull."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dgg import reference
 from dgg.backends import libraries
-from dgg.backends.chunks import Cuts, Launch
+from dgg.backends.chunks import Launch, cuts_of
 from dgg.backends.prefetch import AnchorWindows, is_away
 from dgg.backends.rows import Draw, Scaling
 from dgg.backends.table import TableRows, signed
@@ -36,12 +36,7 @@ _ROUTE_BITS = {
 class LaunchedRows(TableRows):
     """Rows whose steps are launches on a device, which has their tables and workspace.
 
-    Args:
-        backend: "triton" or "cpp".
-        params: Parameters.
-        args: As in `Rows`.
-        capturable: Whether steps may be captured into a graph.
-        columns: As in `Rows`.
+    Arguments are those of `Rows`, and ``capturable``: whether steps may be captured into a graph.
 
     Attributes:
         windows: Windows of the anchors that are kept off the device, or None.
@@ -54,12 +49,12 @@ class LaunchedRows(TableRows):
         **columns: Any,
     ) -> None:  # fmt: skip
         super().__init__(backend, params, *args, **columns)
-        self._functions = libraries.launchers(backend)
+        self._launchers = libraries.launchers(backend)
         self._uploads = Uploads(self.device, capturable)
         self.windows = self._make_windows()
         numels = self._base_table[:, layout.NUMEL].tolist()
         windows_of_rows = None if self.windows is None else self.windows.of_row
-        self._cuts = Cuts(numels, self.device, windows_of_rows)
+        self._cut = cuts_of(numels, self.device, windows_of_rows)
         self._launches: list[Launch] = []
         self._host_table: Tensor | None = None
         # Chunks and workspace of captured steps, which their graphs use for good.
@@ -86,13 +81,12 @@ class LaunchedRows(TableRows):
         if all(x is None for x in (*anchors, *importances)):
             return None
         windows = AnchorWindows(anchors, self.device, importances=importances)
-        for column, tensors, addresses in (
-            (layout.ANCHOR, anchors, windows.addresses),
-            (layout.IMPORTANCE, importances, windows.importance_addresses),
-        ):
-            for row, x in enumerate(tensors):
-                if x is not None:
-                    self._base_table[row, column] = addresses[row]
+        for column, addresses in (
+            (layout.ANCHOR, windows.addresses), (layout.IMPORTANCE, windows.importance_addresses),
+        ):  # fmt: skip
+            for row, address in enumerate(addresses):
+                if address:
+                    self._base_table[row, column] = address
         return windows
 
     # -- the inputs of a step -------------------------------------------------------------------
@@ -122,7 +116,7 @@ class LaunchedRows(TableRows):
         self._hyper_on_device.clear()
         captured = capturing(self.device)
         if captured or self._table is not self._host_table:
-            self._launches = self._cuts.of(tuple(self._table[:, layout.DTYPES].tolist()))
+            self._launches = self._cut(tuple(self._table[:, layout.DTYPES].tolist()))
             self._device_table = self._uploads.send("table", self._table)
             # A graph has a table of its own.
             self._host_table = None if captured else self._table
@@ -138,9 +132,21 @@ class LaunchedRows(TableRows):
 
         Values that are tensors on the device are copied there, not read by the host.
         """
-        if names not in self._hyper_on_device:
-            self._hyper_on_device[names] = _send_hyper(self._uploads, groups, names)
-        return self._hyper_on_device[names]
+        if names in self._hyper_on_device:
+            return self._hyper_on_device[names]
+        values = [group[name] for group in groups for name in names]
+        on_device = [isinstance(x, Tensor) and x.device.type != "cpu" for x in values]
+        numbers = [0.0 if on else float(x) for on, x in zip(on_device, values, strict=True)]
+        host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        table = self._uploads.send("hyper", host)
+        if any(on_device):
+            # A copy: the uploaded table must stay as it was sent.
+            table = table.clone()
+            for place, on in enumerate(on_device):
+                if on:
+                    table[place].copy_(values[place].reshape(()), non_blocking=True)
+        self._hyper_on_device[names] = table = table.view(len(groups), len(names))
+        return table
 
     # -- the distances --------------------------------------------------------------------------
 
@@ -198,7 +204,6 @@ class LaunchedRows(TableRows):
             return
         for number in windows.order():
             windows.fetch(number)
-            windows.wait(number)
             yield from [launch for launch in self._launches if launch.window == number]
             windows.done(number)
 
@@ -207,16 +212,17 @@ class LaunchedRows(TableRows):
         replay_weight: float = 0.0, gate: Tensor | None = None, grad_scale: Tensor | None = None,
         out: Tensor | None = None, settings: Mapping[str, Any] = _NO_SETTINGS,
     ) -> None:  # fmt: skip
-        self._functions.norms_launch(
+        self._launchers.norms_launch(
             self._device_table, *launch.tensors, grads, replays, self.distances, squares, gate,
             grad_scale, out, dtypes=launch.dtypes, replay_weight=replay_weight, which=which,
             importance=self.importance, **settings,
         )  # fmt: skip
 
-    def _norms(
-        self, out: Tensor | None, settings: Mapping[str, Any], *, replay_weight: float,
-        scaling: Scaling, which: int, gate: Tensor | None = None,
+    def norms(
+        self, *, replay_weight: float, scaling: Scaling, which: int, gate: Tensor | None = None,
+        out: Tensor | None = None, settings: Mapping[str, Any] = _NO_SETTINGS,
     ) -> Tensor:  # fmt: skip
+        """Launches `reference.norms`, and with ``out`` `reference.coefficients` in the same."""
         grads, replays = self._device_grads, self._device_replays
         if self.windows is not None and which & reference.NORM_DISTANCE and not self._measured:
             self._measure_in_windows(grads, replays)
@@ -230,31 +236,28 @@ class LaunchedRows(TableRows):
             )  # fmt: skip
         return squares
 
-    def norms(self, **options) -> Tensor:
-        """Launches `reference.norms`."""
-        return self._norms(None, _NO_SETTINGS, **options)
-
     def coefficients(self, squares: Tensor, **settings) -> Tensor:
         """Launches `reference.coefficients`."""
         out = self._empty(reference.SCALES + len(self.params))
-        self._functions.coefficients_launch(squares, out, **settings)
+        self._launchers.coefficients_launch(squares, out, **settings)
         return out
 
     def measure(self, settings: Mapping[str, Any], **options) -> Tensor:
         """Launches both as one: the last block of the norm pass computes the coefficients."""
         out = self._empty(reference.SCALES + len(self.params))
-        self._norms(out, settings, **options)
+        self.norms(out=out, settings=settings, **options)
         return out
 
-    def _launch_products(
-        self, flags: Tensor, out: Tensor | None, settings: Mapping[str, Any], *,
-        replay_weight: float, scaling: Scaling,
+    def products(
+        self, flags: Tensor, *, replay_weight: float, scaling: Scaling, out: Tensor | None = None,
+        settings: Mapping[str, Any] = _NO_GUARD,
     ) -> Tensor:  # fmt: skip
+        """Launches `reference.products`, and with ``out`` what follows from them in the same."""
         sums = self._empty(reference.PRODUCTS, len(self.params))
         launches = list(self._launches) if self.windows is None else self._as_anchors_come()
         for launch in launches:
             last = out is not None and launch is self._launches[-1]
-            self._functions.products_launch(
+            self._launchers.products_launch(
                 self._device_table, *launch.tensors, self._device_grads, self._device_replays,
                 flags, sums, scaling.grad_scale, out if last else None, dtypes=launch.dtypes,
                 replay_weight=replay_weight, importance=self.importance,
@@ -262,14 +265,10 @@ class LaunchedRows(TableRows):
             )  # fmt: skip
         return sums
 
-    def products(self, flags: Tensor, **options) -> Tensor:
-        """Launches `reference.products`."""
-        return self._launch_products(flags, None, _NO_GUARD, **options)
-
     def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
         """Launches `reference.guard_coefficients`."""
         out = self._empty(reference.SCALES + len(self.params) + reference.GUARD_EXTRAS)
-        self._functions.guard_coefficients_launch(sums, out, **settings)
+        self._launchers.guard_coefficients_launch(sums, out, **settings)
         return out
 
     def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options) -> Tensor:
@@ -277,7 +276,7 @@ class LaunchedRows(TableRows):
         if self.windows is not None:
             return super().measure_guard(settings, flags, **options)
         out = self._empty(reference.SCALES + len(self.params) + reference.GUARD_EXTRAS)
-        self._launch_products(flags, out, settings, **options)
+        self.products(flags, out=out, settings=settings, **options)
         return out
 
     def draw_flags(
@@ -298,7 +297,7 @@ class LaunchedRows(TableRows):
             uint8 [1], whether any row injects.
         """
         gate = torch.empty(1, dtype=torch.uint8, device=self.device)
-        self._functions.draw_flags_launch(
+        self._launchers.draw_flags_launch(
             self._device_table, self._hyper(groups, names), draw_index, flags, gate,
             seed=signed(seed), granularity=layout.GRANULARITIES[granularity],
             threshold_column=names.index("threshold"), strength_column=names.index("strength"),
@@ -312,19 +311,17 @@ class LaunchedRows(TableRows):
         # Anchors kept off the device come a second time for the next step's distances, which are
         # measured beside its forward and backward pass instead of in the update.
         windows = self.windows
-        has_windows = windows is not None
         variant = self._bits_of(draw)
-        if look_ahead and not has_windows:
+        if look_ahead and windows is None:
             variant |= layout.ANCHOR_BIT | layout.LOOK_AHEAD_BIT
+            variant |= layout.IMPORTANCE_BIT if self.importance else 0
         if any(group[rule.optional] for group in groups):
             variant |= layout.STATE_BIT
         if self.stochastic:
             variant |= layout.STOCHASTIC_BIT
-        if look_ahead and self.importance and not has_windows:
-            variant |= layout.IMPORTANCE_BIT
         if draw.injecting:
             variant |= _ROUTE_BITS[self.route]
-        function = getattr(self._functions, rule.name[:-1] + "_launch_")
+        function = getattr(self._launchers, rule.name[:-1] + "_launch_")
         hyper = self._hyper(groups, rule.hyper)
         for launch in self._as_anchors_come() if variant & layout.ANCHOR_BIT else self._launches:
             function(
@@ -336,9 +333,10 @@ class LaunchedRows(TableRows):
                 importance=self.importance,
             )  # fmt: skip
         self._measured = False
-        look_ahead = look_ahead and not (has_windows and self._staged_now)
         if windows is not None and look_ahead:
-            self._measure_ahead(windows)
+            look_ahead = not self._staged_now
+            if look_ahead:
+                self._measure_ahead(windows)
         self._after_update(look_ahead)
 
     def _bits_of(self, draw: Draw) -> int:
@@ -352,7 +350,7 @@ class LaunchedRows(TableRows):
         """Launches `reference.guide_`, once for each dtype combination."""
         hyper = self._hyper(groups, layout.GUIDE_HYPER)
         for launch in self._as_anchors_come() if draw.injecting else self._launches:
-            self._functions.guide_launch_(
+            self._launchers.guide_launch_(
                 self._device_table, launch.rows, launch.chunks, self._device_grads,
                 self._device_replays, coefficients, flags, hyper, scaling.grad_scale,
                 scaling.found_inf, draw.index_tensor, dtypes=launch.dtypes,
@@ -360,19 +358,3 @@ class LaunchedRows(TableRows):
                 draw=draw.index, importance=self.importance,
             )  # fmt: skip
         self._after_guide()
-
-
-def _send_hyper(
-    uploads: Uploads, groups: Sequence[Mapping[str, Any]], names: tuple[str, ...]
-) -> Tensor:
-    values = [group[name] for group in groups for name in names]
-    on_device = [isinstance(x, Tensor) and x.device.type != "cpu" for x in values]
-    numbers = [0.0 if on else float(x) for on, x in zip(on_device, values, strict=True)]
-    table = uploads.send("hyper", torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-    if any(on_device):
-        # A copy: the uploaded table must stay as it was sent.
-        table = table.clone()
-        for place, on in enumerate(on_device):
-            if on:
-                table[place].copy_(values[place].reshape(()), non_blocking=True)
-    return table.view(len(groups), len(names))

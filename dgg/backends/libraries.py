@@ -93,10 +93,6 @@ def _origin(direct: dict[str, Any]) -> str:
     return url
 
 
-def _built(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-    return sorted(folder.glob(f"{pattern}.so")) + sorted(folder.glob(f"{pattern}.pyd"))
-
-
 def _places() -> list[pathlib.Path]:
     """Returns where libraries and notes are looked for."""
     # `pip install .` builds in the clone and leaves its results there.
@@ -107,7 +103,7 @@ def _places() -> list[pathlib.Path]:
 def _load_library(pattern: str, note: str) -> str | None:
     """Loads compiled operators; returns None, or why they are missing, and what mends that."""
     for place in _places():
-        libraries = _built(place, pattern)
+        libraries = [*sorted(place.glob(f"{pattern}.so")), *sorted(place.glob(f"{pattern}.pyd"))]
         if not libraries and (place / note).exists():
             reason, _, output = (place / note).read_text(encoding="utf-8").strip().partition("\n")
             details.extend(output.splitlines())
@@ -164,6 +160,14 @@ def warn_if_unbuilt() -> None:
     )
 
 
+# The functions of `reference` that are operators, and the operator that takes an address table.
+_ON_TABLES = {
+    "norms": "norms_table", "coefficients": "coefficients", "products": "products_table",
+    "guard_coefficients": "guard_coefficients", "adam_": "adam_table_", "sgd_": "sgd_table_",
+    "guide_": "guide_table_",
+}  # fmt: skip
+
+
 def _register_fakes() -> None:
     # The list operators return nothing but `norms`, whose shape is known; the mutations stand in
     # the schemas.
@@ -201,34 +205,23 @@ def _refuse_on_gpus() -> torch.library.Library:
 
         return run
 
-    for name in ("norms", "coefficients", "products", "guard_coefficients", "adam_", "sgd_",
-                 "guide_"):  # fmt: skip
+    for name in _ON_TABLES:
         library.impl(name, refuse(name))
     return library
 
 
-if cpp_error is None:
-    _register_fakes()
-    _refusals = _refuse_on_gpus()  # they last as long as this does
-
-
-def _direct(operator: Any) -> Any:
+def _direct(name: str) -> Any:
     """Returns an operator without its Python wrapper, which costs half a microsecond per call."""
-    return getattr(operator.default, "_op", operator.default)
+    operator = getattr(torch.ops.dgg, name).default
+    return getattr(operator, "_op", operator)
 
 
 # The operators on an address table, by the name of their function in `reference`.
 OPERATORS: dict[str, Any] = {}
 if cpp_error is None:
-    OPERATORS = {
-        "norms": _direct(torch.ops.dgg.norms_table),
-        "coefficients": _direct(torch.ops.dgg.coefficients),
-        "products": _direct(torch.ops.dgg.products_table),
-        "guard_coefficients": _direct(torch.ops.dgg.guard_coefficients),
-        "adam_": _direct(torch.ops.dgg.adam_table_),
-        "sgd_": _direct(torch.ops.dgg.sgd_table_),
-        "guide_": _direct(torch.ops.dgg.guide_table_),
-    }
+    _register_fakes()
+    _refusals = _refuse_on_gpus()  # they last as long as this does
+    OPERATORS = {function: _direct(name) for function, name in _ON_TABLES.items()}
 
 
 def launchers(backend: str) -> Any:

@@ -25,7 +25,6 @@ from dgg.backends.libraries import FOLDER
 
 # First and last release of torch whose declarations of these functions were read.
 _READ = ((2, 10), (2, 15))
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Library:
@@ -129,11 +128,6 @@ class NativeGradients:
         """
         if self._library.end(self._address, written) != 0:
             raise RuntimeError("a parameter's version counter cannot be moved: inference tensor?")
-
-
-def takes(params: Sequence[Tensor]) -> bool:
-    """Returns whether all of these are plain tensors or parameters, whose ``.grad`` is torch's."""
-    return all([type(p) in _PLAIN_TYPES for p in params])
 
 
 @functools.cache

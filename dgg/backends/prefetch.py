@@ -37,16 +37,12 @@ def _aligned(length: int) -> int:
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
-def _into_windows(lengths: Sequence[int], size: int | None = None) -> list[list[tuple[int, int]]]:
-    """Returns for each window the number and the first byte of every anchor in it.
-
-    Anchors are given by their bytes; ``size`` is that of a window that has several of them.
-    """
-    size = WINDOW if size is None else size
+def _into_windows(lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Returns for each window the number and the first byte of every anchor, given their bytes."""
     windows: list[list[tuple[int, int]]] = []
-    end = size
+    end = 0
     for number, length in enumerate(lengths):
-        if not windows or (end + length > size and end > 0):
+        if not windows or (end + length > WINDOW and end > 0):
             windows.append([])
             end = 0
         windows[-1].append((number, end))
@@ -91,7 +87,6 @@ class AnchorWindows:
     Args:
         anchors: Anchor of every row, None for rows that have none or have it on the device.
         device: The device of the parameters.
-        size: Bytes of a window.
         importances: The same of every row's importance; empty if there are none at all.
 
     Attributes:
@@ -101,28 +96,25 @@ class AnchorWindows:
     """
 
     def __init__(
-        self, anchors: Sequence[Tensor | None], device: torch.device, size: int | None = None,
+        self, anchors: Sequence[Tensor | None], device: torch.device,
         importances: Sequence[Tensor | None] = (),
     ) -> None:  # fmt: skip
         self._device = device
         kinds = [anchors, importances or [None] * len(anchors)]
         self.of_row = [-1] * len(anchors)
-        rows = [
-            row
+        lengths = {
+            row: sum(_aligned(x.nbytes) for x in pair if x is not None)
             for row, pair in enumerate(zip(*kinds, strict=True))
             if any(x is not None for x in pair)
-        ]
-        lengths = [
-            sum(_aligned(x.nbytes) for kind in kinds if (x := kind[row]) is not None)
-            for row in rows
-        ]
-        windows = _into_windows(lengths, size)
+        }
+        rows = list(lengths)
+        windows = _into_windows(list(lengths.values()))
         self.count = len(windows)
-        ends = [begin + lengths[number] for window in windows for number, begin in window[-1:]]
+        ends = [begin + lengths[rows[last]] for *_, (last, begin) in windows]
         longest = max([_ALIGNMENT, *ends])
-        count = min(2, self.count)
-        buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._buffers = buffers
+        self._buffers = [
+            torch.empty(longest, dtype=torch.uint8, device=device) for _ in windows[:2]
+        ]
         self.addresses, self.importance_addresses = addresses = [[0] * len(anchors) for _ in kinds]
         self._copies: list[list[tuple[Tensor, Tensor]]] = []
         for number, window in enumerate(windows):
@@ -147,19 +139,13 @@ class AnchorWindows:
         self._is_aside = False
         if device.type != "cpu":
             self._stream = torch.Stream(device)
-            for buffer in self._buffers:
-                buffer.record_stream(self._stream)
+            self.lend(self._buffers)
             # The buffers' memory may have been another tensor's, which queued work still reads.
             self.follow()
         # Events of each buffer: it was filled, it was read for the last time.
         self._filled: list[torch.Event | None] = [None] * len(self._buffers)
         self._read: list[torch.Event | None] = [None] * len(self._buffers)
         self._pending: torch.Event | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes on the device, whatever the anchors' size."""
-        return sum(buffer.numel() for buffer in self._buffers)
 
     def forget(self) -> None:
         """Drops the windows on the device, because the anchors were written."""
@@ -171,22 +157,18 @@ class AnchorWindows:
         return list(range(self.count))[:: 1 if upwards else -1]
 
     def fetch(self, number: int) -> None:
-        """Starts copying a window, on the side stream; its readers call `wait` first."""
+        """Copies a window, on the side stream, for which the current stream waits."""
         place = number % 2
-        if self._contents[place] == number:
-            return
-        with _ranges.record("dgg.prefetch"), self.aside():
-            read = self._read[place]
-            if self._stream is not None and read is not None:
-                self._stream.wait_event(read)
-            for target, source in self._copies[number]:
-                target.copy_(source, non_blocking=True)
-            self._filled[place] = self._mark(self._stream)
-        self._contents[place] = number
-
-    def wait(self, number: int) -> None:
-        """Makes the current stream wait until a window is on the device."""
-        event = self._filled[number % 2]
+        if self._contents[place] != number:
+            with _ranges.record("dgg.prefetch"), self.aside():
+                read = self._read[place]
+                if self._stream is not None and read is not None:
+                    self._stream.wait_event(read)
+                for target, source in self._copies[number]:
+                    target.copy_(source, non_blocking=True)
+                self._filled[place] = self._mark()
+            self._contents[place] = number
+        event = self._filled[place]
         if event is not None:
             torch.accelerator.current_stream(self._device).wait_event(event)
 
@@ -194,7 +176,7 @@ class AnchorWindows:
         """Notes that the work queued on the current stream reads a window for the last time."""
         if self._stream is not None:
             current = torch.accelerator.current_stream(self._device)
-            self._read[number % 2] = self._mark(current)
+            self._read[number % 2] = current.record_event()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -224,7 +206,7 @@ class AnchorWindows:
 
     def leave(self) -> None:
         """Notes work on the side stream that `join` is to wait for."""
-        self._pending = self._mark(self._stream)
+        self._pending = self._mark()
 
     def join(self) -> None:
         """Makes the current stream wait for the work noted by `leave`."""
@@ -232,8 +214,8 @@ class AnchorWindows:
             torch.accelerator.current_stream(self._device).wait_event(self._pending)
             self._pending = None
 
-    def _mark(self, stream: torch.Stream | None) -> torch.Event | None:
-        return None if stream is None else stream.record_event()
+    def _mark(self) -> torch.Event | None:
+        return None if self._stream is None else self._stream.record_event()
 
 
 def _in_few_pieces(anchors: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

@@ -123,6 +123,8 @@ class Rows:
         present: Not 0 if there is a gradient or replay gradient in the present step.
     """
 
+    # What computes: the functions of `reference`, or others of their names.
+    _functions: Mapping[str, Any] = vars(reference)
     # Whether steps are asynchronous launches.
     launched = False
     # Whether the kernels compare every weight with the rounding of its master.
@@ -231,11 +233,7 @@ class Rows:
         raise NotImplementedError
 
     def use_options(self, options: Mapping[str, Any]) -> None:
-        """Takes the options that say along what, and where, the anchor pulls.
-
-        Args:
-            options: Options of the whole optimizer.
-        """
+        """Takes the options of the optimizer that say along what, and where, the anchor pulls."""
         importance = float(options["importance"])
         if importance != self.importance:
             self.forget(anchors=False)  # they were measured with another weight
@@ -313,22 +311,13 @@ class Rows:
         self._adopted = versions
 
     def forget(self, *, anchors: bool = True) -> None:
-        """Drops all known distances.
-
-        Args:
-            anchors: The anchors may have been written, too.
-        """
-        self._known.forget()
+        """Drops all known distances; with ``anchors`` these may have been written, too."""
+        self.distances.fill_(-1.0)
 
     def forget_rows(self, rows: Sequence[int], *, anchors: bool = True) -> None:
-        """Drops the known distances of some rows.
-
-        Args:
-            rows: The rows.
-            anchors: Their anchors were written, not only their parameters.
-        """
+        """Drops the known distances of rows; with ``anchors`` these were written, too."""
         if rows:
-            self._known.forget_rows(rows)
+            self.distances[list(rows)] = -1.0
 
     def forget_changed(self) -> None:
         """Drops the known distance of every parameter that was changed since it was measured."""
@@ -336,11 +325,7 @@ class Rows:
             self.forget_rows(self._known.written(self._versions()), anchors=False)
 
     def _after_update(self, look_ahead: bool) -> None:
-        """Ends a step that wrote the parameters.
-
-        Args:
-            look_ahead: The distances were measured after the update.
-        """
+        """Ends a step that wrote the parameters, and with ``look_ahead`` measured distances."""
         if look_ahead:
             self._known.measured(self._versions(), self._without_gradient())
         if self._has_masters:
@@ -362,19 +347,12 @@ class Rows:
         """
         raise NotImplementedError
 
-    def coefficients(
-        self, squares: Tensor, *, max_grad_norm: float | None, scaling: bool, per_tensor: bool
-    ) -> Tensor:
+    def coefficients(self, squares: Tensor, **settings: Any) -> Tensor:
         """Returns c, the norms and s as `reference.coefficients` does."""
-        raise NotImplementedError
+        return self._functions["coefficients"](squares, **settings)
 
     def measure(self, settings: Mapping[str, Any], **options: Any) -> Tensor:
-        """Returns the `coefficients` of rows whose `norms` nobody else has a part in.
-
-        Args:
-            settings: What `coefficients` takes besides the squares.
-            options: What `norms` takes.
-        """
+        """Returns the `coefficients` that follow from `norms` in which nobody else has a part."""
         return self.coefficients(self.norms(**options), **settings)
 
     def products(self, flags: Tensor, *, replay_weight: float, scaling: Scaling) -> Tensor:
@@ -387,20 +365,12 @@ class Rows:
         """
         raise NotImplementedError
 
-    def guard_coefficients(
-        self, sums: Tensor, *, max_grad_norm: float | None, per_tensor: bool, maximize: bool
-    ) -> Tensor:
+    def guard_coefficients(self, sums: Tensor, **settings: Any) -> Tensor:
         """Returns c, the norms and a as `reference.guard_coefficients` does."""
-        raise NotImplementedError
+        return self._functions["guard_coefficients"](sums, **settings)
 
     def measure_guard(self, settings: Mapping[str, Any], flags: Tensor, **options: Any) -> Tensor:
-        """Returns the `guard_coefficients` of rows whose `products` nobody else has a part in.
-
-        Args:
-            settings: What `guard_coefficients` takes besides the sums.
-            flags: What `products` takes.
-            options: The rest of what `products` takes.
-        """
+        """Returns the same with `guard_coefficients` and `products`."""
         return self.guard_coefficients(self.products(flags, **options), **settings)
 
     def update_(

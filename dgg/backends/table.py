@@ -34,6 +34,8 @@ from dgg.kernels.layout import (
 from dgg.reference import FLOAT_DTYPES
 
 _MOMENTS = (layout.EXP_AVG, layout.EXP_AVG_SQ, layout.MAX_EXP_AVG_SQ)
+# Tensors of the parameter's shape, in the order of their codes.
+_STATE = (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 # The address entered for an empty gradient, which has none; 0 means that there is no gradient.
 _NOWHERE = 1
@@ -110,6 +112,8 @@ class AddressColumn:
 class TableRows(Rows):
     """Rows whose steps are C++ operators on a table of addresses."""
 
+    _functions = OPERATORS
+
     def __init__(self, backend: str, params: Sequence[Tensor], *args: Any, **columns: Any) -> None:
         super().__init__(backend, params, *args, **columns)
         self._staged = [not self._flat(row) for row in range(len(self.params))]
@@ -137,7 +141,7 @@ class TableRows(Rows):
     def _flat(self, row: int) -> bool:
         # An element-wise kernel may walk memory in any order that all its tensors share.
         param = self._tensor(PARAM, row)
-        state = [self._tensor(column, row) for column in (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)]
+        state = [self._tensor(column, row) for column in _STATE]
         return is_dense(param) and all(x is None or same_order(x, param) for x in state)
 
     def _make_table(self) -> Tensor:
@@ -154,8 +158,7 @@ class TableRows(Rows):
 
     def _dtype_codes(self, row: int, grad: Tensor | None, replay: Tensor | None) -> int:
         param = self._tensor(PARAM, row)
-        columns = (*_MOMENTS, ANCHOR, COPY, IMPORTANCE)
-        state = (self._tensor(column, row) for column in columns)
+        state = (self._tensor(column, row) for column in _STATE)
         # An absent gradient counts as one of the model's dtype, not of the master weight's.
         grads = (self.params[row] if x is None else x for x in (grad, replay))
         others = (param if x is None else x for x in state)
@@ -197,13 +200,8 @@ class TableRows(Rows):
     def take_native_gradients(self, replays: Sequence[Tensor | None], *, elementwise: bool) -> bool:
         """Takes the gradients from ``.grad``, as `take_gradients` would, natively.
 
-        Args:
-            replays: As in `take_gradients`.
-            elementwise: As in `take_gradients`.
-
-        Returns:
-            Whether it did. If not, a watched tensor moved or a gradient is wrong, and
-            `take_gradients` takes them or raises.
+        Returns whether it did. If not, a watched tensor moved or a gradient is wrong, and
+        `take_gradients` takes them or raises.
         """
         native = self._native
         present = native.begin(self._known.versions is not None, replays, row_major=elementwise)
@@ -247,10 +245,7 @@ class TableRows(Rows):
     ) -> None:
         """Takes the gradients of rows that need a look at their strides or dtypes, or a copy.
 
-        Args:
-            grads: Gradient or None of these rows.
-            replays: Replay gradient of each row; empty if there are none at all.
-            elementwise: As in `take_gradients`.
+        ``grads`` has the gradient or None of these rows alone; the rest is as in `take_gradients`.
         """
         pairs = {}
         for row, grad in grads.items():
@@ -289,7 +284,7 @@ class TableRows(Rows):
     def _stage(self, row: int) -> None:
         # Kernels work on contiguous copies where strides differ.
         self._staged_now = True
-        for column in (PARAM, *_MOMENTS, ANCHOR, COPY, IMPORTANCE):
+        for column in (PARAM, *_STATE):
             tensor = self._tensor(column, row)
             if tensor is None:
                 continue
@@ -342,20 +337,12 @@ class TableRows(Rows):
             importance=self.importance,
         )  # fmt: skip
 
-    def coefficients(self, squares: Tensor, **settings) -> Tensor:
-        """Calls the operator of `reference.coefficients`."""
-        return OPERATORS["coefficients"](squares, **settings)
-
     def products(self, flags: Tensor, *, replay_weight, scaling) -> Tensor:
         """Calls the operator of `reference.products`."""
         return OPERATORS["products"](
             self._table, self._grad_addresses, self._replay_addresses, flags,
             replay_weight=replay_weight, grad_scale=scaling.divisor, importance=self.importance,
         )  # fmt: skip
-
-    def guard_coefficients(self, sums: Tensor, **settings) -> Tensor:
-        """Calls the operator of `reference.guard_coefficients`."""
-        return OPERATORS["guard_coefficients"](sums, **settings)
 
     def update_(
         self, rule, coefficients, flags, groups, draw, scaling, *, look_ahead, replay_weight

@@ -95,13 +95,13 @@ class MemoryWatch:
     def native_gradients(
         self, params: Sequence[Tensor], *memory: Any
     ) -> native.NativeGradients | None:
-        """Returns the native gradients of ``params``, or None where Python has to take them.
+        """Returns the `NativeGradients` of the watch's first parameters; None if Python takes them.
 
-        Args:
-            params: The first parameters of this watch, in its order.
-            memory: The arguments of `NativeGradients` after the handle.
+        ``memory`` are its arguments after the handle.
         """
-        if self._library is None or not native.takes(params):
+        # The ``.grad`` of any other class may not be torch's.
+        plain = all([type(p) in (Tensor, torch.nn.Parameter) for p in params])
+        if self._library is None or not plain:
             return None
         return native.NativeGradients(self._library, self._handle, *memory)
 

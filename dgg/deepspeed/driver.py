@@ -77,6 +77,8 @@ class Partitions(sharding.Sharded):
 class _FragmentRows(RowCache):
     """The rows of all partitions: one for each fragment, all views into its partition."""
 
+    _takes_natively = False  # the gradients are those of partitions
+
     def __init__(self, opt, groups, cuts: Sequence[Partition]) -> None:
         self._cuts = cuts
         self.of_partition: dict[int, backends.Rows] = {}
@@ -114,9 +116,6 @@ class _FragmentRows(RowCache):
 
     def _make_watch(self, params, tensors, states, usable) -> backends.MemoryWatch:
         return backends.MemoryWatch(params, tensors)
-
-    def _can_take_native_gradients(self) -> bool:
-        return False  # the gradients are those of partitions
 
 
 class Driver:

@@ -7,13 +7,6 @@ from typing import Any
 
 from dgg import _arguments
 
-OPTIONS = [
-    name
-    for name in _arguments.GUIDANCE_OPTIONS
-    # A subclass may have a seed of its own.
-    if name not in ("draw_index", "task_index", "importance_mean", "importance_draw", "seed")
-]
-
 
 class InGroups:
     """Refuses ``opt.alpha = 0.1``, which would set an attribute that no step reads.
@@ -44,6 +37,9 @@ class InGroups:
 
 def refuse_attributes(cls: type) -> None:
     """Makes setting an option on an optimizer of this class, instead of in its groups, an error."""
-    for name in OPTIONS:
-        # Not in the class, so that type checkers see no such attribute either.
-        setattr(cls, name, InGroups(name))
+    # A subclass may have a seed of its own; the others are no arguments.
+    own = ("seed", "draw_index", "task_index", "importance_mean", "importance_draw")
+    for name in _arguments.GUIDANCE_OPTIONS:
+        if name not in own:
+            # Not in the class, so that type checkers see no such attribute either.
+            setattr(cls, name, InGroups(name))

@@ -385,14 +385,13 @@ def _gradients(
                 zeros = torch.zeros_like(difference)
                 difference = torch.where(words < threshold, difference, zeros)
         scale = strength * coefficients[SCALES + row]
-        real = guided_gradient(h, None, coefficients[CLIP], None, maximize)
+        total = real = guided_gradient(h, None, coefficients[CLIP], None, maximize)
+        pull = None
         if route != "decoupled":
             total = guided_gradient(h, difference, coefficients[CLIP], scale, maximize)
-            yield row, total, real, None
-        elif difference is None or not scale:
-            yield row, real, real, None
-        else:
-            yield row, real, real, difference * scale.to(h.dtype)
+        elif difference is not None and scale:
+            pull = difference * scale.to(h.dtype)
+        yield row, total, real, pull
 
 
 def _elements(x: Tensor, place: tuple[int, int, int] | None) -> Tensor:

@@ -26,6 +26,9 @@ class RowCache:
         unchecked: A backend takes gradients without checking them.
     """
 
+    # Whether the gradients are those of the parameters.
+    _takes_natively = True
+
     def __init__(self, opt, groups, params: list[Tensor], replays: Sequence) -> None:
         self.params = params
         state = opt.state
@@ -66,7 +69,11 @@ class RowCache:
         self.launched = any(rows.launched for rows in self.all_rows)
         self.unchecked = any(rows.backend == "reference" for rows in self.all_rows)
         self._watch = self._make_watch(params, tensors, states, usable)
-        self._native = len(self.all_rows) == 1 and self.all_rows[0].watch_gradients(self._watch)
+        self._native = (
+            self._takes_natively
+            and len(self.all_rows) == 1
+            and self.all_rows[0].watch_gradients(self._watch)
+        )
         self._state = opt.__dict__["state"]
         self._watch.keep_dicts([self._state, *(entry for _, entry in self._entries)])
         # Engines exchange the shard inside of a DTensor.

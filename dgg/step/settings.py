@@ -50,7 +50,10 @@ def take_settings(options: dict[str, Any]) -> Settings:
     """Takes an optimizer's settings out of its keyword arguments, and checks them."""
     capturable, fused = bool(options.pop("capturable")), options.pop("fused")
     foreach, backend = options.pop("foreach"), options.pop("backend")
-    anchor_dtype = _arguments.check_dtype("anchor_dtype", options.pop("anchor_dtype"))
+    dtypes = {
+        name: _arguments.check_dtype(name, options.pop(name))
+        for name in ("anchor_dtype", "state_dtype", "importance_dtype")
+    }
     anchor_device = _arguments.check_anchor_device(options.pop("anchor_device"))
     if capturable and anchor_device is not None:
         raise ValueError(
@@ -58,8 +61,6 @@ def take_settings(options: dict[str, Any]) -> Settings:
             "anchors are brought to the device for draws that the host knows, those of a "
             "captured step only the device knows; leave anchor_device None"
         )
-    state_dtype = _arguments.check_dtype("state_dtype", options.pop("state_dtype"))
-    importance_dtype = _arguments.check_dtype("importance_dtype", options.pop("importance_dtype"))
     if not (fused or foreach) and (fused is False or foreach is False):
         # False asks for tensor-by-tensor arithmetic, which is the reference's. Beside a True of the
         # other it only says which of torch's fast ways is meant (torchtitan).
@@ -75,9 +76,9 @@ def take_settings(options: dict[str, Any]) -> Settings:
             "for an unfused one; drop either"
         )
     return Settings(
-        backend, bool(fused or foreach), bool(fused), capturable, anchor_dtype, anchor_device,
-        state_dtype, options.pop("stochastic_rounding"), options.pop("master_weights"),
-        importance_dtype,
+        backend, bool(fused or foreach), bool(fused), capturable, anchor_device=anchor_device,
+        stochastic_rounding=options.pop("stochastic_rounding"),
+        master_weights=options.pop("master_weights"), **dtypes,
     )  # fmt: skip
 
 
