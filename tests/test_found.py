@@ -34,32 +34,6 @@ def two_layers():
 # -- groups and checkpoints -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("state_dtype", torch.float32), ("anchor_dtype", torch.float32),
-        ("importance_dtype", torch.float32), ("anchor_device", "cpu"), ("backend", "reference"),
-        ("master_weights", True), ("stochastic_rounding", True),
-    ],
-)  # fmt: skip
-def test_a_group_with_an_option_that_groups_have_not_is_an_error(option, value):
-    param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=option):
-        dgg.AdamW([{"params": [param], option: value}])
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("seed", 5), ("anchor_dtype", torch.bfloat16), ("backend", "reference"),
-     ("stochastic_rounding", True), ("master_weights", True)],
-)  # fmt: skip
-def test_an_attribute_that_no_step_reads_is_an_error(option, value):
-    """As ``opt.alpha = 0.1`` is; a seed per task is what the documentation recommends."""
-    opt = dgg.AdamW([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(AttributeError):
-        setattr(opt, option, value)
-
-
 def test_a_copy_of_a_resumed_optimizer_keeps_its_anchor_as_well():
     model = two_layers()
     opt = dgg.AdamW(model.parameters())
