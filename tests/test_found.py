@@ -34,20 +34,6 @@ def two_layers():
 # -- groups and checkpoints -----------------------------------------------------------------------
 
 
-def test_a_copy_of_a_resumed_optimizer_keeps_its_anchor_as_well():
-    model = two_layers()
-    opt = dgg.AdamW(model.parameters())
-    fit(model, opt)
-    opt.set_anchor(task=1)
-    fit(model, opt)
-    resumed = dgg.AdamW(model.parameters())
-    resumed.load_state_dict(opt.state_dict())
-    with pytest.raises(RuntimeError, match="just resumed"):
-        resumed.set_anchor()
-    with pytest.raises(RuntimeError, match="just resumed"):
-        copy.deepcopy(resumed).set_anchor()
-
-
 def regrouped(opt_groups, again_groups, anchored):
     """Saves and loads with torch's helper, by name and so with any groups."""
     model, again_model = two_layers(), two_layers()

@@ -131,6 +131,25 @@ def test_copies_have_all_public_attributes():
         advance(params, opt, range(5))
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda opt: pickle.loads(pickle.dumps(opt))]
+)
+def test_copies_know_what_was_resumed_and_which_task_was_named(copied):
+    """Otherwise their anchors could be replaced by accident where the original's cannot."""
+    params, opt = build("adamw", None)
+    advance(params, opt, range(5))
+    _, resumed = build("adamw", None, params)
+    resumed.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match="just resumed in task 1"):
+        copied(resumed).set_anchor()
+    _, named = build("adamw", None, params)
+    named.set_anchor(task=2)
+    with pytest.raises(
+        ValueError, match=r"set_anchor\(task=2\) was called before a state of task 1"
+    ):
+        copied(named).load_state_dict(opt.state_dict())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchor_before_the_first_step_survives(kind, backend):
