@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Faults that a review has found, each with the smallest program that shows it."""
 
-import copy
 import errno
 import math
 import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 import dgg
 
@@ -29,47 +23,6 @@ def fit(model, opt, steps=2):
 def two_layers():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
-
-
-# -- groups and checkpoints -----------------------------------------------------------------------
-
-
-def regrouped(opt_groups, again_groups, anchored):
-    """Saves and loads with torch's helper, by name and so with any groups."""
-    model, again_model = two_layers(), two_layers()
-    opt = dgg.AdamW(opt_groups(model), alpha=1.0)
-    fit(model, opt)
-    if anchored:
-        opt.set_anchor()
-    again = dgg.AdamW(again_groups(again_model), alpha=1.0)
-    options = StateDictOptions(full_state_dict=True)
-    saved = get_optimizer_state_dict(model, opt, options=options)
-    set_optimizer_state_dict(again_model, again, copy.deepcopy(saved), options=options)
-    for one, other in zip(model.parameters(), again_model.parameters(), strict=True):
-        for name, value in opt.state[one].items():
-            assert torch.equal(again.state[other][name], value)
-    return again
-
-
-def one_group(model):
-    return list(model.parameters())
-
-
-def two_groups(model):
-    return [{"params": layer.parameters()} for layer in model]
-
-
-def test_a_distributed_checkpoint_of_two_groups_loads_into_one():
-    """The remedy in the error, prepare_for_load(), does not help."""
-    again = regrouped(two_groups, one_group, anchored=True)
-    assert again.param_groups[0]["anchored"] == 2
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-def test_a_distributed_checkpoint_of_one_group_loads_into_two(anchored):
-    """torch.optim.AdamW loads it; without an anchor there is not even guidance in it."""
-    again = regrouped(one_group, two_groups, anchored)
-    assert [group["anchored"] for group in again.param_groups] == [anchored] * 2
 
 
 # -- gradients --------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def check_form(
             "included)"
         )
     for number, group in enumerate(saved):
-        names = group.get("param_names")
+        names = names_in(group)
         if names is not None and not (
             isinstance(names, (list, tuple))
             and len(names) == len(group["params"])
@@ -115,6 +115,16 @@ def check_form(
         )
 
 
+def names_in(saved: Mapping[str, Any]) -> Any:
+    """Returns the names of a saved group's parameters, if it has any.
+
+    Where names stand in place of numbers, torch's helpers have chosen them for the optimizer that
+    loads, and its list of names is still the checkpoint's, of perhaps another group.
+    """
+    by_name = all(isinstance(key, str) for key in saved["params"])
+    return saved["params"] if by_name else saved.get("param_names")
+
+
 def check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises a ValueError if the parameters of both have the same names, but in another order.
 
@@ -124,9 +134,7 @@ def check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str
     ours = [(n, name) for n, group in enumerate(groups) for name in group.get("param_names") or ()]
     theirs: list[str] = []
     for group in saved:
-        # Whoever put names in place of numbers may have sorted them, and not the list of names.
-        by_name = group["params"] and all(isinstance(key, str) for key in group["params"])
-        theirs += group["params"] if by_name else group.get("param_names") or ()
+        theirs += names_in(group) or ()
     if sorted(name for _, name in ours) != sorted(theirs):
         return
     for place, ((number, name), other) in enumerate(zip(ours, theirs, strict=True)):

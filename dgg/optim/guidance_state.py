@@ -32,8 +32,8 @@ def check_saved(opt: Any, state_dict: Any) -> None:
             f"the optimizer has {len(params)} in {len(opt.param_groups)}; load it beside the "
             "optimizer it was saved with"
         )
-    saved_names = {"params": [], "param_names": state_dict.get("param_names")}
-    saved_state.check_order([saved_names], opt.optimizer.param_groups)
+    named = {"params": range(len(params)), "param_names": state_dict.get("param_names")}
+    saved_state.check_order([named], opt.optimizer.param_groups)
     for number, group in enumerate(groups):
         needed = set(_arguments.GUIDANCE_OPTIONS) - _arguments.NEW_OPTIONS.keys()
         absent = sorted(name for name in needed if name not in group)
