@@ -45,10 +45,7 @@ struct Stream {
   S* stage(int64_t begin, int64_t n, S* buffer) const {
     if constexpr (is_wide<S>()) {
       if (dtype != code_of<S>()) {
-        visit([&](auto* stored) {
-          using Stored = std::remove_pointer_t<decltype(stored)>;
-          convert(at<Stored>(begin), buffer, n);
-        });
+        as_stored(dtype, [&](auto s) { convert(at<decltype(s)>(begin), buffer, n); });
         return buffer;
       }
     }
@@ -67,26 +64,7 @@ struct Stream {
   void unstage(int64_t begin, int64_t n, const S* buffer) const {
     if constexpr (is_wide<S>()) {
       if (dtype == code_of<S>()) return;
-      visit([&](auto* stored) {
-        using Stored = std::remove_pointer_t<decltype(stored)>;
-        convert(buffer, at<Stored>(begin), n);
-      });
-    }
-  }
-
- private:
-  // Calls f with a null pointer of the storage type.
-  template <typename F>
-  void visit(const F& f) const {
-    switch (dtype) {
-      case kFloat32:
-        return f(static_cast<float*>(nullptr));
-      case kBFloat16:
-        return f(static_cast<bfloat16*>(nullptr));
-      case kFloat16:
-        return f(static_cast<float16*>(nullptr));
-      default:
-        return f(static_cast<double*>(nullptr));
+      as_stored(dtype, [&](auto s) { convert(buffer, at<decltype(s)>(begin), n); });
     }
   }
 };
