@@ -529,9 +529,7 @@ void compute_guide(const Rows& rows, const Control& control) {
     GuideRow row(rows, i);
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
-    row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull);
-    row.scalars.rest = 1 - rows.importance;
-    row.scalars.weight = rows.importance;
+    row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull, rows.importance);
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
     row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);

@@ -40,7 +40,6 @@ struct ProductKind {
 struct ProductRow {
   char *grad, *replay, *param, *anchor, *importance;  // the last three only where the row is guided
   int parts, count;
-  bool aligned;
 };
 
 template <typename K>
@@ -50,7 +49,8 @@ struct Products {
   using G = typename K::G;
   using A = typename K::A;
   using F = std::conditional_t<K::kWeighted, typename K::F, A>;
-  static constexpr int kElements = elements_at_once<P, G, A, F>();
+  static constexpr int kElements =
+      elements_at_once(stored_size<P>(), stored_size<G>(), stored_size<A>(), stored_size<F>());
   static constexpr int kLoads = kElements *
                                 (2 * stored_size<G>() + stored_size<P>() + stored_size<A>() +
                                  (K::kWeighted ? stored_size<F>() : 0)) /
@@ -234,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, (K::kAny ? 1 : 3))
     row.param = chunk.at(param, dtypes, kSlotParam);
     row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
     row.importance = chunk.at(importance, dtypes, kSlotImportance);
-    row.aligned = is_aligned(view.grad | view.replay | param | anchor | importance);
   }
   __syncthreads();
   if (row.parts != 0) {
     Products<K> body(row, a);
-    walk<body.kElements, body.kBatch>(body, row.count, row.aligned);
+    walk<body.kElements, body.kBatch>(
+        body, row.count, are_aligned(row.grad, row.replay, row.param, row.anchor, row.importance));
     double sums[kPartials];
     bool spoiled = false;
 #pragma unroll
@@ -288,18 +288,9 @@ bool suits(const ProductArguments& a) {
 }
 
 template <typename... K>
-struct Kinds {};
-
-cudaError_t launch_products_of(const ProductArguments&, cudaStream_t, Kinds<>) {
-  return cudaErrorInvalidValue;
-}
-
-template <typename K, typename... Others>
-cudaError_t launch_products_of(const ProductArguments& a, cudaStream_t stream,
-                               Kinds<K, Others...>) {
-  if (!suits<K>(a)) return launch_products_of(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((products_kernel<K>), a.launch.chunk_count, stream, a);
-  return cudaGetLastError();
+cudaError_t launch_products_of(const ProductArguments& a, cudaStream_t stream, Kinds<K...>) {
+  constexpr Candidate<ProductArguments> kCandidates[] = {{suits<K>, products_kernel<K>}...};
+  return launch_first(kCandidates, a, stream);
 }
 
 template <typename P, typename G = P, typename A = P>

@@ -106,8 +106,9 @@ DGG_DEVICE void store_quad(void* address, const uint32_t* words) {
 // A tensor's chunk.
 template <typename S>
 struct Stream {
-  S* data;
+  S* data = nullptr;
 
+  Stream() = default;
   DGG_DEVICE Stream(char* address, int) : data(reinterpret_cast<S*>(address)) {}
   DGG_DEVICE explicit operator bool() const { return data != nullptr; }
 
@@ -147,9 +148,10 @@ struct Stream {
 
 template <>
 struct Stream<Any> {
-  char* data;
-  int code;
+  char* data = nullptr;
+  int code = kFloat32;
 
+  Stream() = default;
   DGG_DEVICE Stream(char* address, int code) : data(address), code(code) {}
   DGG_DEVICE explicit operator bool() const { return data != nullptr; }
 

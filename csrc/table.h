@@ -271,9 +271,9 @@ DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double facto
 }
 
 // The other optimizer negates what it is given; the pull must survive that.
-DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor,
-                                                   double pull) {
-  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1, 0};
+DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor, double pull,
+                                                   double importance) {
+  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1 - importance, importance};
 }
 
 // Scalars of who only needs u of equation (3).
