@@ -64,14 +64,16 @@ struct Launch {
   double replay_weight;
 };
 
+// What coefficients are made of.
 struct CoefficientArguments {
-  const double* squares;
+  const double* sums;  // squares, or with a guard products
   double* out;
   int64_t table_rows;
   double max_grad_norm;
   bool clipped;
-  bool scaling;
+  bool scaling;  // a guard always scales
   bool per_tensor;
+  bool maximize;  // of a guard
 };
 
 struct NormArguments {
@@ -86,23 +88,13 @@ struct NormArguments {
   CoefficientArguments coefficients;  // made by the last block of all, unless `out` is null
 };
 
-struct GuardArguments {
-  const double* products;
-  double* out;
-  int64_t table_rows;
-  double max_grad_norm;
-  bool clipped;
-  bool per_tensor;
-  bool maximize;
-};
-
 struct ProductArguments {
   Launch launch;
   const uint8_t* flags;
   double* products;
   const float* grad_scale;
   double importance;
-  GuardArguments guard;  // as the coefficients above
+  CoefficientArguments guard;  // as the coefficients above
 };
 
 struct UpdateArguments {
@@ -138,7 +130,7 @@ struct DrawArguments {
 cudaError_t launch_norms(const NormArguments& arguments, cudaStream_t stream);
 cudaError_t launch_coefficients(const CoefficientArguments& arguments, cudaStream_t stream);
 cudaError_t launch_products(const ProductArguments& arguments, cudaStream_t stream);
-cudaError_t launch_guard(const GuardArguments& arguments, cudaStream_t stream);
+cudaError_t launch_guard(const CoefficientArguments& arguments, cudaStream_t stream);
 cudaError_t launch_adam(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_sgd(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_guide(const UpdateArguments& arguments, cudaStream_t stream);

@@ -132,7 +132,7 @@ DGG_DEVICE void make_coefficients(const CoefficientArguments& a) {
 #pragma unroll
   for (int part = 0; part < 3; ++part) {
     double sum = 0;
-    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.squares + part * n + i);
+    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.sums + part * n + i);
     sums[part][t] = sum;
   }
   __syncthreads();
@@ -156,8 +156,8 @@ DGG_DEVICE void make_coefficients(const CoefficientArguments& a) {
   const double scale = a.scaling ? scale_of(clip, grad, distance) : 1;
   for (int64_t i = t; i < n; i += kThreads) {
     a.out[kScales + i] = a.scaling && a.per_tensor
-                             ? scale_of(clip, std::sqrt(__ldcg(a.squares + n + i)),
-                                        std::sqrt(__ldcg(a.squares + 2 * n + i)))
+                             ? scale_of(clip, std::sqrt(__ldcg(a.sums + n + i)),
+                                        std::sqrt(__ldcg(a.sums + 2 * n + i)))
                              : scale;
   }
 }

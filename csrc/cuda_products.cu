@@ -172,12 +172,12 @@ struct FinishProducts {
 };
 
 // What one block makes of the products: sums in a fixed order, whatever launches wrote them.
-DGG_DEVICE void make_guard(const GuardArguments& a) {
+DGG_DEVICE void make_guard(const CoefficientArguments& a) {
   const int64_t n = a.table_rows;
   const int t = static_cast<int>(threadIdx.x);
   const auto sum_of_rows = [&](int product) {
     double sum = 0;
-    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.products + product * n + i);
+    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.sums + product * n + i);
     return sum_of_threads(sum);
   };
   const double total = std::sqrt(sum_of_rows(kTotal)), head = std::sqrt(sum_of_rows(kGuided)),
@@ -194,7 +194,7 @@ DGG_DEVICE void make_guard(const GuardArguments& a) {
   const double common = guard_of(clip, {head, pull, h_dot_r, u_dot_r}, a.maximize);
   double squares = 0;
   for (int64_t i = t; i < n; i += kThreads) {
-    const double* const of_row = a.products + i;
+    const double* const of_row = a.sums + i;
     const double square = __ldcg(of_row + kPull * n);
     double strength = common;
     if (a.per_tensor) {
@@ -311,7 +311,7 @@ using ProductKinds =
 #endif
 
 // One block: for products that have been summed over ranks since.
-__global__ void __launch_bounds__(kThreads) guard_kernel(const GuardArguments a) {
+__global__ void __launch_bounds__(kThreads) guard_kernel(const CoefficientArguments a) {
   make_guard(a);
 }
 
@@ -321,7 +321,7 @@ cudaError_t launch_products(const ProductArguments& arguments, cudaStream_t stre
   return launch_products_of(arguments, stream, ProductKinds());
 }
 
-cudaError_t launch_guard(const GuardArguments& arguments, cudaStream_t stream) {
+cudaError_t launch_guard(const CoefficientArguments& arguments, cudaStream_t stream) {
   DGG_LAUNCH(guard_kernel, 1, stream, arguments);
   return cudaGetLastError();
 }
