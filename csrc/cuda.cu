@@ -219,32 +219,22 @@ void guard_coefficients_launch(const Tensor& products, const Tensor& out,
 }
 
 // The rules as the operators know them.
-
-struct AdamRule {
-  static constexpr const char* kOp = "adam_launch_";
-  static constexpr auto* kRun = launch_adam;
-  static constexpr int kHypers = kAdamHypers;
+struct Rule {
+  const char* op;
+  cudaError_t (*run)(const UpdateArguments&, cudaStream_t);
+  int hypers;
 };
 
-struct SgdRule {
-  static constexpr const char* kOp = "sgd_launch_";
-  static constexpr auto* kRun = launch_sgd;
-  static constexpr int kHypers = kSgdHypers;
-};
+constexpr Rule kAdam{"adam_launch_", launch_adam, kAdamHypers};
+constexpr Rule kSgd{"sgd_launch_", launch_sgd, kSgdHypers};
+constexpr Rule kGuide{"guide_launch_", launch_guide, kGuideHypers};
 
-struct GuideRule {
-  static constexpr const char* kOp = "guide_launch_";
-  static constexpr auto* kRun = launch_guide;
-  static constexpr int kHypers = kGuideHypers;
-};
-
-template <typename Rule>
-void launch_rule(const Arguments& a, const Launch& launch, int64_t n, const Tensor& coefficients,
-                 const Tensor& flags, const Tensor& hyper, const Tensor* distances,
-                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                 const OptionalTensor& draw_index, int64_t seed, int64_t draw, int64_t variant,
-                 double importance) {
-  check_hyper(Rule::kOp, hyper, Rule::kHypers);
+void launch_rule(const Rule& rule, const Arguments& a, const Launch& launch, int64_t n,
+                 const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+                 const Tensor* distances, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t seed,
+                 int64_t draw, int64_t variant, double importance) {
+  check_hyper(rule.op, hyper, rule.hypers);
   const UpdateArguments arguments{launch,
                                   a.data<const double>("coefficients", coefficients, kScales + n),
                                   a.data<const uint8_t>("flags", flags, n),
@@ -256,11 +246,11 @@ void launch_rule(const Arguments& a, const Launch& launch, int64_t n, const Tens
                                   static_cast<uint64_t>(seed),
                                   static_cast<uint32_t>(draw),
                                   static_cast<int>(variant),
-                                  checked_importance(Rule::kOp, importance)};
-  if (launch.row_count > 0) a.finish(Rule::kRun(arguments, a.stream()));
+                                  checked_importance(rule.op, importance)};
+  if (launch.row_count > 0) a.finish(rule.run(arguments, a.stream()));
 }
 
-template <typename Rule>
+template <const Rule& kRule>
 void update_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                    const Tensor& starts, const Tensor& partials, const Tensor& counters,
                    const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
@@ -268,12 +258,12 @@ void update_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks
                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                    const OptionalTensor& draw_index, int64_t dtypes, double replay_weight,
                    int64_t seed, int64_t draw, int64_t variant, double importance) {
-  const Arguments a(Rule::kOp, table);
-  const Launch launch = make_launch(
-      Rule::kOp, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters}, dtypes,
-      replay_weight);
-  launch_rule<Rule>(a, launch, table.size(0), coefficients, flags, hyper, &distances, grad_scale,
-                    found_inf, draw_index, seed, draw, variant, importance);
+  const Arguments a(kRule.op, table);
+  const Launch launch =
+      make_launch(kRule.op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
+  launch_rule(kRule, a, launch, table.size(0), coefficients, flags, hyper, &distances, grad_scale,
+              found_inf, draw_index, seed, draw, variant, importance);
 }
 
 void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
@@ -282,14 +272,14 @@ void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
                   double replay_weight, int64_t seed, int64_t draw, int64_t variant,
                   double importance) {
-  const Arguments a(GuideRule::kOp, table);
-  const Launch launch = make_launch(
-      GuideRule::kOp, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr}, dtypes,
-      replay_weight);
+  const Arguments a(kGuide.op, table);
+  const Launch launch =
+      make_launch(kGuide.op, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr},
+                  dtypes, replay_weight);
   // The other bits are for updates.
   const int64_t known = variant & (kAnchorBit | kElementsBit | kImportanceBit);
-  launch_rule<GuideRule>(a, launch, table.size(0), coefficients, flags, hyper, nullptr, grad_scale,
-                         found_inf, draw_index, seed, draw, known, importance);
+  launch_rule(kGuide, a, launch, table.size(0), coefficients, flags, hyper, nullptr, grad_scale,
+              found_inf, draw_index, seed, draw, known, importance);
 }
 
 void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& draw_index,
@@ -322,8 +312,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgg, DGG_DISPATCH_KEY, m) {
   m.impl("coefficients_launch", TORCH_BOX(&dgg::coefficients_launch));
   m.impl("products_launch", TORCH_BOX(&dgg::products_launch));
   m.impl("guard_coefficients_launch", TORCH_BOX(&dgg::guard_coefficients_launch));
-  m.impl("adam_launch_", TORCH_BOX(&dgg::update_launch<dgg::AdamRule>));
-  m.impl("sgd_launch_", TORCH_BOX(&dgg::update_launch<dgg::SgdRule>));
+  m.impl("adam_launch_", TORCH_BOX(&dgg::update_launch<dgg::kAdam>));
+  m.impl("sgd_launch_", TORCH_BOX(&dgg::update_launch<dgg::kSgd>));
   m.impl("guide_launch_", TORCH_BOX(&dgg::guide_launch));
   m.impl("draw_flags_launch", TORCH_BOX(&dgg::draw_flags_launch));
 }
