@@ -454,22 +454,6 @@ def task_and_anchors(trainer):
     return groups[0]["task_index"], sum(group["anchored"] for group in groups)
 
 
-@pytest.mark.parametrize(
-    "wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
-    ids=["DataParallel", "compile"],
-)  # fmt: skip
-def test_tasks_are_counted_by_the_model_inside_a_wrapper(wrap, tmp_path):
-    """A wrapper and a callback for every task: all tasks but the first are silently not guided."""
-    model, tasks = Net(), []
-    for number in range(2):
-        trainer = trainer_of(
-            tmp_path / str(number), wrap(model), callbacks=[dgg.hf.GuidanceCallback()]
-        )
-        trainer.train()
-        tasks.append(task_and_anchors(trainer))
-    assert tasks == [(0, 0), (1, 2)]
-
-
 def test_the_trials_of_a_search_are_one_task(tmp_path, monkeypatch):
     """The second trial is guided, towards the weights that it begins with."""
     monkeypatch.setattr(transformers.integrations.integration_utils, "hp_params", dict)

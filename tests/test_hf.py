@@ -313,6 +313,23 @@ def test_new_trainer_and_new_callback_per_task(tmp_path):
     assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 3
 
 
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
+    ids=["DataParallel", "compile"],
+)  # fmt: skip
+def test_tasks_are_counted_by_the_model_inside_a_wrapper(wrap, tmp_path):
+    """peft's wrapper, and around it another one and a callback for every task."""
+    model = lora(base_model())
+    for task in range(2):
+        trainer = trainer_for(
+            wrap(model), task_data(1), tmp_path, [GuidanceCallback()], max_steps=1,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        trainer.train()
+        assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == task
+        assert is_active(trainer) == (task > 0)
+
+
 def test_interrupted_training_keeps_its_anchor(tmp_path):
     guidance = GuidanceCallback(guide_first_task=True)
     grab, die = Grab(), Die(2, interrupt)

@@ -16,6 +16,7 @@ from dgg import _arguments, _callers, optim, sharding
 from dgg._literals import Alphas, TensorsOrPath
 from dgg._signatures import listed
 from dgg.anchor.importance import check_form
+from dgg.anchor.names import RESERVED
 from dgg.hf import importance as importances
 from dgg.optim import summary
 from dgg.optim.unwrap import find
@@ -418,10 +419,21 @@ def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError
 
 
 def _core(model: nn.Module) -> nn.Module:
-    # The model inside peft's wrapper: it outlives merge_and_unload and a second get_peft_model.
-    inner: Any = getattr(model, "get_base_model", None)
-    core: Any = inner() if callable(inner) else model
-    return core
+    """Returns the module inside the wrappers of torch, of engines and of peft.
+
+    It outlives them: `merge_and_unload`, a second `get_peft_model`, a wrapper for every task.
+    """
+    while True:
+        children = dict(model.named_children())
+        base: Any = getattr(model, "get_base_model", None)
+        inner = next((children[name] for name in RESERVED if name in children), None)
+        if inner is None and list(children) == ["module"]:  # DDP, DataParallel
+            inner = children["module"]
+        elif inner is None and callable(base):
+            inner = base()
+        if inner is None or inner is model:
+            return model
+        model = inner
 
 
 def _shown(names: Sequence[str], most: int = 6) -> str:
