@@ -454,21 +454,6 @@ def task_and_anchors(trainer):
     return groups[0]["task_index"], sum(group["anchored"] for group in groups)
 
 
-def test_the_trials_of_a_search_are_one_task(tmp_path, monkeypatch):
-    """The second trial is guided, towards the weights that it begins with."""
-    monkeypatch.setattr(transformers.integrations.integration_utils, "hp_params", dict)
-    monkeypatch.setattr(transformers.integrations, "hp_params", dict, raising=False)
-    trainer = trainer_of(
-        tmp_path, model_init=lambda trial=None: Net(), callbacks=[dgg.hf.GuidanceCallback()]
-    )
-    monkeypatch.setattr(trainer, "_hp_search_setup", lambda trial: None)
-    tasks = []
-    for _ in range(3):
-        trainer.train(trial={"trial": 1})
-        tasks.append(task_and_anchors(trainer))
-    assert tasks == [(0, 0)] * 3
-
-
 def test_a_task_that_is_said_is_the_one_from_which_is_counted(tmp_path):
     """The same model object, set back for another seed: the second series is 0, 3, 4."""
     model, series = Net(), []
@@ -497,32 +482,6 @@ def test_a_training_that_failed_is_told_also_by_a_new_callback(tmp_path, caplog)
         trainer_of(tmp_path / "1", model, cls=Fails, callbacks=[dgg.hf.GuidanceCallback()]).train()
     trainer_of(tmp_path / "1", model, callbacks=[dgg.hf.GuidanceCallback()]).train()
     assert "did not reach its end" in caplog.text
-
-
-def test_a_full_disk_at_the_end_of_a_training_loses_no_count(tmp_path, monkeypatch):
-    """The next Trainer takes its task for the first one, which is not guided."""
-    import safetensors.torch
-
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    model, ours = Net(), (dgg.AdamW, {"lr": 1e-2, "importance": 0.5})
-    with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
-        trainer = trainer_of(
-            tmp_path / "0", model, optimizer_cls_and_kwargs=ours,
-            callbacks=[dgg.hf.GuidanceCallback()],
-        )  # fmt: skip
-        try:
-            trainer.train()
-        except OSError:
-            pass  # a warning would do: the sums are kept for the next Trainer
-    trainer = trainer_of(
-        tmp_path / "1", model, optimizer_cls_and_kwargs=ours,
-        callbacks=[dgg.hf.GuidanceCallback()],
-    )  # fmt: skip
-    trainer.train()
-    assert task_and_anchors(trainer) == (1, 2)
 
 
 def test_install_keeps_the_alpha_of_an_optimizer_that_a_trainer_is_given(tmp_path, trainers):

@@ -60,7 +60,7 @@ OPTIONS = {"lr": 1e-2, "alpha": 0.5, "seed": 3}
 
 def trainer_for(
     model, data, out, callbacks, *, options=None, optimizer=dgg.AdamW,
-    kind=transformers.Trainer, optimizers=(None, None), **over,
+    kind=transformers.Trainer, optimizers=(None, None), model_init=None, **over,
 ):  # fmt: skip
     settings = {
         "output_dir": str(out),
@@ -87,6 +87,7 @@ def trainer_for(
         optimizers=optimizers,
         eval_dataset=task_data(3, examples=4),
         callbacks=callbacks,
+        model_init=model_init,
     )
 
 
@@ -350,6 +351,26 @@ def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog):
         trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
     trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
     assert_told(caplog, "task 1 was begun before and did not reach its end")
+
+
+@pytest.mark.parametrize("task", [None, 1])
+def test_the_trials_of_a_search_are_one_task(tmp_path, monkeypatch, caplog, task):
+    """Also after one that was pruned; the training after the search is that task, too."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.hp_params", dict)
+    callback, pruned = GuidanceCallback(task=task), Die(1, interrupt)
+    trainer = trainer_for(None, task_data(1), tmp_path, [callback], model_init=lambda: base_model())
+    monkeypatch.setattr(trainer, "_hp_search_setup", lambda trial: None)
+    for trial in ({"trial": 1}, {"trial": 2}, {"trial": 3}, None):
+        if trial == {"trial": 2}:
+            trainer.add_callback(pruned)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(trial=trial)
+            trainer.remove_callback(pruned)
+        else:
+            trainer.train(trial=trial)
+        assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == (task or 0)
+        assert is_active(trainer) == (task == 1)
+    assert "begun before" not in caplog.text
 
 
 def test_anchor_given_as_tensors_and_full_model(tmp_path):
@@ -1109,6 +1130,24 @@ def test_importance_that_cannot_be_carried_is_told(tmp_path, caplog, monkeypatch
     trainer_for(model, task_data(0), tmp_path, [GuidanceCallback()], options=WEIGHED).train()
     assert_told(caplog, "the importance of this training is not carried to the next one: flat")
     assert not (tmp_path / "importance.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["importance.safetensors", ".importance.safetensors.part"])
+def test_importance_that_cannot_be_written_loses_neither_count_nor_sums(tmp_path, caplog, name):
+    """A full disk, or a folder that only others may write into."""
+    (tmp_path / "0" / name / "in the way").mkdir(parents=True)
+    model = lora(base_model())
+    for task in range(2):
+        callback = GuidanceCallback()
+        trainer = trainer_for(
+            model, task_data(task), tmp_path / str(task), [callback], options=WEIGHED, max_steps=2
+        )
+        trainer.train()
+    assert_told(caplog, "importance.safetensors was not written into ")
+    assert importances(trainer) and is_active(trainer)
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 1
+    assert [path.name for path in (tmp_path / "0").iterdir()] == [name]
+    assert load_file(tmp_path / "1" / "importance.safetensors")
 
 
 def test_auto_of_the_callback_is_logged(tmp_path, caplog):

@@ -115,6 +115,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         # Of the present training, or of the last one.
         self._task: int | None = None
         self._guided = self._running = self._stepped = False
+        self._before_trial: list[int | None] = []  # in a search: the task before it
         self._origin = ""
         self._read: Reader | None = None  # of the optimizer's journal, from the training's begin on
         # By weak references, so that the adapters of former tasks are freed.
@@ -135,6 +136,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             # Under DeepSpeed the optimizer has flat partitions instead of the model's parameters.
             self._check_parameters(opt, model)
         _warn_of_ignored_lr(args, opt)
+        if self._before_trial:  # also if the trial was pruned
+            self._task, self._running = self._before_trial.pop(), False
+        if state.is_hyper_param_search:  # every trial is the same task again
+            self._before_trial.append(self._task)
         saved_states: Any = state.stateful_callbacks
         saved = saved_states.get(type(self).__name__)
         if isinstance(saved, list):
@@ -227,13 +232,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Counts the task as done; the next training is another one."""
         self._running = False
         if state.is_hyper_param_search:
-            return  # Every trial is the same task again.
-        self._anchor_source = self._importance_source = self.first_task = None
+            return
         core = _core(kwargs["model"])
-        opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
-        importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
         done = 0 if self._task is None else self._task + 1
         _tasks_done[core] = max(done, _tasks_done.get(core, 0))
+        self._anchor_source = self._importance_source = self.first_task = None
+        opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
+        importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
 
     def _upcoming(self, model: nn.Module) -> int:
         if self.first_task is not None:
