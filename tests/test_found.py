@@ -454,36 +454,6 @@ def task_and_anchors(trainer):
     return groups[0]["task_index"], sum(group["anchored"] for group in groups)
 
 
-def test_a_task_that_is_said_is_the_one_from_which_is_counted(tmp_path):
-    """The same model object, set back for another seed: the second series is 0, 3, 4."""
-    model, series = Net(), []
-    for _ in range(2):
-        guide, tasks = dgg.hf.GuidanceCallback(task=0), []
-        for number in range(2):
-            trainer = trainer_of(tmp_path / str(number), model, callbacks=[guide])
-            trainer.train()
-            tasks.append(group_of(trainer)["task_index"])
-        series.append(tasks)
-    assert series == [[0, 1], [0, 1]]
-
-
-def test_a_training_that_failed_is_told_also_by_a_new_callback(tmp_path, caplog):
-    """In a notebook: the cell with Trainer and callback is run again after an error."""
-
-    class Fails(transformers.Trainer):
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step:
-                raise RuntimeError("boom")
-            return super().training_step(*args, **kwargs)
-
-    model = Net()
-    trainer_of(tmp_path / "0", model, callbacks=[dgg.hf.GuidanceCallback()]).train()
-    with pytest.raises(RuntimeError, match="boom"):
-        trainer_of(tmp_path / "1", model, cls=Fails, callbacks=[dgg.hf.GuidanceCallback()]).train()
-    trainer_of(tmp_path / "1", model, callbacks=[dgg.hf.GuidanceCallback()]).train()
-    assert "did not reach its end" in caplog.text
-
-
 def test_install_keeps_the_alpha_of_an_optimizer_that_a_trainer_is_given(tmp_path, trainers):
     """ "Trainers that are given an optimizer of their own keep it" - but not its alpha."""
     handle = dgg.hf.install()
@@ -571,30 +541,6 @@ def test_a_damaged_memory_is_named_and_not_taken_for_unknown_types(left, tmp_pat
     with pytest.raises(RuntimeError, match=r"replay_buffer\.pt") as caught:
         made(dgg.ReplayBuffer(4)).train(resume_from_checkpoint=str(path.parent))
     assert "add_safe_globals" not in str(caught.value)
-
-
-def saved_then_resumed(tmp_path, first, then):
-    """Trains with one callback, and resumes after the first step with another."""
-    trainer = trainer_of(tmp_path, callbacks=[first])
-    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
-    trainer.train()
-    trainer_of(tmp_path, callbacks=[then]).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
-    )
-
-
-def test_a_checkpoint_of_a_later_task_is_refused(tmp_path):
-    """The class says: ValueError if ``task`` is not the checkpoint's. An earlier one is refused."""
-    callback = dgg.hf.GuidanceCallback
-    with pytest.raises(ValueError, match="task"):
-        saved_then_resumed(tmp_path, callback(task=3), callback(task=2))
-
-
-def test_a_first_task_that_was_not_guided_is_not_silently_resumed_as_one_that_is(tmp_path, caplog):
-    """As another alpha is told, which is not in force."""
-    callback = dgg.hf.GuidanceCallback
-    saved_then_resumed(tmp_path, callback(), callback(guide_first_task=True))
-    assert "guide_first_task" in caplog.text
 
 
 # -- Lightning ------------------------------------------------------------------------------------

@@ -345,12 +345,54 @@ def test_interrupted_training_keeps_its_anchor(tmp_path):
     assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 0
 
 
-def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog):
+@pytest.mark.parametrize("new", [False, True])
+def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog, new):
+    """Also with a new callback: in a notebook the cell with both is run again after an error."""
     model, guidance = lora(base_model()), GuidanceCallback(task=1)
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
+    if new:
+        guidance = GuidanceCallback(task=1)
     trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
     assert_told(caplog, "task 1 was begun before and did not reach its end")
+    # It has reached its end now: what follows, and the same number again, is no repetition.
+    caplog.clear()
+    for callback in (GuidanceCallback(), GuidanceCallback(task=1)):
+        trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1).train()
+    assert not caplog.text
+
+
+def test_a_training_that_made_no_step_was_not_begun(tmp_path, caplog):
+    """The weights are still those of the end of the former task."""
+    model = lora(base_model())
+    trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1).train()
+    with pytest.raises(ValueError, match="batch"):
+        trainer_for(model, [{"text": 1}], tmp_path, [GuidanceCallback()]).train()
+    trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1).train()
+    assert not caplog.text
+
+
+def test_an_anchor_of_a_former_task_is_not_that_of_a_task_that_was_interrupted(tmp_path):
+    """The task is begun anew with an optimizer that was not there when it was interrupted."""
+    model, callback = lora(base_model()), GuidanceCallback(task=1)
+    former = trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1)
+    former.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, task_data(1), tmp_path, [callback, Die(1, interrupt)]).train()
+    start = trainable(model)
+    former.train()
+    assert_same(anchors(former), start, "anchor")
+    assert dgg.unwrap(former.optimizer).param_groups[0]["task_index"] == 2
+
+
+def test_a_task_that_is_said_is_the_one_from_which_is_counted(tmp_path):
+    """The same model object, set back for another seed."""
+    model = lora(base_model())
+    for _ in range(2):
+        for number, callback in enumerate((GuidanceCallback(task=0), GuidanceCallback())):
+            trainer = trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1)
+            trainer.train()
+            assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == number
 
 
 @pytest.mark.parametrize("task", [None, 1])
@@ -972,9 +1014,37 @@ def test_resume_of_a_checkpoint_without_the_callback(tmp_path):
     }
 
 
-def test_resume_of_the_former_task_raises(tmp_path, halfway):
-    with pytest.raises(ValueError, match="written in task 1 .*task=2.*output_dir"):
-        halfway(GuidanceCallback(task=2)).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("task", [0, 2])
+def test_resume_of_another_task_raises(tmp_path, halfway, task, known):
+    """Also if only the optimizer knows the number: the callback's state is not in the file."""
+    if not known:
+        path = tmp_path / "checkpoint-3" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        del state["stateful_callbacks"]["GuidanceCallback"]
+        path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"written in task 1 .*task={task}.*output_dir"):
+        halfway(GuidanceCallback(task=task)).train(resume_from_checkpoint=True)
+
+
+def test_a_first_task_that_was_not_guided_is_not_silently_resumed_as_one_that_is(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    model = lora(base_model())
+    anchor = trainable(model)
+    trainer_for(
+        model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=2, **saving
+    ).train()  # fmt: skip
+    for name, arguments in (
+        ("guide_first_task=True", {"guide_first_task": True}), ("anchor=", {"anchor": anchor})
+    ):  # fmt: skip
+        caplog.clear()
+        trainer = trainer_for(
+            lora(base_model()), task_data(1), tmp_path, [GuidanceCallback(**arguments)],
+            max_steps=2, **saving,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert_told(caplog, f"{name} of this callback is not in force: task 0 was resumed")
+        assert not is_active(trainer)
 
 
 def test_resume_of_a_task_that_has_ended_warns(tmp_path, caplog):

@@ -37,6 +37,8 @@ logger = logging.getLogger("dgg.hf")  # the name in the documentation
 # Number of finished trainings by model, so that tasks are counted also in scripts that make a new
 # Trainer and a new callback for every task.
 _tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# Number of the task that has made a step and did not reach its end, by model.
+_unfinished: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @listed
@@ -67,7 +69,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
     Args:
         alpha: Probability of injecting, or ``"auto"``: one for all tasks, one per task in order, or
             a mapping from task number to alpha. None leaves the optimizer's own.
-        task: Number of the first task this callback sees, from 0; None counts by itself.
+        task: Number of the first task this callback sees, from 0; None counts by itself. A model's
+            count then begins anew with it.
         anchor: The anchor of the first task this callback sees, instead of the weights it begins
             with: named tensors, or a path as `dgg.AdamW.set_anchor` takes it: a safetensors file
             or a directory written by ``save_pretrained`` (a model, an adapter), a Trainer's last
@@ -155,11 +158,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         _stand_before_loggers(self)
 
     def _begin(self, opt, model: nn.Module) -> None:
-        task = self._upcoming(model)
-        interrupted = self._running and task == self._task
+        task, core = self._upcoming(model), _core(model)
+        interrupted = (self._running and task == self._task) or _unfinished.get(core) == task
         alpha = self._alpha_of(task)
         guided = task > 0 or self.guide_first_task or self._anchor_source is not None
-        if guided and interrupted and opt._count_anchors():
+        kept = opt._count_anchors() > 0 and opt.param_groups[0]["task_index"] == task
+        if guided and interrupted and kept:
             self._origin = "kept from before the interruption"
         elif guided:
             if interrupted:
@@ -195,13 +199,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         task = saved.get("_task")
         if task is None:
             task = opt.param_groups[0]["task_index"] if anchored else self._upcoming(model)
-        elif task < (self.first_task or 0):
+        if self.first_task not in (None, task):
             raise ValueError(
                 f"the checkpoint was written in task {task} and this is GuidanceCallback(task="
-                f"{self.first_task}): resuming would train the former task again. Give every task "
-                "an output_dir of its own, or set task= to the checkpoint's"
+                f"{self.first_task}): resuming would train task {task} further. Give every task "
+                "an output_dir of its own, or set task= (DGG_TASK) to the checkpoint's"
             )
-        elif task < self._upcoming(model):
+        if task < self._upcoming(model):
             logger.warning(
                 "the checkpoint was written in task %d, which came to its end already: it is "
                 "trained further; give every task an output_dir of its own if that is not meant",
@@ -219,6 +223,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "GuidanceCallback(anchor=...) with the previous task's weights"
                 )
             self._set_anchor(opt, model, task)
+        elif not was_guided and (self.guide_first_task or source is not None):
+            logger.warning(
+                "%s of this callback is not in force: task %d was resumed and goes on unguided, as "
+                "it began; begin it anew to have it guided",
+                "guide_first_task=True" if source is None else "anchor=", task,
+                stacklevel=_callers.stacklevel(),
+            )  # fmt: skip
         self._task, self._guided = task, opt._count_anchors() > 0
         alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
         if alpha is not None and alpha != resumed_alpha:
@@ -235,7 +246,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             return
         core = _core(kwargs["model"])
         done = 0 if self._task is None else self._task + 1
-        _tasks_done[core] = max(done, _tasks_done.get(core, 0))
+        if self.first_task is None:  # else it begins a series anew
+            done = max(done, _tasks_done.get(core, 0))
+        _tasks_done[core] = done
+        _unfinished.pop(core, None)
         self._anchor_source = self._importance_source = self.first_task = None
         opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
         importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
@@ -313,6 +327,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Says once what is at work."""
         if not self._stepped:
             self._stepped = True
+            if self._task is not None and not state.is_hyper_param_search:
+                _unfinished[_core(kwargs["model"])] = self._task
             if state.is_world_process_zero:
                 logger.info("%s", self._describe(_found(kwargs["optimizer"])))
 
