@@ -503,46 +503,6 @@ def test_a_group_that_is_not_guided_stays_so_under_the_callback(tmp_path):
     assert [group["alpha"] for group in opt.param_groups] == [0.0, 0.5]
 
 
-def memory():
-    buffer = dgg.ReplayBuffer(4, seed=0)
-    buffer.add_task(examples())
-    return buffer
-
-
-def test_of_two_bounds_the_smaller_one_holds_also_if_it_was_set_in_the_groups(tmp_path):
-    model = Net()
-    opt = dgg.AdamW(model.parameters(), lr=1e-2)
-    for group in opt.param_groups:
-        group["max_grad_norm"] = 1e-3
-    trainer_of(
-        tmp_path, model, cls=dgg.hf.ReplayTrainer, optimizer_cls_and_kwargs=None,
-        optimizers=(opt, None), replay_buffer=memory(), callbacks=[dgg.hf.GuidanceCallback(task=1)],
-        options={"max_grad_norm": 1.0},
-    ).train()  # fmt: skip
-    assert opt.param_groups[0]["max_grad_norm"] == 1e-3
-
-
-@pytest.mark.parametrize("left", ["zeros", "half", "nothing"])
-def test_a_damaged_memory_is_named_and_not_taken_for_unknown_types(left, tmp_path):
-    def made(buffer):
-        return trainer_of(
-            tmp_path, cls=dgg.hf.ReplayTrainer, replay_buffer=buffer,
-            callbacks=[dgg.hf.GuidanceCallback(task=1)],
-        )  # fmt: skip
-
-    trainer = made(memory())
-    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
-    trainer.train()
-    path = tmp_path / "checkpoint-1" / "replay_buffer.pt"
-    whole = path.read_bytes()
-    path.write_bytes(
-        {"zeros": bytes(len(whole)), "half": whole[: len(whole) // 2], "nothing": b""}[left]
-    )
-    with pytest.raises(RuntimeError, match=r"replay_buffer\.pt") as caught:
-        made(dgg.ReplayBuffer(4)).train(resume_from_checkpoint=str(path.parent))
-    assert "add_safe_globals" not in str(caught.value)
-
-
 # -- Lightning ------------------------------------------------------------------------------------
 
 
