@@ -292,6 +292,32 @@ def test_same_trainer_next_task(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("others", [0.2, 0.0])
+def test_a_group_that_is_not_guided_stays_so(tmp_path, caplog, others):
+    """Also after a task in which the callback has set all to 0; if all are 0, all are set."""
+    model = lora(base_model())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained[:2], "alpha": 0.0}, {"params": trained[2:]}]
+    opt = dgg.AdamW(groups, lr=1e-2, alpha=others, weight_decay=0.0)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    first = 0.0 if others else 0.5
+    for task, alpha in enumerate((0.0, 0.5)):
+        trainer = trainer_for(
+            model, task_data(task), tmp_path, [GuidanceCallback([0.0, 0.5])], optimizer=None,
+            optimizers=(opt, None), **saving,
+        )  # fmt: skip
+        trainer.train()
+        assert [g["alpha"] for g in opt.param_groups] == [first if task else 0.0, alpha]
+    again = dgg.AdamW(groups, lr=1e-2, alpha=others, weight_decay=0.0)
+    resumed = trainer_for(
+        model, task_data(1), tmp_path, [GuidanceCallback([0.0, 0.5], task=1)], optimizer=None,
+        optimizers=(again, None), **saving,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [g["alpha"] for g in again.param_groups] == [first, 0.5]
+    assert "not in force" not in caplog.text
+
+
 def test_new_trainer_and_new_callback_per_task(tmp_path):
     """Nobody has to carry the callback from task to task: the model's trainings are counted."""
     model = lora(base_model())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from dgg import _arguments, _callers, optim, sharding
 from dgg._literals import Alphas, TensorsOrPath
 from dgg._signatures import listed
 from dgg.anchor.importance import check_form
-from dgg.anchor.names import RESERVED
+from dgg.hf import between_trainings as between
 from dgg.hf import importance as importances
 from dgg.optim import summary
 from dgg.optim.unwrap import find
@@ -33,12 +32,6 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 __all__ = ["GuidanceCallback", "is_active"]
 
 logger = logging.getLogger("dgg.hf")  # the name in the documentation
-
-# Number of finished trainings by model, so that tasks are counted also in scripts that make a new
-# Trainer and a new callback for every task.
-_tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-# Number of the task that has made a step and did not reach its end, by model.
-_unfinished: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @listed
@@ -68,7 +61,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     Args:
         alpha: Probability of injecting, or ``"auto"``: one for all tasks, one per task in order, or
-            a mapping from task number to alpha. None leaves the optimizer's own.
+            a mapping from task number to alpha. None leaves the optimizer's own. Groups with
+            ``alpha=0`` beside others stay as they are.
         task: Number of the first task this callback sees, from 0; None counts by itself. A model's
             count then begins anew with it.
         anchor: The anchor of the first task this callback sees, instead of the weights it begins
@@ -158,8 +152,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         _stand_before_loggers(self)
 
     def _begin(self, opt, model: nn.Module) -> None:
-        task, core = self._upcoming(model), _core(model)
-        interrupted = (self._running and task == self._task) or _unfinished.get(core) == task
+        task, core = self._upcoming(model), between.core(model)
+        interrupted = (self._running and task == self._task) or between.unfinished.get(core) == task
         alpha = self._alpha_of(task)
         guided = task > 0 or self.guide_first_task or self._anchor_source is not None
         kept = opt._count_anchors() > 0 and opt.param_groups[0]["task_index"] == task
@@ -177,9 +171,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             # An anchor set by hand before the first task stays.
             guided = opt._count_anchors() > 0
             self._origin = "set before the training"
-        for group in opt.param_groups:
+        for group, left_out in zip(opt.param_groups, between.unguided_groups(opt), strict=True):
             group["task_index"] = task
-            if alpha is not None:
+            if alpha is not None and not left_out:
                 group["alpha"] = alpha
         self._task, self._guided = task, guided
 
@@ -190,7 +184,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             self._origin = "the tensors given" if isinstance(source, Mapping) else str(source)
         # Not set_anchor(): the Trainer's state says where a task begins, not the optimizer's.
-        weights = importances.source_of(opt, _core(model), self._importance_source, source)
+        weights = importances.source_of(opt, between.core(model), self._importance_source, source)
         named = source is not None or weights is not None
         opt._place_anchor(source, model=model if named else None, task=task, importance=weights)
 
@@ -231,7 +225,9 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                 stacklevel=_callers.stacklevel(),
             )  # fmt: skip
         self._task, self._guided = task, opt._count_anchors() > 0
-        alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
+        alpha = self._alpha_of(task)
+        left_out, groups = between.unguided_groups(opt), opt.param_groups
+        resumed_alpha = groups[left_out.index(False)]["alpha"]
         if alpha is not None and alpha != resumed_alpha:
             logger.warning(
                 "alpha=%s of this callback is not in force: task %d was resumed and goes on with "
@@ -244,12 +240,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         self._running = False
         if state.is_hyper_param_search:
             return
-        core = _core(kwargs["model"])
+        core = between.core(kwargs["model"])
         done = 0 if self._task is None else self._task + 1
         if self.first_task is None:  # else it begins a series anew
-            done = max(done, _tasks_done.get(core, 0))
-        _tasks_done[core] = done
-        _unfinished.pop(core, None)
+            done = max(done, between.tasks_done.get(core, 0))
+        between.tasks_done[core] = done
+        between.unfinished.pop(core, None)
         self._anchor_source = self._importance_source = self.first_task = None
         opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
         importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
@@ -260,7 +256,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         if self._running and self._task is not None:
             return self._task
         upcoming = 0 if self._task is None else self._task + 1
-        return max(upcoming, _tasks_done.get(_core(model), 0))
+        return max(upcoming, between.tasks_done.get(between.core(model), 0))
 
     def _alpha_of(self, task: int) -> float | str | None:
         alpha = self.alpha
@@ -328,7 +324,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         if not self._stepped:
             self._stepped = True
             if self._task is not None and not state.is_hyper_param_search:
-                _unfinished[_core(kwargs["model"])] = self._task
+                between.unfinished[between.core(kwargs["model"])] = self._task
             if state.is_world_process_zero:
                 logger.info("%s", self._describe(_found(kwargs["optimizer"])))
 
@@ -437,24 +433,6 @@ def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError
         "after the optimizer was built: make a new Trainer (or set trainer.optimizer = None) after "
         "changing adapters, and freeze (requires_grad_(False)) what is not to be trained"
     )
-
-
-def _core(model: nn.Module) -> nn.Module:
-    """Returns the module inside the wrappers of torch, of engines and of peft.
-
-    It outlives them: `merge_and_unload`, a second `get_peft_model`, a wrapper for every task.
-    """
-    while True:
-        children = dict(model.named_children())
-        base: Any = getattr(model, "get_base_model", None)
-        inner = next((children[name] for name in RESERVED if name in children), None)
-        if inner is None and list(children) == ["module"]:  # DDP, DataParallel
-            inner = children["module"]
-        elif inner is None and callable(base):
-            inner = base()
-        if inner is None or inner is model:
-            return model
-        model = inner
 
 
 def _shown(names: Sequence[str], most: int = 6) -> str:
