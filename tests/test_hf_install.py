@@ -240,6 +240,34 @@ def test_losses_that_take_turns_are_no_fault(install, tmp_path):
     assert all(scale.item() != 2.0 for scale in made.scales) and made.scale.item() == 1.0
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_of_which_the_first_batch_uses_none(install, tmp_path, frozen):
+    """The Trainer holds a loss for each data set, as sentence-transformers' does."""
+    install(0.2, task=1)
+
+    class HasLosses(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.losses = {"plain": torch.nn.Identity(), "trained": torch.nn.Linear(1, 1)}
+            self.last = "trained" if frozen else "plain"
+
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs)
+            used, self.last = self.losses[self.last], "trained"
+            return used(loss.reshape(1)).square().sum()
+
+        def get_optimizer_cls_and_kwargs(self, args, model=None):
+            cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+            params = [p for m in (model, *self.losses.values()) for p in m.parameters()]
+            return cls, {**options, "optimizer_dict": [{"params": params}]}
+
+    net = model().requires_grad_(not frozen)
+    made = trainer(tmp_path, net, kind=HasLosses)
+    before = made.losses["trained"].weight.item()
+    made.train()
+    assert made.losses["trained"].weight.item() != before and dgg.hf.is_active(made)
+
+
 def test_arguments_are_read_when_the_optimizer_is_made(install, tmp_path):
     """A search sets them on a Trainer that is there."""
     install(0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from dgg.optim.unwrap import find
 from dgg.step.journal import Reader
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import CallbackHandler, ExportableState
 except ImportError as error:  # pragma: no cover - needs an environment without transformers
     raise ImportError(
@@ -282,19 +282,20 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         groups = _groups(opt)
         params = [p for group in groups for p in group["params"]]
         held, name_of = set(params), {p: name for name, p in model.named_parameters()}
+        others = {p for module in _modules_beside_the_model() for p in module.parameters()}
         trained = {p: name for p, name in name_of.items() if p.requires_grad}
         missing = [name for p, name in trained.items() if p not in held]
         labels = _arguments.group_labels(groups)
         labelled = [(self._names.get(p) or n, p) for n, p in zip(labels, params, strict=True)]
-        outside = [(label, p) for label, p in labelled if p not in name_of]
+        outside = [(label, p) for label, p in labelled if p not in name_of and p not in others]
         if missing or (outside and not trained):
             dead = [label for label, _ in outside]
             if missing:
                 # Parameters frozen on purpose are no fault, unless others replaced them.
                 dead += [n for p, n in name_of.items() if p in held and not p.requires_grad]
             raise _other_parameters(missing, dead)
-        # A framework may train more than the model, as the classifier of a loss. Whether these
-        # are removed adapters is known when there are gradients.
+        # A Trainer may train more than it holds in modules. Whether these are removed adapters is
+        # known when there are gradients.
         self._outside = [(label, p) for label, p in outside if p.requires_grad]
         self._names.update(trained)
 
@@ -391,6 +392,19 @@ def _found(optimizer):
 def _groups(opt) -> list[dict[str, Any]]:
     """Returns the groups that hold the parameters."""
     return getattr(opt, "optimizer", opt).param_groups
+
+
+def _modules_beside_the_model() -> Iterator[nn.Module]:
+    """Yields what else a Trainer among the callers trains, as the losses of sentence-transformers.
+
+    With a loss for each data set there are steps without a gradient of some, or of all of them.
+    """
+    for trainer, _ in _callers.methods("train"):
+        if isinstance(trainer, Trainer):
+            for name, value in vars(trainer).items():
+                values = value.values() if isinstance(value, Mapping) else [value]
+                if name not in ("model", "model_wrapped"):
+                    yield from (x for x in values if isinstance(x, nn.Module))
 
 
 def _refuse_engines(args, guidance: optim.Guidance) -> None:
