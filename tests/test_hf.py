@@ -341,12 +341,16 @@ def test_new_trainer_and_new_callback_per_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
-    ids=["DataParallel", "compile"],
-)  # fmt: skip
-def test_tasks_are_counted_by_the_model_inside_a_wrapper(wrap, tmp_path):
-    """peft's wrapper, and around it another one and a callback for every task."""
-    model = lora(base_model())
+    ("wrap", "inner"),
+    [
+        (torch.nn.DataParallel, lambda: lora(base_model())),
+        (lambda model: torch.compile(model, backend="eager"), base_model),
+    ],
+    ids=["DataParallel of peft's", "compile"],
+)
+def test_tasks_are_counted_by_the_model_inside_a_wrapper(wrap, inner, tmp_path):
+    """A wrapper and a callback for every task."""
+    model = inner()
     for task in range(2):
         trainer = trainer_for(
             wrap(model), task_data(1), tmp_path, [GuidanceCallback()], max_steps=1,
@@ -401,10 +405,11 @@ def test_a_training_that_made_no_step_was_not_begun(tmp_path, caplog):
 def test_an_anchor_of_a_former_task_is_not_that_of_a_task_that_was_interrupted(tmp_path):
     """The task is begun anew with an optimizer that was not there when it was interrupted."""
     model, callback = lora(base_model()), GuidanceCallback(task=1)
-    former = trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1)
+    over = {"max_steps": 2, "warmup_steps": 0}
+    former = trainer_for(model, task_data(1), tmp_path, [callback], **over)
     former.train()
     with pytest.raises(KeyboardInterrupt):
-        trainer_for(model, task_data(1), tmp_path, [callback, Die(1, interrupt)]).train()
+        trainer_for(model, task_data(1), tmp_path, [callback, Die(1, interrupt)], **over).train()
     start = trainable(model)
     former.train()
     assert_same(anchors(former), start, "anchor")
