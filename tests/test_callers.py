@@ -169,6 +169,7 @@ OTHERS = {
     ("dgg/optim/construction.py", "_check_numbers"): "test_misuse.py",
     ("dgg/lightning.py", "on_train_start"): "test_lightning.py",
     ("dgg/hf/callback.py", "_begin"): "test_hf.py",
+    ("dgg/hf/callback.py", "_begin", 2): "test_hf.py",
     ("dgg/hf/importance.py", "keep"): "test_hf.py",
     ("dgg/hf/importance.py", "keep", 2): "test_hf.py",
     ("dgg/hf/callback.py", "_resume"): "test_hf.py",

@@ -376,18 +376,20 @@ def test_interrupted_training_keeps_its_anchor(tmp_path):
 
 
 @pytest.mark.parametrize("new", [False, True])
-def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog, new):
+@pytest.mark.parametrize("task", [0, 1])
+def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog, new, task):
     """Also with a new callback: in a notebook the cell with both is run again after an error."""
-    model, guidance = lora(base_model()), GuidanceCallback(task=1)
+    model, guidance = lora(base_model()), GuidanceCallback(task=task)
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
     if new:
-        guidance = GuidanceCallback(task=1)
+        guidance = GuidanceCallback(task=task)
     trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
-    assert_told(caplog, "task 1 was begun before and did not reach its end")
+    assert_told(caplog, f"task {task} was begun before and did not reach its end")
+    assert ("if this is the next one, pass task=1" in caplog.text) == (task == 0)
     # It has reached its end now: what follows, and the same number again, is no repetition.
     caplog.clear()
-    for callback in (GuidanceCallback(), GuidanceCallback(task=1)):
+    for callback in (GuidanceCallback(), GuidanceCallback(task=task)):
         trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1).train()
     assert not caplog.text
 

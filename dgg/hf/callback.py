@@ -170,6 +170,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             # An anchor set by hand before the first task stays.
             guided = opt._count_anchors() > 0
+            if interrupted and not guided:
+                logger.warning(
+                    "task %d was begun before and did not reach its end: it is begun anew and, as "
+                    "the first task, not guided; if this is the next one, pass task=%d", task,
+                    task + 1, stacklevel=_callers.stacklevel(),
+                )  # fmt: skip
             self._origin = "set before the training"
         for group, left_out in zip(opt.param_groups, between.unguided_groups(opt), strict=True):
             group["task_index"] = task
