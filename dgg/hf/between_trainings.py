@@ -29,7 +29,7 @@ def core(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         base: Any = getattr(model, "get_base_model", None)
-        inner = next((children[name] for name in RESERVED if name in children), None)
+        inner: Any = next((children[name] for name in RESERVED if name in children), None)
         if inner is None and list(children) == ["module"]:  # DDP, DataParallel
             inner = children["module"]
         elif inner is None and callable(base):
