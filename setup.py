@@ -471,6 +471,7 @@ elif __name__ == "__main__":
                 CPP,
                 sources=[f"csrc/{name}.cpp" for name in CPU_SOURCES],
                 depends=[
+                    "csrc/arguments.h",
                     "csrc/cpu_arguments.h",
                     "csrc/cpu_chunks.h",
                     "csrc/cpu_loops.h",
@@ -496,6 +497,7 @@ elif __name__ == "__main__":
                     "csrc/cuda.cu",
                 ],
                 depends=[
+                    "csrc/arguments.h",
                     "csrc/cuda_body.cuh",
                     "csrc/cuda_chunk.cuh",
                     "csrc/cuda_streams.cuh",

@@ -27,13 +27,12 @@ namespace {
 
 // Norms.
 
-struct NormRow {
-  Row row;
-  bool total, grad, distance;
-  int64_t number;
+// What is asked for of a row; `of_grad`: the norm of the gradient itself.
+struct NormRow : Row {
+  bool total, of_grad, distance;
 
-  NormRow(const Rows& rows, int64_t i, bool total, bool grad, bool distance)
-      : row(rows, i), total(total), grad(grad), distance(distance), number(i) {}
+  NormRow(const Rows& rows, int64_t i, bool total, bool of_grad, bool distance)
+      : Row(rows, i), total(total), of_grad(of_grad), distance(distance) {}
 };
 
 struct Squares {
@@ -75,29 +74,23 @@ Weighting<S> weighting(const Row& row, int64_t begin, int64_t n, S* buffer) {
 }
 
 template <typename T>
-Squares norm_chunk(const NormRow& work, const Chunk& chunk) {
-  const Row& row = work.row;
+Squares norm_chunk(const NormRow& row, const Chunk& chunk) {
   const int64_t end = chunk.begin + chunk.count;
   Squares sums;
-  if (row.grad && (work.grad || (work.total && !row.replay))) {
+  if (row.grad && (row.of_grad || (row.total && !row.replay))) {
     sums.grad = square_of_gradient<T>(row, chunk);
   }
   T first[kBlock], second[kBlock], third[kBlock];
   if (!row.replay) {
     sums.total = sums.grad;
-  } else if (work.total) {
+  } else if (row.total) {
     for_each_block(chunk.begin, end, [&](int64_t begin, int64_t n) {
       sums.total += sum_squares<T>(stage_gradient<T>(row, begin, n, first, second), n);
     });
   }
-  if (work.distance) {
+  if (row.distance) {
     for_each_block(chunk.begin, end, [&](int64_t begin, int64_t n) {
-      const T* param = row.param.stage<T>(begin, n, first);
-      if (row.copy) {
-        if (param != first) std::copy_n(param, n, first);
-        row.copy.adopt(begin, n, first);
-        param = first;
-      }
+      const T* const param = stage_param(row, begin, n, first);
       const T* const anchor = row.anchor.stage<T>(begin, n, second);
       sums.distance += sum_squared_pulls<T>(param, anchor, n, weighting(row, begin, n, third));
     });
@@ -127,13 +120,13 @@ void compute_norms(const Rows& rows, double* distances, int64_t which, double* s
   std::vector<Squares> partials(plan.size());
   plan.for_each(false, [&](int64_t k, const Chunk& chunk) {
     const NormRow& row = work[chunk.row];
-    partials[k] = row.row.param.dtype == kFloat64 ? norm_chunk<double>(row, chunk)
-                                                  : norm_chunk<float>(row, chunk);
+    partials[k] = row.param.dtype == kFloat64 ? norm_chunk<double>(row, chunk)
+                                              : norm_chunk<float>(row, chunk);
   });
   for (size_t k = 0; k < plan.size(); ++k) {
     const NormRow& row = work[plan[k].row];
     if (row.total) squares[row.number] += partials[k].total;
-    if (row.grad) squares[n + row.number] += partials[k].grad;
+    if (row.of_grad) squares[n + row.number] += partials[k].grad;
     if (row.distance) distances[row.number] += partials[k].distance;
   }
   const double scale = rows.grad_scale * rows.grad_scale;
@@ -157,13 +150,11 @@ struct UpdateRow : Row {
   Scalars scalars;
   bool look_ahead;
   bool stochastic;
-  int64_t number;
 
   UpdateRow(const Rows& rows, int64_t i, bool look_ahead, bool stochastic)
       : Row(rows, i),
         look_ahead(look_ahead && rows.anchored(i)),
-        stochastic(stochastic && param.dtype == kBFloat16),
-        number(i) {}
+        stochastic(stochastic && param.dtype == kBFloat16) {}
 
   // What is written twice, or with other words than its own, is staged in the arithmetic's type.
   void choose_staging(int count) {
@@ -223,20 +214,14 @@ struct AdamRule {
   static constexpr int kHypers = kAdamHypers, kStates = 3;
   static constexpr auto* kCompute = compute_adam;
 
-  template <int kPulled, bool kReplayed, typename T, typename S>
-  static void block(const AdamScalars<T>& scalars, S* param, const Inputs<T, S>& in,
-                    S* const* state, int64_t n, const Ahead& ahead) {
-    if (state[2]) {
-      run(AdamLoop<T, S, kPulled, kReplayed, true>{param, in.template gradient<kReplayed>(),
-                                                   state[0], state[1], state[2],
-                                                   in.template pull<kPulled>(), n, scalars},
-          ahead);
-    } else {
-      run(AdamLoop<T, S, kPulled, kReplayed, false>{param, in.template gradient<kReplayed>(),
-                                                    state[0], state[1], nullptr,
-                                                    in.template pull<kPulled>(), n, scalars},
-          ahead);
-    }
+  template <int kPulled, bool kReplayed, bool kAmsgrad, typename T, typename S>
+  DGG_HOST_DEVICE static void block(const AdamScalars<T>& scalars, S* param, const Inputs<T, S>& in,
+                                    S* const* state, int64_t n, const Ahead& ahead) {
+    run(AdamLoop<T, S, kPulled, kReplayed, kAmsgrad>{param, in.template gradient<kReplayed>(),
+                                                     state[0], state[1],
+                                                     kAmsgrad ? state[2] : nullptr,
+                                                     in.template pull<kPulled>(), n, scalars},
+        ahead);
   }
 };
 
@@ -246,31 +231,37 @@ struct SgdRule {
   static constexpr int kHypers = kSgdHypers, kStates = 1;
   static constexpr auto* kCompute = compute_sgd;
 
-  template <int kPulled, bool kReplayed, typename T, typename S>
-  static void block(const SgdScalars<T>& scalars, S* param, const Inputs<T, S>& in, S* const* state,
-                    int64_t n, const Ahead& ahead) {
-    if (state[0]) {
-      run(SgdLoop<T, S, kPulled, kReplayed, true>{param, in.template gradient<kReplayed>(),
-                                                  state[0], in.template pull<kPulled>(), n,
-                                                  scalars},
-          ahead);
-    } else {
-      run(SgdLoop<T, S, kPulled, kReplayed, false>{param, in.template gradient<kReplayed>(),
-                                                   nullptr, in.template pull<kPulled>(), n,
-                                                   scalars},
-          ahead);
-    }
+  template <int kPulled, bool kReplayed, bool kMomentum, typename T, typename S>
+  DGG_HOST_DEVICE static void block(const SgdScalars<T>& scalars, S* param, const Inputs<T, S>& in,
+                                    S* const* state, int64_t n, const Ahead& ahead) {
+    run(SgdLoop<T, S, kPulled, kReplayed, kMomentum>{param, in.template gradient<kReplayed>(),
+                                                     state[0], in.template pull<kPulled>(), n,
+                                                     scalars},
+        ahead);
   }
 };
 
-// One rule's loop over a block, with or without a replay gradient that is mixed in it.
-template <typename Rule, int kPulled, typename T, typename S, typename Scalars>
-void run_block(const Scalars& scalars, S* param, const Inputs<T, S>& in, S* const* state, int64_t n,
-               const Ahead& ahead) {
-  if constexpr (is_wide<S>() && kPulled != kByRoute) {
-    if (in.replay) return Rule::template block<kPulled, true>(scalars, param, in, state, n, ahead);
+// One rule's loop over a block, with or without the last state, which not every group has.
+// This and what is around it is inlined by force: a loop's scalars are then put into it from
+// registers, where a copy would wait for what was stored an instant ago (see Inputs).
+template <typename Rule, int kPulled, bool kReplayed, typename T, typename S, typename Scalars>
+DGG_HOST_DEVICE void run_states(const Scalars& scalars, S* param, const Inputs<T, S>& in,
+                                S* const* state, int64_t n, const Ahead& ahead) {
+  if (state[Rule::kStates - 1]) {
+    Rule::template block<kPulled, kReplayed, true>(scalars, param, in, state, n, ahead);
+  } else {
+    Rule::template block<kPulled, kReplayed, false>(scalars, param, in, state, n, ahead);
   }
-  Rule::template block<kPulled, false>(scalars, param, in, state, n, ahead);
+}
+
+// The same, with or without a replay gradient that is mixed in it.
+template <typename Rule, int kPulled, typename T, typename S, typename Scalars>
+DGG_HOST_DEVICE void run_block(const Scalars& scalars, S* param, const Inputs<T, S>& in,
+                               S* const* state, int64_t n, const Ahead& ahead) {
+  if constexpr (is_wide<S>() && kPulled != kByRoute) {
+    if (in.replay) return run_states<Rule, kPulled, true>(scalars, param, in, state, n, ahead);
+  }
+  run_states<Rule, kPulled, false>(scalars, param, in, state, n, ahead);
 }
 
 // Returns the look-ahead's share of the chunk.
@@ -372,10 +363,8 @@ void run_updates(const std::vector<typename Rule::Row>& work, const Draws& draws
   std::vector<double> partials(plan.size());
   plan.for_each(true, [&](int64_t k, const Chunk& chunk) {
     const auto& row = work[chunk.row];
-    partials[k] = with_types(row.staging, [&](auto* arithmetic, auto* staging) {
-      using T = std::remove_pointer_t<decltype(arithmetic)>;
-      using S = std::remove_pointer_t<decltype(staging)>;
-      return update_chunk<Rule, T, S>(row, draws, chunk);
+    partials[k] = with_types(row.staging, [&](auto t, auto s) {
+      return update_chunk<Rule, decltype(t), decltype(s)>(row, draws, chunk);
     });
   });
   for (size_t k = 0; k < plan.size(); ++k) {
@@ -413,34 +402,27 @@ void guide_chunk(const Row& row, const GuideScalars<double>& wide, const Draws& 
     ahead.add<S>(row.grad, begin, bool(row.replay));
     ahead.add<S>(row.replay, begin, true);
     S* const out = row.grad.dtype == code_of<S>() ? row.grad.at<S>(begin) : buffers[0];
+    const S *param = nullptr, *anchor = nullptr, *importance = nullptr;
+    const auto guide = [&](auto pulled) {
+      run(
+          GuideLoop<T, S, decltype(pulled)::value>{
+              param, {grad, nullptr, T(0)}, {anchor, importance}, out, n, scalars},
+          ahead);
+    };
     if (row.guided) {
-      const S* const param = row.param.stage<S>(begin, n, buffers[2]);
-      const S* const anchor = row.anchor.stage<S>(begin, n, buffers[3]);
-      const S* const importance = weighting(row, begin, n, buffers[4]).importance;
+      param = row.param.stage<S>(begin, n, buffers[2]);
+      anchor = row.anchor.stage<S>(begin, n, buffers[3]);
+      importance = weighting(row, begin, n, buffers[4]).importance;
       ahead.add<S>(row.param, begin);
       ahead.add<S>(row.anchor, begin);
       ahead.add<S>(row.importance, begin);
-      if constexpr (is_wide<S>()) {
-        if (row.masked) {
-          guide_drawn(row, draws, scalars, begin, n, param, grad, anchor, importance, out, ahead);
-        }
-      }
-      if (!row.masked && importance) {
-        run(
-            GuideLoop<T, S, kByImportance>{
-                param, {grad, nullptr, T(0)}, {anchor, importance}, out, n, scalars},
-            ahead);
-      } else if (!row.masked) {
-        run(
-            GuideLoop<T, S, kByAnchor>{
-                param, {grad, nullptr, T(0)}, {anchor, nullptr}, out, n, scalars},
-            ahead);
+      if (!row.masked) {
+        with_pulled(importance, guide);
+      } else if constexpr (is_wide<S>()) {
+        guide_drawn(row, draws, scalars, begin, n, param, grad, anchor, importance, out, ahead);
       }
     } else {
-      run(
-          GuideLoop<T, S, kNotPulled>{
-              nullptr, {grad, nullptr, T(0)}, {nullptr, nullptr}, out, n, scalars},
-          ahead);
+      guide(std::integral_constant<int, kNotPulled>());
     }
     row.grad.unstage<S>(begin, n, out);
   }
@@ -529,9 +511,7 @@ void compute_guide(const Rows& rows, const Control& control) {
     GuideRow row(rows, i);
     const double pull =
         set_guidance(rows, control, i, hyper[kGuideStrength], hyper[kGuideThreshold], row);
-    row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull);
-    row.scalars.rest = 1 - rows.importance;
-    row.scalars.weight = rows.importance;
+    row.scalars = guide_scalars(hyper, row_factor(rows, control, false), pull, rows.importance);
     if (!row.guided && !row.replay && row.scalars.grad == 1) continue;
     row.staging = staging_of(row, nullptr, 0, row.guided);
     plan.add(work.size(), row.numel);
@@ -539,10 +519,8 @@ void compute_guide(const Rows& rows, const Control& control) {
   }
   plan.for_each(true, [&](int64_t, const Chunk& chunk) {
     const GuideRow& row = work[chunk.row];
-    with_types(row.staging, [&](auto* arithmetic, auto* staging) {
-      using T = std::remove_pointer_t<decltype(arithmetic)>;
-      using S = std::remove_pointer_t<decltype(staging)>;
-      guide_chunk<T, S>(row, row.scalars, control.draws, chunk);
+    with_types(row.staging, [&](auto t, auto s) {
+      guide_chunk<decltype(t), decltype(s)>(row, row.scalars, control.draws, chunk);
     });
   });
 }
@@ -556,19 +534,16 @@ Tensor norms_table(const Tensor& table, const Tensor& grads, const Tensor& repla
                    double importance) {
   const Rows rows = make_rows("norms_table", table, grads, replays, INT64_MAX, replay_weight,
                               grad_scale, importance);
-  check_tensor("norms_table", "distances", distances, ScalarType::Double, rows.n);
+  double* const known = checked<double>("norms_table", "distances", distances, rows.n);
   Tensor squares = empty_doubles({3, rows.n});
-  compute_norms(rows, data<double>(distances), which, data<double>(squares));
+  compute_norms(rows, known, which, doubles_of(squares));
   return squares;
 }
 
 Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_norm, bool scaling,
                          bool per_tensor) {
-  STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3,
-                  "dgg::coefficients: squares must have shape [3, n]");
-  const int64_t n = squares.size(1);
-  check_tensor("coefficients", "squares", squares, ScalarType::Double, 3 * n);
-  const double* in = data<const double>(squares);
+  const int64_t n = checked_sums("coefficients", "squares", squares, 3);
+  const double* const in = checked<const double>("coefficients", "squares", squares, 3 * n);
   double norms[3];
   for (int k = 0; k < 3; ++k) {
     double sum = 0;
@@ -576,7 +551,7 @@ Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_n
     norms[k] = std::sqrt(sum);
   }
   Tensor result = empty_doubles({kScales + n});
-  double* out = data<double>(result);
+  double* const out = doubles_of(result);
   const double clip = max_grad_norm ? clip_of(*max_grad_norm, norms[0]) : 1;
   out[kClip] = clip;
   out[kGradLength] = norms[1];
@@ -591,43 +566,18 @@ Tensor make_coefficients(const Tensor& squares, std::optional<double> max_grad_n
   return result;
 }
 
-Tensor products_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
-                      const Tensor& flags, double replay_weight, double grad_scale,
-                      double importance) {
-  const char* const op = "products_table";
-  const Rows rows =
-      make_rows(op, table, grads, replays, INT64_MAX, replay_weight, grad_scale, importance);
-  check_tensor(op, "flags", flags, ScalarType::Byte, rows.n);
-  Tensor sums = empty_doubles({kProducts, rows.n});
-  compute_products(rows, data<const uint8_t>(flags), data<double>(sums));
-  return sums;
-}
-
-Tensor make_guard_coefficients(const Tensor& products, std::optional<double> max_grad_norm,
-                               bool per_tensor, bool maximize) {
-  STD_TORCH_CHECK(products.dim() == 2 && products.size(0) == kProducts,
-                  "dgg::guard_coefficients: products must have shape [6, n]");
-  const int64_t n = products.size(1);
-  check_tensor("guard_coefficients", "products", products, ScalarType::Double, kProducts * n);
-  Tensor result = empty_doubles({kScales + n + kGuardExtras});
-  guard_coefficients(data<const double>(products), n, max_grad_norm, per_tensor, maximize,
-                     data<double>(result));
-  return result;
-}
-
 template <typename Rule>
 void update_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
                   const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
                   const Tensor& distances, double replay_weight, double grad_scale, bool look_ahead,
                   int64_t seed, int64_t draw, bool stochastic, double importance, int64_t route) {
   const char* const op = Rule::kOp;
-  check_table(op, table);
-  const Control control =
-      make_control(op, table.size(0), coefficients, flags, hyper, Rule::kHypers, seed, draw, route);
+  const Control control = make_control(op, checked_rows(op, table), coefficients, flags, hyper,
+                                       Rule::kHypers, seed, draw, route);
   const Rows rows =
       make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale, importance);
-  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
-  Rule::kCompute(rows, control, data<double>(distances), look_ahead, stochastic);
+  Rule::kCompute(rows, control, checked<double>(op, "distances", distances, rows.n), look_ahead,
+                 stochastic);
 }
 
 void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
@@ -635,9 +585,8 @@ void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays
                  double replay_weight, double grad_scale, int64_t seed, int64_t draw,
                  double importance) {
   const char* const op = "guide_table_";
-  check_table(op, table);
-  const Control control =
-      make_control(op, table.size(0), coefficients, flags, hyper, kGuideHypers, seed, draw, 0);
+  const Control control = make_control(op, checked_rows(op, table), coefficients, flags, hyper,
+                                       kGuideHypers, seed, draw, 0);
   compute_guide(
       make_rows(op, table, grads, replays, control.groups, replay_weight, grad_scale, importance),
       control);
@@ -646,7 +595,7 @@ void guide_table(const Tensor& table, const Tensor& grads, const Tensor& replays
 Tensor philox_words(int64_t seed, int64_t draw, int64_t stream, int64_t n) {
   STD_TORCH_CHECK(n >= 0, "dgg::philox_words: n is ", n);
   Tensor result = torch::stable::empty({&n, 1}, ScalarType::Long);
-  int64_t* out = data<int64_t>(result);
+  auto* const out = static_cast<int64_t*>(result.data_ptr());
   uint32_t words[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t count = std::min(kBlock, n - begin);
@@ -674,8 +623,6 @@ std::string isa() {
 STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
   m.impl("norms_table", TORCH_BOX(&dgg::norms_table));
   m.impl("coefficients", TORCH_BOX(&dgg::make_coefficients));
-  m.impl("products_table", TORCH_BOX(&dgg::products_table));
-  m.impl("guard_coefficients", TORCH_BOX(&dgg::make_guard_coefficients));
   m.impl("adam_table_", TORCH_BOX(&dgg::update_table<dgg::AdamRule>));
   m.impl("sgd_table_", TORCH_BOX(&dgg::update_table<dgg::SgdRule>));
   m.impl("guide_table_", TORCH_BOX(&dgg::guide_table));

@@ -5,20 +5,15 @@
 
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-#include "table.h"
+#include "arguments.h"
 
 namespace dgg {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The rows of a call, checked once.
 struct Rows {
@@ -64,48 +59,28 @@ void compute_guide(const Rows& rows, const Control& control);
 
 // In cpu_products.cpp.
 void compute_products(const Rows& rows, const uint8_t* flags, double* sums);
-void guard_coefficients(const double* products, int64_t n, std::optional<double> max_grad_norm,
-                        bool per_tensor, bool maximize, double* out);
 
-inline void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                         int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
-                      tensor.numel() == numel,
-                  "dgg::", op, ": ", name, " must be a contiguous CPU tensor of dtype ",
-                  dtype == ScalarType::Double ? "float64"
-                  : dtype == ScalarType::Long ? "int64"
-                                              : "uint8",
-                  " with ", numel, " elements; it has ", tensor.numel());
-}
-
+// Address of a tensor's elements.
 template <typename T>
-T* data(const Tensor& tensor) {
+T* checked(const char* op, const char* name, const Tensor& tensor, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype_of<T>() &&
+                      tensor.is_contiguous() && tensor.numel() == numel,
+                  "dgg::", op, ": ", name, " must be a contiguous CPU tensor of dtype ",
+                  name_of(dtype_of<T>()), " with ", numel, " elements; it has ", tensor.numel());
   return static_cast<T*>(tensor.data_ptr());
-}
-
-inline void check_table(const char* op, const Tensor& table) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns, "dgg::", op,
-                  ": table must have shape [n, ", static_cast<int>(kColumns), "]");
 }
 
 inline Rows make_rows(const char* op, const Tensor& table, const Tensor& grads,
                       const Tensor& replays, int64_t groups, double replay_weight,
                       double grad_scale, double importance) {
-  check_table(op, table);
-  STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op,
-                  ": importance must lie in [0, 1], not ", importance);
-  const int64_t n = table.size(0);
-  check_tensor(op, "table", table, ScalarType::Long, n * kColumns);
-  check_tensor(op, "grads", grads, ScalarType::Long, n);
-  const bool any_replay = replays.numel() != 0;
-  if (any_replay) check_tensor(op, "replays", replays, ScalarType::Long, n);
-  Rows rows{data<const int64_t>(table),
-            data<const int64_t>(grads),
-            any_replay ? data<const int64_t>(replays) : nullptr,
-            n,
-            replay_weight,
-            grad_scale,
-            importance};
+  const int64_t n = checked_rows(op, table);
+  const Rows rows{checked<const int64_t>(op, "table", table, n * kColumns),
+                  checked<const int64_t>(op, "grads", grads, n),
+                  replays.numel() ? checked<const int64_t>(op, "replays", replays, n) : nullptr,
+                  n,
+                  replay_weight,
+                  grad_scale,
+                  checked_importance(op, importance)};
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* r = rows.row(i);
     STD_TORCH_CHECK(r[kColumnNumel] >= 0 && (r[kColumnNumel] == 0 || r[kColumnStretch] > 0) &&
@@ -131,10 +106,8 @@ inline Control make_control(const char* op, int64_t n, const Tensor& coefficient
                             int64_t draw, int64_t route) {
   STD_TORCH_CHECK(route >= kByGradient && route <= kByDecoupled, "dgg::", op,
                   ": route must be 0 (gradient), 1 (first moment) or 2 (decoupled), not ", route);
-  check_tensor(op, "coefficients", coefficients, ScalarType::Double, kScales + n);
-  check_tensor(op, "flags", flags, ScalarType::Byte, n);
-  return {data<const double>(coefficients),
-          data<const uint8_t>(flags),
+  return {checked<const double>(op, "coefficients", coefficients, kScales + n),
+          checked<const uint8_t>(op, "flags", flags, n),
           hyper,
           groups,
           {static_cast<uint64_t>(seed), static_cast<uint32_t>(draw)},
@@ -144,15 +117,18 @@ inline Control make_control(const char* op, int64_t n, const Tensor& coefficient
 inline Control make_control(const char* op, int64_t n, const Tensor& coefficients,
                             const Tensor& flags, const Tensor& hyper, int64_t hypers, int64_t seed,
                             int64_t draw, int64_t route) {
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == hypers, "dgg::", op,
-                  ": hyper must have shape [groups, ", hypers, "]");
-  check_tensor(op, "hyper", hyper, ScalarType::Double, hyper.numel());
-  return make_control(op, n, coefficients, flags, data<const double>(hyper), hyper.size(0), seed,
+  check_hyper(op, hyper, hypers);
+  return make_control(op, n, coefficients, flags,
+                      checked<const double>(op, "hyper", hyper, hyper.numel()), hyper.size(0), seed,
                       draw, route);
 }
 
 inline Tensor empty_doubles(std::vector<int64_t> sizes) {
   return torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
+}
+
+inline double* doubles_of(const Tensor& tensor) {
+  return static_cast<double*>(tensor.data_ptr());
 }
 
 }  // namespace dgg

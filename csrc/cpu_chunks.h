@@ -45,10 +45,7 @@ struct Stream {
   S* stage(int64_t begin, int64_t n, S* buffer) const {
     if constexpr (is_wide<S>()) {
       if (dtype != code_of<S>()) {
-        visit([&](auto* stored) {
-          using Stored = std::remove_pointer_t<decltype(stored)>;
-          convert(at<Stored>(begin), buffer, n);
-        });
+        load(begin, n, buffer);
         return buffer;
       }
     }
@@ -66,28 +63,21 @@ struct Stream {
   template <typename S>
   void unstage(int64_t begin, int64_t n, const S* buffer) const {
     if constexpr (is_wide<S>()) {
-      if (dtype == code_of<S>()) return;
-      visit([&](auto* stored) {
-        using Stored = std::remove_pointer_t<decltype(stored)>;
-        convert(buffer, at<Stored>(begin), n);
-      });
+      if (dtype != code_of<S>()) save(begin, n, buffer);
     }
   }
 
  private:
-  // Calls f with a null pointer of the storage type.
-  template <typename F>
-  void visit(const F& f) const {
-    switch (dtype) {
-      case kFloat32:
-        return f(static_cast<float*>(nullptr));
-      case kBFloat16:
-        return f(static_cast<bfloat16*>(nullptr));
-      case kFloat16:
-        return f(static_cast<float16*>(nullptr));
-      default:
-        return f(static_cast<double*>(nullptr));
-    }
+  // Apart, or the loop over the states of a block would be too long to be unrolled, and the
+  // addresses be waited for that it has stored an instant ago.
+  template <typename S>
+  DGG_APART void load(int64_t begin, int64_t n, S* buffer) const {
+    as_stored(dtype, [&](auto s) { convert(at<decltype(s)>(begin), buffer, n); });
+  }
+
+  template <typename S>
+  DGG_APART void save(int64_t begin, int64_t n, const S* buffer) const {
+    as_stored(dtype, [&](auto s) { convert(buffer, at<decltype(s)>(begin), n); });
   }
 };
 
@@ -101,6 +91,7 @@ struct Row {
   Stream param, grad, replay, anchor;
   Stream importance;  // nothing where the pull is not weighted
   Stream copy;        // of a master weight
+  int64_t number;     // among the rows of the call
   int64_t numel;
   int64_t index, base, stretch, stride;
   double replay_weight;
@@ -122,6 +113,7 @@ struct Row {
         importance(
             stream_of(rows, i, rows.importance != 0 ? r[kColumnImportance] : 0, kSlotImportance)),
         copy(stream_of(rows, i, r[kColumnCopy], kSlotCopy)),
+        number(i),
         numel(r[kColumnNumel]),
         index(r[kColumnIndex]),
         base(r[kColumnBase]),
@@ -185,18 +177,30 @@ void run(const Loop& loop, const Ahead& ahead) {
   run(Staged<Loop>{loop, ahead, loop.n});
 }
 
+template <typename S>
+const S* stage_or_zeros(const Stream& stream, int64_t begin, int64_t n, S* buffer) {
+  if (stream) return stream.stage<S>(begin, n, buffer);
+  std::fill_n(buffer, n, S(0));
+  return buffer;
+}
+
+// The parameter, or the master weight of one, corrected by it.
+template <typename T>
+const T* stage_param(const Row& row, int64_t begin, int64_t n, T* buffer) {
+  const T* const param = row.param.stage<T>(begin, n, buffer);
+  if (!row.copy) return param;
+  if (param != buffer) std::copy_n(param, n, buffer);
+  row.copy.adopt(begin, n, buffer);
+  return buffer;
+}
+
 // h of equation (1) without the gradient scale. Uses `other` only for mixing.
 template <typename S>
 const S* stage_gradient(const Row& row, int64_t begin, int64_t n, S* buffer, S* other) {
   if constexpr (is_wide<S>()) {
     if (row.replay) {
-      const S* grad = buffer;
-      if (row.grad) {
-        grad = row.grad.stage<S>(begin, n, buffer);
-      } else {
-        std::fill_n(buffer, n, S(0));
-      }
-      const S* replay = row.replay.stage<S>(begin, n, other);
+      const S* const grad = stage_or_zeros(row.grad, begin, n, buffer);
+      const S* const replay = row.replay.stage<S>(begin, n, other);
       run(RealGradient<S>{grad, replay, buffer, static_cast<S>(row.replay_weight), n});
       return buffer;
     }
@@ -221,16 +225,16 @@ const S* stage_gradient(const Row& row, int64_t begin, int64_t n, S* buffer, S* 
   return dtype;
 }
 
-// Calls f with null pointers of the arithmetic's type and of the staging type.
+// Calls f with zeros of the arithmetic's type and of the staging type.
 template <typename F>
 auto with_types(int staging, const F& f) {
   switch (staging) {
     case kFloat64:
-      return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+      return f(double(), double());
     case kBFloat16:
-      return f(static_cast<float*>(nullptr), static_cast<bfloat16*>(nullptr));
+      return f(float(), bfloat16());
     default:
-      return f(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+      return f(float(), float());
   }
 }
 
@@ -249,44 +253,6 @@ auto with_types(int staging, const F& f) {
                draws.seed});
     std::memcpy(words + done, quads + i % 4, static_cast<size_t>(count) * sizeof(uint32_t));
     done += count;
-  }
-}
-
-// G of a row that is drawn element by element, for loops that guide nothing themselves.
-template <typename T>
-void guide_drawn(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
-                 int64_t n, const T* param, const T* grad, const T* anchor, const T* importance,
-                 T* out, const Ahead& ahead = Ahead()) {
-  uint32_t words[kBlock];
-  draw_words(row, draws, kStreamElement, begin, n, words);
-  if (importance) {
-    run(GuideDrawn<T, kByImportance>{param, grad, anchor, importance, out, words, row.threshold, n,
-                                     scalars},
-        ahead);
-  } else {
-    run(GuideDrawn<T, kByAnchor>{param, grad, anchor, nullptr, out, words, row.threshold, n,
-                                 scalars},
-        ahead);
-  }
-}
-
-// u of a row whose pull does not go by the gradient.
-template <typename T>
-void stage_pull(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
-                int64_t n, const T* param, const T* anchor, const T* importance, T* out) {
-  uint32_t words[kBlock];
-  if (row.masked) draw_words(row, draws, kStreamElement, begin, n, words);
-  const auto make = [&](auto pulled, auto drawn) {
-    run(PullDifference<T, decltype(pulled)::value, decltype(drawn)::value>{
-        param, anchor, importance, out, words, row.threshold, n, scalars});
-  };
-  const auto drawn = [&](auto pulled) {
-    row.masked ? make(pulled, std::true_type()) : make(pulled, std::false_type());
-  };
-  if (importance) {
-    drawn(std::integral_constant<int, kByImportance>());
-  } else {
-    drawn(std::integral_constant<int, kByAnchor>());
   }
 }
 

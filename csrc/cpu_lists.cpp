@@ -77,15 +77,13 @@ class ListTable {
   }
 
   Rows rows(double replay_weight, double grad_scale, double importance) const {
-    STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op_,
-                    ": importance must lie in [0, 1], not ", importance);
     return {table_.data(),
             grads_.data(),
             replays_.empty() ? nullptr : replays_.data(),
             static_cast<int64_t>(params_.size()),
             replay_weight,
             grad_scale,
-            importance};
+            checked_importance(op_, importance)};
   }
 
  private:
@@ -121,9 +119,9 @@ Tensor norms_list(const TensorList& params, const TensorList& grads, const Tenso
                   double importance) {
   const ListTable table("norms", params, grads, replays, anchors, importances, {});
   const Rows rows = table.rows(replay_weight, grad_scale, importance);
-  check_tensor("norms", "distances", distances, ScalarType::Double, rows.n);
+  double* const known = checked<double>("norms", "distances", distances, rows.n);
   Tensor squares = empty_doubles({3, rows.n});
-  compute_norms(rows, data<double>(distances), which, data<double>(squares));
+  compute_norms(rows, known, which, doubles_of(squares));
   return squares;
 }
 
@@ -156,9 +154,8 @@ void adam_list(const TensorList& params, const TensorList& grads, const TensorLi
                                      strength,
                                      static_cast<double>(threshold)};
   const Rows rows = table.rows(replay_weight, grad_scale, importance);
-  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
   compute_adam(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw, route),
-               data<double>(distances), look_ahead, false);
+               checked<double>(op, "distances", distances, rows.n), look_ahead, false);
 }
 
 void sgd_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
@@ -181,9 +178,8 @@ void sgd_list(const TensorList& params, const TensorList& grads, const TensorLis
                                     strength,
                                     static_cast<double>(threshold)};
   const Rows rows = table.rows(replay_weight, grad_scale, importance);
-  check_tensor(op, "distances", distances, ScalarType::Double, rows.n);
   compute_sgd(rows, make_control(op, rows.n, coefficients, flags, hyper, 1, seed, draw, route),
-              data<double>(distances), look_ahead, false);
+              checked<double>(op, "distances", distances, rows.n), look_ahead, false);
 }
 
 void guide_list(const TensorList& params, const TensorList& grads, const TensorList& replays,
@@ -204,9 +200,8 @@ Tensor products_list(const TensorList& params, const TensorList& grads, const Te
   const char* const op = "products";
   const ListTable table(op, params, grads, replays, anchors, importances, {});
   const Rows rows = table.rows(replay_weight, grad_scale, importance);
-  check_tensor(op, "flags", flags, ScalarType::Byte, rows.n);
   Tensor sums = empty_doubles({kProducts, rows.n});
-  compute_products(rows, data<const uint8_t>(flags), data<double>(sums));
+  compute_products(rows, checked<const uint8_t>(op, "flags", flags, rows.n), doubles_of(sums));
   return sums;
 }
 

@@ -26,9 +26,11 @@
 
 #if defined(_MSC_VER)
 #define DGG_PRAGMA_SIMD
-#define DGG_COLD __declspec(noinline)
+#define DGG_APART __declspec(noinline)
+#define DGG_COLD DGG_APART
 #else
 #define DGG_PRAGMA_SIMD _Pragma("omp simd")
+#define DGG_APART __attribute__((noinline))
 #define DGG_COLD __attribute__((noinline, cold))
 #endif
 
@@ -159,26 +161,25 @@ DGG_HOST_DEVICE void stream(const Loop& original) {
   for (; done < loop.n; ++done) loop.element(done);
 }
 
+// out = in, of another type.
 template <typename T, typename S>
-struct Widen {
-  const S* in;
-  T* out;
-  int64_t n;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const { prefetch(in + i); }
-  DGG_HOST_DEVICE void element(int64_t i) const { out[i] = widen<T>(in[i]); }
-};
-
-template <typename S, typename T>
-struct NarrowInto {
+struct Convert {
   const T* in;
   S* out;
   int64_t n;
 
   DGG_HOST_DEVICE void operator()() const { stream(*this); }
-  DGG_HOST_DEVICE void prefetch_from(int64_t) const {}
-  DGG_HOST_DEVICE void element(int64_t i) const { out[i] = narrow<S, T>(in[i]); }
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    // What is narrowed was computed just now.
+    if constexpr (std::is_floating_point<S>::value) prefetch(in + i);
+  }
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    if constexpr (std::is_floating_point<S>::value) {
+      out[i] = widen<S>(in[i]);
+    } else {
+      out[i] = narrow<S>(in[i]);
+    }
+  }
 };
 
 #ifdef DGG_X86_VARIANTS
@@ -210,7 +211,6 @@ template <typename T, typename S>
 DGG_F16C void convert_by_f16c(const T* in, S* out, int64_t n) {
   int64_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    // What is narrowed was computed just now.
     if constexpr (std::is_same<T, float16>::value) prefetch(in + i);
     for (int64_t j = i; j < i + kStrip; j += kEight) convert_eight(in + j, out + j);
   }
@@ -224,7 +224,6 @@ DGG_F16C void convert_by_f16c(const T* in, S* out, int64_t n) {
 }
 #endif
 
-// out = in, of another type.
 template <typename T, typename S>
 void convert(const T* in, S* out, int64_t n) {
 #ifdef DGG_X86_VARIANTS
@@ -234,11 +233,7 @@ void convert(const T* in, S* out, int64_t n) {
     if (kF16c) return convert_by_f16c(in, out, n);
   }
 #endif
-  if constexpr (std::is_floating_point<S>::value) {
-    run(Widen<S, T>{in, out, n});
-  } else {
-    run(NarrowInto<S, T>{in, out, n});
-  }
+  run(Convert<T, S>{in, out, n});
 }
 
 // bfloat16 by stochastic rounding.
@@ -294,58 +289,6 @@ struct Philox {
     words[4 * i + 1] = w1;
     words[4 * i + 2] = w2;
     words[4 * i + 3] = w3;
-  }
-};
-
-// G of equation (5) where each element has a draw of its own: selected, not multiplied away, or the
-// difference of a weight that is infinite would be NaN where nothing pulls.
-template <typename T, int kPulled>
-struct GuideDrawn {
-  const T* param;
-  const T* grad;
-  const T* anchor;
-  const T* importance;
-  T* out;
-  const uint32_t* words;
-  uint32_t threshold;
-  int64_t n;
-  GuideScalars<T> scalars;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(grad + i);
-    prefetch(param + i);
-    prefetch(anchor + i);
-    if constexpr (kPulled == kByImportance) prefetch(importance + i);
-  }
-  DGG_HOST_DEVICE void element(int64_t i) const {
-    const T f = kPulled == kByImportance ? importance[i] : T(0);
-    out[i] = guide<kPulled>(scalars, param[i], grad[i], anchor[i], f, words[i] < threshold);
-  }
-};
-
-// u of equation (3); where `words` says that an element is not drawn, 0.
-template <typename T, int kPulled, bool kDrawn>
-struct PullDifference {
-  const T* param;
-  const T* anchor;
-  const T* importance;
-  T* out;
-  const uint32_t* words;
-  uint32_t threshold;
-  int64_t n;
-  GuideScalars<T> scalars;
-
-  DGG_HOST_DEVICE void operator()() const { stream(*this); }
-  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
-    prefetch(param + i);
-    prefetch(anchor + i);
-    if constexpr (kPulled == kByImportance) prefetch(importance + i);
-  }
-  DGG_HOST_DEVICE void element(int64_t i) const {
-    const T f = kPulled == kByImportance ? importance[i] : T(0);
-    const T u = pull_of<kPulled>(scalars, param[i], anchor[i], f);
-    out[i] = !kDrawn || words[i] < threshold ? u : T(0);
   }
 };
 

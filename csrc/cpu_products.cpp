@@ -56,12 +56,7 @@ struct ProductSums {
     for (int rest = 0; i + rest < self.in.n; ++rest) self.add(lanes, rest, i + rest);
     double totals[5] = {};
     for (int k = 0; k < (kReplayed ? 5 : 2); ++k) {
-      double wide[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) wide[lane] = lanes[k][lane];
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) wide[lane] += wide[lane + half];
-      }
-      totals[k] = wide[0];
+      totals[k] = sum_of_lanes<kLanes>(lanes[k], self.in.n);
     }
     *self.sums = {totals[0], totals[1], totals[2], totals[3], totals[4]};
   }
@@ -111,44 +106,23 @@ BlockProducts products_of(const BlockInputs<T>& in) {
   return in.replay ? products_of<T, kByAnchor, true>(in) : products_of<T, kByAnchor, false>(in);
 }
 
-struct ProductRow {
-  Row row;
-  bool guided;
-  int64_t number;
-  GuideScalars<double> scalars;
-
-  ProductRow(const Rows& rows, int64_t i, bool guided)
-      : row(rows, i), guided(guided), number(i), scalars(weights_of(rows.importance)) {}
-};
-
 template <typename T>
-BlockProducts product_chunk(const ProductRow& work, const Chunk& chunk) {
-  const Row& row = work.row;
+BlockProducts product_chunk(const Row& row, const Chunk& chunk) {
   T buffers[5][kBlock];
   BlockInputs<T> in{};
   in.replay_weight = static_cast<T>(row.replay_weight);
-  in.scalars = work.scalars.as<T>();
+  in.scalars = weights_of(row.weight).template as<T>();
   BlockProducts sums;
   for (int64_t offset = 0; offset < chunk.count; offset += kBlock) {
     const int64_t begin = chunk.begin + offset;
     const int64_t n = in.n = std::min<int64_t>(kBlock, chunk.count - offset);
-    if (!work.guided) {
+    if (!row.guided) {
       sums.head += sum_squares<T>(stage_gradient<T>(row, begin, n, buffers[0], buffers[1]), n);
       continue;
     }
-    if (row.grad) {
-      in.grad = row.grad.stage<T>(begin, n, buffers[0]);
-    } else {
-      std::fill_n(buffers[0], n, T(0));
-      in.grad = buffers[0];
-    }
+    in.grad = stage_or_zeros(row.grad, begin, n, buffers[0]);
     in.replay = row.replay ? row.replay.stage<T>(begin, n, buffers[1]) : nullptr;
-    in.param = row.param.stage<T>(begin, n, buffers[2]);
-    if (row.copy) {
-      if (in.param != buffers[2]) std::copy_n(in.param, n, buffers[2]);
-      row.copy.adopt(begin, n, buffers[2]);
-      in.param = buffers[2];
-    }
+    in.param = stage_param(row, begin, n, buffers[2]);
     in.anchor = row.anchor.stage<T>(begin, n, buffers[3]);
     in.importance = row.importance ? row.importance.stage<T>(begin, n, buffers[4]) : nullptr;
     const BlockProducts block = products_of(in);
@@ -166,22 +140,22 @@ BlockProducts product_chunk(const ProductRow& work, const Chunk& chunk) {
 void compute_products(const Rows& rows, const uint8_t* flags, double* sums) {
   const int64_t n = rows.n;
   std::fill_n(sums, kProducts * n, 0.0);
-  std::vector<ProductRow>& work = scratch<ProductRow>(n);
+  std::vector<Row>& work = scratch<Row>(n);
   Plan plan(n);
   for (int64_t i = 0; i < n; ++i) {
     if (!rows.active(i)) continue;
     plan.add(work.size(), rows.row(i)[kColumnNumel]);
-    work.emplace_back(rows, i, (flags[i] & kInject) != 0 && rows.anchored(i));
+    work.emplace_back(rows, i).guided = (flags[i] & kInject) != 0 && rows.anchored(i);
   }
   std::vector<BlockProducts> partials(plan.size());
   plan.for_each(false, [&](int64_t k, const Chunk& chunk) {
-    const ProductRow& row = work[chunk.row];
-    partials[k] = row.row.param.dtype == kFloat64 ? product_chunk<double>(row, chunk)
-                                                  : product_chunk<float>(row, chunk);
+    const Row& row = work[chunk.row];
+    partials[k] = row.param.dtype == kFloat64 ? product_chunk<double>(row, chunk)
+                                              : product_chunk<float>(row, chunk);
   });
   const double scale = rows.grad_scale, squared = scale * scale;
   for (size_t k = 0; k < plan.size(); ++k) {
-    const ProductRow& row = work[plan[k].row];
+    const Row& row = work[plan[k].row];
     const BlockProducts& part = partials[k];
     const int64_t i = row.number;
     sums[kTotal * n + i] += part.head / squared;
@@ -194,12 +168,30 @@ void compute_products(const Rows& rows, const uint8_t* flags, double* sums) {
   }
 }
 
-void guard_coefficients(const double* products, int64_t n, std::optional<double> max_grad_norm,
-                        bool per_tensor, bool maximize, double* out) {
+namespace {
+
+Tensor products_table(const Tensor& table, const Tensor& grads, const Tensor& replays,
+                      const Tensor& flags, double replay_weight, double grad_scale,
+                      double importance) {
+  const char* const op = "products_table";
+  const Rows rows =
+      make_rows(op, table, grads, replays, INT64_MAX, replay_weight, grad_scale, importance);
+  Tensor sums = empty_doubles({kProducts, rows.n});
+  compute_products(rows, checked<const uint8_t>(op, "flags", flags, rows.n), doubles_of(sums));
+  return sums;
+}
+
+Tensor guard_coefficients(const Tensor& products, std::optional<double> max_grad_norm,
+                          bool per_tensor, bool maximize) {
+  const char* const op = "guard_coefficients";
+  const int64_t n = checked_sums(op, "products", products, kProducts);
+  const double* const in = checked<const double>(op, "products", products, kProducts * n);
+  Tensor result = empty_doubles({kScales + n + kGuardExtras});
+  double* const out = doubles_of(result);
   double whole[kProducts];
   for (int k = 0; k < kProducts; ++k) {
     whole[k] = 0;
-    for (int64_t i = 0; i < n; ++i) whole[k] += products[k * n + i];
+    for (int64_t i = 0; i < n; ++i) whole[k] += in[k * n + i];
   }
   const double total = std::sqrt(whole[kTotal]), head = std::sqrt(whole[kGuided]);
   const double pull = std::sqrt(whole[kPull]), replay = std::sqrt(whole[kReplay]);
@@ -211,7 +203,7 @@ void guard_coefficients(const double* products, int64_t n, std::optional<double>
   const double common = guard_of(clip, {head, pull, whole[kHDotR], whole[kUDotR]}, maximize);
   double squares = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const double* const of_row = products + i;
+    const double* const of_row = in + i;
     const Guard own{std::sqrt(of_row[kGuided * n]), std::sqrt(of_row[kPull * n]),
                     of_row[kHDotR * n], of_row[kUDotR * n]};
     const double a = per_tensor ? guard_of(clip, own, maximize) : common;
@@ -220,6 +212,13 @@ void guard_coefficients(const double* products, int64_t n, std::optional<double>
   }
   out[kScales + n] = head * replay > 0 ? whole[kHDotR] / (head * replay) : 0;
   out[kScales + n + 1] = head > 0 ? std::sqrt(squares) / head : 0;
+  return result;
 }
 
+}  // namespace
 }  // namespace dgg
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
+  m.impl("products_table", TORCH_BOX(&dgg::products_table));
+  m.impl("guard_coefficients", TORCH_BOX(&dgg::guard_coefficients));
+}

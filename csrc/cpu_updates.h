@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The loops of the updates: what happens to element i of a block, and which memory is read.
-// Included by cpu.cpp alone.
+// The loops of the updates: what happens to element i of a block, and which memory is read. And
+// what is drawn for a block first. Included by cpu.cpp alone.
 //
 // They read and write S and compute in T. S is T where blocks are staged, and the storage type
 // itself where all tensors of a row share it: then nothing needs staging.
@@ -9,7 +9,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cpu_chunks.h"
 #include "cpu_loops.h"
 
 namespace dgg {
@@ -118,7 +120,9 @@ struct SgdLoop {
   }
 };
 
-template <typename T, typename S, int kPulled>
+// Where kDrawn, `words` says of each element whether it is pulled: selected, not multiplied away,
+// or the difference of a weight that is infinite would be NaN where nothing pulls.
+template <typename T, typename S, int kPulled, bool kDrawn = false>
 struct GuideLoop {
   const S* param;
   Gradient<T, S, false> gradient;
@@ -126,6 +130,8 @@ struct GuideLoop {
   S* out;
   int64_t n;
   GuideScalars<T> scalars;
+  const uint32_t* words = nullptr;
+  uint32_t threshold = 0;
 
   DGG_HOST_DEVICE void operator()() const { stream(*this); }
 
@@ -138,10 +144,79 @@ struct GuideLoop {
   DGG_HOST_DEVICE void element(int64_t i) const {
     T p = T(0);
     if constexpr (kPulled != kNotPulled) p = widen<T>(param[i]);
-    out[i] = narrow<S>(
-        guide<kPulled>(scalars, p, gradient.at(i), pull.anchor_at(i), pull.importance_at(i)));
+    out[i] = narrow<S>(guide<kPulled>(scalars, p, gradient.at(i), pull.anchor_at(i),
+                                      pull.importance_at(i), !kDrawn || words[i] < threshold));
   }
 };
+
+// u of equation (3); where kDrawn and `words` says that an element is not drawn, 0.
+template <typename T, int kPulled, bool kDrawn>
+struct PullDifference {
+  const T* param;
+  Pull<T, T, kPulled> pull;
+  T* out;
+  int64_t n;
+  GuideScalars<T> scalars;
+  const uint32_t* words;
+  uint32_t threshold;
+
+  DGG_HOST_DEVICE void operator()() const { stream(*this); }
+
+  DGG_HOST_DEVICE void prefetch_from(int64_t i) const {
+    prefetch(param + i);
+    pull.prefetch_from(i);
+  }
+
+  DGG_HOST_DEVICE void element(int64_t i) const {
+    const T u = pull_of<kPulled>(scalars, param[i], pull.anchor_at(i), pull.importance_at(i));
+    out[i] = !kDrawn || words[i] < threshold ? u : T(0);
+  }
+};
+
+// Calls f with how the pull of a row goes that reads its anchor: by importance, if there is any.
+template <typename F>
+void with_pulled(const void* importance, const F& f) {
+  if (importance) {
+    f(std::integral_constant<int, kByImportance>());
+  } else {
+    f(std::integral_constant<int, kByAnchor>());
+  }
+}
+
+// G of a row that is drawn element by element, for loops that guide nothing themselves.
+template <typename T>
+void guide_drawn(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
+                 int64_t n, const T* param, const T* grad, const T* anchor, const T* importance,
+                 T* out, const Ahead& ahead = Ahead()) {
+  uint32_t words[kBlock];
+  draw_words(row, draws, kStreamElement, begin, n, words);
+  with_pulled(importance, [&](auto pulled) {
+    run(GuideLoop<T, T, decltype(pulled)::value, true>{param,
+                                                       {grad, nullptr, T(0)},
+                                                       {anchor, importance},
+                                                       out,
+                                                       n,
+                                                       scalars,
+                                                       words,
+                                                       row.threshold},
+        ahead);
+  });
+}
+
+// u of a row whose pull does not go by the gradient.
+template <typename T>
+void stage_pull(const Row& row, const Draws& draws, const GuideScalars<T>& scalars, int64_t begin,
+                int64_t n, const T* param, const T* anchor, const T* importance, T* out) {
+  uint32_t words[kBlock];
+  if (row.masked) draw_words(row, draws, kStreamElement, begin, n, words);
+  with_pulled(importance, [&](auto pulled) {
+    const auto make = [&](auto drawn) {
+      run(PullDifference<T, decltype(pulled)::value, decltype(drawn)::value>{
+          param, {anchor, importance}, out, n, scalars, words, row.threshold});
+    };
+    row.masked ? make(std::true_type()) : make(std::false_type());
+  });
+}
 
 }  // namespace
 }  // namespace dgg

@@ -9,11 +9,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
+#include "arguments.h"
 #include "cuda_chunk.cuh"
 
 #ifdef DGG_ON_HOST  // tests run the kernels, and these operators, on the CPU
@@ -25,34 +24,7 @@
 namespace dgg {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Int:
-      return "int32";
-    default:
-      return "uint8";
-  }
-}
-
-template <typename Element>
-constexpr ScalarType dtype_of() {
-  using T = std::remove_const_t<Element>;
-  return std::is_same<T, double>::value    ? ScalarType::Double
-         : std::is_same<T, float>::value   ? ScalarType::Float
-         : std::is_same<T, int64_t>::value ? ScalarType::Long
-         : std::is_same<T, int32_t>::value ? ScalarType::Int
-                                           : ScalarType::Byte;
-}
 
 #ifdef DGG_ON_HOST
 struct DeviceGuard {
@@ -134,15 +106,10 @@ struct Table {
   const Tensor *starts, *partials, *counters;  // null: not needed
 };
 
-int64_t rows_of(const char* op, const Tensor& table) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == kColumns, "dgg::", op,
-                  ": table must have shape [n, ", static_cast<int>(kColumns), "]");
-  return table.size(0);
-}
-
 Launch make_launch(const char* op, const Arguments& arguments, const Table& t, int64_t dtypes,
                    double replay_weight) {
-  const int64_t n = rows_of(op, t.table), count = t.rows.numel(), chunks = t.chunks.numel() / 2;
+  const int64_t n = checked_rows(op, t.table), count = t.rows.numel(),
+                chunks = t.chunks.numel() / 2;
   STD_TORCH_CHECK((static_cast<uint64_t>(dtypes) & kNoDtypes) == 0, "dgg::", op,
                   ": dtypes has an unknown dtype code");
   STD_TORCH_CHECK(chunks >= count && chunks <= INT32_MAX, "dgg::", op, ": ", chunks, " chunks for ",
@@ -162,22 +129,11 @@ Launch make_launch(const char* op, const Arguments& arguments, const Table& t, i
       replay_weight};
 }
 
-double checked_importance(const char* op, double importance) {
-  STD_TORCH_CHECK(importance >= 0 && importance <= 1, "dgg::", op,
-                  ": importance must lie in [0, 1], not ", importance);
-  return importance;
-}
-
-CoefficientArguments coefficient_arguments(const Arguments& a, const Tensor& squares, int64_t n,
-                                           double* out, std::optional<double> max_grad_norm,
-                                           bool scaling, bool per_tensor) {
-  return {a.data<const double>("squares", squares, 3 * n),
-          out,
-          n,
-          max_grad_norm.value_or(0),
-          max_grad_norm.has_value(),
-          scaling,
-          per_tensor};
+CoefficientArguments coefficient_arguments(const double* sums, double* out, int64_t n,
+                                           std::optional<double> max_grad_norm, bool scaling,
+                                           bool per_tensor, bool maximize) {
+  return {sums,    out,        n,       max_grad_norm.value_or(0), max_grad_norm.has_value(),
+          scaling, per_tensor, maximize};
 }
 
 void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
@@ -195,17 +151,18 @@ void norms_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
   const int64_t n = table.size(0);
   STD_TORCH_CHECK(launch.row_count > 0 || !out, "dgg::", op,
                   ": the last row's block makes `out`, and there is no row");
-  const CoefficientArguments coefficients = coefficient_arguments(
-      a, squares, n, a.data<double>("out", out, kScales + n), max_grad_norm, scaling, per_tensor);
-  const NormArguments arguments{launch,
-                                a.data<double>("distances", distances, n),
-                                a.data<double>("squares", squares, 3 * n),
-                                a.data<const uint8_t>("gate", gate, 1),
-                                a.data<const float>("grad_scale", grad_scale, 1),
-                                n,
-                                static_cast<int>(which),
-                                checked_importance(op, importance),
-                                coefficients};
+  double* const data = a.data<double>("squares", squares, 3 * n);
+  double* const made = a.data<double>("out", out, kScales + n);
+  const NormArguments arguments{
+      launch,
+      a.data<double>("distances", distances, n),
+      data,
+      a.data<const uint8_t>("gate", gate, 1),
+      a.data<const float>("grad_scale", grad_scale, 1),
+      n,
+      static_cast<int>(which),
+      checked_importance(op, importance),
+      coefficient_arguments(data, made, n, max_grad_norm, scaling, per_tensor, false)};
   if (launch.row_count > 0) a.finish(launch_norms(arguments, a.stream()));
 }
 
@@ -213,24 +170,12 @@ void coefficients_launch(const Tensor& squares, const Tensor& out,
                          std::optional<double> max_grad_norm, bool scaling, bool per_tensor) {
   const char* const op = "coefficients_launch";
   const Arguments a(op, squares);
-  STD_TORCH_CHECK(squares.dim() == 2 && squares.size(0) == 3, "dgg::", op,
-                  ": squares must have shape [3, n]");
-  const int64_t n = squares.size(1);
-  double* const data = a.data<double>("out", out, kScales + n);
-  a.finish(launch_coefficients(
-      coefficient_arguments(a, squares, n, data, max_grad_norm, scaling, per_tensor), a.stream()));
-}
-
-GuardArguments guard_arguments(const Arguments& a, const Tensor& products, int64_t n, double* out,
-                               std::optional<double> max_grad_norm, bool per_tensor,
-                               bool maximize) {
-  return {a.data<const double>("products", products, kProducts * n),
-          out,
-          n,
-          max_grad_norm.value_or(0),
-          max_grad_norm.has_value(),
-          per_tensor,
-          maximize};
+  const int64_t n = checked_sums(op, "squares", squares, 3);
+  a.finish(
+      launch_coefficients(coefficient_arguments(a.data<const double>("squares", squares, 3 * n),
+                                                a.data<double>("out", out, kScales + n), n,
+                                                max_grad_norm, scaling, per_tensor, false),
+                          a.stream()));
 }
 
 void products_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
@@ -248,14 +193,15 @@ void products_launch(const Tensor& table, const Tensor& rows, const Tensor& chun
   const int64_t n = table.size(0);
   STD_TORCH_CHECK(launch.row_count > 0 || !out, "dgg::", op,
                   ": the last row's block makes `out`, and there is no row");
+  double* const data = a.data<double>("products", products, kProducts * n);
   double* const made = a.data<double>("out", out, kScales + n + kGuardExtras);
   const ProductArguments arguments{
       launch,
       a.data<const uint8_t>("flags", flags, n),
-      a.data<double>("products", products, kProducts * n),
+      data,
       a.data<const float>("grad_scale", grad_scale, 1),
       checked_importance(op, importance),
-      guard_arguments(a, products, n, made, max_grad_norm, per_tensor, maximize)};
+      coefficient_arguments(data, made, n, max_grad_norm, true, per_tensor, maximize)};
   if (launch.row_count > 0) a.finish(launch_products(arguments, a.stream()));
 }
 
@@ -264,42 +210,31 @@ void guard_coefficients_launch(const Tensor& products, const Tensor& out,
                                bool maximize) {
   const char* const op = "guard_coefficients_launch";
   const Arguments a(op, products);
-  STD_TORCH_CHECK(products.dim() == 2 && products.size(0) == kProducts, "dgg::", op,
-                  ": products must have shape [", static_cast<int>(kProducts), ", n]");
-  const int64_t n = products.size(1);
-  double* const data = a.data<double>("out", out, kScales + n + kGuardExtras);
-  a.finish(launch_guard(guard_arguments(a, products, n, data, max_grad_norm, per_tensor, maximize),
-                        a.stream()));
+  const int64_t n = checked_sums(op, "products", products, kProducts);
+  a.finish(
+      launch_guard(coefficient_arguments(a.data<const double>("products", products, kProducts * n),
+                                         a.data<double>("out", out, kScales + n + kGuardExtras), n,
+                                         max_grad_norm, true, per_tensor, maximize),
+                   a.stream()));
 }
 
 // The rules as the operators know them.
-
-struct AdamRule {
-  static constexpr const char* kOp = "adam_launch_";
-  static constexpr auto* kRun = launch_adam;
-  static constexpr int kHypers = kAdamHypers;
+struct Rule {
+  const char* op;
+  cudaError_t (*run)(const UpdateArguments&, cudaStream_t);
+  int hypers;
 };
 
-struct SgdRule {
-  static constexpr const char* kOp = "sgd_launch_";
-  static constexpr auto* kRun = launch_sgd;
-  static constexpr int kHypers = kSgdHypers;
-};
+constexpr Rule kAdam{"adam_launch_", launch_adam, kAdamHypers};
+constexpr Rule kSgd{"sgd_launch_", launch_sgd, kSgdHypers};
+constexpr Rule kGuide{"guide_launch_", launch_guide, kGuideHypers};
 
-struct GuideRule {
-  static constexpr const char* kOp = "guide_launch_";
-  static constexpr auto* kRun = launch_guide;
-  static constexpr int kHypers = kGuideHypers;
-};
-
-template <typename Rule>
-void launch_rule(const Arguments& a, const Launch& launch, int64_t n, const Tensor& coefficients,
-                 const Tensor& flags, const Tensor& hyper, const Tensor* distances,
-                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                 const OptionalTensor& draw_index, int64_t seed, int64_t draw, int64_t variant,
-                 double importance) {
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == Rule::kHypers, "dgg::", Rule::kOp,
-                  ": hyper must have shape [groups, ", Rule::kHypers, "]");
+void launch_rule(const Rule& rule, const Arguments& a, const Launch& launch, int64_t n,
+                 const Tensor& coefficients, const Tensor& flags, const Tensor& hyper,
+                 const Tensor* distances, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t seed,
+                 int64_t draw, int64_t variant, double importance) {
+  check_hyper(rule.op, hyper, rule.hypers);
   const UpdateArguments arguments{launch,
                                   a.data<const double>("coefficients", coefficients, kScales + n),
                                   a.data<const uint8_t>("flags", flags, n),
@@ -311,11 +246,11 @@ void launch_rule(const Arguments& a, const Launch& launch, int64_t n, const Tens
                                   static_cast<uint64_t>(seed),
                                   static_cast<uint32_t>(draw),
                                   static_cast<int>(variant),
-                                  checked_importance(Rule::kOp, importance)};
-  if (launch.row_count > 0) a.finish(Rule::kRun(arguments, a.stream()));
+                                  checked_importance(rule.op, importance)};
+  if (launch.row_count > 0) a.finish(rule.run(arguments, a.stream()));
 }
 
-template <typename Rule>
+template <const Rule& kRule>
 void update_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                    const Tensor& starts, const Tensor& partials, const Tensor& counters,
                    const Tensor& grads, const Tensor& replays, const Tensor& coefficients,
@@ -323,12 +258,12 @@ void update_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks
                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                    const OptionalTensor& draw_index, int64_t dtypes, double replay_weight,
                    int64_t seed, int64_t draw, int64_t variant, double importance) {
-  const Arguments a(Rule::kOp, table);
-  const Launch launch = make_launch(
-      Rule::kOp, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters}, dtypes,
-      replay_weight);
-  launch_rule<Rule>(a, launch, table.size(0), coefficients, flags, hyper, &distances, grad_scale,
-                    found_inf, draw_index, seed, draw, variant, importance);
+  const Arguments a(kRule.op, table);
+  const Launch launch =
+      make_launch(kRule.op, a, {table, rows, chunks, grads, replays, &starts, &partials, &counters},
+                  dtypes, replay_weight);
+  launch_rule(kRule, a, launch, table.size(0), coefficients, flags, hyper, &distances, grad_scale,
+              found_inf, draw_index, seed, draw, variant, importance);
 }
 
 void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
@@ -337,14 +272,14 @@ void guide_launch(const Tensor& table, const Tensor& rows, const Tensor& chunks,
                   const OptionalTensor& found_inf, const OptionalTensor& draw_index, int64_t dtypes,
                   double replay_weight, int64_t seed, int64_t draw, int64_t variant,
                   double importance) {
-  const Arguments a(GuideRule::kOp, table);
-  const Launch launch = make_launch(
-      GuideRule::kOp, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr}, dtypes,
-      replay_weight);
+  const Arguments a(kGuide.op, table);
+  const Launch launch =
+      make_launch(kGuide.op, a, {table, rows, chunks, grads, replays, nullptr, nullptr, nullptr},
+                  dtypes, replay_weight);
   // The other bits are for updates.
   const int64_t known = variant & (kAnchorBit | kElementsBit | kImportanceBit);
-  launch_rule<GuideRule>(a, launch, table.size(0), coefficients, flags, hyper, nullptr, grad_scale,
-                         found_inf, draw_index, seed, draw, known, importance);
+  launch_rule(kGuide, a, launch, table.size(0), coefficients, flags, hyper, nullptr, grad_scale,
+              found_inf, draw_index, seed, draw, known, importance);
 }
 
 void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& draw_index,
@@ -352,7 +287,7 @@ void draw_flags_launch(const Tensor& table, const Tensor& hyper, const Tensor& d
                        int64_t threshold_column, int64_t strength_column) {
   const char* const op = "draw_flags_launch";
   const Arguments a(op, table);
-  const int64_t n = rows_of(op, table);
+  const int64_t n = checked_rows(op, table);
   STD_TORCH_CHECK(hyper.dim() == 2 && threshold_column >= 0 && threshold_column < hyper.size(1) &&
                       strength_column >= 0 && strength_column < hyper.size(1),
                   "dgg::", op, ": hyper must have shape [groups, columns], with columns ",
@@ -377,8 +312,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgg, DGG_DISPATCH_KEY, m) {
   m.impl("coefficients_launch", TORCH_BOX(&dgg::coefficients_launch));
   m.impl("products_launch", TORCH_BOX(&dgg::products_launch));
   m.impl("guard_coefficients_launch", TORCH_BOX(&dgg::guard_coefficients_launch));
-  m.impl("adam_launch_", TORCH_BOX(&dgg::update_launch<dgg::AdamRule>));
-  m.impl("sgd_launch_", TORCH_BOX(&dgg::update_launch<dgg::SgdRule>));
+  m.impl("adam_launch_", TORCH_BOX(&dgg::update_launch<dgg::kAdam>));
+  m.impl("sgd_launch_", TORCH_BOX(&dgg::update_launch<dgg::kSgd>));
   m.impl("guide_launch_", TORCH_BOX(&dgg::guide_launch));
   m.impl("draw_flags_launch", TORCH_BOX(&dgg::draw_flags_launch));
 }

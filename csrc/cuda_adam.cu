@@ -11,7 +11,7 @@ struct Adam {
   template <typename T>
   using Scalars = AdamScalars<T>;
   static constexpr int kStates = 2, kOptionalStates = 1;  // max_exp_avg_sq with amsgrad
-  static constexpr bool kWritesParam = true, kFinishes = true, kCountsSteps = true;
+  static constexpr bool kWritesParam = true, kCountsSteps = true;
   static constexpr int kHypers = kAdamHypers, kStrength = kAdamStrength,
                        kThreshold = kAdamThreshold;
 
@@ -27,21 +27,11 @@ struct Adam {
   }
 
   DGG_DEVICE static AdamScalars<double> scalars(const double* hyper, double factor, double pull,
-                                                int, const double* biases) {
+                                                int route, double importance, int,
+                                                const double* biases) {
     AdamScalars<double> s = adam_scalars(hyper, factor, biases[0], biases[1]);
-    s.guide.pull = pull;
-    return s;
-  }
-
-  // Where the pull enters, and what weighs it.
-  DGG_DEVICE static void enter(AdamScalars<double>& s, const double* hyper, double pull, int route,
-                               double importance) {
     set_pull(s.guide, pull, hyper[kAdamLr], route, importance);
-  }
-
-  template <typename Row>
-  DGG_DEVICE static bool works(const RowView&, const Row&, double) {
-    return true;
+    return s;
   }
 
   // A largest second moment that never is the larger one.

@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <utility>
-
 #include "cuda_chunk.cuh"
 
 namespace dgg {
@@ -15,7 +13,7 @@ namespace {
 // What a block keeps of its row, in shared memory.
 template <typename T, typename Scalars>
 struct RowOfBlock {
-  char *param, *grad, *replay, *state[3], *anchor, *copy;
+  char *param, *grad, *replay, *state[3], *anchor, *copy, *importance;
   int64_t first, base, stretch, stride;  // of the unsharded index
   Scalars scalars;
   T replay_weight;
@@ -24,11 +22,6 @@ struct RowOfBlock {
   bool work;  // false: nothing of this chunk is read or written
   bool aligned;
   bool guided, masked, look_ahead, state_used;
-};
-
-template <typename T, typename Scalars>
-struct RoutedRowOfBlock : RowOfBlock<T, Scalars> {
-  char* importance;
 };
 
 // Storage types and what a launch was compiled for. T is the arithmetic's type. C is void where
@@ -64,34 +57,33 @@ struct Body {
   using A = typename K::A;
   using C = std::conditional_t<K::kCopy, typename K::C, P>;
   using F = std::conditional_t<K::kRouted, typename K::F, A>;
-  using R = G;
   using Scalars = typename Rule::template Scalars<T>;
-  using Row = std::conditional_t<K::kRouted, RoutedRowOfBlock<T, Scalars>, RowOfBlock<T, Scalars> >;
+  using Row = RowOfBlock<T, Scalars>;
 
   static constexpr int kStates = Rule::kStates + (K::kState ? Rule::kOptionalStates : 0);
   static constexpr int kSlots = kStates > 0 ? kStates : 1;  // an array needs one
   static constexpr bool kReadsParam = Rule::kWritesParam || K::kAnchor;
   static constexpr bool kDraws = K::kDraws && kReadsParam;
 
-  using NarrowP = std::conditional_t<kReadsParam, P, G>;
-  using NarrowM = std::conditional_t<(kStates > 0), M, G>;
-  using NarrowA = std::conditional_t<K::kAnchor, A, G>;
-  using NarrowC = std::conditional_t<K::kCopy, C, G>;
-  using NarrowF = std::conditional_t<K::kRouted, F, G>;
-  static constexpr int kElements =
-      elements_at_once<G, NarrowP, NarrowM, NarrowA, NarrowC, NarrowF>();
+  // Bytes of an element of each tensor, 0 where there is none.
+  static constexpr int kGradBytes = stored_size<G>(),
+                       kParamBytes = kReadsParam ? stored_size<P>() : 0,
+                       kStateBytes = kStates > 0 ? stored_size<M>() : 0,
+                       kAnchorBytes = K::kAnchor ? stored_size<A>() : 0,
+                       kCopyBytes = K::kCopy ? stored_size<C>() : 0,
+                       kImportanceBytes = K::kRouted ? stored_size<F>() : 0;
+  static constexpr int kElements = elements_at_once(kGradBytes, kParamBytes, kStateBytes,
+                                                    kAnchorBytes, kCopyBytes, kImportanceBytes);
   // 128-bit loads of a thread per group.
   static constexpr int kLoads =
       kElements *
-      (stored_size<G>() * (K::kReplay ? 2 : 1) + (kReadsParam ? stored_size<P>() : 0) +
-       kStates * stored_size<M>() + (K::kAnchor ? stored_size<A>() : 0) +
-       (K::kCopy ? stored_size<C>() : 0) + (K::kRouted ? stored_size<F>() : 0)) /
+      (kGradBytes * (K::kReplay ? 2 : 1) + kParamBytes + kStates * kStateBytes + kAnchorBytes +
+       kCopyBytes + kImportanceBytes) /
       16;
   static constexpr int kBatch = K::kAny ? 1 : groups_at_once(kLoads);
 
   Stream<P> param;
-  Stream<G> grad;
-  Stream<R> replay;
+  Stream<G> grad, replay;
   Stream<M> state[kSlots];
   Stream<A> anchor;
   Stream<C> copy;
@@ -103,30 +95,13 @@ struct Body {
   bool guided, masked, look_ahead, reads_anchor, state_used, stochastic;
   Lanes<T, kElements> lanes;
 
-  DGG_DEVICE static Stream<M> state_of(const Row& row, uint64_t dtypes, int s) {
-    return {row.state[s], code_at(dtypes, kSlotExpAvg + s)};
-  }
-
-  DGG_DEVICE static char* importance_of(const Row& row) {
-    if constexpr (K::kRouted) {
-      return row.importance;
-    } else {
-      return nullptr;
-    }
-  }
-
   DGG_DEVICE Body(const Row& row, const UpdateArguments& a)
-      : Body(row, a, std::make_integer_sequence<int, kSlots>()) {}
-
-  template <int... kIndices>
-  DGG_DEVICE Body(const Row& row, const UpdateArguments& a, std::integer_sequence<int, kIndices...>)
       : param(row.param, code_at(a.launch.dtypes, kSlotParam)),
         grad(row.grad, code_at(a.launch.dtypes, kSlotGrad)),
         replay(row.replay, code_at(a.launch.dtypes, kSlotReplay)),
-        state{state_of(row, a.launch.dtypes, kIndices)...},
         anchor(row.anchor, code_at(a.launch.dtypes, kSlotAnchor)),
         copy(row.copy, code_at(a.launch.dtypes, kSlotCopy)),
-        importance(importance_of(row), code_at(a.launch.dtypes, kSlotImportance)),
+        importance(row.importance, code_at(a.launch.dtypes, kSlotImportance)),
         row(row),
         scalars(row.scalars),
         replay_weight(row.replay_weight),
@@ -137,9 +112,11 @@ struct Body {
         reads_anchor(guided || look_ahead),
         state_used(K::kState && row.state_used),
         stochastic(kDraws && (a.variant & kStochasticBit) != 0) {
-    if (kDraws) {
-      stochastic = stochastic && (row.copy ? copy.is_bfloat16() : param.is_bfloat16());
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      state[s] = {row.state[s], code_at(a.launch.dtypes, kSlotExpAvg + s)};
     }
+    stochastic = stochastic && (row.copy ? copy.is_bfloat16() : param.is_bfloat16());
   }
 
   // Whether the state is there for the row: the optional ones at run time.
@@ -160,9 +137,9 @@ struct Body {
 
   DGG_DEVICE void batch(int begin) {
     constexpr int kGroup = kThreads * kElements;
+    const bool copied = K::kCopy && row.copy;
     Pack<P, kElements> params[kBatch];
-    Pack<G, kElements> grads[kBatch];
-    Pack<R, kElements> replays[kBatch];
+    Pack<G, kElements> grads[kBatch], replays[kBatch];
     Pack<M, kElements> states[kSlots][kBatch];
     Pack<A, kElements> anchors[kBatch];
     Pack<C, kElements> copies[kBatch];
@@ -170,7 +147,7 @@ struct Body {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = begin + b * kGroup;
-      if (K::kCopy && row.copy) copy.template load<kOnce>(copies[b], i);
+      if (copied) copy.template load<kOnce>(copies[b], i);
       if constexpr (Rule::kWritesParam) {
         param.template load<kOnce>(params[b], i);
       } else if constexpr (kReadsParam) {
@@ -222,9 +199,7 @@ struct Body {
         if constexpr (K::kAnchor) a = anchor.template get<T>(anchors[b], j);
         if constexpr (K::kRouted) f = importance.template get<T>(importances[b], j);
         if constexpr (kReadsParam) p = param.template get<T>(params[b], j);
-        if (K::kCopy && row.copy) {
-          p = adopted(p, copy.rounded(p), copy.template get<T>(copies[b], j));
-        }
+        if (copied) p = adopted(p, copy.rounded(p), copy.template get<T>(copies[b], j));
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
           states_of[s] = has_state(s) ? state[s].template get<T>(states[s][b], j)
@@ -239,19 +214,15 @@ struct Body {
           for (int s = 0; s < kSlots; ++s) {
             if (has_state(s)) state[s].set(new_states[s], j, states_of[s]);
           }
-          if (kDraws && stochastic && !(K::kCopy && row.copy)) {
-            pack(new_params.words, j, narrow_stochastically(static_cast<float>(p), dither[j % 4]));
-          } else {
-            param.set(new_params, j, p);
-          }
-          if (K::kCopy && row.copy) {
-            if (kDraws && stochastic) {
-              pack(new_copies.words, j,
-                   narrow_stochastically(static_cast<float>(p), dither[j % 4]));
+          const auto put = [&](const auto& stream, auto& into, bool dithered) {
+            if (kDraws && dithered) {
+              pack(into.words, j, narrow_stochastically(static_cast<float>(p), dither[j % 4]));
             } else {
-              copy.set(new_copies, j, p);
+              stream.set(into, j, p);
             }
-          }
+          };
+          put(param, new_params, stochastic && !copied);
+          if (copied) put(copy, new_copies, stochastic);
           if constexpr (K::kAnchor) {
             // As stored: what a norm pass would read.
             square = add_square(pull_at(param.template get<T>(new_params, j), a, f), square);
@@ -266,7 +237,7 @@ struct Body {
         grad.template store<kAgain>(new_grads, i);
       } else {
         param.template store<kAgain>(new_params, i);
-        if (K::kCopy && row.copy) copy.template store<kAgain>(new_copies, i);
+        if (copied) copy.template store<kAgain>(new_copies, i);
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
           if (has_state(s)) state[s].template store<kOnce>(new_states[s], i);
@@ -276,6 +247,7 @@ struct Body {
   }
 
   DGG_DEVICE void quad(int begin, int n) {
+    const bool copied = K::kCopy && row.copy;
     T square = T(0);
 #pragma unroll 1
     for (int i = begin; i < begin + n; ++i) {
@@ -286,7 +258,7 @@ struct Body {
       if (K::kAnchor && reads_anchor) a = element_of<T>(anchor, i);
       if (K::kRouted && importance) f = element_of<T>(importance, i);
       if (kReadsParam && (Rule::kWritesParam || reads_anchor)) p = element_of<T>(param, i);
-      if (K::kCopy && row.copy) p = adopted(p, copy.rounded(p), element_of<T>(copy, i));
+      if (copied) p = adopted(p, copy.rounded(p), element_of<T>(copy, i));
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         states_of[s] = has_state(s) ? element_of<T>(state[s], i) : Rule::template missing<T>();
@@ -306,18 +278,15 @@ struct Body {
         }
         const uint32_t word =
             kDraws && stochastic ? element_word(u, row.draw, kStreamRounding + row.index, seed) : 0;
-        if (kDraws && stochastic && !(K::kCopy && row.copy)) {
-          write_stochastically(param, i, static_cast<float>(p), word);
-        } else {
-          write(param, i, p);
-        }
-        if (K::kCopy && row.copy) {
-          if (kDraws && stochastic) {
-            write_stochastically(copy, i, static_cast<float>(p), word);
+        const auto put = [&](const auto& stream, bool dithered) {
+          if (kDraws && dithered) {
+            write_stochastically(stream, i, static_cast<float>(p), word);
           } else {
-            write(copy, i, p);
+            write(stream, i, p);
           }
-        }
+        };
+        put(param, stochastic && !copied);
+        if (copied) put(copy, stochastic);
         if (K::kAnchor && look_ahead) {
           square = add_square(pull_at(element_of<T>(param, i), a, f), square);
         }

@@ -64,14 +64,16 @@ struct Launch {
   double replay_weight;
 };
 
+// What coefficients are made of.
 struct CoefficientArguments {
-  const double* squares;
+  const double* sums;  // squares, or with a guard products
   double* out;
   int64_t table_rows;
   double max_grad_norm;
   bool clipped;
-  bool scaling;
+  bool scaling;  // a guard always scales
   bool per_tensor;
+  bool maximize;  // of a guard
 };
 
 struct NormArguments {
@@ -86,23 +88,13 @@ struct NormArguments {
   CoefficientArguments coefficients;  // made by the last block of all, unless `out` is null
 };
 
-struct GuardArguments {
-  const double* products;
-  double* out;
-  int64_t table_rows;
-  double max_grad_norm;
-  bool clipped;
-  bool per_tensor;
-  bool maximize;
-};
-
 struct ProductArguments {
   Launch launch;
   const uint8_t* flags;
   double* products;
   const float* grad_scale;
   double importance;
-  GuardArguments guard;  // as the coefficients above
+  CoefficientArguments guard;  // as the coefficients above
 };
 
 struct UpdateArguments {
@@ -138,7 +130,7 @@ struct DrawArguments {
 cudaError_t launch_norms(const NormArguments& arguments, cudaStream_t stream);
 cudaError_t launch_coefficients(const CoefficientArguments& arguments, cudaStream_t stream);
 cudaError_t launch_products(const ProductArguments& arguments, cudaStream_t stream);
-cudaError_t launch_guard(const GuardArguments& arguments, cudaStream_t stream);
+cudaError_t launch_guard(const CoefficientArguments& arguments, cudaStream_t stream);
 cudaError_t launch_adam(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_sgd(const UpdateArguments& arguments, cudaStream_t stream);
 cudaError_t launch_guide(const UpdateArguments& arguments, cudaStream_t stream);
@@ -148,12 +140,11 @@ namespace {
 
 // Vectors.
 
-// Elements a thread takes at once: 128 bits of the narrowest type, and at least a quad.
-template <typename... S>
-constexpr int elements_at_once() {
-  int narrowest = 8;
-  ((narrowest = stored_size<S>() < narrowest ? stored_size<S>() : narrowest), ...);
-  return narrowest == 2 ? 8 : 4;
+// Elements a thread takes at once, of tensors with so many bytes an element: 128 bits of the
+// narrowest type, and at least a quad.
+template <typename... Size>
+constexpr int elements_at_once(Size... sizes) {
+  return ((sizes == 2) || ...) ? 8 : 4;
 }
 
 // Groups to read before the first is computed, so that enough is on its way from memory.
@@ -336,7 +327,6 @@ struct RowEnd {
 // number of chunks alone.
 template <int kParts, typename Finish>
 DGG_DEVICE void finish_row(const Launch& launch, const RowEnd& at, const Finish& finish) {
-  __shared__ double lanes[kThreads];
   const int t = static_cast<int>(threadIdx.x);
   const int64_t row = launch.rows[at.position];
   const int parts = finish.parts(row);
@@ -345,16 +335,8 @@ DGG_DEVICE void finish_row(const Launch& launch, const RowEnd& at, const Finish&
   for (int part = 0; part < kParts; ++part) {
     sums[part] = 0;
     if (!(parts >> part & 1)) continue;
-    lanes[t] =
-        sum_partials(launch.partials + part * launch.chunk_count, at.begin + t, at.end, kThreads);
-    __syncthreads();
-#pragma unroll 1
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (t < half) lanes[t] += lanes[t + half];
-      __syncthreads();
-    }
-    sums[part] = lanes[0];
-    __syncthreads();
+    const double* const partials = launch.partials + part * launch.chunk_count;
+    sums[part] = sum_of_threads(sum_partials(partials, at.begin + t, at.end, kThreads));
   }
   if (t == 0) finish.store(row, sums);
 }
@@ -399,13 +381,38 @@ DGG_DEVICE int64_t number_from_behind(const Launch& launch) {
   return launch.chunk_count - 1 - static_cast<int64_t>(blockIdx.x);
 }
 
-DGG_DEVICE bool is_aligned(int64_t addresses) {
-  return (addresses & 15) == 0;
+// Whether vectors may be read and written there; what is absent does not matter.
+template <typename... Pointer>
+DGG_DEVICE bool are_aligned(Pointer... addresses) {
+  return ((reinterpret_cast<uintptr_t>(addresses) | ...) & 15) == 0;
 }
 
 DGG_DEVICE double scale_at(const float* grad_scale) {
   return grad_scale ? *grad_scale : 1.0;
 }
+
+// A kernel, and whether it does what a launch asks for.
+template <typename Arguments>
+struct Candidate {
+  bool (*suits)(const Arguments&);
+  void (*kernel)(Arguments);
+};
+
+// Launches the first that suits.
+template <typename Arguments, int kCount>
+cudaError_t launch_first(const Candidate<Arguments> (&candidates)[kCount], const Arguments& a,
+                         cudaStream_t stream) {
+  for (const Candidate<Arguments>& candidate : candidates) {
+    if (!candidate.suits(a)) continue;
+    DGG_LAUNCH(candidate.kernel, a.launch.chunk_count, stream, a);
+    return cudaGetLastError();
+  }
+  return cudaErrorInvalidValue;
+}
+
+// What kernels are compiled for.
+template <typename... K>
+struct Kinds {};
 
 }  // namespace
 }  // namespace dgg

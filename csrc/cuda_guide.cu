@@ -11,7 +11,7 @@ struct Guide {
   template <typename T>
   using Scalars = GuideScalars<T>;
   static constexpr int kStates = 0, kOptionalStates = 0;
-  static constexpr bool kWritesParam = false, kFinishes = false, kCountsSteps = false;
+  static constexpr bool kWritesParam = false, kCountsSteps = false;
   static constexpr int kHypers = kGuideHypers, kStrength = kGuideStrength,
                        kThreshold = kGuideThreshold;
 
@@ -19,22 +19,10 @@ struct Guide {
   DGG_DEVICE static bool uses_optional_state(const double*) { return false; }
   DGG_DEVICE static double prepare(const UpdateArguments&, const RowView&, int) { return 0; }
 
+  // Whatever the route: the pull stays in the gradient.
   DGG_DEVICE static GuideScalars<double> scalars(const double* hyper, double factor, double pull,
-                                                 int, const double*) {
-    return guide_scalars(hyper, factor, pull);
-  }
-
-  // The pull stays where it is: in the gradient.
-  DGG_DEVICE static void enter(GuideScalars<double>& s, const double*, double, int,
-                               double importance) {
-    s.rest = 1 - importance;
-    s.weight = importance;
-  }
-
-  // There must be a gradient to write into, and something to change in it.
-  template <typename Row>
-  DGG_DEVICE static bool works(const RowView& view, const Row& row, double factor) {
-    return view.grad != 0 && (row.guided || view.replay != 0 || factor != 1);
+                                                 int, double importance, int, const double*) {
+    return guide_scalars(hyper, factor, pull, importance);
   }
 
   template <typename T>

@@ -7,138 +7,58 @@
 namespace dgg {
 namespace {
 
-// Sum of x^2 over a chunk.
-template <typename T, typename X>
+// What squares are summed of: of the gradient; of h, made of it and a replay gradient; of the
+// difference of parameter and anchor; of u of equation (3), for rows some of which have importance.
+// Of one without it u is the difference, and no weight changes a bit of it.
+enum Squared : int { kOfGradient, kOfReal, kOfDifference, kOfPull };
+
+// A sum of squares over a chunk, of one to three tensors.
+template <typename T, Squared kOf, typename X, typename Y = X, typename F = X>
 struct Squares {
-  static constexpr int kElements = elements_at_once<X>();
+  static constexpr int kElements =
+      elements_at_once(stored_size<X>(), stored_size<Y>(), stored_size<F>());
+  static constexpr int kBytes = stored_size<X>() + (kOf != kOfGradient ? stored_size<Y>() : 0) +
+                                (kOf == kOfPull ? stored_size<F>() : 0);
   static constexpr int kBatch =
-      std::is_same<X, Any>::value ? 1 : groups_at_once(kElements * stored_size<X>() / 16);
+      std::is_same<X, Any>::value ? 1 : groups_at_once(kElements * kBytes / 16);
 
-  Stream<X> x;
-  Lanes<T, kElements> lanes;
-
-  DGG_DEVICE void batch(int begin) {
-    constexpr int kGroup = kThreads * kElements;
-    Pack<X, kElements> xs[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) x.template load<kAgain>(xs[b], begin + b * kGroup);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      T square = T(0);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        square = add_square(x.template get<T>(xs[b], j), square);
-        if (j % 4 == 3) {
-          lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
-          square = T(0);
-        }
-      }
-    }
-  }
-
-  DGG_DEVICE T value_at(int i) const { return element_of<T>(x, i); }
-
-  DGG_DEVICE void quad(int begin, int n) {
-    T square = T(0);
-#pragma unroll 1
-    for (int i = begin; i < begin + n; ++i) square = add_square(value_at(i), square);
-    lanes.add(Lanes<T, kElements>::second(begin), square);
-  }
-};
-
-// Sum of (x - y)^2, or of (x + weight y)^2 where x may be absent.
-template <typename T, typename X, typename Y, bool kDifference>
-struct PairSquares {
-  static constexpr int kElements = elements_at_once<X, Y>();
-  static constexpr int kBatch =
-      std::is_same<X, Any>::value
-          ? 1
-          : groups_at_once(kElements * (stored_size<X>() + stored_size<Y>()) / 16);
-
-  Stream<X> x;
+  Stream<X> x;  // of h perhaps absent: 0
   Stream<Y> y;
-  T weight;
-  Lanes<T, kElements> lanes;
+  T replay_weight = T(0);
+  Stream<F> importance;
+  GuideScalars<T> scalars{};
+  Lanes<T, kElements> lanes{};
 
-  DGG_DEVICE T value(T x, T y) const { return kDifference ? x - y : real_gradient(x, y, weight); }
+  DGG_DEVICE bool has_x() const { return kOf != kOfReal || x; }
+
+  DGG_DEVICE T value(T x, T y, T f) const {
+    if (kOf == kOfGradient) return x;
+    if (kOf == kOfReal) return real_gradient(x, y, replay_weight);
+    return pull_of<kOf == kOfPull ? kByImportance : kByAnchor>(scalars, x, y, f);
+  }
 
   DGG_DEVICE void batch(int begin) {
     constexpr int kGroup = kThreads * kElements;
     Pack<X, kElements> xs[kBatch];
     Pack<Y, kElements> ys[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (kDifference || x) x.template load<kAgain>(xs[b], begin + b * kGroup);
-      y.template load<kAgain>(ys[b], begin + b * kGroup);
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      T square = T(0);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        const T first = kDifference || x ? x.template get<T>(xs[b], j) : T(0);
-        square = add_square(value(first, y.template get<T>(ys[b], j)), square);
-        if (j % 4 == 3) {
-          lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
-          square = T(0);
-        }
-      }
-    }
-  }
-
-  DGG_DEVICE T value_at(int i) const {
-    const T first = kDifference || x ? element_of<T>(x, i) : T(0);
-    return value(first, element_of<T>(y, i));
-  }
-
-  DGG_DEVICE void quad(int begin, int n) {
-    T square = T(0);
-#pragma unroll 1
-    for (int i = begin; i < begin + n; ++i) square = add_square(value_at(i), square);
-    lanes.add(Lanes<T, kElements>::second(begin), square);
-  }
-};
-
-// Sum of u^2, u of equation (3); of a row without importance, which may be among the others, u is
-// the difference, and no weight changes a bit of it.
-template <typename T, typename P, typename A, typename F>
-struct PullSquares {
-  static constexpr int kElements = elements_at_once<P, A, F>();
-  static constexpr int kBatch =
-      std::is_same<P, Any>::value
-          ? 1
-          : groups_at_once(kElements * (stored_size<P>() + stored_size<A>() + stored_size<F>()) /
-                           16);
-
-  Stream<P> param;
-  Stream<A> anchor;
-  Stream<F> importance;
-  GuideScalars<T> scalars;
-  Lanes<T, kElements> lanes;
-
-  DGG_DEVICE T value(T p, T a, T f) const { return pull_of<kByImportance>(scalars, p, a, f); }
-
-  DGG_DEVICE void batch(int begin) {
-    constexpr int kGroup = kThreads * kElements;
-    Pack<P, kElements> params[kBatch];
-    Pack<A, kElements> anchors[kBatch];
     Pack<F, kElements> importances[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      param.template load<kAgain>(params[b], begin + b * kGroup);
-      anchor.template load<kAgain>(anchors[b], begin + b * kGroup);
+      const int i = begin + b * kGroup;
       importances[b] = {};
-      if (importance) importance.template load<kAgain>(importances[b], begin + b * kGroup);
+      if (has_x()) x.template load<kAgain>(xs[b], i);
+      if (kOf != kOfGradient) y.template load<kAgain>(ys[b], i);
+      if (kOf == kOfPull && importance) importance.template load<kAgain>(importances[b], i);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       T square = T(0);
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
-        const T u =
-            value(param.template get<T>(params[b], j), anchor.template get<T>(anchors[b], j),
-                  importance.template get<T>(importances[b], j));
-        square = add_square(u, square);
+        const T first = has_x() ? x.template get<T>(xs[b], j) : T(0);
+        const T second = kOf != kOfGradient ? y.template get<T>(ys[b], j) : T(0);
+        const T f = kOf == kOfPull ? importance.template get<T>(importances[b], j) : T(0);
+        square = add_square(value(first, second, f), square);
         if (j % 4 == 3) {
           lanes.add(second_lane<kElements, kBatch>(b, j, begin + b * kGroup), square);
           square = T(0);
@@ -148,8 +68,9 @@ struct PullSquares {
   }
 
   DGG_DEVICE T value_at(int i) const {
-    return value(element_of<T>(param, i), element_of<T>(anchor, i),
-                 importance ? element_of<T>(importance, i) : T(0));
+    const T first = has_x() ? element_of<T>(x, i) : T(0);
+    const T second = kOf != kOfGradient ? element_of<T>(y, i) : T(0);
+    return value(first, second, kOf == kOfPull && importance ? element_of<T>(importance, i) : T(0));
   }
 
   DGG_DEVICE void quad(int begin, int n) {
@@ -211,7 +132,7 @@ DGG_DEVICE void make_coefficients(const CoefficientArguments& a) {
 #pragma unroll
   for (int part = 0; part < 3; ++part) {
     double sum = 0;
-    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.squares + part * n + i);
+    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.sums + part * n + i);
     sums[part][t] = sum;
   }
   __syncthreads();
@@ -235,20 +156,15 @@ DGG_DEVICE void make_coefficients(const CoefficientArguments& a) {
   const double scale = a.scaling ? scale_of(clip, grad, distance) : 1;
   for (int64_t i = t; i < n; i += kThreads) {
     a.out[kScales + i] = a.scaling && a.per_tensor
-                             ? scale_of(clip, std::sqrt(__ldcg(a.squares + n + i)),
-                                        std::sqrt(__ldcg(a.squares + 2 * n + i)))
+                             ? scale_of(clip, std::sqrt(__ldcg(a.sums + n + i)),
+                                        std::sqrt(__ldcg(a.sums + 2 * n + i)))
                              : scale;
   }
 }
 
 struct NormRow {
-  char *grad, *replay, *param, *anchor;
+  char *grad, *replay, *param, *anchor, *importance;
   int parts, count;
-  bool aligned_grad, aligned_total, aligned_distance;
-};
-
-struct WeightedNormRow : NormRow {
-  char* importance;
 };
 
 // P is void where no distance is measured, F where it is not weighted.
@@ -267,74 +183,55 @@ struct NormKind {
 template <typename K>
 __global__ void __launch_bounds__(kThreads, 4) norms_kernel(const NormArguments a) {
   using T = typename K::T;
+  using P = std::conditional_t<K::kDistances, typename K::P, typename K::G>;
   using G = typename K::G;
-  using Row = std::conditional_t<K::kWeighted, WeightedNormRow, NormRow>;
-  __shared__ Row row;
+  using A = std::conditional_t<K::kDistances, typename K::A, typename K::G>;
+  using F = std::conditional_t<K::kWeighted, typename K::F, typename K::G>;
+  __shared__ NormRow row;
   __shared__ RowEnd end;
   const uint64_t dtypes = a.launch.dtypes;
   if (threadIdx.x == 0) {
     end.load(a.launch, number_from_behind(a.launch));
     const ChunkView chunk(a.launch, number_from_behind(a.launch));
     const RowView view(a.launch, chunk.row);
-    const int64_t param = view.columns[kColumnParam], anchor = view.columns[kColumnAnchor];
     row.parts = Wanted(a, view, chunk.row).parts;
     row.count = chunk.count;
     row.grad = chunk.at(view.grad, dtypes, kSlotGrad);
     row.replay = chunk.at(view.replay, dtypes, kSlotReplay);
-    row.param = chunk.at(param, dtypes, kSlotParam);
-    row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
-    row.aligned_grad = is_aligned(view.grad);
-    row.aligned_total = is_aligned(view.grad | view.replay);
-    row.aligned_distance = is_aligned(param | anchor);
-    if constexpr (K::kWeighted) {
-      const int64_t importance = view.columns[kColumnImportance];
-      row.importance = chunk.at(importance, dtypes, kSlotImportance);
-      row.aligned_distance = is_aligned(param | anchor | importance);
-    }
+    row.param = chunk.at(view.columns[kColumnParam], dtypes, kSlotParam);
+    row.anchor = chunk.at(view.columns[kColumnAnchor], dtypes, kSlotAnchor);
+    const int64_t importance = K::kWeighted ? view.columns[kColumnImportance] : 0;
+    row.importance = chunk.at(importance, dtypes, kSlotImportance);
   }
   __syncthreads();
-  const auto keep = [&](int part, const auto& body) {
+  const auto sum = [&](int part, auto body, bool aligned) {
+    walk<body.kElements, body.kBatch>(body, row.count, aligned);
     const double sum =
         unspoiled<T>(sum_of_block(body.lanes), [&](int i) { return body.value_at(i); }, row.count);
     if (threadIdx.x != 0) return;
     a.launch.partials[part * a.launch.chunk_count + number_from_behind(a.launch)] = sum;
   };
   const Stream<G> grad(row.grad, code_at(dtypes, kSlotGrad));
-  if (row.parts & 2) {
-    Squares<T, G> body{grad, {}};
-    walk<body.kElements, body.kBatch>(body, row.count, row.aligned_grad);
-    keep(1, body);
-  }
+  if (row.parts & 2) sum(1, Squares<T, kOfGradient, G>{grad}, are_aligned(row.grad));
   if constexpr (K::kReplay) {
     if (row.parts & 1) {
-      PairSquares<T, G, G, false> body{grad,
-                                       Stream<G>(row.replay, code_at(dtypes, kSlotReplay)),
-                                       static_cast<T>(a.launch.replay_weight),
-                                       {}};
-      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_total);
-      keep(0, body);
+      const Stream<G> replay(row.replay, code_at(dtypes, kSlotReplay));
+      sum(0, Squares<T, kOfReal, G>{grad, replay, static_cast<T>(a.launch.replay_weight)},
+          are_aligned(row.grad, row.replay));
     }
   }
-  if constexpr (K::kWeighted && K::kDistances) {
+  if constexpr (K::kDistances) {
     if (row.parts & 4) {
-      PullSquares<T, typename K::P, typename K::A, typename K::F> body{
-          Stream<typename K::P>(row.param, code_at(dtypes, kSlotParam)),
-          Stream<typename K::A>(row.anchor, code_at(dtypes, kSlotAnchor)),
-          Stream<typename K::F>(row.importance, code_at(dtypes, kSlotImportance)),
-          weights_of(row.importance ? a.importance : 0).template as<T>(),
-          {}};
-      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_distance);
-      keep(2, body);
-    }
-  } else if constexpr (K::kDistances) {
-    if (row.parts & 4) {
-      PairSquares<T, typename K::P, typename K::A, true> body{
-          Stream<typename K::P>(row.param, code_at(dtypes, kSlotParam)),
-          Stream<typename K::A>(row.anchor, code_at(dtypes, kSlotAnchor)),
-          T(0),
-          {}};
-      walk<body.kElements, body.kBatch>(body, row.count, row.aligned_distance);
-      keep(2, body);
+      const Stream<P> param(row.param, code_at(dtypes, kSlotParam));
+      const Stream<A> anchor(row.anchor, code_at(dtypes, kSlotAnchor));
+      const bool aligned = are_aligned(row.param, row.anchor, row.importance);
+      if constexpr (K::kWeighted) {
+        const Stream<F> importance(row.importance, code_at(dtypes, kSlotImportance));
+        const auto scalars = weights_of(row.importance ? a.importance : 0).template as<T>();
+        sum(2, Squares<T, kOfPull, P, A, F>{param, anchor, T(0), importance, scalars}, aligned);
+      } else {
+        sum(2, Squares<T, kOfDifference, P, A>{param, anchor}, aligned);
+      }
     }
   }
   if (!end.reach(a.launch)) return;
@@ -365,17 +262,9 @@ bool suits(const NormArguments& a) {
 }
 
 template <typename... K>
-struct Kinds {};
-
-cudaError_t launch_norms_of(const NormArguments&, cudaStream_t, Kinds<>) {
-  return cudaErrorInvalidValue;
-}
-
-template <typename K, typename... Others>
-cudaError_t launch_norms_of(const NormArguments& a, cudaStream_t stream, Kinds<K, Others...>) {
-  if (!suits<K>(a)) return launch_norms_of(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((norms_kernel<K>), a.launch.chunk_count, stream, a);
-  return cudaGetLastError();
+cudaError_t launch_norms_of(const NormArguments& a, cudaStream_t stream, Kinds<K...>) {
+  constexpr Candidate<NormArguments> kCandidates[] = {{suits<K>, norms_kernel<K>}...};
+  return launch_first(kCandidates, a, stream);
 }
 
 template <typename G>

@@ -40,7 +40,6 @@ struct ProductKind {
 struct ProductRow {
   char *grad, *replay, *param, *anchor, *importance;  // the last three only where the row is guided
   int parts, count;
-  bool aligned;
 };
 
 template <typename K>
@@ -50,7 +49,8 @@ struct Products {
   using G = typename K::G;
   using A = typename K::A;
   using F = std::conditional_t<K::kWeighted, typename K::F, A>;
-  static constexpr int kElements = elements_at_once<P, G, A, F>();
+  static constexpr int kElements =
+      elements_at_once(stored_size<P>(), stored_size<G>(), stored_size<A>(), stored_size<F>());
   static constexpr int kLoads = kElements *
                                 (2 * stored_size<G>() + stored_size<P>() + stored_size<A>() +
                                  (K::kWeighted ? stored_size<F>() : 0)) /
@@ -172,12 +172,12 @@ struct FinishProducts {
 };
 
 // What one block makes of the products: sums in a fixed order, whatever launches wrote them.
-DGG_DEVICE void make_guard(const GuardArguments& a) {
+DGG_DEVICE void make_guard(const CoefficientArguments& a) {
   const int64_t n = a.table_rows;
   const int t = static_cast<int>(threadIdx.x);
   const auto sum_of_rows = [&](int product) {
     double sum = 0;
-    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.products + product * n + i);
+    for (int64_t i = t; i < n; i += kThreads) sum += __ldcg(a.sums + product * n + i);
     return sum_of_threads(sum);
   };
   const double total = std::sqrt(sum_of_rows(kTotal)), head = std::sqrt(sum_of_rows(kGuided)),
@@ -194,7 +194,7 @@ DGG_DEVICE void make_guard(const GuardArguments& a) {
   const double common = guard_of(clip, {head, pull, h_dot_r, u_dot_r}, a.maximize);
   double squares = 0;
   for (int64_t i = t; i < n; i += kThreads) {
-    const double* const of_row = a.products + i;
+    const double* const of_row = a.sums + i;
     const double square = __ldcg(of_row + kPull * n);
     double strength = common;
     if (a.per_tensor) {
@@ -234,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, (K::kAny ? 1 : 3))
     row.param = chunk.at(param, dtypes, kSlotParam);
     row.anchor = chunk.at(anchor, dtypes, kSlotAnchor);
     row.importance = chunk.at(importance, dtypes, kSlotImportance);
-    row.aligned = is_aligned(view.grad | view.replay | param | anchor | importance);
   }
   __syncthreads();
   if (row.parts != 0) {
     Products<K> body(row, a);
-    walk<body.kElements, body.kBatch>(body, row.count, row.aligned);
+    walk<body.kElements, body.kBatch>(
+        body, row.count, are_aligned(row.grad, row.replay, row.param, row.anchor, row.importance));
     double sums[kPartials];
     bool spoiled = false;
 #pragma unroll
@@ -288,18 +288,9 @@ bool suits(const ProductArguments& a) {
 }
 
 template <typename... K>
-struct Kinds {};
-
-cudaError_t launch_products_of(const ProductArguments&, cudaStream_t, Kinds<>) {
-  return cudaErrorInvalidValue;
-}
-
-template <typename K, typename... Others>
-cudaError_t launch_products_of(const ProductArguments& a, cudaStream_t stream,
-                               Kinds<K, Others...>) {
-  if (!suits<K>(a)) return launch_products_of(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((products_kernel<K>), a.launch.chunk_count, stream, a);
-  return cudaGetLastError();
+cudaError_t launch_products_of(const ProductArguments& a, cudaStream_t stream, Kinds<K...>) {
+  constexpr Candidate<ProductArguments> kCandidates[] = {{suits<K>, products_kernel<K>}...};
+  return launch_first(kCandidates, a, stream);
 }
 
 template <typename P, typename G = P, typename A = P>
@@ -320,7 +311,7 @@ using ProductKinds =
 #endif
 
 // One block: for products that have been summed over ranks since.
-__global__ void __launch_bounds__(kThreads) guard_kernel(const GuardArguments a) {
+__global__ void __launch_bounds__(kThreads) guard_kernel(const CoefficientArguments a) {
   make_guard(a);
 }
 
@@ -330,7 +321,7 @@ cudaError_t launch_products(const ProductArguments& arguments, cudaStream_t stre
   return launch_products_of(arguments, stream, ProductKinds());
 }
 
-cudaError_t launch_guard(const GuardArguments& arguments, cudaStream_t stream) {
+cudaError_t launch_guard(const CoefficientArguments& arguments, cudaStream_t stream) {
   DGG_LAUNCH(guard_kernel, 1, stream, arguments);
   return cudaGetLastError();
 }

@@ -11,7 +11,7 @@ struct Sgd {
   template <typename T>
   using Scalars = SgdScalars<T>;
   static constexpr int kStates = 0, kOptionalStates = 1;  // the buffer with momentum
-  static constexpr bool kWritesParam = true, kFinishes = true, kCountsSteps = false;
+  static constexpr bool kWritesParam = true, kCountsSteps = false;
   static constexpr int kHypers = kSgdHypers, kStrength = kSgdStrength, kThreshold = kSgdThreshold;
 
   DGG_DEVICE static bool maximizes(const double* hyper) { return hyper[kSgdMaximize] != 0; }
@@ -22,26 +22,16 @@ struct Sgd {
   DGG_DEVICE static double prepare(const UpdateArguments&, const RowView&, int) { return 0; }
 
   DGG_DEVICE static SgdScalars<double> scalars(const double* hyper, double factor, double pull,
-                                               int flags, const double*) {
+                                               int route, double importance, int flags,
+                                               const double*) {
     SgdScalars<double> s = sgd_scalars(hyper, factor, (flags & kFirstStep) != 0);
-    s.guide.pull = pull;
+    set_pull(s.guide, pull, hyper[kSgdLr], route, importance);
     if (!uses_optional_state(hyper)) {
       // In a kernel with momentum: set the buffer, which nobody will store, and take it as it is.
       s.first = 1;
       s.nesterov = 0;
     }
     return s;
-  }
-
-  // Where the pull enters, and what weighs it.
-  DGG_DEVICE static void enter(SgdScalars<double>& s, const double* hyper, double pull, int route,
-                               double importance) {
-    set_pull(s.guide, pull, hyper[kSgdLr], route, importance);
-  }
-
-  template <typename Row>
-  DGG_DEVICE static bool works(const RowView&, const Row&, double) {
-    return true;
   }
 
   template <typename T>

@@ -106,8 +106,9 @@ DGG_DEVICE void store_quad(void* address, const uint32_t* words) {
 // A tensor's chunk.
 template <typename S>
 struct Stream {
-  S* data;
+  S* data = nullptr;
 
+  Stream() = default;
   DGG_DEVICE Stream(char* address, int) : data(reinterpret_cast<S*>(address)) {}
   DGG_DEVICE explicit operator bool() const { return data != nullptr; }
 
@@ -147,9 +148,10 @@ struct Stream {
 
 template <>
 struct Stream<Any> {
-  char* data;
-  int code;
+  char* data = nullptr;
+  int code = kFloat32;
 
+  Stream() = default;
   DGG_DEVICE Stream(char* address, int code) : data(address), code(code) {}
   DGG_DEVICE explicit operator bool() const { return data != nullptr; }
 
@@ -182,100 +184,49 @@ struct Stream<Any> {
 
   template <typename T, int kElements>
   DGG_DEVICE T get(const Pack<Any, kElements>& pack, int j) const {
-    switch (code) {
-      case kFloat32:
-        return unpack<float, T>(pack.words, j);
-      case kBFloat16:
-        return unpack<bfloat16, T>(pack.words, j);
-      case kFloat16:
-        return unpack<float16, T>(pack.words, j);
-      default:
-        return unpack<double, T>(pack.words, j);
-    }
+    return as_stored(code, [&](auto s) { return unpack<decltype(s), T>(pack.words, j); });
   }
 
   template <typename T, int kElements>
   DGG_DEVICE void set(Pack<Any, kElements>& into, int j, T x) const {
-    switch (code) {
-      case kFloat32:
-        return pack(into.words, j, narrow<float>(x));
-      case kBFloat16:
-        return pack(into.words, j, narrow<bfloat16>(x));
-      case kFloat16:
-        return pack(into.words, j, narrow<float16>(x));
-      default:
-        return pack(into.words, j, narrow<double>(x));
-    }
+    as_stored(code, [&](auto s) { pack(into.words, j, narrow<decltype(s)>(x)); });
   }
 
   template <typename T>
   DGG_DEVICE T rounded(T x) const {
-    switch (code) {
-      case kFloat32:
-        return widen<T>(narrow<float>(x));
-      case kBFloat16:
-        return widen<T>(narrow<bfloat16>(x));
-      case kFloat16:
-        return widen<T>(narrow<float16>(x));
-      default:
-        return widen<T>(narrow<double>(x));
-    }
+    return as_stored(code, [&](auto s) { return widen<T>(narrow<decltype(s)>(x)); });
   }
 
   DGG_DEVICE bool is_bfloat16() const { return code == kBFloat16; }
 };
 
 // One element, of any alignment that its type allows; the same conversions as in a vector.
-template <typename S, typename T>
-DGG_DEVICE T read(const Stream<S>& stream, int i) {
+template <typename T, typename S>
+DGG_DEVICE T element_of(const Stream<S>& stream, int i) {
   DGG_GLOBAL(stream.data);
   return widen<T>(stream.data[i]);
 }
 
 template <typename T>
-DGG_DEVICE T read_any(const Stream<Any>& stream, int i) {
+DGG_DEVICE T element_of(const Stream<Any>& stream, int i) {
   DGG_GLOBAL(stream.data);
-  switch (stream.code) {
-    case kFloat32:
-      return widen<T>(reinterpret_cast<const float*>(stream.data)[i]);
-    case kBFloat16:
-      return widen<T>(reinterpret_cast<const bfloat16*>(stream.data)[i]);
-    case kFloat16:
-      return widen<T>(reinterpret_cast<const float16*>(stream.data)[i]);
-    default:
-      return widen<T>(reinterpret_cast<const double*>(stream.data)[i]);
-  }
-}
-
-template <typename T, typename S>
-DGG_DEVICE T element_of(const Stream<S>& stream, int i) {
-  if constexpr (std::is_same<S, Any>::value) {
-    return read_any<T>(stream, i);
-  } else {
-    return read<S, T>(stream, i);
-  }
+  return as_stored(stream.code, [&](auto s) {
+    return widen<T>(reinterpret_cast<const decltype(s)*>(stream.data)[i]);
+  });
 }
 
 template <typename S, typename T>
 DGG_DEVICE void write(const Stream<S>& stream, int i, T x) {
   DGG_GLOBAL(stream.data);
-  if constexpr (!std::is_same<S, Any>::value) {
-    stream.data[i] = narrow<S>(x);
-  } else {
-    switch (stream.code) {
-      case kFloat32:
-        reinterpret_cast<float*>(stream.data)[i] = narrow<float>(x);
-        return;
-      case kBFloat16:
-        reinterpret_cast<bfloat16*>(stream.data)[i] = narrow<bfloat16>(x);
-        return;
-      case kFloat16:
-        reinterpret_cast<float16*>(stream.data)[i] = narrow<float16>(x);
-        return;
-      default:
-        reinterpret_cast<double*>(stream.data)[i] = narrow<double>(x);
-    }
-  }
+  stream.data[i] = narrow<S>(x);
+}
+
+template <typename T>
+DGG_DEVICE void write(const Stream<Any>& stream, int i, T x) {
+  DGG_GLOBAL(stream.data);
+  as_stored(stream.code, [&](auto s) {
+    reinterpret_cast<decltype(s)*>(stream.data)[i] = narrow<decltype(s)>(x);
+  });
 }
 
 template <typename S>

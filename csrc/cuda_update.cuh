@@ -30,12 +30,11 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
                                         a.coefficients[kScales + chunk.row], strength, threshold);
   const double factor =
       gradient_factor(a.coefficients[kClip], scale_at(a.grad_scale), Rule::maximizes(hyper));
-  auto scalars = Rule::scalars(hyper, factor, guidance.pull, flags, prepared);
-  if constexpr (K::kRouted) {
-    const bool weighted = (a.variant & kImportanceBit) && c[kColumnImportance] != 0;
-    Rule::enter(scalars, hyper, guidance.pull, route_of(a.variant), weighted ? a.importance : 0);
-  }
-  row.scalars = scalars.template as<T>();
+  const bool weighted = K::kRouted && (a.variant & kImportanceBit) && c[kColumnImportance] != 0;
+  row.scalars =
+      Rule::scalars(hyper, factor, guidance.pull, K::kRouted ? route_of(a.variant) : kByGradient,
+                    weighted ? a.importance : 0, flags, prepared)
+          .template as<T>();
   row.guided = guidance.guided;
   row.masked = guidance.masked;
   row.threshold = guidance.threshold;
@@ -52,30 +51,23 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
 
   const bool reads_anchor = row.guided || row.look_ahead;
   const bool copied = K::kCopy && (a.variant & kCopyBit) != 0;
-  int64_t used = view.grad | view.replay;
   row.grad = chunk.at(view.grad, dtypes, kSlotGrad);
   row.replay = chunk.at(view.replay, dtypes, kSlotReplay);
-  row.param = chunk.at(c[kColumnParam], dtypes, kSlotParam);
-  if (Rule::kWritesParam || reads_anchor) used |= c[kColumnParam];
+  row.param =
+      Rule::kWritesParam || reads_anchor ? chunk.at(c[kColumnParam], dtypes, kSlotParam) : nullptr;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     const bool there =
         s < Rule::kStates || (s < Rule::kStates + Rule::kOptionalStates && row.state_used);
     row.state[s] = there ? chunk.at(c[kColumnExpAvg + s], dtypes, kSlotExpAvg + s) : nullptr;
-    if (there) used |= c[kColumnExpAvg + s];
   }
   row.anchor = reads_anchor ? chunk.at(c[kColumnAnchor], dtypes, kSlotAnchor) : nullptr;
-  if (reads_anchor) used |= c[kColumnAnchor];
-  if constexpr (K::kRouted) {
-    row.importance = nullptr;
-    if (reads_anchor && (a.variant & kImportanceBit)) {
-      row.importance = chunk.at(c[kColumnImportance], dtypes, kSlotImportance);
-      used |= c[kColumnImportance];
-    }
-  }
+  row.importance = K::kRouted && reads_anchor && (a.variant & kImportanceBit)
+                       ? chunk.at(c[kColumnImportance], dtypes, kSlotImportance)
+                       : nullptr;
   row.copy = copied ? chunk.at(c[kColumnCopy], dtypes, kSlotCopy) : nullptr;
-  if (copied) used |= c[kColumnCopy];
-  row.aligned = is_aligned(used);
+  row.aligned = are_aligned(row.grad, row.replay, row.param, row.state[0], row.state[1],
+                            row.state[2], row.anchor, row.importance, row.copy);
   if (K::kDraws && (row.masked || (a.variant & kStochasticBit))) {
     // A thread's quads must be quads of the unsharded parameter, too.
     const bool whole = row.stretch >= c[kColumnNumel];
@@ -83,7 +75,9 @@ DGG_DEVICE void set_row(const UpdateArguments& a, const ChunkView& chunk, const 
       row.aligned = false;
     }
   }
-  row.work = Rule::works(view, row, factor);
+  // An edit needs a gradient to write into, and something to change in it.
+  row.work =
+      Rule::kWritesParam || (view.grad != 0 && (row.guided || view.replay != 0 || factor != 1));
 }
 
 DGG_DEVICE float* step_of(const RowView& view) {
@@ -157,13 +151,13 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
     if (threadIdx.x == 0) {
       if (!work) row.work = false;
       skip = found;
-      if (Rule::kFinishes) end.load(a.launch, blockIdx.x);
+      if (Rule::kWritesParam) end.load(a.launch, blockIdx.x);
     }
   }
   __syncthreads();
   if (skip) return;
   const bool measures = K::kAnchor && (a.variant & kLookAheadBit) != 0;
-  if (Rule::kFinishes && !measures && threadIdx.x == 0) {
+  if (Rule::kWritesParam && !measures && threadIdx.x == 0) {
     // Nothing is handed over. All blocks of a row have read its step before the last one writes it,
     // and count now, when nothing is on its way to memory that a release would wait for.
     const bool last = Rule::kCountsSteps
@@ -179,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, (blocks_at_once<Rule, K>()))
       if (threadIdx.x == 0) a.launch.partials[blockIdx.x] = sum;
     }
   }
-  if constexpr (Rule::kFinishes) {
+  if constexpr (Rule::kWritesParam) {
     if (measures && end.reach(a.launch)) {
       finish_row<1>(a.launch, end, FinishUpdate<Rule>{a});
     }
@@ -223,20 +217,11 @@ bool suits(const UpdateArguments& a) {
   return true;
 }
 
-template <typename... K>
-struct Kinds {};
-
-template <typename Rule>
-cudaError_t launch_update(const UpdateArguments&, cudaStream_t, Kinds<>) {
-  return cudaErrorInvalidValue;
-}
-
-// Launches the first kernel in the list that suits.
-template <typename Rule, typename K, typename... Others>
-cudaError_t launch_update(const UpdateArguments& a, cudaStream_t stream, Kinds<K, Others...>) {
-  if (!suits<Rule, K>(a)) return launch_update<Rule>(a, stream, Kinds<Others...>());
-  DGG_LAUNCH((update_kernel<Rule, K>), a.launch.chunk_count, stream, a);
-  return cudaGetLastError();
+template <typename Rule, typename... K>
+cudaError_t launch_update(const UpdateArguments& a, cudaStream_t stream, Kinds<K...>) {
+  constexpr Candidate<UpdateArguments> kCandidates[] = {
+      {suits<Rule, K>, update_kernel<Rule, K>}...};
+  return launch_first(kCandidates, a, stream);
 }
 
 }  // namespace

@@ -79,6 +79,21 @@ constexpr int code_of() {
                                             : kFloat16;
 }
 
+// Calls f with a zero of the storage type that has this code.
+template <typename F>
+DGG_HOST_DEVICE auto as_stored(int code, const F& f) {
+  switch (code) {
+    case kFloat32:
+      return f(float());
+    case kBFloat16:
+      return f(bfloat16());
+    case kFloat16:
+      return f(float16());
+    default:
+      return f(double());
+  }
+}
+
 // Bits of `flags`, one byte for each row.
 enum Flag : int { kInject = 1, kInjectElements = 2, kFirstStep = 4 };
 
@@ -256,9 +271,9 @@ DGG_HOST_DEVICE SgdScalars<double> sgd_scalars(const double* hyper, double facto
 }
 
 // The other optimizer negates what it is given; the pull must survive that.
-DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor,
-                                                   double pull) {
-  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1, 0};
+DGG_HOST_DEVICE GuideScalars<double> guide_scalars(const double* hyper, double factor, double pull,
+                                                   double importance) {
+  return {factor, hyper[kGuideMaximize] != 0 ? -pull : pull, 0, 0, 1 - importance, importance};
 }
 
 // Scalars of who only needs u of equation (3).

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define DGG_HOST_DEVICE __host__ __device__ __forceinline__
@@ -44,13 +45,8 @@ DGG_HOST_DEVICE uint32_t bits_from_float(float x) {
   return bits;
 }
 
-template <typename T>
-DGG_HOST_DEVICE T widen(float x) {
-  return static_cast<T>(x);
-}
-
-template <typename T>
-DGG_HOST_DEVICE T widen(double x) {
+template <typename T, typename S>
+DGG_HOST_DEVICE T widen(S x) {
   return static_cast<T>(x);
 }
 
@@ -79,57 +75,50 @@ DGG_HOST_DEVICE T widen(float16 x) {
 #endif
 }
 
-template <typename S, typename T>
-struct Narrow {
-  DGG_HOST_DEVICE static S from(T x) { return static_cast<S>(x); }
-};
-
-template <typename T>
-struct Narrow<bfloat16, T> {
-  // Round to nearest even. NaN is cut off instead: rounding could carry its payload into the
-  // exponent. Arithmetic only makes quiet ones, whose first bit of the payload stays.
-  DGG_HOST_DEVICE static bfloat16 from(T value) {
-    const float x = static_cast<float>(value);
+// Round to nearest even. NaN is cut off instead: rounding could carry its payload into the
+// exponent. Arithmetic only makes quiet ones, whose first bit of the payload stays.
+DGG_HOST_DEVICE bfloat16 bfloat16_of(float x) {
 #if defined(__CUDA_ARCH__)
-    // The same function in one instruction, but for the payload of NaN.
-    bfloat16 near;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
-    return near;
+  // The same function in one instruction, but for the payload of NaN.
+  bfloat16 near;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
+  return near;
 #else
-    const uint32_t bits = bits_from_float(x);
-    const uint32_t half = 0x7FFFu + ((bits >> 16) & 1u);
-    return {static_cast<uint16_t>((bits + (x != x ? 0u : half)) >> 16)};
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t half = 0x7FFFu + ((bits >> 16) & 1u);
+  return {static_cast<uint16_t>((bits + (x != x ? 0u : half)) >> 16)};
 #endif
-  }
-};
+}
 
-template <typename T>
-struct Narrow<float16, T> {
-  // Round to nearest even by an addition whose alignment shifts the superfluous bits out; values
-  // that overflow pass through infinity on the way. The two scalings must not be merged.
-  DGG_HOST_DEVICE static float16 from(T value) {
-    const float x = static_cast<float>(value);
+// Round to nearest even by an addition whose alignment shifts the superfluous bits out; values that
+// overflow pass through infinity on the way. The two scalings must not be merged.
+DGG_HOST_DEVICE float16 float16_of(float x) {
 #if defined(__CUDA_ARCH__)
-    float16 near;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
-    return near;
+  float16 near;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
+  return near;
 #else
-    const uint32_t bits = bits_from_float(x);
-    const uint32_t sign = bits & 0x80000000u;
-    const uint32_t twice = bits + bits;
-    const float magnitude = (float_from_bits(bits & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
-    const uint32_t exponent = twice & 0xFF000000u;
-    const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
-    const uint32_t sum = bits_from_float(float_from_bits((bias >> 1) + 0x07800000u) + magnitude);
-    const uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0xFFFu);
-    return {static_cast<uint16_t>((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : half))};
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t sign = bits & 0x80000000u;
+  const uint32_t twice = bits + bits;
+  const float magnitude = (float_from_bits(bits & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
+  const uint32_t exponent = twice & 0xFF000000u;
+  const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+  const uint32_t sum = bits_from_float(float_from_bits((bias >> 1) + 0x07800000u) + magnitude);
+  const uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0xFFFu);
+  return {static_cast<uint16_t>((sign >> 16) | (twice > 0xFF000000u ? 0x7E00u : half))};
 #endif
-  }
-};
+}
 
 template <typename S, typename T>
 DGG_HOST_DEVICE S narrow(T x) {
-  return Narrow<S, T>::from(x);
+  if constexpr (std::is_same<S, bfloat16>::value) {
+    return bfloat16_of(static_cast<float>(x));
+  } else if constexpr (std::is_same<S, float16>::value) {
+    return float16_of(static_cast<float>(x));
+  } else {
+    return static_cast<S>(x);
+  }
 }
 
 // Stochastic rounding: up with the probability of what is cut off, so that the expected value is x.
@@ -137,7 +126,7 @@ DGG_HOST_DEVICE bfloat16 narrow_stochastically(float x, uint32_t word) {
   const uint32_t bits = bits_from_float(x);
   const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
   const uint32_t moved = (bits + (word & 0xFFFFu)) >> 16;
-  return {finite ? static_cast<uint16_t>(moved) : narrow<bfloat16>(x).bits};
+  return {finite ? static_cast<uint16_t>(moved) : bfloat16_of(x).bits};
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011): c becomes the four output words of the counter.

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "torch_inside.h"
@@ -159,15 +160,11 @@ constexpr int64_t kUnusual = -2;
 // Stands for the address of an empty gradient, which has none but is there: 0 means absent.
 constexpr int64_t kNowhere = 1;
 
-struct Device {
-  int32_t type = 0, index = 0;
-
-  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
-};
+using Device = std::pair<int32_t, int32_t>;  // type and index
 
 bool device_of(AtenTensorHandle tensor, Device& device) {
-  return !aoti_torch_get_device_type(tensor, &device.type) &&
-         !aoti_torch_get_device_index(tensor, &device.index);
+  return !aoti_torch_get_device_type(tensor, &device.first) &&
+         !aoti_torch_get_device_index(tensor, &device.second);
 }
 
 // Whether a gradient can be worked on as it is; writes its address.
@@ -180,7 +177,7 @@ bool take(AtenTensorHandle grad, const Device& device, const Place& param, int64
   const void* data = nullptr;
   // In this order: what has no strides has no contiguity either, and torch would log an error.
   if (aoti_torch_get_layout(grad, &layout) || layout != aoti_torch_layout_strided() ||
-      !device_of(grad, found) || !(found == device) || aoti_torch_get_dtype(grad, &dtype) ||
+      !device_of(grad, found) || found != device || aoti_torch_get_dtype(grad, &dtype) ||
       dtype != param.dtype || aoti_torch_get_numel(grad, &numel) || numel != param.numel ||
       torch_get_const_data_ptr(grad, &data)) {
     return false;
@@ -262,6 +259,17 @@ int64_t take_up(List& list, const Gathered& to, const uint8_t* usual, const void
   return present;
 }
 
+// Calls f with the list, for functions that Python calls, into which nothing may be thrown.
+template <typename F>
+int64_t with_list(int64_t handle, const F& f) {
+  try {
+    const auto list = list_of(handle);
+    return list == nullptr ? kMoved : f(*list);
+  } catch (...) {
+    return kUnusual;
+  }
+}
+
 }  // namespace
 }  // namespace dgg
 
@@ -286,52 +294,41 @@ DGG_C_API void dgg_python(int64_t impl_offset, int64_t keys_offset, uint64_t laz
 // that. Returns 0, or -2 if one has no memory.
 DGG_C_API int64_t dgg_watch_params(int64_t handle, const void* const* objects, int64_t count,
                                    const int64_t* anchors, int64_t anchored) {
-  try {
-    const auto list = dgg::list_of(handle);
-    if (list == nullptr) return dgg::kMoved;
+  return dgg::with_list(handle, [&](dgg::List& list) -> int64_t {
     std::vector<dgg::Impl> impls;
     std::vector<dgg::Place> places(count);
     for (int64_t i = 0; i < count; ++i) {
       impls.push_back(dgg::impl_in(objects[i]));
       if (!dgg::place_of(dgg::handle_of(impls[i]), places[i])) return dgg::kUnusual;
     }
-    list->impls.insert(list->impls.begin(), impls.begin(), impls.end());
-    list->places.insert(list->places.begin(), std::make_move_iterator(places.begin()),
-                        std::make_move_iterator(places.end()));
-    list->objects.assign(objects, objects + count);
+    list.impls.insert(list.impls.begin(), impls.begin(), impls.end());
+    list.places.insert(list.places.begin(), std::make_move_iterator(places.begin()),
+                       std::make_move_iterator(places.end()));
+    list.objects.assign(objects, objects + count);
     for (int64_t i = 0; i < anchored; ++i) {
-      list->anchors.push_back(anchors[i] < 0 ? -1 : anchors[i] + count);
-      dgg::Impl anchor = anchors[i] < 0 ? nullptr : list->impls[anchors[i] + count];
-      list->anchor_versions.push_back(
-          anchor == nullptr ? 0 : dgg::Torch::get().version(dgg::handle_of(anchor)));
+      const int64_t place = anchors[i] < 0 ? -1 : anchors[i] + count;
+      list.anchors.push_back(place);
+      list.anchor_versions.push_back(
+          place < 0 ? 0 : dgg::Torch::get().version(dgg::handle_of(list.impls[place])));
     }
     return 0;
-  } catch (...) {
-    return dgg::kUnusual;
-  }
+  });
 }
 
 // Watches dicts: from now on `dgg_same_dicts` says whether each has the same keys and values, by
 // identity and in the same order. Dicts, keys and values must outlive the watch.
 DGG_C_API int64_t dgg_watch_dicts(int64_t handle, void* const* dicts, int64_t count) {
-  try {
-    const auto list = dgg::list_of(handle);
-    if (list == nullptr) return dgg::kMoved;
-    list->dicts.reserve(count);
-    for (int64_t i = 0; i < count; ++i) list->dicts.emplace_back(dicts[i]);
+  return dgg::with_list(handle, [&](dgg::List& list) -> int64_t {
+    list.dicts.reserve(count);
+    for (int64_t i = 0; i < count; ++i) list.dicts.emplace_back(dicts[i]);
     return 0;
-  } catch (...) {
-    return dgg::kUnusual;
-  }
+  });
 }
 
 DGG_C_API int32_t dgg_same_dicts(int64_t handle) {
   const auto list = dgg::list_of(handle);
-  if (list == nullptr) return 0;
-  for (const dgg::Dict& dict : list->dicts) {
-    if (!dict.same()) return 0;
-  }
-  return 1;
+  return list != nullptr && std::all_of(list->dicts.begin(), list->dicts.end(),
+                                        [](const dgg::Dict& dict) { return dict.same(); });
 }
 
 // Whether nothing that is watched moved, changed its size, order or dtype.
@@ -350,35 +347,27 @@ DGG_C_API int32_t dgg_unmoved(int64_t handle) {
 // this is not possible; then nothing is to be used.
 DGG_C_API int64_t dgg_gather(const dgg::Gathered* to, const uint8_t* usual,
                              const void* const* replays, int32_t known) {
-  try {
-    const auto list = dgg::list_of(to->handle);
-    if (list == nullptr) return dgg::kMoved;
-    const int64_t present = dgg::take_up(*list, *to, usual, replays, known != 0);
-    if (present < 0) list->release();
+  return dgg::with_list(to->handle, [&](dgg::List& list) {
+    const int64_t present = dgg::take_up(list, *to, usual, replays, known != 0);
+    if (present < 0) list.release();
     return present;
-  } catch (...) {
-    return dgg::kUnusual;
-  }
+  });
 }
 
 // Ends the step: tells autograd that the parameters with a gradient were written, if `written`, and
 // counts that in `versions`; lets go of the gradients. Returns 0, or -2 on an error.
 DGG_C_API int64_t dgg_gather_end(const dgg::Gathered* to, int32_t written) {
-  try {
-    const auto list = dgg::list_of(to->handle);
-    if (list == nullptr) return dgg::kMoved;
+  return dgg::with_list(to->handle, [&](dgg::List& list) -> int64_t {
     const dgg::Torch& torch = dgg::Torch::get();
-    if (to->count > static_cast<int64_t>(list->active.size())) return dgg::kUnusual;
+    if (to->count > static_cast<int64_t>(list.active.size())) return dgg::kUnusual;
     for (int64_t i = 0; written && i < to->count; ++i) {
-      if (list->active[i] == 0) continue;
-      torch.bump(dgg::handle_of(list->impls[i]));
+      if (list.active[i] == 0) continue;
+      torch.bump(dgg::handle_of(list.impls[i]));
       ++to->versions[i];
     }
-    list->release();
+    list.release();
     return 0;
-  } catch (...) {
-    return dgg::kUnusual;
-  }
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgg, CompositeExplicitAutograd, m) {

@@ -68,8 +68,9 @@ struct Problem {
       const int64_t anchor = fresh(kSlotAnchor), copy = i % 3 ? 0 : fresh(kSlotCopy);
       const int64_t step = reinterpret_cast<int64_t>(&steps[i]);
       const int64_t stretch = i % 2 ? 1000 : size;
-      for (const int64_t cell : {param, states[0], states[1], states[2], anchor, step, size,
-                                 int64_t(0), codes, i, int64_t(0), stretch, stretch + 3, copy}) {
+      for (const int64_t cell :
+           {param, states[0], states[1], states[2], anchor, step, size, int64_t(0), codes, i,
+            int64_t(0), stretch, stretch + 3, copy, int64_t(0)}) {
         table.push_back(cell);
       }
       grads.push_back(grad);

@@ -58,19 +58,20 @@ DGG_ENTRY int norms(const int64_t* integers, const double* numbers) {
   Reader in{integers};
   const dgg::Launch launch = read_launch(in, numbers[0]);
   return dgg::launch_norms(
-      {launch, in, in, in, in, in, in, numbers[2], {in, in, in, numbers[1], in, in, in}}, nullptr);
+      {launch, in, in, in, in, in, in, numbers[2], {in, in, in, numbers[1], in, in, in, false}},
+      nullptr);
 }
 
 DGG_ENTRY int products(const int64_t* integers, const double* numbers) {
   Reader in{integers};
   const dgg::Launch launch = read_launch(in, numbers[0]);
   return dgg::launch_products(
-      {launch, in, in, in, numbers[2], {in, in, in, numbers[1], in, in, in}}, nullptr);
+      {launch, in, in, in, numbers[2], {in, in, in, numbers[1], in, true, in, in}}, nullptr);
 }
 
 DGG_ENTRY int guard(const int64_t* integers, const double* numbers) {
   Reader in{integers};
-  return dgg::launch_guard({in, in, in, numbers[0], in, in, in}, nullptr);
+  return dgg::launch_guard({in, in, in, numbers[0], in, true, in, in}, nullptr);
 }
 
 DGG_ENTRY int update(const int64_t* integers, const double* numbers) {
@@ -85,7 +86,7 @@ DGG_ENTRY int update(const int64_t* integers, const double* numbers) {
 
 DGG_ENTRY int coefficients(const int64_t* integers, const double* numbers) {
   Reader in{integers};
-  return dgg::launch_coefficients({in, in, in, numbers[0], in, in, in}, nullptr);
+  return dgg::launch_coefficients({in, in, in, numbers[0], in, in, in, false}, nullptr);
 }
 
 DGG_ENTRY int draw_flags(const int64_t* integers, const double*) {

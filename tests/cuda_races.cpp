@@ -143,8 +143,8 @@ void run(const Kind& kind, bool replay, int flag) {
                            importance};
   };
   for (int twice = 0; twice < 2; ++twice) {
-    CoefficientArguments made{p.squares.data(), p.coefficients.data(), n, 1.0, true, true,
-                              twice != 0};
+    CoefficientArguments made{
+        p.squares.data(), p.coefficients.data(), n, 1.0, true, true, twice != 0, false};
     // Once by the norm pass itself, and once by a launch of its own: the same, in the same memory.
     launched(launch_norms(
         {launch, p.distances.data(), p.squares.data(), &gate, &scale, n, 7, importance, made},
@@ -159,7 +159,8 @@ void run(const Kind& kind, bool replay, int flag) {
     // So are the products, of rows of which some are guided.
     for (int64_t i = 0; i < n; ++i) p.flags[i] = i % 4 ? kInject : 0;
     std::vector<double> guarded(kScales + n + kGuardExtras);
-    const GuardArguments guard{p.products.data(), guarded.data(), n, 1.0, true, twice != 0, false};
+    const CoefficientArguments guard{p.products.data(), guarded.data(), n, 1.0, true, true,
+                                     twice != 0,        false};
     launched(launch_products({launch, p.flags.data(), p.products.data(), &scale, importance, guard},
                              nullptr));
     const std::vector<double> guarded_by_the_pass = guarded;

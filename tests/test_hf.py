@@ -60,7 +60,7 @@ OPTIONS = {"lr": 1e-2, "alpha": 0.5, "seed": 3}
 
 def trainer_for(
     model, data, out, callbacks, *, options=None, optimizer=dgg.AdamW,
-    kind=transformers.Trainer, optimizers=(None, None), **over,
+    kind=transformers.Trainer, optimizers=(None, None), model_init=None, **over,
 ):  # fmt: skip
     settings = {
         "output_dir": str(out),
@@ -87,6 +87,7 @@ def trainer_for(
         optimizers=optimizers,
         eval_dataset=task_data(3, examples=4),
         callbacks=callbacks,
+        model_init=model_init,
     )
 
 
@@ -291,6 +292,32 @@ def test_same_trainer_next_task(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("others", [0.2, 0.0])
+def test_a_group_that_is_not_guided_stays_so(tmp_path, caplog, others):
+    """Also after a task in which the callback has set all to 0; if all are 0, all are set."""
+    model = lora(base_model())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained[:2], "alpha": 0.0}, {"params": trained[2:]}]
+    opt = dgg.AdamW(groups, lr=1e-2, alpha=others, weight_decay=0.0)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    first = 0.0 if others else 0.5
+    for task, alpha in enumerate((0.0, 0.5)):
+        trainer = trainer_for(
+            model, task_data(task), tmp_path, [GuidanceCallback([0.0, 0.5])], optimizer=None,
+            optimizers=(opt, None), **saving,
+        )  # fmt: skip
+        trainer.train()
+        assert [g["alpha"] for g in opt.param_groups] == [first if task else 0.0, alpha]
+    again = dgg.AdamW(groups, lr=1e-2, alpha=others, weight_decay=0.0)
+    resumed = trainer_for(
+        model, task_data(1), tmp_path, [GuidanceCallback([0.0, 0.5], task=1)], optimizer=None,
+        optimizers=(again, None), **saving,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [g["alpha"] for g in again.param_groups] == [first, 0.5]
+    assert "not in force" not in caplog.text
+
+
 def test_new_trainer_and_new_callback_per_task(tmp_path):
     """Nobody has to carry the callback from task to task: the model's trainings are counted."""
     model = lora(base_model())
@@ -313,6 +340,27 @@ def test_new_trainer_and_new_callback_per_task(tmp_path):
     assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 3
 
 
+@pytest.mark.parametrize(
+    ("wrap", "inner"),
+    [
+        (torch.nn.DataParallel, lambda: lora(base_model())),
+        (lambda model: torch.compile(model, backend="eager"), base_model),
+    ],
+    ids=["DataParallel of peft's", "compile"],
+)
+def test_tasks_are_counted_by_the_model_inside_a_wrapper(wrap, inner, tmp_path):
+    """A wrapper and a callback for every task."""
+    model = inner()
+    for task in range(2):
+        trainer = trainer_for(
+            wrap(model), task_data(1), tmp_path, [GuidanceCallback()], max_steps=1,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        trainer.train()
+        assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == task
+        assert is_active(trainer) == (task > 0)
+
+
 def test_interrupted_training_keeps_its_anchor(tmp_path):
     guidance = GuidanceCallback(guide_first_task=True)
     grab, die = Grab(), Die(2, interrupt)
@@ -327,12 +375,77 @@ def test_interrupted_training_keeps_its_anchor(tmp_path):
     assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 0
 
 
-def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog):
-    model, guidance = lora(base_model()), GuidanceCallback(task=1)
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("task", [0, 1])
+def test_interrupted_training_with_new_trainer_warns(tmp_path, caplog, new, task):
+    """Also with a new callback: in a notebook the cell with both is run again after an error."""
+    model, guidance = lora(base_model()), GuidanceCallback(task=task)
     with pytest.raises(KeyboardInterrupt):
         trainer_for(model, task_data(1), tmp_path, [guidance, Die(1, interrupt)]).train()
+    if new:
+        guidance = GuidanceCallback(task=task)
     trainer_for(model, task_data(1), tmp_path, [guidance], max_steps=1).train()
-    assert_told(caplog, "task 1 was begun before and did not reach its end")
+    assert_told(caplog, f"task {task} was begun before and did not reach its end")
+    assert ("if this is the next one, pass task=1" in caplog.text) == (task == 0)
+    # It has reached its end now: what follows, and the same number again, is no repetition.
+    caplog.clear()
+    for callback in (GuidanceCallback(), GuidanceCallback(task=task)):
+        trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1).train()
+    assert not caplog.text
+
+
+def test_a_training_that_made_no_step_was_not_begun(tmp_path, caplog):
+    """The weights are still those of the end of the former task."""
+    model = lora(base_model())
+    trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1).train()
+    with pytest.raises(ValueError, match="batch"):
+        trainer_for(model, [{"text": 1}], tmp_path, [GuidanceCallback()]).train()
+    trainer_for(model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=1).train()
+    assert not caplog.text
+
+
+def test_an_anchor_of_a_former_task_is_not_that_of_a_task_that_was_interrupted(tmp_path):
+    """The task is begun anew with an optimizer that was not there when it was interrupted."""
+    model, callback = lora(base_model()), GuidanceCallback(task=1)
+    over = {"max_steps": 2, "warmup_steps": 0}
+    former = trainer_for(model, task_data(1), tmp_path, [callback], **over)
+    former.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, task_data(1), tmp_path, [callback, Die(1, interrupt)], **over).train()
+    start = trainable(model)
+    former.train()
+    assert_same(anchors(former), start, "anchor")
+    assert dgg.unwrap(former.optimizer).param_groups[0]["task_index"] == 2
+
+
+def test_a_task_that_is_said_is_the_one_from_which_is_counted(tmp_path):
+    """The same model object, set back for another seed."""
+    model = lora(base_model())
+    for _ in range(2):
+        for number, callback in enumerate((GuidanceCallback(task=0), GuidanceCallback())):
+            trainer = trainer_for(model, task_data(1), tmp_path, [callback], max_steps=1)
+            trainer.train()
+            assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == number
+
+
+@pytest.mark.parametrize("task", [None, 1])
+def test_the_trials_of_a_search_are_one_task(tmp_path, monkeypatch, caplog, task):
+    """Also after one that was pruned; the training after the search is that task, too."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.hp_params", dict)
+    callback, pruned = GuidanceCallback(task=task), Die(1, interrupt)
+    trainer = trainer_for(None, task_data(1), tmp_path, [callback], model_init=lambda: base_model())
+    monkeypatch.setattr(trainer, "_hp_search_setup", lambda trial: None)
+    for trial in ({"trial": 1}, {"trial": 2}, {"trial": 3}, None):
+        if trial == {"trial": 2}:
+            trainer.add_callback(pruned)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(trial=trial)
+            trainer.remove_callback(pruned)
+        else:
+            trainer.train(trial=trial)
+        assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == (task or 0)
+        assert is_active(trainer) == (task == 1)
+    assert "begun before" not in caplog.text
 
 
 def test_anchor_given_as_tensors_and_full_model(tmp_path):
@@ -934,9 +1047,37 @@ def test_resume_of_a_checkpoint_without_the_callback(tmp_path):
     }
 
 
-def test_resume_of_the_former_task_raises(tmp_path, halfway):
-    with pytest.raises(ValueError, match="written in task 1 .*task=2.*output_dir"):
-        halfway(GuidanceCallback(task=2)).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("task", [0, 2])
+def test_resume_of_another_task_raises(tmp_path, halfway, task, known):
+    """Also if only the optimizer knows the number: the callback's state is not in the file."""
+    if not known:
+        path = tmp_path / "checkpoint-3" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        del state["stateful_callbacks"]["GuidanceCallback"]
+        path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"written in task 1 .*task={task}.*output_dir"):
+        halfway(GuidanceCallback(task=task)).train(resume_from_checkpoint=True)
+
+
+def test_a_first_task_that_was_not_guided_is_not_silently_resumed_as_one_that_is(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    model = lora(base_model())
+    anchor = trainable(model)
+    trainer_for(
+        model, task_data(1), tmp_path, [GuidanceCallback()], max_steps=2, **saving
+    ).train()  # fmt: skip
+    for name, arguments in (
+        ("guide_first_task=True", {"guide_first_task": True}), ("anchor=", {"anchor": anchor})
+    ):  # fmt: skip
+        caplog.clear()
+        trainer = trainer_for(
+            lora(base_model()), task_data(1), tmp_path, [GuidanceCallback(**arguments)],
+            max_steps=2, **saving,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert_told(caplog, f"{name} of this callback is not in force: task 0 was resumed")
+        assert not is_active(trainer)
 
 
 def test_resume_of_a_task_that_has_ended_warns(tmp_path, caplog):
@@ -1092,6 +1233,24 @@ def test_importance_that_cannot_be_carried_is_told(tmp_path, caplog, monkeypatch
     trainer_for(model, task_data(0), tmp_path, [GuidanceCallback()], options=WEIGHED).train()
     assert_told(caplog, "the importance of this training is not carried to the next one: flat")
     assert not (tmp_path / "importance.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["importance.safetensors", ".importance.safetensors.part"])
+def test_importance_that_cannot_be_written_loses_neither_count_nor_sums(tmp_path, caplog, name):
+    """A full disk, or a folder that only others may write into."""
+    (tmp_path / "0" / name / "in the way").mkdir(parents=True)
+    model = lora(base_model())
+    for task in range(2):
+        callback = GuidanceCallback()
+        trainer = trainer_for(
+            model, task_data(task), tmp_path / str(task), [callback], options=WEIGHED, max_steps=2
+        )
+        trainer.train()
+    assert_told(caplog, "importance.safetensors was not written into ")
+    assert importances(trainer) and is_active(trainer)
+    assert dgg.unwrap(trainer.optimizer).param_groups[0]["task_index"] == 1
+    assert [path.name for path in (tmp_path / "0").iterdir()] == [name]
+    assert load_file(tmp_path / "1" / "importance.safetensors")
 
 
 def test_auto_of_the_callback_is_logged(tmp_path, caplog):

@@ -32,8 +32,8 @@ def model():
     return transformers.LlamaForSequenceClassification(config)
 
 
-def trainer(tmp_path, net, *, kind=transformers.Trainer, **arguments):
-    """A Trainer as a framework makes it: no optimizer, no callback."""
+def trainer(tmp_path, net, *, kind=transformers.Trainer, given=None, **arguments):
+    """A Trainer as a framework makes it: no optimizer, no callback, if none is ``given``."""
     rows = [{"input_ids": torch.tensor([1, 2 + k % 8]), "labels": k % 2} for k in range(32)]
     arguments = {"learning_rate": 3e-3, "max_steps": 4, "logging_steps": 1, **arguments}
     return kind(
@@ -42,7 +42,7 @@ def trainer(tmp_path, net, *, kind=transformers.Trainer, **arguments):
             str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
             **arguments,
         ),
-        train_dataset=rows,
+        train_dataset=rows, **(given or {}),
     )  # fmt: skip
 
 
@@ -110,6 +110,59 @@ def test_trainers_made_before_and_after_are_as_they_were(install, tmp_path):
         made.train()
         assert isinstance(made.optimizer.optimizer, dgg.AdamW) == guided
         assert (handle.callback in made.callback_handler.callbacks) == guided
+
+
+def alphas(made):
+    made.train()
+    return {group["alpha"] for group in dgg.unwrap(made.optimizer).param_groups}
+
+
+@pytest.mark.parametrize("way", ["class", "object"])
+def test_an_optimizer_that_a_trainer_is_given_keeps_its_alpha(install, tmp_path, way):
+    install(0.5, task=1)
+    net = model()
+    given = (
+        {"optimizer_cls_and_kwargs": (dgg.AdamW, {"alpha": 0.3})}
+        if way == "class"
+        else {"optimizers": (dgg.AdamW(net.parameters(), alpha=0.3), None)}
+    )
+    made = trainer(tmp_path, net, given=given)
+    assert alphas(made) == {0.3} and dgg.hf.is_active(made)
+    assert dgg.unwrap(made.optimizer).param_groups[0]["task_index"] == 1
+    assert alphas(trainer(tmp_path, model())) == {0.5}
+
+
+@pytest.mark.parametrize(("own", "expected"), [(0.7, 0.7), (None, 0.5)])
+def test_a_callback_that_a_trainer_is_given_is_the_only_one(install, tmp_path, own, expected):
+    handle = install(alpha=0.5)
+    callback = dgg.hf.GuidanceCallback(own, task=1)
+    made = trainer(tmp_path, model(), given={"callbacks": [callback]})
+    assert alphas(made) == {expected} and dgg.hf.is_active(made)
+    guides = [c for c in made.callback_handler.callbacks if isinstance(c, type(callback))]
+    assert guides == [callback] and handle.callback is not callback
+
+
+def test_what_others_have_put_in_after_it_stays(install, tmp_path, monkeypatch):
+    """As unsloth does; a second install() takes out the first one."""
+    monkeypatch.setattr(transformers.Trainer, "__init__", transformers.Trainer.__init__)
+    first, called = install(0.2), []
+    ours = transformers.Trainer.__init__
+
+    def theirs(self, *args, **kwargs):
+        called.append(True)
+        ours(self, *args, **kwargs)
+
+    transformers.Trainer.__init__ = theirs
+    second = install(0.4)
+    made = trainer(tmp_path, model())
+    guides = [c for c in made.callback_handler.callbacks if type(c) is type(second.callback)]
+    assert called and guides == [second.callback]
+    second.remove()
+    assert transformers.Trainer.__init__ is theirs
+    first.remove()
+    made = trainer(tmp_path, model())
+    assert len(called) == 2
+    assert not any(type(c) is type(second.callback) for c in made.callback_handler.callbacks)
 
 
 class TrainsMore(transformers.Trainer):
@@ -185,6 +238,34 @@ def test_losses_that_take_turns_are_no_fault(install, tmp_path):
     made = trainer(tmp_path, model(), kind=TakesTurns)
     made.train()
     assert all(scale.item() != 2.0 for scale in made.scales) and made.scale.item() == 1.0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_of_which_the_first_batch_uses_none(install, tmp_path, frozen):
+    """The Trainer holds a loss for each data set, as sentence-transformers' does."""
+    install(0.2, task=1)
+
+    class HasLosses(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.losses = {"plain": torch.nn.Identity(), "trained": torch.nn.Linear(1, 1)}
+            self.last = "trained" if frozen else "plain"
+
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs)
+            used, self.last = self.losses[self.last], "trained"
+            return used(loss.reshape(1)).square().sum()
+
+        def get_optimizer_cls_and_kwargs(self, args, model=None):
+            cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+            params = [p for m in (model, *self.losses.values()) for p in m.parameters()]
+            return cls, {**options, "optimizer_dict": [{"params": params}]}
+
+    net = model().requires_grad_(not frozen)
+    made = trainer(tmp_path, net, kind=HasLosses)
+    before = made.losses["trained"].weight.item()
+    made.train()
+    assert made.losses["trained"].weight.item() != before and dgg.hf.is_active(made)
 
 
 def test_arguments_are_read_when_the_optimizer_is_made(install, tmp_path):

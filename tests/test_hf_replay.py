@@ -203,6 +203,36 @@ def test_same_trainer_next_task(tmp_path):
     assert [group["max_grad_norm"] for group in opt.param_groups] == [0.05, 0.05]
 
 
+def test_the_smaller_bound_holds_wherever_it_was_set(tmp_path):
+    """In the groups, too; and a bound that was handed over is none of the optimizer's own."""
+
+    def bounds(trainer, resume=None):
+        trainer.train(resume_from_checkpoint=resume)
+        return {group["max_grad_norm"] for group in dgg.unwrap(trainer.optimizer).param_groups}
+
+    model, memory = llama(), memory_of(1)
+    trainer = trainer_for(
+        model, task_data(3), tmp_path, memory, max_steps=1, max_grad_norm=0.5, save_strategy="steps"
+    )
+    assert bounds(trainer) == {0.5}
+    opt = dgg.unwrap(trainer.optimizer)
+    trainer.args.max_grad_norm = 2.0
+    assert bounds(trainer) == {2.0}
+    for group in opt.param_groups:
+        group["max_grad_norm"] = 1.0
+    assert bounds(trainer) == {1.0}
+    trainer.args.max_grad_norm = 0.25
+    assert bounds(trainer) == {0.25}
+    # The next Trainer, with the same optimizer.
+    other = trainer_for(model, task_data(3), tmp_path, memory, max_steps=1, max_grad_norm=3.0)
+    other.optimizer = opt
+    assert bounds(other) == {1.0}
+    # A process of its own, which asks for more than the one that was killed.
+    saved = str(tmp_path / "checkpoint-1")
+    again = trainer_for(llama(), task_data(3), tmp_path, memory, max_steps=2, max_grad_norm=3.0)
+    assert bounds(again, saved) == {3.0}
+
+
 def test_first_task_is_the_trainers(tmp_path):
     """With an empty buffer nothing differs, not the clipping before the step either."""
     model, plain = llama(), llama()
@@ -480,6 +510,23 @@ def test_resume_of_a_checkpoint_without_a_buffer_warns(tmp_path, caplog):
     (record,) = [r for r in caplog.records if "has no replay buffer" in r.getMessage()]
     assert (record.name, record.pathname, record.levelname) == ("dgg.hf", __file__, "WARNING")
     assert ".train(" in linecache.getline(__file__, record.lineno)
+
+
+@pytest.mark.parametrize("left", ["zeros", "half", "nothing"])
+def test_a_damaged_memory_is_named_and_not_taken_for_unknown_types(left, tmp_path):
+    trainer_for(llama(), task_data(3), tmp_path, memory_of(1), max_steps=3, **SAVING).train()
+    path = tmp_path / "checkpoint-3" / "replay_buffer.pt"
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"zeros": bytes(len(whole)), "half": whole[: len(whole) // 2], "nothing": b""}[left]
+    )
+    trainer = trainer_for(llama(), task_data(3), tmp_path, memory_of(), **SAVING)
+    with pytest.raises(RuntimeError, match=r"replay_buffer\.pt is damaged .* remove the file"):
+        trainer.train(resume_from_checkpoint=True)
+    path.unlink()
+    filled = trainer_for(llama(), task_data(3), tmp_path, memory_of(1), **SAVING)
+    filled.train(resume_from_checkpoint=True)  # the remedy
+    assert filled.state.global_step == STEPS
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Parts that wrappers put anywhere into names, and that no other module has as its name.
-_RESERVED = {
+RESERVED = {
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 }  # fmt: skip
 # Words that wrappers put before names, but that may also be names of modules: of DDP and engines,
@@ -27,7 +27,7 @@ _HEAD = "pretrained_model."
 
 def plain(name: str) -> str:
     """Returns a name without the reserved parts of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _RESERVED)
+    return ".".join(part for part in name.split(".") if part not in RESERVED)
 
 
 def names_of_parameters(model: torch.nn.Module | None) -> dict[Tensor, list[str]]:
@@ -282,14 +282,14 @@ def _base_names(path: str, root: Any) -> Callable[[str], str | None]:
             return plain(name)
         parts = name[len(before) :].split(".")
         at = len(outer)
-        if tuple(part for part in parts if part not in _RESERVED)[:at] != outer:
+        if tuple(part for part in parts if part not in RESERVED)[:at] != outer:
             return None
-        while at and tuple(p for p in parts[:at] if p not in _RESERVED) != outer:
+        while at and tuple(p for p in parts[:at] if p not in RESERVED) != outer:
             at += 1
         kept = []
         while at < len(parts):
             skips = skips_in.get(".".join(parts[:at]))
-            if skips is None or parts[at] in _RESERVED:
+            if skips is None or parts[at] in RESERVED:
                 kept.append(parts[at])
                 at += 1
             elif parts[at] in skips:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,13 +15,14 @@ from dgg import _arguments, _callers, optim, sharding
 from dgg._literals import Alphas, TensorsOrPath
 from dgg._signatures import listed
 from dgg.anchor.importance import check_form
+from dgg.hf import between_trainings as between
 from dgg.hf import importance as importances
 from dgg.optim import summary
 from dgg.optim.unwrap import find
 from dgg.step.journal import Reader
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import CallbackHandler, ExportableState
 except ImportError as error:  # pragma: no cover - needs an environment without transformers
     raise ImportError(
@@ -32,10 +32,6 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 __all__ = ["GuidanceCallback", "is_active"]
 
 logger = logging.getLogger("dgg.hf")  # the name in the documentation
-
-# Number of finished trainings by model, so that tasks are counted also in scripts that make a new
-# Trainer and a new callback for every task.
-_tasks_done: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @listed
@@ -65,8 +61,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
 
     Args:
         alpha: Probability of injecting, or ``"auto"``: one for all tasks, one per task in order, or
-            a mapping from task number to alpha. None leaves the optimizer's own.
-        task: Number of the first task this callback sees, from 0; None counts by itself.
+            a mapping from task number to alpha. None leaves the optimizer's own. Groups with
+            ``alpha=0`` beside others stay as they are.
+        task: Number of the first task this callback sees, from 0; None counts by itself. A model's
+            count then begins anew with it.
         anchor: The anchor of the first task this callback sees, instead of the weights it begins
             with: named tensors, or a path as `dgg.AdamW.set_anchor` takes it: a safetensors file
             or a directory written by ``save_pretrained`` (a model, an adapter), a Trainer's last
@@ -114,6 +112,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         # Of the present training, or of the last one.
         self._task: int | None = None
         self._guided = self._running = self._stepped = False
+        self._before_trial: list[int | None] = []  # in a search: the task before it
         self._origin = ""
         self._read: Reader | None = None  # of the optimizer's journal, from the training's begin on
         # By weak references, so that the adapters of former tasks are freed.
@@ -134,6 +133,10 @@ class GuidanceCallback(TrainerCallback, ExportableState):
             # Under DeepSpeed the optimizer has flat partitions instead of the model's parameters.
             self._check_parameters(opt, model)
         _warn_of_ignored_lr(args, opt)
+        if self._before_trial:  # also if the trial was pruned
+            self._task, self._running = self._before_trial.pop(), False
+        if state.is_hyper_param_search:  # every trial is the same task again
+            self._before_trial.append(self._task)
         saved_states: Any = state.stateful_callbacks
         saved = saved_states.get(type(self).__name__)
         if isinstance(saved, list):
@@ -149,11 +152,12 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         _stand_before_loggers(self)
 
     def _begin(self, opt, model: nn.Module) -> None:
-        task = self._upcoming(model)
-        interrupted = self._running and task == self._task
+        task, core = self._upcoming(model), between.core(model)
+        interrupted = (self._running and task == self._task) or between.unfinished.get(core) == task
         alpha = self._alpha_of(task)
         guided = task > 0 or self.guide_first_task or self._anchor_source is not None
-        if guided and interrupted and opt._count_anchors():
+        kept = opt._count_anchors() > 0 and opt.param_groups[0]["task_index"] == task
+        if guided and interrupted and kept:
             self._origin = "kept from before the interruption"
         elif guided:
             if interrupted:
@@ -166,10 +170,16 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             # An anchor set by hand before the first task stays.
             guided = opt._count_anchors() > 0
+            if interrupted and not guided:
+                logger.warning(
+                    "task %d was begun before and did not reach its end: it is begun anew and, as "
+                    "the first task, not guided; if this is the next one, pass task=%d", task,
+                    task + 1, stacklevel=_callers.stacklevel(),
+                )  # fmt: skip
             self._origin = "set before the training"
-        for group in opt.param_groups:
+        for group, left_out in zip(opt.param_groups, between.unguided_groups(opt), strict=True):
             group["task_index"] = task
-            if alpha is not None:
+            if alpha is not None and not left_out:
                 group["alpha"] = alpha
         self._task, self._guided = task, guided
 
@@ -180,7 +190,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         else:
             self._origin = "the tensors given" if isinstance(source, Mapping) else str(source)
         # Not set_anchor(): the Trainer's state says where a task begins, not the optimizer's.
-        weights = importances.source_of(opt, _core(model), self._importance_source, source)
+        weights = importances.source_of(opt, between.core(model), self._importance_source, source)
         named = source is not None or weights is not None
         opt._place_anchor(source, model=model if named else None, task=task, importance=weights)
 
@@ -189,13 +199,13 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         task = saved.get("_task")
         if task is None:
             task = opt.param_groups[0]["task_index"] if anchored else self._upcoming(model)
-        elif task < (self.first_task or 0):
+        if self.first_task not in (None, task):
             raise ValueError(
                 f"the checkpoint was written in task {task} and this is GuidanceCallback(task="
-                f"{self.first_task}): resuming would train the former task again. Give every task "
-                "an output_dir of its own, or set task= to the checkpoint's"
+                f"{self.first_task}): resuming would train task {task} further. Give every task "
+                "an output_dir of its own, or set task= (DGG_TASK) to the checkpoint's"
             )
-        elif task < self._upcoming(model):
+        if task < self._upcoming(model):
             logger.warning(
                 "the checkpoint was written in task %d, which came to its end already: it is "
                 "trained further; give every task an output_dir of its own if that is not meant",
@@ -213,8 +223,17 @@ class GuidanceCallback(TrainerCallback, ExportableState):
                     "GuidanceCallback(anchor=...) with the previous task's weights"
                 )
             self._set_anchor(opt, model, task)
+        elif not was_guided and (self.guide_first_task or source is not None):
+            logger.warning(
+                "%s of this callback is not in force: task %d was resumed and goes on unguided, as "
+                "it began; begin it anew to have it guided",
+                "guide_first_task=True" if source is None else "anchor=", task,
+                stacklevel=_callers.stacklevel(),
+            )  # fmt: skip
         self._task, self._guided = task, opt._count_anchors() > 0
-        alpha, resumed_alpha = self._alpha_of(task), opt.param_groups[0]["alpha"]
+        alpha = self._alpha_of(task)
+        left_out, groups = between.unguided_groups(opt), opt.param_groups
+        resumed_alpha = groups[left_out.index(False)]["alpha"]
         if alpha is not None and alpha != resumed_alpha:
             logger.warning(
                 "alpha=%s of this callback is not in force: task %d was resumed and goes on with "
@@ -226,13 +245,16 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Counts the task as done; the next training is another one."""
         self._running = False
         if state.is_hyper_param_search:
-            return  # Every trial is the same task again.
+            return
+        core = between.core(kwargs["model"])
+        done = 0 if self._task is None else self._task + 1
+        if self.first_task is None:  # else it begins a series anew
+            done = max(done, between.tasks_done.get(core, 0))
+        between.tasks_done[core] = done
+        between.unfinished.pop(core, None)
         self._anchor_source = self._importance_source = self.first_task = None
-        core = _core(kwargs["model"])
         opt, writes = _found(kwargs["optimizer"]), state.is_world_process_zero
         importances.keep(opt, kwargs["model"], core, args.output_dir, writes=writes)
-        done = 0 if self._task is None else self._task + 1
-        _tasks_done[core] = max(done, _tasks_done.get(core, 0))
 
     def _upcoming(self, model: nn.Module) -> int:
         if self.first_task is not None:
@@ -240,7 +262,7 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         if self._running and self._task is not None:
             return self._task
         upcoming = 0 if self._task is None else self._task + 1
-        return max(upcoming, _tasks_done.get(_core(model), 0))
+        return max(upcoming, between.tasks_done.get(between.core(model), 0))
 
     def _alpha_of(self, task: int) -> float | str | None:
         alpha = self.alpha
@@ -266,19 +288,20 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         groups = _groups(opt)
         params = [p for group in groups for p in group["params"]]
         held, name_of = set(params), {p: name for name, p in model.named_parameters()}
+        others = {p for module in _modules_beside_the_model() for p in module.parameters()}
         trained = {p: name for p, name in name_of.items() if p.requires_grad}
         missing = [name for p, name in trained.items() if p not in held]
         labels = _arguments.group_labels(groups)
         labelled = [(self._names.get(p) or n, p) for n, p in zip(labels, params, strict=True)]
-        outside = [(label, p) for label, p in labelled if p not in name_of]
+        outside = [(label, p) for label, p in labelled if p not in name_of and p not in others]
         if missing or (outside and not trained):
             dead = [label for label, _ in outside]
             if missing:
                 # Parameters frozen on purpose are no fault, unless others replaced them.
                 dead += [n for p, n in name_of.items() if p in held and not p.requires_grad]
             raise _other_parameters(missing, dead)
-        # A framework may train more than the model, as the classifier of a loss. Whether these
-        # are removed adapters is known when there are gradients.
+        # A Trainer may train more than it holds in modules. Whether these are removed adapters is
+        # known when there are gradients.
         self._outside = [(label, p) for label, p in outside if p.requires_grad]
         self._names.update(trained)
 
@@ -307,6 +330,8 @@ class GuidanceCallback(TrainerCallback, ExportableState):
         """Says once what is at work."""
         if not self._stepped:
             self._stepped = True
+            if self._task is not None and not state.is_hyper_param_search:
+                between.unfinished[between.core(kwargs["model"])] = self._task
             if state.is_world_process_zero:
                 logger.info("%s", self._describe(_found(kwargs["optimizer"])))
 
@@ -375,6 +400,19 @@ def _groups(opt) -> list[dict[str, Any]]:
     return getattr(opt, "optimizer", opt).param_groups
 
 
+def _modules_beside_the_model() -> Iterator[nn.Module]:
+    """Yields what else a Trainer among the callers trains, as the losses of sentence-transformers.
+
+    With a loss for each data set there are steps without a gradient of some, or of all of them.
+    """
+    for trainer, _ in _callers.methods("train"):
+        if isinstance(trainer, Trainer):
+            for name, value in vars(trainer).items():
+                values = value.values() if isinstance(value, Mapping) else [value]
+                if name not in ("model", "model_wrapped"):
+                    yield from (x for x in values if isinstance(x, nn.Module))
+
+
 def _refuse_engines(args, guidance: optim.Guidance) -> None:
     """Refuses a `dgg.Guidance` where a checkpoint would not carry it."""
     sharded = any(sharding.is_dtensor(p) for group in _groups(guidance) for p in group["params"])
@@ -415,13 +453,6 @@ def _other_parameters(missing: Sequence[str], dead: Sequence[str]) -> ValueError
         "after the optimizer was built: make a new Trainer (or set trainer.optimizer = None) after "
         "changing adapters, and freeze (requires_grad_(False)) what is not to be trained"
     )
-
-
-def _core(model: nn.Module) -> nn.Module:
-    # The model inside peft's wrapper: it outlives merge_and_unload and a second get_peft_model.
-    inner: Any = getattr(model, "get_base_model", None)
-    core: Any = inner() if callable(inner) else model
-    return core
 
 
 def _shown(names: Sequence[str], most: int = 6) -> str:

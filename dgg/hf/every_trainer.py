@@ -46,10 +46,13 @@ class Installed:
     """What `install` has put into transformers; `remove` takes it out again.
 
     Attributes:
-        callback: The `GuidanceCallback` of every Trainer.
+        callback: The `GuidanceCallback` of every Trainer whose optimizer is made here.
     """
 
-    def __init__(self, optimizer: type, options: dict[str, Any], callback: GuidanceCallback):
+    def __init__(
+        self, optimizer: type, options: dict[str, Any],
+        callback: GuidanceCallback, other: GuidanceCallback,
+    ) -> None:  # fmt: skip
         self.callback = callback
         self._former = former = _trainer.__init__
         choice = vars(_trainer)["get_optimizer_cls_and_kwargs"]
@@ -60,19 +63,27 @@ class Installed:
         @functools.wraps(former)
         def begin(trainer: Any, *args: Any, **kwargs: Any) -> None:
             former(trainer, *args, **kwargs)
+            if not self._works:
+                return
             # What a Trainer is given stays; the callback tells if it is none of dgg's.
-            if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+            makes = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
+            if makes:
                 _chosen(optimizer, options, trainer.args)  # what is wrong is said here
                 trainer._dgg_choice = optimizer, options
-            trainer.add_callback(callback)
+            callbacks = trainer.callback_handler.callbacks
+            if not any(isinstance(known, GuidanceCallback) for known in callbacks):
+                trainer.add_callback(callback if makes else other)
 
+        self._begin, self._works = begin, True
         _trainer.__init__ = begin
 
     def remove(self) -> None:
         """Gives the Trainers that are made from here on what they had before."""
         global _installed
+        self._works = False
         if _installed is self:
             _installed = None
+        if _trainer.__init__ is self._begin:  # else another library has put its own around it
             _trainer.__init__ = self._former
 
 
@@ -110,8 +121,9 @@ def install(
     for scripts that are not to be changed: call it before they make their Trainer, in every
     process. Learning rate, betas and eps come from the training's arguments, weight decay too;
     what the Trainer's class adds, such as learning rates by name, stays. Trainers that are given
-    an optimizer of their own keep it; the callback then stops the training if it is none of dgg's.
-    A second call takes the place of the first.
+    an optimizer of their own keep it and its alpha; the callback then stops the training if it is
+    none of dgg's. Trainers that are given a `GuidanceCallback` keep that one alone. A second call
+    takes the place of the first.
 
     Args:
         alpha: As in `GuidanceCallback`: for all tasks, or by task.
@@ -151,8 +163,10 @@ def install(
         if not value.isascii() or not value.isdigit():
             raise ValueError(f"{TASK_VARIABLE}={value!r} must be the number of the task, from 0")
         task = int(value)
-    callback = GuidanceCallback(alpha, task=task, anchor=anchor)
+    callback, other = (GuidanceCallback(x, task=task, anchor=anchor) for x in (alpha, None))
+    if isinstance(callback.alpha, (float, str)):
+        options["alpha"] = callback.alpha  # in force also under a callback of the Trainer's own
     if _installed is not None:
         _installed.remove()
-    _installed = Installed(optimizer, options, callback)
+    _installed = Installed(optimizer, options, callback, other)
     return _installed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -47,12 +48,22 @@ def keep(opt, model: nn.Module, core: nn.Module, output_dir: str | None, *, writ
         if writes:
             whole[name] = value.contiguous().to("cpu")
     if writes and not any(value.is_complex() for value in whole.values()):
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        os.makedirs(output_dir, exist_ok=True)
         part = os.path.join(output_dir, f".{FILE}.part")
-        save_file(whole, part)
-        os.replace(part, os.path.join(output_dir, FILE))  # whole or not at all
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(whole, part)
+            os.replace(part, os.path.join(output_dir, FILE))  # whole or not at all
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            logger.warning(
+                "%s was not written into %s (%s): the next Trainer of this process has it, another "
+                "process needs opt.importance_dict(model=model), saved before this one ends",
+                FILE, output_dir, error, stacklevel=_callers.stacklevel(),
+            )  # fmt: skip
 
 
 def source_of(

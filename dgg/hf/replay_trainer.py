@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import pickle
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,17 @@ if TYPE_CHECKING:  # it stands before a Trainer's class in the bases of every cl
     _Trainer = Trainer
 else:
     _Trainer = object
+
+
+# The bound of an optimizer's own, and the one that a Trainer has put into its groups.
+_handed: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _own_bound(opt) -> Any:
+    """Returns the `max_grad_norm` of an optimizer without that of a former training."""
+    bound = opt.param_groups[0]["max_grad_norm"]  # of all groups
+    own, handed = _handed.get(opt, (bound, bound))
+    return own if bound == handed else bound
 
 
 class _Replay(_Trainer):
@@ -187,9 +198,11 @@ class _Replay(_Trainer):
                 "ones: set max_grad_norm=0 in the TrainingArguments, and max_grad_norm among the "
                 "optimizer's arguments"
             )
-        own = opt.defaults["max_grad_norm"]
+        own = _own_bound(opt)
+        smaller = bound if own is None else min(own, bound)
         for group in opt.param_groups:
-            group["max_grad_norm"] = bound if own is None else min(own, bound)
+            group["max_grad_norm"] = smaller
+        _handed[opt] = own, smaller
         self._clips_in_step = True
 
     def _clip_grad_norm(self, model):
@@ -215,9 +228,12 @@ class _Replay(_Trainer):
             torch.save(self.replay_buffer.state_dict(), os.path.join(output_dir, MEMORY_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.replay_buffer is None:
-            return
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        opt = _unwrap(self.optimizer, type(self).__name__)
+        own = _own_bound(opt)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        _handed[opt] = own, opt.param_groups[0]["max_grad_norm"]  # by the Trainer that saved it
         path = os.path.join(checkpoint, MEMORY_NAME)
         if not os.path.isfile(path):
             logger.warning(
@@ -228,10 +244,15 @@ class _Replay(_Trainer):
         try:
             with safe_globals():
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # what a damaged file raises is of many kinds
+            if "add_safe_globals" in str(error):
+                raise RuntimeError(
+                    f"{path} has examples of types that torch does not load unasked: name them "
+                    f"with torch.serialization.add_safe_globals([...]) before resuming ({error})"
+                ) from error
             raise RuntimeError(
-                f"{path} has examples of types that torch does not load unasked: name them with "
-                f"torch.serialization.add_safe_globals([...]) before resuming ({error})"
+                f"{path} is damaged or no replay buffer: resume from another checkpoint, or remove "
+                "the file and give the Trainer a buffer that is filled already"
             ) from error
         self.replay_buffer.load_state_dict(state)
 
