@@ -899,6 +899,7 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
         # By name: every rank has its part of the whole tensors.
         named = {n: torch.randn(p.shape) for n, p in network().named_parameters()}
         optimizer.set_anchor(named, model=engine.module)
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
         optimizer.set_anchor(named)
         assert optimizer.param_groups[0]["task_index"] == 2
         pieces = [p for p in optimizer._driver.partitions]
@@ -928,6 +929,11 @@ def run_misuses(rank: int, world: int, folder: str) -> None:
         assert not any("anchor" in entry for entry in optimizer.state.values())
         step(engine)
         assert not bool(optimizer.guidance_stats()["injected"])
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+        if stage < 3:  # a step shows one group of the new list at a time
+            ranks.refused(RuntimeError, "Change it in place", lambda e=engine: step(e))
+        else:
+            step(engine)
         engine.destroy()
 
     bf16 = {"bf16": {"enabled": True}}

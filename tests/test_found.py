@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Faults that a review has found, each with the smallest program that shows it."""
 
-import copy
 import math
 import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 import dgg
 
@@ -28,158 +22,6 @@ def fit(model, opt, steps=2):
 def two_layers():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
-
-
-# -- groups and checkpoints -----------------------------------------------------------------------
-
-
-def test_a_group_that_was_taken_out_and_put_back_loads_again():
-    """A layer is frozen for a while by taking its group out: anchors stay, the count does not."""
-    model = two_layers()
-    opt = dgg.AdamW([{"params": layer.parameters()} for layer in model], alpha=1.0)
-    fit(model, opt)
-    opt.set_anchor()
-    opt.add_param_group(opt.param_groups.pop())
-    fit(model, opt)
-    assert opt.guidance_stats()["guided"] == 2
-    again = dgg.AdamW([{"params": layer.parameters()} for layer in model], alpha=1.0)
-    again.load_state_dict(opt.state_dict())  # ValueError: ... 0 anchored parameters, but 1 ...
-    assert again.state[model[1].weight]["anchor"].equal(opt.state[model[1].weight]["anchor"])
-
-
-def test_a_new_list_of_groups_is_the_one_that_set_anchor_marks():
-    """Accelerate's wrapper sets it, too; set_anchor() goes on with the former list."""
-    model = two_layers()
-    opt = dgg.AdamW(model.parameters(), alpha=1.0)
-    opt.param_groups = [dict(group) for group in opt.param_groups]
-    fit(model, opt)
-    opt.set_anchor()
-    (group,) = opt.param_groups
-    assert (group["task_index"], group["anchored"]) == (1, 2)
-    dgg.AdamW(model.parameters(), alpha=1.0).load_state_dict(opt.state_dict())
-
-
-def test_importance_counts_former_tasks_with_a_new_list_of_groups():
-    model = two_layers()
-    opt = dgg.AdamW(model.named_parameters(), alpha=1.0, importance=0.5)
-    opt.param_groups = [dict(group) for group in opt.param_groups]
-    sums = []
-    for _ in range(2):
-        fit(model, opt)
-        sums.append(opt.importance_dict()["0.weight"].mean())
-        opt.set_anchor()
-    assert opt.param_groups[0]["importance_mean"] > 0
-    assert sums[1] > 1.5 * sums[0]
-
-
-def test_anchors_of_named_parameters_do_not_land_on_others():
-    """Both sides have names, and say that the order differs."""
-    model = two_layers()
-    named = list(model.named_parameters())
-    opt = dgg.AdamW(named, alpha=1.0)
-    fit(model, opt)
-    opt.set_anchor()
-    again = dgg.AdamW(named[::-1], alpha=1.0)
-    try:
-        again.load_state_dict(opt.state_dict())
-    except ValueError:
-        return  # refused, with the names
-    for param in model.parameters():
-        assert torch.equal(again.state[param]["anchor"], opt.state[param]["anchor"])
-
-
-def test_a_load_does_not_exchange_the_names_that_set_anchor_goes_by():
-    """torch puts the checkpoint's names over the groups' own."""
-    model = two_layers()
-    named = list(model.named_parameters())
-    opt = dgg.AdamW(named, alpha=1.0)
-    fit(model, opt)
-    again = dgg.AdamW(named[::-1], alpha=1.0)
-    try:
-        again.load_state_dict(opt.state_dict())
-    except ValueError:
-        return
-    again.set_anchor(model.state_dict())
-    for param in model.parameters():
-        assert torch.equal(again.state[param]["anchor"], param)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("state_dtype", torch.float32), ("anchor_dtype", torch.float32),
-        ("importance_dtype", torch.float32), ("anchor_device", "cpu"), ("backend", "reference"),
-        ("master_weights", True), ("stochastic_rounding", True),
-    ],
-)  # fmt: skip
-def test_a_group_with_an_option_that_groups_have_not_is_an_error(option, value):
-    param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=option):
-        dgg.AdamW([{"params": [param], option: value}])
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("seed", 5), ("anchor_dtype", torch.bfloat16), ("backend", "reference"),
-     ("stochastic_rounding", True), ("master_weights", True)],
-)  # fmt: skip
-def test_an_attribute_that_no_step_reads_is_an_error(option, value):
-    """As ``opt.alpha = 0.1`` is; a seed per task is what the documentation recommends."""
-    opt = dgg.AdamW([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(AttributeError):
-        setattr(opt, option, value)
-
-
-def test_a_copy_of_a_resumed_optimizer_keeps_its_anchor_as_well():
-    model = two_layers()
-    opt = dgg.AdamW(model.parameters())
-    fit(model, opt)
-    opt.set_anchor(task=1)
-    fit(model, opt)
-    resumed = dgg.AdamW(model.parameters())
-    resumed.load_state_dict(opt.state_dict())
-    with pytest.raises(RuntimeError, match="just resumed"):
-        resumed.set_anchor()
-    with pytest.raises(RuntimeError, match="just resumed"):
-        copy.deepcopy(resumed).set_anchor()
-
-
-def regrouped(opt_groups, again_groups, anchored):
-    """Saves and loads with torch's helper, by name and so with any groups."""
-    model, again_model = two_layers(), two_layers()
-    opt = dgg.AdamW(opt_groups(model), alpha=1.0)
-    fit(model, opt)
-    if anchored:
-        opt.set_anchor()
-    again = dgg.AdamW(again_groups(again_model), alpha=1.0)
-    options = StateDictOptions(full_state_dict=True)
-    saved = get_optimizer_state_dict(model, opt, options=options)
-    set_optimizer_state_dict(again_model, again, copy.deepcopy(saved), options=options)
-    for one, other in zip(model.parameters(), again_model.parameters(), strict=True):
-        for name, value in opt.state[one].items():
-            assert torch.equal(again.state[other][name], value)
-    return again
-
-
-def one_group(model):
-    return list(model.parameters())
-
-
-def two_groups(model):
-    return [{"params": layer.parameters()} for layer in model]
-
-
-def test_a_distributed_checkpoint_of_two_groups_loads_into_one():
-    """The remedy in the error, prepare_for_load(), does not help."""
-    again = regrouped(two_groups, one_group, anchored=True)
-    assert again.param_groups[0]["anchored"] == 2
-
-
-@pytest.mark.parametrize("anchored", [False, True])
-def test_a_distributed_checkpoint_of_one_group_loads_into_two(anchored):
-    """torch.optim.AdamW loads it; without an anchor there is not even guidance in it."""
-    again = regrouped(one_group, two_groups, anchored)
-    assert [group["anchored"] for group in again.param_groups] == [anchored] * 2
 
 
 # -- gradients --------------------------------------------------------------------------------

@@ -227,6 +227,56 @@ def test_state_of_another_optimizer_is_refused(cls, kind):
     assert_same(before, everything(opt))
 
 
+@pytest.mark.parametrize("cls", [dgg.AdamW, dgg.SGD, dgg.Guidance])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_names_in_another_order_are_refused(cls, grouped):
+    """State goes by place: anchors and moments would land on parameters of the same shape."""
+
+    def build(named):
+        named = [{"params": [each]} for each in named] if grouped else named
+        if cls is not dgg.Guidance:
+            opt = cls(named, lr=0.1)
+            return opt, opt
+        opt = torch.optim.SGD(named, lr=0.1)
+        return opt, dgg.Guidance(opt)
+
+    named = [(name, Parameter(torch.ones(2))) for name in "abc"]
+    opt, guide = build(named)
+    stepped(opt)
+    guide.set_anchor()
+    other, loads = build([named[0], named[2], named[1]])
+    place = "parameter 0 of group 1" if grouped else "parameter 1 of group 0"
+    with pytest.raises(ValueError, match=f"{place} is 'b' in the state dict and 'c' in the opti"):
+        loads.load_state_dict(guide.state_dict())
+    assert not loads.state
+    if cls is dgg.Guidance:
+        return
+    saved = guide.state_dict()
+    for group in saved["param_groups"]:
+        del group["param_names"]  # as every checkpoint was before torch had names: by place
+    loads.load_state_dict(saved)
+    # A model in a wrapper has other names. The optimizer keeps its own, those of its model.
+    _, loads = build([(f"module.{name}", p) for name, p in named])
+    loads.load_state_dict(guide.state_dict())
+    loads.set_anchor({f"module.{name}": torch.full((2,), float(i)) for i, name in enumerate("abc")})
+    assert [loads.state[p]["anchor"][0] for _, p in named] == [0, 1, 2]
+
+
+def test_a_state_dict_by_name_may_have_its_list_of_names_in_another_order():
+    """torch's helper for distributed checkpoints puts the keys in order, and leaves the list."""
+    named = [(name, Parameter(torch.full((2,), 1.0 + i))) for i, name in enumerate("ab")]
+    opt = dgg.AdamW(named)
+    opt.set_anchor()
+    saved = opt.state_dict()
+    saved["param_groups"][0]["params"] = ["b", "a"]
+    saved["state"] = {"a": saved["state"][0], "b": saved["state"][1]}
+    other = dgg.AdamW(named[::-1])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["param_names"] == ["b", "a"]
+    for _, p in named:
+        assert torch.equal(other.state[p]["anchor"], p)
+
+
 def test_sgd_with_momentum_refuses_an_entry_without_its_buffer():
     _, opt = make(dgg.SGD, momentum=0.9)
     saved = copy.deepcopy(opt.state_dict())

@@ -30,6 +30,7 @@ import dgg
 from cases import BACKENDS, F32, make_params, set_grads
 from dgg import backends
 from dgg.backends import libraries
+from dgg.step import settings
 
 # torch warns of what dgg refuses right after.
 pytestmark = pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with dup")
@@ -43,8 +44,8 @@ OPTIONS = {"alpha": 0.9, "strength": 0.7, "max_grad_norm": 2.0, "replay_weight":
 # -- construction ---------------------------------------------------------------------------------
 
 
-def two():
-    return make_params([(3,), (2, 2)], torch.float32)
+def two(dtype=torch.float32):
+    return make_params([(3,), (2, 2)], dtype)
 
 
 def expanded():
@@ -204,6 +205,24 @@ WRONG_OPTIMIZERS = [
         ValueError,
         r"seed is one setting for the whole optimizer.*Per group: alpha, strength",
     ),
+    *(
+        (
+            f"{option} per group",
+            {"params": lambda n=option, v=value: [{"params": two(torch.bfloat16), n: v}]},
+            ValueError,
+            rf"{option} is one setting for the whole optimizer \((None|False)\), given to the",
+        )
+        for option, value in [
+            ("state_dtype", torch.float32),
+            ("anchor_dtype", torch.float32),
+            ("importance_dtype", torch.float32),
+            ("anchor_device", "cpu"),
+            ("backend", "reference"),
+            ("master_weights", True),
+            ("stochastic_rounding", True),
+            ("process_group", "a group"),
+        ]
+    ),  # fmt: skip
     (
         "max_grad_norm per group",
         {"params": lambda: [{"params": p, "max_grad_norm": 1.0 + i} for i, p in enumerate(two())]},
@@ -295,8 +314,24 @@ def test_options_are_no_attributes(cls):
             setattr(guided, name, 0.1)
     with pytest.raises(AttributeError, match=r"no attribute 'alpha'; read opt\.param_groups\[0\]"):
         guided.alpha  # noqa: B018
+    for name in settings.CONSTRUCTED:
+        assert not hasattr(guided, name)
+        with pytest.raises(
+            AttributeError, match=f"{name}.*would change no.*construct it with {name} = None"
+        ):
+            setattr(guided, name, None)
+    with pytest.raises(AttributeError, match=r"'seed'.*group\['seed'\] = 5"):
+        guided.seed = 5  # one per task, as the documentation recommends
     assert guided.state_dict() == before
-    guided.seed = 0  # a subclass may have one of its own
+
+    class Own(cls):
+        """A subclass may have a seed and a backend of its own."""
+
+    guided = Own(torch.optim.SGD(two(), lr=0.1) if cls is dgg.Guidance else two())
+    assert not hasattr(guided, "seed")
+    guided.seed, guided.backend = 5, "mine"
+    assert (guided.seed, guided.backend) == (5, "mine")
+    assert guided.param_groups[0]["seed"] == 0
     copy.deepcopy(opt).lr = 0.1  # torch.optim's own options are as they are there
 
 

@@ -131,6 +131,25 @@ def test_copies_have_all_public_attributes():
         advance(params, opt, range(5))
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda opt: pickle.loads(pickle.dumps(opt))]
+)
+def test_copies_know_what_was_resumed_and_which_task_was_named(copied):
+    """Otherwise their anchors could be replaced by accident where the original's cannot."""
+    params, opt = build("adamw", None)
+    advance(params, opt, range(5))
+    _, resumed = build("adamw", None, params)
+    resumed.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match="just resumed in task 1"):
+        copied(resumed).set_anchor()
+    _, named = build("adamw", None, params)
+    named.set_anchor(task=2)
+    with pytest.raises(
+        ValueError, match=r"set_anchor\(task=2\) was called before a state of task 1"
+    ):
+        copied(named).load_state_dict(opt.state_dict())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchor_before_the_first_step_survives(kind, backend):
@@ -467,6 +486,48 @@ def test_group_added_after_a_task(backend):
     both = torch.cat([old.grad, new.grad]).norm()
     torch.testing.assert_close(opt.guidance_stats()["grad_norm"], both)
     torch.testing.assert_close(opt.guidance_stats()["distance"], torch.tensor(10.0).sqrt() * 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_group_taken_out_and_put_back(count):
+    """As a layer is frozen for a while: its anchors have stayed, and so do draws and tasks."""
+    runs = []
+    for put_back in (True, False):
+        params = make_params(SHAPES, F32)
+        cls, hyper = OPTIMIZERS["adamw"]
+        groups = [{"params": params}] if count == 1 else [{"params": params[i::2]} for i in (0, 1)]
+        opt = cls(groups, **{**hyper, **OPTIONS})
+        advance(params, opt, range(5))
+        if put_back:
+            opt.add_param_group(opt.param_groups.pop())
+        advance(params, opt, range(5, 8), boundary=None)
+        resumed = copy.deepcopy(opt)
+        resumed.load_state_dict(opt.state_dict())
+        runs.append((params, opt))
+        for before, after in zip(opt.param_groups, resumed.param_groups, strict=True):
+            assert before["anchored"] == after["anchored"] == len(before["params"])
+    same(*runs[0], *runs[1])
+
+
+def test_new_list_of_groups():
+    """As accelerate's wrapper sets one: boundaries mark it, and former importance counts on."""
+    runs = []
+    for new in (True, False):
+        params, opt = build("adamw", None, importance=0.5)
+        advance(params, opt, range(5))
+        if new:
+            opt.param_groups = [dict(group) for group in opt.param_groups]
+        assert opt.param_groups[0]["importance_mean"] > 0
+        advance(params, opt, range(5, 10), boundary=7)
+        assert opt.param_groups[0]["task_index"] == 2
+        opt.merge_anchor("fisher")
+        copy.deepcopy(opt).load_state_dict(opt.state_dict())
+        runs.append((params, opt))
+    same(*runs[0], *runs[1])
+    assert all("anchor" in opt.state[p] for p in params)
+    for _, opt in runs:
+        opt.clear_anchor()
+        assert opt.param_groups[0]["anchored"] == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -551,6 +551,85 @@ def test_anchors_of_the_template_are_not_the_checkpoints():
             opt.load_state_dict(state)
 
 
+def grouped(sizes, *, trained=True, anchored=True, named=True, **options):
+    """A guided model of four layers, in groups of so many layers each."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(3, 3, bias=False) for _ in range(4)])
+    layers = iter(model.named_parameters() if named else model.parameters())
+    groups = [{"params": [next(layers) for _ in range(size)]} for size in sizes]
+    opt = dgg.AdamW(groups, **{**GUIDED, **options})
+    if trained:
+        step(opt, 2)
+    if trained and anchored:
+        opt.set_anchor()
+        step(opt)
+    return model, opt
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    # With names and FULL torch's helper itself ends in a KeyError.
+    [(FULL, False), (FROM_0, False), (FROM_0, True), (FLAT, False), (FLAT, True)],
+)
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [([2, 2], [4]), ([4], [2, 2]), ([4], [1, 2, 1]), ([1, 3], [2, 2])]
+)
+def test_helpers_load_into_other_groups(before, after, anchored, settings, named):
+    """They go by name, so torch.optim may have other groups than its checkpoint."""
+    source_model, source = grouped(before, anchored=anchored, named=named)
+    options = StateDictOptions(**settings)
+    given = copy.deepcopy(get_optimizer_state_dict(source_model, source, options=options))
+    model, opt = grouped(after, trained=False, named=named, seed=1)
+    set_optimizer_state_dict(model, opt, given, options=options)
+    names = [n for group in opt.param_groups for n in group.get("param_names", ())]
+    assert names == [name for name, _ in model.named_parameters() if named]
+    for p, q in zip(source_model.parameters(), model.parameters(), strict=True):
+        assert opt.state[q].keys() == source.state[p].keys()
+        assert all(torch.equal(opt.state[q][name], x) for name, x in source.state[p].items())
+        q.data.copy_(p.data)
+    for group, size in zip(opt.param_groups, after, strict=True):
+        assert group["anchored"] == size * anchored
+        whole = ("seed", "draw_index", "task_index")
+        assert [group[n] for n in whole] == [source.param_groups[0][n] for n in whole]
+    for each in (source, opt):
+        step(each, 2)
+    for p, q in zip(source_model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    copy.deepcopy(opt).load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize(("before", "after"), [([2, 2], [4]), ([4], [2, 2]), ([2, 2], [2, 2])])
+def test_anchors_that_other_groups_have_lost_are_missed(before, after):
+    source_model, source = grouped(before, named=False)
+    options = StateDictOptions(**FULL)
+    given = get_optimizer_state_dict(source_model, source, options=options)
+    del given["state"]["3.weight"]["anchor"]
+    model, opt = grouped(after, trained=False, named=False, seed=1)
+    with pytest.raises((RuntimeError, ValueError), match="group . (was|has).* anchor"):
+        set_optimizer_state_dict(model, opt, given, options=options)
+
+
+def test_own_anchors_are_not_taken_for_those_of_other_groups():
+    """What a template holds and the checkpoint has not comes back with the rest."""
+    source_model, source = grouped([2, 2], named=False)
+    options = StateDictOptions(**FULL)
+    whole, part = (
+        copy.deepcopy(get_optimizer_state_dict(source_model, source, options=options))
+        for _ in range(2)
+    )
+    del part["state"]["3.weight"]["anchor"]
+    model, opt = grouped([4], named=False)
+    for given in (whole, part):
+        with pytest.raises(ValueError, match=r"this optimizer's, .* clear_anchor\(\) before"):
+            set_optimizer_state_dict(model, opt, copy.deepcopy(given), options=options)
+    opt.clear_anchor()
+    with pytest.raises(ValueError, match="had other groups, build the optimizer over those"):
+        set_optimizer_state_dict(model, opt, part, options=options)
+    set_optimizer_state_dict(model, opt, whole, options=options)
+    assert opt.param_groups[0]["anchored"] == 4
+
+
 def test_anchors_beside_groups_that_torch_has_saved_are_counted():
     _, source = guided()
     saved = copy.deepcopy(source.state_dict())

@@ -114,8 +114,8 @@ def _least(opt, params: Sequence[Tensor], weights: Callable[[Tensor], Tensor]) -
     """Returns the a of "fisher", in [0, 1]; every rank calls it."""
     sums = []
     mean = float(opt.param_groups[0]["importance_mean"])
-    totals, _ = importance.running_sums(opt, opt._all_groups, params)
-    moments = importance.second_moments(opt, opt._all_groups, params)
+    totals, _ = importance.running_sums(opt, opt.param_groups, params)
+    moments = importance.second_moments(opt, opt.param_groups, params)
     for p, read, moment in zip(params, totals, moments, strict=True):
         theta = real_view(sharding.local(weights(p)))
         base = real_view(sharding.local(opt.state[p]["anchor"])).to(theta.device)

@@ -77,8 +77,7 @@ def convert_state_dict(
     groups = _groups_of(optimizer)
     saved_state.check_form(state_dict, groups, taken_by="convert_state_dict()")
     pairs = list(zip(groups, state_dict["param_groups"], strict=True))
-    for number, (group, saved) in enumerate(pairs):
-        _check_names(saved, group, number)
+    saved_state.check_order(state_dict["param_groups"], groups)
     labels = _labels(groups, state_dict["param_groups"])
     # The check above has refused entries that no group names, unless they are empty.
     entries = {k: _unwrapped(entry) for k, entry in state_dict["state"].items() if k in labels}
@@ -114,21 +113,6 @@ def _groups_of(optimizer: Any) -> Sequence[Mapping[str, Any]]:
             "or dgg.Adam as optimizer"
         )
     return optimizer.param_groups
-
-
-def _check_names(saved: Mapping[str, Any], group: Mapping[str, Any], number: int) -> None:
-    """Raises if both groups have the parameters' names, but in another order."""
-    names, saved_names = group.get("param_names"), saved.get("param_names")
-    if saved_names is None and all(isinstance(key, str) for key in saved["params"]):
-        saved_names = saved["params"]
-    if names is None or saved_names is None or list(saved_names) == list(names):
-        return
-    if sorted(saved_names) == sorted(names):
-        place = next(i for i, (x, y) in enumerate(zip(saved_names, names, strict=True)) if x != y)
-        raise ValueError(
-            f"parameter {place} of group {number} is {saved_names[place]!r} in the state dict and "
-            f"{names[place]!r} in the optimizer; build it from the parameters in the same order"
-        )
 
 
 def _labels(

@@ -7,6 +7,7 @@ what the template it fills has no room for (see `room`).
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from dgg import _arguments, anchor, backends, sharding
 from dgg.anchor import boundary, importance
-from dgg.checkpoint import room, saved_state
+from dgg.checkpoint import regrouped, room, saved_state
 from dgg.checkpoint.source import of_template
 from dgg.sharding import fsdp1
 from dgg.step import state
@@ -76,6 +77,8 @@ def _load_between_hooks(opt, state_dict: Any, torch_load: Callable[[Any], None])
 def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any], None]) -> None:
     state_dict = _completed(opt, state_dict)
     _check_entries(opt, state_dict)
+    groups = regrouped.put_right(opt, state_dict, functools.partial(_unfilled, opt))
+    state_dict = {**state_dict, "param_groups": groups}
     anchors, importances = _checked_anchors(opt, state_dict)
     pairs = zip(opt.param_groups, state_dict["param_groups"], strict=True)
     loaded = [{**group, **saved} for group, saved in pairs]
@@ -105,6 +108,8 @@ def _load_checked(opt, state_dict: Mapping[str, Any], torch_load: Callable[[Any]
         _arguments.make_plain(group)
         flags = {name: before.get(name) for name in _STEP_FLAGS}
         group.update({k: v for k, v in flags.items() if v is not None or k in group})
+        if "param_names" in before:  # by which set_anchor() finds the parameters
+            group["param_names"] = before["param_names"]
         group.update({k: before[k] for k in (*opt._guidance, "anchored") if k not in saved})
     for name, values in (("anchor", anchors), ("importance", importances)):
         dtypes = [value.dtype for value in values.values()]
@@ -197,6 +202,15 @@ def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     out frozen parameters, although the load has filled their prepared room.
     """
     saved_state.check_form(state_dict, opt.param_groups)
+    # FSDP1's helper puts numbers for names, in the optimizer's order, and leaves the list of names.
+    if not any(fsdp1.is_one(p) for group in opt.param_groups for p in group["params"]):
+        saved_state.check_order(state_dict["param_groups"], opt.param_groups)
+    groups = [
+        {**group, "param_names": list(saved_state.names_in(group))}
+        if group.get("param_names")
+        else group
+        for group in state_dict["param_groups"]
+    ]
     state = {
         key: {k: v for k, v in entry.items() if not (isinstance(v, Mapping) and not v)}
         if isinstance(entry, Mapping)
@@ -211,7 +225,8 @@ def _completed(opt, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
                     state[key] = dict(room)
     # None and {} mean that there is no state of a parameter.
     empty = {k for k, x in state.items() if x is None or (isinstance(x, Mapping) and not x)}
-    return {**state_dict, "state": {k: x for k, x in state.items() if k not in empty}}
+    state = {k: x for k, x in state.items() if k not in empty}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _check_entries(opt, state_dict: Mapping[str, Any]) -> None:
@@ -298,7 +313,8 @@ def _checked_anchors(
                 f"the checkpoint's group {number} has {saved['anchored']} anchored parameters, "
                 f"but {filled} anchors came with it: they are not the checkpoint's but this "
                 "optimizer's, as they stood in the template of a partial load. Call "
-                "prepare_for_load(checkpoint) or clear_anchor() before the template is made"
+                "prepare_for_load(checkpoint) or clear_anchor() before the template is made; if "
+                "the checkpoint had other groups, build the optimizer over those"
             )
     anchored = any("anchor" in entry for entry in opt.state.values() if isinstance(entry, dict))
     anchored = anchored and not opt._awaits_load

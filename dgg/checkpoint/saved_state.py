@@ -85,7 +85,7 @@ def check_form(
             "included)"
         )
     for number, group in enumerate(saved):
-        names = group.get("param_names")
+        names = names_in(group)
         if names is not None and not (
             isinstance(names, (list, tuple))
             and len(names) == len(group["params"])
@@ -113,6 +113,37 @@ def check_form(
             "groups do not name: it would be lost. Pass what optimizer.state_dict() returned (JSON "
             "turns the numbers of parameters into text)"
         )
+
+
+def names_in(saved: Mapping[str, Any]) -> Any:
+    """Returns the names of a saved group's parameters, if it has any.
+
+    Where names stand in place of numbers, torch's helpers have chosen them for the optimizer that
+    loads, and its list of names is still the checkpoint's, of perhaps another group.
+    """
+    by_name = all(isinstance(key, str) for key in saved["params"])
+    return saved["params"] if by_name else saved.get("param_names")
+
+
+def check_order(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises a ValueError if the parameters of both have the same names, but in another order.
+
+    torch.optim gives state to parameters by their place, so it would land on others. Other names
+    (a wrapper's prefix) say nothing about the places.
+    """
+    ours = [(n, name) for n, group in enumerate(groups) for name in group.get("param_names") or ()]
+    theirs: list[str] = []
+    for group in saved:
+        theirs += names_in(group) or ()
+    if sorted(name for _, name in ours) != sorted(theirs):
+        return
+    for place, ((number, name), other) in enumerate(zip(ours, theirs, strict=True)):
+        if name != other:
+            place -= sum(len(group["params"]) for group in groups[:number])
+            raise ValueError(
+                f"parameter {place} of group {number} is {other!r} in the state dict and {name!r} "
+                "in the optimizer; build it from the parameters in the same order"
+            )
 
 
 def check_group(

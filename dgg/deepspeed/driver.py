@@ -165,6 +165,12 @@ class Driver:
             self.partitions = partitions.partitions_of(opt, self.zero_optimizer)
             opt._cache = None
 
+    def groups(self, opt) -> list[dict[str, Any]]:
+        """Returns the groups of all partitions; of a list that was set anew, the new ones."""
+        if len(opt.param_groups) == len(opt._all_groups):  # not DeepSpeed's for the step of one
+            opt._all_groups = opt.param_groups
+        return opt._all_groups
+
     def _drop_orphans(self, opt) -> None:
         """Drops the state of parameters that were replaced by partitions, with a warning."""
         partitions_now = {id(p.tensor) for p in self.partitions}
@@ -186,6 +192,13 @@ class Driver:
         params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
         self._called = [number_of[id(p)] for p in params if id(p) in number_of]
         kind = type(self.zero_optimizer).__name__
+        known = self.groups(opt)
+        if not all(any(group is other for other in known) for group in opt.param_groups):
+            raise RuntimeError(
+                f"the list of groups was set anew after the last step, and {kind} shows one group "
+                "of it at a time: the former list is in force again. Change it in place, "
+                "optimizer.param_groups[:] = groups"
+            )
         if len(self._called) < len(params) or not params:
             raise RuntimeError(
                 f"{kind} asks to step a tensor that is none of its partitions: "
@@ -401,9 +414,8 @@ class Driver:
     def marked_groups(self, opt) -> list[dict[str, Any]]:
         """Returns the groups; marked as without anchors if a resume has brought none."""
         self._look_at_partitions(opt)
-        if self._count_anchors(opt):
-            return opt._all_groups
-        return [{**group, "anchored": 0} for group in opt._all_groups]
+        groups = self.groups(opt)
+        return groups if self._count_anchors(opt) else [{**g, "anchored": 0} for g in groups]
 
     def plan_anchors(self, opt, tensors: Any, model: torch.nn.Module | None) -> Plan:
         """Returns the plan of `anchors.plan_anchors` for the present partitions."""
@@ -418,13 +430,13 @@ class Driver:
         match = None
         if source is not None:
             match = functools.partial(anchors.named_sums, self.partitions, source, model)
-        return importance.plan(opt, opt._all_groups, params, labels, match)
+        return importance.plan(opt, self.groups(opt), params, labels, match)
 
     def importance_dict(self, opt, model: torch.nn.Module | None) -> dict[str, Tensor]:
         """Returns the sums of v̂ by name, whole on every rank; every rank calls it."""
         self._look_at_partitions(opt)
         tensors = [partition.tensor for partition in self.partitions]
-        sums, known = importance.running_sums(opt, opt._all_groups, tensors)
+        sums, known = importance.running_sums(opt, self.groups(opt), tensors)
         # A rank may have padding alone, which no step has reached.
         importance.refuse_unknown(
             opt, bool(self.total(torch.tensor([float(any(known))], device="cpu")))

@@ -16,7 +16,7 @@ from dgg.step.checks import Warned
 from dgg.step.draws import Draws
 from dgg.step.gradients import ReplaySlot
 from dgg.step.journal import Journal
-from dgg.step.settings import FORMER_NAMES, check_kernels, settings_in, take_settings
+from dgg.step.settings import CONSTRUCTED, FORMER_NAMES, check_kernels, settings_in, take_settings
 
 
 def build(
@@ -174,18 +174,19 @@ def add_group(
     opt, param_group: dict[str, Any], torch_add: Callable[[dict[str, Any]], None]
 ) -> None:
     """Checks the options of a group and adds it; after an error the groups are as before."""
-    options = opt.param_groups[0] if opt.param_groups else opt._guidance
+    options, given = opt.param_groups[0] if opt.param_groups else opt._guidance, param_group
     if isinstance(param_group, dict):
         if "anchored" in param_group:
             # A group of another optimizer, since torch.optim keeps the dict it is given. The
             # options of that optimizer as a whole stay there and do not come along.
             param_group = {k: v for k, v in param_group.items() if k not in OPTIMIZER_OPTIONS}
-        for name in OPTIMIZER_OPTIONS:
-            if name in param_group and param_group[name] != options[name]:
+        present = {**vars(opt._settings), "process_group": opt.process_group, **options}
+        for name in (*OPTIMIZER_OPTIONS, *CONSTRUCTED, "process_group"):
+            if name in param_group and param_group[name] != present[name]:
                 raise ValueError(
-                    f"{name} is one setting for the whole optimizer ({options[name]!r}); a "
-                    f"group cannot have its own ({param_group[name]!r}). Per group: alpha, "
-                    "strength"
+                    f"{name} is one setting for the whole optimizer ({present[name]!r}), given to "
+                    f"the constructor; a group cannot have its own ({param_group[name]!r}). Per "
+                    "group: alpha, strength"
                 )
         _arguments.check_options({n: param_group[n] for n in GROUP_OPTIONS if n in param_group})
     number = len(opt.param_groups)
@@ -207,11 +208,13 @@ def add_group(
     except (TypeError, ValueError):
         del opt.param_groups[number:]
         raise
+    if number == 0 and any(opt.state.get(p) for p in group["params"]):
+        options = {**options, **given}  # its only group, taken out and put back: draws, task
     for name in OPTIMIZER_OPTIONS:
         group[name] = options[name]
     for name in GROUP_OPTIONS:
         group.setdefault(name, opt._guidance[name])
-    group["anchored"] = 0
+    group["anchored"] = sum("anchor" in opt.state.get(p, ()) for p in group["params"])
     opt._original_ids += map(id, group["params"])
     opt._reset_caches()
 

@@ -271,6 +271,9 @@ class Guidance(Reporting):
         )
         groups = [dict(group) for group in self.param_groups]
         saved = {"param_groups": groups, "anchors": anchors, "params": len(params)}
+        names = [n for group in self.optimizer.param_groups for n in group.get("param_names", ())]
+        if len(names) == len(params):  # by which a load sees that the order is another
+            saved["param_names"] = names
         return {**saved, "importances": weights} if weights else saved
 
     @torch.inference_mode(False)
@@ -283,7 +286,8 @@ class Guidance(Reporting):
 
         Raises:
             KeyError: The state dict is not one of a guidance.
-            ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
+            ValueError: Numbers of groups or parameters, their order (if named) or shapes differ.
+                Nothing is changed.
         """
         self._sync_groups()
         check_saved(self, state_dict)

@@ -9,6 +9,7 @@ from typing import Any
 from dgg import _arguments, anchor
 from dgg.anchor import boundary
 from dgg.anchor import importance as importances
+from dgg.checkpoint import saved_state
 
 
 def check_saved(opt: Any, state_dict: Any) -> None:
@@ -31,6 +32,8 @@ def check_saved(opt: Any, state_dict: Any) -> None:
             f"the optimizer has {len(params)} in {len(opt.param_groups)}; load it beside the "
             "optimizer it was saved with"
         )
+    named = {"params": range(len(params)), "param_names": state_dict.get("param_names")}
+    saved_state.check_order([named], opt.optimizer.param_groups)
     for number, group in enumerate(groups):
         needed = set(_arguments.GUIDANCE_OPTIONS) - _arguments.NEW_OPTIONS.keys()
         absent = sorted(name for name in needed if name not in group)

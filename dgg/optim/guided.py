@@ -63,9 +63,9 @@ class Guided(Reporting, Stepped):
             KeyError: It is no optimizer's state dict.
             RuntimeError: The checkpoint says it is anchored but anchors are missing.
             TypeError: It is no mapping, or a value in it is of the wrong type.
-            ValueError: It is of another class (a key that this one needs is missing), groups or
-                shapes differ, a value is out of range, or it carries no anchor while this
-                optimizer has one. After any error the optimizer is as it was.
+            ValueError: It is of another class (a key that this one needs is missing), groups,
+                shapes or the order of names differ, a value is out of range, or it carries no
+                anchor while this optimizer has one. After any error the optimizer is as it was.
         """
         load.load(self, state_dict, super().load_state_dict)
 
@@ -202,25 +202,25 @@ class Guided(Reporting, Stepped):
         """
         driver = self._deepspeed_driver()
         of_tensors = boundary.model_of_tensors(tensors, model, importance)
+        groups = self.param_groups if driver is None else driver.groups(self)
         if driver is not None:
             plan = functools.partial(driver.plan_anchors, self, tensors, of_tensors)
             weigh = functools.partial(driver.plan_importance, self, importance, model)
         else:
             plan = functools.partial(
-                boundary.plan_anchors, self.param_groups, boundary.anchors_in(self.state),
+                boundary.plan_anchors, groups, boundary.anchors_in(self.state),
                 tensors, of_tensors, self._settings.anchor_dtype, self._settings.anchor_device,
                 functools.partial(state.stepped_weight, self), none=not self._ownership.has_all,
             )  # fmt: skip
-            weigh = functools.partial(
-                boundary.plan_importance, self, self.param_groups, importance, model
-            )
-        boundary.place(self, self._all_groups, self._all_groups, plan, task, weigh)
+            weigh = functools.partial(boundary.plan_importance, self, groups, importance, model)
+        boundary.place(self, groups, groups, plan, task, weigh)
 
     @imitable
     def clear_anchor(self) -> None:
         """Drops the anchor: from here on the optimizer is torch.optim's again."""
-        self._deepspeed_driver()
-        boundary.clear(self, self._all_groups, self._all_groups)
+        driver = self._deepspeed_driver()
+        groups = self.param_groups if driver is None else driver.groups(self)
+        boundary.clear(self, groups, groups)
 
     @imitable
     @torch.inference_mode(False)

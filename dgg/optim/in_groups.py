@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Options that are entries of the parameter groups, and no attributes of the optimizer."""
+"""Options that are no attributes of the optimizer: entries of its groups, the constructor's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dgg import _arguments
+from dgg.step.settings import CONSTRUCTED
+
+# A subclass may have attributes of its own with these names.
+_USUAL = ("seed", "backend")
 
 
 class InGroups:
@@ -16,30 +20,36 @@ class InGroups:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.__doc__ = f'Set ``group["{name}"]`` in ``param_groups``; an attribute is refused.'
+        self._read = f"read opt.param_groups[0][{name!r}]"
+        self._set = f"set it in the groups, for group in opt.param_groups: group[{name!r}] ="
+        if name in CONSTRUCTED:
+            self._read, self._set = "the constructor takes it", f"construct it with {name} ="
+        self.__doc__ = f"An attribute {name} is refused: {self._set} ..."
 
     def __get__(self, opt: Any, owner: Any = None) -> Any:
         """Raises an AttributeError, as if there were nothing of this name."""
         if opt is None:
             return self
-        raise AttributeError(
-            f"{type(opt).__name__} has no attribute {self._name!r}; "
-            f"read opt.param_groups[0][{self._name!r}]"
-        )
+        if self._name in vars(opt):  # a subclass' own
+            return vars(opt)[self._name]
+        kind = type(opt).__name__
+        raise AttributeError(f"{kind} has no attribute {self._name!r}; {self._read}")
 
     def __set__(self, opt: Any, value: Any) -> None:
         """Raises an AttributeError that says where to set it."""
+        if self._name in _USUAL and not type(opt).__module__.startswith("dgg."):
+            vars(opt)[self._name] = value
+            return
         raise AttributeError(
-            f"an attribute {self._name!r} of {type(opt).__name__} would change no step: set it in "
-            f"the groups, for group in opt.param_groups: group[{self._name!r}] = {value!r}"
+            f"an attribute {self._name!r} of {type(opt).__name__} would change no step: "
+            f"{self._set} {value!r}"
         )
 
 
 def refuse_attributes(cls: type) -> None:
     """Makes setting an option on an optimizer of this class, instead of in its groups, an error."""
-    # A subclass may have a seed of its own; the others are no arguments.
-    own = ("seed", "draw_index", "task_index", "importance_mean", "importance_draw")
-    for name in _arguments.GUIDANCE_OPTIONS:
-        if name not in own:
+    no_arguments = ("draw_index", "task_index", "importance_mean", "importance_draw")
+    for name in (*_arguments.GUIDANCE_OPTIONS, *CONSTRUCTED):
+        if name not in no_arguments:
             # Not in the class, so that type checkers see no such attribute either.
             setattr(cls, name, InGroups(name))

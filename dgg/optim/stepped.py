@@ -78,7 +78,7 @@ class Stepped(Imitable, _Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy or a pickle needs: torch's three entries and the settings."""
-        names = ("_settings", "_guidance", "_awaits_load")
+        names = ("_settings", "_guidance", "_awaits_load", "_resumed", "_named")
         attributes = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **attributes, "_ownership": self._ownership.copied()}
 

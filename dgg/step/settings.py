@@ -12,6 +12,12 @@ from torch import Tensor
 
 from dgg import _arguments, backends
 
+# Arguments of constructors that no group has, and whose attributes no step reads.
+CONSTRUCTED = (
+    "backend", "anchor_dtype", "anchor_device", "state_dtype", "importance_dtype",
+    "stochastic_rounding", "master_weights",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings:
