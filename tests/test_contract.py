@@ -539,6 +539,25 @@ def test_replay_that_no_step_uses_is_dropped_with_a_warning_once():
     equal(params, mirror)
 
 
+def test_a_closure_that_zeroes_leaves_out_no_step():
+    params, opt = build("sgd-momentum", None, alpha=0.0)
+    mirror, other = build("sgd-momentum", None, alpha=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ps, o in ((params, opt), (mirror, other)):
+            with o.replay():
+                scaled_loss(ps, 1).backward()
+            o.zero_grad()
+
+            def closure(ps=ps, o=o, zeroes=o is opt):
+                if zeroes:
+                    o.zero_grad()
+                grads_of(2, ps)
+
+            o.step(closure)
+    equal(params, mirror)
+
+
 def test_zero_grad_within_a_block_is_about_the_replay_gradient():
     params, opt = build("sgd-momentum", None, shapes=[(3,)])
     params[0].grad = torch.ones(3)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import pathlib
@@ -254,6 +255,72 @@ def test_lbfgs_closure_is_guided_at_every_evaluation_with_one_draw(backend, keyw
     assert len(evaluations) > 8
     # L-BFGS divides by differences of gradients: rounding grows over its inner iterations.
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+class ThreeLooks(torch.optim.SGD):
+    """Evaluates its closure three times a step, and keeps the gradients that it sees."""
+
+    def step(self, closure):
+        self.seen = []
+        for _ in range(3):
+            closure()
+            self.seen.append(self.param_groups[0]["params"][0].grad.clone())
+
+
+def looking(closure, **options):
+    p = Parameter(torch.zeros(2))
+    opt = ThreeLooks([p], lr=1.0)
+    guidance = dgg.Guidance(opt, **options)
+
+    def zeroed():
+        opt.zero_grad()
+        closure(p, guidance)
+
+    return p, opt, guidance, functools.partial(opt.step, zeroed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha", [0.0, "auto"])
+def test_every_look_of_a_step_has_the_replay_gradients(alpha, backend):
+    """Those of the step, and those that the closure records anew."""
+
+    def closure(p, guidance):
+        (-4 * p).sum().backward()
+        with guidance.replay():
+            p.backward(torch.tensor([2.0, 0.0]))
+
+    p, opt, guidance, step = looking(closure, alpha=alpha, replay_weight=0.5, backend=backend)
+    guidance.set_anchor({"p": p.detach() - 1.0}, model=torch.nn.ParameterDict({"p": p}))
+    for _ in range(2):
+        with guidance.replay():
+            p.backward(torch.tensor([0.0, 4.0]))
+        opt.zero_grad()  # and the closure does so, which leaves out no step
+        step()
+        first, *others = opt.seen
+        assert bool(guidance.guidance_stats()["injected"]) == (alpha == "auto")
+        assert torch.equal(first, torch.tensor([-3.0, -2.0])) == (alpha == 0.0)
+        assert all(torch.equal(grad, first) for grad in others)
+        assert not guidance._replay
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_closure_that_raises_leaves_no_replay_gradient_that_a_look_has_used(look):
+    looks = []
+
+    def closure(p, guidance):
+        p.sum().backward()
+        looks.append(p)
+        if len(looks) == look:
+            raise OverflowError
+
+    p, opt, guidance, step = looking(closure, alpha=0.0)
+    with guidance.replay():
+        p.backward(torch.ones(2))
+    with pytest.raises(OverflowError):
+        step()
+    assert bool(guidance._replay) == (look == 1)
+    step()
+    assert torch.equal(opt.seen[-1], torch.full((2,), 2.0 if look == 1 else 1.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -327,19 +327,28 @@ class Guidance(Reporting):
             self._edit()
             return None
         # The gradients exist only after the closure: edit them inside, with one draw a step.
-        draw, evaluated = self.param_groups[0]["draw_index"], False
+        # The replay gradients are those of every look, too, though a look uses them up.
+        draw, evaluated, slot = self.param_groups[0]["draw_index"], False, self._replay
+        replays = slot.kept()
 
         def guided_closure():
             nonlocal evaluated
-            loss = closure()
-            for group in self.param_groups:
-                group["draw_index"] = draw
-            # However often the optimizer looks, it makes one step: its first look is counted.
-            self._journal.paused = evaluated
+            if evaluated:
+                slot.restore(replays)
+            slot.looking = True
             try:
+                loss = closure()
+                for group in self.param_groups:
+                    group["draw_index"] = draw
+                # However often the optimizer looks, it makes one step: its first look is counted.
+                self._journal.paused = evaluated
                 self._edit()
+            except BaseException:
+                if evaluated:
+                    slot.clear()  # not once more in the next step
+                raise
             finally:
-                self._journal.paused = False
+                slot.looking = self._journal.paused = False
             evaluated = True
             return loss
 
