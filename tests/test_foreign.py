@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import io
 import pathlib
 import pickle
@@ -460,6 +461,51 @@ def test_zero_grad_of_the_other_optimizer_and_an_unused_replay(backend):
     opt.step()
     for p, old in zip(params, before, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.5)
+
+
+def test_replay_gradients_of_a_step_that_was_left_out_are_dropped():
+    """As dgg's own optimizers drop them: at the second zero_grad(), with a warning."""
+    grads = []
+    for cls in (dgg.SGD, torch.optim.SGD):
+        p = Parameter(torch.zeros(2))
+        opt = cls([p], lr=1.0)
+        guide = opt if cls is dgg.SGD else dgg.Guidance(opt, alpha=0.0)
+        for steps in (False, True):
+            opt.zero_grad()
+            with guide.replay():
+                p.backward(torch.ones(2))
+            if not steps:
+                with pytest.warns(UserWarning, match=r"called twice since the replay\(\) block"):
+                    opt.zero_grad()  # before the second pass, whose loss is not finite: no step
+                    opt.zero_grad(set_to_none=False)
+        opt.zero_grad()
+        p.backward(torch.zeros(2))
+        opt.step()
+        grads.append(-p.detach())
+    assert torch.equal(*grads) and torch.equal(grads[0], torch.ones(2))
+
+
+def test_zero_grad_is_watched_until_the_guidance_is_removed():
+    (p,) = make_params([(2,)], F32)
+    opt = torch.optim.SGD([p], lr=1.0)
+    assert "zero_grad" not in vars(opt)
+    guidance = dgg.Guidance(opt)
+    assert inspect.signature(opt.zero_grad) == inspect.signature(torch.optim.SGD([p]).zero_grad)
+    for other in (copy.deepcopy(opt), copy.copy(opt), pickle.loads(pickle.dumps(opt))):
+        assert "zero_grad" not in vars(other)
+    guidance.remove()
+    assert "zero_grad" not in vars(opt)
+    # Others may do the same, before and after.
+    before = opt.zero_grad = functools.partial(opt.zero_grad, set_to_none=False)
+    guidance = dgg.Guidance(opt)
+    guidance.remove()
+    assert opt.zero_grad is before
+    guidance = dgg.Guidance(opt)
+    after = opt.zero_grad = functools.partial(opt.zero_grad)
+    guidance.remove()
+    p.grad = torch.ones(2)
+    opt.zero_grad()
+    assert opt.zero_grad is after and torch.equal(p.grad, torch.zeros(2))
 
 
 # -- (4) state and removal ------------------------------------------------------------------------

@@ -144,6 +144,7 @@ class Guidance(Reporting):
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._watch_zero_grad()
 
     def __reduce_ex__(self, protocol):
         """Refuses to be copied or pickled, since the hook would stay behind."""
@@ -159,6 +160,24 @@ class Guidance(Reporting):
             self.param_groups.append(
                 {**first, **{n: self._options[n] for n in _arguments.GROUP_OPTIONS}}
             )
+
+    def _watch_zero_grad(self) -> None:
+        """Hears of `zero_grad`, for which torch has no hook; copies and pickles leave it out."""
+        attributes, zero_grad = vars(self.optimizer), self.optimizer.zero_grad
+        former = attributes.get("zero_grad")
+
+        @functools.wraps(zero_grad)
+        def watched(*args, **kwargs):
+            zero_grad(*args, **kwargs)
+            self._replay.zero_grad()
+
+        def unwatch() -> None:
+            if attributes.get("zero_grad") is watched:  # nobody has put in another one since
+                del attributes["zero_grad"]
+                if former is not None:
+                    attributes["zero_grad"] = former
+
+        attributes["zero_grad"], self._unwatch = watched, unwatch
 
     def _reset_caches(self) -> None:
         self._cache = None
@@ -243,7 +262,11 @@ class Guidance(Reporting):
         return importances.as_dict(self, self.optimizer.param_groups, model)
 
     def replay(self) -> contextlib.AbstractContextManager[None]:
-        """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
+        """Lets the gradients of the block become r; see `dgg.AdamW.replay`.
+
+        A second ``zero_grad`` drops those of a step left out: one of the guided optimizer itself,
+        not of Lightning's or Fabric's wrapper around it.
+        """
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self._replay.record(params)
 
@@ -255,6 +278,8 @@ class Guidance(Reporting):
         """Takes the hooks off the optimizer; the anchor is dropped."""
         for handle in self._handles:
             handle.remove()
+        self._unwatch()
+        self.clear_replay()
         self.clear_anchor()
         vars(self.optimizer).pop(GUIDED, None)
 
