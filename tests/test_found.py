@@ -186,20 +186,6 @@ def test_a_distributed_checkpoint_of_one_group_loads_into_two(anchored):
 # -- gradients --------------------------------------------------------------------------------
 
 
-def test_replay_gives_back_the_gradient_that_is_a_view_of_a_flat_buffer():
-    """Who zeroes the flat buffer would zero nothing any more."""
-    model = torch.nn.Linear(4, 3)
-    opt = dgg.AdamW(model.parameters())
-    flat = torch.zeros(15)
-    model.weight.grad, model.bias.grad = flat[:12].view(3, 4), flat[12:]
-    with opt.replay():
-        model(torch.ones(2, 4)).sum().backward()
-    model(torch.ones(2, 4)).sum().backward()
-    assert torch.equal(flat[:12].view(3, 4), model.weight.grad)
-    flat.zero_()
-    assert not model.weight.grad.any()
-
-
 def test_guidance_edits_a_gradient_that_two_parameters_share_once():
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     opt = torch.optim.SGD(params, lr=1.0)

@@ -108,7 +108,7 @@ class ReplaySlot:
 
         The gradients already in ``.grad`` come back at the end; several blocks before a step add
         up. Only gradients that are views of an engine's buckets, and those of an earlier block, are
-        copied.
+        copied; the views come back, too, with the values that they had.
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
@@ -130,7 +130,8 @@ class ReplaySlot:
                     f"a step and the parameter has become {p.dtype}, {tuple(p.shape)}: step first, "
                     "or drop them with clear_replay()"
                 )
-        present = [detached_from_bucket(p.grad) for p in params]
+        present = [p.grad for p in params]
+        values = [*map(detached_from_bucket, present)]
         # A backward pass adds to the recorded gradients in place: after an error copies come back.
         # Those of a step that looks again (`kept`) are not added to, the copies are.
         copies = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
@@ -155,8 +156,8 @@ class ReplaySlot:
         finally:
             self._open = False
             _recorded.difference_update(identities)
-            for p, grad in zip(params, present, strict=True):
-                p.grad = grad
+            for p, grad, value in zip(params, present, values, strict=True):
+                p.grad = _written_back(grad, value)
 
 
 def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
@@ -168,6 +169,15 @@ def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
     if grad is None or sharding.is_dtensor(grad) or not grad._is_view():
         return grad
     return grad.clone()
+
+
+@torch.no_grad()
+def _written_back(grad: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """Returns ``grad``, with the values that it had; those alone where no view can take them."""
+    if grad is None or value is None or grad is value:
+        return value
+    expanded = torch._debug_has_internal_overlap(grad) == 1  # copy_() asks the same
+    return value if expanded else grad.copy_(value)
 
 
 def read_scaler(
