@@ -21,6 +21,7 @@ from dgg.checkpoint import source
 from dgg.optim.construction import start_without_caches
 from dgg.optim.gradient_edit import EDIT, GuideRule
 from dgg.optim.guidance_state import check_saved
+from dgg.optim.hooks import guided_closure, watch_zero_grad
 from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.summary import Reporting
 from dgg.step import checks
@@ -144,7 +145,7 @@ class Guidance(Reporting):
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        self._watch_zero_grad()
+        self._unwatch = watch_zero_grad(optimizer, self._replay)
 
     def __reduce_ex__(self, protocol):
         """Refuses to be copied or pickled, since the hook would stay behind."""
@@ -160,24 +161,6 @@ class Guidance(Reporting):
             self.param_groups.append(
                 {**first, **{n: self._options[n] for n in _arguments.GROUP_OPTIONS}}
             )
-
-    def _watch_zero_grad(self) -> None:
-        """Hears of `zero_grad`, for which torch has no hook; copies and pickles leave it out."""
-        attributes, zero_grad = vars(self.optimizer), self.optimizer.zero_grad
-        former = attributes.get("zero_grad")
-
-        @functools.wraps(zero_grad)
-        def watched(*args, **kwargs):
-            zero_grad(*args, **kwargs)
-            self._replay.zero_grad()
-
-        def unwatch() -> None:
-            if attributes.get("zero_grad") is watched:  # nobody has put in another one since
-                del attributes["zero_grad"]
-                if former is not None:
-                    attributes["zero_grad"] = former
-
-        attributes["zero_grad"], self._unwatch = watched, unwatch
 
     def _reset_caches(self) -> None:
         self._cache = None
@@ -351,35 +334,10 @@ class Guidance(Reporting):
         if closure is None:
             self._edit()
             return None
-        # The gradients exist only after the closure: edit them inside, with one draw a step.
-        # The replay gradients are those of every look, too, though a look uses them up.
-        draw, evaluated, slot = self.param_groups[0]["draw_index"], False, self._replay
-        replays = slot.kept()
-
-        def guided_closure():
-            nonlocal evaluated
-            if evaluated:
-                slot.restore(replays)
-            slot.looking = True
-            try:
-                loss = closure()
-                for group in self.param_groups:
-                    group["draw_index"] = draw
-                # However often the optimizer looks, it makes one step: its first look is counted.
-                self._journal.paused = evaluated
-                self._edit()
-            except BaseException:
-                if evaluated:
-                    slot.clear()  # not once more in the next step
-                raise
-            finally:
-                slot.looking = self._journal.paused = False
-            evaluated = True
-            return loss
-
+        guided = guided_closure(self, closure)
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": guided_closure}
-        return (args[0], guided_closure, *args[2:]), kwargs
+            return args, {**kwargs, "closure": guided}
+        return (args[0], guided, *args[2:]), kwargs
 
     def _edit(self) -> None:
         self._sync_groups()
