@@ -698,6 +698,34 @@ def test_groups_just_added_are_in_the_state_dict():
     guidance.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_that_has_gone_is_named(backend):
+    """Its options cannot be told from those of the others; the weights stay as they are."""
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD([{"params": [p]} for p in params], lr=1.0)
+    guidance = dgg.Guidance(opt, alpha=1.0, backend=backend)
+    guidance.set_anchor()
+
+    def step():
+        set_grads(params, torch.Generator().manual_seed(0))
+        opt.step()
+
+    step()
+    group, before = opt.param_groups.pop(), [p.detach().clone() for p in params]
+    for call in (step, guidance.set_anchor, guidance.state_dict, guidance.importance_dict):
+        with pytest.raises(RuntimeError, match=r"SGD has 1 groups left of the 2 .*new dgg\.Guidan"):
+            call()
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p, old)
+    opt.param_groups.append(group)
+    step()
+    assert guidance.guidance_stats()["guided"] == 2
+    opt.param_groups.pop()
+    guidance.remove()
+    dgg.Guidance(opt).set_anchor()
+    step()
+
+
 # -- gradients that are taken up natively ---------------------------------------------------------
 
 

@@ -197,25 +197,6 @@ def test_guidance_edits_a_gradient_that_two_parameters_share_once():
     torch.testing.assert_close(params[0].detach(), expected)
 
 
-def test_guidance_names_what_is_wrong_when_a_group_has_gone():
-    layers = two_layers()
-    opt = torch.optim.SGD([{"params": layer.parameters()} for layer in layers], lr=0.1)
-    dgg.Guidance(opt, alpha=1.0)
-    opt.param_groups.pop()
-    try:
-        fit(layers, opt)
-    except (RuntimeError, ValueError) as error:
-        assert "group" in str(error), error
-
-
-def test_a_guidance_that_was_removed_sets_no_anchor_that_nobody_reads():
-    param = torch.nn.Parameter(torch.ones(3))
-    guidance = dgg.Guidance(torch.optim.SGD([param], lr=0.1))
-    guidance.remove()
-    with pytest.raises(RuntimeError, match="remove"):
-        guidance.set_anchor()
-
-
 # -- the Trainer ----------------------------------------------------------------------------------
 
 transformers = pytest.importorskip("transformers")

@@ -155,6 +155,13 @@ class Guidance(Reporting):
         )
 
     def _sync_groups(self) -> None:
+        if len(self.param_groups) > len(self.optimizer.param_groups):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has {len(self.optimizer.param_groups)} groups "
+                f"left of the {len(self.param_groups)} whose options its dgg.Guidance has, which "
+                "cannot tell which group has gone: put it back at its place (freeze parameters "
+                "with requires_grad_(False)), or call remove() and make a new dgg.Guidance"
+            )
         # Groups may be added to the optimizer at any time; they start with group 0's options.
         while len(self.param_groups) < len(self.optimizer.param_groups):
             first = self.param_groups[0] if self.param_groups else self._options
@@ -204,6 +211,7 @@ class Guidance(Reporting):
 
     def _marked_groups(self) -> list[dict[str, Any]]:
         """Returns the groups with the mark that those of `dgg.AdamW` have."""
+        self._refuse_removed()
         self._sync_groups()
         count = self._count_anchors()
         return [{**group, "anchored": count} for group in self.param_groups]
@@ -250,6 +258,7 @@ class Guidance(Reporting):
         A second ``zero_grad`` drops those of a step left out: one of the guided optimizer itself,
         not of Lightning's or Fabric's wrapper around it.
         """
+        self._refuse_removed()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self._replay.record(params)
 
@@ -258,13 +267,26 @@ class Guidance(Reporting):
         self._replay.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer; the anchor is dropped."""
-        for handle in self._handles:
-            handle.remove()
+        """Takes the hooks off the optimizer; the anchor is dropped.
+
+        `set_anchor`, `load_state_dict` and `replay`, which would do nothing, are errors from here
+        on. A second call does nothing.
+        """
+        if not self._handles:
+            return
+        while self._handles:
+            self._handles.pop().remove()
         self._unwatch()
         self.clear_replay()
         self.clear_anchor()
         vars(self.optimizer).pop(GUIDED, None)
+
+    def _refuse_removed(self) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                f"remove() has taken this guidance off its {type(self.optimizer).__name__}, which "
+                "it would guide no more: make a new dgg.Guidance(optimizer)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""
@@ -293,6 +315,7 @@ class Guidance(Reporting):
             KeyError: The state dict is not one of a guidance.
             ValueError: Numbers of groups or parameters, or shapes, differ. Nothing is changed.
         """
+        self._refuse_removed()
         self._sync_groups()
         check_saved(self, state_dict)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
