@@ -427,6 +427,24 @@ def test_gradients_of_odd_strides_and_dtypes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_two_parameters_share_is_edited_for_each(backend):
+    """At every step, the later ones taken up natively included; each has its own pull."""
+    params = [Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    opt = torch.optim.SGD(params, lr=0.0)
+    guidance = dgg.Guidance(
+        opt, alpha=1.0, scaling=False, strength=0.5, max_grad_norm=0.1, backend=backend
+    )
+    guidance.set_anchor()
+    move(params[1:])
+    clipped = 0.1 / (6**0.5 + 1e-6)
+    for _ in range(3):
+        params[0].grad = params[1].grad = torch.ones(3)
+        opt.step()
+        torch.testing.assert_close(params[0].grad, torch.full((3,), clipped))
+        torch.testing.assert_close(params[1].grad, torch.full((3,), clipped + 0.5 * 0.3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_done_where_nothing_is_asked(backend):
     """No anchor, no clipping, no replay: the gradients stay the objects and bits they were."""
     params = make_params(SHAPES, F32)

@@ -3,7 +3,6 @@
 
 import copy
 import errno
-import math
 
 import pytest
 import torch
@@ -180,21 +179,6 @@ def test_a_distributed_checkpoint_of_one_group_loads_into_two(anchored):
     """torch.optim.AdamW loads it; without an anchor there is not even guidance in it."""
     again = regrouped(one_group, two_groups, anchored)
     assert [group["anchored"] for group in again.param_groups] == [anchored] * 2
-
-
-# -- gradients --------------------------------------------------------------------------------
-
-
-def test_guidance_edits_a_gradient_that_two_parameters_share_once():
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    opt = torch.optim.SGD(params, lr=1.0)
-    dgg.Guidance(opt, max_grad_norm=0.1)
-    shared = torch.ones(3)
-    for param in params:
-        param.grad = shared
-    opt.step()
-    expected = torch.full((3,), 1 - 0.1 / math.sqrt(6))
-    torch.testing.assert_close(params[0].detach(), expected)
 
 
 # -- the Trainer ----------------------------------------------------------------------------------

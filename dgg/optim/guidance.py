@@ -89,6 +89,8 @@ class Guidance(Reporting):
     _new_rule = GuideRule
     # The state dicts of the optimizer carry the guidance's; a callback says so.
     _carried = False
+    # Two parameters had one tensor as their gradient, at a step whose gradients were looked at.
+    _shared_gradients = False
     # The guidance's part of a state dict that is loading.
     _arriving: Any = None
 
