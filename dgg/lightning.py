@@ -48,9 +48,9 @@ class GuidanceCallback(_Callback):
     anchor; the first task has nothing to protect and is not guided. A training resumed with
     ``ckpt_path=`` is in the middle of its task: number, anchor and draws come from the checkpoint.
 
-    Use one callback for all tasks. A script that runs a process per task says which one it is. The
-    sums that ``importance=`` needs are handed from one task to the next, and are in Lightning's
-    checkpoints.
+    Use one callback for all tasks. A script that runs a process per task says which one it is; a
+    checkpoint of another task is then refused. The sums that ``importance=`` needs are handed from
+    one task to the next, and are in Lightning's checkpoints.
 
     The optimizers are dgg's, or other ones for which ``configure_optimizers`` makes a
     `dgg.Guidance`; Lightning's checkpoints have its state in theirs.
@@ -58,22 +58,24 @@ class GuidanceCallback(_Callback):
     Every ``log_every_n_steps`` steps `dgg.AdamW.guidance_log` goes to the Trainer's loggers.
 
     Args:
-        task: Number of the first task this callback sees, from 0.
+        task: Number of the first task this callback sees, from 0; None is 0, or the checkpoint's.
 
     Raises:
         TypeError: ``task`` is no number; when the training begins: no optimizer is one of dgg's, or
             guided by a `dgg.Guidance`.
-        ValueError: ``task`` is negative.
+        ValueError: ``task`` is negative; when the training begins: it is not the checkpoint's.
     """
 
-    def __init__(self, task: int = 0) -> None:
+    def __init__(self, task: int | None = None) -> None:
         super().__init__()
-        self.task = _arguments.plain("task", task)
+        self.task = 0 if task is None else _arguments.plain("task", task)
         _arguments.check_options({"task_index": self.task})
+        self._said = task is not None  # and the task that was said has not ended
         self._importance: list[dict[str, Any]] | None = None
         self._anchored: list[int] = []  # anchors of each optimizer in the task in progress
         self._running = False  # a task was begun and has not ended
         self._resumed = False  # a checkpoint was loaded, and no training has begun since
+        self._fits = True  # what loads is for a training
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Sets the anchor of a new task, or keeps that of a resumed one."""
@@ -108,8 +110,11 @@ class GuidanceCallback(_Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs where the Trainer logs."""
-        every = trainer.log_every_n_steps
-        if trainer.loggers and every and (trainer.global_step + 1) % every == 0:
+        loop, every = trainer.fit_loop, trainer.log_every_n_steps
+        if loop._should_accumulate() and pl_module.automatic_optimization:
+            return
+        # Not the Trainer's global_step, which counts the steps of all optimizers.
+        if trainer.loggers and every and (loop.epoch_loop._batches_that_stepped + 1) % every == 0:
             guided = self._guided(trainer)
             for number, opt in enumerate(guided):
                 end = f"/{number}" if len(guided) > 1 else ""
@@ -123,23 +128,39 @@ class GuidanceCallback(_Callback):
             return
         if any(opt.param_groups[0]["importance"] for opt in guided):
             self._importance = [opt.importance_dict(model=pl_module) for opt in guided]
-        self.task += 1
+        self.task, self._said = self.task + 1, False
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Counts a task that was resumed from a checkpoint of its end: nothing is trained then."""
         if self._resumed:
             self._resumed = False
-            self.on_train_end(trainer, pl_module)
+            if self._running:
+                self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of this callback."""
-        return {"task": self.task, "importance": self._importance, "anchored": self._anchored}
+        return {
+            "task": self.task, "importance": self._importance, "anchored": self._anchored,
+            "running": self._running,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Notes what for: a test of a checkpoint loads it into the callbacks, too."""
+        self._fits = trainer.state.fn == "fit"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on in the task of a checkpoint."""
+        """Goes on in the task of a checkpoint, or after it if that was saved after its end."""
+        if not self._fits:
+            return
+        if self._said and state_dict["task"] != self.task:
+            raise ValueError(
+                f"the checkpoint was written in task {state_dict['task']} and this is "
+                f"GuidanceCallback(task={self.task}): resume with a checkpoint of that task, or "
+                "leave out ckpt_path= and load the module's weights alone to begin it"
+            )
         self.task, self._importance = state_dict["task"], state_dict["importance"]
         self._anchored = state_dict.get("anchored", [])
-        self._resumed = True
+        self._resumed, self._running = True, state_dict.get("running", True)
 
     def _refuse_lost(self, guided: list[Any]) -> None:
         """Raises a RuntimeError if a checkpoint had an anchor that was not loaded."""

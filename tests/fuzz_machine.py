@@ -1133,7 +1133,7 @@ def replay(w: World, rng) -> None:
     except Exception as error:
         raise Difference(f"replay raises {type(error).__name__}", str(error)[:300]) from error
     for i, (p, grad) in enumerate(zip(w.params, before, strict=True)):
-        # Of views (an engine's buckets) the block keeps copies.
+        # Expanded gradients come back as copies.
         if (p.grad is None) != (grad is None) or grad is not None and not same(p.grad, grad):
             raise Difference("replay: .grad is another one afterwards", f"of p{i}")
     for i, x in new.items():

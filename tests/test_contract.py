@@ -539,6 +539,25 @@ def test_replay_that_no_step_uses_is_dropped_with_a_warning_once():
     equal(params, mirror)
 
 
+def test_a_closure_that_zeroes_leaves_out_no_step():
+    params, opt = build("sgd-momentum", None, alpha=0.0)
+    mirror, other = build("sgd-momentum", None, alpha=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ps, o in ((params, opt), (mirror, other)):
+            with o.replay():
+                scaled_loss(ps, 1).backward()
+            o.zero_grad()
+
+            def closure(ps=ps, o=o, zeroes=o is opt):
+                if zeroes:
+                    o.zero_grad()
+                grads_of(2, ps)
+
+            o.step(closure)
+    equal(params, mirror)
+
+
 def test_zero_grad_within_a_block_is_about_the_replay_gradient():
     params, opt = build("sgd-momentum", None, shapes=[(3,)])
     params[0].grad = torch.ones(3)
@@ -612,6 +631,29 @@ def test_replay_gradients_are_not_copied():
     with opt.replay():
         assert params[0].grad is r
     assert params[0].grad is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_that_are_views_come_back_themselves_and_with_their_values(fails):
+    """Of a flat buffer that the user zeroes at once, or of a bucket that the block's pass fills."""
+    params, opt = build("adamw", None, shapes=[(3, 4), (3,), (2,)])
+    flat = torch.arange(18.0)
+    views = flat[:12].view(3, 4), flat[12::2], flat[1:2].expand(2)
+    for p, view in zip(params, views, strict=True):
+        p.grad = view
+    with contextlib.suppress(OverflowError), opt.replay():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        flat.fill_(7.0)
+        if fails:
+            raise OverflowError
+    for p, view in zip(params[:2], views, strict=False):
+        assert p.grad is view
+    equal([p.grad for p in params[:2]], [torch.arange(12.0).view(3, 4), torch.arange(12.0, 18, 2)])
+    assert params[2].grad.tolist() == [1.0, 1.0]  # nothing can be written into an expanded one
+    flat.zero_()
+    assert not any(p.grad.any() for p in params[:2])
+    assert bool(opt._replay) != fails
 
 
 # -- (4) look-ahead and statistics ----------------------------------------------------------------

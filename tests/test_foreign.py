@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
+import inspect
 import io
 import pathlib
 import pickle
@@ -256,6 +258,72 @@ def test_lbfgs_closure_is_guided_at_every_evaluation_with_one_draw(backend, keyw
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
+class ThreeLooks(torch.optim.SGD):
+    """Evaluates its closure three times a step, and keeps the gradients that it sees."""
+
+    def step(self, closure):
+        self.seen = []
+        for _ in range(3):
+            closure()
+            self.seen.append(self.param_groups[0]["params"][0].grad.clone())
+
+
+def looking(closure, **options):
+    p = Parameter(torch.zeros(2))
+    opt = ThreeLooks([p], lr=1.0)
+    guidance = dgg.Guidance(opt, **options)
+
+    def zeroed():
+        opt.zero_grad()
+        closure(p, guidance)
+
+    return p, opt, guidance, functools.partial(opt.step, zeroed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha", [0.0, "auto"])
+def test_every_look_of_a_step_has_the_replay_gradients(alpha, backend):
+    """Those of the step, and those that the closure records anew."""
+
+    def closure(p, guidance):
+        (-4 * p).sum().backward()
+        with guidance.replay():
+            p.backward(torch.tensor([2.0, 0.0]))
+
+    p, opt, guidance, step = looking(closure, alpha=alpha, replay_weight=0.5, backend=backend)
+    guidance.set_anchor({"p": p.detach() - 1.0}, model=torch.nn.ParameterDict({"p": p}))
+    for _ in range(2):
+        with guidance.replay():
+            p.backward(torch.tensor([0.0, 4.0]))
+        opt.zero_grad()  # and the closure does so, which leaves out no step
+        step()
+        first, *others = opt.seen
+        assert bool(guidance.guidance_stats()["injected"]) == (alpha == "auto")
+        assert torch.equal(first, torch.tensor([-3.0, -2.0])) == (alpha == 0.0)
+        assert all(torch.equal(grad, first) for grad in others)
+        assert not guidance._replay
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_closure_that_raises_leaves_no_replay_gradient_that_a_look_has_used(look):
+    looks = []
+
+    def closure(p, guidance):
+        p.sum().backward()
+        looks.append(p)
+        if len(looks) == look:
+            raise OverflowError
+
+    p, opt, guidance, step = looking(closure, alpha=0.0)
+    with guidance.replay():
+        p.backward(torch.ones(2))
+    with pytest.raises(OverflowError):
+        step()
+    assert bool(guidance._replay) == (look == 1)
+    step()
+    assert torch.equal(opt.seen[-1], torch.full((2,), 2.0 if look == 1 else 1.0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["AdamW-fused", "SGD", "NAdam"])
 @pytest.mark.parametrize("unscaled", [False, True])
@@ -359,6 +427,24 @@ def test_gradients_of_odd_strides_and_dtypes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_two_parameters_share_is_edited_for_each(backend):
+    """At every step, the later ones taken up natively included; each has its own pull."""
+    params = [Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    opt = torch.optim.SGD(params, lr=0.0)
+    guidance = dgg.Guidance(
+        opt, alpha=1.0, scaling=False, strength=0.5, max_grad_norm=0.1, backend=backend
+    )
+    guidance.set_anchor()
+    move(params[1:])
+    clipped = 0.1 / (6**0.5 + 1e-6)
+    for _ in range(3):
+        params[0].grad = params[1].grad = torch.ones(3)
+        opt.step()
+        torch.testing.assert_close(params[0].grad, torch.full((3,), clipped))
+        torch.testing.assert_close(params[1].grad, torch.full((3,), clipped + 0.5 * 0.3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_done_where_nothing_is_asked(backend):
     """No anchor, no clipping, no replay: the gradients stay the objects and bits they were."""
     params = make_params(SHAPES, F32)
@@ -393,6 +479,51 @@ def test_zero_grad_of_the_other_optimizer_and_an_unused_replay(backend):
     opt.step()
     for p, old in zip(params, before, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.5)
+
+
+def test_replay_gradients_of_a_step_that_was_left_out_are_dropped():
+    """As dgg's own optimizers drop them: at the second zero_grad(), with a warning."""
+    grads = []
+    for cls in (dgg.SGD, torch.optim.SGD):
+        p = Parameter(torch.zeros(2))
+        opt = cls([p], lr=1.0)
+        guide = opt if cls is dgg.SGD else dgg.Guidance(opt, alpha=0.0)
+        for steps in (False, True):
+            opt.zero_grad()
+            with guide.replay():
+                p.backward(torch.ones(2))
+            if not steps:
+                with pytest.warns(UserWarning, match=r"called twice since the replay\(\) block"):
+                    opt.zero_grad()  # before the second pass, whose loss is not finite: no step
+                    opt.zero_grad(set_to_none=False)
+        opt.zero_grad()
+        p.backward(torch.zeros(2))
+        opt.step()
+        grads.append(-p.detach())
+    assert torch.equal(*grads) and torch.equal(grads[0], torch.ones(2))
+
+
+def test_zero_grad_is_watched_until_the_guidance_is_removed():
+    (p,) = make_params([(2,)], F32)
+    opt = torch.optim.SGD([p], lr=1.0)
+    assert "zero_grad" not in vars(opt)
+    guidance = dgg.Guidance(opt)
+    assert inspect.signature(opt.zero_grad) == inspect.signature(torch.optim.SGD([p]).zero_grad)
+    for other in (copy.deepcopy(opt), copy.copy(opt), pickle.loads(pickle.dumps(opt))):
+        assert "zero_grad" not in vars(other)
+    guidance.remove()
+    assert "zero_grad" not in vars(opt)
+    # Others may do the same, before and after.
+    before = opt.zero_grad = functools.partial(opt.zero_grad, set_to_none=False)
+    guidance = dgg.Guidance(opt)
+    guidance.remove()
+    assert opt.zero_grad is before
+    guidance = dgg.Guidance(opt)
+    after = opt.zero_grad = functools.partial(opt.zero_grad)
+    guidance.remove()
+    p.grad = torch.ones(2)
+    opt.zero_grad()
+    assert opt.zero_grad is after and torch.equal(p.grad, torch.zeros(2))
 
 
 # -- (4) state and removal ------------------------------------------------------------------------
@@ -583,6 +714,34 @@ def test_groups_just_added_are_in_the_state_dict():
     saved = guidance.state_dict()
     assert len(saved["param_groups"]) == 2
     guidance.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_that_has_gone_is_named(backend):
+    """Its options cannot be told from those of the others; the weights stay as they are."""
+    params = make_params(SHAPES, F32)
+    opt = torch.optim.SGD([{"params": [p]} for p in params], lr=1.0)
+    guidance = dgg.Guidance(opt, alpha=1.0, backend=backend)
+    guidance.set_anchor()
+
+    def step():
+        set_grads(params, torch.Generator().manual_seed(0))
+        opt.step()
+
+    step()
+    group, before = opt.param_groups.pop(), [p.detach().clone() for p in params]
+    for call in (step, guidance.set_anchor, guidance.state_dict, guidance.importance_dict):
+        with pytest.raises(RuntimeError, match=r"SGD has 1 groups left of the 2 .*new dgg\.Guidan"):
+            call()
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p, old)
+    opt.param_groups.append(group)
+    step()
+    assert guidance.guidance_stats()["guided"] == 2
+    opt.param_groups.pop()
+    guidance.remove()
+    dgg.Guidance(opt).set_anchor()
+    step()
 
 
 # -- gradients that are taken up natively ---------------------------------------------------------

@@ -427,6 +427,59 @@ def test_resumed_at_the_end_of_a_task(tmp_path, options):
         assert torch.equal(p, q)
 
 
+def test_a_task_that_was_saved_after_its_end_counts_once(tmp_path):
+    """Fitted again from that file nothing is trained, and the task was counted already."""
+    import dgg.lightning
+
+    module, guide = Plain(dgg.AdamW, alpha=0.5), dgg.lightning.GuidanceCallback()
+    fit(module, [guide], 0).save_checkpoint(tmp_path / "end.ckpt")
+    again, guide = Plain(dgg.AdamW, alpha=0.5), dgg.lightning.GuidanceCallback()
+    fit(again, [guide], 0, ckpt_path=tmp_path / "end.ckpt")
+    assert guide.task == 1
+    opt = optimizer_of(fit(again, [guide], 1))
+    assert (opt.param_groups[0]["task_index"], opt.param_groups[0]["anchored"]) == (1, 2)
+
+
+def test_a_test_of_a_checkpoint_does_not_go_back_to_its_task(tmp_path):
+    """Lightning loads it into the callbacks, too."""
+    import dgg.lightning
+
+    class Tested(Plain):
+        def test_step(self, batch, _):
+            pass
+
+    module, guide = Tested(dgg.AdamW, alpha=0.5), dgg.lightning.GuidanceCallback(task=0)
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    trainer = fit(module, [guide, save], 0, enable_checkpointing=True)
+    trainer.test(module, data(0), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+    opt = optimizer_of(fit(module, [guide], 1))
+    assert (opt.param_groups[0]["task_index"], opt.param_groups[0]["anchored"]) == (1, 2)
+
+
+def test_a_checkpoint_of_another_task_than_the_one_that_is_said_is_refused(tmp_path):
+    import dgg.lightning
+
+    def resumed(path, epochs=2, **said):
+        guide = dgg.lightning.GuidanceCallback(**said)
+        trainer = fit(Plain(dgg.AdamW), [guide], 0, epochs=epochs, ckpt_path=path)
+        return optimizer_of(trainer).param_groups[0]["task_index"]
+
+    middle, end = tmp_path / "last.ckpt", tmp_path / "end.ckpt"
+    save = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    callbacks = [dgg.lightning.GuidanceCallback(task=2), save]
+    trainer = fit(Plain(dgg.AdamW), callbacks, 0, epochs=1, enable_checkpointing=True)
+    trainer.save_checkpoint(end)
+    for task in (0, 1, 3):
+        with pytest.raises(
+            ValueError, match=rf"written in task 2 and .*task={task}\).*weights alo"
+        ):
+            resumed(middle, task=task)
+    assert resumed(middle, task=2) == resumed(middle) == 2
+    with pytest.raises(ValueError, match=r"written in task 3 and .*task=2\)"):
+        resumed(end, task=2)
+    assert resumed(end, task=3) == resumed(end) == 3
+
+
 def test_a_task_that_failed_is_told(recwarn):
     import dgg.lightning
 
@@ -452,15 +505,51 @@ def test_a_task_that_failed_is_told(recwarn):
     assert guide.task == 2
 
 
-def test_the_callback_logs():
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("every", [2, 4])
+def test_the_callback_logs(every, accumulated, monkeypatch):
+    """Of all steps since it logged before, the last one included."""
     import dgg.lightning
 
+    log, steps = dgg.AdamW.guidance_log, []
+    monkeypatch.setattr(
+        dgg.AdamW, "guidance_log",
+        lambda self: steps.append(self.param_groups[0]["draw_index"]) or log(self),
+    )  # fmt: skip
     module, guide = Plain(dgg.AdamW, alpha=1.0), dgg.lightning.GuidanceCallback(task=1)
-    seen = Seen()
-    fit(module, [guide], 0, logger=seen, log_every_n_steps=2)
+    seen, more = Seen(), {"accumulate_grad_batches": accumulated}
+    fit(module, [guide], 0, epochs=2 * accumulated, logger=seen, log_every_n_steps=every, **more)
+    assert steps == list(range(every, 9, every))
     entries = [e for e in seen.entries if "guidance/injected" in e]
-    assert len(entries) == 4 and {e["guidance/task"] for e in entries} == {1}
+    assert len(entries) == len(steps) and {e["guidance/task"] for e in entries} == {1}
     assert all(e["guidance/injected"] == 1 and e["guidance/anchored"] == 2 for e in entries)
+
+
+class Two(Plain):
+    """Steps two optimizers a batch, which Lightning counts as two steps."""
+
+    def __init__(self):
+        super().__init__(None, manual=True)
+        self.second = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch, _):
+        for opt, layer in zip(self.optimizers(), (self.layer, self.second), strict=True):
+            opt.zero_grad()
+            self.manual_backward(layer(batch[0]).square().mean())
+            opt.step()
+
+    def configure_optimizers(self):
+        return [dgg.AdamW(x.parameters(), lr=0.01) for x in (self.layer, self.second)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_the_guidance_of_two_optimizers_is_logged(every):
+    import dgg.lightning
+
+    seen = Seen()
+    fit(Two(), [dgg.lightning.GuidanceCallback(task=1)], 0, logger=seen, log_every_n_steps=every)
+    entries = [e for e in seen.entries if "guidance/injected/0" in e]
+    assert len(entries) == 8 // every and all("guidance/injected/1" in e for e in entries)
 
 
 def test_the_callback_needs_an_optimizer_of_dgg():

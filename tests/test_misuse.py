@@ -1285,7 +1285,31 @@ def alpha_out_of_range(params, opt, guidance):
         guidance.param_groups[0]["alpha"] = right
 
 
+def taken_off(act):
+    def run(params, opt, guidance):
+        other = torch.optim.SGD(params, lr=0.1)
+        removed = dgg.Guidance(other, alpha=1.0)
+        saved = removed.state_dict()
+        removed.remove()
+        again = dgg.Guidance(other)
+        removed.remove()
+        assert vars(other)["_dgg_guidance"] is again
+        act(removed, saved)
+
+    return run
+
+
 GUIDANCE_MISUSES = [
+    *[
+        (taken_off(act), RuntimeError, r"remove\(\) has taken.*SGD.*make a new dgg\.Guidance\(opt")
+        for act in (
+            lambda g, s: g.set_anchor(),
+            lambda g, s: g.set_anchor(task=1),
+            lambda g, s: g.load_state_dict(s),
+            lambda g, s: g.replay(),
+            lambda g, s: g._place_anchor(None, model=None, task=1, importance=None),
+        )
+    ],
     (sparse_step, TypeError, r"gradient of parameter 'a' is torch.sparse_coo.*sparse=False"),
     (grown_step, ValueError, r"parameter 'b' has another shape than its anchor, \(5,\).*set_anc"),
     (shrunk_step, ValueError, r"parameter 'a' has another shape than its anchor, \(6, 4\)"),

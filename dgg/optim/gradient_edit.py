@@ -79,12 +79,16 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
         )
     if decision.skipped:
         return []
+    seen: dict[int, Tensor | None] = {}  # which keeps them, so that no other has their identity
     for p in params:
         shard = sharding.local(p.grad)
+        shared = shard is not None and id(p.grad) in seen
+        opt._shared_gradients |= shared
+        seen[id(p.grad)] = p.grad
         if shard is None and slot.get(p) is not None:
             p.grad = sharding.like(torch.zeros_like(sharding.local(p.detach())), p)
-        elif shard is not None and not backends.is_dense(shard):
-            # An expanded gradient cannot be written in place.
+        elif shard is not None and (shared or not backends.is_dense(shard)):
+            # An expanded gradient cannot be written in place, one of two parameters only once.
             shard = shard.clone(memory_format=torch.contiguous_format)
             p.grad = sharding.like(shard, p)
     grads, replays = [p.grad for p in params], slot.of(params)
@@ -136,7 +140,7 @@ def _check(opt, groups, params: Sequence[Tensor], elementwise: bool) -> None:
 def _take_native_gradients(opt, groups, elementwise: bool) -> bool:
     """Takes the gradients natively and without checks, if only their values are new."""
     cache = opt._cache
-    if cache is None:
+    if cache is None or opt._shared_gradients:
         return False
     replays = opt._replay.of(cache.params)
     # A parameter with a replay gradient alone is given a gradient by `_take_gradients`.

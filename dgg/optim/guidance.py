@@ -21,6 +21,7 @@ from dgg.checkpoint import source
 from dgg.optim.construction import start_without_caches
 from dgg.optim.gradient_edit import EDIT, GuideRule
 from dgg.optim.guidance_state import check_saved
+from dgg.optim.hooks import guided_closure, watch_zero_grad
 from dgg.optim.in_groups import refuse_attributes
 from dgg.optim.summary import Reporting
 from dgg.step import checks
@@ -88,6 +89,8 @@ class Guidance(Reporting):
     _new_rule = GuideRule
     # The state dicts of the optimizer carry the guidance's; a callback says so.
     _carried = False
+    # Two parameters had one tensor as their gradient, at a step whose gradients were looked at.
+    _shared_gradients = False
     # The guidance's part of a state dict that is loading.
     _arriving: Any = None
 
@@ -144,6 +147,7 @@ class Guidance(Reporting):
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._unwatch = watch_zero_grad(optimizer, self._replay)
 
     def __reduce_ex__(self, protocol):
         """Refuses to be copied or pickled, since the hook would stay behind."""
@@ -153,6 +157,13 @@ class Guidance(Reporting):
         )
 
     def _sync_groups(self) -> None:
+        if len(self.param_groups) > len(self.optimizer.param_groups):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has {len(self.optimizer.param_groups)} groups "
+                f"left of the {len(self.param_groups)} whose options its dgg.Guidance has, which "
+                "cannot tell which group has gone: put it back at its place (freeze parameters "
+                "with requires_grad_(False)), or call remove() and make a new dgg.Guidance"
+            )
         # Groups may be added to the optimizer at any time; they start with group 0's options.
         while len(self.param_groups) < len(self.optimizer.param_groups):
             first = self.param_groups[0] if self.param_groups else self._options
@@ -202,6 +213,7 @@ class Guidance(Reporting):
 
     def _marked_groups(self) -> list[dict[str, Any]]:
         """Returns the groups with the mark that those of `dgg.AdamW` have."""
+        self._refuse_removed()
         self._sync_groups()
         count = self._count_anchors()
         return [{**group, "anchored": count} for group in self.param_groups]
@@ -243,7 +255,12 @@ class Guidance(Reporting):
         return importances.as_dict(self, self.optimizer.param_groups, model)
 
     def replay(self) -> contextlib.AbstractContextManager[None]:
-        """Lets the gradients of the block become r; see `dgg.AdamW.replay`."""
+        """Lets the gradients of the block become r; see `dgg.AdamW.replay`.
+
+        A second ``zero_grad`` drops those of a step left out: one of the guided optimizer itself,
+        not of Lightning's or Fabric's wrapper around it.
+        """
+        self._refuse_removed()
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self._replay.record(params)
 
@@ -252,11 +269,26 @@ class Guidance(Reporting):
         self._replay.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer; the anchor is dropped."""
-        for handle in self._handles:
-            handle.remove()
+        """Takes the hooks off the optimizer; the anchor is dropped.
+
+        `set_anchor`, `load_state_dict` and `replay`, which would do nothing, are errors from here
+        on. A second call does nothing.
+        """
+        if not self._handles:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        self._unwatch()
+        self.clear_replay()
         self.clear_anchor()
         vars(self.optimizer).pop(GUIDED, None)
+
+    def _refuse_removed(self) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                f"remove() has taken this guidance off its {type(self.optimizer).__name__}, which "
+                "it would guide no more: make a new dgg.Guidance(optimizer)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the options, the draw index and the anchors by parameter number."""
@@ -289,6 +321,7 @@ class Guidance(Reporting):
             ValueError: Numbers of groups or parameters, their order (if named) or shapes differ.
                 Nothing is changed.
         """
+        self._refuse_removed()
         self._sync_groups()
         check_saved(self, state_dict)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -330,26 +363,10 @@ class Guidance(Reporting):
         if closure is None:
             self._edit()
             return None
-        # The gradients exist only after the closure: edit them inside, with one draw a step.
-        draw, evaluated = self.param_groups[0]["draw_index"], False
-
-        def guided_closure():
-            nonlocal evaluated
-            loss = closure()
-            for group in self.param_groups:
-                group["draw_index"] = draw
-            # However often the optimizer looks, it makes one step: its first look is counted.
-            self._journal.paused = evaluated
-            try:
-                self._edit()
-            finally:
-                self._journal.paused = False
-            evaluated = True
-            return loss
-
+        guided = guided_closure(self, closure)
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": guided_closure}
-        return (args[0], guided_closure, *args[2:]), kwargs
+            return args, {**kwargs, "closure": guided}
+        return (args[0], guided, *args[2:]), kwargs
 
     def _edit(self) -> None:
         self._sync_groups()

@@ -178,8 +178,12 @@ class Stepped(Imitable, _Optimizer):
         closure = _closure_of(self, *args, **kwargs) if args or kwargs else None
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            self._replay.looking = True
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            finally:
+                self._replay.looking = False
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 self._uncompiled_step()

@@ -25,6 +25,7 @@ class ReplaySlot:
 
     Attributes:
         recorded: A block has ended since the last step, whether or not it left any gradient here.
+        looking: A step evaluates its closure, whose `zero_grad` leaves out no step.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class ReplaySlot:
         # The parameters of the last block in their order, and the replay gradient of each.
         self._recorded: tuple[list[Tensor], list[Tensor | None]] = [], []
         self._open = False
-        self.recorded = False
+        self.recorded = self.looking = False
         # zero_grad() was called since the last block; a warning told of a dropped gradient.
         self._zeroed = self._warned = False
 
@@ -63,16 +64,21 @@ class ReplaySlot:
 
     def exchange(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Puts other tensors in place of the replay gradients of ``params``."""
-        for p, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                self._grads[id(p)] = (p, grad)
-        self._recorded = [], []
+        pairs = zip(params, grads, strict=True)
+        others = {id(p): (p, grad) for p, grad in pairs if grad is not None}
+        self._grads, self._recorded = {**self._grads, **others}, ([], [])
 
     def clear(self) -> None:
         """Drops all replay gradients."""
-        self._grads.clear()
-        self._recorded = [], []
-        self._zeroed = self.recorded = False
+        self.restore(({}, ([], []), False, False))
+
+    def kept(self) -> tuple:
+        """Returns what `restore` takes; no block and no step writes into it."""
+        return self._grads, self._recorded, self.recorded, self._zeroed
+
+    def restore(self, kept: tuple) -> None:
+        """Goes back to what there was when `kept` was called."""
+        self._grads, self._recorded, self.recorded, self._zeroed = kept
 
     def zero_grad(self) -> None:
         """Notes that the optimizer has zeroed ``.grad``; the replay gradients stay.
@@ -80,7 +86,7 @@ class ReplaySlot:
         A loop may call it anywhere between the block and the step. A second call without a step in
         between means that the step was left out, and drops the replay gradients.
         """
-        if self._open or not self.recorded:
+        if self._open or self.looking or not self.recorded:
             return
         if not self._zeroed:
             self._zeroed = True
@@ -102,7 +108,7 @@ class ReplaySlot:
 
         The gradients already in ``.grad`` come back at the end; several blocks before a step add
         up. Only gradients that are views of an engine's buckets, and those of an earlier block, are
-        copied.
+        copied; the views come back, too, with the values that they had.
         """
         if self._open:
             raise RuntimeError("replay() blocks do not nest; leave the outer one first")
@@ -124,9 +130,14 @@ class ReplaySlot:
                     f"a step and the parameter has become {p.dtype}, {tuple(p.shape)}: step first, "
                     "or drop them with clear_replay()"
                 )
-        present = [detached_from_bucket(p.grad) for p in params]
+        present = [p.grad for p in params]
+        values = [*map(detached_from_bucket, present)]
         # A backward pass adds to the recorded gradients in place: after an error copies come back.
+        # Those of a step that looks again (`kept`) are not added to, the copies are.
         copies = {key: (p, grad.clone()) for key, (p, grad) in self._grads.items()}
+        before = copies
+        if self.looking:
+            self._grads, before = copies, self._grads
         self._open = True
         _recorded.update(identities)
         try:
@@ -140,13 +151,13 @@ class ReplaySlot:
             self._recorded = list(params), grads
             self.recorded, self._zeroed = True, False
         except BaseException:
-            self._grads, self._recorded = copies, ([], [])
+            self._grads, self._recorded = before, ([], [])
             raise
         finally:
             self._open = False
             _recorded.difference_update(identities)
-            for p, grad in zip(params, present, strict=True):
-                p.grad = grad
+            for p, grad, value in zip(params, present, values, strict=True):
+                p.grad = _written_back(grad, value)
 
 
 def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
@@ -158,6 +169,15 @@ def detached_from_bucket(grad: Tensor | None) -> Tensor | None:
     if grad is None or sharding.is_dtensor(grad) or not grad._is_view():
         return grad
     return grad.clone()
+
+
+@torch.no_grad()
+def _written_back(grad: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """Returns ``grad``, with the values that it had; those alone where no view can take them."""
+    if grad is None or value is None or grad is value:
+        return value
+    expanded = torch._debug_has_internal_overlap(grad) == 1  # copy_() asks the same
+    return value if expanded else grad.copy_(value)
 
 
 def read_scaler(
