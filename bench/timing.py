@@ -213,7 +213,8 @@ def run_case(
     absent: list[dict[str, object]] = []
     differing: set[str | None] = set()
     for name, setting in case.runs:
-        variant = None
+        # One that was left out lets go of its memory before the next one takes its own.
+        variant = work.latest = None
         try:
             variant = IMPLEMENTATIONS[name](work, setting)
             off = verify(variant)

@@ -33,6 +33,8 @@ import io
 import json
 import math
 import operator
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -484,10 +486,17 @@ def _number(value: Any, where: str) -> float | None:
 
 def _written(path: str | PathLike[str], text: str) -> str:
     """The text, now in the file; where the disk is full the file is as it was."""
-    beside = Path(path).with_name(f"{Path(path).name}.part")
+    place = Path(path)
+    if place.is_symlink() or (place.exists() and not place.is_file()):
+        place.write_text(text, encoding="utf-8", newline="")  # links and pipes stay what they are
+        return text
+    # Ranks may write the same file at once.
+    beside = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
     try:
         beside.write_text(text, encoding="utf-8", newline="")
-        beside.replace(path)
+        if place.exists():
+            shutil.copymode(place, beside)
+        beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
     return text

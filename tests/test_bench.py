@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import gc
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -175,6 +177,29 @@ def test_unverified_variant_is_not_timed(bench):
     with pytest.raises(robin.NotVerified, match="torch fused"):
         robin.Timed(variant, 0.0).run(bench("machine").open_device("cpu").wall)
     assert all(map(torch.equal, before, work.params))
+
+
+def test_a_variant_that_is_left_out_lets_go_of_its_memory(bench, monkeypatch):
+    """On a full device the next one has no other place for its own."""
+    robin, workload = bench("timing"), bench("workload")
+    made = []
+
+    class Failing(bench("torch_variants").TorchFused):
+        def __init__(self, *arguments):
+            gc.collect()
+            assert all(former() is None for former in made)
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+        def step(self, inject):
+            raise torch.OutOfMemoryError("no memory is left")
+
+    names = ("one", "another", "torch fused")
+    for name in names[:2]:
+        monkeypatch.setitem(robin.IMPLEMENTATIONS, name, Failing)
+    case = robin.Case("small", [(3,)], [(name, workload.PLAIN) for name in names], rounds=1)
+    found = robin.run_case(case, bench("machine").open_device("cpu"))
+    assert len(made) == 2 and [entry["name"] for entry in found["variants"]] == ["torch fused"]
 
 
 def test_wrong_variant_ends_the_run(bench, capsys, monkeypatch):

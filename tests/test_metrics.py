@@ -7,8 +7,11 @@ import ast
 import errno
 import json
 import math
+import os
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +341,36 @@ def test_a_full_disk_leaves_the_matrix_that_was_written_before(write, tmp_path, 
     with pytest.raises(OSError, match="space"):
         getattr(matrix(), write)(path)
     assert path.read_text() == former
+
+
+@pytest.mark.parametrize("write", ["to_json", "to_csv"])
+def test_links_pipes_and_modes_stay_what_they_are(write, tmp_path):
+    """Somebody else reads the file behind a link, and `/dev/stdout` is one, too."""
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.touch()
+    file.chmod(0o640)
+    link.symlink_to(file)
+    text = getattr(matrix(), write)(link)
+    assert link.is_symlink() and file.read_text() == text
+    file.write_text("former")
+    getattr(matrix(), write)(file)
+    assert file.read_text() == text and stat.S_IMODE(file.stat().st_mode) == 0o640
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        # To read and to write: whoever opens it for one of them would wait for the other.
+        end = os.open(pipe, os.O_RDWR)
+        pool.submit(getattr(matrix(), write), pipe).result(timeout=60)
+        assert os.read(end, 9999).decode() == text
+        os.close(end)
+    assert pipe.is_fifo() and {file, link, pipe} == set(tmp_path.iterdir())
+
+
+def test_ranks_write_the_same_file_at_once(tmp_path):
+    """Each would take away what the other is about to put in its place."""
+    path, one = tmp_path / "matrix.json", matrix()
+    with ThreadPoolExecutor(4) as pool:
+        texts = set(pool.map(lambda _: one.to_json(path), range(400)))
+    assert texts == {path.read_text()} and [path] == list(tmp_path.iterdir())
 
 
 def test_a_set_of_tasks_has_no_order():
