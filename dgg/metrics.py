@@ -33,8 +33,6 @@ import io
 import json
 import math
 import operator
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -314,8 +312,7 @@ class AccuracyMatrix:
         cls, source: str | PathLike[str], sizes: Sequence[float] | None = None
     ) -> AccuracyMatrix:
         """From the text of `to_csv` or a path to it."""
-        text = _text(source, "after,")
-        if not text.endswith("\n"):
+        if not (text := _text(source, "after,")).endswith("\n"):
             raise ValueError(f"the CSV is empty or was cut off: {text[-20:]!r} ends no line")
         lines = list(csv.reader(io.StringIO(text, newline="")))
         tasks = lines[0][1:]
@@ -329,8 +326,7 @@ class AccuracyMatrix:
 
 
 def _faa(rows: list[list[float | None]]) -> float:
-    last = len(rows) - 1
-    return _mean([_entry(rows, last, j) for j in range(len(rows))])
+    return _mean([_entry(rows, len(rows) - 1, j) for j in range(len(rows))])
 
 
 def _faa_weighted(rows: list[list[float | None]], sizes: Sequence[float] | None) -> float:
@@ -486,19 +482,14 @@ def _number(value: Any, where: str) -> float | None:
 
 def _written(path: str | PathLike[str], text: str) -> str:
     """The text, now in the file; where the disk is full the file is as it was."""
-    place = Path(path)
-    if place.is_symlink() or (place.exists() and not place.is_file()):
-        place.write_text(text, encoding="utf-8", newline="")  # links and pipes stay what they are
-        return text
-    # Ranks may write the same file at once.
-    beside = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
+    file = Path(path)  # or a link or a pipe, which stays one
+    former = file.read_bytes() if file.is_file() else None
     try:
-        beside.write_text(text, encoding="utf-8", newline="")
-        if place.exists():
-            shutil.copymode(place, beside)
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
+        file.write_text(text, encoding="utf-8", newline="")
+    except OSError:
+        if former is not None:
+            file.write_bytes(former)
+        raise
     return text
 
 

@@ -22,7 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)  # fmt: skip
 from torch.nn import Parameter
 
 import checkpoint_worker as worker
@@ -975,3 +982,15 @@ def test_a_method_is_handed_on_with_all_that_it_is_given():
     inner._optimizer = "mine"
     assert outer.told() == (inner, (), {})
     assert (Told.told.__name__, Told.told.__doc__) == ("told", "Says so.")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradients_may_become_partial_sums_between_two_steps(backend):
+    """As those of a layer that is trained under sequence parallelism from some step on."""
+    mesh = init_device_mesh("cpu", (1,))
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    opt = dgg.AdamW([param], lr=0.1, backend=backend)
+    for placement in (Replicate(), Partial(), Replicate(), Partial()):
+        param.grad = DTensor.from_local(torch.ones(3), mesh, [placement])
+        opt.step()
+    torch.testing.assert_close(opt.state[param]["step"], torch.tensor(4.0))

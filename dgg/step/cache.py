@@ -284,7 +284,7 @@ def _take_one_by_one(opt, decision: Decision, elementwise: bool) -> RowCache | N
     grads = [p.grad for p in params]
     if cache is not None and not cache.valid(opt, groups, params, grads, replays):
         cache = None
-    if cache is None or opt._partial:
+    if cache is None or cache.unchecked or opt._partial:
         grads, replays = with_sums(opt, params, grads, replays)
     if cache is None or cache.unchecked:
         checks.check_step(opt, params, grads, replays)
