@@ -5,8 +5,6 @@ What differs between them stands behind ADAM. STATE is what a rule may do withou
 second moments, SGD's momentum, which has the column of the first moments.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -407,7 +405,14 @@ def adam_launch_(
     )  # fmt: skip
 
 
-def sgd_launch_(*tensors: Any, variant: int, **options: Any) -> None:
+def sgd_launch_(
+    table: torch.Tensor, rows: torch.Tensor, chunks: torch.Tensor, starts: torch.Tensor,
+    partials: torch.Tensor, counters: torch.Tensor, grads: torch.Tensor, replays: torch.Tensor,
+    coefficients: torch.Tensor, flags: torch.Tensor, hyper: torch.Tensor, distances: torch.Tensor,
+    grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None,
+    draw_index: torch.Tensor | None, *, dtypes: int, replay_weight: float, seed: int, draw: int,
+    variant: int, importance: float = 0.0, chunk: int = CHUNK,
+) -> None:  # fmt: skip
     """Runs `reference.sgd_` on the rows of one launch; arguments as in `adam_launch_`.
 
     ``hyper`` is float64 [groups, 8] with columns as in SGD_HYPER, and STATE_BIT in ``variant`` says
@@ -419,4 +424,8 @@ def sgd_launch_(*tensors: Any, variant: int, **options: Any) -> None:
     """
     if variant & layout.FIRST_MOMENT_BIT:
         raise ValueError(f"variant {variant}: FIRST_MOMENT needs a second moment, SGD has none")
-    adam_launch_(*tensors, variant=variant, **options, of=sgd_kernel)
+    adam_launch_(
+        table, rows, chunks, starts, partials, counters, grads, replays, coefficients, flags, hyper,
+        distances, grad_scale, found_inf, draw_index, dtypes=dtypes, replay_weight=replay_weight,
+        seed=seed, draw=draw, variant=variant, importance=importance, chunk=chunk, of=sgd_kernel,
+    )  # fmt: skip

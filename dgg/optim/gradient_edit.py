@@ -64,7 +64,7 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
     if scale is None and found_inf is None and _take_native_gradients(opt, groups, elementwise):
         return opt._cache.all_rows
     params = [p for group in groups for p in group["params"]]
-    _refuse_partitions(opt, params)
+    refuse_partitions(opt)
     _sum_partial_gradients(opt, params)
     _check(opt, groups, params, elementwise)
     if scale is not None:
@@ -98,8 +98,10 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
     return opt._cache.all_rows
 
 
-def _refuse_partitions(opt, params: Sequence[Tensor]) -> None:
+def refuse_partitions(opt) -> None:
+    """Raises a RuntimeError where DeepSpeed steps flat partitions, one after the other."""
     known = opt._original_ids
+    params = [p for group in opt.optimizer.param_groups for p in group["params"]]
     strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
     if "deepspeed" in sys.modules and any(strange):
         raise RuntimeError(

@@ -19,7 +19,7 @@ from dgg.anchor import boundary
 from dgg.anchor import importance as importances
 from dgg.checkpoint import source
 from dgg.optim.construction import start_without_caches
-from dgg.optim.gradient_edit import EDIT, GuideRule
+from dgg.optim.gradient_edit import EDIT, GuideRule, refuse_partitions
 from dgg.optim.guidance_state import check_saved
 from dgg.optim.hooks import guided_closure, watch_zero_grad
 from dgg.optim.in_groups import refuse_attributes
@@ -158,6 +158,7 @@ class Guidance(Reporting):
 
     def _sync_groups(self) -> None:
         if len(self.param_groups) > len(self.optimizer.param_groups):
+            refuse_partitions(self)
             raise RuntimeError(
                 f"{type(self.optimizer).__name__} has {len(self.optimizer.param_groups)} groups "
                 f"left of the {len(self.param_groups)} whose options its dgg.Guidance has, which "
