@@ -57,10 +57,10 @@ def plan_anchors(
         else:
             sources = list(_named_sources(partition, tensors, names, model, wanted))
         old = opt.state.get(partition.tensor, {}).get("anchor")
-        if old is None or old.dtype != wanted or old.shape != partition.tensor.shape:
-            old = anchor.allocate(partition.tensor, wanted, opt._settings.anchor_device)
+        device = opt._settings.anchor_device
+        (target,) = anchor.memory_for([partition.tensor], [wanted], device, [old])
         write = functools.partial(_write_fragments, partition, sources)
-        plan.append((partition.tensor, write, old))
+        plan.append((partition.tensor, write, target))
     return plan
 
 

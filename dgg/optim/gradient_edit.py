@@ -101,8 +101,11 @@ def _take_gradients(opt, decision: Decision) -> list[backends.Rows]:
 def refuse_partitions(opt) -> None:
     """Raises a RuntimeError where DeepSpeed steps flat partitions, one after the other."""
     known = opt._original_ids
-    params = [p for group in opt.optimizer.param_groups for p in group["params"]]
-    strange = (type(p) is Tensor and p.dim() == 1 and id(p) not in known for p in params)
+    strange = (
+        type(p) is Tensor and p.dim() == 1 and id(p) not in known
+        for group in opt.optimizer.param_groups
+        for p in group["params"]
+    )
     if "deepspeed" in sys.modules and any(strange):
         raise RuntimeError(
             "DeepSpeed's ZeRO has put flat partitions in place of the parameters and steps "
